@@ -1,0 +1,112 @@
+//! Content digests: BLAKE3 over tensor names, dtypes, shapes and bytes, plus config and tokenizer for folders.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::{Checkpoint, SIDECAR_FILES};
+use crate::files;
+
+/// A BLAKE3 digest in hexadecimal.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Digest(String);
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Digest {
+    /// The digest of the bytes of a plain file.
+    ///
+    /// # Errors
+    /// [`crate::BadInput`] when it cannot be read.
+    pub fn of_file(path: &Path) -> Result<Self> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_rayon(&files::map(path)?);
+        Ok(Self::finish(&hasher))
+    }
+
+    /// The digest of a checkpoint: tensors in bytewise name order, then the side files of a folder. Where the tensors
+    /// lie (shards, order in the file) does not matter.
+    ///
+    /// # Errors
+    /// I/O errors on the side files.
+    pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
+        let mut hasher = blake3::Hasher::new();
+        for view in checkpoint.tensors() {
+            let head = format!("{}\0{}\0{:?}\0", view.name, view.dtype, view.shape);
+            hasher.update(head.as_bytes());
+            hasher.update_rayon(view.bytes);
+        }
+        if let Some(folder) = checkpoint.folder() {
+            for name in SIDECAR_FILES {
+                let path = folder.join(name);
+                if path.is_file() {
+                    let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+                    hasher.update(format!("{name}\0{}\0", bytes.len()).as_bytes());
+                    hasher.update(&bytes);
+                }
+            }
+        }
+        Ok(Self::finish(&hasher))
+    }
+
+    fn finish(hasher: &blake3::Hasher) -> Self {
+        Self(hasher.finalize().to_hex().to_string())
+    }
+}
+
+/// A digest with the sizes and times of the files it was computed from, so that a reader can tell whether it still holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DigestRecord {
+    /// The digest.
+    pub blake3: Digest,
+    /// The files it covers.
+    pub files: Vec<FileStamp>,
+}
+
+/// Name, size and modification time of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileStamp {
+    name: String,
+    size: u64,
+    mtime_ns: u64,
+}
+
+impl DigestRecord {
+    /// Computes the digest of the checkpoint in `folder` and stamps its files.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn compute(folder: &Path) -> Result<Self> {
+        let blake3 = Digest::of_checkpoint(&Checkpoint::open(folder)?)?;
+        Ok(Self { blake3, files: stamps(folder)? })
+    }
+
+    /// Whether the files of `folder` are still those the digest was computed from, by size and time.
+    pub fn holds_for(&self, folder: &Path) -> bool {
+        stamps(folder).is_ok_and(|now| now == self.files)
+    }
+}
+
+fn stamps(folder: &Path) -> Result<Vec<FileStamp>> {
+    let mut out = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if SIDECAR_FILES.contains(&name.as_str()) || name.contains(".safetensors") {
+            let meta = fs::metadata(entry.path())?;
+            let mtime_ns = meta.modified()?.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+            out.push(FileStamp { name, size: meta.len(), mtime_ns });
+        }
+    }
+    out.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(out)
+}

@@ -1,0 +1,18 @@
+//! Hugging Face checkpoints: folders (single file or shards with an index) and bare safetensors files.
+
+mod config;
+mod digest;
+mod dtype;
+mod kinds;
+mod reader;
+mod sidecar;
+mod writer;
+
+pub use crate::safetensors::TensorSpec;
+pub use config::{read_config, with_torch_dtype};
+pub use digest::{Digest, DigestRecord};
+pub use dtype::{Dtype, Float};
+pub use kinds::TensorKind;
+pub use reader::{Checkpoint, Excluded, TensorView, check_same_parameters};
+pub use sidecar::{SIDECAR_FILES, copy_sidecars};
+pub use writer::CheckpointWriter;

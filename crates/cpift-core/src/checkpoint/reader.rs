@@ -1,0 +1,287 @@
+//! Opening checkpoints: every shard mapped, every name checked once, views that cannot fail afterwards.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::Deserialize;
+
+use super::digest::Digest;
+use super::dtype::{Dtype, Float};
+use super::read_config;
+use crate::error::BadInput;
+use crate::json;
+use crate::provenance::Provenance;
+use crate::safetensors::{Entry, MappedFile, TensorSpec};
+
+/// A mapped checkpoint.
+pub struct Checkpoint {
+    root: PathBuf,
+    files: Vec<MappedFile>,
+    home: BTreeMap<String, usize>,
+    tied: bool,
+}
+
+/// One tensor of a mapped checkpoint.
+#[derive(Clone, Copy)]
+pub struct TensorView<'a> {
+    /// Name in the checkpoint.
+    pub name: &'a str,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape; empty for a scalar.
+    pub shape: &'a [usize],
+    /// Little-endian elements, row-major.
+    pub bytes: &'a [u8],
+    /// The file it lies in.
+    pub file: &'a Path,
+}
+
+/// Why a tensor of a checkpoint is not one of its D parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Excluded {
+    /// A buffer that old checkpoints carry, such as `rotary_emb.inv_freq`.
+    Buffer,
+    /// Not floating-point.
+    NotFloat,
+    /// `lm_head.weight` of a model with tied embeddings: the same parameter as the input embedding.
+    Tied,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face folder, or a bare .safetensors file.
+    ///
+    /// # Errors
+    /// [`BadInput`] when something is missing, damaged, duplicated, or only there as a pickle.
+    pub fn open(path: &Path) -> Result<Self> {
+        if path.is_dir() {
+            return Self::open_folder(path);
+        }
+        if path.symlink_metadata().is_err() {
+            return Err(BadInput::new(path, "no such checkpoint")
+                .expected("a Hugging Face folder or a .safetensors file")
+                .into());
+        }
+        let file = MappedFile::open(path)?;
+        Self::assemble(path, vec![file], false)
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self> {
+        let single = folder.join("model.safetensors");
+        let index = folder.join("model.safetensors.index.json");
+        let files = match (single.exists(), index.exists()) {
+            (true, true) => {
+                return Err(BadInput::new(folder, "holds both model.safetensors and model.safetensors.index.json")
+                    .expected("one of the two")
+                    .hint("remove the one that is stale")
+                    .into());
+            }
+            (true, false) => vec![MappedFile::open(&single)?],
+            (false, true) => open_shards(folder, &index)?,
+            (false, false) => return Err(no_weights(folder).into()),
+        };
+        let tied = if folder.join("config.json").exists() {
+            read_config(folder)?.get("tie_word_embeddings").and_then(|v| v.as_bool()).unwrap_or(false)
+        } else {
+            false
+        };
+        Self::assemble(folder, files, tied)
+    }
+
+    fn assemble(root: &Path, files: Vec<MappedFile>, tied: bool) -> Result<Self> {
+        let mut home = BTreeMap::new();
+        for (i, file) in files.iter().enumerate() {
+            for name in file.entries.keys() {
+                if let Some(first) = home.insert(name.clone(), i) {
+                    return Err(BadInput::new(&file.path, "a tensor is in two shards")
+                        .tensor(name)
+                        .found(format!("also in {}", files[first].path.display()))
+                        .into());
+                }
+            }
+        }
+        Ok(Self { root: root.to_owned(), files, home, tied })
+    }
+
+    /// The folder or file that was opened.
+    pub fn path(&self) -> &Path {
+        &self.root
+    }
+
+    /// The folder, when the checkpoint is one rather than a bare file.
+    pub fn folder(&self) -> Option<&Path> {
+        self.root.is_dir().then_some(self.root.as_path())
+    }
+
+    /// All tensors, in bytewise name order.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
+        self.home.keys().map(|name| self.get(name).expect("home lists tensors that exist"))
+    }
+
+    /// The tensor `name`, if there is one.
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        let (name, &i) = self.home.get_key_value(name)?;
+        let file = &self.files[i];
+        let Entry { dtype, shape, .. } = &file.entries[name];
+        Some(TensorView { name, dtype: *dtype, shape, bytes: file.bytes(&file.entries[name]), file: &file.path })
+    }
+
+    /// The D parameters: floating-point tensors without known buffers, a tied tensor once; bytewise name order.
+    pub fn parameters(&self) -> impl Iterator<Item = TensorView<'_>> {
+        self.tensors().filter(|view| self.excluded(view).is_none())
+    }
+
+    /// The tensors that are not parameters, with the reason.
+    pub fn not_parameters(&self) -> impl Iterator<Item = (TensorView<'_>, Excluded)> {
+        self.tensors().filter_map(|view| Some((view, self.excluded(&view)?)))
+    }
+
+    fn excluded(&self, view: &TensorView<'_>) -> Option<Excluded> {
+        if view.name.ends_with("rotary_emb.inv_freq") {
+            Some(Excluded::Buffer)
+        } else if !view.dtype.is_float() {
+            Some(Excluded::NotFloat)
+        } else if self.tied && view.name == "lm_head.weight" && self.home.contains_key("model.embed_tokens.weight") {
+            Some(Excluded::Tied)
+        } else {
+            None
+        }
+    }
+
+    /// The content digest: the one recorded in cpift.json while the files' sizes and times match it, computed otherwise.
+    ///
+    /// # Errors
+    /// I/O errors on the side files.
+    pub fn digest(&self) -> Result<Digest> {
+        if let Some(folder) = self.folder()
+            && let Some(record) = Provenance::recorded_digest(folder)
+            && record.holds_for(folder)
+        {
+            return Ok(record.blake3);
+        }
+        Digest::of_checkpoint(self)
+    }
+}
+
+impl TensorView<'_> {
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.bytes.len() / self.dtype.size()
+    }
+
+    /// Elements `start..start + out.len()` as `T`.
+    ///
+    /// # Panics
+    /// When the tensor is not floating-point or the range runs past its end.
+    pub fn read<T: Float>(&self, start: usize, out: &mut [T]) {
+        let size = self.dtype.size();
+        T::read(self.dtype, &self.bytes[start * size..(start + out.len()) * size], out);
+    }
+
+    /// What this tensor is, to write another like it.
+    pub fn spec(&self) -> TensorSpec {
+        TensorSpec { name: self.name.to_owned(), dtype: self.dtype, shape: self.shape.to_vec() }
+    }
+}
+
+/// Checks that `other` has exactly the parameters of `base`, by name and shape.
+///
+/// # Errors
+/// [`BadInput`] that names the first parameter that is missing, extra or of another shape.
+pub fn check_same_parameters(base: &Checkpoint, other: &Checkpoint) -> Result<()> {
+    let hint = "both must be checkpoints of one model";
+    for view in base.parameters() {
+        let Some(found) = other.get(view.name) else {
+            return Err(BadInput::new(other.path(), format!("a tensor of {} is missing", base.path().display()))
+                .tensor(view.name)
+                .hint(hint)
+                .into());
+        };
+        if !found.dtype.is_float() {
+            return Err(BadInput::new(found.file, "a parameter that is not floating-point")
+                .tensor(view.name)
+                .expected("F64, F32, F16 or BF16")
+                .found(found.dtype.name())
+                .hint("quantised checkpoints cannot be used: take the floating-point one")
+                .into());
+        }
+        if found.shape != view.shape {
+            return Err(BadInput::new(found.file, format!("a shape differs from {}", base.path().display()))
+                .tensor(view.name)
+                .expected(format!("{:?}", view.shape))
+                .found(format!("{:?}", found.shape))
+                .hint(hint)
+                .into());
+        }
+    }
+    for view in other.parameters() {
+        let Some(expected) = base.get(view.name) else {
+            return Err(BadInput::new(view.file, format!("a tensor that {} does not have", base.path().display()))
+                .tensor(view.name)
+                .hint(hint)
+                .into());
+        };
+        if !expected.dtype.is_float() {
+            return Err(BadInput::new(expected.file, "a parameter that is not floating-point")
+                .tensor(view.name)
+                .expected("F64, F32, F16 or BF16")
+                .found(expected.dtype.name())
+                .into());
+        }
+    }
+    Ok(())
+}
+
+fn open_shards(folder: &Path, index_path: &Path) -> Result<Vec<MappedFile>> {
+    let index: Index = json::read(index_path)?;
+    let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (tensor, file) in &index.weight_map {
+        if file.contains(['/', '\\']) || file.starts_with('.') {
+            return Err(BadInput::new(index_path, "names a shard outside its folder")
+                .tensor(tensor)
+                .found(file.as_str())
+                .into());
+        }
+        shards.entry(file).or_default().push(tensor);
+    }
+    let mut files = Vec::new();
+    for (name, tensors) in shards {
+        let path = folder.join(name);
+        if !path.is_file() {
+            return Err(BadInput::new(&path, format!("a shard named in {} is missing", index_path.display()))
+                .tensor(tensors[0])
+                .hint("fetch or copy the shard again")
+                .into());
+        }
+        let file = MappedFile::open(&path)?;
+        for tensor in &tensors {
+            if !file.entries.contains_key(*tensor) {
+                return Err(BadInput::new(&path, "a tensor that the index places here is missing")
+                    .tensor(*tensor)
+                    .into());
+            }
+        }
+        if let Some(extra) = file.entries.keys().find(|k| index.weight_map.get(*k).map(String::as_str) != Some(name)) {
+            return Err(BadInput::new(&path, "holds a tensor that the index does not place here").tensor(extra).into());
+        }
+        files.push(file);
+    }
+    Ok(files)
+}
+
+fn no_weights(folder: &Path) -> BadInput {
+    let error = BadInput::new(folder, "no weights in this folder")
+        .expected("model.safetensors or model.safetensors.index.json");
+    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|n| folder.join(n).exists());
+    if pickled {
+        return error
+            .found("a pickled checkpoint (pytorch_model.bin)")
+            .hint("load it in transformers and call save_pretrained(dir, safe_serialization=True)");
+    }
+    error
+}

@@ -1,0 +1,126 @@
+//! What every stage's command line shares: running, logging, exit codes, common arguments.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use crate::error::{exit_code, usage};
+
+/// Arguments that all stages take.
+#[derive(clap::Args, Debug, Clone, Default)]
+pub struct Common {
+    /// Worker threads; all cores when not given
+    #[arg(long, value_name = "N", global = true)]
+    pub threads: Option<usize>,
+    /// Replace an existing output
+    #[arg(long, global = true)]
+    pub force: bool,
+    /// Print a machine-readable summary (one JSON object) on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Log warnings and errors only
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+impl Common {
+    /// Starts logging and sizes the thread pool; call once, first.
+    ///
+    /// # Errors
+    /// [`crate::Usage`] when `--threads` is 0.
+    pub fn start(&self) -> Result<()> {
+        let level = if self.quiet { "warn" } else { "info" };
+        let env = env_logger::Env::new().filter_or("CPIFT_LOG", level);
+        let _ = env_logger::Builder::from_env(env).format(log_line).try_init();
+        if let Some(threads) = self.threads {
+            if threads == 0 {
+                return Err(usage("--threads must be at least 1"));
+            }
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting the thread pool")?;
+        }
+        Ok(())
+    }
+
+    /// Prints `summary` on stdout where `--json` asks for it.
+    pub fn print_json(&self, summary: &serde_json::Value) {
+        if self.json {
+            println!("{summary}");
+        }
+    }
+}
+
+fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> std::io::Result<()> {
+    use std::io::Write;
+    match record.level() {
+        log::Level::Info => writeln!(out, "{}", record.args()),
+        level => writeln!(out, "{}: {}", level.to_string().to_lowercase(), record.args()),
+    }
+}
+
+/// Parses the arguments, runs the stage, prints an error once on stderr and returns the documented exit code.
+pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
+    let args = A::parse();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// A `NAME=PATH` argument, as in `--mask gsm8k=run/gsm8k.mask.safetensors`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    /// The task's name.
+    pub name: String,
+    /// The file or folder given for it.
+    pub path: PathBuf,
+}
+
+impl std::str::FromStr for Named {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, path)) if !name.is_empty() && !path.is_empty() => {
+                Ok(Self { name: name.to_owned(), path: path.into() })
+            }
+            _ => Err(format!("expected NAME=PATH, found {text:?}")),
+        }
+    }
+}
+
+/// Refuses a list in which one name is given twice.
+///
+/// # Errors
+/// [`crate::Usage`] that names the repeated argument.
+pub fn require_unique(list: &[Named], flag: &str) -> Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    for named in list {
+        if !seen.insert(&named.name) {
+            return Err(usage(format!("{flag} {} is given twice", named.name)));
+        }
+    }
+    Ok(())
+}
+
+/// The command line as typed, for provenance.
+pub fn argv() -> Vec<String> {
+    std::env::args().skip(1).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn named_splits_at_the_first_equals_sign() {
+        let named: Named = "a=b=c".parse().unwrap();
+        assert_eq!((named.name.as_str(), named.path.to_str().unwrap()), ("a", "b=c"));
+        assert!("a".parse::<Named>().is_err());
+        assert!("=b".parse::<Named>().is_err());
+    }
+}

@@ -1,0 +1,125 @@
+//! groups.json: the similarity of the tasks' core regions, the groups, and the order they train in.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Digest;
+use crate::error::BadInput;
+use crate::{files, json};
+
+/// The form of groups.json this program writes and reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// The content of groups.json.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Groups {
+    /// Form of the file.
+    pub format_version: u32,
+    /// The similarity threshold τ.
+    pub tau: f64,
+    /// Whether τ was given (`fixed`) or chosen from the data (`auto`).
+    pub tau_mode: TauMode,
+    /// Task names; rows and columns of the matrices.
+    pub tasks: Vec<String>,
+    /// Jaccard similarity of every pair of core regions, [tasks × tasks].
+    pub jaccard: Vec<Vec<f64>>,
+    /// The similarity two independent random regions of the same sizes would have, [tasks × tasks].
+    pub chance: Vec<Vec<f64>>,
+    /// Kinds of tensors left out of the comparison.
+    pub excluded: Vec<String>,
+    /// Task names by group, groups in training order.
+    pub groups: Vec<Vec<String>>,
+    /// How the order was chosen.
+    pub order: Order,
+    /// One group, or every task alone: staged training and freezing have nothing to work on.
+    pub trivial: bool,
+    /// Digest of the base all masks were made for.
+    pub base: Digest,
+    /// Digest of each task's mask file.
+    pub masks: BTreeMap<String, Digest>,
+}
+
+/// Where τ came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TauMode {
+    /// Given on the command line.
+    Fixed,
+    /// The middle of the longest interval of τ whose partition does not change and is not trivial.
+    Auto,
+}
+
+/// How the order of the groups was chosen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Order {
+    /// `random`, `difficulty`, `dependency` or `overlap`.
+    pub method: String,
+    /// The seed of `random`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// The figure each group was ordered by, in training order; empty for `random`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scores: Vec<f64>,
+}
+
+impl Groups {
+    /// Reads and checks a groups.json.
+    ///
+    /// # Errors
+    /// [`BadInput`] when it cannot be read, is of another version, or does not place every task in exactly one group.
+    pub fn read(path: &Path) -> Result<Self> {
+        let value: serde_json::Value = json::read(path)?;
+        let version = value.get("format_version").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        json::check_version(path, "a groups file", version as u32, FORMAT_VERSION)?;
+        let groups: Self =
+            serde_json::from_value(value).map_err(|e| BadInput::new(path, format!("not a groups file: {e}")))?;
+        let mut placed: Vec<&String> = groups.groups.iter().flatten().collect();
+        placed.sort();
+        let mut tasks: Vec<&String> = groups.tasks.iter().collect();
+        tasks.sort();
+        if placed != tasks || groups.groups.iter().any(Vec::is_empty) {
+            return Err(BadInput::new(path, "the groups are not a partition of the tasks")
+                .expected(format!("{tasks:?}"))
+                .found(format!("{:?}", groups.groups))
+                .into());
+        }
+        Ok(groups)
+    }
+
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// As [`files::write_text`].
+    pub fn write(&self, path: &Path, force: bool) -> Result<()> {
+        files::write_text(path, &json::to_text(self)?, force)
+    }
+
+    /// Task names in training order: group by group, inside a group as listed.
+    pub fn task_order(&self) -> Vec<&str> {
+        self.groups.iter().flatten().map(String::as_str).collect()
+    }
+
+    /// Checks that `names` (of `--task` or `--mask` arguments) are exactly the tasks of this file.
+    ///
+    /// # Errors
+    /// [`BadInput`] naming the first difference.
+    pub fn check_names<'a>(&self, path: &Path, flag: &str, names: impl Iterator<Item = &'a String>) -> Result<()> {
+        let given: std::collections::BTreeSet<&str> = names.map(String::as_str).collect();
+        if let Some(task) = self.tasks.iter().find(|t| !given.contains(t.as_str())) {
+            return Err(BadInput::new(path, format!("the task {task} of this file has no {flag}"))
+                .hint(format!("add {flag} {task}=PATH"))
+                .into());
+        }
+        if let Some(extra) = given.iter().find(|g| !self.tasks.iter().any(|t| t == *g)) {
+            return Err(BadInput::new(path, format!("does not know the task {extra} given with {flag}"))
+                .expected(self.tasks.join(", "))
+                .into());
+        }
+        Ok(())
+    }
+}

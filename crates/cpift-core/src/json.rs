@@ -1,0 +1,39 @@
+//! Reading JSON files of ours and of Hugging Face with errors that name the file and the place.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde::de::DeserializeOwned;
+
+use crate::error::BadInput;
+use crate::files;
+
+/// Parses the JSON file at `path` into `T`.
+///
+/// # Errors
+/// [`BadInput`] with line and column when the text is not JSON or not a `T`.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = files::read_text(path)?;
+    serde_json::from_str(&text).map_err(|e| BadInput::new(path, format!("cannot be read as JSON: {e}")).into())
+}
+
+/// Refuses a file of ours whose `format_version` is not the one this program knows.
+///
+/// # Errors
+/// [`BadInput`] naming both versions.
+pub fn check_version(path: &Path, what: &str, found: u32, known: u32) -> Result<()> {
+    if found == known {
+        return Ok(());
+    }
+    let hint = if found > known { "use a newer cpift" } else { "make the file again with this version" };
+    Err(BadInput::new(path, format!("{what} of another format version"))
+        .expected(known.to_string())
+        .found(found.to_string())
+        .hint(hint)
+        .into())
+}
+
+/// Pretty JSON with a final newline: the form of all JSON files we write.
+pub fn to_text<T: serde::Serialize>(value: &T) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}

@@ -1,0 +1,286 @@
+//! Core-region masks: one bit for each parameter of a base checkpoint, in a safetensors file.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Checkpoint, Digest, Dtype, TensorSpec};
+use crate::error::BadInput;
+use crate::json;
+use crate::safetensors::{FileWriter, MappedFile};
+
+/// The form of mask files this program writes and reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// The metadata key that holds [`MaskHeader`] as JSON.
+pub const METADATA_KEY: &str = "cpift";
+
+/// What a mask file says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaskHeader {
+    /// Form of the file.
+    pub format_version: u32,
+    /// p, in percent of D.
+    pub percent: f64,
+    /// Over what the top p % is taken.
+    pub scope: Scope,
+    /// The quantity that is ranked.
+    pub metric: Metric,
+    /// D: the number of parameters that were ranked.
+    #[serde(rename = "D")]
+    pub d: u64,
+    /// Number of bits set.
+    pub selected: u64,
+    /// How the ties at the threshold fell.
+    pub ties: Ties,
+    /// Kinds of tensors left out of D (`embeddings`, `norms`); their bits are all zero.
+    pub excluded: Vec<String>,
+    /// Digest of the base checkpoint.
+    pub base: Digest,
+    /// Digest of the tuned checkpoint.
+    pub tuned: Digest,
+    /// Elements of each tensor, excluded ones included.
+    pub numel: BTreeMap<String, u64>,
+}
+
+/// Over what the top p % is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// All parameters together (the paper).
+    Global,
+    /// Each decoder layer by itself; everything outside the layers together.
+    Layer,
+    /// Each tensor by itself.
+    Tensor,
+}
+
+/// The quantity that is ranked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metric {
+    /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| (the paper).
+    Magnitude,
+}
+
+/// Ties at the threshold, summed over the scope's parts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ties {
+    /// Elements whose score equals the threshold.
+    pub at_threshold: u64,
+    /// Of those, the ones chosen.
+    pub chosen: u64,
+    /// Chosen elements that only their position set apart from others not chosen.
+    pub decided_by_position: u64,
+}
+
+/// An opened mask.
+pub struct Mask {
+    /// What the file says of itself.
+    pub header: MaskHeader,
+    file: MappedFile,
+}
+
+impl Mask {
+    /// Opens a mask file and checks its structure; the bits themselves are checked by [`Mask::verify`].
+    ///
+    /// # Errors
+    /// [`BadInput`] when it is not a mask, is of another version or contradicts itself.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = MappedFile::open(path)?;
+        let text = file.metadata.get(METADATA_KEY).ok_or_else(|| {
+            BadInput::new(path, "not a mask")
+                .expected("a file that cpift-mask extract wrote")
+                .found("no cpift metadata")
+        })?;
+        check_header_version(path, text)?;
+        let header: MaskHeader = serde_json::from_str(text)
+            .map_err(|e| BadInput::new(path, format!("the mask's metadata cannot be read: {e}")))?;
+        let mask = Self { header, file };
+        mask.check_layout()?;
+        Ok(mask)
+    }
+
+    fn check_layout(&self) -> Result<()> {
+        for (name, entry) in &self.file.entries {
+            let numel = self.header.numel.get(name).copied();
+            let expected = numel.map(|n| vec![n.div_ceil(8) as usize]);
+            if entry.dtype != Dtype::U8 || expected.as_ref() != Some(&entry.shape) {
+                return Err(BadInput::new(&self.file.path, "a mask tensor of the wrong form")
+                    .tensor(name)
+                    .expected(expected.map_or("no such tensor".into(), |s| format!("U8 {s:?}")))
+                    .found(format!("{} {:?}", entry.dtype, entry.shape))
+                    .into());
+            }
+        }
+        if let Some(missing) = self.header.numel.keys().find(|n| !self.file.entries.contains_key(*n)) {
+            return Err(BadInput::new(&self.file.path, "a mask tensor is missing").tensor(missing).into());
+        }
+        Ok(())
+    }
+
+    /// The file it was opened from.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// Names and packed bits of all tensors in bytewise name order; bit b of byte a is element 8a + b.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.file.entries.iter().map(|(name, entry)| (name.as_str(), self.file.bytes(entry)))
+    }
+
+    /// The packed bits of one tensor.
+    pub fn bits(&self, name: &str) -> Option<&[u8]> {
+        self.file.entries.get(name).map(|entry| self.file.bytes(entry))
+    }
+
+    /// Checks that the mask was made for `base`: digest, names and sizes.
+    ///
+    /// # Errors
+    /// [`BadInput`] that says what differs.
+    pub fn check_base(&self, base: &Checkpoint, digest: &Digest) -> Result<()> {
+        for view in base.parameters() {
+            let found = self.header.numel.get(view.name).copied();
+            if found != Some(view.numel() as u64) {
+                return Err(self
+                    .other_base(base)
+                    .tensor(view.name)
+                    .expected(format!("{} elements", view.numel()))
+                    .found(found.map_or("no such tensor in the mask".into(), |n| format!("{n} elements")))
+                    .into());
+            }
+        }
+        if let Some(extra) = self.header.numel.keys().find(|n| base.get(n).is_none()) {
+            return Err(self.other_base(base).tensor(extra).found("a tensor the base does not have").into());
+        }
+        if self.header.base != *digest {
+            return Err(self
+                .other_base(base)
+                .expected(format!("base digest {digest}"))
+                .found(format!("base digest {}", self.header.base))
+                .hint("extract the mask again from this base and its probe")
+                .into());
+        }
+        Ok(())
+    }
+
+    fn other_base(&self, base: &Checkpoint) -> BadInput {
+        BadInput::new(&self.file.path, format!("a mask made for another base than {}", base.path().display()))
+    }
+
+    /// Counts the bits: they must equal `selected`, and padding bits must be zero.
+    ///
+    /// # Errors
+    /// [`BadInput`] that says what is wrong.
+    pub fn verify(&self) -> Result<()> {
+        let mut count = 0;
+        for (name, bits) in self.tensors() {
+            let used = self.header.numel[name] % 8;
+            if used != 0 && bits.last().is_some_and(|last| last >> used != 0) {
+                return Err(BadInput::new(self.path(), "padding bits are set").tensor(name).into());
+            }
+            count += count_ones(bits);
+        }
+        if count != self.header.selected {
+            return Err(BadInput::new(self.path(), "the number of bits set is not the one recorded")
+                .expected(self.header.selected.to_string())
+                .found(count.to_string())
+                .hint("the file is damaged: extract the mask again")
+                .into());
+        }
+        Ok(())
+    }
+}
+
+fn check_header_version(path: &Path, text: &str) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Version {
+        format_version: u32,
+    }
+    let found: Version = serde_json::from_str(text)
+        .map_err(|e| BadInput::new(path, format!("the mask's metadata cannot be read: {e}")))?;
+    json::check_version(path, "a mask", found.format_version, FORMAT_VERSION)
+}
+
+/// A mask file being written, tensor by tensor, into a staged path.
+pub struct MaskWriter {
+    file: FileWriter,
+}
+
+impl MaskWriter {
+    /// Creates the mask file at `path` with all bits zero.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn create(path: &Path, header: &MaskHeader) -> Result<Self> {
+        let specs: Vec<TensorSpec> = header
+            .numel
+            .iter()
+            .map(|(name, n)| TensorSpec { name: name.clone(), dtype: Dtype::U8, shape: vec![n.div_ceil(8) as usize] })
+            .collect();
+        let metadata = BTreeMap::from([(METADATA_KEY.to_owned(), serde_json::to_string(header)?)]);
+        Ok(Self { file: FileWriter::create(path, &specs, &metadata)? })
+    }
+
+    /// Writes packed bits at byte `offset` of the tensor `name`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn write(&self, name: &str, offset: u64, bits: &[u8]) -> Result<()> {
+        self.file.write(name, offset, bits)
+    }
+}
+
+/// Whether element `index` is set in packed bits.
+pub fn bit(bits: &[u8], index: usize) -> bool {
+    bits[index / 8] >> (index % 8) & 1 == 1
+}
+
+/// Number of bits set.
+pub fn count_ones(bits: &[u8]) -> u64 {
+    let (words, rest) = bits.as_chunks::<8>();
+    let whole: u64 = words.iter().map(|w| u64::from(u64::from_le_bytes(*w).count_ones())).sum();
+    whole + rest.iter().map(|b| u64::from(b.count_ones())).sum::<u64>()
+}
+
+/// The positions of the bits set, in order.
+pub fn indices(bits: &[u8]) -> impl Iterator<Item = usize> + '_ {
+    bits.iter()
+        .enumerate()
+        .filter(|(_, b)| **b != 0)
+        .flat_map(|(a, &byte)| (0..8).filter(move |b| byte >> b & 1 == 1).map(move |b| 8 * a + b))
+}
+
+/// Masks given as NAME=FILE, opened and checked against one base.
+///
+/// # Errors
+/// As [`Mask::open`] and [`Mask::check_base`].
+pub fn open_all(list: &[crate::cli::Named], base: &Checkpoint, digest: &Digest) -> Result<BTreeMap<String, Mask>> {
+    crate::cli::require_unique(list, "--mask")?;
+    let mut masks = BTreeMap::new();
+    for named in list {
+        let mask = Mask::open(&named.path)?;
+        mask.check_base(base, digest)?;
+        masks.insert(named.name.clone(), mask);
+    }
+    Ok(masks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bit_order_is_little() {
+        // NumPy: unpackbits([0b0000_0101, 0b1000_0000], bitorder='little') sets elements 0, 2 and 15.
+        let bits = [0b0000_0101, 0b1000_0000];
+        assert_eq!(indices(&bits).collect::<Vec<_>>(), [0, 2, 15]);
+        assert!(bit(&bits, 2) && !bit(&bits, 1) && bit(&bits, 15));
+        assert_eq!(count_ones(&bits), 3);
+        assert_eq!(count_ones(&[255; 19]), 152);
+    }
+}

@@ -1,0 +1,142 @@
+//! cpift.json: which stage made an output, from what, with which arguments, and the output's digest.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Digest, DigestRecord};
+use crate::{cli, files, json};
+
+/// The form of cpift.json this program writes and reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// The file's name inside an output folder; beside an output file it is the file's name with `.cpift.json` added.
+pub const FILE_NAME: &str = "cpift.json";
+
+/// The record of how an output came to be.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Form of the file.
+    pub format_version: u32,
+    /// The program, such as `cpift-mask`.
+    pub stage: String,
+    /// The program's version.
+    pub version: String,
+    /// The command line as typed.
+    pub arguments: Vec<String>,
+    /// The seed, where the stage draws random numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Inputs by their role (`base`, `mask:gsm8k`), with path and digest.
+    pub inputs: BTreeMap<String, Input>,
+    /// What the stage counted, such as the tokens trained on.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub facts: serde_json::Map<String, serde_json::Value>,
+    /// The output's digest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<DigestRecord>,
+    /// The machine's name.
+    pub host: String,
+    /// Start, in seconds since 1970.
+    pub started_unix: u64,
+    /// Duration in seconds.
+    pub seconds: f64,
+}
+
+/// An input of a stage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Input {
+    /// The path as given.
+    pub path: PathBuf,
+    /// BLAKE3 of its content.
+    pub digest: Digest,
+}
+
+/// A provenance being collected while its stage runs.
+pub struct Recorder {
+    record: Provenance,
+    clock: Instant,
+}
+
+impl Recorder {
+    /// Starts the record of `stage` (`env!("CARGO_PKG_NAME")`).
+    pub fn start(stage: &str) -> Self {
+        let started_unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let record = Provenance {
+            format_version: FORMAT_VERSION,
+            stage: stage.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            arguments: cli::argv(),
+            seed: None,
+            inputs: BTreeMap::new(),
+            facts: serde_json::Map::new(),
+            output: None,
+            host: host_name(),
+            started_unix,
+            seconds: 0.0,
+        };
+        Self { record, clock: Instant::now() }
+    }
+
+    /// Records the seed.
+    pub fn seed(&mut self, seed: u64) {
+        self.record.seed = Some(seed);
+    }
+
+    /// Records an input by its role.
+    pub fn input(&mut self, role: impl Into<String>, path: &Path, digest: Digest) {
+        self.record.inputs.insert(role.into(), Input { path: path.to_owned(), digest });
+    }
+
+    /// Records a count or a figure of the run.
+    pub fn fact(&mut self, name: &str, value: impl Into<serde_json::Value>) {
+        self.record.facts.insert(name.to_owned(), value.into());
+    }
+
+    /// Writes cpift.json into a staged checkpoint folder, with the digest of what it holds. Call last.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn write_into(mut self, staged: &Path) -> Result<()> {
+        self.record.output = Some(DigestRecord::compute(staged)?);
+        self.write_to(&staged.join(FILE_NAME))
+    }
+
+    /// Writes `DEST.cpift.json` beside the finished output file `dest`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn write_beside(self, dest: &Path) -> Result<()> {
+        let mut name = dest.file_name().unwrap_or_default().to_owned();
+        name.push(".");
+        name.push(FILE_NAME);
+        self.write_to(&dest.with_file_name(name))
+    }
+
+    /// Writes the record to `path`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn write_to(mut self, path: &Path) -> Result<()> {
+        self.record.seconds = self.clock.elapsed().as_secs_f64();
+        files::write_text(path, &json::to_text(&self.record)?, true)
+    }
+}
+
+impl Provenance {
+    /// The digest recorded in the cpift.json of `folder`, if there is a readable one.
+    pub fn recorded_digest(folder: &Path) -> Option<DigestRecord> {
+        let path = folder.join(FILE_NAME);
+        if !path.is_file() {
+            return None;
+        }
+        json::read::<Self>(&path).ok().filter(|p| p.format_version == FORMAT_VERSION)?.output
+    }
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |s| s.trim().to_owned())
+}

@@ -1,0 +1,235 @@
+//! Safetensors files: a header that is checked once, after which views cannot fail; and a deterministic writer.
+//!
+//! The header's grammar and bounds are checked by the `safetensors` crate; what this module adds is errors that name
+//! the file and the numbers, and a writer whose bytes depend on nothing but the content.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::Dtype;
+use crate::error::BadInput;
+use crate::files;
+
+/// The safetensors format allows no larger header.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// Where a tensor lies in its file, and what it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// Bytes of the file that hold the elements.
+    pub range: Range<usize>,
+}
+
+/// A mapped safetensors file whose header has been checked.
+pub struct MappedFile {
+    /// The file's path, for messages.
+    pub path: PathBuf,
+    /// String metadata of the header.
+    pub metadata: BTreeMap<String, String>,
+    /// The tensors in bytewise name order.
+    pub entries: BTreeMap<String, Entry>,
+    map: Mmap,
+}
+
+impl MappedFile {
+    /// Maps and checks `path`.
+    ///
+    /// # Errors
+    /// [`BadInput`] when the header is truncated, past the end, not JSON, or describes tensors that overlap, leave
+    /// holes or run past the end of the file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let map = files::map(path)?;
+        check_lengths(path, &map)?;
+        let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| explain(path, &map, &e))?;
+        let data_start = header_len + 8;
+        let mut entries = BTreeMap::new();
+        for (name, info) in header.tensors() {
+            let dtype = Dtype::from_safetensors(info.dtype).ok_or_else(|| {
+                BadInput::new(path, "a dtype this program does not read")
+                    .tensor(&name)
+                    .expected(Dtype::KNOWN)
+                    .found(format!("{:?}", info.dtype))
+            })?;
+            let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
+            entries.insert(name, Entry { dtype, shape: info.shape.clone(), range });
+        }
+        let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+        Ok(Self { path: path.to_owned(), metadata, entries, map })
+    }
+
+    /// The bytes of an entry of this file.
+    pub fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.map[entry.range.clone()]
+    }
+}
+
+fn check_lengths(path: &Path, map: &[u8]) -> Result<()> {
+    let Some(first) = map.first_chunk::<8>() else {
+        return Err(BadInput::new(path, "too short to be a safetensors file")
+            .expected("at least 8 bytes")
+            .found(format!("{} bytes", map.len()))
+            .hint("the file may be truncated: fetch or copy it again")
+            .into());
+    };
+    let header = u64::from_le_bytes(*first);
+    if header > MAX_HEADER || header + 8 > map.len() as u64 {
+        return Err(BadInput::new(path, "the header's length is past the end of the file")
+            .expected(format!("at most {} bytes", (map.len() as u64 - 8).min(MAX_HEADER)))
+            .found(format!("{header} bytes"))
+            .hint("the file is truncated or is not a safetensors file")
+            .into());
+    }
+    Ok(())
+}
+
+fn explain(path: &Path, map: &[u8], error: &safetensors::SafeTensorError) -> BadInput {
+    use safetensors::SafeTensorError as E;
+    match error {
+        E::InvalidOffset(name) => {
+            BadInput::new(path, "a tensor's offsets overlap another's, leave a hole or go backwards")
+                .tensor(name)
+                .expected("tensors that follow one another without gaps")
+                .hint("the file is damaged: fetch or write it again")
+        }
+        E::MetadataIncompleteBuffer => {
+            BadInput::new(path, "the tensors do not fill the file exactly: it is truncated or has extra bytes")
+                .expected(
+                    described_length(map).map_or("the length the header describes".into(), |n| format!("{n} bytes")),
+                )
+                .found(format!("{} bytes", map.len()))
+                .hint("fetch or copy the file again")
+        }
+        E::TensorInvalidInfo => BadInput::new(path, "a tensor's offsets do not fit its dtype and shape"),
+        other => BadInput::new(path, format!("not a valid safetensors header: {other}")),
+    }
+}
+
+/// The file length that the header's largest offset asks for, when the header can be read at all.
+fn described_length(map: &[u8]) -> Option<u64> {
+    let len = u64::from_le_bytes(*map.first_chunk::<8>()?) as usize;
+    let header: BTreeMap<String, Value> = serde_json::from_slice(map.get(8..8 + len)?).ok()?;
+    let ends = header.values().filter_map(|v| v.get("data_offsets")?.get(1)?.as_u64());
+    Some(ends.max()? + 8 + len as u64)
+}
+
+/// What a tensor to be written is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Element type on disk.
+    pub dtype: Dtype,
+    /// Shape; empty for a scalar.
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Number of bytes on disk.
+    pub fn nbytes(&self) -> usize {
+        self.numel() * self.dtype.size()
+    }
+}
+
+/// A safetensors file being filled by positional writes, from any thread and in any order.
+pub struct FileWriter {
+    file: File,
+    path: PathBuf,
+    starts: BTreeMap<String, (u64, u64)>,
+}
+
+impl FileWriter {
+    /// Creates `path` with the header for `specs` and `metadata`, its data still zero.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn create(path: &Path, specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Self> {
+        let (header, starts, len) = lay_out(specs, metadata);
+        let file = files::create_sized(path, len)?;
+        file.write_all_at(&header, 0).with_context(|| format!("writing {}", path.display()))?;
+        Ok(Self { file, path: path.to_owned(), starts })
+    }
+
+    /// Writes `bytes` at byte `offset` of the tensor `name`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    ///
+    /// # Panics
+    /// When the tensor is not in the layout or the bytes run past its end.
+    pub fn write(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
+        let (start, len) = self.starts[name];
+        assert!(offset + bytes.len() as u64 <= len, "write past the end of {name}");
+        self.file.write_all_at(bytes, start + offset).with_context(|| format!("writing {}", self.path.display()))
+    }
+}
+
+/// Header bytes, each tensor's (start, length) in the file, and the file's length. Wider dtypes come first, so that every
+/// tensor is aligned to its element; then names in bytewise order.
+fn lay_out(specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> (Vec<u8>, BTreeMap<String, (u64, u64)>, u64) {
+    let mut order: Vec<&TensorSpec> = specs.iter().collect();
+    order.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
+    let mut header = Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".into(), json!(metadata));
+    }
+    let mut starts = BTreeMap::new();
+    let mut offset = 0u64;
+    for spec in order {
+        let end = offset + spec.nbytes() as u64;
+        let entry = json!({"dtype": spec.dtype.name(), "shape": spec.shape, "data_offsets": [offset, end]});
+        header.insert(spec.name.clone(), entry);
+        starts.insert(spec.name.clone(), (offset, end - offset));
+        offset = end;
+    }
+    let mut text = Value::Object(header).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let data_start = 8 + text.len() as u64;
+    for (start, _) in starts.values_mut() {
+        *start += data_start;
+    }
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(text);
+    (bytes, starts, data_start + offset)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(name: &str, dtype: Dtype, shape: &[usize]) -> TensorSpec {
+        TensorSpec { name: name.into(), dtype, shape: shape.to_vec() }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        let specs = [spec("b", Dtype::BF16, &[3]), spec("a", Dtype::F32, &[2, 1]), spec("s", Dtype::F32, &[])];
+        let writer = FileWriter::create(&path, &specs, &BTreeMap::from([("format".into(), "pt".into())])).unwrap();
+        writer.write("b", 2, &[1, 2, 3, 4]).unwrap();
+        writer.write("a", 0, &1.5f32.to_le_bytes()).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        assert_eq!(file.metadata["format"], "pt");
+        assert_eq!(file.bytes(&file.entries["b"]), [0, 0, 1, 2, 3, 4]);
+        assert_eq!(file.entries["a"].shape, [2, 1]);
+        assert_eq!(file.bytes(&file.entries["a"])[..4], 1.5f32.to_le_bytes());
+        assert_eq!(file.entries["a"].range.start % 8, 0);
+    }
+}

@@ -1,0 +1,117 @@
+//! scores.json: what a checkpoint scored on every task.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Digest;
+use crate::error::BadInput;
+use crate::{files, json};
+
+/// The form of scores.json this program writes and reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// The content of scores.json.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scores {
+    /// Form of the file.
+    pub format_version: u32,
+    /// The checkpoint that was scored.
+    pub model: PathBuf,
+    /// Its digest.
+    pub model_digest: Digest,
+    /// Scores in the order of tasks.toml.
+    pub tasks: Vec<TaskScore>,
+}
+
+/// The scores of one task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskScore {
+    /// The task's name.
+    pub task: String,
+    /// Digest of the evaluation file.
+    pub eval_digest: Digest,
+    /// The task's own metric and its value; `None` where the task is scored by its loss alone.
+    pub metric: Option<Figure>,
+    /// Further figures of the same outputs, such as flexible extraction.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub also: BTreeMap<String, Figure>,
+    /// Mean negative log-likelihood of the reference answers, in nats a target token.
+    pub nll: Figure,
+    /// Settings that the figures depend on.
+    pub settings: BTreeMap<String, serde_json::Value>,
+}
+
+/// A mean with its uncertainty.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Figure {
+    /// What it is: `exact_match`, `acc`, `nll`.
+    pub name: String,
+    /// The mean; fractions are 0 to 1.
+    pub value: f64,
+    /// Standard error of the mean: sample standard deviation (n − 1) over √n; 0 for n = 1.
+    pub stderr: f64,
+    /// Number of rows.
+    pub n: u64,
+}
+
+impl Figure {
+    /// The mean of `values` with its standard error.
+    ///
+    /// # Panics
+    /// When there are no values.
+    pub fn mean(name: &str, values: &[f64]) -> Self {
+        assert!(!values.is_empty(), "the mean of nothing");
+        let n = values.len() as f64;
+        let value = values.iter().sum::<f64>() / n;
+        let squares: f64 = values.iter().map(|v| (v - value).powi(2)).sum();
+        let stderr = if values.len() > 1 { (squares / (n - 1.0)).sqrt() / n.sqrt() } else { 0.0 };
+        Self { name: name.to_owned(), value, stderr, n: values.len() as u64 }
+    }
+}
+
+impl Scores {
+    /// Reads a scores.json, or the one inside a folder.
+    ///
+    /// # Errors
+    /// [`BadInput`] when it cannot be read or is of another version.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = if path.is_dir() { path.join("scores.json") } else { path.to_owned() };
+        let value: serde_json::Value = json::read(&file)?;
+        let version = value.get("format_version").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        json::check_version(&file, "a scores file", version as u32, FORMAT_VERSION)?;
+        serde_json::from_value(value).map_err(|e| BadInput::new(&file, format!("not a scores file: {e}")).into())
+    }
+
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// As [`files::write_text`].
+    pub fn write(&self, path: &Path, force: bool) -> Result<()> {
+        files::write_text(path, &json::to_text(self)?, force)
+    }
+
+    /// The loss on `task`, if it was scored.
+    pub fn nll(&self, task: &str) -> Option<f64> {
+        self.tasks.iter().find(|t| t.task == task).map(|t| t.nll.value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_standard_error_uses_n_minus_one() {
+        let figure = Figure::mean("acc", &[1.0, 0.0, 1.0, 1.0]);
+        assert_eq!(figure.value, 0.75);
+        // numpy.std([1, 0, 1, 1], ddof=1) / 2
+        assert!((figure.stderr - 0.25).abs() < 1e-15);
+        assert_eq!(Figure::mean("acc", &[1.0]).stderr, 0.0);
+    }
+}

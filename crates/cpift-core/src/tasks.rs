@@ -1,0 +1,238 @@
+//! tasks.toml: the tasks, their data and how they are scored, in the order of the job array.
+//!
+//! ```toml
+//! [[task]]
+//! name = "gsm8k"                   # letters, digits, '-' and '_'; unique
+//! train = "gsm8k/train.jsonl"      # relative to this file
+//! eval = "gsm8k/eval.jsonl"
+//! format = "messages"              # the only one yet, and the default
+//! metric = "gsm8k"                 # exact-match, gsm8k, choice or nll (default: the loss alone)
+//! kind = "reasoning"               # for grouping by hand
+//! template = "chatml"              # for a base without a chat template: chatml, or a path to a Jinja file
+//! few_shot = 0                     # examples before the question (only 0 yet)
+//! max_new_tokens = 256             # longest generated answer; default 256
+//! max_length = 1024                # longest example in tokens; default 1024
+//! sample = 500                     # rows of the balanced sample; default: the smallest task's rows, at most 1,000
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::Deserialize;
+
+use crate::error::{BadInput, usage};
+use crate::files;
+
+/// The most rows a task gives to the balanced sample unless it says otherwise.
+pub const DEFAULT_SAMPLE: usize = 1000;
+
+/// A checked tasks.toml.
+#[derive(Debug, Clone)]
+pub struct Tasks {
+    /// The file.
+    pub path: PathBuf,
+    /// The tasks in array order.
+    pub list: Vec<Task>,
+}
+
+/// One task; paths are resolved against the file's folder.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Task {
+    /// Unique name.
+    pub name: String,
+    /// Training rows.
+    pub train: PathBuf,
+    /// Evaluation rows.
+    pub eval: PathBuf,
+    /// Layout of the rows.
+    #[serde(default)]
+    pub format: Format,
+    /// How answers are scored; the loss always is.
+    #[serde(default)]
+    pub metric: TaskMetric,
+    /// Free label of similar tasks.
+    #[serde(default)]
+    pub kind: Option<String>,
+    /// Chat template for a base that has none.
+    #[serde(default)]
+    pub template: Option<String>,
+    /// Examples before the question.
+    #[serde(default)]
+    pub few_shot: usize,
+    /// Longest generated answer in tokens.
+    #[serde(default = "default_max_new_tokens")]
+    pub max_new_tokens: usize,
+    /// Longest example in tokens.
+    #[serde(default = "default_max_length")]
+    pub max_length: usize,
+    /// Rows of the balanced sample.
+    #[serde(default)]
+    pub sample: Option<usize>,
+}
+
+/// Layout of a data file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// JSONL, each row with `messages: [{role, content}]`.
+    #[default]
+    Messages,
+}
+
+/// How a task's answers are scored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskMetric {
+    /// The loss on the reference answers alone.
+    #[default]
+    Nll,
+    /// The generated answer equals `answer`, outer white space aside.
+    ExactMatch,
+    /// GSM8K's exact match of the number after `####`.
+    Gsm8k,
+    /// The letter of `choices` with the highest log-likelihood is the one of `answer`.
+    Choice,
+}
+
+fn default_max_new_tokens() -> usize {
+    256
+}
+
+fn default_max_length() -> usize {
+    1024
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TasksFile {
+    task: Vec<Task>,
+}
+
+impl Tasks {
+    /// Reads and checks `path`.
+    ///
+    /// # Errors
+    /// [`BadInput`] for TOML errors, unknown keys, repeated or unusable names, and data files that do not exist.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = files::read_text(path)?;
+        let file: TasksFile = toml::from_str(&text)
+            .map_err(|e| BadInput::new(path, format!("not a usable task list: {}", e.to_string().trim())))?;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let mut list = file.task;
+        if list.is_empty() {
+            return Err(BadInput::new(path, "lists no task").expected("at least one [[task]]").into());
+        }
+        for i in 0..list.len() {
+            check_task(path, folder, &mut list[i])?;
+            if list[..i].iter().any(|t| t.name == list[i].name) {
+                return Err(BadInput::new(path, format!("the task {} is listed twice", list[i].name)).into());
+            }
+        }
+        Ok(Self { path: path.to_owned(), list })
+    }
+
+    /// The task called `name`.
+    ///
+    /// # Errors
+    /// [`BadInput`] that lists the names there are.
+    pub fn named(&self, name: &str) -> Result<&Task> {
+        self.list.iter().find(|t| t.name == name).ok_or_else(|| {
+            BadInput::new(&self.path, format!("has no task named {name}")).expected(self.names().join(", ")).into()
+        })
+    }
+
+    /// The task at `index`, counted from 0 as Slurm arrays here are.
+    ///
+    /// # Errors
+    /// [`crate::Usage`] when there is no such index.
+    pub fn indexed(&self, index: usize) -> Result<&Task> {
+        self.list.get(index).ok_or_else(|| {
+            usage(format!(
+                "task index {index} is out of range: {} lists {} tasks, 0 to {}",
+                self.path.display(),
+                self.list.len(),
+                self.list.len() - 1
+            ))
+        })
+    }
+
+    /// All names in array order.
+    pub fn names(&self) -> Vec<String> {
+        self.list.iter().map(|t| t.name.clone()).collect()
+    }
+}
+
+fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
+    let name_ok = !task.name.is_empty() && task.name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+    if !name_ok {
+        return Err(BadInput::new(path, "a task's name cannot be used")
+            .expected("letters, digits, '-' and '_'")
+            .found(format!("{:?}", task.name))
+            .into());
+    }
+    if task.few_shot != 0 {
+        return Err(BadInput::new(path, format!("task {}: few_shot is not supported yet", task.name))
+            .expected("0")
+            .found(task.few_shot.to_string())
+            .into());
+    }
+    if task.max_length < 2 || task.max_new_tokens == 0 || task.sample == Some(0) {
+        return Err(BadInput::new(path, format!("task {}: a length or count is too small", task.name))
+            .expected("max_length of at least 2, max_new_tokens and sample of at least 1")
+            .into());
+    }
+    for file in [&mut task.train, &mut task.eval] {
+        *file = folder.join(&*file);
+        if !file.is_file() {
+            return Err(BadInput::new(&*file, format!("the data file of task {} is missing", task.name))
+                .hint(format!("paths in {} are relative to its folder", path.display()))
+                .into());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Tasks> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("d.jsonl"), "").unwrap();
+        std::fs::write(dir.path().join("tasks.toml"), text).unwrap();
+        Tasks::read(&dir.path().join("tasks.toml"))
+    }
+
+    #[test]
+    fn the_documented_keys_are_the_keys() {
+        let doc = include_str!("tasks.rs").lines().take_while(|l| l.starts_with("//!"));
+        let toml: String = doc
+            .skip_while(|l| *l != "//! ```toml")
+            .skip(1)
+            .take_while(|l| *l != "//! ```")
+            .map(|l| l.trim_start_matches("//!").trim().to_owned() + "\n")
+            .collect();
+        let toml = toml.replace("gsm8k/train.jsonl", "d.jsonl").replace("gsm8k/eval.jsonl", "d.jsonl");
+        let tasks = read(&toml).unwrap();
+        let task = tasks.named("gsm8k").unwrap();
+        assert_eq!((task.metric, task.sample, task.max_length), (TaskMetric::Gsm8k, Some(500), 1024));
+        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 11, "a key without documentation");
+    }
+
+    #[test]
+    fn unknown_keys_repeated_names_and_missing_files_are_refused() {
+        let row = "[[task]]\nname='a'\ntrain='d.jsonl'\neval='d.jsonl'\n";
+        assert_eq!(read(row).unwrap().list.len(), 1);
+        for (text, part) in [
+            (row.to_owned() + "metrik='x'", "metrik"),
+            (row.repeat(2), "listed twice"),
+            (row.replace("d.jsonl", "e.jsonl"), "missing"),
+            (row.replace("'a'", "'../a'"), "cannot be used"),
+            (String::new(), "task"),
+        ] {
+            let error = read(&text).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

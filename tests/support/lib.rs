@@ -1,0 +1,222 @@
+//! What tests of several crates need: running a binary, and small checkpoints to run it on.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use cpift_core::Dtype;
+use cpift_core::safetensors::{FileWriter, TensorSpec};
+
+/// A run of a binary that has ended.
+pub struct Run {
+    /// Exit code.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+    shown: String,
+}
+
+/// Runs `program` with `args` and waits for it.
+///
+/// # Panics
+/// When it cannot be started or dies by a signal.
+pub fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Run {
+    run_with(program, args, &[])
+}
+
+/// As [`run`], with environment variables.
+pub fn run_with<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>, env: &[(&str, &str)]) -> Run {
+    let mut command = Command::new(program);
+    command.args(args).envs(env.iter().copied());
+    let shown = format!("{command:?}");
+    let Output { status, stdout, stderr } = command.output().unwrap_or_else(|e| panic!("{shown}: {e}"));
+    Run {
+        code: status.code().unwrap_or_else(|| panic!("{shown}: {status}")),
+        stdout: String::from_utf8_lossy(&stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&stderr).into_owned(),
+        shown,
+    }
+}
+
+impl Run {
+    /// Asserts the exit code, showing command and both streams where it differs.
+    ///
+    /// # Panics
+    /// When the code is another.
+    #[track_caller]
+    pub fn expect_code(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "{}\n--- stdout\n{}--- stderr\n{}", self.shown, self.stdout, self.stderr);
+        self
+    }
+
+    /// Asserts success.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        self.expect_code(0)
+    }
+
+    /// Asserts exit code 3 and that every part is in the message.
+    ///
+    /// # Panics
+    /// When the code is another or a part is missing.
+    #[track_caller]
+    pub fn bad_input(self, parts: &[&str]) -> Self {
+        self.expect_code(3).says(parts)
+    }
+
+    /// Asserts exit code 2 and that every part is in the message.
+    ///
+    /// # Panics
+    /// When the code is another or a part is missing.
+    #[track_caller]
+    pub fn usage_error(self, parts: &[&str]) -> Self {
+        self.expect_code(2).says(parts)
+    }
+
+    /// Asserts that every part is in standard error.
+    ///
+    /// # Panics
+    /// When a part is missing.
+    #[track_caller]
+    pub fn says(self, parts: &[&str]) -> Self {
+        for part in parts {
+            assert!(self.stderr.contains(part), "{}\nexpected {part:?} in stderr:\n{}", self.shown, self.stderr);
+        }
+        self
+    }
+}
+
+/// Asserts that `folder` holds exactly `names`: an aborted run leaves nothing behind, hidden files included.
+///
+/// # Panics
+/// When it holds others.
+#[track_caller]
+pub fn expect_entries(folder: &Path, names: &[&str]) {
+    let mut found: Vec<String> =
+        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    found.sort();
+    let mut names = names.to_vec();
+    names.sort_unstable();
+    assert_eq!(found, names, "in {}", folder.display());
+}
+
+/// A tensor for a test checkpoint.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    /// Element type on disk.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Little-endian bytes.
+    pub bytes: Vec<u8>,
+}
+
+impl Tensor {
+    /// A tensor of floats, cast to `dtype`.
+    pub fn floats(dtype: Dtype, shape: &[usize], values: &[f32]) -> Self {
+        use cpift_core::checkpoint::Float;
+        assert_eq!(values.len(), shape.iter().product::<usize>());
+        let mut bytes = Vec::new();
+        f32::write(dtype, values, &mut bytes);
+        Self { dtype, shape: shape.to_vec(), bytes }
+    }
+
+    /// An F32 tensor.
+    pub fn f32(shape: &[usize], values: &[f32]) -> Self {
+        Self::floats(Dtype::F32, shape, values)
+    }
+
+    /// The elements as f32.
+    pub fn values(&self) -> Vec<f32> {
+        use cpift_core::checkpoint::Float;
+        let mut out = vec![0.0; self.bytes.len() / self.dtype.size()];
+        f32::read(self.dtype, &self.bytes, &mut out);
+        out
+    }
+}
+
+/// Tensors by name.
+pub type Tensors = BTreeMap<String, Tensor>;
+
+/// Writes one safetensors file.
+///
+/// # Panics
+/// On I/O errors.
+pub fn write_safetensors(path: &Path, tensors: &Tensors) {
+    let specs: Vec<TensorSpec> =
+        tensors.iter().map(|(n, t)| TensorSpec { name: n.clone(), dtype: t.dtype, shape: t.shape.clone() }).collect();
+    let writer = FileWriter::create(path, &specs, &BTreeMap::from([("format".into(), "pt".into())])).unwrap();
+    for (name, tensor) in tensors {
+        writer.write(name, 0, &tensor.bytes).unwrap();
+    }
+}
+
+/// Writes a checkpoint folder (config.json and model.safetensors) and returns its path.
+///
+/// # Panics
+/// On I/O errors.
+pub fn write_checkpoint(folder: &Path, tensors: &Tensors) -> PathBuf {
+    std::fs::create_dir_all(folder).unwrap();
+    let config = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32"}"#;
+    std::fs::write(folder.join("config.json"), config).unwrap();
+    write_safetensors(&folder.join("model.safetensors"), tensors);
+    folder.to_owned()
+}
+
+/// Writes a checkpoint folder of shards with an index, tensors dealt out in turn.
+///
+/// # Panics
+/// On I/O errors.
+pub fn write_sharded(folder: &Path, tensors: &Tensors, shards: usize) -> PathBuf {
+    write_checkpoint(folder, &Tensors::new());
+    std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+    let mut map = serde_json::Map::new();
+    for i in 0..shards {
+        let name = format!("model-{:05}-of-{shards:05}.safetensors", i + 1);
+        let part: Tensors = tensors.iter().skip(i).step_by(shards).map(|(n, t)| (n.clone(), t.clone())).collect();
+        part.keys().for_each(|k| drop(map.insert(k.clone(), name.clone().into())));
+        write_safetensors(&folder.join(name), &part);
+    }
+    let index = serde_json::json!({"metadata": {}, "weight_map": map});
+    std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    folder.to_owned()
+}
+
+/// All tensors of a checkpoint.
+///
+/// # Panics
+/// When it cannot be opened.
+pub fn read_checkpoint(path: &Path) -> Tensors {
+    let checkpoint = cpift_core::Checkpoint::open(path).unwrap();
+    checkpoint
+        .tensors()
+        .map(|v| (v.name.to_owned(), Tensor { dtype: v.dtype, shape: v.shape.to_vec(), bytes: v.bytes.to_vec() }))
+        .collect()
+}
+
+/// A repeatable stream of numbers for test data (SplitMix64).
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    /// The next 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// The next number in −1 to 1.
+    pub fn unit(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    /// `n` numbers in −1 to 1.
+    pub fn units(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.unit()).collect()
+    }
+}
