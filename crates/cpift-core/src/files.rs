@@ -95,6 +95,47 @@ impl StagedFile {
     }
 }
 
+/// A path for another writer to create a file at, which then appears under its final name whole, or not at all.
+pub struct StagedPath {
+    dir: tempfile::TempDir,
+    dest: PathBuf,
+}
+
+impl StagedPath {
+    /// Starts a file that will become `dest`, to be created at [`StagedPath::path`] on the same file system.
+    ///
+    /// # Errors
+    /// [`BadInput`] when `dest` exists without `force` or is a folder; I/O errors otherwise.
+    pub fn create(dest: &Path, force: bool) -> Result<Self> {
+        check_output(dest, force)?;
+        if dest.is_dir() {
+            return Err(BadInput::new(dest, "is a folder").expected("a file name for the output").into());
+        }
+        let parent = parent_of(dest)?;
+        let dir = staging_name(dest)
+            .tempdir_in(&parent)
+            .with_context(|| format!("creating a folder in {}", parent.display()))?;
+        Ok(Self { dir, dest: dest.to_owned() })
+    }
+
+    /// Where the file is to be created.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("file")
+    }
+
+    /// Makes the file durable and gives it its final name.
+    ///
+    /// # Errors
+    /// I/O errors; nothing is left behind.
+    pub fn commit(self) -> Result<()> {
+        let (from, dest) = (self.path(), &self.dest);
+        File::open(&from)?.sync_all().with_context(|| format!("writing {}", dest.display()))?;
+        fs::rename(&from, dest).with_context(|| format!("renaming to {}", dest.display()))?;
+        self.dir.close().with_context(|| format!("tidying up beside {}", dest.display()))?;
+        sync_dir(&parent_of(dest)?)
+    }
+}
+
 /// Writes `text` to `dest`, whole or not at all.
 ///
 /// # Errors
@@ -211,6 +252,9 @@ mod tests {
         fs::write(staged.path().join("x"), "y").unwrap();
         drop(staged);
         drop(StagedFile::create(&dir.path().join("f"), false).unwrap());
+        let staged = StagedPath::create(&dir.path().join("p"), false).unwrap();
+        fs::write(staged.path(), "y").unwrap();
+        drop(staged);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
@@ -226,6 +270,18 @@ mod tests {
         staged.commit().unwrap();
         assert!(out.join("new").exists() && !out.join("stale").exists());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_staged_path_becomes_its_destination_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("p");
+        let staged = StagedPath::create(&dest, false).unwrap();
+        fs::write(staged.path(), "y").unwrap();
+        staged.commit().unwrap();
+        assert_eq!(fs::read_to_string(&dest).unwrap(), "y");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert!(StagedPath::create(&dest, false).is_err());
     }
 
     #[test]

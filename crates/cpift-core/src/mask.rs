@@ -47,7 +47,7 @@ pub struct MaskHeader {
 }
 
 /// Over what the top p % is taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
     /// All parameters together (the paper).
@@ -59,7 +59,7 @@ pub enum Scope {
 }
 
 /// The quantity that is ranked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Metric {
     /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| (the paper).

@@ -1,0 +1,151 @@
+//! Training arguments that cpift-probe and cpift-train share.
+
+use anyhow::Result;
+use cpift_core::error::usage;
+use cpift_core::{Dtype, Usage};
+
+use crate::data::Overlong;
+use crate::device::DeviceChoice;
+use crate::optim::AdamWConfig;
+
+/// How to fine-tune, as typed.
+#[derive(clap::Args, Debug, Clone)]
+pub struct TrainingArgs {
+    /// Optimizer steps in all (over all stages); not with --tokens [default: 100]
+    #[arg(long, value_name = "N", conflicts_with = "tokens")]
+    pub steps: Option<usize>,
+    /// Train until this many tokens (padding not counted) have been seen, over all stages
+    #[arg(long, value_name = "N")]
+    pub tokens: Option<usize>,
+    /// Examples in a batch
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub batch_size: usize,
+    /// Batches whose gradients make one step
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub grad_accum: usize,
+    /// Peak learning rate
+    #[arg(long, value_name = "F", default_value_t = 2e-5)]
+    pub lr: f64,
+    /// Share of the steps that warm up; a cosine to zero follows
+    #[arg(long, value_name = "F", default_value_t = 0.03)]
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay (norms and biases do not decay)
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    pub weight_decay: f64,
+    /// AdamW's decay rate of the first moment
+    #[arg(long, value_name = "F", default_value_t = 0.9)]
+    pub adam_beta1: f64,
+    /// AdamW's decay rate of the second moment
+    #[arg(long, value_name = "F", default_value_t = 0.999)]
+    pub adam_beta2: f64,
+    /// AdamW's epsilon
+    #[arg(long, value_name = "F", default_value_t = 1e-8)]
+    pub adam_epsilon: f64,
+    /// Clip the global gradient norm to this; 0 turns clipping off
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    pub max_grad_norm: f64,
+    /// Seed of the shuffles and samples
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Longest example in tokens, over the tasks' own max_length
+    #[arg(long, value_name = "N")]
+    pub max_length: Option<usize>,
+    /// Refuse an example longer than the context instead of cutting it
+    #[arg(long)]
+    pub strict: bool,
+    /// Element type of the saved weights: f32, bf16, f16. Masks want f32: bf16 loses small updates
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub save_dtype: Dtype,
+    /// Element type of the forward and backward pass: f32 or bf16; weights and optimizer stay f32 [default: f32 on the CPU, bf16 on CUDA]
+    #[arg(long, value_name = "TYPE")]
+    pub compute_dtype: Option<Dtype>,
+    /// cpu, cuda, cuda:N, or auto: CUDA where there is one
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Log a line every N steps
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub log_every: usize,
+}
+
+/// How long to train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Budget {
+    /// So many optimizer steps.
+    Steps(usize),
+    /// As many steps as it takes to see so many tokens.
+    Tokens(usize),
+}
+
+impl TrainingArgs {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// [`Usage`] naming the argument.
+    pub fn check(&self) -> Result<()> {
+        let rules = [
+            (self.steps != Some(0) && self.tokens != Some(0), "--steps and --tokens must be at least 1"),
+            (self.batch_size > 0, "--batch-size must be at least 1"),
+            (self.grad_accum > 0, "--grad-accum must be at least 1"),
+            (self.lr.is_finite() && self.lr > 0.0, "--lr must be positive"),
+            ((0.0..=1.0).contains(&self.warmup_ratio), "--warmup-ratio must be 0 to 1"),
+            (self.weight_decay >= 0.0, "--weight-decay must not be negative"),
+            ((0.0..1.0).contains(&self.adam_beta1), "--adam-beta1 must be 0 or more and under 1"),
+            ((0.0..1.0).contains(&self.adam_beta2), "--adam-beta2 must be 0 or more and under 1"),
+            (self.adam_epsilon > 0.0, "--adam-epsilon must be positive"),
+            (self.max_grad_norm >= 0.0, "--max-grad-norm must not be negative"),
+            (self.max_length.is_none_or(|n| n >= 2), "--max-length must be at least 2"),
+            (self.log_every > 0, "--log-every must be at least 1"),
+            (
+                matches!(self.compute_dtype, None | Some(Dtype::F32 | Dtype::BF16)),
+                "--compute-dtype must be f32 or bf16",
+            ),
+        ];
+        match rules.iter().find(|(holds, _)| !holds) {
+            Some((_, message)) => Err(Usage((*message).to_owned()).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// How long to train.
+    pub fn budget(&self) -> Budget {
+        match self.tokens {
+            Some(tokens) => Budget::Tokens(tokens),
+            None => Budget::Steps(self.steps.unwrap_or(100)),
+        }
+    }
+
+    /// The optimizer's numbers.
+    pub fn optimizer(&self) -> AdamWConfig {
+        AdamWConfig {
+            betas: (self.adam_beta1, self.adam_beta2),
+            eps: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+        }
+    }
+
+    /// What to do with examples longer than the context.
+    pub fn overlong(&self) -> Overlong {
+        if self.strict { Overlong::Refuse } else { Overlong::Truncate }
+    }
+}
+
+impl Budget {
+    /// The budget of stage `index` of `count`: equal parts, the remainder to the first ones.
+    ///
+    /// # Errors
+    /// [`Usage`] when a part would be empty.
+    pub fn part(self, index: usize, count: usize) -> Result<Self> {
+        let share = |total: usize| {
+            let part = total / count + usize::from(index < total % count);
+            if part == 0 {
+                Err(usage(format!("a budget of {total} cannot be shared by {count} stages")))
+            } else {
+                Ok(part)
+            }
+        };
+        match self {
+            Self::Steps(n) => Ok(Self::Steps(share(n)?)),
+            Self::Tokens(n) => Ok(Self::Tokens(share(n)?)),
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Supervised examples: a conversation's token ids, and which of them the loss counts.
+
+use std::path::Path;
+
+use anyhow::Result;
+use cpift_core::BadInput;
+
+use super::rows::Row;
+use crate::text::ChatText;
+
+/// One conversation as tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// Token ids.
+    pub ids: Vec<i64>,
+    /// Whether the loss counts the prediction of each token: the assistant's tokens, the end of turn included.
+    pub target: Vec<bool>,
+}
+
+/// What to do with an example longer than the context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlong {
+    /// Keep its first tokens and count it.
+    Truncate,
+    /// Refuse the file (`--strict`).
+    Refuse,
+}
+
+/// A file's examples with what was lost on the way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// The usable examples, in file order.
+    pub examples: Vec<Example>,
+    /// Examples cut to the context.
+    pub truncated: usize,
+    /// Examples left out because no assistant token remained.
+    pub dropped: usize,
+}
+
+/// Encodes `rows` of the file `path`, each cut to `max_length` tokens.
+///
+/// # Errors
+/// [`BadInput`] naming the line where the template raises, or where an example is too long and `overlong` refuses; or when no
+/// example has an assistant token left.
+pub fn encode_rows(
+    path: &Path,
+    rows: &[Row],
+    text: &ChatText,
+    max_length: usize,
+    overlong: Overlong,
+) -> Result<Encoded> {
+    let mut out = Encoded { examples: Vec::new(), truncated: 0, dropped: 0 };
+    for row in rows {
+        let mut example = encode(row, text).map_err(|e| BadInput::new(path, format!("line {}: {e:#}", row.line)))?;
+        if example.ids.len() > max_length {
+            if overlong == Overlong::Refuse {
+                return Err(BadInput::new(path, format!("line {}: longer than the context", row.line))
+                    .expected(format!("at most {max_length} tokens"))
+                    .found(format!("{} tokens", example.ids.len()))
+                    .hint("raise max_length in tasks.toml, or leave out --strict to cut it")
+                    .into());
+            }
+            example.ids.truncate(max_length);
+            example.target.truncate(max_length);
+            out.truncated += 1;
+        }
+        if example.target.contains(&true) {
+            out.examples.push(example);
+        } else {
+            out.dropped += 1;
+        }
+    }
+    if out.examples.is_empty() {
+        return Err(BadInput::new(path, "no example has an assistant token within the context")
+            .hint(format!("raise max_length (now {max_length}) in tasks.toml"))
+            .into());
+    }
+    Ok(out)
+}
+
+/// Encodes one conversation. The whole text is tokenised at once; a token is a target when it starts inside an assistant turn
+/// and no end-of-turn token of that turn came before it.
+pub(crate) fn encode(row: &Row, text: &ChatText) -> Result<Example> {
+    let (rendered, spans) = text.render_with_spans(&row.messages)?;
+    let (ids, offsets) = text.encode_offsets(&rendered)?;
+    let mut target = vec![false; ids.len()];
+    for span in spans {
+        let inside = (0..ids.len()).filter(|&i| span.contains(&offsets[i].0) && offsets[i].1 <= span.end);
+        let inside: Vec<usize> = inside.collect();
+        let last = inside.iter().rposition(|&i| text.eos_ids.contains(&ids[i])).unwrap_or(inside.len().wrapping_sub(1));
+        inside.iter().take(last.wrapping_add(1)).for_each(|&i| target[i] = true);
+    }
+    // The first token has nothing before it to be predicted from.
+    if let Some(first) = target.first_mut() {
+        *first = false;
+    }
+    Ok(Example { ids, target })
+}

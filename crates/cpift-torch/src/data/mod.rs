@@ -1,0 +1,9 @@
+//! From data files to batches: rows, token examples with the loss on assistant tokens, shuffling, padding.
+
+mod batch;
+mod example;
+mod rows;
+
+pub use batch::{Batch, IGNORE, Sampler, balanced_sample};
+pub use example::{Encoded, Example, Overlong, encode_rows};
+pub use rows::{Message, Row, read_rows};

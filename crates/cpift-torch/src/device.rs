@@ -1,0 +1,66 @@
+//! Choosing the device and the number of threads.
+
+use anyhow::Result;
+use cpift_core::error::usage;
+use tch::Device;
+
+use crate::ffi;
+
+/// Where to compute: `cpu`, `cuda`, `cuda:N`, or `auto` (CUDA where there is one).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The CPU.
+    Cpu,
+    /// A CUDA device by its number.
+    Cuda(usize),
+    /// The first CUDA device where there is one, else the CPU.
+    Auto,
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "auto" => Ok(Self::Auto),
+            "cuda" => Ok(Self::Cuda(0)),
+            other => other
+                .strip_prefix("cuda:")
+                .and_then(|n| n.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| format!("expected cpu, cuda, cuda:N or auto, found {other:?}")),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// Loads what the device needs, sets libtorch's threads and returns the device. Call once, before any tensor.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] when CUDA is asked for and is not there.
+    pub fn open(self, threads: Option<usize>) -> Result<Device> {
+        if let Some(threads) = threads {
+            tch::set_num_threads(threads as i32);
+        }
+        let wanted = match self {
+            Self::Cpu => return Ok(Device::Cpu),
+            Self::Cuda(index) => Some(index),
+            Self::Auto => None,
+        };
+        let loaded = ffi::load_cuda();
+        let count = if loaded.is_ok() { tch::Cuda::device_count().max(0) as usize } else { 0 };
+        match wanted {
+            Some(index) if index < count => Ok(Device::Cuda(index)),
+            Some(index) => {
+                let reason = loaded.err().map_or(format!("{count} CUDA devices are visible"), |e| e.to_string());
+                Err(usage(format!(
+                    "--device cuda:{index} is not to be had: {reason}\n  hint: `make setup CUDA=1` lays out libtorch \
+                     with CUDA; --device cpu works everywhere"
+                )))
+            }
+            None if count > 0 => Ok(Device::Cuda(0)),
+            None => Ok(Device::Cpu),
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! A checkpoint folder opened for training or scoring: weights, model, tokenizer; and saved again as one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cpift_core::checkpoint::{Digest, read_config, with_torch_dtype};
+use cpift_core::{BadInput, Checkpoint, Dtype, json};
+use serde_json::Value;
+use tch::{Device, Kind};
+
+use crate::model::{Llama, LlamaConfig};
+use crate::text::ChatText;
+use crate::weights::{self, Parameters};
+
+/// A model with everything that belongs to it.
+pub struct Session {
+    /// The folder it came from.
+    pub folder: PathBuf,
+    /// Digest of that folder.
+    pub digest: Digest,
+    /// The mapped checkpoint it came from.
+    pub checkpoint: Checkpoint,
+    /// Trainable tensors; they share storage with the model's.
+    pub parameters: Parameters,
+    /// The model.
+    pub model: Llama,
+    /// Tokenizer and chat template.
+    pub text: ChatText,
+    config: Value,
+}
+
+impl Session {
+    /// Opens `folder` with f32 weights on `device`, blocks computing in `compute`; `template` is for a base without a chat template.
+    ///
+    /// # Errors
+    /// [`BadInput`] for anything in the folder that cannot be used.
+    pub fn open(folder: &Path, template: Option<&str>, device: Device, compute: Kind) -> Result<Self> {
+        let checkpoint = Checkpoint::open(folder)?;
+        let config = read_config(folder)?;
+        let numbers = LlamaConfig::from_json(folder, &config)?;
+        let text = ChatText::open(folder, template)?;
+        if text.vocab_size() as i64 > numbers.vocab_size {
+            return Err(BadInput::new(folder, "the tokenizer has more tokens than the embedding has rows")
+                .expected(format!("at most {}", numbers.vocab_size))
+                .found(text.vocab_size().to_string())
+                .into());
+        }
+        let digest = checkpoint.digest()?;
+        let parameters = weights::load(&checkpoint, Kind::Float, device)?;
+        let model = Llama::new(numbers, &parameters, folder, compute)?;
+        Ok(Self { folder: folder.to_owned(), digest, checkpoint, parameters, model, text, config })
+    }
+
+    /// Writes the model as a Hugging Face folder into `staged`, weights as `dtype`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn save(&self, staged: &Path, dtype: Dtype) -> Result<()> {
+        weights::save(&self.parameters, staged, dtype)?;
+        let config = with_torch_dtype(self.config.clone(), dtype);
+        let path = staged.join("config.json");
+        fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;
+        self.text.save(staged)
+    }
+}

@@ -1,0 +1,120 @@
+//! Parameters between checkpoint files and libtorch tensors.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use cpift_core::checkpoint::CheckpointWriter;
+use cpift_core::{BadInput, Checkpoint, Dtype, TensorSpec, TensorView};
+use tch::{Device, Kind, Tensor};
+
+/// Trainable tensors by checkpoint name, in bytewise name order. Clones share storage with the model's.
+pub type Parameters = BTreeMap<String, Tensor>;
+
+/// Loads all parameters of `checkpoint` as `kind` leaves that require gradients.
+///
+/// # Errors
+/// [`BadInput`] for a quantised parameter, or NaN or infinite elements (tensor and index named).
+pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Parameters> {
+    if let Some((view, _)) = checkpoint
+        .not_parameters()
+        .find(|(v, why)| *why == cpift_core::checkpoint::Excluded::NotFloat && v.name.ends_with(".weight"))
+    {
+        return Err(BadInput::new(view.file, "a weight that is not floating-point")
+            .tensor(view.name)
+            .expected("F64, F32, F16 or BF16")
+            .found(view.dtype.name())
+            .hint("quantised checkpoints cannot be fine-tuned: take the floating-point one")
+            .into());
+    }
+    let mut parameters = Parameters::new();
+    for view in checkpoint.parameters() {
+        let tensor = to_tensor(&view)?.to_kind(kind).to_device(device).set_requires_grad(true);
+        parameters.insert(view.name.to_owned(), tensor);
+    }
+    Ok(parameters)
+}
+
+fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
+    let shape: Vec<i64> = view.shape.iter().map(|&n| n as i64).collect();
+    let tensor = Tensor::from_data_size(view.bytes, &shape, kind_of(view.dtype));
+    let finite = tensor.isfinite();
+    if finite.all().int64_value(&[]) != 1 {
+        let index = finite.flatten(0, -1).to_kind(Kind::Int).argmin(0, false).int64_value(&[]);
+        return Err(BadInput::new(view.file, "a weight is not finite")
+            .tensor(view.name)
+            .expected("finite numbers")
+            .found(format!("{} at flat index {index}", tensor.flatten(0, -1).double_value(&[index])))
+            .into());
+    }
+    Ok(tensor)
+}
+
+/// Writes `parameters` as `dtype` safetensors files into a staged folder.
+///
+/// # Errors
+/// I/O errors.
+pub fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> {
+    let specs: Vec<TensorSpec> = parameters
+        .iter()
+        .map(|(name, tensor)| TensorSpec {
+            name: name.clone(),
+            dtype,
+            shape: tensor.size().iter().map(|&n| n as usize).collect(),
+        })
+        .collect();
+    let writer = CheckpointWriter::create(folder, &specs, CheckpointWriter::SHARD_SIZE)?;
+    for (spec, tensor) in specs.iter().zip(parameters.values()) {
+        let host = tensor.detach().to_device(Device::Cpu).to_kind(kind_of(dtype)).contiguous();
+        let mut bytes = vec![0u8; spec.nbytes()];
+        host.f_copy_data_u8(&mut bytes, spec.numel())?;
+        writer.write(&spec.name, 0, &bytes)?;
+    }
+    Ok(())
+}
+
+/// The libtorch kind of a floating-point dtype.
+///
+/// # Panics
+/// When `dtype` is not floating-point.
+pub fn kind_of(dtype: Dtype) -> Kind {
+    match dtype {
+        Dtype::F64 => Kind::Double,
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        other => panic!("{other} is not a floating-point dtype"),
+    }
+}
+
+/// Takes the tensor `name` of shape `shape` out of `parameters` (a clone that shares storage).
+///
+/// # Errors
+/// [`BadInput`] when it is missing or of another shape.
+pub(crate) fn take(parameters: &Parameters, path: &Path, name: &str, shape: &[i64]) -> Result<Tensor> {
+    let Some(tensor) = parameters.get(name) else {
+        return Err(BadInput::new(path, "a tensor that config.json asks for is missing").tensor(name).into());
+    };
+    if tensor.size() != shape {
+        return Err(BadInput::new(path, "a tensor's shape disagrees with config.json")
+            .tensor(name)
+            .expected(format!("{shape:?}"))
+            .found(format!("{:?}", tensor.size()))
+            .into());
+    }
+    Ok(tensor.shallow_clone())
+}
+
+/// Refuses parameters that the model did not take: each would be trained or saved in vain.
+///
+/// # Errors
+/// [`BadInput`] naming the first.
+pub(crate) fn check_all_taken(parameters: &Parameters, path: &Path, taken: &[String]) -> Result<()> {
+    match parameters.keys().find(|name| !taken.contains(name)) {
+        Some(extra) => {
+            Err(BadInput::new(path, "a tensor that the model of config.json does not have").tensor(extra).into())
+        }
+        None if taken.len() != parameters.len() => bail!("a parameter was taken twice"),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,145 @@
+//! The model and the optimizer against transformers and PyTorch: fixtures/golden/llama, made by
+//! scripts/oracle/golden_llama.py.
+
+use std::path::{Path, PathBuf};
+
+use cpift_core::Checkpoint;
+use cpift_core::checkpoint::read_config;
+use cpift_torch::data::Batch;
+use cpift_torch::model::{Llama, LlamaConfig};
+use cpift_torch::optim::AdamWConfig;
+use cpift_torch::schedule::CosineWithWarmup;
+use cpift_torch::train::{Trainer, loss_sum};
+use cpift_torch::weights::{self, Parameters};
+use tch::{Device, IndexOp, Kind, Tensor};
+
+const CASES: [&str; 7] =
+    ["gqa_untied", "gqa_tied", "rope_llama3", "rope_linear", "rope_yarn", "rope_dynamic", "mha_bias"];
+
+fn folder(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden/llama").join(case)
+}
+
+fn open(case: &str) -> (Llama, Parameters) {
+    let folder = folder(case);
+    let config = LlamaConfig::from_json(&folder, &read_config(&folder).unwrap()).unwrap();
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let parameters = weights::load(&checkpoint, Kind::Float, Device::Cpu).unwrap();
+    let model = Llama::new(config, &parameters, &folder, Kind::Float).unwrap();
+    (model, parameters)
+}
+
+struct Golden(Checkpoint);
+
+impl Golden {
+    fn open(case: &str) -> Self {
+        Self(Checkpoint::open(&folder(case).join("golden.safetensors")).unwrap())
+    }
+
+    fn get(&self, name: &str) -> Tensor {
+        let view = self.0.get(name).unwrap_or_else(|| panic!("{name} is in the golden file"));
+        let shape: Vec<i64> = view.shape.iter().map(|n| *n as i64).collect();
+        let kind = if view.dtype.is_float() { Kind::Float } else { Kind::Int64 };
+        Tensor::from_data_size(view.bytes, &shape, kind)
+    }
+
+    /// A batch from transformers' unshifted labels: position t holds the label of token t.
+    fn batch(&self, ids: &Tensor, labels: &Tensor) -> Batch {
+        let (b, s) = ids.size2().unwrap();
+        let ignored = Tensor::full([b, 1], -100, (Kind::Int64, Device::Cpu));
+        let shifted = Tensor::cat(&[labels.narrow(1, 1, s - 1), ignored], 1);
+        let targets = shifted.ne(-100).sum(Kind::Int64).int64_value(&[]) as usize;
+        Batch { ids_bs: ids.shallow_clone(), labels_bs: shifted, tokens: ids.numel(), targets }
+    }
+}
+
+fn max_abs(t: &Tensor) -> f64 {
+    t.abs().max().double_value(&[])
+}
+
+#[test]
+fn logits_equal_those_of_transformers() {
+    for case in CASES {
+        let (model, _) = open(case);
+        let golden = Golden::open(case);
+        let ids = golden.get("input_ids");
+        let x = model.hidden(&ids, &model.causal(ids.size()[1]), None);
+        let difference = max_abs(&(model.logits(&x) - golden.get("logits")));
+        assert!(difference <= 1e-4, "{case}: logits differ by {difference}");
+    }
+}
+
+#[test]
+fn loss_and_every_gradient_equal_those_of_transformers() {
+    for case in CASES {
+        let (model, parameters) = open(case);
+        let golden = Golden::open(case);
+        let batch = golden.batch(&golden.get("input_ids"), &golden.get("labels"));
+        let loss = loss_sum(&model, &batch) / batch.targets as f64;
+        let expected = golden.get("loss").double_value(&[]);
+        assert!((loss.double_value(&[]) - expected).abs() < 1e-5, "{case}: loss {loss:?}, expected {expected}");
+        let inputs: Vec<&Tensor> = parameters.values().collect();
+        let grads = Tensor::run_backward(&[&loss], &inputs, false, false);
+        for (name, grad) in parameters.keys().zip(&grads) {
+            let expected = golden.get(&format!("grad.{name}"));
+            let relative = max_abs(&(grad - &expected)) / max_abs(&expected);
+            assert!(relative <= 1e-4, "{case}: the gradient of {name} differs by {relative}");
+        }
+    }
+}
+
+#[test]
+fn ten_adamw_steps_equal_those_of_pytorch() {
+    for case in ["gqa_untied", "gqa_tied"] {
+        let (model, parameters) = open(case);
+        let golden = Golden::open(case);
+        let text = std::fs::read_to_string(folder(case).join("adamw.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let hyper = &json["hyperparameters"];
+        let number = |key: &str| hyper[key].as_f64().unwrap();
+        let list = |key: &str| -> Vec<f64> { json[key].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect() };
+        let optimizer = AdamWConfig {
+            betas: (hyper["betas"][0].as_f64().unwrap(), hyper["betas"][1].as_f64().unwrap()),
+            eps: number("eps"),
+            weight_decay: number("weight_decay"),
+        };
+        let schedule = CosineWithWarmup {
+            peak: number("lr"),
+            warmup_steps: number("warmup_steps") as usize,
+            total_steps: number("steps") as usize,
+        };
+        let mut trainer = Trainer::new(&model, &parameters, None, optimizer, number("max_grad_norm"));
+        let (ids, labels) = (golden.get("train.input_ids"), golden.get("train.labels"));
+        let (losses, lrs, norms) = (list("losses"), list("lrs"), list("grad_norms"));
+        assert_eq!(losses.len(), 10);
+        for step in 0..10 {
+            let pick = step as i64 % ids.size()[0];
+            let batch = golden.batch(&ids.i(pick), &labels.i(pick));
+            let lr = schedule.rate(step);
+            assert!((lr - lrs[step]).abs() < 1e-12, "{case} step {step}: lr {lr}, expected {}", lrs[step]);
+            let report = trainer.step(&[batch], lr).unwrap();
+            let off = (report.loss - losses[step]).abs();
+            assert!(off < 1e-5, "{case} step {step}: loss {}, expected {}", report.loss, losses[step]);
+            assert!((report.grad_norm - norms[step]).abs() < 1e-4 * norms[step], "{case} step {step}: gradient norm");
+        }
+    }
+}
+
+#[test]
+fn micro_batches_make_the_step_of_one_big_batch() {
+    let run = |split: bool| {
+        let (model, parameters) = open("gqa_untied");
+        let golden = Golden::open("gqa_untied");
+        let (ids, labels) = (golden.get("input_ids"), golden.get("labels"));
+        let batches = if split {
+            (0..2).map(|i| golden.batch(&ids.narrow(0, i, 1), &labels.narrow(0, i, 1))).collect()
+        } else {
+            vec![golden.batch(&ids, &labels)]
+        };
+        let mut trainer = Trainer::new(&model, &parameters, None, AdamWConfig::default(), 1.0);
+        let report = trainer.step(&batches, 1e-3).unwrap();
+        (report.loss, report.grad_norm)
+    };
+    let ((loss_a, norm_a), (loss_b, norm_b)) = (run(false), run(true));
+    assert!((loss_a - loss_b).abs() < 1e-6 && (norm_a - norm_b).abs() < 1e-5, "{loss_a} {loss_b} {norm_a} {norm_b}");
+}
