@@ -1,1 +1,7 @@
-fn main() {}
+//! `cpift-eval`: scores a checkpoint on every task, and compares scores.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cpift_core::cli::run_stage(cpift_eval::run)
+}

@@ -1,1 +1,139 @@
+//! Stage 1 of CPI-FT, first half: the probe. A short fine-tune of the base θ⁽⁰⁾ on one task's data gives θ⁽ⁱ⁾, whose
+//! difference from the base shows which parameters the task moves most.
 
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use cpift_core::checkpoint::Digest;
+use cpift_core::cli::Common;
+use cpift_core::error::usage;
+use cpift_core::files::{StagedDir, check_output};
+use cpift_core::provenance::Recorder;
+use cpift_core::tasks::{Task, Tasks};
+use cpift_torch::args::TrainingArgs;
+use cpift_torch::data::{self, Encoded};
+use cpift_torch::session::Session;
+use cpift_torch::train::{self, Metrics, Stage, StageReport};
+use log::{info, warn};
+use serde_json::json;
+
+/// Fine-tunes a base checkpoint on one task: θ⁽⁰⁾ and the task's data give the probe θ⁽ⁱ⁾.
+///
+/// The output is a Hugging Face folder with metrics.jsonl (one line a step) and cpift.json (provenance). Probes of different
+/// tasks are independent of one another: run them as a Slurm array, where --task-index defaults to SLURM_ARRAY_TASK_ID.
+/// Weights and optimizer are f32 whatever the base's dtype, and the probe is saved as f32 unless --save-dtype says otherwise:
+/// bf16 loses most of the small updates that cpift-mask ranks.
+///
+/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
+#[derive(Parser, Debug)]
+#[command(name = "cpift-probe", version)]
+pub struct Args {
+    /// The base checkpoint θ⁽⁰⁾: a Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// The task list, tasks.toml
+    #[arg(long, value_name = "FILE")]
+    pub tasks: PathBuf,
+    /// The task to train on, by name
+    #[arg(long, value_name = "NAME", conflicts_with = "task_index")]
+    pub task: Option<String>,
+    /// The task to train on, by its place in tasks.toml, from 0 [default: SLURM_ARRAY_TASK_ID, when --task is not given]
+    #[arg(long, value_name = "I")]
+    pub task_index: Option<usize>,
+    /// The folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// How to fine-tune.
+    #[command(flatten)]
+    pub training: TrainingArgs,
+    /// Arguments of every stage.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// What was checked before any work: the task, its examples, the opened model.
+struct Plan {
+    task: Task,
+    encoded: Encoded,
+    session: Session,
+}
+
+/// Runs the stage.
+///
+/// # Errors
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training after.
+pub fn run(args: Args) -> Result<()> {
+    args.common.start()?;
+    let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
+    let plan = plan(&args)?;
+    let staged = StagedDir::create(&args.out, args.common.force)?;
+    let mut metrics = Metrics::create(staged.path())?;
+    let report = fine_tune(&args, &plan, &mut metrics)?;
+    plan.session.save(staged.path(), args.training.save_dtype)?;
+    recorder.seed(args.training.seed);
+    recorder.input("base", &args.base, plan.session.digest.clone());
+    recorder.input("train", &plan.task.train, Digest::of_file(&plan.task.train)?);
+    recorder.fact("task", plan.task.name.as_str());
+    recorder.fact("steps", report.steps);
+    recorder.fact("tokens", report.tokens);
+    recorder.fact("examples", plan.encoded.examples.len());
+    recorder.fact("truncated", plan.encoded.truncated);
+    recorder.write_into(staged.path())?;
+    staged.commit()?;
+    info!(
+        "{}: loss {:.4} -> {:.4}; wrote {}",
+        plan.task.name,
+        report.first_loss,
+        report.final_loss,
+        args.out.display()
+    );
+    args.common.print_json(&json!({"task": plan.task.name, "steps": report.steps, "tokens": report.tokens,
+        "first_loss": report.first_loss, "final_loss": report.final_loss, "out": args.out}));
+    Ok(())
+}
+
+fn plan(args: &Args) -> Result<Plan> {
+    args.training.check()?;
+    check_output(&args.out, args.common.force)?;
+    let tasks = Tasks::read(&args.tasks)?;
+    let task = match &args.task {
+        Some(name) => tasks.named(name)?,
+        None => tasks.indexed(task_index(args.task_index)?)?,
+    }
+    .clone();
+    let rows = data::read_rows(&task.train)?;
+    let device = args.training.device.open(args.common.threads)?;
+    let compute = train::compute_kind(args.training.compute_dtype, device);
+    let session = Session::open(&args.base, task.template.as_deref(), device, compute)?;
+    let max_length = session.context_of(&task, args.training.max_length);
+    let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
+    data::report(&task.name, &encoded, max_length);
+    Ok(Plan { task, encoded, session })
+}
+
+/// The index that was typed, or that of the Slurm array.
+fn task_index(typed: Option<usize>) -> Result<usize> {
+    const SLURM: &str = "SLURM_ARRAY_TASK_ID";
+    match (typed, std::env::var(SLURM)) {
+        (Some(index), _) => Ok(index),
+        (None, Ok(text)) => text.parse().map_err(|_| usage(format!("{SLURM} is {text:?}, not an index from 0"))),
+        (None, Err(_)) => Err(usage(format!("name the task: --task NAME or --task-index I (or {SLURM})"))),
+    }
+}
+
+fn fine_tune(args: &Args, plan: &Plan, metrics: &mut Metrics) -> Result<StageReport> {
+    let stage = Stage {
+        label: &plan.task.name,
+        examples: &plan.encoded.examples,
+        freeze: None,
+        budget: args.training.budget(),
+        seed: args.training.seed,
+    };
+    if args.training.save_dtype != cpift_core::Dtype::F32 {
+        warn!("saving as {}: updates smaller than its resolution are lost to cpift-mask", args.training.save_dtype);
+    }
+    let session = &plan.session;
+    train::run_stage(&session.model, &session.parameters, &stage, &args.training, session.text.pad_id, metrics)
+        .with_context(|| format!("training on {}", plan.task.train.display()))
+}

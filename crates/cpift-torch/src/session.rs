@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::checkpoint::{Digest, read_config, with_torch_dtype};
+use cpift_core::tasks::Task;
 use cpift_core::{BadInput, Checkpoint, Dtype, json};
 use serde_json::Value;
 use tch::{Device, Kind};
@@ -50,6 +51,11 @@ impl Session {
         let parameters = weights::load(&checkpoint, Kind::Float, device)?;
         let model = Llama::new(numbers, &parameters, folder, compute)?;
         Ok(Self { folder: folder.to_owned(), digest, checkpoint, parameters, model, text, config })
+    }
+
+    /// The longest example of `task` in tokens: its max_length, or `asked` over it, within the model's own context.
+    pub fn context_of(&self, task: &Task, asked: Option<usize>) -> usize {
+        asked.unwrap_or(task.max_length).min(self.model.config.max_position_embeddings as usize)
     }
 
     /// Writes the model as a Hugging Face folder into `staged`, weights as `dtype`.

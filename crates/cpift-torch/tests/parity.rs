@@ -97,7 +97,8 @@ fn ten_adamw_steps_equal_those_of_pytorch() {
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
         let hyper = &json["hyperparameters"];
         let number = |key: &str| hyper[key].as_f64().unwrap();
-        let list = |key: &str| -> Vec<f64> { json[key].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect() };
+        let list =
+            |key: &str| -> Vec<f64> { json[key].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect() };
         let optimizer = AdamWConfig {
             betas: (hyper["betas"][0].as_f64().unwrap(), hyper["betas"][1].as_f64().unwrap()),
             eps: number("eps"),

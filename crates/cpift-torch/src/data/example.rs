@@ -78,6 +78,18 @@ pub fn encode_rows(
     Ok(out)
 }
 
+/// Logs what became of a task's rows.
+pub fn report(task: &str, encoded: &Encoded, max_length: usize) {
+    let tokens: usize = encoded.examples.iter().map(|e| e.ids.len()).sum();
+    log::info!("{task}: {} examples, {tokens} tokens", encoded.examples.len());
+    if encoded.truncated > 0 {
+        log::warn!("{task}: {} examples were cut to {max_length} tokens", encoded.truncated);
+    }
+    if encoded.dropped > 0 {
+        log::warn!("{task}: {} examples were left out: no assistant token within {max_length} tokens", encoded.dropped);
+    }
+}
+
 /// Encodes one conversation. The whole text is tokenised at once; a token is a target when it starts inside an assistant turn
 /// and no end-of-turn token of that turn came before it.
 pub(crate) fn encode(row: &Row, text: &ChatText) -> Result<Example> {

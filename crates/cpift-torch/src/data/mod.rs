@@ -5,5 +5,5 @@ mod example;
 mod rows;
 
 pub use batch::{Batch, IGNORE, Sampler, balanced_sample};
-pub use example::{Encoded, Example, Overlong, encode_rows};
+pub use example::{Encoded, Example, Overlong, encode_rows, report};
 pub use rows::{Message, Row, read_rows};

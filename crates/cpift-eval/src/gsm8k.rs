@@ -1,0 +1,61 @@
+//! GSM8K's exact match as lm-evaluation-harness (task `gsm8k`, version 3) has it, its quirks included.
+
+use std::sync::LazyLock;
+
+use regex::Regex;
+
+/// What stands for an answer without a number.
+pub const INVALID: &str = "[invalid]";
+
+fn constant(pattern: &str) -> Regex {
+    Regex::new(pattern).expect("a constant that parses")
+}
+
+static STRICT: LazyLock<Regex> = LazyLock::new(|| constant(r"#### (\-?[0-9\.\,]+)"));
+static FLEXIBLE: LazyLock<Regex> = LazyLock::new(|| constant(r"(-?[$0-9.,]{2,})|(-?[0-9]+)"));
+static IGNORED: LazyLock<[Regex; 4]> =
+    LazyLock::new(|| [constant(","), constant(r"\$"), constant(r"(?s).*#### "), constant(r"\.$")]);
+
+/// The number after the first `####`, else `[invalid]`.
+pub fn strict_match(answer: &str) -> &str {
+    STRICT.captures(answer).and_then(|c| c.get(1)).map_or(INVALID, |m| m.as_str())
+}
+
+/// The last thing that looks like a number, else `[invalid]`.
+pub fn flexible_extract(answer: &str) -> &str {
+    FLEXIBLE.captures_iter(answer).last().and_then(|c| c.get(1).or(c.get(2))).map_or(INVALID, |m| m.as_str())
+}
+
+/// What both sides go through before they are compared: thousands commas, dollar signs, all up to `#### ` and a final full stop go;
+/// lower case.
+pub fn normalise(text: &str) -> String {
+    let mut out = text.to_owned();
+    for pattern in IGNORED.iter() {
+        out = pattern.replace_all(&out, "").into_owned();
+    }
+    out.to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strict_takes_the_first_marked_number_and_flexible_the_last_of_any() {
+        let answer = "She has 12 apples.\n#### 1,234\nThat is 7 more. #### 9";
+        assert_eq!(strict_match(answer), "1,234");
+        assert_eq!(flexible_extract(answer), "9");
+        assert_eq!(strict_match("about 5"), INVALID);
+        assert_eq!(flexible_extract("none"), INVALID);
+    }
+
+    #[test]
+    fn the_quirks_of_the_harness_are_kept() {
+        assert_eq!(normalise("$1,234."), "1234");
+        assert_eq!(normalise("work\n#### 18"), "18");
+        // Dots alone look like a number to the flexible pattern, and 12.0 is not 12.
+        assert_eq!(flexible_extract("It is 5. Hope this helps..."), "...");
+        assert_ne!(normalise("12.0"), normalise("12"));
+        assert_eq!(flexible_extract("I paid $18.50."), "$18.50.");
+    }
+}

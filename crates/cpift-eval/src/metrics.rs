@@ -1,0 +1,186 @@
+//! Scoring the rows of one task: the loss always, and the task's own metric.
+
+use anyhow::Result;
+use cpift_core::BadInput;
+use cpift_core::progress;
+use cpift_core::scores::Figure;
+use cpift_core::tasks::{Task, TaskMetric};
+use cpift_torch::data::{Overlong, Row, encode_rows};
+use cpift_torch::generate::{GreedyOptions, greedy};
+use cpift_torch::score::{self, ExampleLoss};
+use cpift_torch::session::Session;
+use serde_json::{Value, json};
+
+use crate::gsm8k;
+
+/// Settings that the figures of a task depend on.
+pub struct Settings {
+    /// Rows in a batch.
+    pub batch_size: usize,
+    /// Longest generated answer in tokens.
+    pub max_new_tokens: usize,
+    /// Longest example in tokens.
+    pub max_length: usize,
+}
+
+/// The task's own metric over its rows.
+pub struct Scored {
+    /// The main figure; `None` for tasks scored by their loss.
+    pub metric: Option<Figure>,
+    /// Further figures of the same outputs.
+    pub also: Vec<Figure>,
+    /// One JSON object for each row: output, what was extracted, score.
+    pub outputs: Vec<Value>,
+}
+
+/// The mean loss in nats a target token, with the standard error of a ratio of sums.
+///
+/// # Errors
+/// [`BadInput`] where a row cannot be encoded.
+pub fn nll(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<(Figure, usize)> {
+    let encoded = encode_rows(&task.eval, rows, &session.text, settings.max_length, Overlong::Truncate)?;
+    let bar = progress::items("loss", encoded.examples.len() as u64);
+    let pad = session.text.pad_id;
+    let losses = score::losses(&session.model, &encoded.examples, settings.batch_size, pad, || bar.inc(1));
+    bar.finish_and_clear();
+    Ok((ratio(&losses), encoded.truncated))
+}
+
+fn ratio(losses: &[ExampleLoss]) -> Figure {
+    let targets: f64 = losses.iter().map(|l| l.targets as f64).sum();
+    let value = losses.iter().map(|l| l.nll).sum::<f64>() / targets;
+    let n = losses.len() as f64;
+    let squares: f64 = losses.iter().map(|l| (l.nll - value * l.targets as f64).powi(2)).sum();
+    let stderr = if n > 1.0 { (squares * n / (n - 1.0)).sqrt() / targets } else { 0.0 };
+    Figure { name: "nll".into(), value, stderr, n: losses.len() as u64 }
+}
+
+/// Scores the task's own metric.
+///
+/// # Errors
+/// [`BadInput`] naming the line of a row without the fields its metric needs.
+pub fn score(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Scored> {
+    match task.metric {
+        TaskMetric::Nll => Ok(Scored { metric: None, also: Vec::new(), outputs: Vec::new() }),
+        TaskMetric::ExactMatch => exact_match(session, task, rows, settings),
+        TaskMetric::Gsm8k => gsm8k_match(session, task, rows, settings),
+        TaskMetric::Choice => choice(session, task, rows),
+    }
+}
+
+fn exact_match(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Scored> {
+    let references: Result<Vec<String>> = rows.iter().map(|row| reference(task, row)).collect();
+    let references = references?;
+    let answers = answers(session, task, rows, settings)?;
+    let (mut scores, mut outputs) = (Vec::new(), Vec::new());
+    for ((row, answer), reference) in rows.iter().zip(&answers).zip(&references) {
+        let score = f64::from(answer.trim() == reference.trim());
+        scores.push(score);
+        outputs.push(json!({"line": row.line, "output": answer, "reference": reference, "score": score}));
+    }
+    Ok(Scored { metric: Some(Figure::mean("exact_match", &scores)), also: Vec::new(), outputs })
+}
+
+fn gsm8k_match(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Scored> {
+    let references: Result<Vec<String>> = rows.iter().map(|row| reference(task, row)).collect();
+    let references = references?;
+    let answers = answers(session, task, rows, settings)?;
+    let (mut strict, mut flexible, mut outputs) = (Vec::new(), Vec::new(), Vec::new());
+    for ((row, answer), reference) in rows.iter().zip(&answers).zip(&references) {
+        let (by_strict, by_flexible) = (gsm8k::strict_match(answer), gsm8k::flexible_extract(answer));
+        let wanted = gsm8k::normalise(reference);
+        strict.push(f64::from(gsm8k::normalise(by_strict) == wanted));
+        flexible.push(f64::from(gsm8k::normalise(by_flexible) == wanted));
+        outputs.push(json!({"line": row.line, "output": answer, "reference": reference, "strict_match": by_strict,
+            "flexible_extract": by_flexible, "score": strict[strict.len() - 1]}));
+    }
+    let also = vec![Figure::mean("exact_match_flexible", &flexible)];
+    Ok(Scored { metric: Some(Figure::mean("exact_match", &strict)), also, outputs })
+}
+
+/// `answer` of the row, or its last message.
+fn reference(task: &Task, row: &Row) -> Result<String> {
+    match row.fields.get("answer") {
+        None => Ok(row.reference().to_owned()),
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(other) => Err(field_error(task, row, "answer", "a string", other)),
+    }
+}
+
+fn field_error(task: &Task, row: &Row, field: &str, expected: &str, found: &Value) -> anyhow::Error {
+    BadInput::new(&task.eval, format!("line {}: the field {field} does not fit the metric of {}", row.line, task.name))
+        .expected(expected)
+        .found(found.to_string())
+        .into()
+}
+
+/// Greedy answers to the prompts of `rows`.
+fn answers(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Vec<String>> {
+    let prompts: Result<Vec<Vec<i64>>> = rows.iter().map(|row| prompt_ids(session, task, row)).collect();
+    let mut prompts = prompts?;
+    // Room for the answer within the model's context; the end of a long prompt is what the answer continues.
+    let context = session.model.config.max_position_embeddings as usize;
+    let room = context.saturating_sub(settings.max_new_tokens).max(1);
+    for prompt in &mut prompts {
+        prompt.drain(..prompt.len().saturating_sub(room));
+    }
+    let options = GreedyOptions {
+        eos_ids: &session.text.eos_ids,
+        pad_id: session.text.pad_id,
+        max_new_tokens: settings.max_new_tokens,
+        batch_size: settings.batch_size,
+    };
+    let bar = progress::items("answers", prompts.len() as u64);
+    let ids = greedy(&session.model, &prompts, &options, || bar.inc(1));
+    bar.finish_and_clear();
+    ids.iter().map(|answer| session.text.decode(answer)).collect()
+}
+
+fn prompt_ids(session: &Session, task: &Task, row: &Row) -> Result<Vec<i64>> {
+    let rendered = session
+        .text
+        .render(row.prompt(), true)
+        .map_err(|e| BadInput::new(&task.eval, format!("line {}: {e:#}", row.line)))?;
+    session.text.encode(&rendered)
+}
+
+/// The letter-answer form of multiple choice: A, B, … compared by their log-likelihood after the chat prompt.
+fn choice(session: &Session, task: &Task, rows: &[Row]) -> Result<Scored> {
+    let (mut scores, mut outputs) = (Vec::new(), Vec::new());
+    let bar = progress::items("choices", rows.len() as u64);
+    for row in rows {
+        let (count, answer) = choice_fields(task, row)?;
+        let rendered = session.text.render(row.prompt(), true)?;
+        let prompt = session.text.encode(&rendered)?;
+        let letters: Vec<String> = (0..count).map(|i| char::from(b'A' + i as u8).to_string()).collect();
+        let continuations: Result<Vec<Vec<i64>>> = letters
+            .iter()
+            // The whole is encoded and cut at the prompt's length, as lm-evaluation-harness does.
+            .map(|letter| Ok(session.text.encode(&format!("{rendered}{letter}"))?.split_off(prompt.len())))
+            .collect();
+        let log_likelihoods = score::continuations(&session.model, &prompt, &continuations?, session.text.pad_id)?;
+        // Ties go to the first.
+        let best = (0..count).fold(0, |best, i| if log_likelihoods[i] > log_likelihoods[best] { i } else { best });
+        scores.push(f64::from(best == answer));
+        outputs.push(json!({"line": row.line, "output": letters[best], "reference": letters[answer],
+            "log_likelihoods": log_likelihoods, "score": scores[scores.len() - 1]}));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(Scored { metric: Some(Figure::mean("acc", &scores)), also: Vec::new(), outputs })
+}
+
+/// Number of choices and the right one's index.
+fn choice_fields(task: &Task, row: &Row) -> Result<(usize, usize)> {
+    let null = Value::Null;
+    let choices = row.fields.get("choices").unwrap_or(&null);
+    let answer = row.fields.get("answer").unwrap_or(&null);
+    let count = choices.as_array().map_or(0, Vec::len);
+    if !(2..=26).contains(&count) {
+        return Err(field_error(task, row, "choices", "a list of 2 to 26 options", choices));
+    }
+    match answer.as_u64() {
+        Some(index) if (index as usize) < count => Ok((count, index as usize)),
+        _ => Err(field_error(task, row, "answer", &format!("an index from 0 to {}", count - 1), answer)),
+    }
+}

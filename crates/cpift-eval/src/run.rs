@@ -1,0 +1,109 @@
+//! `cpift-eval run`: one checkpoint on every task.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+
+use anyhow::{Context, Result};
+use cpift_core::checkpoint::Digest;
+use cpift_core::cli::Common;
+use cpift_core::error::usage;
+use cpift_core::files::{StagedDir, check_output};
+use cpift_core::provenance::{FILE_NAME, Recorder};
+use cpift_core::scores::{FORMAT_VERSION, Scores, TaskScore};
+use cpift_core::tasks::{Task, Tasks};
+use cpift_torch::data::{self, Row};
+use cpift_torch::session::Session;
+use log::{info, warn};
+use serde_json::{Value, json};
+use tch::Kind;
+
+use crate::args::RunArgs;
+use crate::metrics::{self, Settings};
+
+/// Scores and writes the output folder.
+///
+/// # Errors
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`]; nothing is written then.
+pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
+    if args.batch_size == 0 || args.limit == Some(0) || args.max_new_tokens == Some(0) {
+        return Err(usage("--batch-size, --limit and --max-new-tokens must be at least 1"));
+    }
+    check_output(&args.out, common.force)?;
+    let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
+    let tasks = read_tasks(args)?;
+    let device = args.device.open(common.threads)?;
+    let template = tasks.iter().find_map(|(task, _)| task.template.clone());
+    let session = Session::open(&args.model, template.as_deref(), device, Kind::Float)?;
+    recorder.input("model", &args.model, session.digest.clone());
+    let (mut scores, mut outputs) = (Vec::new(), String::new());
+    for (task, rows) in &tasks {
+        let (score, rows) = score_task(args, &session, task, rows)?;
+        recorder.input(format!("eval:{}", task.name), &task.eval, score.eval_digest.clone());
+        for mut row in rows {
+            row["task"] = Value::from(task.name.as_str());
+            writeln!(outputs, "{row}")?;
+        }
+        scores.push(score);
+    }
+    let scores = Scores {
+        format_version: FORMAT_VERSION,
+        model: args.model.clone(),
+        model_digest: session.digest.clone(),
+        tasks: scores,
+    };
+    let staged = StagedDir::create(&args.out, common.force)?;
+    scores.write(&staged.path().join("scores.json"), false)?;
+    fs::write(staged.path().join("outputs.jsonl"), outputs).context("writing outputs.jsonl")?;
+    recorder.write_to(&staged.path().join(FILE_NAME))?;
+    staged.commit()?;
+    common.print_json(&json!(scores));
+    Ok(())
+}
+
+fn read_tasks(args: &RunArgs) -> Result<Vec<(Task, Vec<Row>)>> {
+    let tasks = Tasks::read(&args.tasks)?;
+    let chosen: Vec<Task> = if args.only.is_empty() {
+        tasks.list.clone()
+    } else {
+        args.only.iter().map(|name| tasks.named(name).cloned()).collect::<Result<_>>()?
+    };
+    chosen
+        .into_iter()
+        .map(|task| {
+            let mut rows = data::read_rows(&task.eval)?;
+            rows.truncate(args.limit.unwrap_or(usize::MAX));
+            Ok((task, rows))
+        })
+        .collect()
+}
+
+fn score_task(args: &RunArgs, session: &Session, task: &Task, rows: &[Row]) -> Result<(TaskScore, Vec<Value>)> {
+    let settings = Settings {
+        batch_size: args.batch_size,
+        max_new_tokens: args.max_new_tokens.unwrap_or(task.max_new_tokens),
+        max_length: session.context_of(task, None),
+    };
+    let (nll, truncated) = metrics::nll(session, task, rows, &settings)?;
+    if truncated > 0 {
+        warn!("{}: the loss of {truncated} rows is over their first {} tokens", task.name, settings.max_length);
+    }
+    let scored = metrics::score(session, task, rows, &settings)?;
+    let main = scored.metric.as_ref().map_or(String::new(), |m| format!("{} {:.3}, ", m.name, m.value));
+    info!("{}: {main}nll {:.4} ± {:.4} ({} rows)", task.name, nll.value, nll.stderr, nll.n);
+    let score = TaskScore {
+        task: task.name.clone(),
+        eval_digest: Digest::of_file(&task.eval)?,
+        metric: scored.metric,
+        also: scored.also.into_iter().map(|figure| (figure.name.clone(), figure)).collect(),
+        nll,
+        settings: BTreeMap::from([
+            ("rows".to_owned(), json!(rows.len())),
+            ("prompt".to_owned(), json!("chat")),
+            ("max_new_tokens".to_owned(), json!(settings.max_new_tokens)),
+            ("max_length".to_owned(), json!(settings.max_length)),
+            ("truncated".to_owned(), json!(truncated)),
+        ]),
+    };
+    Ok((score, scored.outputs))
+}

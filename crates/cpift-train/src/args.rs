@@ -1,0 +1,107 @@
+//! The command line of cpift-train.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use cpift_core::cli::{Common, Named};
+use cpift_torch::args::TrainingArgs;
+
+/// Fine-tunes a checkpoint in stages, group by group, while the core regions of earlier groups stay frozen.
+///
+/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
+#[derive(Parser, Debug)]
+#[command(name = "cpift-train", version)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Arguments of every stage.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// The subcommands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Train: CPI-FT's last stage with --groups and --mask, plain multi-stage SFT with --groups --no-freeze, plain multi-task
+    /// SFT without --groups
+    ///
+    /// With groups there is one stage for each group, in the order of groups.json, and the budget (--steps or --tokens) is shared
+    /// equally. In stage k every element that is core to a task of an earlier group keeps its bits. The optimizer starts afresh in every
+    /// stage. The output is a Hugging Face folder with metrics.jsonl and cpift.json.
+    Run(Box<RunArgs>),
+}
+
+/// Arguments of `run`.
+#[derive(clap::Args, Debug)]
+pub struct RunArgs {
+    /// The checkpoint to start from: a Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// The task list, tasks.toml
+    #[arg(long, value_name = "FILE")]
+    pub tasks: PathBuf,
+    /// Train on these tasks only (names, separated by commas) [default: all, or those of groups.json]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "groups")]
+    pub only: Vec<String>,
+    /// Groups and their order, groups.json; without it all tasks form one stage
+    #[arg(long, value_name = "FILE")]
+    pub groups: Option<PathBuf>,
+    /// The core region of a task; one for every task of groups.json
+    #[arg(long = "mask", value_name = "NAME=FILE", requires = "groups")]
+    pub masks: Vec<Named>,
+    /// The base the masks were made for; needed with --mask unless --model is that base
+    #[arg(long, value_name = "DIR", requires = "masks")]
+    pub base: Option<PathBuf>,
+    /// Freeze nothing: plain multi-stage SFT
+    #[arg(long, requires = "groups", conflicts_with = "masks")]
+    pub no_freeze: bool,
+    /// The rows of a stage: `group`, those of the group's own tasks; `mixed`, those of all tasks
+    #[arg(long, value_enum, default_value_t = StageData::Group)]
+    pub stage_data: StageData,
+    /// How many rows of each task: `balanced` (its `sample` in tasks.toml; default the smallest task's rows, at most 1000),
+    /// `all`, or a number [default: balanced when freezing, else all]
+    #[arg(long, value_name = "balanced|all|N")]
+    pub sample: Option<SampleRows>,
+    /// The folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// How to fine-tune.
+    #[command(flatten)]
+    pub training: TrainingArgs,
+}
+
+/// Which tasks' rows a stage sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StageData {
+    /// The group's own.
+    Group,
+    /// All tasks'.
+    Mixed,
+}
+
+/// How many rows each task gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SampleRows {
+    /// The same for each unless tasks.toml says otherwise.
+    Balanced,
+    /// All of them.
+    All,
+    /// At most so many of each.
+    Count(usize),
+}
+
+impl std::str::FromStr for SampleRows {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "balanced" => Ok(Self::Balanced),
+            "all" => Ok(Self::All),
+            other => match other.parse() {
+                Ok(n) if n > 0 => Ok(Self::Count(n)),
+                _ => Err(format!("expected balanced, all or a number of rows, found {other:?}")),
+            },
+        }
+    }
+}
