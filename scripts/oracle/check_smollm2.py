@@ -9,13 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-PARAGRAPH = (
-    "The old lighthouse stood at the edge of the cliff, and every evening the keeper climbed the narrow stairs to light "
-    "the lamp. In winter the wind came straight off the sea and shook the windows, so he wore two coats and carried a "
-    "small stove with him. Ships passed far out on the horizon, and although he never met the sailors, he liked to think "
-    "that they knew his name. One morning in April a letter arrived from the harbour office, telling him that a machine "
-    "would soon do his work. He read it twice, folded it carefully, and put the kettle on the fire. The harbour was built "
-    "in 1873, and 42 boats still used it.")
+PARAGRAPH = (Path(__file__).parents[1] / "smollm2/paragraph.txt").read_text(encoding="utf-8")
 LOSS, TOLERANCE = 3.3588, 0.002
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Writes what transformers makes of real rows, to compare another tokenizer and template engine with:
-JSONL with the token ids of the first user text, of the whole chat, and of the prompt before the answer."""
+"""Writes what transformers makes of real rows, to compare another tokenizer and template engine with: for each row the SHA-256
+of the token ids (as "1,2,3") of the first user text, of the whole chat, and of the prompt before the answer. The rows themselves
+are not ours to hand on; their digests are."""
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,21 +22,22 @@ def spread_rows(path: Path, count: int) -> Iterator[tuple[int, dict]]:
         yield row, json.loads(lines[row])
 
 
+def digest(ids: list[int]) -> str:
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+
+
 def describe(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> dict:
-    return {
-        "text_ids": tokenizer(messages[0]["content"], add_special_tokens=False).input_ids,
-        "chat_ids": tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False),
-        "prompt_ids": tokenizer.apply_chat_template(messages[:-1], tokenize=True, return_dict=False,
-                                                    add_generation_prompt=True),
-        "rendered": tokenizer.apply_chat_template(messages, tokenize=False),
-    }
+    chat = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True)
+    text = tokenizer(messages[0]["content"], add_special_tokens=False).input_ids
+    return {"text": digest(text), "chat": digest(chat), "prompt": digest(prompt)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face folder with tokenizer and chat template")
     parser.add_argument("data", type=Path, help="folder with TASK/train.jsonl")
-    parser.add_argument("out", type=Path, help="JSONL file to write")
+    parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--rows", type=int, default=40, help="rows of each task (default 40)")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--file", default="train.jsonl", help="file in each task's folder (default train.jsonl)")
@@ -46,8 +49,9 @@ def main() -> None:
         for row, example in spread_rows(args.data / task / args.file, args.rows):
             written.append({"task": task, "row": row, **describe(tokenizer, example["messages"])})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
-    print(f"{args.out}: {len(written)} rows, {sum(len(line['chat_ids']) for line in written):,} chat tokens")
+    text = ",\n".join(json.dumps(line) for line in written)
+    args.out.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    print(f"{args.out}: {len(written)} rows")
 
 
 if __name__ == "__main__":

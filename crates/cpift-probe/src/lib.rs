@@ -1,7 +1,7 @@
 //! Stage 1 of CPI-FT, first half: the probe. A short fine-tune of the base θ⁽⁰⁾ on one task's data gives θ⁽ⁱ⁾, whose
 //! difference from the base shows which parameters the task moves most.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -30,8 +30,8 @@ use serde_json::json;
 #[command(name = "cpift-probe", version)]
 pub struct Args {
     /// The base checkpoint θ⁽⁰⁾: a Hugging Face folder
-    #[arg(long, value_name = "DIR")]
-    pub base: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    pub base: Option<PathBuf>,
     /// The task list, tasks.toml
     #[arg(long, value_name = "FILE")]
     pub tasks: PathBuf,
@@ -42,8 +42,11 @@ pub struct Args {
     #[arg(long, value_name = "I")]
     pub task_index: Option<usize>,
     /// The folder to write
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    pub out: Option<PathBuf>,
+    /// Only print the tasks, a line each: index, name, training file, evaluation file, separated by tabs
+    #[arg(long, conflicts_with_all = ["base", "out", "task", "task_index"])]
+    pub list: bool,
     /// How to fine-tune.
     #[command(flatten)]
     pub training: TrainingArgs,
@@ -65,14 +68,28 @@ struct Plan {
 /// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training after.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
+    match (&args.base, &args.out) {
+        (Some(base), Some(out)) => probe(&args, base, out),
+        _ => list(&args),
+    }
+}
+
+fn list(args: &Args) -> Result<()> {
+    for (i, task) in Tasks::read(&args.tasks)?.list.iter().enumerate() {
+        println!("{i}\t{}\t{}\t{}", task.name, task.train.display(), task.eval.display());
+    }
+    Ok(())
+}
+
+fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
-    let plan = plan(&args)?;
-    let staged = StagedDir::create(&args.out, args.common.force)?;
+    let plan = plan(args, base, out)?;
+    let staged = StagedDir::create(out, args.common.force)?;
     let mut metrics = Metrics::create(staged.path())?;
-    let report = fine_tune(&args, &plan, &mut metrics)?;
+    let report = fine_tune(args, &plan, &mut metrics)?;
     plan.session.save(staged.path(), args.training.save_dtype)?;
     recorder.seed(args.training.seed);
-    recorder.input("base", &args.base, plan.session.digest.clone());
+    recorder.input("base", base, plan.session.digest.clone());
     recorder.input("train", &plan.task.train, Digest::of_file(&plan.task.train)?);
     recorder.fact("task", plan.task.name.as_str());
     recorder.fact("steps", report.steps);
@@ -86,16 +103,16 @@ pub fn run(args: Args) -> Result<()> {
         plan.task.name,
         report.first_loss,
         report.final_loss,
-        args.out.display()
+        out.display()
     );
     args.common.print_json(&json!({"task": plan.task.name, "steps": report.steps, "tokens": report.tokens,
-        "first_loss": report.first_loss, "final_loss": report.final_loss, "out": args.out}));
+        "first_loss": report.first_loss, "final_loss": report.final_loss, "out": out}));
     Ok(())
 }
 
-fn plan(args: &Args) -> Result<Plan> {
+fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
     args.training.check()?;
-    check_output(&args.out, args.common.force)?;
+    check_output(out, args.common.force)?;
     let tasks = Tasks::read(&args.tasks)?;
     let task = match &args.task {
         Some(name) => tasks.named(name)?,
@@ -105,7 +122,7 @@ fn plan(args: &Args) -> Result<Plan> {
     let rows = data::read_rows(&task.train)?;
     let device = args.training.device.open(args.common.threads)?;
     let compute = train::compute_kind(args.training.compute_dtype, device);
-    let session = Session::open(&args.base, task.template.as_deref(), device, compute)?;
+    let session = Session::open(base, task.template.as_deref(), device, compute)?;
     let max_length = session.context_of(&task, args.training.max_length);
     let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
     data::report(&task.name, &encoded, max_length);

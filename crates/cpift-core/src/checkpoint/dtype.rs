@@ -154,12 +154,15 @@ macro_rules! float_impl {
             }
 
             fn write(dtype: Dtype, values: &[Self], out: &mut Vec<u8>) {
-                out.reserve(values.len() * dtype.size());
+                let start = out.len();
+                out.resize(start + values.len() * dtype.size(), 0);
+                let bytes = &mut out[start..];
+                // By way of f32, as PyTorch casts: `from_f64` drops the low bits before it rounds.
                 match dtype {
-                    Dtype::F64 => values.iter().for_each(|&v| out.extend((v as f64).to_le_bytes())),
-                    Dtype::F32 => values.iter().for_each(|&v| out.extend((v as f32).to_le_bytes())),
-                    Dtype::F16 => values.iter().for_each(|&v| out.extend(f16::from_f64(v as f64).to_le_bytes())),
-                    Dtype::BF16 => values.iter().for_each(|&v| out.extend(bf16::from_f64(v as f64).to_le_bytes())),
+                    Dtype::F64 => encode(values, bytes, |v| (v as f64).to_le_bytes()),
+                    Dtype::F32 => encode(values, bytes, |v| (v as f32).to_le_bytes()),
+                    Dtype::F16 => encode(values, bytes, |v| f16::from_f32(v as f32).to_le_bytes()),
+                    Dtype::BF16 => encode(values, bytes, |v| bf16::from_f32(v as f32).to_le_bytes()),
                     other => panic!("{other} is not a floating-point dtype"),
                 }
             }
@@ -185,6 +188,12 @@ float_impl!(f64);
 fn decode<const N: usize, T>(bytes: &[u8], out: &mut [T], convert: impl Fn([u8; N]) -> T) {
     for (slot, chunk) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
         *slot = convert(*chunk);
+    }
+}
+
+fn encode<const N: usize, T: Copy>(values: &[T], bytes: &mut [u8], convert: impl Fn(T) -> [u8; N]) {
+    for (value, chunk) in values.iter().zip(bytes.as_chunks_mut::<N>().0) {
+        *chunk = convert(*value);
     }
 }
 
@@ -217,6 +226,21 @@ mod tests {
         let mut back = [0f32; 2];
         f32::read(Dtype::BF16, &out, &mut back);
         assert_eq!(back, [1.0, 1.0 + 4.0 * 2f32.powi(-8)]);
+    }
+
+    #[test]
+    fn casts_see_the_last_bit_of_an_f32() {
+        // One f32 step above the half-way point is no tie: it goes up, in both half precisions.
+        for (dtype, half_way, up) in [(Dtype::BF16, 8, 7), (Dtype::F16, 11, 10)] {
+            let value = 1.0 + 2f32.powi(-half_way) + f32::EPSILON;
+            for cast in [f32::write as fn(Dtype, &[f32], &mut Vec<u8>), |d, v, out| f64::write(d, &[v[0].into()], out)]
+            {
+                let (mut out, mut back) = (Vec::new(), [0f32]);
+                cast(dtype, &[value], &mut out);
+                f32::read(dtype, &out, &mut back);
+                assert_eq!(back, [1.0 + 2f32.powi(-up)], "{dtype}");
+            }
+        }
     }
 
     #[test]

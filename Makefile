@@ -1,0 +1,60 @@
+# Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup build build-files test check demo smollm2 smollm2-check pipeline install clean-probes clean
+
+export LD_LIBRARY_PATH
+PROFILE ?= release
+BIN := target/$(PROFILE)
+CARGO_PROFILE := $(if $(filter debug,$(PROFILE)),,--profile $(PROFILE))
+PREFIX ?= $(HOME)/.local
+
+help: ## This list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: ## libtorch 2.11.0 into .libtorch (LIBTORCH= or LIBTORCH_USE_PYTORCH=1 name one that is there; CUDA=1 adds CUDA)
+	@scripts/setup-libtorch.sh
+
+build: setup ## All six programs into target/release
+	cargo build --workspace --bins $(CARGO_PROFILE)
+
+build-files: ## cpift-mask, -group and -merge only, without libtorch
+	cargo build $(CARGO_PROFILE)
+
+test: setup ## Format, lints and all tests
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo test --workspace
+
+check: setup ## Format and lints only
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+demo: build ## The whole pipeline on a tiny model and five synthetic tasks: matrix, groups, table
+	@BIN=$(BIN) scripts/demo.sh
+
+# Sizes of `make smollm2`. The budget of every method is the same: 5 probes + backbone + final, in tokens.
+DATA ?= data
+SMOLLM2 ?= .cache/smollm2-135m
+SMOLLM2_RUN ?= runs/smollm2
+SEQ ?= 256
+LIMIT ?= 30
+
+smollm2: build ## The whole pipeline on SmolLM2-135M-Instruct with real data (DATA=, STEPS=, SEQ=, TAU=, P=, LR=, LIMIT=)
+	@scripts/smollm2/fetch.sh $(SMOLLM2)
+	@DATA=$(DATA) SEQ=$(SEQ) LIMIT=$(LIMIT) MODEL=$(SMOLLM2) RUN=$(SMOLLM2_RUN) BIN=$(BIN) scripts/smollm2/run.sh
+
+pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
+	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all
+
+clean-probes: ## Delete the probes of RUN= once masks and the fused model are made
+	@test -n "$(RUN)" || { echo "clean-probes: name the run: RUN=DIR" >&2; exit 2; }
+	@test -f "$(RUN)/fused/cpift.json" || { echo "clean-probes: $(RUN)/fused is not there yet: the probes are still needed" >&2; exit 2; }
+	rm -rf -- "$(RUN)/probes"
+
+install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/cpift
+	@PREFIX=$(PREFIX) BIN=$(BIN) scripts/install.sh
+
+clean: ## Delete build outputs and runs; .libtorch stays
+	cargo clean
+	rm -rf runs

@@ -1,0 +1,100 @@
+//! Checks a converted SmolLM2-135M-Instruct against transformers: loss on a paragraph, a greedy answer, and the token ids of
+//! 200 rows of real text. `check_smollm2 MODEL DATA`
+//!
+//! What transformers gave comes from scripts/oracle/check_smollm2.py and fixtures/golden/smollm2_tokens.json.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use cpift_torch::data::{Example, Message, Row, read_rows};
+use cpift_torch::generate::{GreedyOptions, greedy};
+use cpift_torch::score;
+use cpift_torch::session::Session;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind};
+
+const PARAGRAPH: &str = include_str!("../../../scripts/smollm2/paragraph.txt");
+const LOSS: f64 = 3.3588;
+const TOLERANCE: f64 = 0.002;
+const QUESTION: &str = "What is the capital of France?";
+const ANSWER: &str = "The capital of France is Paris.";
+
+/// Digests of one row's token ids.
+#[derive(Deserialize)]
+struct Golden {
+    task: String,
+    row: usize,
+    text: String,
+    chat: String,
+    prompt: String,
+}
+
+fn main() -> Result<()> {
+    let args: Vec<PathBuf> = std::env::args().skip(1).map(PathBuf::from).collect();
+    ensure!(args.len() == 2, "usage: check_smollm2 MODEL DATA");
+    let session = Session::open(&args[0], None, Device::Cpu, Kind::Float)?;
+    check_loss(&session)?;
+    check_answer(&session)?;
+    check_tokens(&session, &args[1])
+}
+
+fn check_loss(session: &Session) -> Result<()> {
+    let ids = session.text.encode(PARAGRAPH)?;
+    let target = (0..ids.len()).map(|i| i > 0).collect();
+    let losses = score::losses(&session.model, &[Example { ids, target }], 1, session.text.pad_id, || ());
+    let loss = losses[0].nll / losses[0].targets as f64;
+    println!("paragraph: {} tokens predicted, loss {loss:.4} (transformers: {LOSS} ± {TOLERANCE})", losses[0].targets);
+    ensure!((loss - LOSS).abs() <= TOLERANCE, "the loss is off");
+    Ok(())
+}
+
+fn check_answer(session: &Session) -> Result<()> {
+    let message = Message { role: "user".into(), content: QUESTION.into() };
+    let prompt = session.text.encode(&session.text.render(&[message], true)?)?;
+    let options = GreedyOptions {
+        eos_ids: &session.text.eos_ids,
+        pad_id: session.text.pad_id,
+        max_new_tokens: 20,
+        batch_size: 1,
+    };
+    let ids = greedy(&session.model, &[prompt], &options, || ());
+    let answer = session.text.decode(&ids[0])?;
+    println!("{QUESTION} -> {answer}");
+    ensure!(answer == ANSWER, "the answer is not {ANSWER:?}");
+    Ok(())
+}
+
+fn check_tokens(session: &Session, data: &Path) -> Result<()> {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden/smollm2_tokens.json");
+    let golden: Vec<Golden> = serde_json::from_str(&std::fs::read_to_string(golden)?)?;
+    let mut compared = 0;
+    for task in ["gsm8k", "codealpaca", "logiqa", "alpaca", "ultrachat"] {
+        let rows = read_rows(&data.join(task).join("train.jsonl"))?;
+        for expected in golden.iter().filter(|g| g.task == task) {
+            check_row(session, &rows[expected.row], expected)?;
+            compared += 1;
+        }
+    }
+    println!("token ids of {compared} rows (text, chat, prompt) equal those of transformers");
+    ensure!(compared == golden.len() && compared >= 200, "rows are missing");
+    Ok(())
+}
+
+fn check_row(session: &Session, row: &Row, expected: &Golden) -> Result<()> {
+    let text = &session.text;
+    let found = [
+        text.encode(&row.messages[0].content)?,
+        text.encode(&text.render(&row.messages, false)?)?,
+        text.encode(&text.render(row.prompt(), true)?)?,
+    ];
+    for (ids, digest) in found.iter().zip([&expected.text, &expected.chat, &expected.prompt]) {
+        ensure!(sha256(ids) == *digest, "{} row {}: token ids differ from transformers'", expected.task, expected.row);
+    }
+    Ok(())
+}
+
+fn sha256(ids: &[i64]) -> String {
+    let text: Vec<String> = ids.iter().map(i64::to_string).collect();
+    Sha256::digest(text.join(",")).iter().map(|byte| format!("{byte:02x}")).collect()
+}

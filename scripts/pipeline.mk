@@ -1,0 +1,100 @@
+# The pipeline as file targets: a stage runs again when one of its inputs is newer. Usually called through `make pipeline`.
+#
+#   BASE=DIR TASKS=FILE RUN=DIR    the base checkpoint, the task list, the folder for everything that is made
+#   PROBE_TOKENS, BACKBONE_TOKENS, FINAL_TOKENS    budgets in tokens: of each probe, of the backbone, of the last stage.
+#       The baselines (full-sft, multi-stage) get the sum: number of tasks x PROBE + BACKBONE + FINAL.
+#   P, SCOPE, TAU, ORDER, SEED     core regions and groups
+#   TRAIN_FLAGS, FINAL_FLAGS, GROUP_FLAGS, MERGE_FLAGS, EVAL_FLAGS    more arguments
+#   THREADS    threads of each program; `make -j2` runs two at a time
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: all
+
+$(if $(and $(BASE),$(TASKS),$(RUN)),,$(error name the inputs: make pipeline BASE=DIR TASKS=tasks.toml RUN=DIR))
+
+BIN ?= target/release
+PROBE_TOKENS ?= 200000
+BACKBONE_TOKENS ?= 400000
+FINAL_TOKENS ?= 200000
+P ?= 1
+SCOPE ?= global
+TAU ?= 0.1
+ORDER ?= random
+SEED ?= 0
+THREADS ?= 1
+TRAIN_FLAGS ?=
+FINAL_FLAGS ?=
+MASK_FLAGS ?=
+GROUP_FLAGS ?=
+MERGE_FLAGS ?=
+EVAL_FLAGS ?=
+
+# index, name, training file and evaluation file of every task, tab-separated
+LIST := $(shell $(BIN)/cpift-probe --tasks $(TASKS) --list | tr '\t' ';')
+$(if $(LIST),,$(error $(TASKS) cannot be read))
+field = $(word $(2),$(subst ;, ,$(1)))
+NAMES := $(foreach t,$(LIST),$(call field,$(t),2))
+TRAIN := $(foreach t,$(LIST),$(call field,$(t),3))
+EVAL := $(foreach t,$(LIST),$(call field,$(t),4))
+TOTAL_TOKENS := $(shell echo $$(($(words $(NAMES)) * $(PROBE_TOKENS) + $(BACKBONE_TOKENS) + $(FINAL_TOKENS))))
+
+MASKS := $(NAMES:%=$(RUN)/masks/%.safetensors)
+PROBES := $(NAMES:%=$(RUN)/probes/%/cpift.json)
+MODELS := full-sft multi-stage cpi-ft
+SCORES := $(patsubst %,$(RUN)/scores/%/scores.json,base $(MODELS))
+BASE_FILES := $(wildcard $(BASE)/config.json $(BASE)/*.safetensors)
+mask_args := $(foreach n,$(NAMES),--mask $(n)=$(RUN)/masks/$(n).safetensors)
+task_args := $(foreach n,$(NAMES),--task $(n)=$(RUN)/probes/$(n))
+common := --threads $(THREADS) --force
+
+# Runs a program with its log in RUN/logs; on a terminal or in a CI log the reader sees one line for each artifact.
+run = @mkdir -p $(RUN)/logs $(@D) && echo "$(1)" && $(BIN)/$(2) $(common) > $(RUN)/logs/$(1).log 2>&1 \
+	|| { code=$$?; tail -n 20 $(RUN)/logs/$(1).log >&2; exit $$code; }
+
+all: $(RUN)/table.md
+
+define task_rules
+$(RUN)/probes/$(1)/cpift.json: $(2) $(TASKS) $(BASE_FILES)
+	$$(call run,probe-$(1),cpift-probe --base $(BASE) --tasks $(TASKS) --task $(1) --out $(RUN)/probes/$(1) \
+		--tokens $(PROBE_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
+
+$(RUN)/masks/$(1).safetensors: $(RUN)/probes/$(1)/cpift.json
+	$$(call run,mask-$(1),cpift-mask extract --base $(BASE) --tuned $(RUN)/probes/$(1) --percent $(P) --scope $(SCOPE) \
+		--out $$@ $(MASK_FLAGS))
+endef
+$(foreach t,$(LIST),$(eval $(call task_rules,$(call field,$(t),2),$(call field,$(t),3))))
+
+$(RUN)/groups.json: $(MASKS)
+	$(call run,groups,cpift-group $(mask_args) --tau $(TAU) --order $(ORDER) --seed $(SEED) --out $@ $(GROUP_FLAGS))
+
+# The paper's backbone: plain multi-stage training through the groups.
+$(RUN)/backbone/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES)
+	$(call run,backbone,cpift-train run --model $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json --no-freeze \
+		--out $(RUN)/backbone --tokens $(BACKBONE_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
+
+$(RUN)/fused/cpift.json: $(RUN)/backbone/cpift.json $(RUN)/groups.json $(MASKS) $(PROBES)
+	$(call run,fused,cpift-merge cpi --base $(BASE) --backbone $(RUN)/backbone --groups $(RUN)/groups.json \
+		$(task_args) $(mask_args) --out $(RUN)/fused $(MERGE_FLAGS))
+
+$(RUN)/cpi-ft/cpift.json: $(RUN)/fused/cpift.json $(RUN)/groups.json $(MASKS) $(TRAIN) $(TASKS)
+	$(call run,cpi-ft,cpift-train run --model $(RUN)/fused --base $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json \
+		$(mask_args) --out $(RUN)/cpi-ft --tokens $(FINAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
+
+# The baselines, with the whole budget.
+$(RUN)/full-sft/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES)
+	$(call run,full-sft,cpift-train run --model $(BASE) --tasks $(TASKS) --out $(RUN)/full-sft \
+		--tokens $(TOTAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
+
+$(RUN)/multi-stage/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES)
+	$(call run,multi-stage,cpift-train run --model $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json --no-freeze \
+		--out $(RUN)/multi-stage --tokens $(TOTAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
+
+score = $(call run,score-$(1),cpift-eval run --model $(2) --tasks $(TASKS) --out $(@D) $(EVAL_FLAGS))
+$(RUN)/scores/base/scores.json: $(BASE_FILES) $(EVAL) $(TASKS)
+	$(call score,base,$(BASE))
+$(RUN)/scores/%/scores.json: $(RUN)/%/cpift.json $(EVAL) $(TASKS)
+	$(call score,$*,$(RUN)/$*)
+
+$(RUN)/table.md: $(SCORES)
+	@$(BIN)/cpift-eval compare $(foreach m,base $(MODELS),$(m)=$(RUN)/scores/$(m)) > $@

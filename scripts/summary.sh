@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# What a pipeline run came to: similarity of the cores, groups, budgets, the table, the files. Reads RUN and the budgets
+# from the environment, as scripts/pipeline.mk does.
+set -euo pipefail
+count=$("$BIN/cpift-probe" --tasks "$TASKS" --list | wc -l)
+total=$((count * PROBE_TOKENS + BACKBONE_TOKENS + FINAL_TOKENS))
+tokens() { grep -m1 -oE '"tokens": [0-9]+' "$RUN/$1/cpift.json" | grep -oE '[0-9]+'; }
+probes=0
+for probe in "$RUN"/probes/*/; do
+    n=$(tokens "probes/$(basename "$probe")"); probes=$((probes + n))
+done
+echo
+cat "$RUN/logs/groups.log"
+echo
+echo "Budget of every method: $total tokens ($count probes x $PROBE_TOKENS + backbone $BACKBONE_TOKENS + final $FINAL_TOKENS)."
+echo "Seen, to the end of a batch: full-sft $(tokens full-sft), multi-stage $(tokens multi-stage)," \
+    "cpi-ft $((probes + $(tokens backbone) + $(tokens cpi-ft))) (probes $probes, backbone $(tokens backbone), final $(tokens cpi-ft))."
+echo
+cat "$RUN/table.md"
+echo
+printf '%-22s%s\n' \
+    "finished model" "$RUN/cpi-ft" "fused model" "$RUN/fused" "baselines" "$RUN/full-sft, $RUN/multi-stage" \
+    "groups, heat map" "$RUN/groups.json, $RUN/groups.svg" "masks" "$RUN/masks" "scores" "$RUN/scores" "logs" "$RUN/logs"
