@@ -1,5 +1,8 @@
 //! What tests of several crates need: running a binary, and small checkpoints to run it on.
 
+pub mod masks;
+pub mod model;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

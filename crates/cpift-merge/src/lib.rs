@@ -1,1 +1,25 @@
+//! Stage 3 of CPI-FT, and plain merges of any checkpoints: core transplant, SLERP and linear combination.
+//!
+//! Every method here writes, per tensor, a linear combination of its inputs whose coefficients follow from the inner
+//! products of those inputs alone. So a merge is two passes over memory-mapped files: [`stream::measure`] takes the
+//! inner products, [`sphere`] turns them into coefficients, [`stream::write`] writes the combination and puts the core
+//! regions in place. Linear merges, whose coefficients are given, skip the first pass.
 
+pub mod cli;
+mod inputs;
+mod merge;
+mod plan;
+mod region;
+mod report;
+mod shard_size;
+pub mod sphere;
+pub mod stream;
+mod verify;
+
+pub use inputs::Source;
+pub use merge::merge;
+pub use plan::{Output, Plan, Weights, plan_cpi, plan_linear, plan_slerp};
+pub use region::{Claims, Conflict};
+pub use report::Summary;
+pub use shard_size::parse_shard_size;
+pub use verify::verify;

@@ -1,1 +1,7 @@
-fn main() {}
+//! The `cpift-merge` program: parse, run, one error print, exit code.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cpift_core::cli::run_stage(cpift_merge::cli::run)
+}

@@ -98,13 +98,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     recorder.fact("truncated", plan.encoded.truncated);
     recorder.write_into(staged.path())?;
     staged.commit()?;
-    info!(
-        "{}: loss {:.4} -> {:.4}; wrote {}",
-        plan.task.name,
-        report.first_loss,
-        report.final_loss,
-        out.display()
-    );
+    info!("{}: loss {:.4} -> {:.4}; wrote {}", plan.task.name, report.first_loss, report.final_loss, out.display());
     args.common.print_json(&json!({"task": plan.task.name, "steps": report.steps, "tokens": report.tokens,
         "first_loss": report.first_loss, "final_loss": report.final_loss, "out": out}));
     Ok(())

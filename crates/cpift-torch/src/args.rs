@@ -24,25 +24,25 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub grad_accum: usize,
     /// Peak learning rate
-    #[arg(long, value_name = "F", default_value_t = 2e-5)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 2e-5)]
     pub lr: f64,
     /// Share of the steps that warm up; a cosine to zero follows
-    #[arg(long, value_name = "F", default_value_t = 0.03)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 0.03)]
     pub warmup_ratio: f64,
     /// Decoupled weight decay (norms and biases do not decay)
-    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 0.0)]
     pub weight_decay: f64,
     /// AdamW's decay rate of the first moment
-    #[arg(long, value_name = "F", default_value_t = 0.9)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 0.9)]
     pub adam_beta1: f64,
     /// AdamW's decay rate of the second moment
-    #[arg(long, value_name = "F", default_value_t = 0.999)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 0.999)]
     pub adam_beta2: f64,
     /// AdamW's epsilon
-    #[arg(long, value_name = "F", default_value_t = 1e-8)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 1e-8)]
     pub adam_epsilon: f64,
     /// Clip the global gradient norm to this; 0 turns clipping off
-    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 1.0)]
     pub max_grad_norm: f64,
     /// Seed of the shuffles and samples
     #[arg(long, value_name = "N", default_value_t = 0)]

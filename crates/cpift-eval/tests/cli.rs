@@ -1,0 +1,164 @@
+//! cpift-eval through the real binary.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
+use cpift_testkit::{Run, expect_entries, run};
+use serde_json::{Value, json};
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    model: PathBuf,
+    tasks: PathBuf,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let model = write_tiny_model(&dir.path().join("model"), 1);
+        let tasks = write_tasks(&dir.path().join("data"));
+        Self { dir, model, tasks }
+    }
+
+    fn out(&self, name: &str) -> PathBuf {
+        self.dir.path().join("runs").join(name)
+    }
+
+    fn eval(&self, out: &str, more: &[&str]) -> Run {
+        let out = self.out(out);
+        let fixed = ["run", "--model", self.model.to_str().unwrap(), "--tasks", self.tasks.to_str().unwrap()];
+        let fixed = fixed.into_iter().chain(["--out", out.to_str().unwrap(), "--device", "cpu", "--threads", "1"]);
+        run(env!("CARGO_BIN_EXE_cpift-eval"), fixed.chain(more.iter().copied()))
+    }
+
+    fn compare(&self, args: &[&str]) -> Run {
+        run(env!("CARGO_BIN_EXE_cpift-eval"), ["compare"].iter().chain(args))
+    }
+}
+
+fn read_json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn every_task_has_its_loss_and_its_metric() {
+    let f = Fixture::new();
+    f.eval("a", &[]).ok();
+    expect_entries(&f.out("a"), &["cpift.json", "outputs.jsonl", "scores.json"]);
+    let scores = read_json(&f.out("a").join("scores.json"));
+    let tasks = scores["tasks"].as_array().unwrap();
+    let names: Vec<&str> = tasks.iter().map(|t| t["metric"]["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["exact_match", "exact_match", "acc"]);
+    for task in tasks {
+        let nll = &task["nll"];
+        // A random model over 259 tokens is near ln 259 = 5.56 nats.
+        assert!((4.0..8.0).contains(&nll["value"].as_f64().unwrap()), "{nll}");
+        assert_eq!((nll["n"].as_u64(), task["metric"]["n"].as_u64()), (Some(4), Some(4)));
+    }
+    assert!(tasks[1]["also"]["exact_match_flexible"].is_object());
+    let outputs = fs::read_to_string(f.out("a").join("outputs.jsonl")).unwrap();
+    assert_eq!(outputs.lines().count(), 12);
+    // The choice's score follows from the log-likelihoods that are written down.
+    let choices: Vec<Value> =
+        outputs.lines().map(|l| serde_json::from_str(l).unwrap()).filter(|v: &Value| v["task"] == "pick").collect();
+    let right = choices.iter().filter(|v| {
+        let ll: Vec<f64> = v["log_likelihoods"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+        ["A", "B"][usize::from(ll[1] > ll[0])] == v["reference"]
+    });
+    assert_eq!(tasks[2]["metric"]["value"].as_f64().unwrap(), right.count() as f64 / 4.0);
+    let batch_of_one = f.eval("b", &["--batch-size", "1"]).ok();
+    drop(batch_of_one);
+    let other = read_json(&f.out("b").join("scores.json"));
+    for (a, b) in tasks.iter().zip(other["tasks"].as_array().unwrap()) {
+        let difference = (a["nll"]["value"].as_f64().unwrap() - b["nll"]["value"].as_f64().unwrap()).abs();
+        assert!(difference < 1e-5, "the batch size changes the loss by {difference}");
+        assert_eq!(a["metric"], b["metric"]);
+    }
+}
+
+#[test]
+fn an_answer_equal_to_the_models_own_output_scores_one() {
+    let f = Fixture::new();
+    f.eval("a", &["--only", "copy"]).ok();
+    let outputs = fs::read_to_string(f.out("a").join("outputs.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(outputs.lines().next().unwrap()).unwrap();
+    let mut same = row("say w100", "unused");
+    same["answer"] = first["output"].clone();
+    write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &[same, row("say w100", "never this")]);
+    f.eval("b", &["--only", "copy"]).ok();
+    let metric = read_json(&f.out("b").join("scores.json"))["tasks"][0]["metric"].clone();
+    assert_eq!(metric["value"], 0.5, "{metric}");
+    assert_eq!(metric["stderr"], 0.5, "sample standard deviation over the root of n");
+}
+
+#[test]
+fn the_table_has_every_run_and_the_score_with_its_formula() {
+    let f = Fixture::new();
+    f.eval("a", &[]).ok();
+    f.eval("b", &[]).ok();
+    let (a, b) = (f.out("a"), f.out("b"));
+    let (a, b) = (a.to_str().unwrap(), b.to_str().unwrap());
+    let table = f.compare(&[&format!("base={a}"), b]).ok().stdout;
+    let rows: Vec<&str> = table.lines().filter(|l| l.starts_with('|')).collect();
+    assert_eq!(rows.len(), 4);
+    assert!(rows[0].contains("copy") && rows[0].contains("ANS"), "{table}");
+    assert!(rows[2].contains("base") && rows[3].starts_with("| b "), "{table}");
+    assert!(table.contains("Average Normalised Score") && table.contains("10 x metric"), "{table}");
+    let json: Value = serde_json::from_str(&f.compare(&[a, "--json"]).ok().stdout).unwrap();
+    let row = &json["rows"][0];
+    let metrics = row["scores"]["tasks"].as_array().unwrap().iter().map(|t| t["metric"]["value"].as_f64().unwrap());
+    assert!((row["ans"].as_f64().unwrap() - 10.0 * metrics.sum::<f64>() / 3.0).abs() < 1e-12);
+}
+
+#[test]
+fn runs_on_other_rows_are_not_compared() {
+    let f = Fixture::new();
+    f.eval("a", &[]).ok();
+    f.eval("b", &["--limit", "2"]).ok();
+    let (a, b) = (f.out("a"), f.out("b"));
+    let args = [a.to_str().unwrap(), b.to_str().unwrap()];
+    f.compare(&args).bad_input(&["other tasks or rows", "expected", "--force"]);
+    f.compare(&[args[0], args[1], "--force"]).ok();
+    let mut scores = read_json(&a.join("scores.json"));
+    scores["format_version"] = json!(99);
+    fs::write(a.join("scores.json"), scores.to_string()).unwrap();
+    f.compare(&[args[0]]).bad_input(&["scores.json", "expected: 1", "found: 99"]);
+}
+
+#[test]
+fn rows_without_the_fields_their_metric_needs_are_refused() {
+    let f = Fixture::new();
+    let file = f.dir.path().join("data/pick/eval.jsonl");
+    let with = |choices: Value, answer: Value| {
+        let mut r = row("pick 0", "A");
+        (r["choices"], r["answer"]) = (choices, answer);
+        r
+    };
+    let good = with(json!(["x", "y"]), json!(0));
+    for (bad, part) in [
+        (row("pick 0", "A"), "choices"),
+        (with(json!(["x", "y"]), json!(2)), "index from 0 to 1"),
+        (with(json!(["x", "y"]), json!("A")), "found: \"A\""),
+    ] {
+        write_rows(&file, &[good.clone(), bad]);
+        f.eval("out", &[]).bad_input(&["pick/eval.jsonl", "line 2", part]);
+        assert!(!f.out("out").exists());
+    }
+    let mut numeric = row("say x", "x");
+    numeric["answer"] = json!(5);
+    write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &[numeric]);
+    f.eval("out", &[]).bad_input(&["copy/eval.jsonl", "line 1", "a string"]);
+}
+
+#[test]
+fn bad_arguments_and_outputs() {
+    let f = Fixture::new();
+    f.eval("out", &["--batch-size", "0"]).usage_error(&["--batch-size"]);
+    f.eval("out", &["--only", "nope"]).bad_input(&["nope"]);
+    fs::create_dir_all(f.out("out")).unwrap();
+    f.eval("out", &[]).bad_input(&["exists", "--force"]);
+    f.compare(&[f.dir.path().to_str().unwrap()]).bad_input(&["scores.json"]);
+    fs::remove_file(f.model.join("config.json")).unwrap();
+    f.eval("out2", &[]).bad_input(&["config.json"]);
+}

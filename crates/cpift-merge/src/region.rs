@@ -1,0 +1,122 @@
+//! Core regions while streaming: which elements belong to one, to whom, and what value an element of several gets.
+
+use cpift_core::TensorView;
+use cpift_core::mask::bit;
+
+/// What an element that is core to several tasks becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Conflict {
+    /// The value of the last task in the order of groups.json
+    Last,
+    /// The value of the first task in the order of groups.json
+    First,
+    /// The value of the task that moved it most from --base; of equals the first
+    MaxDelta,
+    /// The mean of the values of the tasks that claim it
+    Mean,
+}
+
+/// The core regions of all tasks in one tensor: packed bits per task, in the order of groups.json.
+#[derive(Clone, Default)]
+pub struct Claims<'a> {
+    bits: Vec<&'a [u8]>,
+}
+
+impl<'a> Claims<'a> {
+    /// From the packed bits of each task.
+    pub fn new(bits: Vec<&'a [u8]>) -> Self {
+        Self { bits }
+    }
+
+    /// Numbers of elements in `start..start + len` that are core to at least one task, and to at least two.
+    ///
+    /// `start` is a multiple of 8.
+    pub fn count(&self, start: usize, len: usize) -> (u64, u64) {
+        self.bytes(start, len).fold((0, 0), |(core, conflicts), (_, any, several)| {
+            (core + u64::from(any.count_ones()), conflicts + u64::from(several.count_ones()))
+        })
+    }
+
+    /// Calls `each` with the position, counted from `start`, of every core element in `start..start + len`, in order.
+    pub fn for_each(&self, start: usize, len: usize, mut each: impl FnMut(usize)) {
+        for (a, any, _) in self.bytes(start, len).filter(|(_, any, _)| *any != 0) {
+            (0..8).filter(|b| any >> b & 1 == 1).for_each(|b| each(8 * a + b));
+        }
+    }
+
+    /// Per byte of the range: its number, the elements some task claims and those several claim.
+    fn bytes(&self, start: usize, len: usize) -> impl Iterator<Item = (usize, u8, u8)> {
+        debug_assert_eq!(start % 8, 0);
+        let first = start / 8;
+        let count = if self.bits.is_empty() { 0 } else { len.div_ceil(8) };
+        (0..count).map(move |a| {
+            let (any, several) = self.bits.iter().fold((0, 0), |(any, several), bits| {
+                let byte = bits[first + a];
+                (any | byte, several | any & byte)
+            });
+            (a, any, several)
+        })
+    }
+
+    /// The value of a core element: `values[i]` is that of task i, `index` its place in the tensor.
+    pub fn resolve(&self, rule: Conflict, index: usize, values: &[f64], moved: impl Fn(usize) -> f64) -> f64 {
+        let mut claimants = (0..self.bits.len()).filter(|&i| bit(self.bits[i], index));
+        let first = claimants.next().expect("a core element is claimed by a task");
+        match rule {
+            Conflict::First => values[first],
+            Conflict::Last => values[claimants.next_back().unwrap_or(first)],
+            Conflict::Mean => {
+                let (sum, n) = claimants.fold((values[first], 1.0), |(sum, n), i| (sum + values[i], n + 1.0));
+                sum / n
+            }
+            Conflict::MaxDelta => {
+                let Some(second) = claimants.next() else { return values[first] };
+                let candidates = std::iter::once(second).chain(claimants);
+                let (best, _) = candidates.fold((first, moved(first)), |(best, most), i| {
+                    let delta = moved(i);
+                    if delta > most { (i, delta) } else { (best, most) }
+                });
+                values[best]
+            }
+        }
+    }
+}
+
+/// |θ⁽ⁱ⁾ − θ⁽⁰⁾| of one element as the mask stage ranks it: in f32, or in f64 where an input is F64.
+pub fn magnitude(task: &TensorView<'_>, base: &TensorView<'_>, index: usize, value: f64) -> f64 {
+    let mut origin = [0f64];
+    base.read(index, &mut origin);
+    let delta = (value - origin[0]).abs();
+    let wide = [task.dtype, base.dtype].contains(&cpift_core::Dtype::F64);
+    // Rounding the f64 difference of two f32 values gives exactly their f32 difference.
+    if wide { delta } else { f64::from(delta as f32) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_positions_agree_with_the_bits() {
+        let (a, b) = ([0b0000_0101, 0b1000_0001, 0b1], [0b0000_0100, 0b0, 0b1]);
+        let claims = Claims::new(vec![&a, &b]);
+        assert_eq!(claims.count(0, 17), (5, 2));
+        assert_eq!(claims.count(8, 9), (3, 1));
+        let mut seen = Vec::new();
+        claims.for_each(8, 9, |j| seen.push(j));
+        assert_eq!(seen, [0, 7, 8]);
+        assert_eq!(Claims::default().count(0, 100), (0, 0));
+    }
+
+    #[test]
+    fn each_rule_picks_its_value() {
+        let bits = [[1u8], [0u8], [1u8], [1u8]];
+        let claims = Claims::new(bits.iter().map(|b| b.as_slice()).collect());
+        let values = [1.0, 9.0, -5.0, 5.0];
+        let pick = |rule| claims.resolve(rule, 0, &values, |i| f64::abs(values[i]));
+        assert_eq!(pick(Conflict::First), 1.0);
+        assert_eq!(pick(Conflict::Last), 5.0);
+        assert_eq!(pick(Conflict::MaxDelta), -5.0, "of two that moved alike the first stays");
+        assert_eq!(pick(Conflict::Mean), 1.0 / 3.0);
+    }
+}

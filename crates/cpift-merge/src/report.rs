@@ -1,0 +1,121 @@
+//! What a merge tells of itself: counts, branches and angles, for the log, `--json` and provenance.
+
+use serde_json::{Map, Value, json};
+
+use crate::cli::Space;
+use crate::plan::Plan;
+use crate::sphere::{Branch, Combination};
+use crate::stream::Measure;
+
+/// The figures of a finished merge.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    method: &'static str,
+    out: String,
+    dtype: String,
+    space: Space,
+    /// Numbers of tensors and of elements in them.
+    pub tensors: usize,
+    /// D.
+    pub parameters: u64,
+    /// Interpolations by branch, in the order of [`Branch::ALL`]; one for each tensor and task.
+    pub branches: [u64; 4],
+    /// All angles in degrees, in ascending order.
+    pub angles: Vec<f64>,
+    /// Elements in at least one core region.
+    pub core: u64,
+    /// Elements in at least two.
+    pub conflicts: u64,
+    /// Tensors that are not parameters and were copied from the backbone or first model.
+    pub copied: Vec<String>,
+}
+
+impl Summary {
+    pub(crate) fn of(plan: &Plan, measures: &[Measure], combinations: &[Combination], copied: Vec<String>) -> Self {
+        let steps = || combinations.iter().flat_map(|c| &c.steps);
+        let mut angles: Vec<f64> = steps().filter_map(|s| s.angle).map(f64::to_degrees).collect();
+        angles.sort_by(f64::total_cmp);
+        Self {
+            method: plan.method,
+            out: plan.output.dir.display().to_string(),
+            dtype: plan.output.dtype.to_string(),
+            space: plan.space,
+            tensors: combinations.len(),
+            parameters: plan.specs().iter().map(|s| s.numel() as u64).sum(),
+            branches: Branch::ALL.map(|branch| steps().filter(|s| s.branch == branch).count() as u64),
+            angles,
+            core: measures.iter().map(|m| m.core).sum(),
+            conflicts: measures.iter().map(|m| m.conflicts).sum(),
+            copied,
+        }
+    }
+
+    /// The figures by name, the same for the same inputs and arguments.
+    pub fn facts(&self) -> Map<String, Value> {
+        let mut facts = Map::new();
+        facts.insert("method".into(), json!(self.method));
+        facts.insert("dtype".into(), json!(self.dtype));
+        facts.insert("tensors".into(), json!(self.tensors));
+        facts.insert("parameters".into(), json!(self.parameters));
+        facts.insert("copied".into(), json!(self.copied));
+        if self.method != "linear" {
+            let named: Map<String, Value> =
+                Branch::ALL.iter().zip(self.branches).map(|(b, n)| (b.name().to_owned(), json!(n))).collect();
+            facts.insert("branches".into(), Value::Object(named));
+            facts.insert(
+                "angles_degrees".into(),
+                self.angle_range()
+                    .map_or(Value::Null, |[min, median, max]| json!({"min": min, "median": median, "max": max})),
+            );
+        }
+        if self.method == "cpi" {
+            facts.insert("space".into(), json!(self.space.name()));
+            facts.insert("core".into(), json!(self.core));
+            facts.insert("conflicts".into(), json!(self.conflicts));
+        }
+        facts
+    }
+
+    /// The object that `--json` prints.
+    pub fn to_json(&self) -> Value {
+        let mut object = Map::from_iter([("out".to_owned(), json!(self.out))]);
+        object.extend(self.facts());
+        Value::Object(object)
+    }
+
+    /// Smallest, median (the lower of two) and largest angle in degrees.
+    pub fn angle_range(&self) -> Option<[f64; 3]> {
+        let n = self.angles.len();
+        (n > 0).then(|| [self.angles[0], self.angles[(n - 1) / 2], self.angles[n - 1]])
+    }
+
+    /// Logs the figures, a few lines.
+    pub fn log(&self) {
+        log::info!("{}: {} tensors, {} parameters, {}", self.out, self.tensors, self.parameters, self.dtype);
+        if !self.copied.is_empty() {
+            log::info!("copied unchanged, not parameters: {}", self.copied.join(", "));
+        }
+        if self.method == "cpi" {
+            let percent = 100.0 * self.core as f64 / self.parameters.max(1) as f64;
+            log::info!(
+                "core: {} elements ({percent:.3} %), {} of them claimed twice or more",
+                self.core,
+                self.conflicts
+            );
+        }
+        if let Some([min, median, max]) = self.angle_range() {
+            log::info!("angles: min {min:.4}°, median {median:.4}°, max {max:.4}°");
+        }
+        if self.method != "linear" {
+            let [slerp, collinear, opposite, zero] = self.branches;
+            log::info!(
+                "interpolations: {slerp} on the sphere; linear: {collinear} collinear, {opposite} opposite, {zero} zero"
+            );
+            if self.method == "cpi" && self.space == Space::Weights && slerp == 0 && collinear > 0 {
+                log::info!(
+                    "every angle is below ε, so SLERP was linear throughout; --space delta compares the updates"
+                );
+            }
+        }
+    }
+}

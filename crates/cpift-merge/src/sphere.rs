@@ -1,0 +1,321 @@
+//! The maths of spherical interpolation, done on inner products: angles, branches and the coefficients that follow.
+
+use std::f64::consts::PI;
+
+/// cos ε of the default ε: below this angle two tensors count as collinear.
+pub const COLLINEAR_COSINE: f64 = 0.9995;
+
+/// Smallest ε in effect, in radians: `acos` of a rounded cosine cannot tell smaller angles from zero.
+const SMALLEST_EPSILON: f64 = 1e-7;
+
+/// A squared norm below this share of the terms it is the sum of has been cancelled down to rounding errors.
+const CANCELLED: f64 = 64.0 * f64::EPSILON;
+
+/// How two tensors were interpolated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Branch {
+    /// On the sphere.
+    Slerp,
+    /// Linear, because the angle is below ε.
+    Collinear,
+    /// Linear, because the angle is within ε of π and the great circle is not defined.
+    Opposite,
+    /// Linear, because a norm is zero and there is no angle.
+    Zero,
+}
+
+impl Branch {
+    /// All branches, in the order of reports.
+    pub const ALL: [Self; 4] = [Self::Slerp, Self::Collinear, Self::Opposite, Self::Zero];
+
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Slerp => "slerp",
+            Self::Collinear => "collinear",
+            Self::Opposite => "opposite",
+            Self::Zero => "zero",
+        }
+    }
+}
+
+/// The inner products of k vectors with one another, [k × k], symmetric.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gram {
+    k: usize,
+    entries: Vec<f64>,
+}
+
+impl Gram {
+    /// All zero, for `k` vectors.
+    pub fn zero(k: usize) -> Self {
+        Self { k, entries: vec![0.0; k * k] }
+    }
+
+    /// Of whole vectors of one length.
+    pub fn of(vectors: &[Vec<f64>]) -> Self {
+        let mut gram = Self::zero(vectors.len());
+        gram.accumulate(vectors);
+        gram
+    }
+
+    /// Adds the inner products of a piece of the vectors.
+    pub fn accumulate(&mut self, pieces: &[Vec<f64>]) {
+        for i in 0..self.k {
+            for j in 0..=i {
+                let sum = self.get(i, j) + dot(&pieces[i], &pieces[j]);
+                self.entries[i * self.k + j] = sum;
+                self.entries[j * self.k + i] = sum;
+            }
+        }
+    }
+
+    /// Adds the inner products of another piece.
+    pub fn add(&mut self, other: &Self) {
+        self.entries.iter_mut().zip(&other.entries).for_each(|(a, b)| *a += b);
+    }
+
+    /// Number of vectors.
+    pub fn len(&self) -> usize {
+        self.k
+    }
+
+    /// Whether it is of no vectors at all.
+    pub fn is_empty(&self) -> bool {
+        self.k == 0
+    }
+
+    /// The inner product of vectors `i` and `j`.
+    pub fn get(&self, i: usize, j: usize) -> f64 {
+        self.entries[i * self.k + j]
+    }
+
+    /// Whether no product overflowed.
+    pub fn is_finite(&self) -> bool {
+        self.entries.iter().all(|x| x.is_finite())
+    }
+
+    /// Inner product of vector `i` with the combination `c`.
+    fn with(&self, i: usize, c: &[f64]) -> f64 {
+        (0..self.k).map(|j| self.get(i, j) * c[j]).sum()
+    }
+
+    /// Norm of the combination `c`; zero where the terms cancel down to their rounding errors.
+    fn norm(&self, c: &[f64]) -> f64 {
+        let (mut sum, mut size) = (0.0, 0.0);
+        for i in 0..self.k {
+            for j in 0..self.k {
+                let term = c[i] * c[j] * self.get(i, j);
+                sum += term;
+                size += term.abs();
+            }
+        }
+        if sum <= CANCELLED * size { 0.0 } else { sum.sqrt() }
+    }
+}
+
+/// Inner product with eight running sums, whose order never depends on the machine or the number of threads.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let (a8, a_rest) = a.as_chunks::<8>();
+    let (b8, b_rest) = b.as_chunks::<8>();
+    let mut lanes = [0.0; 8];
+    for (x, y) in a8.iter().zip(b8) {
+        for lane in 0..8 {
+            lanes[lane] += x[lane] * y[lane];
+        }
+    }
+    let rest: f64 = a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum();
+    lanes.iter().sum::<f64>() + rest
+}
+
+/// A linear combination of vectors and how it was arrived at.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Combination {
+    /// One factor for each vector.
+    pub coefficients: Vec<f64>,
+    /// What was done for each task folded in; one entry for a spherical mean.
+    pub steps: Vec<Step>,
+}
+
+/// One interpolation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// How it was done.
+    pub branch: Branch,
+    /// The angle in radians, where there is one.
+    pub angle: Option<f64>,
+}
+
+/// Folds vectors 1.. into vector 0 one after another, vector i with weight `omegas[i - 1]`.
+///
+/// `epsilon` is the angle in radians below which (or within which of π) interpolation is linear.
+pub fn fold(gram: &Gram, omegas: &[f64], epsilon: f64) -> Combination {
+    let mut c = vec![0.0; gram.len()];
+    c[0] = 1.0;
+    let mut steps = Vec::with_capacity(omegas.len());
+    for (i, &omega) in (1..gram.len()).zip(omegas) {
+        let step = Step::between(gram.norm(&c), gram.get(i, i).sqrt(), gram.with(i, &c), epsilon);
+        let (keep, take) = step.factors(omega);
+        c.iter_mut().for_each(|x| *x *= keep);
+        c[i] += take;
+        steps.push(step);
+    }
+    Combination { coefficients: c, steps }
+}
+
+impl Step {
+    fn between(norm_a: f64, norm_b: f64, product: f64, epsilon: f64) -> Self {
+        if norm_a == 0.0 || norm_b == 0.0 {
+            return Self { branch: Branch::Zero, angle: None };
+        }
+        let angle = (product / norm_a / norm_b).clamp(-1.0, 1.0).acos();
+        let epsilon = epsilon.max(SMALLEST_EPSILON);
+        let branch = if angle < epsilon {
+            Branch::Collinear
+        } else if PI - angle < epsilon {
+            Branch::Opposite
+        } else {
+            Branch::Slerp
+        };
+        Self { branch, angle: Some(angle) }
+    }
+
+    /// Factors of what is there and of what comes in with weight `omega`.
+    fn factors(self, omega: f64) -> (f64, f64) {
+        match (self.branch, self.angle) {
+            (Branch::Slerp, Some(angle)) => {
+                (((1.0 - omega) * angle).sin() / angle.sin(), (omega * angle).sin() / angle.sin())
+            }
+            _ => (1.0 - omega, omega),
+        }
+    }
+}
+
+/// The mean of all vectors on the sphere (Karcher mean of their directions), times the mean of their norms; `weights`
+/// sum to 1.
+///
+/// A zero vector has no direction and counts in the mean norm only. The step's angle is the largest between any two.
+pub fn spherical_mean(gram: &Gram, weights: &[f64], epsilon: f64) -> Combination {
+    let norms: Vec<f64> = (0..gram.len()).map(|i| gram.get(i, i).sqrt()).collect();
+    let step = widest(gram, &norms, epsilon);
+    let linear = || Combination { coefficients: weights.to_vec(), steps: vec![step] };
+    if step.branch != Branch::Slerp {
+        return linear();
+    }
+    let Some(mean) = karcher(gram, &norms, weights) else {
+        let steps = vec![Step { branch: Branch::Opposite, ..step }];
+        return Combination { steps, ..linear() };
+    };
+    let scale: f64 = norms.iter().zip(weights).map(|(n, w)| n * w).sum();
+    Combination { coefficients: mean.iter().map(|c| c * scale).collect(), steps: vec![step] }
+}
+
+/// The step between the two vectors that lie farthest apart.
+fn widest(gram: &Gram, norms: &[f64], epsilon: f64) -> Step {
+    let mut widest = Step { branch: Branch::Zero, angle: None };
+    for i in 0..gram.len() {
+        for j in 0..i {
+            let step = Step::between(norms[i], norms[j], gram.get(i, j), epsilon);
+            if step.angle > widest.angle {
+                widest = step;
+            }
+        }
+    }
+    widest
+}
+
+/// Coefficients of the unit vector that is the mean of the directions; `None` where the mean is not defined.
+fn karcher(gram: &Gram, norms: &[f64], weights: &[f64]) -> Option<Vec<f64>> {
+    let with_direction = |i: &usize| norms[*i] > 0.0;
+    let mut mean: Vec<f64> =
+        (0..gram.len()).map(|i| if norms[i] > 0.0 { weights[i] / norms[i] } else { 0.0 }).collect();
+    normalise(gram, &mut mean)?;
+    let total: f64 = (0..gram.len()).filter(with_direction).map(|i| weights[i]).sum();
+    for _ in 0..1000 {
+        let mut step = vec![0.0; gram.len()];
+        for i in (0..gram.len()).filter(with_direction) {
+            let cos = (gram.with(i, &mean) / norms[i]).clamp(-1.0, 1.0);
+            let sin = ((1.0 - cos) * (1.0 + cos)).sqrt();
+            // The direction's logarithm at the mean: its tangent part, stretched to the length of the angle.
+            let stretch = if sin > 1e-12 { sin.atan2(cos) / sin } else { 1.0 };
+            let weight = weights[i] / total * stretch;
+            step.iter_mut().zip(&mean).for_each(|(s, m)| *s -= weight * cos * m);
+            step[i] += weight / norms[i];
+        }
+        let size = gram.norm(&step);
+        let ratio = if size > 0.0 { size.sin() / size } else { 1.0 };
+        mean.iter_mut().zip(&step).for_each(|(m, s)| *m = size.cos() * *m + ratio * s);
+        normalise(gram, &mut mean)?;
+        if size < 1e-12 {
+            break;
+        }
+    }
+    Some(mean)
+}
+
+fn normalise(gram: &Gram, c: &mut [f64]) -> Option<()> {
+    let norm = gram.norm(c);
+    if norm == 0.0 {
+        return None;
+    }
+    c.iter_mut().for_each(|x| *x /= norm);
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn epsilon() -> f64 {
+        COLLINEAR_COSINE.acos()
+    }
+
+    #[test]
+    fn a_quarter_circle_is_halved() {
+        let gram = Gram::of(&[vec![1.0, 0.0], vec![0.0, 1.0]]);
+        let half = fold(&gram, &[0.5], epsilon());
+        assert_eq!(half.steps[0].branch, Branch::Slerp);
+        for c in &half.coefficients {
+            assert!((c - 0.5f64.sqrt()).abs() < 1e-15, "{half:?}");
+        }
+    }
+
+    #[test]
+    fn exact_cancellation_counts_as_a_zero_norm() {
+        let a = vec![0.1, -0.7, 0.3];
+        let gram = Gram::of(&[a.clone(), a.iter().map(|x| -x).collect(), vec![1.0, 2.0, 3.0]]);
+        let folded = fold(&gram, &[0.5, 1.0 / 3.0], epsilon());
+        let branches: Vec<Branch> = folded.steps.iter().map(|s| s.branch).collect();
+        assert_eq!(branches, [Branch::Opposite, Branch::Zero]);
+        assert_eq!(folded.coefficients[2], 1.0 / 3.0);
+    }
+
+    #[test]
+    fn the_mean_of_three_axes_lies_between_them() {
+        let axes: Vec<Vec<f64>> = (0..3).map(|i| (0..3).map(|j| f64::from(u8::from(i == j))).collect()).collect();
+        let mean = spherical_mean(&Gram::of(&axes), &[1.0 / 3.0; 3], epsilon());
+        for c in &mean.coefficients {
+            assert!((c - 1.0 / 3.0f64.sqrt()).abs() < 1e-12, "{mean:?}");
+        }
+    }
+
+    #[test]
+    fn a_zero_vector_shortens_the_mean_and_does_not_turn_it() {
+        let vectors = [vec![2.0, 0.0], vec![0.0, 2.0], vec![0.0, 0.0]];
+        let mean = spherical_mean(&Gram::of(&vectors), &[1.0 / 3.0; 3], epsilon());
+        assert_eq!(mean.steps[0].branch, Branch::Slerp);
+        for i in 0..2 {
+            assert!((2.0 * mean.coefficients[i] - 4.0 / 3.0 * 0.5f64.sqrt()).abs() < 1e-12, "{mean:?}");
+        }
+    }
+
+    #[test]
+    fn directions_without_a_mean_fall_back_to_the_linear_form() {
+        let third = 2.0 * PI / 3.0;
+        let fan: Vec<Vec<f64>> =
+            (0..3).map(|i| vec![(f64::from(i) * third).cos(), (f64::from(i) * third).sin()]).collect();
+        let mean = spherical_mean(&Gram::of(&fan), &[1.0 / 3.0; 3], epsilon());
+        assert_eq!(mean.steps[0].branch, Branch::Opposite);
+        assert_eq!(mean.coefficients, [1.0 / 3.0; 3]);
+    }
+}

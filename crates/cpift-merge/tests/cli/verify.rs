@@ -1,0 +1,50 @@
+//! `verify`: a sound checkpoint passes; changed content and NaN are told with their place.
+
+use std::io::{Seek, SeekFrom, Write};
+
+use crate::world::{World, w};
+
+/// Overwrites the last four bytes of the weights.
+fn overwrite_last(world: &World, value: f32) {
+    let path = world.path("out/model.safetensors");
+    let mut file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.seek(SeekFrom::End(-4)).unwrap();
+    file.write_all(&value.to_le_bytes()).unwrap();
+}
+
+fn merged() -> World {
+    let world = World::new();
+    world.checkpoint("a", &w(&[1.0, 2.0, 3.0]));
+    world.checkpoint("b", &w(&[3.0, 4.0, 5.0]));
+    world.run("linear --model @a --model @b --out @out").ok();
+    world
+}
+
+#[test]
+fn a_merge_verifies_and_so_does_a_checkpoint_without_a_record() {
+    let world = merged();
+    let summary = world.run("verify @out --json").ok().stdout;
+    assert!(summary.contains(r#""not_finite":0"#), "{summary}");
+    world.run("verify @a").ok().says(&["has no digest recorded"]);
+}
+
+#[test]
+fn one_changed_weight_is_found() {
+    let world = merged();
+    overwrite_last(&world, 4.5);
+    world.refused("verify @out", &["@out: the content is not what cpift.json records", "expected", "found: digest"]);
+}
+
+#[test]
+fn nan_is_counted_and_its_place_named() {
+    let world = merged();
+    overwrite_last(&world, f32::NAN);
+    world.refused("verify @out", &["1 weights are not finite", "tensor: w", "element 2"]);
+}
+
+#[test]
+fn a_broken_record_is_named() {
+    let world = merged();
+    std::fs::write(world.path("out/cpift.json"), "{").unwrap();
+    world.refused("verify @out", &["@out/cpift.json", "cannot be read as JSON"]);
+}

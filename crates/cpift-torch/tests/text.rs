@@ -1,0 +1,113 @@
+//! Chat templates against transformers (fixtures/golden/chat_templates.json, made by scripts/oracle/golden_templates.py), and which
+//! tokens the loss counts.
+
+use std::path::{Path, PathBuf};
+
+use cpift_testkit::model::{row, write_rows, write_tiny_model};
+use cpift_torch::data::{Message, Overlong, encode_rows, read_rows};
+use cpift_torch::text::{ChatTemplate, ChatText, SpecialTokens};
+use serde_json::{Value, json};
+
+#[test]
+fn templates_render_as_transformers_renders_them() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden/chat_templates.json");
+    let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let special: SpecialTokens = serde_json::from_value(golden["special_tokens"].clone()).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    assert!(cases.len() > 100);
+    for case in cases {
+        let name = case["template"].as_str().unwrap();
+        let conversation = case["conversation"].as_str().unwrap();
+        let template = ChatTemplate::new(golden["templates"][name].as_str().unwrap()).unwrap();
+        let messages: Vec<Message> = serde_json::from_value(golden["conversations"][conversation].clone()).unwrap();
+        let rendered = template.render(&messages, &special, case["add_generation_prompt"].as_bool().unwrap());
+        match case.get("rendered").and_then(Value::as_str) {
+            Some(expected) => assert_eq!(rendered.unwrap(), expected, "{name} {conversation}"),
+            None => {
+                let message = rendered.unwrap_err().to_string();
+                let expected = case["error"].as_str().unwrap();
+                assert!(message.contains(expected), "{name} {conversation}: {message}, expected {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_template_that_never_ends_is_stopped() {
+    let template = ChatTemplate::new("{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}");
+    let error = template.unwrap().render(&[], &SpecialTokens::new(), false).unwrap_err().to_string();
+    assert!(error.contains("fuel"), "{error}");
+}
+
+struct Fixture {
+    _dir: tempfile::TempDir,
+    text: ChatText,
+    file: PathBuf,
+}
+
+fn fixture(rows: &[Value]) -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let text = ChatText::open(&write_tiny_model(&dir.path().join("m"), 1), None).unwrap();
+    let file = dir.path().join("rows.jsonl");
+    write_rows(&file, rows);
+    Fixture { text, file, _dir: dir }
+}
+
+/// The text of the target tokens, with a bar between runs.
+fn targets(f: &Fixture, max_length: usize) -> Vec<String> {
+    let encoded = encode_rows(&f.file, &read_rows(&f.file).unwrap(), &f.text, max_length, Overlong::Truncate).unwrap();
+    let runs = encoded.examples.iter().map(|example| {
+        let mut out = String::new();
+        for (i, (&id, &target)) in example.ids.iter().zip(&example.target).enumerate() {
+            if target {
+                let piece = if id == 257 { "<|im_end|>".to_owned() } else { f.text.decode(&[id]).unwrap() };
+                out.push_str(&piece);
+            } else if i > 0 && example.target[i - 1] {
+                out.push('|');
+            }
+        }
+        out
+    });
+    runs.collect()
+}
+
+#[test]
+fn the_loss_counts_assistant_tokens_and_the_end_of_their_turn_only() {
+    let two_turns = json!({"messages": [
+        {"role": "system", "content": "sys"}, {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "first\nanswer"}, {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "zwölf"}]});
+    let f = fixture(&[row("what?", "that"), two_turns]);
+    assert_eq!(targets(&f, 500), ["that<|im_end|>|", "first\nanswer<|im_end|>|zw\u{fffd}\u{fffd}lf<|im_end|>|"]);
+}
+
+#[test]
+fn long_examples_are_cut_counted_or_refused() {
+    let f = fixture(&[row("a", "short"), row("b", &"x".repeat(300)), row(&"y".repeat(300), "never reached")]);
+    let rows = read_rows(&f.file).unwrap();
+    let encoded = encode_rows(&f.file, &rows, &f.text, 100, Overlong::Truncate).unwrap();
+    assert_eq!((encoded.examples.len(), encoded.truncated, encoded.dropped), (2, 2, 1));
+    assert_eq!(encoded.examples[1].ids.len(), 100);
+    let error = encode_rows(&f.file, &rows, &f.text, 100, Overlong::Refuse).unwrap_err().to_string();
+    assert!(error.contains("line 2") && error.contains("100 tokens"), "{error}");
+}
+
+#[test]
+fn a_model_without_a_template_takes_the_one_named_and_saves_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = write_tiny_model(&dir.path().join("m"), 1);
+    std::fs::write(model.join("tokenizer_config.json"), r#"{"eos_token": "<|im_end|>"}"#).unwrap();
+    let error = ChatText::open(&model, None).err().unwrap().to_string();
+    assert!(error.contains("no chat template") && error.contains("chatml"), "{error}");
+    let text = ChatText::open(&model, Some("chatml")).unwrap();
+    let message = Message { role: "user".into(), content: "hi".into() };
+    assert_eq!(
+        text.render(std::slice::from_ref(&message), true).unwrap(),
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    text.save(&out).unwrap();
+    let again = ChatText::open(&out, None).unwrap();
+    assert_eq!(again.render(&[message], false).unwrap(), "<|im_start|>user\nhi<|im_end|>\n");
+}
