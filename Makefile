@@ -24,7 +24,8 @@ build-files: ## cpift-mask, -group and -merge only, without libtorch
 test: setup ## Format, lints and all tests
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	cargo test --workspace
+	@set -o pipefail; mkdir -p target; cargo test --workspace 2>&1 | tee target/test.log
+	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print passed " passed, " failed " failed" }' target/test.log
 
 check: setup ## Format and lints only
 	cargo fmt --all --check

@@ -49,7 +49,7 @@ task_args := $(foreach n,$(NAMES),--task $(n)=$(RUN)/probes/$(n))
 common := --threads $(THREADS) --force
 
 # Runs a program with its log in RUN/logs; on a terminal or in a CI log the reader sees one line for each artifact.
-run = @mkdir -p $(RUN)/logs $(@D) && echo "$(1)" && $(BIN)/$(2) $(common) > $(RUN)/logs/$(1).log 2>&1 \
+run = @mkdir -p $(RUN)/logs && echo "$(1)" && $(BIN)/$(2) $(common) > $(RUN)/logs/$(1).log 2>&1 \
 	|| { code=$$?; tail -n 20 $(RUN)/logs/$(1).log >&2; exit $$code; }
 
 all: $(RUN)/table.md

@@ -1,0 +1,101 @@
+//! The command line of `cpift-mask`, and which function each subcommand runs.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use cpift_core::Mask;
+use cpift_core::checkpoint::TensorKind;
+use cpift_core::cli::Common;
+use cpift_core::mask::{Metric, Scope};
+
+use crate::extract::extract;
+use crate::percent::Percent;
+use crate::stats::stats;
+
+/// Finds the core region of a task: the exact top p % of a model's parameters by how far fine-tuning moved them.
+///
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 bad input.
+#[derive(Parser, Debug)]
+#[command(name = "cpift-mask", version)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Write the mask of the elements that moved most between two checkpoints
+    Extract(ExtractArgs),
+    /// Print the density of a mask by layer and by role
+    Stats(MaskArg),
+    /// Check a mask's structure and the number of its bits
+    Verify(MaskArg),
+}
+
+/// Arguments of `extract`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ExtractArgs {
+    /// Checkpoint before fine-tuning: a Hugging Face folder or a .safetensors file
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// Checkpoint after fine-tuning on one task; same tensor names and shapes
+    #[arg(long, value_name = "DIR")]
+    pub tuned: PathBuf,
+    /// Share of the parameters to choose, in percent: above 0, at most 100. The count is ⌊p·D/100⌋ exactly
+    #[arg(long, value_name = "P", default_value = "1", allow_negative_numbers = true)]
+    pub percent: Percent,
+    /// The mask to write: safetensors with one U8 tensor of packed bits for each parameter
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// What the top p % is taken over
+    #[arg(long, value_enum, default_value_t = Scope::Global)]
+    pub scope: Scope,
+    /// The quantity that is ranked
+    #[arg(long, value_enum, default_value_t = Metric::Magnitude)]
+    pub score: Metric,
+    /// Kinds of tensors to leave out of D: embeddings, norms
+    #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
+    pub exclude: Vec<TensorKind>,
+}
+
+#[derive(clap::Args, Debug)]
+struct MaskArg {
+    /// A mask that `extract` wrote
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+/// Runs what was typed.
+///
+/// # Errors
+/// [`cpift_core::Usage`], [`cpift_core::BadInput`], or another failure.
+pub fn run(args: Args) -> Result<()> {
+    let common = args.common;
+    common.start()?;
+    match args.command {
+        Command::Extract(args) => {
+            let summary = extract(&args, common.force)?;
+            common.print_json(&serde_json::to_value(summary)?);
+        }
+        Command::Stats(MaskArg { file }) => {
+            let mask = Mask::open(&file)?;
+            mask.verify()?;
+            let stats = stats(&mask);
+            if !common.json {
+                std::io::stdout().write_all(stats.table().as_bytes())?;
+            }
+            common.print_json(&serde_json::to_value(stats)?);
+        }
+        Command::Verify(MaskArg { file }) => {
+            let mask = Mask::open(&file)?;
+            mask.verify()?;
+            log::info!("{}: sound, {} of D = {} elements", file.display(), mask.header.selected, mask.header.d);
+            common.print_json(&serde_json::to_value(&mask.header)?);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! What competes with what: the parameters of a checkpoint pair cut into the parts of a scope, and those into chunks.
+
+use std::collections::BTreeMap;
+
+use cpift_core::checkpoint::TensorKind;
+use cpift_core::mask::Scope;
+use cpift_core::{Checkpoint, TensorView};
+
+/// Elements of a chunk: a multiple of 8, so that chunks end on whole bytes of a mask, and small enough that a
+/// thread's buffers stay in its cache.
+pub const CHUNK: usize = 32 * 1024;
+
+/// One parameter in both checkpoints; same shape, floating-point in both.
+#[derive(Clone, Copy)]
+pub struct Pair<'a> {
+    /// The parameter before.
+    pub base: TensorView<'a>,
+    /// The parameter after.
+    pub tuned: TensorView<'a>,
+}
+
+/// A run of elements of one pair.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk {
+    /// Index of the pair in [`Part::pairs`].
+    pub pair: usize,
+    /// First element, a multiple of 8.
+    pub start: usize,
+    /// Number of elements, at most [`CHUNK`].
+    pub len: usize,
+}
+
+/// Parameters that are ranked together, in bytewise name order.
+pub struct Part<'a> {
+    /// What messages call it.
+    pub label: String,
+    /// Its parameters.
+    pub pairs: Vec<Pair<'a>>,
+    /// All their elements, in order.
+    pub chunks: Vec<Chunk>,
+}
+
+impl<'a> Part<'a> {
+    /// A part of `pairs`.
+    pub fn new(label: impl Into<String>, pairs: Vec<Pair<'a>>) -> Self {
+        let chunks = pairs
+            .iter()
+            .enumerate()
+            .flat_map(|(pair, p)| {
+                let n = p.base.numel();
+                (0..n).step_by(CHUNK).map(move |start| Chunk { pair, start, len: CHUNK.min(n - start) })
+            })
+            .collect();
+        Self { label: label.into(), pairs, chunks }
+    }
+
+    /// Number of elements.
+    pub fn numel(&self) -> u64 {
+        self.pairs.iter().map(|p| p.base.numel() as u64).sum()
+    }
+
+    /// Bytes of both checkpoints that hold its elements.
+    pub fn nbytes(&self) -> u64 {
+        self.pairs.iter().map(|p| (p.base.bytes.len() + p.tuned.bytes.len()) as u64).sum()
+    }
+
+    /// Bytes of both checkpoints that hold the elements of `chunk`.
+    pub fn chunk_bytes(&self, chunk: Chunk) -> u64 {
+        let pair = &self.pairs[chunk.pair];
+        (chunk.len * (pair.base.dtype.size() + pair.tuned.dtype.size())) as u64
+    }
+}
+
+/// The parameters of a pair of checkpoints, cut by scope; those of excluded kinds apart.
+pub struct Parts<'a> {
+    /// Where elements are chosen: parts in bytewise order of their first tensor's name.
+    pub ranked: Vec<Part<'a>>,
+    /// What is out of D.
+    pub excluded: Part<'a>,
+}
+
+/// Cuts the parameters of `base`, which `tuned` has too.
+pub fn cut<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint, scope: Scope, excluded: &[TensorKind]) -> Parts<'a> {
+    let mut ranked: BTreeMap<String, Vec<Pair<'a>>> = BTreeMap::new();
+    let mut out = Vec::new();
+    for view in base.parameters() {
+        let pair = Pair { base: view, tuned: tuned.get(view.name).expect("both have the same parameters") };
+        if excluded.iter().any(|kind| kind.matches(view.name)) {
+            out.push(pair);
+        } else {
+            ranked.entry(label(scope, view.name)).or_default().push(pair);
+        }
+    }
+    let ranked = ranked.into_iter().map(|(label, pairs)| Part::new(label, pairs)).collect();
+    Parts { ranked, excluded: Part::new("excluded", out) }
+}
+
+fn label(scope: Scope, name: &str) -> String {
+    match scope {
+        Scope::Global => "all parameters".to_owned(),
+        Scope::Layer => layer(name).map_or("outside the layers", |(prefix, _)| prefix).to_owned(),
+        Scope::Tensor => name.to_owned(),
+    }
+}
+
+/// The decoder layer a tensor belongs to: the name up to `layers.N`, and N.
+pub fn layer(name: &str) -> Option<(&str, u32)> {
+    let mut end = 0;
+    let mut before = "";
+    for piece in name.split('.') {
+        end += piece.len();
+        if before == "layers"
+            && let Ok(number) = piece.parse()
+        {
+            return Some((&name[..end], number));
+        }
+        before = piece;
+        end += 1;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_told_by_the_number_after_layers() {
+        assert_eq!(layer("model.layers.12.mlp.up_proj.weight"), Some(("model.layers.12", 12)));
+        assert_eq!(layer("layers.0.w"), Some(("layers.0", 0)));
+        assert_eq!(layer("model.sublayers.1.w"), None);
+        assert_eq!(layer("model.layers.norm.weight"), None);
+        assert_eq!(layer("model.embed_tokens.weight"), None);
+    }
+}

@@ -1,0 +1,237 @@
+//! `cpift-mask extract` against a brute-force sort, through the real binary.
+
+use std::path::Path;
+
+use cpift_core::mask::{Scope, indices};
+use cpift_core::{Dtype, Mask};
+use cpift_mask::parts::layer;
+use cpift_testkit::{Numbers, Tensor, Tensors, run, write_checkpoint, write_sharded};
+use serde_json::Value;
+
+const BIN: &str = env!("CARGO_BIN_EXE_cpift-mask");
+
+/// Every element as (part, distance, name, index), by the rules of the format's documentation.
+fn ranked(base: &Tensors, tuned: &Tensors, scope: Scope) -> Vec<(String, f64, String, usize)> {
+    let wide = base.values().chain(tuned.values()).any(|t| t.dtype == Dtype::F64);
+    let mut all = Vec::new();
+    for (name, before) in base {
+        let part = match scope {
+            Scope::Global => String::new(),
+            Scope::Layer => layer(name).map_or(String::new(), |(prefix, _)| prefix.to_owned()),
+            Scope::Tensor => name.clone(),
+        };
+        for (i, (b, t)) in numbers(before).into_iter().zip(numbers(&tuned[name])).enumerate() {
+            let distance = if wide { (t - b).abs() } else { f64::from((t as f32 - b as f32).abs()) };
+            all.push((part.clone(), distance, name.clone(), i));
+        }
+    }
+    all
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    match tensor.dtype {
+        Dtype::F64 => tensor.bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
+        _ => tensor.values().into_iter().map(f64::from).collect(),
+    }
+}
+
+/// The elements a full sort chooses; `per_mille` is ten times p.
+fn brute_force(base: &Tensors, tuned: &Tensors, scope: Scope, per_mille: usize) -> Vec<(String, usize)> {
+    let all = ranked(base, tuned, scope);
+    let mut parts: Vec<&String> = all.iter().map(|e| &e.0).collect();
+    parts.sort();
+    parts.dedup();
+    let mut chosen = Vec::new();
+    for part in parts {
+        let mut list: Vec<_> = all.iter().filter(|e| e.0 == *part).collect();
+        list.sort_by(|a, b| b.1.total_cmp(&a.1).then_with(|| (&a.2, a.3).cmp(&(&b.2, b.3))));
+        let k = list.len() * per_mille / 1000;
+        chosen.extend(list[..k].iter().map(|e| (e.2.clone(), e.3)));
+    }
+    chosen.sort();
+    chosen
+}
+
+fn chosen(mask: &Mask) -> Vec<(String, usize)> {
+    mask.tensors().flat_map(|(name, bits)| indices(bits).map(move |i| (name.to_owned(), i))).collect()
+}
+
+fn extract(base: &Path, tuned: &Path, out: &Path, more: &[&str]) -> Value {
+    let mut args = vec!["extract", "--base", base.to_str().unwrap(), "--tuned", tuned.to_str().unwrap()];
+    args.extend(["--out", out.to_str().unwrap(), "--json"]);
+    args.extend(more);
+    serde_json::from_str(&run(BIN, args).ok().stdout).unwrap()
+}
+
+/// A small model of two layers with one tensor of several chunks; `next` draws its values.
+fn model(dtypes: &[Dtype], mut next: impl FnMut() -> f32) -> Tensors {
+    let shapes: [(&str, &[usize]); 8] = [
+        ("lm_head.weight", &[100_003]),
+        ("model.embed_tokens.weight", &[50, 7]),
+        ("model.layers.0.mlp.up_proj.weight", &[64, 33]),
+        ("model.layers.0.self_attn.q_proj.weight", &[31, 31]),
+        ("model.layers.1.mlp.up_proj.weight", &[64, 33]),
+        ("model.layers.10.input_layernorm.weight", &[3]),
+        ("model.norm.weight", &[13]),
+        ("scalar", &[]),
+    ];
+    let tensor = |(i, (name, shape)): (usize, (&str, &[usize]))| {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
+        (name.to_owned(), Tensor::floats(dtypes[i % dtypes.len()], shape, &values))
+    };
+    shapes.into_iter().enumerate().map(tensor).collect()
+}
+
+/// Extracts in every scope at several p and compares with the sort, and the bytes at 1, 2 and 8 threads.
+fn check(base: &Tensors, tuned: &Tensors) {
+    let dir = tempfile::tempdir().unwrap();
+    let b = write_checkpoint(&dir.path().join("base"), base);
+    let t = write_sharded(&dir.path().join("tuned"), tuned, 3);
+    for (scope, name) in [(Scope::Global, "global"), (Scope::Layer, "layer"), (Scope::Tensor, "tensor")] {
+        for (percent, per_mille) in [("0.1", 1), ("1", 10), ("33.3", 333), ("100", 1000)] {
+            let expected = brute_force(base, tuned, scope, per_mille);
+            let mut bytes = Vec::new();
+            for threads in ["1", "2", "8"] {
+                let out = dir.path().join(format!("{name}-{percent}-{threads}.safetensors"));
+                let said = extract(&b, &t, &out, &["--scope", name, "--percent", percent, "--threads", threads]);
+                assert_eq!(said["selected"], expected.len());
+                bytes.push(std::fs::read(&out).unwrap());
+                let mask = Mask::open(&out).unwrap();
+                mask.verify().unwrap();
+                assert!(chosen(&mask) == expected, "{name} {percent} differs from the sort");
+            }
+            assert!(bytes[0] == bytes[1] && bytes[1] == bytes[2], "{name} {percent} depends on the threads");
+        }
+    }
+}
+
+#[test]
+fn random_distances_are_chosen_as_a_sort_chooses() {
+    let mut numbers = Numbers(1);
+    let base = model(&[Dtype::F32], || numbers.unit());
+    check(&base, &model(&[Dtype::F32], || numbers.unit()));
+}
+
+#[test]
+fn mixed_dtypes_are_chosen_as_a_sort_chooses() {
+    let mut numbers = Numbers(2);
+    let base = model(&[Dtype::F32, Dtype::BF16, Dtype::F16], || numbers.unit());
+    check(&base, &model(&[Dtype::BF16, Dtype::F32], || numbers.unit()));
+    let base = model(&[Dtype::F64, Dtype::BF16, Dtype::F16, Dtype::F32], || numbers.unit());
+    check(&base, &model(&[Dtype::BF16, Dtype::F32, Dtype::F64], || numbers.unit()));
+}
+
+#[test]
+fn equal_distances_are_chosen_by_position() {
+    let zero = model(&[Dtype::F32], || 0.0);
+    check(&zero, &model(&[Dtype::F32], || 0.5));
+    check(&zero, &zero);
+}
+
+#[test]
+fn a_few_distinct_distances_are_chosen_as_a_sort_chooses() {
+    let mut numbers = Numbers(3);
+    let zero = model(&[Dtype::F32], || 0.0);
+    check(&zero, &model(&[Dtype::BF16], || (numbers.bits() % 4) as f32 * 0.25 - 0.5));
+}
+
+#[test]
+fn doubles_are_compared_as_doubles() {
+    let dir = tempfile::tempdir().unwrap();
+    // 1 + i·2⁻⁵⁰ are one and the same number in f32.
+    let doubles = |f: &dyn Fn(u64) -> f64| {
+        let bytes = (0..100).flat_map(|i| f(i).to_le_bytes()).collect();
+        Tensors::from([("w".to_owned(), Tensor { dtype: Dtype::F64, shape: vec![100], bytes })])
+    };
+    let base = write_checkpoint(&dir.path().join("base"), &doubles(&|_| 1.0));
+    let tuned =
+        write_checkpoint(&dir.path().join("tuned"), &doubles(&|i| 1.0 + ((i * 37 % 100) as f64) * 2f64.powi(-50)));
+    let out = dir.path().join("m");
+    let said = extract(&base, &tuned, &out, &["--percent", "2"]);
+    assert_eq!(said["ties"], serde_json::json!({"at_threshold": 1, "chosen": 1, "decided_by_position": 0}));
+    // 37 · 27 mod 100 = 99, 37 · 54 mod 100 = 98.
+    assert_eq!(chosen(&Mask::open(&out).unwrap()), [("w".to_owned(), 27), ("w".to_owned(), 54)]);
+}
+
+#[test]
+fn the_bits_lie_little_end_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = |values: &[f32]| Tensors::from([("w".to_owned(), Tensor::f32(&[10], values))]);
+    let base = write_checkpoint(&dir.path().join("base"), &tensors(&[0.0; 10]));
+    let tuned = tensors(&[9.0, 0.0, -8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0]);
+    let tuned = write_checkpoint(&dir.path().join("tuned"), &tuned);
+    let out = dir.path().join("m");
+    extract(&base, &tuned, &out, &["--percent", "30"]);
+    assert_eq!(Mask::open(&out).unwrap().bits("w").unwrap(), [0b0000_0101, 0b0000_0010]);
+}
+
+#[test]
+fn ties_are_reported_and_warned_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = |values: &[f32]| Tensors::from([("w".to_owned(), Tensor::f32(&[100], values))]);
+    let mut values = [0f32; 100];
+    values[90] = 3.0;
+    values[40..60].fill(1.0);
+    let base = write_checkpoint(&dir.path().join("base"), &tensors(&[0.0; 100]));
+    let tuned = write_checkpoint(&dir.path().join("tuned"), &tensors(&values));
+    let out = dir.path().join("m");
+    let args = ["extract", "--percent", "5", "--base", base.to_str().unwrap(), "--tuned", tuned.to_str().unwrap()];
+    let args = [&args[..], &["--out", out.to_str().unwrap(), "--json"]].concat();
+    let ran = run(BIN, &args).ok().says(&["warn: ", "4 of the 5 chosen", "position", "bf16"]);
+    let said: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let ties = serde_json::json!({"at_threshold": 20, "chosen": 4, "decided_by_position": 4});
+    assert_eq!(said["ties"], ties);
+    let mask = Mask::open(&out).unwrap();
+    assert_eq!(serde_json::to_value(mask.header.ties).unwrap(), ties);
+    assert_eq!(chosen(&mask).iter().map(|c| c.1).collect::<Vec<_>>(), [40, 41, 42, 43, 90]);
+    let args: Vec<&str> =
+        args.into_iter().map(|a| if a == base.to_str().unwrap() { tuned.to_str().unwrap() } else { a }).collect();
+    run(BIN, [&args[..], &["--force"]].concat()).ok().says(&["warn: ", "no parameter moved", "position alone"]);
+}
+
+#[test]
+fn what_is_no_parameter_or_excluded_is_left_out_of_d() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut numbers = Numbers(4);
+    let mut base = model(&[Dtype::F32], || numbers.unit());
+    let mut tuned = model(&[Dtype::F32], || numbers.unit());
+    let d: usize = base
+        .iter()
+        .filter(|(n, _)| !n.contains("embed") && !n.contains("head") && !n.contains("norm"))
+        .map(|(_, t)| t.values().len())
+        .sum();
+    for tensors in [&mut base, &mut tuned] {
+        let positions = Tensor { dtype: Dtype::I64, shape: vec![1], bytes: vec![0; 8] };
+        tensors.insert("model.position_ids".into(), positions);
+        tensors.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), Tensor::f32(&[1], &[1.0]));
+    }
+    let base = write_checkpoint(&dir.path().join("base"), &base);
+    let tuned = write_checkpoint(&dir.path().join("tuned"), &tuned);
+    let out = dir.path().join("m");
+    let said = extract(&base, &tuned, &out, &["--percent", "50", "--exclude", "norms,embeddings"]);
+    assert_eq!((&said["D"], &said["selected"]), (&d.into(), &(d / 2).into()));
+    assert_eq!(said["not_parameters"]["model.position_ids"], "not floating-point");
+    assert_eq!(said["not_parameters"]["model.layers.0.self_attn.rotary_emb.inv_freq"], "a buffer");
+    let mask = Mask::open(&out).unwrap();
+    assert_eq!(mask.header.excluded, ["embeddings", "norms"]);
+    assert!(mask.bits("model.position_ids").is_none());
+    assert!(mask.bits("model.norm.weight").unwrap().iter().all(|b| *b == 0));
+    assert!(mask.bits("lm_head.weight").unwrap().iter().all(|b| *b == 0));
+}
+
+#[test]
+fn provenance_names_inputs_and_arguments() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut numbers = Numbers(5);
+    let base = write_checkpoint(&dir.path().join("base"), &model(&[Dtype::F32], || numbers.unit()));
+    let tuned = write_checkpoint(&dir.path().join("tuned"), &model(&[Dtype::F32], || numbers.unit()));
+    let out = dir.path().join("m.safetensors");
+    extract(&base, &tuned, &out, &[]);
+    let text = std::fs::read_to_string(dir.path().join("m.safetensors.cpift.json")).unwrap();
+    let record: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(record["stage"], "cpift-mask");
+    assert_eq!(record["inputs"]["tuned"]["path"], tuned.to_str().unwrap());
+    let header = Mask::open(&out).unwrap().header;
+    assert_eq!(record["inputs"]["base"]["digest"], serde_json::to_value(&header.base).unwrap());
+    assert_ne!(header.base, header.tuned);
+}

@@ -1,0 +1,160 @@
+//! The six programs end to end, chained by scripts/pipeline.mk on a tiny model: what is transplanted and frozen keeps its bits,
+//! a rerun gives the same bytes, and an edited data file reruns what depends on it and nothing else.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::SystemTime;
+
+use cpift_core::mask::{Mask, bit};
+use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
+use cpift_testkit::{Tensors, read_checkpoint};
+use serde_json::Value;
+
+const TASKS: [&str; 3] = ["copy", "count", "pick"];
+
+struct Pipeline {
+    dir: tempfile::TempDir,
+}
+
+impl Pipeline {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny_model(&dir.path().join("base"), 1);
+        write_tasks(&dir.path().join("data"));
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs make and returns what it printed: the name of every artifact it made.
+    fn make(&self, run: &str) -> Vec<String> {
+        // Test programs lie in target/PROFILE/deps, the programs under test in target/PROFILE.
+        let test = std::env::current_exe().unwrap();
+        let bin = test.parent().and_then(Path::parent).unwrap();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
+        let output = Command::new("make")
+            .current_dir(root)
+            .args(["--no-print-directory", "-j2", "-f", "scripts/pipeline.mk", "all"])
+            .args([variable("BIN", bin), variable("BASE", &self.path("base")), variable("RUN", &self.path(run))])
+            .arg(variable("TASKS", &self.path("data/tasks.toml")))
+            .args(["PROBE_TOKENS=600", "BACKBONE_TOKENS=600", "FINAL_TOKENS=1200", "P=5", "ORDER=overlap"])
+            // Over 1: every task is a group of its own, so that two stages have something to freeze.
+            .args(["TAU=1.1", "TRAIN_FLAGS=--device cpu --lr 1e-2 --batch-size 4", "EVAL_FLAGS=--device cpu"])
+            .env_remove("MAKEFLAGS")
+            .output()
+            .unwrap();
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "make\n{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
+        let mut made: Vec<String> = stdout.lines().filter(|l| !l.starts_with("make")).map(str::to_owned).collect();
+        made.sort();
+        made
+    }
+
+    fn read(&self, name: &str) -> Tensors {
+        read_checkpoint(&self.path(name))
+    }
+
+    fn groups(&self) -> Vec<String> {
+        let groups: Value = serde_json::from_str(&fs::read_to_string(self.path("run/groups.json")).unwrap()).unwrap();
+        groups["groups"].as_array().unwrap().iter().map(|g| g[0].as_str().unwrap().to_owned()).collect()
+    }
+}
+
+/// Element `i` of an F32 tensor.
+fn element<'a>(tensors: &'a Tensors, name: &str, i: usize) -> &'a [u8] {
+    &tensors[name].bytes[4 * i..4 * i + 4]
+}
+
+fn assert_transplanted(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
+    let fused = p.read("run/fused");
+    let probes: BTreeMap<&str, Tensors> = TASKS.iter().map(|t| (*t, p.read(&format!("run/probes/{t}")))).collect();
+    let mut checked = 0;
+    for (name, tensor) in &fused {
+        for i in 0..tensor.bytes.len() / 4 {
+            let owners: Vec<&str> = TASKS.into_iter().filter(|t| bit(masks[t].bits(name).unwrap(), i)).collect();
+            if let [owner] = owners[..] {
+                assert_eq!(element(&fused, name, i), element(&probes[owner], name, i), "{name}[{i}] of {owner}");
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked > 100, "only {checked} elements are core to one task alone");
+}
+
+fn assert_frozen(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
+    let (fused, last) = (p.read("run/fused"), p.read("run/cpi-ft"));
+    let order = p.groups();
+    assert_eq!(order.len(), 3);
+    let (mut kept, mut moved) = (0, 0);
+    for (name, tensor) in &fused {
+        for i in 0..tensor.bytes.len() / 4 {
+            // Frozen from the first stage after its group on; the first group's own stage may move it, so compare what no
+            // stage could move: nothing. What the first stage left is checked in cpift-train's tests.
+            let core = order.iter().any(|t| bit(masks[t.as_str()].bits(name).unwrap(), i));
+            if !core {
+                moved += usize::from(element(&fused, name, i) != element(&last, name, i));
+            }
+            kept += usize::from(core);
+        }
+    }
+    assert!(kept > 0 && moved > 0, "{kept} core elements, {moved} free elements moved");
+    let provenance: Value =
+        serde_json::from_str(&fs::read_to_string(p.path("run/cpi-ft/cpift.json")).unwrap()).unwrap();
+    let frozen: Vec<u64> = provenance["facts"]["stages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| s["frozen_elements"].as_u64().unwrap())
+        .collect();
+    let first = masks[order[0].as_str()].header.selected;
+    assert!(frozen[0] == 0 && frozen[1] == first && frozen[2] > first, "{frozen:?}");
+}
+
+#[test]
+fn the_whole_pipeline() {
+    let p = Pipeline::new();
+    let made = p.make("run");
+    for part in
+        ["probe-copy", "mask-pick", "groups", "backbone", "fused", "cpi-ft", "full-sft", "multi-stage", "score-cpi-ft"]
+    {
+        assert!(made.iter().any(|m| m == part), "{part} in {made:?}");
+    }
+    let table = fs::read_to_string(p.path("run/table.md")).unwrap();
+    assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 6, "{table}");
+    assert!(fs::read_to_string(p.path("run/groups.svg")).unwrap().starts_with("<svg"));
+    let masks: BTreeMap<&str, Mask> =
+        TASKS.iter().map(|t| (*t, Mask::open(&p.path(&format!("run/masks/{t}.safetensors"))).unwrap())).collect();
+    assert_transplanted(&p, &masks);
+    assert_frozen(&p, &masks);
+
+    assert!(p.make("run").is_empty(), "nothing is left to do");
+    p.make("again");
+    for model in ["probes/copy", "backbone", "fused", "cpi-ft", "full-sft", "multi-stage"] {
+        let bytes = |run: &str| fs::read(p.path(run).join(model).join("model.safetensors")).unwrap();
+        assert_eq!(bytes("run"), bytes("again"), "{model} is the same on a rerun");
+    }
+}
+
+#[test]
+fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
+    let p = Pipeline::new();
+    let all = p.make("run");
+    let stamp = |name: &str| -> SystemTime { fs::metadata(p.path("run").join(name)).unwrap().modified().unwrap() };
+    let untouched =
+        ["probes/count/cpift.json", "probes/pick/cpift.json", "masks/count.safetensors", "scores/base/scores.json"];
+    let before: Vec<SystemTime> = untouched.iter().map(|n| stamp(n)).collect();
+    write_rows(
+        &p.path("data/copy/train.jsonl"),
+        &(0..9).map(|i| row(&format!("say v{i}"), &format!("v{i}"))).collect::<Vec<_>>(),
+    );
+    let made = p.make("run");
+    let spared = ["mask-count", "mask-pick", "probe-count", "probe-pick", "score-base"];
+    let expected: Vec<String> = all.into_iter().filter(|m| !spared.contains(&m.as_str())).collect();
+    assert_eq!(made, expected);
+    assert_eq!(untouched.iter().map(|n| stamp(n)).collect::<Vec<_>>(), before);
+}
