@@ -3,7 +3,6 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-files test check demo smollm2 smollm2-check pipeline install clean-probes clean
 
-export LD_LIBRARY_PATH
 PROFILE ?= release
 BIN := target/$(PROFILE)
 CARGO_PROFILE := $(if $(filter debug,$(PROFILE)),,--profile $(PROFILE))
@@ -53,7 +52,7 @@ clean-probes: ## Delete the probes of RUN= once masks and the fused model are ma
 	@test -f "$(RUN)/fused/cpift.json" || { echo "clean-probes: $(RUN)/fused is not there yet: the probes are still needed" >&2; exit 2; }
 	rm -rf -- "$(RUN)/probes"
 
-install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/cpift
+install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch
 	@PREFIX=$(PREFIX) BIN=$(BIN) scripts/install.sh
 
 clean: ## Delete build outputs and runs; .libtorch stays

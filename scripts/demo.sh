@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 export BIN=${BIN:-target/release}
 export BASE=fixtures/demo/base TASKS=fixtures/demo/tasks.toml RUN=${RUN:-runs/demo}
 export PROBE_TOKENS=${PROBE_TOKENS:-100000} BACKBONE_TOKENS=${BACKBONE_TOKENS:-200000} FINAL_TOKENS=${FINAL_TOKENS:-100000}
-# At toy scale τ = 0.1 can put all tasks into one group; auto takes the τ whose partition is the most stable.
+# auto: the τ whose partition is the most stable, so that the demo does not hang on one threshold.
 export TAU=${TAU:-auto} P=${P:-1} ORDER=${ORDER:-overlap} SEED=${SEED:-0} THREADS=${THREADS:-1}
 export TRAIN_FLAGS=${TRAIN_FLAGS:---batch-size 16 --lr 1e-3 --weight-decay 0.01 --device cpu}
 export EVAL_FLAGS=${EVAL_FLAGS:---batch-size 50 --device cpu}
@@ -13,4 +13,6 @@ start=$SECONDS
 make --no-print-directory -j"${JOBS:-2}" -f scripts/pipeline.mk all
 scripts/summary.sh
 scripts/check-isolation.sh "$RUN"
+echo
+scripts/check-probes.sh "$RUN" "$TASKS"
 echo "Took $((SECONDS - start)) s. The files are in $RUN."

@@ -1,4 +1,4 @@
-# The pipeline as file targets: a stage runs again when one of its inputs is newer. Usually called through `make pipeline`.
+# The pipeline as file targets: a stage runs again when one of its inputs is newer or its settings have changed. Usually called through `make pipeline`.
 #
 #   BASE=DIR TASKS=FILE RUN=DIR    the base checkpoint, the task list, the folder for everything that is made
 #   PROBE_TOKENS, BACKBONE_TOKENS, FINAL_TOKENS    budgets in tokens: of each probe, of the backbone, of the last stage.
@@ -52,48 +52,63 @@ common := --threads $(THREADS) --force
 run = @mkdir -p $(RUN)/logs && echo "$(1)" && $(BIN)/$(2) $(common) > $(RUN)/logs/$(1).log 2>&1 \
 	|| { code=$$?; tail -n 20 $(RUN)/logs/$(1).log >&2; exit $$code; }
 
+# The settings of each stage are inputs too: a stamp that is rewritten only when they change.
+stamp = $(shell mkdir -p $(RUN)/settings; f=$(RUN)/settings/$(1); s='$(strip $(2))'; \
+	[ "$$(cat $$f 2>/dev/null)" = "$$s" ] || printf '%s' "$$s" > $$f; echo $$f)
+PROBE_SET := $(call stamp,probe,$(BASE) $(PROBE_TOKENS) $(SEED) $(TRAIN_FLAGS))
+MASK_SET := $(call stamp,mask,$(P) $(SCOPE) $(MASK_FLAGS))
+GROUP_SET := $(call stamp,group,$(TAU) $(ORDER) $(SEED) $(GROUP_FLAGS))
+BACKBONE_SET := $(call stamp,backbone,$(BASE) $(BACKBONE_TOKENS) $(SEED) $(TRAIN_FLAGS))
+FUSED_SET := $(call stamp,fused,$(BASE) $(MERGE_FLAGS))
+FINAL_SET := $(call stamp,final,$(FINAL_TOKENS) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
+BASELINE_SET := $(call stamp,baselines,$(BASE) $(TOTAL_TOKENS) $(SEED) $(TRAIN_FLAGS))
+EVAL_SET := $(call stamp,eval,$(BASE) $(EVAL_FLAGS))
+
 all: $(RUN)/table.md
 
+# Probes may be deleted once masks and the fused model are made (make clean-probes) without being made again.
+.SECONDARY: $(PROBES)
+
 define task_rules
-$(RUN)/probes/$(1)/cpift.json: $(2) $(TASKS) $(BASE_FILES)
+$(RUN)/probes/$(1)/cpift.json: $(2) $(TASKS) $(BASE_FILES) $(PROBE_SET)
 	$$(call run,probe-$(1),cpift-probe --base $(BASE) --tasks $(TASKS) --task $(1) --out $(RUN)/probes/$(1) \
 		--tokens $(PROBE_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
 
-$(RUN)/masks/$(1).safetensors: $(RUN)/probes/$(1)/cpift.json
+$(RUN)/masks/$(1).safetensors: $(RUN)/probes/$(1)/cpift.json $(MASK_SET)
 	$$(call run,mask-$(1),cpift-mask extract --base $(BASE) --tuned $(RUN)/probes/$(1) --percent $(P) --scope $(SCOPE) \
 		--out $$@ $(MASK_FLAGS))
 endef
 $(foreach t,$(LIST),$(eval $(call task_rules,$(call field,$(t),2),$(call field,$(t),3))))
 
-$(RUN)/groups.json: $(MASKS)
+$(RUN)/groups.json: $(MASKS) $(GROUP_SET)
 	$(call run,groups,cpift-group $(mask_args) --tau $(TAU) --order $(ORDER) --seed $(SEED) --out $@ $(GROUP_FLAGS))
 
 # The paper's backbone: plain multi-stage training through the groups.
-$(RUN)/backbone/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES)
+$(RUN)/backbone/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES) $(BACKBONE_SET)
 	$(call run,backbone,cpift-train run --model $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json --no-freeze \
 		--out $(RUN)/backbone --tokens $(BACKBONE_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
 
-$(RUN)/fused/cpift.json: $(RUN)/backbone/cpift.json $(RUN)/groups.json $(MASKS) $(PROBES)
+$(RUN)/fused/cpift.json: $(RUN)/backbone/cpift.json $(RUN)/groups.json $(MASKS) $(PROBES) $(FUSED_SET)
 	$(call run,fused,cpift-merge cpi --base $(BASE) --backbone $(RUN)/backbone --groups $(RUN)/groups.json \
 		$(task_args) $(mask_args) --out $(RUN)/fused $(MERGE_FLAGS))
 
-$(RUN)/cpi-ft/cpift.json: $(RUN)/fused/cpift.json $(RUN)/groups.json $(MASKS) $(TRAIN) $(TASKS)
+$(RUN)/cpi-ft/cpift.json: $(RUN)/fused/cpift.json $(RUN)/groups.json $(MASKS) $(TRAIN) $(TASKS) $(FINAL_SET)
 	$(call run,cpi-ft,cpift-train run --model $(RUN)/fused --base $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json \
 		$(mask_args) --out $(RUN)/cpi-ft --tokens $(FINAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
 
 # The baselines, with the whole budget.
-$(RUN)/full-sft/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES)
+$(RUN)/full-sft/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(BASELINE_SET)
 	$(call run,full-sft,cpift-train run --model $(BASE) --tasks $(TASKS) --out $(RUN)/full-sft \
 		--tokens $(TOTAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
 
-$(RUN)/multi-stage/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES)
+$(RUN)/multi-stage/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES) $(BASELINE_SET)
 	$(call run,multi-stage,cpift-train run --model $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json --no-freeze \
 		--out $(RUN)/multi-stage --tokens $(TOTAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
 
 score = $(call run,score-$(1),cpift-eval run --model $(2) --tasks $(TASKS) --out $(@D) $(EVAL_FLAGS))
-$(RUN)/scores/base/scores.json: $(BASE_FILES) $(EVAL) $(TASKS)
+$(RUN)/scores/base/scores.json: $(BASE_FILES) $(EVAL) $(TASKS) $(EVAL_SET)
 	$(call score,base,$(BASE))
-$(RUN)/scores/%/scores.json: $(RUN)/%/cpift.json $(EVAL) $(TASKS)
+$(RUN)/scores/%/scores.json: $(RUN)/%/cpift.json $(EVAL) $(TASKS) $(EVAL_SET)
 	$(call score,$*,$(RUN)/$*)
 
 $(RUN)/table.md: $(SCORES)

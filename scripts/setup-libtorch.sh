@@ -19,16 +19,21 @@ link_to() {
     echo "libtorch: $dest -> $1"
 }
 
-if [ -n "${LIBTORCH:-}" ] && [ "$(readlink -m "$LIBTORCH")" != "$(readlink -m "$dest")" ]; then
+if [ -n "${LIBTORCH:-}" ] && [ "$(realpath -ms "$LIBTORCH")" != "$PWD/$dest" ]; then
     link_to "$(readlink -m "$LIBTORCH")" LIBTORCH; exit
+fi
+# What an earlier call laid out or linked stays, unless the CUDA half is asked for and missing.
+want=$version${CUDA:+ cuda}
+have=$(cat "$dest/layout" 2>/dev/null || true)
+linked() { [ -L "$dest" ] && [ -e "$dest/lib/libtorch_cpu.so" ] && { [ -z "${CUDA:-}" ] || [ -e "$dest/lib/libtorch_cuda.so" ]; }; }
+if [ -z "${LIBTORCH_USE_PYTORCH:-}" ] && { [ "$have" = "$want" ] || [ "$have" = "$version cuda" ] || linked; }; then
+    echo "libtorch: $dest is there"; exit
 fi
 python=$(command -v python3 || true)
 [ -n "$python" ] || die "python3 with pip is needed to fetch libtorch (hint: install python3-pip, or set LIBTORCH to an unpacked libtorch $version)"
 if [ -n "${LIBTORCH_USE_PYTORCH:-}" ]; then
     link_to "$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__))')" LIBTORCH_USE_PYTORCH; exit
 fi
-want=$version${CUDA:+ cuda}
-[ "$(cat "$dest/layout" 2>/dev/null)" = "$want" ] && { echo "libtorch: $want is in $dest"; exit; }
 "$python" -m pip --version >/dev/null 2>&1 || die "python3 has no pip (hint: install python3-pip, or set LIBTORCH)"
 
 tmp=$(mktemp -d "$PWD/.libtorch.tmp.XXXXXX"); trap 'rm -rf "$tmp"' EXIT

@@ -7,6 +7,7 @@ total=$((count * PROBE_TOKENS + BACKBONE_TOKENS + FINAL_TOKENS))
 tokens() { grep -m1 -oE '"tokens": [0-9]+' "$RUN/$1/cpift.json" | grep -oE '[0-9]+'; }
 probes=0
 for probe in "$RUN"/probes/*/; do
+    [ -d "$probe" ] || continue
     n=$(tokens "probes/$(basename "$probe")"); probes=$((probes + n))
 done
 echo

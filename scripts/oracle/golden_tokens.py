@@ -26,11 +26,16 @@ def digest(ids: list[int]) -> str:
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
 
 
+def source(messages: list[dict]) -> str:
+    """What tells a row, whatever file and line it stands in."""
+    return hashlib.sha256("".join(f"{m['role']}\0{m['content']}\0" for m in messages).encode()).hexdigest()
+
+
 def describe(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> dict:
     chat = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True)
     text = tokenizer(messages[0]["content"], add_special_tokens=False).input_ids
-    return {"text": digest(text), "chat": digest(chat), "prompt": digest(prompt)}
+    return {"source": source(messages), "text": digest(text), "chat": digest(chat), "prompt": digest(prompt)}
 
 
 def main() -> None:

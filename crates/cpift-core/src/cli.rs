@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 
-use crate::error::{exit_code, usage};
+use crate::error::{EXIT_FAILED, exit_code, usage};
 
 /// Arguments that all stages take.
 #[derive(clap::Args, Debug, Clone, Default)]
@@ -35,8 +35,8 @@ impl Common {
         let env = env_logger::Env::new().filter_or("CPIFT_LOG", level);
         let _ = env_logger::Builder::from_env(env).format(log_line).try_init();
         if let Some(threads) = self.threads {
-            if threads == 0 {
-                return Err(usage("--threads must be at least 1"));
+            if !(1..=4096).contains(&threads) {
+                return Err(usage("--threads must be 1 to 4096"));
             }
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting the thread pool")?;
         }
@@ -62,12 +62,15 @@ fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> s
 /// Parses the arguments, runs the stage, prints an error once on stderr and returns the documented exit code.
 pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     let args = A::parse();
-    match run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+    // libtorch's exceptions (out of memory, say) arrive as panics; unwinding removes what is staged.
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(args))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
             eprintln!("error: {error:#}");
             ExitCode::from(exit_code(&error))
         }
+        // The panic hook has printed what and where.
+        Err(_) => ExitCode::from(EXIT_FAILED),
     }
 }
 
@@ -109,7 +112,7 @@ pub fn require_unique(list: &[Named], flag: &str) -> Result<()> {
 
 /// The command line as typed, for provenance.
 pub fn argv() -> Vec<String> {
-    std::env::args().skip(1).collect()
+    std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect()
 }
 
 #[cfg(test)]

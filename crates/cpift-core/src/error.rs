@@ -3,16 +3,12 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// Done.
-pub const EXIT_DONE: u8 = 0;
 /// Failed: disk full, out of memory, non-finite loss and the like.
 pub const EXIT_FAILED: u8 = 1;
 /// Usage: an argument that cannot be parsed or is out of range.
 pub const EXIT_USAGE: u8 = 2;
 /// Bad input: a file, shape, format or content that cannot be used.
 pub const EXIT_BAD_INPUT: u8 = 3;
-/// Stopped by a signal after a resumable state was saved.
-pub const EXIT_STOPPED: u8 = 75;
 
 /// A file that cannot be used: which, where in it, what was expected, what was found, and how to mend it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -206,10 +206,11 @@ impl StagedDir {
     }
 }
 
-/// Creates a file of `len` bytes inside a staged folder, open for positional writes.
+/// Creates a file of `len` bytes inside a staged folder, open for positional writes. The file is sparse: a full disk shows when
+/// it is written.
 ///
 /// # Errors
-/// I/O errors, a full disk among them.
+/// I/O errors.
 pub fn create_sized(path: &Path, len: u64) -> Result<File> {
     let file = OpenOptions::new()
         .write(true)

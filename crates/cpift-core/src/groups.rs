@@ -74,15 +74,15 @@ impl Groups {
     /// [`BadInput`] when it cannot be read, is of another version, or does not place every task in exactly one group.
     pub fn read(path: &Path) -> Result<Self> {
         let value: serde_json::Value = json::read(path)?;
-        let version = value.get("format_version").and_then(serde_json::Value::as_u64).unwrap_or(0);
-        json::check_version(path, "a groups file", version as u32, FORMAT_VERSION)?;
+        json::check_version(path, "a groups file", json::version_of(&value), FORMAT_VERSION)?;
         let groups: Self =
             serde_json::from_value(value).map_err(|e| BadInput::new(path, format!("not a groups file: {e}")))?;
         let mut placed: Vec<&String> = groups.groups.iter().flatten().collect();
         placed.sort();
         let mut tasks: Vec<&String> = groups.tasks.iter().collect();
         tasks.sort();
-        if placed != tasks || groups.groups.iter().any(Vec::is_empty) {
+        let repeated = tasks.windows(2).any(|pair| pair[0] == pair[1]);
+        if tasks.is_empty() || repeated || placed != tasks || groups.groups.iter().any(Vec::is_empty) {
             return Err(BadInput::new(path, "the groups are not a partition of the tasks")
                 .expected(format!("{tasks:?}"))
                 .found(format!("{:?}", groups.groups))
@@ -102,6 +102,24 @@ impl Groups {
     /// Task names in training order: group by group, inside a group as listed.
     pub fn task_order(&self) -> Vec<&str> {
         self.groups.iter().flatten().map(String::as_str).collect()
+    }
+
+    /// Checks that the mask file given for `task` is the one this grouping was made from, and returns its digest.
+    ///
+    /// # Errors
+    /// [`BadInput`] with both digests.
+    pub fn check_mask(&self, path: &Path, task: &str, mask: &Path) -> Result<Digest> {
+        let found = Digest::of_file(mask)?;
+        match self.masks.get(task) {
+            Some(expected) if *expected == found => Ok(found),
+            expected => {
+                Err(BadInput::new(mask, format!("not the mask of {task} that {} was made from", path.display()))
+                    .expected(expected.map_or("no digest is recorded".into(), |d| format!("digest {d}")))
+                    .found(format!("digest {found}"))
+                    .hint("group the masks again, or check that --mask names the right files")
+                    .into())
+            }
+        }
     }
 
     /// Checks that `names` (of `--task` or `--mask` arguments) are exactly the tasks of this file.

@@ -33,6 +33,12 @@ pub fn check_version(path: &Path, what: &str, found: u32, known: u32) -> Result<
         .into())
 }
 
+/// The `format_version` of a file of ours; 0 where there is none, and the largest number where it is too large.
+pub fn version_of(value: &serde_json::Value) -> u32 {
+    let version = value.get("format_version").and_then(serde_json::Value::as_u64).unwrap_or(0);
+    u32::try_from(version).unwrap_or(u32::MAX)
+}
+
 /// Pretty JSON with a final newline: the form of all JSON files we write.
 pub fn to_text<T: serde::Serialize>(value: &T) -> Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")

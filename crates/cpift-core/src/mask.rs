@@ -258,13 +258,14 @@ pub fn indices(bits: &[u8]) -> impl Iterator<Item = usize> + '_ {
 /// Masks given as NAME=FILE, opened and checked against one base.
 ///
 /// # Errors
-/// As [`Mask::open`] and [`Mask::check_base`].
+/// As [`Mask::open`], [`Mask::check_base`] and [`Mask::verify`].
 pub fn open_all(list: &[crate::cli::Named], base: &Checkpoint, digest: &Digest) -> Result<BTreeMap<String, Mask>> {
     crate::cli::require_unique(list, "--mask")?;
     let mut masks = BTreeMap::new();
     for named in list {
         let mask = Mask::open(&named.path)?;
         mask.check_base(base, digest)?;
+        mask.verify()?;
         masks.insert(named.name.clone(), mask);
     }
     Ok(masks)

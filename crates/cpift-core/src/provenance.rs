@@ -1,7 +1,7 @@
 //! cpift.json: which stage made an output, from what, with which arguments, and the output's digest.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -49,8 +49,8 @@ pub struct Provenance {
 /// An input of a stage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Input {
-    /// The path as given.
-    pub path: PathBuf,
+    /// The path as given; what is not UTF-8 in it is replaced.
+    pub path: String,
     /// BLAKE3 of its content.
     pub digest: Digest,
 }
@@ -88,7 +88,7 @@ impl Recorder {
 
     /// Records an input by its role.
     pub fn input(&mut self, role: impl Into<String>, path: &Path, digest: Digest) {
-        self.record.inputs.insert(role.into(), Input { path: path.to_owned(), digest });
+        self.record.inputs.insert(role.into(), Input { path: path.display().to_string(), digest });
     }
 
     /// Records a count or a figure of the run.

@@ -1,7 +1,7 @@
 //! scores.json: what a checkpoint scored on every task.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ pub struct Scores {
     /// Form of the file.
     pub format_version: u32,
     /// The checkpoint that was scored.
-    pub model: PathBuf,
+    pub model: String,
     /// Its digest.
     pub model_digest: Digest,
     /// Scores in the order of tasks.toml.
@@ -83,9 +83,13 @@ impl Scores {
     pub fn read(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join("scores.json") } else { path.to_owned() };
         let value: serde_json::Value = json::read(&file)?;
-        let version = value.get("format_version").and_then(serde_json::Value::as_u64).unwrap_or(0);
-        json::check_version(&file, "a scores file", version as u32, FORMAT_VERSION)?;
-        serde_json::from_value(value).map_err(|e| BadInput::new(&file, format!("not a scores file: {e}")).into())
+        json::check_version(&file, "a scores file", json::version_of(&value), FORMAT_VERSION)?;
+        let scores: Self =
+            serde_json::from_value(value).map_err(|e| BadInput::new(&file, format!("not a scores file: {e}")))?;
+        if scores.tasks.is_empty() {
+            return Err(BadInput::new(&file, "holds no scores").expected("at least one task").into());
+        }
+        Ok(scores)
     }
 
     /// Writes the file, whole or not at all.

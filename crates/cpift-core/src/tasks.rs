@@ -157,6 +157,25 @@ impl Tasks {
         })
     }
 
+    /// The one chat template that tasks.toml names for a base without its own.
+    ///
+    /// # Errors
+    /// [`BadInput`] when tasks name different ones.
+    pub fn template(&self) -> Result<Option<&str>> {
+        let mut named = self.list.iter().filter_map(|t| Some((t.name.as_str(), t.template.as_deref()?)));
+        let Some((first_task, first)) = named.next() else { return Ok(None) };
+        match named.find(|(_, template)| *template != first) {
+            None => Ok(Some(first)),
+            Some((task, other)) => {
+                Err(BadInput::new(&self.path, format!("{first_task} and {task} name different chat templates"))
+                    .expected(first)
+                    .found(other)
+                    .hint("a checkpoint has one chat template: name the same one for every task")
+                    .into())
+            }
+        }
+    }
+
     /// All names in array order.
     pub fn names(&self) -> Vec<String> {
         self.list.iter().map(|t| t.name.clone()).collect()
@@ -181,6 +200,11 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
         return Err(BadInput::new(path, format!("task {}: a length or count is too small", task.name))
             .expected("max_length of at least 2, max_new_tokens and sample of at least 1")
             .into());
+    }
+    if let Some(template) = &mut task.template
+        && template != "chatml"
+    {
+        *template = folder.join(&*template).to_string_lossy().into_owned();
     }
     for file in [&mut task.train, &mut task.eval] {
         *file = folder.join(&*file);

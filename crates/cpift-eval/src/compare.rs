@@ -54,7 +54,8 @@ impl Table {
         let mut lines = vec![header];
         for (name, scores) in &self.rows {
             let mut line = vec![name.clone()];
-            line.extend(scores.tasks.iter().map(cell));
+            let of = |task: &str| scores.tasks.iter().find(|s| s.task == task);
+            line.extend(tasks.iter().map(|t| of(&t.task).map_or("-".into(), |s| cell(s, t.metric.is_some()))));
             line.push(average_normalised_score(scores).map_or("-".into(), |v| format!("{v:.2}")));
             line.push(format!("{:.4}", mean_nll(scores)));
             lines.push(line);
@@ -100,16 +101,22 @@ fn mean_nll(scores: &Scores) -> f64 {
     scores.tasks.iter().map(|t| t.nll.value).sum::<f64>() / scores.tasks.len() as f64
 }
 
-fn cell(score: &TaskScore) -> String {
+/// A task's metric where its column shows one, else its loss.
+fn cell(score: &TaskScore, metric_column: bool) -> String {
     match &score.metric {
-        Some(metric) => format!("{:.1} ± {:.1}", 100.0 * metric.value, 100.0 * metric.stderr),
-        None => format!("{:.4} ± {:.4}", score.nll.value, score.nll.stderr),
+        Some(metric) if metric_column => format!("{:.1} ± {:.1}", 100.0 * metric.value, 100.0 * metric.stderr),
+        None if metric_column => "-".into(),
+        _ => format!("{:.4} ± {:.4}", score.nll.value, score.nll.stderr),
     }
 }
 
 fn check_comparable(path: &Path, first_name: &str, first: &Scores, other: &Scores) -> Result<()> {
     let key = |scores: &Scores| -> Vec<String> {
-        scores.tasks.iter().map(|t| format!("{} {} {:?}", t.task, t.eval_digest, t.settings.get("rows"))).collect()
+        let settings = |t: &TaskScore| {
+            let keys = ["rows", "prompt", "max_new_tokens", "max_length"];
+            keys.map(|k| format!("{k}={}", t.settings.get(k).unwrap_or(&Value::Null))).join(" ")
+        };
+        scores.tasks.iter().map(|t| format!("{} {} {}", t.task, t.eval_digest, settings(t))).collect()
     };
     let (a, b) = (key(first), key(other));
     if a == b {
@@ -119,7 +126,7 @@ fn check_comparable(path: &Path, first_name: &str, first: &Scores, other: &Score
     Err(BadInput::new(path, format!("was scored on other tasks or rows than {first_name}"))
         .expected(differing.map_or(format!("{} tasks", a.len()), |(x, _)| x.clone()))
         .found(differing.map_or(format!("{} tasks", b.len()), |(_, y)| y.clone()))
-        .hint("score both on the same tasks.toml and --limit; --force compares all the same")
+        .hint("score both on the same tasks.toml with the same --limit and lengths; --force compares all the same")
         .into())
 }
 

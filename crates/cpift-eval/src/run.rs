@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tch::Kind;
 
 use crate::args::RunArgs;
-use crate::metrics::{self, Settings};
+use crate::metrics::{self, Loss, Settings};
 
 /// Scores and writes the output folder.
 ///
@@ -31,14 +31,14 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     }
     check_output(&args.out, common.force)?;
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
-    let tasks = read_tasks(args)?;
+    let list = Tasks::read(&args.tasks)?;
+    let tasks = read_rows(args, &list)?;
     let device = args.device.open(common.threads)?;
-    let template = tasks.iter().find_map(|(task, _)| task.template.clone());
-    let session = Session::open(&args.model, template.as_deref(), device, Kind::Float)?;
+    let session = Session::open(&args.model, list.template()?, device, Kind::Float)?;
     recorder.input("model", &args.model, session.digest.clone());
     let (mut scores, mut outputs) = (Vec::new(), String::new());
-    for (task, rows) in &tasks {
-        let (score, rows) = score_task(args, &session, task, rows)?;
+    for (task, rows, digest) in &tasks {
+        let (score, rows) = score_task(args, &session, task, rows, digest)?;
         recorder.input(format!("eval:{}", task.name), &task.eval, score.eval_digest.clone());
         for mut row in rows {
             row["task"] = Value::from(task.name.as_str());
@@ -48,7 +48,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     }
     let scores = Scores {
         format_version: FORMAT_VERSION,
-        model: args.model.clone(),
+        model: args.model.display().to_string(),
         model_digest: session.digest.clone(),
         tasks: scores,
     };
@@ -61,8 +61,10 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     Ok(())
 }
 
-fn read_tasks(args: &RunArgs) -> Result<Vec<(Task, Vec<Row>)>> {
-    let tasks = Tasks::read(&args.tasks)?;
+/// A task to score, its rows, and the digest of the file they came from.
+type TaskRows = (Task, Vec<Row>, Digest);
+
+fn read_rows(args: &RunArgs, tasks: &Tasks) -> Result<Vec<TaskRows>> {
     let chosen: Vec<Task> = if args.only.is_empty() {
         tasks.list.clone()
     } else {
@@ -71,29 +73,42 @@ fn read_tasks(args: &RunArgs) -> Result<Vec<(Task, Vec<Row>)>> {
     chosen
         .into_iter()
         .map(|task| {
+            let digest = Digest::of_file(&task.eval)?;
             let mut rows = data::read_rows(&task.eval)?;
             rows.truncate(args.limit.unwrap_or(usize::MAX));
-            Ok((task, rows))
+            Ok((task, rows, digest))
         })
         .collect()
 }
 
-fn score_task(args: &RunArgs, session: &Session, task: &Task, rows: &[Row]) -> Result<(TaskScore, Vec<Value>)> {
+fn score_task(
+    args: &RunArgs,
+    session: &Session,
+    task: &Task,
+    rows: &[Row],
+    eval_digest: &Digest,
+) -> Result<(TaskScore, Vec<Value>)> {
     let settings = Settings {
         batch_size: args.batch_size,
         max_new_tokens: args.max_new_tokens.unwrap_or(task.max_new_tokens),
         max_length: session.context_of(task, None),
     };
-    let (nll, truncated) = metrics::nll(session, task, rows, &settings)?;
+    let Loss { nll, truncated, dropped } = metrics::loss(session, task, rows, &settings)?;
     if truncated > 0 {
-        warn!("{}: the loss of {truncated} rows is over their first {} tokens", task.name, settings.max_length);
+        warn!(
+            "{}: {truncated} rows are longer than {} tokens: their loss is over the first ones, and {dropped} have none",
+            task.name, settings.max_length
+        );
     }
     let scored = metrics::score(session, task, rows, &settings)?;
+    if scored.prompts_cut > 0 {
+        warn!("{}: {} prompts lost their beginning to the model's context", task.name, scored.prompts_cut);
+    }
     let main = scored.metric.as_ref().map_or(String::new(), |m| format!("{} {:.3}, ", m.name, m.value));
     info!("{}: {main}nll {:.4} ± {:.4} ({} rows)", task.name, nll.value, nll.stderr, nll.n);
     let score = TaskScore {
         task: task.name.clone(),
-        eval_digest: Digest::of_file(&task.eval)?,
+        eval_digest: eval_digest.clone(),
         metric: scored.metric,
         also: scored.also.into_iter().map(|figure| (figure.name.clone(), figure)).collect(),
         nll,
@@ -103,6 +118,8 @@ fn score_task(args: &RunArgs, session: &Session, task: &Task, rows: &[Row]) -> R
             ("max_new_tokens".to_owned(), json!(settings.max_new_tokens)),
             ("max_length".to_owned(), json!(settings.max_length)),
             ("truncated".to_owned(), json!(truncated)),
+            ("dropped".to_owned(), json!(dropped)),
+            ("prompts_cut".to_owned(), json!(scored.prompts_cut)),
         ]),
     };
     Ok((score, scored.outputs))

@@ -61,7 +61,7 @@ pub fn read_losses(path: &Path, tasks: &[String], base: Option<&Digest>) -> Resu
         log::warn!(
             "{}: the scores are of {}, whose digest is not that of the base the masks were made from",
             path.display(),
-            scores.model.display()
+            scores.model
         );
     }
     let mut losses = Vec::new();

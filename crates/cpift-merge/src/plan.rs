@@ -237,21 +237,10 @@ fn open_masks(args: &CpiArgs, groups: &Groups, base: &Source, tasks: &[Arc<Sourc
     let (mut masks, mut files) = (Vec::new(), BTreeMap::new());
     for (name, task) in groups.task_order().into_iter().zip(tasks) {
         let mask = by_name.remove(name).expect("names are checked");
-        mask.verify()?;
         if mask.header.tuned != *task.digest()? {
             log::warn!("{}: extracted from another checkpoint than {}", mask.path().display(), task.path().display());
         }
-        let digest = Digest::of_file(mask.path())?;
-        if groups.masks.get(name).is_some_and(|expected| *expected != digest) {
-            return Err(BadInput::new(
-                mask.path(),
-                format!("not the mask that {} was made from", args.groups.display()),
-            )
-            .expected(format!("digest {}", groups.masks[name]))
-            .found(format!("digest {digest}"))
-            .hint("run cpift-group again on these masks")
-            .into());
-        }
+        let digest = groups.check_mask(&args.groups, name, mask.path())?;
         files.insert(format!("mask:{name}"), (mask.path().to_owned(), digest));
         masks.push(mask);
     }

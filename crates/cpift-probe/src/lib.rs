@@ -58,6 +58,7 @@ pub struct Args {
 /// What was checked before any work: the task, its examples, the opened model.
 struct Plan {
     task: Task,
+    train_digest: Digest,
     encoded: Encoded,
     session: Session,
 }
@@ -90,7 +91,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     plan.session.save(staged.path(), args.training.save_dtype)?;
     recorder.seed(args.training.seed);
     recorder.input("base", base, plan.session.digest.clone());
-    recorder.input("train", &plan.task.train, Digest::of_file(&plan.task.train)?);
+    recorder.input("train", &plan.task.train, plan.train_digest.clone());
     recorder.fact("task", plan.task.name.as_str());
     recorder.fact("steps", report.steps);
     recorder.fact("tokens", report.tokens);
@@ -100,7 +101,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     staged.commit()?;
     info!("{}: loss {:.4} -> {:.4}; wrote {}", plan.task.name, report.first_loss, report.final_loss, out.display());
     args.common.print_json(&json!({"task": plan.task.name, "steps": report.steps, "tokens": report.tokens,
-        "first_loss": report.first_loss, "final_loss": report.final_loss, "out": out}));
+        "first_loss": report.first_loss, "final_loss": report.final_loss, "out": out.display().to_string()}));
     Ok(())
 }
 
@@ -113,14 +114,15 @@ fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
         None => tasks.indexed(task_index(args.task_index)?)?,
     }
     .clone();
+    let train_digest = Digest::of_file(&task.train)?;
     let rows = data::read_rows(&task.train)?;
     let device = args.training.device.open(args.common.threads)?;
     let compute = train::compute_kind(args.training.compute_dtype, device);
-    let session = Session::open(base, task.template.as_deref(), device, compute)?;
+    let session = Session::open(base, tasks.template()?, device, compute)?;
     let max_length = session.context_of(&task, args.training.max_length);
     let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
     data::report(&task.name, &encoded, max_length);
-    Ok(Plan { task, encoded, session })
+    Ok(Plan { task, train_digest, encoded, session })
 }
 
 /// The index that was typed, or that of the Slurm array.

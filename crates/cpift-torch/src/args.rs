@@ -26,7 +26,7 @@ pub struct TrainingArgs {
     /// Peak learning rate
     #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 2e-5)]
     pub lr: f64,
-    /// Share of the steps that warm up; a cosine to zero follows
+    /// Share of the steps that warm up, rounded up (the first has rate 0); a cosine to zero follows
     #[arg(long, value_name = "F", allow_negative_numbers = true, default_value_t = 0.03)]
     pub warmup_ratio: f64,
     /// Decoupled weight decay (norms and biases do not decay)
@@ -84,8 +84,8 @@ impl TrainingArgs {
     pub fn check(&self) -> Result<()> {
         let rules = [
             (self.steps != Some(0) && self.tokens != Some(0), "--steps and --tokens must be at least 1"),
-            (self.batch_size > 0, "--batch-size must be at least 1"),
-            (self.grad_accum > 0, "--grad-accum must be at least 1"),
+            ((1..=1 << 16).contains(&self.batch_size), "--batch-size must be 1 to 65536"),
+            ((1..=1 << 16).contains(&self.grad_accum), "--grad-accum must be 1 to 65536"),
             (self.lr.is_finite() && self.lr > 0.0, "--lr must be positive"),
             ((0.0..=1.0).contains(&self.warmup_ratio), "--warmup-ratio must be 0 to 1"),
             (self.weight_decay >= 0.0, "--weight-decay must not be negative"),

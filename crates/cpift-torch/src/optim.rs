@@ -62,9 +62,11 @@ impl AdamW {
     /// What libtorch reports.
     pub fn step(&mut self, grads: &[Tensor], lr: f64) -> Result<()> {
         assert_eq!(grads.len(), self.slots.len());
+        // The fused kernel reads gradients by the parameter's strides.
+        let grads: Vec<Tensor> = grads.iter().map(Tensor::contiguous).collect();
         for decays in [true, false] {
             let chosen: Vec<(&Slot, &Tensor)> =
-                self.slots.iter().zip(grads).filter(|(slot, _)| slot.decays == decays).collect();
+                self.slots.iter().zip(&grads).filter(|(slot, _)| slot.decays == decays).collect();
             if chosen.is_empty() {
                 continue;
             }

@@ -92,11 +92,7 @@ fn accumulate(sum: &mut Vec<Tensor>, fresh: Vec<Tensor>) {
 
 /// The summed cross entropy of a batch's targets, in nats: a scalar with its graph.
 pub fn loss_sum(model: &Llama, batch: &Batch) -> Tensor {
-    let attended = model.causal(batch.ids_bs.size()[1]);
-    let mut x_bse = model.embed(&batch.ids_bs);
-    for block in &model.blocks {
-        x_bse = block.forward(&x_bse, &attended, None);
-    }
+    let x_bse = model.hidden(&batch.ids_bs, &model.causal(batch.ids_bs.size()[1]), None);
     let logits = model.logits(&x_bse).flatten(0, 1);
     let labels = batch.labels_bs.flatten(0, 1);
     logits.cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, crate::data::IGNORE, 0.0)
@@ -163,12 +159,13 @@ pub fn run_stage(
 ) -> Result<StageReport> {
     let per_step = args.batch_size * args.grad_accum;
     let total = plan_steps(stage, per_step);
-    let warmup = (args.warmup_ratio * total as f64).ceil() as usize;
+    // The first step of a warm-up has rate 0, so a stage of one step has none.
+    let warmup = ((args.warmup_ratio * total as f64).ceil() as usize).min(total - 1);
     let schedule = CosineWithWarmup { peak: args.lr, warmup_steps: warmup, total_steps: total };
     let mut trainer = Trainer::new(model, parameters, stage.freeze, args.optimizer(), args.max_grad_norm);
     let mut sampler = Sampler::new(stage.examples.len(), stage.seed);
     let mut report = StageReport::default();
-    let mut losses = Vec::with_capacity(total);
+    let mut losses = Vec::new();
     let bar = progress::items("training", total as u64);
     let clock = Instant::now();
     for step in 0..total {

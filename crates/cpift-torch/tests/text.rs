@@ -93,6 +93,21 @@ fn long_examples_are_cut_counted_or_refused() {
 }
 
 #[test]
+fn truncation_and_padding_left_in_the_tokenizer_do_not_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = write_tiny_model(&dir.path().join("m"), 1);
+    let long = "a text that is longer than eight tokens";
+    let plain = ChatText::open(&model, None).unwrap().encode(long).unwrap();
+    let path = model.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    tokenizer["truncation"] = json!({"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"});
+    tokenizer["padding"] = json!({"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 258, "pad_type_id": 0, "pad_token": "<|pad|>"});
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    assert_eq!(ChatText::open(&model, None).unwrap().encode(long).unwrap(), plain);
+}
+
+#[test]
 fn a_model_without_a_template_takes_the_one_named_and_saves_it() {
     let dir = tempfile::tempdir().unwrap();
     let model = write_tiny_model(&dir.path().join("m"), 1);

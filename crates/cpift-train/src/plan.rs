@@ -58,9 +58,8 @@ impl Plan {
             return Err(usage("--groups needs a --mask NAME=FILE for every task, or --no-freeze"));
         }
         let device = args.training.device.open(common.threads)?;
-        let template = chosen.iter().find_map(|t| t.template.clone());
         let compute = train::compute_kind(args.training.compute_dtype, device);
-        let session = Session::open(&args.model, template.as_deref(), device, compute)?;
+        let session = Session::open(&args.model, tasks.template()?, device, compute)?;
         let masks = open_masks(args, groups.as_ref(), &session)?;
         let examples = read_examples(args, &chosen, &session)?;
         let stages = plan_stages(args, groups.as_ref(), &chosen, &examples)?;
@@ -84,6 +83,9 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
         return Ok(BTreeMap::new());
     }
     groups.check_names(path, "--mask", args.masks.iter().map(|m| &m.name))?;
+    for mask in &args.masks {
+        groups.check_mask(path, &mask.name, &mask.path)?;
+    }
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let digest = match &base {
         Some(base) => {
@@ -155,6 +157,9 @@ fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf,
     }
     for mask in &args.masks {
         inputs.push((format!("mask:{}", mask.name), mask.path.clone(), Digest::of_file(&mask.path)?));
+    }
+    if let Some(path) = &args.base {
+        inputs.push(("base".to_owned(), path.clone(), Checkpoint::open(path)?.digest()?));
     }
     if let Some(path) = &args.groups {
         inputs.push(("groups".to_owned(), path.clone(), Digest::of_file(path)?));

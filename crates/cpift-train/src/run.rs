@@ -39,7 +39,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     recorder.write_into(staged.path())?;
     staged.commit()?;
     info!("{} stages, {tokens} tokens; wrote {}", plan.stages.len(), args.out.display());
-    common.print_json(&json!({"stages": summaries, "tokens": tokens, "out": args.out}));
+    common.print_json(&json!({"stages": summaries, "tokens": tokens, "out": args.out.display().to_string()}));
     Ok(())
 }
 

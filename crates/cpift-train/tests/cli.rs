@@ -37,8 +37,15 @@ impl Fixture {
             write_mask(&dir.path().join(format!("{task}.safetensors")), &base, |_, i| core(k, i));
         }
         let f = Self { dir, base, tasks };
-        write_groups(&f.path("groups.json"), &f.base, &[&["count"], &["copy", "pick"]], &[]);
+        f.group(&f.base, &[&["count"], &["copy", "pick"]]);
         f
+    }
+
+    /// Writes groups.json for `base` and the fixture's masks.
+    fn group(&self, base: &Path, groups: &[&[&str]]) {
+        let masks = TASKS.map(|t| (t, self.path(&format!("{t}.safetensors"))));
+        let masks: Vec<(&str, &Path)> = masks.iter().map(|(t, p)| (*t, p.as_path())).collect();
+        write_groups(&self.path("groups.json"), base, groups, &masks);
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -158,6 +165,7 @@ fn without_groups_it_is_one_stage_over_all_rows() {
     assert_eq!(bytes("sft"), bytes("again"), "a rerun gives the same bytes");
     f.train("one", &["--steps", "1", "--only", "pick"]).ok();
     assert_eq!(f.facts("one")["stages"][0]["examples"], 12);
+    assert_ne!(bytes("one"), fs::read(f.base.join("model.safetensors")).unwrap(), "a single step moves the weights");
 }
 
 #[test]
@@ -183,16 +191,33 @@ fn masks_and_groups_must_belong_to_the_base() {
     let f = Fixture::new();
     let none_left = || assert!(!f.path("runs").exists() || fs::read_dir(f.path("runs")).unwrap().count() == 0);
     let other = write_tiny_model(&f.path("other"), 2);
+    let good = fs::read(f.path("pick.safetensors")).unwrap();
     write_mask(&f.path("pick.safetensors"), &other, |_, i| core(2, i));
+    f.staged("out", &["--steps", "2"]).bad_input(&["pick.safetensors", "not the mask of pick", "expected: digest"]);
+    f.group(&f.base, &[&["count"], &["copy", "pick"]]);
     f.staged("out", &["--steps", "2"]).bad_input(&["pick.safetensors", "another base", "expected: base digest"]);
     none_left();
-    write_groups(&f.path("groups.json"), &other, &[&["count"], &["copy", "pick"]], &[]);
+    fs::write(f.path("pick.safetensors"), &good).unwrap();
+    f.group(&other, &[&["count"], &["copy", "pick"]]);
     f.staged("out", &["--steps", "2"]).bad_input(&["groups.json", "another base", "--base DIR"]);
-    write_groups(&f.path("groups.json"), &f.base, &[&["count"], &["copy"]], &[]);
+    f.group(&f.base, &[&["count"], &["copy"]]);
     f.staged("out", &["--steps", "2"]).bad_input(&["groups.json", "pick"]);
-    write_groups(&f.path("groups.json"), &f.base, &[&["count"], &["copy", "pick", "fourth"]], &[]);
+    f.group(&f.base, &[&["count"], &["copy", "pick", "fourth"]]);
     f.staged("out", &["--steps", "2"]).bad_input(&["fourth"]);
     none_left();
+}
+
+#[test]
+fn a_damaged_mask_is_refused() {
+    let f = Fixture::new();
+    let path = f.path("count.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 0x80;
+    fs::write(&path, bytes).unwrap();
+    f.group(&f.base, &[&["count"], &["copy", "pick"]]);
+    f.staged("out", &["--steps", "2"]).bad_input(&["count.safetensors", "bits"]);
+    assert!(!f.path("runs/out").exists());
 }
 
 #[test]

@@ -148,7 +148,7 @@ fn groups_of_other_tasks_another_base_or_other_masks_are_refused() {
     let extra = format!("{line} --task c=@a");
     world.refused(&extra, &["@groups.json", "does not know the task c", "expected: a, b"]);
     world.mask("b", &core("w", &[1, 2]));
-    world.refused(&line, &["@b.mask", "not the mask that", "groups.json", "cpift-group again"]);
+    world.refused(&line, &["@b.mask", "not the mask of b that", "groups.json", "group the masks again"]);
     world.checkpoint("base", &w(&[9.0, 2.0, 3.0, 4.0]));
     world.refused(&line, &["@groups.json", "made for another base than", "expected: base digest"]);
 }
@@ -232,7 +232,7 @@ fn arguments_out_of_range_are_usage_errors() {
     world.misused(&format!("{SLERP} --epsilon -1"), &["--epsilon must lie between"]);
     world.misused(&format!("{SLERP} --dtype int8"), &["expected f32, bf16, f16 or f64"]);
     world.misused(&format!("{SLERP} --shard-size 0"), &["expected bytes or a size"]);
-    world.misused(&format!("{SLERP} --threads 0"), &["--threads must be at least 1"]);
+    world.misused(&format!("{SLERP} --threads 0"), &["--threads must be 1 to 4096"]);
     world.misused(&format!("{SLERP} --bogus"), &["--bogus"]);
     let world = World::new();
     let line = world.cpi(&w(&[1.0]), &[("a", &w(&[2.0]), Core::new())]) + " --out @out";

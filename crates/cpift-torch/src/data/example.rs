@@ -91,13 +91,13 @@ pub fn report(task: &str, encoded: &Encoded, max_length: usize) {
 }
 
 /// Encodes one conversation. The whole text is tokenised at once; a token is a target when it starts inside an assistant turn
-/// and no end-of-turn token of that turn came before it.
+/// and does not come after the turn's last end-of-turn token (templates write a line break there that no model generates).
 pub(crate) fn encode(row: &Row, text: &ChatText) -> Result<Example> {
     let (rendered, spans) = text.render_with_spans(&row.messages)?;
-    let (ids, offsets) = text.encode_offsets(&rendered)?;
+    let (ids, places) = text.encode_offsets(&rendered)?;
     let mut target = vec![false; ids.len()];
     for span in spans {
-        let inside = (0..ids.len()).filter(|&i| span.contains(&offsets[i].0) && offsets[i].1 <= span.end);
+        let inside = (0..ids.len()).filter(|&i| span.contains(&places[i].start) && places[i].end <= span.end);
         let inside: Vec<usize> = inside.collect();
         let last = inside.iter().rposition(|&i| text.eos_ids.contains(&ids[i])).unwrap_or(inside.len().wrapping_sub(1));
         inside.iter().take(last.wrapping_add(1)).for_each(|&i| target[i] = true);

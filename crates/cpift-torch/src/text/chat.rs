@@ -17,7 +17,7 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
                       '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' \
                       }}{% endif %}";
 
-/// Bytes of the rendered text that an assistant turn wrote.
+/// A run of bytes of a text.
 pub type Span = Range<usize>;
 
 /// A checkpoint's tokenizer, chat template and special tokens.
@@ -48,8 +48,11 @@ impl ChatText {
                 .hint("save it with AutoTokenizer.from_pretrained(dir).save_pretrained(dir)")
                 .into());
         }
-        let tokenizer =
+        let mut tokenizer =
             Tokenizer::from_file(&path).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
+        // As in transformers, truncation and padding left in the file by an earlier training run do not count.
+        tokenizer.with_truncation(None).map_err(|e| BadInput::new(&path, format!("cannot be used: {e}")))?;
+        tokenizer.with_padding(None);
         let config_path = folder.join("tokenizer_config.json");
         let config: Value = if config_path.is_file() { json::read(&config_path)? } else { Value::Null };
         let special = special_tokens(folder, &config)?;
@@ -89,6 +92,8 @@ impl ChatText {
                 None => {}
             }
         }
+        let vocabulary = self.vocab_size() as i64;
+        ids.retain(|id| (0..vocabulary).contains(id));
         ids.sort_unstable();
         ids.dedup();
         Ok(ids)
@@ -115,9 +120,10 @@ impl ChatText {
     ///
     /// # Errors
     /// What the tokenizer reports.
-    pub fn encode_offsets(&self, text: &str) -> Result<(Vec<i64>, Vec<(usize, usize)>)> {
+    pub fn encode_offsets(&self, text: &str) -> Result<(Vec<i64>, Vec<Span>)> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| anyhow!("tokenizing: {e}"))?;
-        Ok((encoding.get_ids().iter().map(|&id| i64::from(id)).collect(), encoding.get_offsets().to_vec()))
+        let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok((encoding.get_ids().iter().map(|&id| i64::from(id)).collect(), spans))
     }
 
     /// The text of `ids`, special tokens left out.
@@ -137,7 +143,7 @@ impl ChatText {
         self.template.render(messages, &self.special, add_generation_prompt)
     }
 
-    /// Renders a conversation and finds what each assistant turn wrote: what rendering one turn more adds to the
+    /// Renders a conversation and finds the bytes that each assistant turn wrote: what rendering one turn more adds to the
     /// rendering so far with the generation prompt.
     ///
     /// # Errors

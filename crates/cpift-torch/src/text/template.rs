@@ -1,6 +1,7 @@
 //! Chat templates: the Jinja that transformers runs, by minijinja with Python's manners.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 use anyhow::{Context, Result, anyhow};
 use minijinja::value::{Kwargs, Value};
@@ -36,7 +37,13 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |text: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, text))
         });
-        environment.add_function("strftime_now", |format: String| chrono::Local::now().format(&format).to_string());
+        let today = template_date();
+        environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
+            let mut out = String::new();
+            write!(out, "{}", today.format(&format))
+                .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?})")))?;
+            Ok(out)
+        });
         environment.add_filter("tojson", to_python_json);
         // transformers marks the assistant's text with this block; for rendering it is transparent.
         let block = Regex::new(r"\{%(-?)\s*(end)?generation\s*(-?)%\}").expect("a constant that parses");
@@ -70,6 +77,14 @@ impl ChatTemplate {
             })
             .map_err(|e| anyhow!("the chat template refuses the messages: {}", e.detail().unwrap_or(&e.to_string())))
     }
+}
+
+/// The date that templates may print, taken once for each template: SOURCE_DATE_EPOCH (seconds since 1970, UTC) where it is set,
+/// else now. Set it to give the same tokens on another day.
+fn template_date() -> chrono::DateTime<chrono::Local> {
+    let fixed = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse().ok());
+    let fixed = fixed.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
+    fixed.map_or_else(chrono::Local::now, |date| date.with_timezone(&chrono::Local))
 }
 
 /// `tojson` as transformers defines it: Python's `json.dumps(ensure_ascii=False)`, with an optional indent.
