@@ -19,12 +19,12 @@ cargo run --quiet --release -p cpift-torch --example check_smollm2 -- "$MODEL" "
 
 # STEPS counts batches of a probe; a token budget keeps the methods equal whatever their rows' lengths.
 BATCH=${BATCH:-4}
-STEPS=${STEPS:-12}
+STEPS=${STEPS:-8}
 export BIN BASE=$MODEL TASKS=$RUN/tasks.toml RUN
 export PROBE_TOKENS=${PROBE_TOKENS:-$((STEPS * BATCH * SEQ * 3 / 4))}
 export BACKBONE_TOKENS=${BACKBONE_TOKENS:-$((2 * PROBE_TOKENS))} FINAL_TOKENS=${FINAL_TOKENS:-$((2 * PROBE_TOKENS))}
 export TAU=${TAU:-auto} P=${P:-1} ORDER=${ORDER:-random} SEED=${SEED:-0} THREADS=${THREADS:-1}
-export TRAIN_FLAGS="--batch-size $BATCH --lr ${LR:-2e-5} --warmup-ratio 0.1 ${TRAIN_FLAGS:-}"
+export TRAIN_FLAGS="--batch-size $BATCH --lr ${LR:-5e-5} --warmup-ratio 0.1 ${TRAIN_FLAGS:-}"
 export EVAL_FLAGS="--batch-size 8 --limit $LIMIT ${EVAL_FLAGS:-}"
 start=$SECONDS
 make --no-print-directory -j"${JOBS:-2}" -f scripts/pipeline.mk all
