@@ -8,16 +8,15 @@ use cpift_core::groups::{Groups, TauMode};
 const CELL: usize = 64;
 
 const STYLE: &str = "
-  svg { --paper: #ffffff; --ink: #1b1f24; --heat: #1f5fbf; --on-heat: #ffffff; --quiet: #dfe3e8; --frame: #b4451f }
-  @media (prefers-color-scheme: dark) {
-    svg { --paper: #14181d; --ink: #e6e9ed; --heat: #6fa8ff; --on-heat: #0b1016; --quiet: #313841; --frame: #ff9a6b }
-  }
-  text { font: 13px system-ui, sans-serif; fill: var(--ink) }
-  .paper { fill: var(--paper) } .cell { fill: var(--heat) } .own { fill: var(--quiet) }
-  .value { text-anchor: middle } .hot { fill: var(--on-heat) }
-  .row { text-anchor: end } .column { text-anchor: start }
+  text { font: 13px system-ui, sans-serif; fill: #1b1f24 }
+  .paper { fill: #ffffff } .cell { fill: #1f5fbf } .own { fill: #dfe3e8 } .hot { fill: #ffffff }
+  .frame { fill: none; stroke: #b4451f; stroke-width: 3 }
+  .value { text-anchor: middle } .row { text-anchor: end } .column { text-anchor: start }
   .head { font-size: 16px; font-weight: 600 } .small { font-size: 12px }
-  .frame { fill: none; stroke: var(--frame); stroke-width: 3 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6e9ed } .paper { fill: #14181d } .cell { fill: #6fa8ff } .own { fill: #313841 } .hot { fill: #0b1016 }
+    .frame { stroke: #ff9a6b }
+  }
 ";
 
 /// The similarities with rows and columns in training order, each group framed.
