@@ -8,8 +8,6 @@ use clap::{Parser, ValueEnum};
 use cpift_core::checkpoint::TensorKind;
 use cpift_core::cli::{Common, Named};
 
-use crate::group::group;
-
 /// Groups tasks whose core regions overlap, and puts the groups in training order.
 ///
 /// Tasks are joined where the Jaccard similarity of their core regions is at least τ; the groups are the connected
@@ -103,15 +101,4 @@ impl Method {
             Self::Dependency => "dependency",
         }
     }
-}
-
-/// Runs what was typed.
-///
-/// # Errors
-/// [`cpift_core::Usage`], [`cpift_core::BadInput`], or another failure.
-pub fn run(args: Args) -> Result<()> {
-    args.common.start()?;
-    let groups = group(&args)?;
-    args.common.print_json(&serde_json::to_value(groups)?);
-    Ok(())
 }

@@ -11,5 +11,18 @@ pub mod order;
 pub mod overlap;
 pub mod partition;
 
-pub use args::{Args, run};
+pub use args::Args;
 pub use group::group;
+
+use anyhow::Result;
+
+/// Runs what was typed.
+///
+/// # Errors
+/// [`cpift_core::Usage`], [`cpift_core::BadInput`], or another failure.
+pub fn run(args: Args) -> Result<()> {
+    args.common.start()?;
+    let groups = group::group(&args)?;
+    args.common.print_json(&serde_json::to_value(groups)?);
+    Ok(())
+}

@@ -1,18 +1,13 @@
-//! The command line of `cpift-mask`, and which function each subcommand runs.
+//! The command line of `cpift-mask`.
 
-use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Result;
 use clap::{Parser, Subcommand};
-use cpift_core::Mask;
 use cpift_core::checkpoint::TensorKind;
 use cpift_core::cli::Common;
 use cpift_core::mask::{Metric, Scope};
 
-use crate::extract::extract;
 use crate::percent::Percent;
-use crate::stats::stats;
 
 /// Finds the core region of a task: the exact top p % of a model's parameters by how far fine-tuning moved them.
 ///
@@ -21,13 +16,13 @@ use crate::stats::stats;
 #[command(name = "cpift-mask", version)]
 pub struct Args {
     #[command(subcommand)]
-    command: Command,
+    pub(crate) command: Command,
     #[command(flatten)]
-    common: Common,
+    pub(crate) common: Common,
 }
 
 #[derive(Subcommand, Debug)]
-enum Command {
+pub(crate) enum Command {
     /// Write the mask of the elements that moved most between two checkpoints
     Extract(ExtractArgs),
     /// Print the density of a mask by layer and by role
@@ -63,39 +58,8 @@ pub struct ExtractArgs {
 }
 
 #[derive(clap::Args, Debug)]
-struct MaskArg {
+pub(crate) struct MaskArg {
     /// A mask that `extract` wrote
     #[arg(value_name = "FILE")]
-    file: PathBuf,
-}
-
-/// Runs what was typed.
-///
-/// # Errors
-/// [`cpift_core::Usage`], [`cpift_core::BadInput`], or another failure.
-pub fn run(args: Args) -> Result<()> {
-    let common = args.common;
-    common.start()?;
-    match args.command {
-        Command::Extract(args) => {
-            let summary = extract(&args, common.force)?;
-            common.print_json(&serde_json::to_value(summary)?);
-        }
-        Command::Stats(MaskArg { file }) => {
-            let mask = Mask::open(&file)?;
-            mask.verify()?;
-            let stats = stats(&mask);
-            if !common.json {
-                std::io::stdout().write_all(stats.table().as_bytes())?;
-            }
-            common.print_json(&serde_json::to_value(stats)?);
-        }
-        Command::Verify(MaskArg { file }) => {
-            let mask = Mask::open(&file)?;
-            mask.verify()?;
-            log::info!("{}: sound, {} of D = {} elements", file.display(), mask.header.selected, mask.header.d);
-            common.print_json(&serde_json::to_value(&mask.header)?);
-        }
-    }
-    Ok(())
+    pub(crate) file: PathBuf,
 }

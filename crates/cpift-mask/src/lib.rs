@@ -11,6 +11,44 @@ mod percent;
 pub mod select;
 pub mod stats;
 
-pub use args::{Args, run};
+pub use args::Args;
 pub use extract::{Summary, extract};
 pub use percent::Percent;
+
+use std::io::Write;
+
+use anyhow::Result;
+use cpift_core::Mask;
+
+use args::{Command, MaskArg};
+
+/// Runs what was typed.
+///
+/// # Errors
+/// [`cpift_core::Usage`], [`cpift_core::BadInput`], or another failure.
+pub fn run(args: Args) -> Result<()> {
+    let common = args.common;
+    common.start()?;
+    match args.command {
+        Command::Extract(args) => {
+            let summary = extract(&args, common.force)?;
+            common.print_json(&serde_json::to_value(summary)?);
+        }
+        Command::Stats(MaskArg { file }) => {
+            let mask = Mask::open(&file)?;
+            mask.verify()?;
+            let stats = stats::stats(&mask);
+            if !common.json {
+                std::io::stdout().write_all(stats.table().as_bytes())?;
+            }
+            common.print_json(&serde_json::to_value(stats)?);
+        }
+        Command::Verify(MaskArg { file }) => {
+            let mask = Mask::open(&file)?;
+            mask.verify()?;
+            log::info!("{}: sound, {} of D = {} elements", file.display(), mask.header.selected, mask.header.d);
+            common.print_json(&serde_json::to_value(&mask.header)?);
+        }
+    }
+    Ok(())
+}

@@ -1,17 +1,13 @@
-//! The command line of cpift-merge: what can be typed, and how it is run.
+//! The command line of cpift-merge: what can be typed.
 
 use std::path::PathBuf;
 
-use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use cpift_core::cli::{Common, Named};
-use cpift_core::provenance::Recorder;
 use cpift_core::{CheckpointWriter, Dtype};
 
-use crate::plan::{Plan, plan_cpi, plan_linear, plan_slerp};
 use crate::region::Conflict;
 use crate::shard_size::parse_shard_size;
-use crate::{merge, verify};
 
 /// Merges checkpoints of one model: core transplant and SLERP of CPI-FT, and plain slerp and linear merges
 ///
@@ -23,13 +19,13 @@ use crate::{merge, verify};
 #[command(name = "cpift-merge", version)]
 pub struct Args {
     #[command(flatten)]
-    common: Common,
+    pub(crate) common: Common,
     #[command(subcommand)]
-    command: Command,
+    pub(crate) command: Command,
 }
 
 #[derive(Subcommand, Debug)]
-enum Command {
+pub(crate) enum Command {
     /// Core regions from their tasks bit for bit, SLERP of backbone and tasks on the rest
     Cpi(CpiArgs),
     /// Spherical interpolation of two models, tensor by tensor
@@ -162,25 +158,3 @@ impl Space {
 }
 
 const _: () = assert!(CheckpointWriter::SHARD_SIZE == 5_000_000_000, "the help says 5GB");
-
-/// Runs the command that was typed.
-///
-/// # Errors
-/// Everything that can go wrong, with the exit code its kind means.
-pub fn run(args: Args) -> Result<()> {
-    args.common.start()?;
-    let record = Recorder::start(env!("CARGO_PKG_NAME"));
-    let plan: Plan = match &args.command {
-        Command::Cpi(cpi) => plan_cpi(cpi, args.common.force)?,
-        Command::Slerp(slerp) => plan_slerp(slerp, args.common.force)?,
-        Command::Linear(linear) => plan_linear(linear, args.common.force)?,
-        Command::Verify(verify_args) => {
-            args.common.print_json(&verify(&verify_args.checkpoint)?);
-            return Ok(());
-        }
-    };
-    let summary = merge(&plan, record)?;
-    summary.log();
-    args.common.print_json(&summary.to_json());
-    Ok(())
-}

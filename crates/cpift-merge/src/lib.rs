@@ -23,3 +23,30 @@ pub use region::{Claims, Conflict};
 pub use report::Summary;
 pub use shard_size::parse_shard_size;
 pub use verify::verify;
+
+use anyhow::Result;
+use cpift_core::provenance::Recorder;
+
+use cli::{Args, Command};
+
+/// Runs the command that was typed.
+///
+/// # Errors
+/// Everything that can go wrong, with the exit code its kind means.
+pub fn run(args: Args) -> Result<()> {
+    args.common.start()?;
+    let record = Recorder::start(env!("CARGO_PKG_NAME"));
+    let plan: Plan = match &args.command {
+        Command::Cpi(cpi) => plan_cpi(cpi, args.common.force)?,
+        Command::Slerp(slerp) => plan_slerp(slerp, args.common.force)?,
+        Command::Linear(linear) => plan_linear(linear, args.common.force)?,
+        Command::Verify(verify_args) => {
+            args.common.print_json(&verify(&verify_args.checkpoint)?);
+            return Ok(());
+        }
+    };
+    let summary = merge(&plan, record)?;
+    summary.log();
+    args.common.print_json(&summary.to_json());
+    Ok(())
+}
