@@ -13,7 +13,12 @@ die() { printf 'setup-libtorch: %s\n' "$*" >&2; exit 1; }
 
 link_to() {
     [ -e "$1/lib/libtorch_cpu.so" ] || die "$1/lib/libtorch_cpu.so not found: $2 does not name a libtorch"
-    local found; found=$(cut -d+ -f1 <"$1/build-version" 2>/dev/null || sed -n "s/^__version__ = '\([0-9.]*\).*/\1/p" "$1/version.py" 2>/dev/null || true)
+    local found=""
+    if [ -f "$1/build-version" ]; then
+        found=$(cut -d+ -f1 <"$1/build-version")
+    elif [ -f "$1/version.py" ]; then
+        found=$(sed -n "s/^__version__ = '\([0-9.]*\).*/\1/p" "$1/version.py")
+    fi
     [ -z "$found" ] || [ "$found" = "$version" ] || die "$1 is libtorch $found, expected $version (hint: tch 0.24 needs $version)"
     rm -rf "$dest"; ln -s "$1" "$dest"
     echo "libtorch: $dest -> $1"
