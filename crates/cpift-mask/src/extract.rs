@@ -122,15 +122,14 @@ impl Plan {
         let digests = [&self.base, &self.tuned].map(InputDigest::new);
         let hashers = [&digests[0], &digests[1]].map(InputDigest::hasher);
         let done = |n| bar.inc(n);
-        let pass = Pass { metric: self.metric, writer: &writer, hashers, done: &done };
+        let pass = Pass { metric: self.metric, writer: &writer, hashers, limit: LIMIT, done: &done };
         sweep(&parts.excluded, Bracket::<T>::nothing(), &pass)?;
         let mut cuts = Vec::with_capacity(counts.len());
         for (part, &k) in parts.ranked.iter().zip(&counts) {
             cuts.push(choose::<T>(part, k, &pass)?);
         }
         let summary = self.summary(&parts, &counts, &cuts);
-        let digests = digests.map(InputDigest::finish);
-        let [base, tuned] = digests;
+        let [base, tuned] = digests.map(InputDigest::finish);
         let header = self.header(d, summary.selected, summary.ties, [base?, tuned?]);
         if header.base == header.tuned {
             log::warn!("{} and {} are the same checkpoint", self.base.path().display(), self.tuned.path().display());
@@ -224,7 +223,7 @@ fn choose<T: Score + Arithmetic>(part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Re
         return Ok(None);
     }
     let (bracket, inside) = bracket(part, pass.metric, k);
-    let bracket = if inside > LIMIT as u64 { Bracket::nothing() } else { bracket };
+    let bracket = if inside > pass.limit as u64 { Bracket::nothing() } else { bracket };
     if let Some(cut) = sweep(part, bracket, pass)?.settle(part, k, pass.writer)? {
         return Ok(Some(cut));
     }

@@ -13,7 +13,7 @@ use crate::bracket::Bracket;
 use crate::parts::{Chunk, Part};
 use crate::scores::{Arithmetic, Block, refuse_non_finite};
 
-/// Most candidates that are kept: 6 bytes each and 4 more while they are settled, for f32.
+/// [`Pass::limit`] of the program: for f32, 6 bytes each and 4 more while they are settled.
 pub const LIMIT: usize = 32 << 20;
 
 /// What every pass over the elements needs.
@@ -24,6 +24,8 @@ pub struct Pass<'a> {
     pub writer: &'a MaskWriter,
     /// Where the pieces of base and tuned are hashed, where no digest of theirs is recorded.
     pub hashers: [Option<&'a PieceHasher>; 2],
+    /// Most candidates of a part that are kept.
+    pub limit: usize,
     /// Told the number of bytes read.
     pub done: &'a (dyn Fn(u64) + Sync),
 }
@@ -92,7 +94,7 @@ pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, bracket: Bracket<T>, pass: 
         candidates.extend(worker.found);
     }
     candidates.sort_unstable_by_key(|c| c.chunk);
-    let fits = kept.into_inner() <= LIMIT;
+    let fits = kept.into_inner() <= pass.limit;
     Ok(Swept { above, candidates: fits.then_some(candidates) })
 }
 
@@ -133,7 +135,7 @@ impl<T: Score + Arithmetic> Worker<T> {
         if above > 0 {
             pass.writer.write(pair.base.name, chunk.start as u64 / 8, &self.bits)?;
         }
-        if !self.index.is_empty() && kept.fetch_add(self.index.len(), Ordering::Relaxed) <= LIMIT {
+        if !self.index.is_empty() && kept.fetch_add(self.index.len(), Ordering::Relaxed) <= pass.limit {
             let (index, score) = (self.index.as_slice().into(), self.score.as_slice().into());
             self.found.push(Candidates { chunk: i, index, score });
         }
