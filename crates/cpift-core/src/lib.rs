@@ -14,6 +14,7 @@ pub mod progress;
 pub mod provenance;
 pub mod safetensors;
 pub mod scores;
+pub mod svg;
 pub mod tasks;
 
 pub use checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorSpec, TensorView};

@@ -4,6 +4,7 @@ mod config;
 mod digest;
 mod dtype;
 mod kinds;
+pub mod names;
 mod reader;
 mod sidecar;
 mod writer;
