@@ -14,6 +14,8 @@ pub mod progress;
 pub mod provenance;
 pub mod safetensors;
 pub mod scores;
+pub mod select;
+pub mod simd;
 pub mod svg;
 pub mod tasks;
 

@@ -105,6 +105,15 @@ impl Recorder {
         self.write_to(&staged.join(FILE_NAME))
     }
 
+    /// As [`Recorder::write_into`], for a writer that hashed what it wrote and knows the `digest`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn write_into_with(mut self, staged: &Path, digest: Digest) -> Result<()> {
+        self.record.output = Some(DigestRecord::stamp(staged, digest)?);
+        self.write_to(&staged.join(FILE_NAME))
+    }
+
     /// Writes `DEST.cpift.json` beside the finished output file `dest`.
     ///
     /// # Errors

@@ -57,16 +57,16 @@ pub fn group(args: &Args) -> Result<Groups> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let plan = Plan::new(args, &mut recorder)?;
     let regions = Regions::new(&plan.masks, &plan.excluded);
-    let counts = regions.counts()?;
-    plan.refuse_empty(&counts)?;
+    let (overlap, digests) = regions.count_and_hash()?;
+    let counts = &overlap.total;
+    plan.refuse_empty(counts)?;
     let jaccard = counts.matrix(Counts::jaccard);
     let (tau, tau_mode) = plan.threshold(&jaccard);
     let partition = components(&jaccard, tau);
     let trivial = is_trivial(&partition);
     let ordered = plan.order(partition, &regions)?;
     let mut masks = BTreeMap::new();
-    for (task, mask) in plan.tasks.iter().zip(&plan.masks) {
-        let digest = Digest::of_file(mask.path())?;
+    for ((task, mask), digest) in plan.tasks.iter().zip(&plan.masks).zip(digests) {
         recorder.input(format!("mask:{task}"), mask.path(), digest.clone());
         masks.insert(task.clone(), digest);
     }

@@ -22,6 +22,13 @@ pub fn read_config(folder: &Path) -> Result<Value> {
     Err(BadInput::new(path, "not a model's config").expected("a JSON object").into())
 }
 
+/// Whether the output embedding is the input embedding: `tie_word_embeddings`, or transformers' default for the model type
+/// where it is not written.
+pub fn tied(config: &Value) -> bool {
+    let gemma = || config.get("model_type").and_then(Value::as_str).is_some_and(|t| t.starts_with("gemma"));
+    config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or_else(gemma)
+}
+
 /// `config` with `torch_dtype` (or `dtype`, as newer transformers spell it) set to `dtype`.
 pub fn with_torch_dtype(mut config: Value, dtype: Dtype) -> Value {
     if let (Some(object), Some(name)) = (config.as_object_mut(), dtype.torch_name()) {

@@ -1,14 +1,14 @@
-//! Content digests: BLAKE3 over tensor names, dtypes, shapes and bytes, plus config and tokenizer for folders.
+//! Content digests: BLAKE3 over names, dtypes, shapes and hashes of tensors, plus config and tokenizer for folders.
 
 use std::fmt;
 use std::fs;
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::{Checkpoint, SIDECAR_FILES};
+use super::{Checkpoint, PieceHasher, SIDECAR_FILES};
 use crate::files;
 
 /// A BLAKE3 digest in hexadecimal.
@@ -30,36 +30,27 @@ impl Digest {
     pub fn of_file(path: &Path) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
         hasher.update_rayon(&files::map(path)?);
-        Ok(Self::finish(&hasher))
+        Ok(Self::of_hasher(&hasher))
     }
 
-    /// The digest of a checkpoint: tensors in bytewise name order, then the side files of a folder. Where the tensors
-    /// lie (shards, order in the file) does not matter.
+    /// The digest of a checkpoint: the hash of every tensor in bytewise name order, then the side files of a folder. Where
+    /// the tensors lie (shards, order in the file) does not matter.
     ///
     /// # Errors
     /// I/O errors on the side files.
     pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
-        let mut hasher = blake3::Hasher::new();
-        for view in checkpoint.tensors() {
-            let head = format!("{}\0{}\0{:?}\0", view.name, view.dtype, view.shape);
-            hasher.update(head.as_bytes());
-            hasher.update_rayon(view.bytes);
-        }
-        if let Some(folder) = checkpoint.folder() {
-            for name in SIDECAR_FILES {
-                let path = folder.join(name);
-                if path.is_file() {
-                    let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-                    hasher.update(format!("{name}\0{}\0", bytes.len()).as_bytes());
-                    hasher.update(&bytes);
-                }
-            }
-        }
-        Ok(Self::finish(&hasher))
+        let specs: Vec<_> = checkpoint.tensors().map(|view| view.spec()).collect();
+        let hasher = PieceHasher::new(&specs, PieceHasher::CHUNK);
+        hasher.add_missing(checkpoint);
+        hasher.finish(checkpoint.folder())
     }
 
-    fn finish(hasher: &blake3::Hasher) -> Self {
-        Self(hasher.finalize().to_hex().to_string())
+    pub(super) fn of_hasher(hasher: &blake3::Hasher) -> Self {
+        Self::of_hash(*hasher.finalize().as_bytes())
+    }
+
+    pub(super) fn of_hash(hash: [u8; 32]) -> Self {
+        Self(blake3::Hash::from(hash).to_hex().to_string())
     }
 }
 
@@ -86,7 +77,14 @@ impl DigestRecord {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn compute(folder: &Path) -> Result<Self> {
-        let blake3 = Digest::of_checkpoint(&Checkpoint::open(folder)?)?;
+        Self::stamp(folder, Digest::of_checkpoint(&Checkpoint::open(folder)?)?)
+    }
+
+    /// Stamps the files of `folder`, whose digest is known to be `blake3`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn stamp(folder: &Path, blake3: Digest) -> Result<Self> {
         Ok(Self { blake3, files: stamps(folder)? })
     }
 

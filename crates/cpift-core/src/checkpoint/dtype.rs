@@ -1,7 +1,5 @@
 //! Element types of tensors, and reading and writing floating-point elements of any of them.
 
-use half::{bf16, f16};
-
 /// An element type of the safetensors format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs, reason = "the names are the format's own")]
@@ -121,11 +119,21 @@ pub trait Float: Copy + PartialOrd + Send + Sync + 'static {
     /// When `dtype` is not floating-point or the lengths disagree.
     fn read(dtype: Dtype, bytes: &[u8], out: &mut [Self]);
 
-    /// Appends `values` to `out` as `dtype`, rounding to nearest, ties to even.
+    /// Puts `values` into `bytes` as `dtype`, rounding to nearest, ties to even.
+    ///
+    /// # Panics
+    /// When `dtype` is not floating-point or the lengths disagree.
+    fn store(dtype: Dtype, values: &[Self], bytes: &mut [u8]);
+
+    /// Appends `values` to `out` as `dtype`, as [`Float::store`] does.
     ///
     /// # Panics
     /// When `dtype` is not floating-point.
-    fn write(dtype: Dtype, values: &[Self], out: &mut Vec<u8>);
+    fn write(dtype: Dtype, values: &[Self], out: &mut Vec<u8>) {
+        let start = out.len();
+        out.resize(start + values.len() * dtype.size(), 0);
+        Self::store(dtype, values, &mut out[start..]);
+    }
 
     /// From `f64`, rounded.
     fn from_f64(value: f64) -> Self;
@@ -140,29 +148,27 @@ pub trait Float: Copy + PartialOrd + Send + Sync + 'static {
 macro_rules! float_impl {
     ($t:ty) => {
         impl Float for $t {
+            #[inline(always)]
             fn read(dtype: Dtype, bytes: &[u8], out: &mut [Self]) {
                 assert_eq!(bytes.len(), out.len() * dtype.size());
                 match dtype {
                     Dtype::F64 => decode(bytes, out, |b| f64::from_le_bytes(b) as $t),
                     Dtype::F32 => decode(bytes, out, |b| f32::from_le_bytes(b) as $t),
-                    Dtype::F16 => decode(bytes, out, |b| f16::from_le_bytes(b).to_f32() as $t),
-                    Dtype::BF16 => {
-                        decode(bytes, out, |b: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16) as $t)
-                    }
+                    Dtype::F16 => decode(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b)) as $t),
+                    Dtype::BF16 => decode(bytes, out, |b| bf16_to_f32(u16::from_le_bytes(b)) as $t),
                     other => panic!("{other} is not a floating-point dtype"),
                 }
             }
 
-            fn write(dtype: Dtype, values: &[Self], out: &mut Vec<u8>) {
-                let start = out.len();
-                out.resize(start + values.len() * dtype.size(), 0);
-                let bytes = &mut out[start..];
-                // By way of f32, as PyTorch casts: `from_f64` drops the low bits before it rounds.
+            #[inline(always)]
+            fn store(dtype: Dtype, values: &[Self], bytes: &mut [u8]) {
+                assert_eq!(bytes.len(), values.len() * dtype.size());
                 match dtype {
                     Dtype::F64 => encode(values, bytes, |v| (v as f64).to_le_bytes()),
                     Dtype::F32 => encode(values, bytes, |v| (v as f32).to_le_bytes()),
-                    Dtype::F16 => encode(values, bytes, |v| f16::from_f32(v as f32).to_le_bytes()),
-                    Dtype::BF16 => encode(values, bytes, |v| bf16::from_f32(v as f32).to_le_bytes()),
+                    // By way of f32, as PyTorch casts.
+                    Dtype::F16 => encode(values, bytes, |v| f32_to_f16(v as f32).to_le_bytes()),
+                    Dtype::BF16 => encode(values, bytes, |v| f32_to_bf16(v as f32).to_le_bytes()),
                     other => panic!("{other} is not a floating-point dtype"),
                 }
             }
@@ -175,6 +181,7 @@ macro_rules! float_impl {
                 self as f64
             }
 
+            #[inline(always)]
             fn is_finite(self) -> bool {
                 <$t>::is_finite(self)
             }
@@ -185,16 +192,62 @@ macro_rules! float_impl {
 float_impl!(f32);
 float_impl!(f64);
 
+#[inline(always)]
 fn decode<const N: usize, T>(bytes: &[u8], out: &mut [T], convert: impl Fn([u8; N]) -> T) {
     for (slot, chunk) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
         *slot = convert(*chunk);
     }
 }
 
+#[inline(always)]
 fn encode<const N: usize, T: Copy>(values: &[T], bytes: &mut [u8], convert: impl Fn(T) -> [u8; N]) {
     for (value, chunk) in values.iter().zip(bytes.as_chunks_mut::<N>().0) {
         *chunk = convert(*value);
     }
+}
+
+// The conversions below have no branches, so that loops over them become vector code.
+
+/// Exact.
+#[inline(always)]
+pub fn bf16_to_f32(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// Exact. Exponent and mantissa move to their place in an f32, and a multiplication by 2^112 mends the bias, for subnormal
+/// numbers too.
+#[inline(always)]
+pub fn f16_to_f32(bits: u16) -> f32 {
+    const BIAS: f32 = f32::from_bits((112 + 127) << 23);
+    const SPECIAL: u32 = 0x7c00 << 13;
+    let (sign, rest) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff) << 13);
+    let exponent = if rest >= SPECIAL { f32::INFINITY.to_bits() } else { 0 };
+    f32::from_bits((f32::from_bits(rest) * BIAS).to_bits() | exponent | sign)
+}
+
+/// Rounds to nearest, ties to even.
+#[inline(always)]
+pub fn f32_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let nan = bits >> 16 | 0x40;
+    (if value.is_nan() { nan } else { rounded }) as u16
+}
+
+/// Rounds to nearest, ties to even.
+#[inline(always)]
+pub fn f32_to_f16(value: f32) -> u16 {
+    /// The power of two whose unit in the last place, as an f32, is the smallest f16: adding it rounds subnormal numbers.
+    const MAGIC: u32 = (127 - 15 + 23 - 10 + 1) << 23;
+    const SMALLEST_NORMAL: u32 = 113 << 23;
+    const OVERFLOW: u32 = 143 << 23;
+    let bits = value.to_bits() & 0x7fff_ffff;
+    let normal = bits.wrapping_sub(112 << 23).wrapping_add(0xfff + (bits >> 13 & 1)) >> 13;
+    let subnormal = (f32::from_bits(bits) + f32::from_bits(MAGIC)).to_bits().wrapping_sub(MAGIC);
+    let special = if bits > f32::INFINITY.to_bits() { 0x7e00 } else { 0x7c00 };
+    let finite = if bits < SMALLEST_NORMAL { subnormal } else { normal };
+    let magnitude = if bits >= OVERFLOW { special } else { finite };
+    (magnitude | value.to_bits() >> 16 & 0x8000) as u16
 }
 
 #[cfg(test)]
@@ -214,6 +267,39 @@ mod tests {
                 let mut back = Vec::new();
                 f32::write(dtype, &value, &mut back);
                 assert_eq!(back, bytes, "{dtype} {bits:#06x}");
+            }
+        }
+    }
+
+    #[test]
+    fn conversions_agree_with_the_half_crate() {
+        for bits in 0..=u16::MAX {
+            assert_eq!(
+                f16_to_f32(bits).to_bits() & !0x40_0000,
+                half::f16::from_bits(bits).to_f32().to_bits() & !0x40_0000
+            );
+            assert_eq!(
+                bf16_to_f32(bits).to_bits() & !0x40_0000,
+                half::bf16::from_bits(bits).to_f32().to_bits() & !0x40_0000
+            );
+        }
+        // Around every f16 and bf16, and half-way between neighbours, one f32 step to each side.
+        for high in 0..=u16::MAX {
+            for centre in [
+                u32::from(high) << 16,
+                u32::from(high) << 16 | 0x8000,
+                f16_to_f32(high).to_bits(),
+                f16_to_f32(high).to_bits() | 0x1000,
+            ] {
+                for value in [centre.wrapping_sub(1), centre, centre.wrapping_add(1)].map(f32::from_bits) {
+                    if value.is_nan() {
+                        assert!(half::f16::from_bits(f32_to_f16(value)).is_nan());
+                        assert!(half::bf16::from_bits(f32_to_bf16(value)).is_nan());
+                        continue;
+                    }
+                    assert_eq!(f32_to_f16(value), half::f16::from_f32(value).to_bits(), "{value:e}");
+                    assert_eq!(f32_to_bf16(value), half::bf16::from_f32(value).to_bits(), "{value:e}");
+                }
             }
         }
     }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::digest::Digest;
 use super::dtype::{Dtype, Float};
-use super::read_config;
+use super::{read_config, tied};
 use crate::error::BadInput;
 use crate::json;
 use crate::provenance::Provenance;
@@ -85,11 +85,7 @@ impl Checkpoint {
             (false, true) => open_shards(folder, &index)?,
             (false, false) => return Err(no_weights(folder).into()),
         };
-        let tied = if folder.join("config.json").exists() {
-            read_config(folder)?.get("tie_word_embeddings").and_then(|v| v.as_bool()).unwrap_or(false)
-        } else {
-            false
-        };
+        let tied = if folder.join("config.json").exists() { tied(&read_config(folder)?) } else { false };
         Self::assemble(folder, files, tied)
     }
 
@@ -116,6 +112,11 @@ impl Checkpoint {
     /// The folder, when the checkpoint is one rather than a bare file.
     pub fn folder(&self) -> Option<&Path> {
         self.root.is_dir().then_some(self.root.as_path())
+    }
+
+    /// Whether the output embedding is the input embedding, by config.json.
+    pub fn tied(&self) -> bool {
+        self.tied
     }
 
     /// All tensors, in bytewise name order.

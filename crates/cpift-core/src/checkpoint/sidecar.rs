@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 /// Files that belong to a checkpoint and travel with it unchanged, in bytewise order.
-pub const SIDECAR_FILES: [&str; 11] = [
+pub const SIDECAR_FILES: [&str; 13] = [
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -14,6 +14,8 @@ pub const SIDECAR_FILES: [&str; 11] = [
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",

@@ -1,0 +1,182 @@
+//! The BLAKE3 digest of a checkpoint, computed piece by piece from any thread while the bytes are in cache.
+//!
+//! BLAKE3 is a binary tree over 1 KiB chunks, so a piece whose length is a power of two can be hashed alone, and the pieces'
+//! chaining values joined afterwards give the same hash as the whole tensor in one go.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result};
+use blake3::hazmat::{ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
+use rayon::prelude::*;
+
+use super::{Checkpoint, Digest, SIDECAR_FILES};
+use crate::safetensors::TensorSpec;
+
+/// Hashes the tensors of one checkpoint from pieces that arrive in any order.
+pub struct PieceHasher {
+    tensors: Vec<Tensor>,
+    chunk: usize,
+}
+
+struct Tensor {
+    spec: TensorSpec,
+    pieces: Vec<OnceLock<ChainingValue>>,
+}
+
+impl PieceHasher {
+    /// Elements of a piece where the caller has no preference.
+    pub const CHUNK: usize = 1 << 18;
+
+    /// For tensors like `specs`, in pieces of `chunk` elements, the last of each tensor shorter.
+    ///
+    /// # Panics
+    /// When `chunk` is not a power of two of at least 1024.
+    pub fn new(specs: &[TensorSpec], chunk: usize) -> Self {
+        assert!(chunk.is_power_of_two() && chunk >= 1024, "pieces must be subtrees of BLAKE3");
+        let mut tensors: Vec<Tensor> = specs
+            .iter()
+            .map(|spec| Tensor {
+                spec: spec.clone(),
+                pieces: (0..spec.numel().div_ceil(chunk)).map(|_| OnceLock::new()).collect(),
+            })
+            .collect();
+        // An empty tensor has no piece to wait for.
+        tensors.iter_mut().filter(|t| t.pieces.is_empty()).for_each(|t| t.pieces.push(OnceLock::from(root(&[]))));
+        Self { tensors, chunk }
+    }
+
+    /// Hashes the piece of tensor `index` (its place in the specs) that begins at element `start`.
+    ///
+    /// # Panics
+    /// When `start` or the length is not that of a piece.
+    pub fn add(&self, index: usize, start: usize, bytes: &[u8]) {
+        let Tensor { spec, pieces } = &self.tensors[index];
+        let (size, numel) = (spec.dtype.size(), spec.numel());
+        assert!(start.is_multiple_of(self.chunk), "{}: a piece begins at element {start}", spec.name);
+        assert_eq!(bytes.len(), self.chunk.min(numel - start) * size, "{}: a piece of another length", spec.name);
+        let hash = if pieces.len() == 1 {
+            root(bytes)
+        } else {
+            let offset = (start * size) as u64;
+            blake3::Hasher::new().set_input_offset(offset).update(bytes).finalize_non_root()
+        };
+        let _ = pieces[start / self.chunk].set(hash);
+    }
+
+    /// Hashes all pieces of `checkpoint`, the one the specs describe, that have not been added.
+    pub fn add_missing(&self, checkpoint: &Checkpoint) {
+        let missing: Vec<(usize, usize)> = self
+            .tensors
+            .iter()
+            .enumerate()
+            .flat_map(|(t, tensor)| {
+                tensor.pieces.iter().enumerate().filter(|(_, p)| p.get().is_none()).map(move |(p, _)| (t, p))
+            })
+            .collect();
+        missing.into_par_iter().for_each(|(t, piece)| {
+            let spec = &self.tensors[t].spec;
+            let view = checkpoint.get(&spec.name).expect("the specs are those of the checkpoint");
+            let (start, size) = (piece * self.chunk, spec.dtype.size());
+            let end = spec.numel().min(start + self.chunk);
+            self.add(t, start, &view.bytes[start * size..end * size]);
+        });
+    }
+
+    /// The digest of the bytes of tensor `index` alone. A file seen as one U8 tensor has the digest of [`Digest::of_file`].
+    ///
+    /// # Panics
+    /// When a piece has not been added.
+    pub fn tensor(&self, index: usize) -> Digest {
+        Digest::of_hash(self.tensors[index].hash(self.chunk))
+    }
+
+    /// The digest, side files of `folder` included.
+    ///
+    /// # Errors
+    /// I/O errors on the side files.
+    ///
+    /// # Panics
+    /// When a piece has not been added.
+    pub fn finish(mut self, folder: Option<&Path>) -> Result<Digest> {
+        self.tensors.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
+        let mut hasher = blake3::Hasher::new();
+        for tensor in &self.tensors {
+            let TensorSpec { name, dtype, shape } = &tensor.spec;
+            hasher.update(format!("{name}\0{dtype}\0{shape:?}\0").as_bytes());
+            hasher.update(&tensor.hash(self.chunk));
+        }
+        for name in SIDECAR_FILES.iter().filter(|_| folder.is_some()) {
+            let path = folder.unwrap_or(Path::new("")).join(name);
+            if path.is_file() {
+                let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+                hasher.update(format!("{name}\0{}\0", bytes.len()).as_bytes());
+                hasher.update(&bytes);
+            }
+        }
+        Ok(Digest::of_hasher(&hasher))
+    }
+}
+
+impl Tensor {
+    fn hash(&self, chunk: usize) -> ChainingValue {
+        let hashes: Vec<ChainingValue> = self
+            .pieces
+            .iter()
+            .map(|p| *p.get().unwrap_or_else(|| panic!("{}: a piece was not hashed", self.spec.name)))
+            .collect();
+        let [whole] = hashes.as_slice() else {
+            let (left, right) = halves(&hashes, self.spec.nbytes(), chunk * self.spec.dtype.size());
+            return *merge_subtrees_root(&left, &right, Mode::Hash).as_bytes();
+        };
+        *whole
+    }
+}
+
+fn root(bytes: &[u8]) -> ChainingValue {
+    *blake3::hash(bytes).as_bytes()
+}
+
+/// Chaining values of the left and the right subtree of `bytes` bytes in pieces of `piece` bytes.
+fn halves(hashes: &[ChainingValue], bytes: usize, piece: usize) -> (ChainingValue, ChainingValue) {
+    let left = left_subtree_len(bytes as u64) as usize;
+    let (a, b) = hashes.split_at(left / piece);
+    (subtree(a, left, piece), subtree(b, bytes - left, piece))
+}
+
+fn subtree(hashes: &[ChainingValue], bytes: usize, piece: usize) -> ChainingValue {
+    if let [only] = hashes {
+        return *only;
+    }
+    let (left, right) = halves(hashes, bytes, piece);
+    merge_subtrees_non_root(&left, &right, Mode::Hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Dtype;
+
+    #[test]
+    fn pieces_in_any_order_give_the_hash_of_the_whole() {
+        let bytes: Vec<u8> = (0..40_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        for (numel, dtype) in [
+            (0, Dtype::U8),
+            (1, Dtype::F32),
+            (1024, Dtype::U8),
+            (1025, Dtype::BF16),
+            (9_999, Dtype::F32),
+            (8_192, Dtype::F32),
+            (20_000, Dtype::BF16),
+        ] {
+            let spec = TensorSpec { name: "w".into(), dtype, shape: vec![numel] };
+            let whole = &bytes[..spec.nbytes()];
+            let hasher = PieceHasher::new(std::slice::from_ref(&spec), 1024);
+            for start in (0..numel).step_by(1024).rev() {
+                let end = numel.min(start + 1024);
+                hasher.add(0, start, &whole[start * dtype.size()..end * dtype.size()]);
+            }
+            assert_eq!(hasher.tensors[0].hash(1024), root(whole), "{numel} {dtype}");
+        }
+    }
+}
