@@ -141,7 +141,7 @@ impl<'a> Regions<'a> {
         let n = self.masks.len();
         let sums = self.sum_pieces((self.labels.len() + 1) * triangle(n, 0), |sums, piece, blocks| {
             also(piece);
-            simd::dispatch(|| {
+            simd::dispatch(#[inline(always)] || {
                 let mut bits = Vec::with_capacity(n);
                 for block in blocks {
                     let tensor = &self.tensors[block.tensor];
@@ -196,7 +196,7 @@ impl<'a> Regions<'a> {
         // What a group and all others cover together is the same for every group; what they share is its part of what at
         // least two groups cover.
         let sums = self.sum_pieces(groups.len() + 1, |sums, _, blocks| {
-            simd::dispatch(|| {
+            simd::dispatch(#[inline(always)] || {
                 let mut bits = Vec::with_capacity(self.masks.len());
                 let mut unions = vec![[0u8; BLOCK]; groups.len()];
                 for block in blocks.iter().filter(|b| self.tensors[b.tensor].row < self.labels.len()) {
