@@ -51,13 +51,8 @@ pub enum Scale {
 
 const SEQUENTIAL: [Rgb; 4] =
     [Rgb(0xf1, 0xf5, 0xfa), Rgb(0x9c, 0xc2, 0xea), Rgb(0x3f, 0x83, 0xcf), Rgb(0x12, 0x43, 0x82)];
-const DIVERGING: [Rgb; 5] = [
-    Rgb(0x1d, 0x4f, 0x91),
-    Rgb(0x8d, 0xb8, 0xe2),
-    Rgb(0xf5, 0xf4, 0xf0),
-    Rgb(0xf0, 0xa8, 0x82),
-    Rgb(0xa6, 0x3a, 0x1c),
-];
+const DIVERGING: [Rgb; 5] =
+    [Rgb(0x1d, 0x4f, 0x91), Rgb(0x8d, 0xb8, 0xe2), Rgb(0xf5, 0xf4, 0xf0), Rgb(0xf0, 0xa8, 0x82), Rgb(0xa6, 0x3a, 0x1c)];
 
 impl Scale {
     fn stops(self) -> &'static [Rgb] {
@@ -165,8 +160,11 @@ impl Picture {
         );
         if !cell.text.is_empty() {
             let (x, y, ink) = (x + width / 2, y + height / 2 + 4, cell.color.ink());
-            let _ =
-                write!(self.body, "<text class=\"small middle {ink}\" x=\"{x}\" y=\"{y}\">{}</text>", escape(cell.text));
+            let _ = write!(
+                self.body,
+                "<text class=\"small middle {ink}\" x=\"{x}\" y=\"{y}\">{}</text>",
+                escape(cell.text)
+            );
         }
         self.body.push_str("</g>\n");
     }
@@ -286,7 +284,10 @@ mod tests {
     #[test]
     fn colours_run_from_end_to_end_and_carry_readable_text() {
         let scale = Scale::Sequential(2.0);
-        assert_eq!((scale.color(0.0), scale.color(2.0), scale.color(9.0)), (SEQUENTIAL[0], SEQUENTIAL[3], SEQUENTIAL[3]));
+        assert_eq!(
+            (scale.color(0.0), scale.color(2.0), scale.color(9.0)),
+            (SEQUENTIAL[0], SEQUENTIAL[3], SEQUENTIAL[3])
+        );
         assert_eq!((scale.color(0.0).ink(), scale.color(2.0).ink()), ("on-light", "on-dark"));
         let scale = Scale::Diverging(3.0);
         assert_eq!((scale.color(-9.0), scale.color(0.0), scale.color(3.0)), (DIVERGING[0], DIVERGING[2], DIVERGING[4]));
