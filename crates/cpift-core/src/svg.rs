@@ -18,7 +18,7 @@ const STYLE: &str = "
 const MARGIN: usize = 16;
 
 /// Longest label that is drawn whole, in characters.
-const LABEL: usize = 32;
+const LABEL: usize = 44;
 
 /// A colour by its red, green and blue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,15 +127,15 @@ impl Picture {
         let _ = writeln!(self.body, "<text{class} x=\"{x}\" y=\"{y}\">{}</text>", escape(text));
     }
 
-    /// A label that ends at `at`, shortened where it is very long.
+    /// A label that ends at `at`, cut where it is very long.
     pub fn row_label(&mut self, at: (usize, usize), text: &str) {
         self.label(&format!("class=\"end\" x=\"{}\" y=\"{}\"", at.0, at.1), text);
     }
 
-    /// A label over a column: upright where it is short, leaning to the right otherwise. [`label_height`] says how much room
-    /// it takes above `at`.
-    pub fn column_label(&mut self, (x, y): (usize, usize), text: &str) {
-        if text.chars().count() <= 4 {
+    /// A label over a column of this width: upright where it fits, leaning to the right otherwise. [`label_height`] says how
+    /// much room it takes above `at`, the middle of the column.
+    pub fn column_label(&mut self, (x, y): (usize, usize), width: usize, text: &str) {
+        if text_width(text) <= width {
             self.label(&format!("class=\"middle\" x=\"{x}\" y=\"{y}\""), text);
         } else {
             self.grow(x + label_width([text]) * 3 / 4, y);
@@ -144,7 +144,7 @@ impl Picture {
     }
 
     fn label(&mut self, attributes: &str, text: &str) {
-        let short = shortened(text);
+        let short = shortened(text, LABEL);
         let title = if short == text { String::new() } else { format!("<title>{}</title>", escape(text)) };
         let _ = writeln!(self.body, "<text {attributes}>{title}{}</text>", escape(&short));
     }
@@ -227,21 +227,21 @@ impl Picture {
 
 /// Room that labels take beside their rows.
 pub fn label_width<'a>(labels: impl IntoIterator<Item = &'a str>) -> usize {
-    labels.into_iter().map(|l| text_width(&shortened(l))).max().unwrap_or(0)
+    labels.into_iter().map(|l| text_width(&shortened(l, LABEL))).max().unwrap_or(0)
 }
 
-/// Room that labels take above their columns.
-pub fn label_height<'a>(labels: impl IntoIterator<Item = &'a str>) -> usize {
-    let height = |l: &str| if l.chars().count() <= 4 { 16 } else { 14 + label_width([l]) * 3 / 4 };
+/// Room that labels take above their columns of this width.
+pub fn label_height<'a>(labels: impl IntoIterator<Item = &'a str>, width: usize) -> usize {
+    let height = |label: &str| if text_width(label) <= width { 16 } else { 14 + label_width([label]) * 3 / 4 };
     labels.into_iter().map(height).max().unwrap_or(0)
 }
 
-/// A label of at most [`LABEL`] characters.
-fn shortened(text: &str) -> String {
-    if text.chars().count() <= LABEL {
+/// Text of at most `longest` characters.
+pub fn shortened(text: &str, longest: usize) -> String {
+    if text.chars().count() <= longest {
         return text.to_owned();
     }
-    text.chars().take(LABEL - 1).chain(['…']).collect()
+    text.chars().take(longest - 1).chain(['…']).collect()
 }
 
 /// Width of 13-pixel text, on the safe side: scripts like Chinese have characters as wide as they are high.
@@ -297,10 +297,10 @@ mod tests {
 
     #[test]
     fn long_labels_are_cut_and_keep_their_whole_name_as_a_title() {
-        let name = "n".repeat(50);
+        let name = "n".repeat(60);
         let mut picture = Picture::new("x", "x");
         picture.row_label((400, 20), &name);
         let svg = picture.finish();
-        assert!(svg.contains(&format!("<title>{name}</title>{}…</text>", "n".repeat(31))), "{svg}");
+        assert!(svg.contains(&format!("<title>{name}</title>{}…</text>", "n".repeat(43))), "{svg}");
     }
 }

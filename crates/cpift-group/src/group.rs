@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::checkpoint::Digest;
 use cpift_core::files::StagedFile;
@@ -149,12 +149,8 @@ fn write(outputs: &Outputs, groups: &Groups, overlap: &Overlap, recorder: Record
         (&outputs.layers_svg, layers::svg(&by_layer, groups)),
         (&outputs.groups, json::to_text(groups)?),
     ];
-    let mut staged = Vec::new();
-    for (path, text) in texts {
-        let file = StagedFile::create(path, outputs.force)?;
-        file.file().write_all(text.as_bytes()).with_context(|| format!("writing {}", path.display()))?;
-        staged.push(file);
-    }
+    let stage = |(path, text): (&PathBuf, String)| StagedFile::of_text(path, &text, outputs.force);
+    let staged: Vec<StagedFile> = texts.into_iter().map(stage).collect::<Result<_>>()?;
     staged.into_iter().try_for_each(StagedFile::commit)?;
     recorder.write_beside(&outputs.groups)
 }

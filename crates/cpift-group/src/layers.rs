@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use cpift_core::checkpoint::Digest;
 use cpift_core::checkpoint::names::OUTSIDE;
 use cpift_core::groups::Groups;
-use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
+use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width, shortened};
 use serde::{Deserialize, Serialize};
 
 use crate::overlap::{Counts, Overlap};
@@ -91,21 +91,22 @@ struct Column<'a> {
 pub fn svg(layers: &Layers, groups: &Groups) -> String {
     let tasks = &layers.tasks;
     let pairs: Vec<(usize, usize)> = (0..tasks.len()).flat_map(|b| (0..b).map(move |a| (a, b))).collect();
-    let names: Vec<String> = pairs.iter().map(|(a, b)| format!("{} · {}", tasks[*a], tasks[*b])).collect();
+    let pair = |(a, b): &(usize, usize)| [*a, *b].map(|task| shortened(&tasks[task], 20)).join(" · ");
+    let names: Vec<String> = pairs.iter().map(pair).collect();
     let left = 24 + label_width(names.iter().map(String::as_str));
     let columns = columns(layers, groups, left);
-    let top = 48 + label_height(columns.iter().map(|c| c.label));
+    let top = 48 + label_height(columns.iter().map(|c| c.label), WIDTH);
     let value = |c: &Column<'_>, &(a, b): &(usize, usize)| c.jaccard[a][b].max(c.chance[a][b]);
     let largest = columns.iter().flat_map(|c| pairs.iter().map(|p| value(c, p))).fold(0.0, f64::max);
     let title = format!("Jaccard similarity of core regions by layer: {}", tasks.join(", "));
     let mut picture = Picture::new("Jaccard similarity of core regions by layer", &title);
     for column in &columns {
-        picture.column_label((column.x + column.width / 2, top - 8), column.label);
+        picture.column_label((column.x + column.width / 2, top - 8), column.width, column.label);
     }
-    for (row, (pair, name)) in pairs.iter().zip(&names).enumerate() {
-        let y = top + row * ROW;
-        picture.row_label((left - 8, y + 18), name);
-        columns.iter().for_each(|column| cell(&mut picture, Scale::Sequential(largest), column, *pair, (name, y)));
+    for (row, (&(a, b), name)) in pairs.iter().zip(&names).enumerate() {
+        let (y, whole) = (top + row * ROW, format!("{} and {}", tasks[a], tasks[b]));
+        picture.row_label((left - 8, y + 16), name);
+        columns.iter().for_each(|column| cell(&mut picture, Scale::Sequential(largest), column, (a, b), (&whole, y)));
     }
     if largest > 0.0 {
         let marks = [0.0, largest / 2.0, largest].map(|value| (value, format!("{value:.4}")));
@@ -143,17 +144,17 @@ fn columns<'a>(layers: &'a Layers, groups: &'a Groups, left: usize) -> Vec<Colum
     columns
 }
 
-fn cell(picture: &mut Picture, scale: Scale, column: &Column<'_>, (a, b): (usize, usize), (name, y): (&str, usize)) {
+fn cell(picture: &mut Picture, scale: Scale, column: &Column<'_>, (a, b): (usize, usize), (names, y): (&str, usize)) {
     let (s, chance) = (column.jaccard[a][b], column.chance[a][b]);
     let place = column.layer.map_or("all layers".to_owned(), |layer| match layer.name.as_str() {
         OUTSIDE => "outside the layers".to_owned(),
         name => format!("layer {name}"),
     });
-    let title = format!("{name}, {place}: {s:.6}, chance {chance:.6}");
+    let title = format!("{names}, {place}: {s:.6}, chance {chance:.6}");
     let text = if column.layer.is_none() { format!("{s:.4}") } else { String::new() };
     let empty = column.layer.is_some_and(|l| l.shared[a][a] + l.shared[b][b] == 0);
     let color = |value| if empty { GREY } else { scale.color(value) };
-    let (x, width) = (column.x, column.width);
+    let (x, width) = (column.x, column.width - 1);
     picture.cell(&Cell { place: (x, y, width, HEIGHT), color: color(s), text: &text, title: &title });
-    picture.cell(&Cell { place: (x, y + HEIGHT, width, STRIP), color: color(chance), text: "", title: &title });
+    picture.cell(&Cell { place: (x, y + HEIGHT + 1, width, STRIP), color: color(chance), text: "", title: &title });
 }
