@@ -2,19 +2,31 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Runs `op` compiled for the machine's vector instructions (AVX2 or AVX-512 on x86, where it has them).
+/// Evaluates an expression compiled for the machine's vector instructions (AVX2 or AVX-512 on x86, where it has them).
 ///
-/// The compiler vectorises the loops in `op` and in the `#[inline(always)]` functions it calls; other functions run as they
-/// were compiled. So does `op` itself where it is more than a line, unless it says so too:
-/// `dispatch(#[inline(always)] || ...)`. Multiplications and additions are not fused, so results are the same on every
-/// machine.
+/// The compiler vectorises the loops in it and in the `#[inline(always)]` functions it calls; other functions run as they
+/// were compiled. Multiplications and additions are not fused, so results are the same on every machine.
+#[macro_export]
+macro_rules! dispatch {
+    ($body:expr) => {
+        // Without the attribute the closure stays a function of its own, compiled for the oldest machine.
+        $crate::simd::run(
+            #[inline(always)]
+            || $body,
+        )
+    };
+}
+
+pub use crate::dispatch;
+
+#[doc(hidden)]
 #[inline(always)]
-pub fn dispatch<R>(op: impl FnMut() -> R) -> R {
+pub fn run<R>(op: impl FnMut() -> R) -> R {
     Arch::new().dispatch(Op(op))
 }
 
-/// A closure that is called by reference: a call of `FnOnce` goes through a function of the compiler's that is never
-/// inlined into the vector code.
+/// A closure that is called by reference: a call by value (`FnOnce`) of one that only borrows goes through a function that the
+/// compiler makes for the oldest machine.
 struct Op<F>(F);
 
 impl<R, F: FnMut() -> R> WithSimd for Op<F> {

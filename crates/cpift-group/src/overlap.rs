@@ -3,7 +3,8 @@
 use anyhow::Result;
 use cpift_core::checkpoint::names::LayerRows;
 use cpift_core::checkpoint::{Digest, PieceHasher, TensorKind};
-use cpift_core::{BadInput, Dtype, Mask, TensorSpec, simd};
+use cpift_core::simd::dispatch;
+use cpift_core::{BadInput, Dtype, Mask, TensorSpec};
 use rayon::prelude::*;
 
 /// Bytes of every mask that are hashed and counted together: a thread's second-level cache holds those of a dozen masks.
@@ -141,23 +142,20 @@ impl<'a> Regions<'a> {
         let n = self.masks.len();
         let sums = self.sum_pieces((self.labels.len() + 1) * triangle(n, 0), |sums, piece, blocks| {
             also(piece);
-            simd::dispatch(
-                #[inline(always)]
-                || {
-                    let mut bits = Vec::with_capacity(n);
-                    for block in blocks {
-                        let tensor = &self.tensors[block.tensor];
-                        self.cut(block, &mut bits);
-                        let sums = &mut sums[tensor.row * triangle(n, 0)..];
-                        let compared = tensor.row < self.labels.len();
-                        for a in 0..n {
-                            for b in if compared { 0..a + 1 } else { a..a + 1 } {
-                                sums[triangle(a, b)] += count_shared(bits[a], bits[b]);
-                            }
+            dispatch!({
+                let mut bits = Vec::with_capacity(n);
+                for block in blocks {
+                    let tensor = &self.tensors[block.tensor];
+                    self.cut(block, &mut bits);
+                    let sums = &mut sums[tensor.row * triangle(n, 0)..];
+                    let compared = tensor.row < self.labels.len();
+                    for a in 0..n {
+                        for b in if compared { 0..a + 1 } else { a..a + 1 } {
+                            sums[triangle(a, b)] += count_shared(bits[a], bits[b]);
                         }
                     }
-                },
-            );
+                }
+            });
         });
         let rows: Vec<&[u64]> = sums.chunks_exact(triangle(n, 0)).collect();
         self.check(&rows)?;
@@ -199,25 +197,22 @@ impl<'a> Regions<'a> {
         // What a group and all others cover together is the same for every group; what they share is its part of what at
         // least two groups cover.
         let sums = self.sum_pieces(groups.len() + 1, |sums, _, blocks| {
-            simd::dispatch(
-                #[inline(always)]
-                || {
-                    let mut bits = Vec::with_capacity(self.masks.len());
-                    let mut unions = vec![[0u8; BLOCK]; groups.len()];
-                    for block in blocks.iter().filter(|b| self.tensors[b.tensor].row < self.labels.len()) {
-                        self.cut(block, &mut bits);
-                        let (mut once, mut twice) = ([0u8; BLOCK], [0u8; BLOCK]);
-                        for (group, union) in groups.iter().zip(&mut unions) {
-                            union.fill(0);
-                            group.iter().for_each(|i| union.iter_mut().zip(bits[*i]).for_each(|(u, b)| *u |= b));
-                            twice.iter_mut().zip(&once).zip(&*union).for_each(|((t, o), u)| *t |= o & u);
-                            once.iter_mut().zip(&*union).for_each(|(o, u)| *o |= u);
-                        }
-                        unions.iter().zip(sums.iter_mut()).for_each(|(u, sum)| *sum += count_shared(u, &twice));
-                        sums[groups.len()] += count_shared(&once, &once);
+            dispatch!({
+                let mut bits = Vec::with_capacity(self.masks.len());
+                let mut unions = vec![[0u8; BLOCK]; groups.len()];
+                for block in blocks.iter().filter(|b| self.tensors[b.tensor].row < self.labels.len()) {
+                    self.cut(block, &mut bits);
+                    let (mut once, mut twice) = ([0u8; BLOCK], [0u8; BLOCK]);
+                    for (group, union) in groups.iter().zip(&mut unions) {
+                        union.fill(0);
+                        group.iter().for_each(|i| union.iter_mut().zip(bits[*i]).for_each(|(u, b)| *u |= b));
+                        twice.iter_mut().zip(&once).zip(&*union).for_each(|((t, o), u)| *t |= o & u);
+                        once.iter_mut().zip(&*union).for_each(|(o, u)| *o |= u);
                     }
-                },
-            );
+                    unions.iter().zip(sums.iter_mut()).for_each(|(u, sum)| *sum += count_shared(u, &twice));
+                    sums[groups.len()] += count_shared(&once, &once);
+                }
+            });
         });
         let all = sums[groups.len()];
         let share = |shared: &u64| if all == 0 { 0.0 } else { *shared as f64 / all as f64 };
