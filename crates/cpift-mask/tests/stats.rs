@@ -43,7 +43,7 @@ impl Setting {
         };
         let (mut counts, mut bits) = (BTreeMap::new(), Vec::new());
         for ((name, layer, role), n) in TENSORS.into_iter().zip(&sizes) {
-            let set: Vec<bool> = (0..*n).map(|_| !left_out(role) && numbers.bits() % 50 == 0).collect();
+            let set: Vec<bool> = (0..*n).map(|_| !left_out(role) && numbers.bits().is_multiple_of(50)).collect();
             let sums: &mut (u64, u64) = counts.entry((layer, role)).or_default();
             *sums = (sums.0 + n, sums.1 + set.iter().filter(|b| **b).count() as u64);
             bits.push((name, set));
