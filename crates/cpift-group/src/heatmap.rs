@@ -13,12 +13,14 @@ pub fn svg(groups: &Groups) -> String {
     let names = || groups.tasks.iter().map(String::as_str);
     let title = format!("Jaccard similarity of core regions: {}", groups.tasks.join(", "));
     let mut picture = Picture::new("Jaccard similarity of core regions", &title);
-    let corner = (24 + label_width(names()), 48 + label_height(names(), CELL));
+    // All names stand upright over their columns, or all lean.
+    let column = if label_width(names()) <= CELL { CELL } else { 0 };
+    let corner = (24 + label_width(names()), 48 + label_height(names(), column));
     let scale = Scale::Sequential(largest_pair(groups));
     for (i, &task) in order.iter().enumerate() {
         let (name, middle) = (&groups.tasks[task], i * CELL + CELL / 2);
         picture.row_label((corner.0 - 8, corner.1 + middle + 5), name);
-        picture.column_label((corner.0 + middle, corner.1 - 8), CELL, name);
+        picture.column_label((corner.0 + middle, corner.1 - 8), column, name);
     }
     for (i, &a) in order.iter().enumerate() {
         for (j, &b) in order.iter().enumerate() {

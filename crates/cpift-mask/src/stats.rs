@@ -113,7 +113,7 @@ pub fn write(mask: &Mask, json: &Path, svg: &Path, force: bool) -> Result<()> {
 /// The outputs, complete but not under their names yet: for a caller with more to write.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn stage(stats: &Stats, json: Option<&Path>, svg: Option<&Path>, force: bool) -> Result<Vec<StagedFile>> {
     let texts = [(json, json::to_text(stats)?), (svg, picture::svg(stats))];
     texts.iter().filter_map(|(path, text)| Some(StagedFile::of_text((*path)?, text, force))).collect()
