@@ -64,6 +64,8 @@ pub enum Scope {
 pub enum Metric {
     /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| (the paper).
     Magnitude,
+    /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| / (|θ⁽⁰⁾| + 10⁻⁸): how far a weight moved for its size.
+    Relative,
 }
 
 /// Ties at the threshold, summed over the scope's parts.
@@ -206,24 +208,24 @@ fn check_header_version(path: &Path, text: &str) -> Result<()> {
     json::check_version(path, "a mask", found.format_version, FORMAT_VERSION)
 }
 
-/// A mask file being written, tensor by tensor, into a staged path.
+/// A mask file being written in any order, from any thread, into a staged path.
 pub struct MaskWriter {
     file: FileWriter,
 }
 
 impl MaskWriter {
-    /// Creates the mask file at `path` with all bits zero.
+    /// Creates the mask file at `path` with all bits zero, for parameters of `numel` elements each and a header that
+    /// [`MaskWriter::finish`] will be given: `longest` is one that is at least as long.
     ///
     /// # Errors
     /// I/O errors.
-    pub fn create(path: &Path, header: &MaskHeader) -> Result<Self> {
-        let specs: Vec<TensorSpec> = header
+    pub fn create(path: &Path, longest: &MaskHeader) -> Result<Self> {
+        let specs: Vec<TensorSpec> = longest
             .numel
             .iter()
             .map(|(name, n)| TensorSpec { name: name.clone(), dtype: Dtype::U8, shape: vec![n.div_ceil(8) as usize] })
             .collect();
-        let metadata = BTreeMap::from([(METADATA_KEY.to_owned(), serde_json::to_string(header)?)]);
-        Ok(Self { file: FileWriter::create(path, &specs, &metadata)? })
+        Ok(Self { file: FileWriter::create(path, &specs, &metadata(longest)?)? })
     }
 
     /// Writes packed bits at byte `offset` of the tensor `name`.
@@ -233,6 +235,26 @@ impl MaskWriter {
     pub fn write(&self, name: &str, offset: u64, bits: &[u8]) -> Result<()> {
         self.file.write(name, offset, bits)
     }
+
+    /// Reads back packed bits from byte `offset` of the tensor `name`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn read(&self, name: &str, offset: u64, bits: &mut [u8]) -> Result<()> {
+        self.file.read(name, offset, bits)
+    }
+
+    /// Writes the header, once all that it says is known.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn finish(self, header: &MaskHeader) -> Result<()> {
+        self.file.replace_metadata(&metadata(header)?)
+    }
+}
+
+fn metadata(header: &MaskHeader) -> Result<BTreeMap<String, String>> {
+    Ok(BTreeMap::from([(METADATA_KEY.to_owned(), serde_json::to_string(header)?)]))
 }
 
 /// Whether element `index` is set in packed bits.

@@ -1,13 +1,14 @@
 //! cpift.json: which stage made an output, from what, with which arguments, and the output's digest.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Digest, DigestRecord};
+use crate::error::BadInput;
 use crate::{cli, files, json};
 
 /// The form of cpift.json this program writes and reads.
@@ -114,15 +115,13 @@ impl Recorder {
         self.write_to(&staged.join(FILE_NAME))
     }
 
-    /// Writes `DEST.cpift.json` beside the finished output file `dest`.
+    /// Writes `DEST.cpift.json` beside the finished output file `dest`, with the digest of that file.
     ///
     /// # Errors
     /// I/O errors.
-    pub fn write_beside(self, dest: &Path) -> Result<()> {
-        let mut name = dest.file_name().unwrap_or_default().to_owned();
-        name.push(".");
-        name.push(FILE_NAME);
-        self.write_to(&dest.with_file_name(name))
+    pub fn write_beside(mut self, dest: &Path) -> Result<()> {
+        self.record.output = Some(DigestRecord::of_file(dest)?);
+        self.write_to(&beside(dest))
     }
 
     /// Writes the record to `path`.
@@ -135,7 +134,38 @@ impl Recorder {
     }
 }
 
+/// Where the record of the output file `dest` lies.
+pub fn beside(dest: &Path) -> PathBuf {
+    let mut name = dest.file_name().unwrap_or_default().to_owned();
+    name.push(".");
+    name.push(FILE_NAME);
+    dest.with_file_name(name)
+}
+
 impl Provenance {
+    /// Checks that the output file `dest` is what the record beside it says; whether there is such a record.
+    ///
+    /// # Errors
+    /// [`BadInput`] with both digests, or when the record cannot be read.
+    pub fn verify_file(dest: &Path) -> Result<bool> {
+        let path = beside(dest);
+        if !path.exists() {
+            return Ok(false);
+        }
+        let record: Self = json::read(&path)?;
+        json::check_version(&path, "a provenance record", record.format_version, FORMAT_VERSION)?;
+        let Some(output) = record.output else { return Ok(false) };
+        let found = Digest::of_file(dest)?;
+        if output.blake3 == found {
+            return Ok(true);
+        }
+        Err(BadInput::new(dest, format!("not the file that {} records", path.display()))
+            .expected(format!("digest {}", output.blake3))
+            .found(format!("digest {found}"))
+            .hint("make the file again, or copy it again together with its record")
+            .into())
+    }
+
     /// The digest recorded in the cpift.json of `folder`, if there is a readable one.
     pub fn recorded_digest(folder: &Path) -> Option<DigestRecord> {
         let path = folder.join(FILE_NAME);

@@ -151,7 +151,9 @@ impl TensorSpec {
 pub struct FileWriter {
     file: File,
     path: PathBuf,
+    specs: Vec<TensorSpec>,
     starts: BTreeMap<String, (u64, u64)>,
+    header_len: usize,
 }
 
 impl FileWriter {
@@ -160,10 +162,23 @@ impl FileWriter {
     /// # Errors
     /// I/O errors.
     pub fn create(path: &Path, specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Self> {
-        let (header, starts, len) = lay_out(specs, metadata);
+        let (header, starts, len) = lay_out(specs, metadata, 0);
         let file = files::create_sized(path, len)?;
         file.write_all_at(&header, 0).with_context(|| format!("writing {}", path.display()))?;
-        Ok(Self { file, path: path.to_owned(), starts })
+        Ok(Self { file, path: path.to_owned(), specs: specs.to_vec(), starts, header_len: header.len() })
+    }
+
+    /// Replaces the metadata by another that takes no more room.
+    ///
+    /// # Errors
+    /// I/O errors.
+    ///
+    /// # Panics
+    /// When it does take more room.
+    pub fn replace_metadata(&self, metadata: &BTreeMap<String, String>) -> Result<()> {
+        let (header, _, _) = lay_out(&self.specs, metadata, self.header_len);
+        assert_eq!(header.len(), self.header_len, "the metadata has outgrown its place");
+        self.file.write_all_at(&header, 0).with_context(|| format!("writing {}", self.path.display()))
     }
 
     /// Writes `bytes` at byte `offset` of the tensor `name`.
@@ -178,11 +193,27 @@ impl FileWriter {
         assert!(offset + bytes.len() as u64 <= len, "write past the end of {name}");
         self.file.write_all_at(bytes, start + offset).with_context(|| format!("writing {}", self.path.display()))
     }
+
+    /// Reads back the bytes at byte `offset` of the tensor `name`.
+    ///
+    /// # Errors
+    /// I/O errors.
+    ///
+    /// # Panics
+    /// When the tensor is not in the layout.
+    pub fn read(&self, name: &str, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let (start, _) = self.starts[name];
+        self.file.read_exact_at(bytes, start + offset).with_context(|| format!("reading back {}", self.path.display()))
+    }
 }
 
 /// Header bytes, each tensor's (start, length) in the file, and the file's length. Wider dtypes come first, so that every
-/// tensor is aligned to its element; then names in bytewise order.
-fn lay_out(specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> (Vec<u8>, BTreeMap<String, (u64, u64)>, u64) {
+/// tensor is aligned to its element; then names in bytewise order. The header takes at least `room` bytes.
+fn lay_out(
+    specs: &[TensorSpec],
+    metadata: &BTreeMap<String, String>,
+    room: usize,
+) -> (Vec<u8>, BTreeMap<String, (u64, u64)>, u64) {
     let mut order: Vec<&TensorSpec> = specs.iter().collect();
     order.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
     let mut header = Map::new();
@@ -199,7 +230,7 @@ fn lay_out(specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> (Vec<u8
         offset = end;
     }
     let mut text = Value::Object(header).to_string().into_bytes();
-    text.resize(text.len().next_multiple_of(8), b' ');
+    text.resize(text.len().next_multiple_of(8).max(room.saturating_sub(8)), b' ');
     let data_start = 8 + text.len() as u64;
     for (start, _) in starts.values_mut() {
         *start += data_start;

@@ -84,6 +84,15 @@ impl DigestRecord {
         Ok(Self { blake3, files: stamps(folder)? })
     }
 
+    /// Computes the digest of a plain file and stamps it.
+    ///
+    /// # Errors
+    /// As [`Digest::of_file`].
+    pub fn of_file(path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self { blake3: Digest::of_file(path)?, files: vec![stamp(name, path)?] })
+    }
+
     /// Whether the files of `folder` are still those the digest was computed from, by size and time.
     pub fn holds_for(&self, folder: &Path) -> bool {
         stamps(folder).is_ok_and(|now| now == self.files)
@@ -96,11 +105,15 @@ fn stamps(folder: &Path) -> Result<Vec<FileStamp>> {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if SIDECAR_FILES.contains(&name.as_str()) || name.contains(".safetensors") {
-            let meta = fs::metadata(entry.path())?;
-            let mtime_ns = meta.modified()?.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
-            out.push(FileStamp { name, size: meta.len(), mtime_ns });
+            out.push(stamp(name, &entry.path())?);
         }
     }
     out.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(out)
+}
+
+fn stamp(name: String, path: &Path) -> Result<FileStamp> {
+    let meta = fs::metadata(path)?;
+    let mtime_ns = meta.modified()?.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+    Ok(FileStamp { name, size: meta.len(), mtime_ns })
 }

@@ -154,18 +154,18 @@ impl Checkpoint {
         }
     }
 
-    /// The content digest: the one recorded in cpift.json while the files' sizes and times match it, computed otherwise.
+    /// The content digest recorded in cpift.json, where there is one and the files' sizes and times still match it.
+    pub fn recorded_digest(&self) -> Option<Digest> {
+        let folder = self.folder()?;
+        Provenance::recorded_digest(folder).filter(|record| record.holds_for(folder)).map(|record| record.blake3)
+    }
+
+    /// The content digest: the recorded one, or else computed.
     ///
     /// # Errors
     /// I/O errors on the side files.
     pub fn digest(&self) -> Result<Digest> {
-        if let Some(folder) = self.folder()
-            && let Some(record) = Provenance::recorded_digest(folder)
-            && record.holds_for(folder)
-        {
-            return Ok(record.blake3);
-        }
-        Digest::of_checkpoint(self)
+        self.recorded_digest().map_or_else(|| Digest::of_checkpoint(self), Ok)
     }
 }
 

@@ -1,0 +1,84 @@
+//! The one module that opens, maps, stages and renames files.
+
+mod staging;
+
+pub use staging::{StagedDir, StagedFile, StagedPath, discard_unfinished, write_text};
+
+use std::fs::{self, File, OpenOptions};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use memmap2::Mmap;
+
+use crate::error::BadInput;
+
+/// Opens `path` for reading.
+///
+/// # Errors
+/// [`BadInput`] when it is missing or is not a file.
+pub fn open(path: &Path) -> Result<File> {
+    if path.is_dir() {
+        return Err(BadInput::new(path, "is a folder").expected("a file").into());
+    }
+    File::open(path).map_err(|e| BadInput::new(path, format!("cannot be opened: {e}")).into())
+}
+
+/// Reads a whole UTF-8 file.
+///
+/// # Errors
+/// [`BadInput`] when it is missing or not UTF-8.
+pub fn read_text(path: &Path) -> Result<String> {
+    open(path)?;
+    fs::read_to_string(path).map_err(|e| BadInput::new(path, format!("cannot be read as UTF-8 text: {e}")).into())
+}
+
+/// Maps `path` read-only; an empty file gives an empty map.
+///
+/// # Errors
+/// [`BadInput`] when it cannot be opened.
+#[allow(unsafe_code)]
+pub fn map(path: &Path) -> Result<Mmap> {
+    let file = open(path)?;
+    // SAFETY: the mapping is read-only and we never write to inputs; a file that another process truncates while we
+    // read it raises SIGBUS, which is documented as an unsupported use.
+    let map = unsafe { Mmap::map(&file) }.with_context(|| format!("mapping {}", path.display()))?;
+    Ok(map)
+}
+
+/// Refuses `dest` when it exists and `force` is not given.
+///
+/// # Errors
+/// [`BadInput`] with the way out.
+pub fn check_output(dest: &Path, force: bool) -> Result<()> {
+    if !force && dest.symlink_metadata().is_ok() {
+        return Err(BadInput::new(dest, "the output exists already").hint("--force replaces it").into());
+    }
+    Ok(())
+}
+
+/// Creates a file of `len` bytes inside a staged folder, open for positional reads and writes. The file is sparse: a full disk shows when
+/// it is written.
+///
+/// # Errors
+/// I/O errors.
+pub fn create_sized(path: &Path, len: u64) -> Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .with_context(|| format!("creating {}", path.display()))?;
+    file.set_len(len).with_context(|| format!("making room for {len} bytes in {}", path.display()))?;
+    Ok(file)
+}
+
+/// Free space, in bytes, of the file system that `dest` is or would be on.
+///
+/// # Errors
+/// I/O errors.
+pub fn available_bytes(dest: &Path) -> Result<u64> {
+    let absolute = std::path::absolute(dest).with_context(|| format!("finding the folder of {}", dest.display()))?;
+    let existing = absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let stat = rustix::fs::statvfs(existing).with_context(|| format!("asking for free space at {}", dest.display()))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
