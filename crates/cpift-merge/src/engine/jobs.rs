@@ -65,7 +65,7 @@ pub fn batches(tensors: &[Tensor<'_>]) -> Vec<Range<usize>> {
 ///
 /// # Errors
 /// The first of the errors, in that order.
-pub fn for_each<R: Send>(pieces: &[Piece], each: impl Fn(&Piece) -> Result<R> + Sync) -> Result<Vec<R>> {
+pub fn for_each<R: Send>(pieces: &[Piece], each: impl Fn(&Piece) -> Result<R> + Sync + Send) -> Result<Vec<R>> {
     let results: Vec<Result<R>> = pieces.par_iter().with_max_len(1).map(each).collect();
     results.into_iter().collect()
 }

@@ -158,7 +158,10 @@ fn settle(engine: &Engine<'_>, index: usize, tensor: &Tensor<'_>, measure: &Meas
             _ if *density >= 1.0 => Filter::ALL,
             Sparsify::Drop { .. } => {
                 let [before, after] = measure.magnitudes[i];
-                Filter { keep: rule.drawn(i), scale: if rule.rescale { consensus::stretch(before, after) } else { 1.0 } }
+                Filter {
+                    keep: rule.drawn(i),
+                    scale: if rule.rescale { consensus::stretch(before, after) } else { 1.0 },
+                }
             }
             Sparsify::Trim => {
                 let (filter, ties) = trim::trim(engine, index, i, rule, *density);

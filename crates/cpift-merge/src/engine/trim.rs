@@ -23,7 +23,11 @@ pub fn trim(engine: &Engine<'_>, index: usize, operand: usize, rule: &Consensus,
     }
     // As mergekit counts: rounded down, but never none.
     let k = ((density * free as f64) as u64).max(1);
-    if tensor.is_wide() { cut::<f64>(tensor, operand, k, rule.rescale) } else { cut::<f32>(tensor, operand, k, rule.rescale) }
+    if tensor.is_wide() {
+        cut::<f64>(tensor, operand, k, rule.rescale)
+    } else {
+        cut::<f32>(tensor, operand, k, rule.rescale)
+    }
 }
 
 fn cut<T: Number>(tensor: &Tensor<'_>, operand: usize, k: u64, rescale: bool) -> (Filter, Ties) {
@@ -44,7 +48,8 @@ fn cut<T: Number>(tensor: &Tensor<'_>, operand: usize, k: u64, rescale: bool) ->
         left -= kept;
         kept
     });
-    let keep = Keep::Above { threshold: threshold.to_f64(), ties: if split { per_chunk.collect() } else { Vec::new() } };
+    let keep =
+        Keep::Above { threshold: threshold.to_f64(), ties: if split { per_chunk.collect() } else { Vec::new() } };
     let [before, above] = counts.iter().fold([0.0; 2], |[a, b], c| [a + c.all, b + c.above]);
     let after = above + ties.chosen as f64 * threshold.to_f64();
     (Filter { keep, scale: if rescale { stretch(before, after) } else { 1.0 } }, ties)

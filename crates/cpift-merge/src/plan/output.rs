@@ -73,7 +73,10 @@ fn check_side_files(folder: &Path, inputs: &[&Source]) -> Result<()> {
         Some(other) => Err(BadInput::new(folder, "the output would have no tokenizer")
             .expected(TOKENIZERS.join(", ").replace(", tekken", " or tekken"))
             .found(format!("none of them here, but one in {}", other.path().display()))
-            .hint(format!("--copy-from {} copies tokenizer, chat template and generation config", other.path().display()))
+            .hint(format!(
+                "--copy-from {} copies tokenizer, chat template and generation config",
+                other.path().display()
+            ))
             .into()),
         None => {
             log::warn!("none of the inputs has a tokenizer, so the output has none; --copy-from DIR names one");
@@ -93,7 +96,10 @@ pub fn check_space(dir: &Path, needed: u64, available: u64) -> Result<()> {
     if needed <= available {
         return Ok(());
     }
-    anyhow::bail!("{}: not enough room for the output\n  needed: {needed} bytes\n  available: {available} bytes", dir.display())
+    anyhow::bail!(
+        "{}: not enough room for the output\n  needed: {needed} bytes\n  available: {available} bytes",
+        dir.display()
+    )
 }
 
 #[cfg(test)]

@@ -105,9 +105,9 @@ fn check_models(request: &Request) -> Result<()> {
     match (&request.base, delta) {
         (None, true) => Err(usage(format!("{name} here needs --base: task vectors are differences from it"))),
         (Some(_), false) => Err(usage(format!("{name} has no use for a base, unless with --space delta"))),
-        (None, false) if request.models[0].mask.is_some() => Err(usage(
-            "a mask of the first model has no effect: outside its mask a model counts as the first one",
-        )),
+        (None, false) if request.models[0].mask.is_some() => {
+            Err(usage("a mask of the first model has no effect: outside its mask a model counts as the first one"))
+        }
         _ => Ok(()),
     }
 }
@@ -115,17 +115,16 @@ fn check_models(request: &Request) -> Result<()> {
 /// Refuses numbers out of range, whatever tensor they are for.
 fn check_numbers(request: &Request) -> Result<()> {
     check_epsilon(request.epsilon)?;
-    let numbers = |setting: &Setting| setting.rules.iter().flat_map(|r| r.values.clone()).collect::<Vec<f64>>();
     if request.method == Method::Slerp {
-        numbers(&request.t).into_iter().try_for_each(|t| require_unit("--t", t))?;
+        request.t.values().try_for_each(|t| require_unit("--t", t))?;
     }
     for model in &request.models {
-        for density in numbers(&model.density) {
+        for density in model.density.values() {
             if !(density > 0.0 && density <= 1.0) {
                 return Err(usage(format!("--density must be above 0 and at most 1, found {density}")));
             }
         }
-        for weight in numbers(&model.weight) {
+        for weight in model.weight.values() {
             if !weight.is_finite() {
                 return Err(usage(format!("--weight must be finite numbers, found {weight}")));
             }
@@ -134,7 +133,7 @@ fn check_numbers(request: &Request) -> Result<()> {
             }
         }
     }
-    match numbers(&request.lambda).into_iter().find(|x| !x.is_finite()) {
+    match request.lambda.values().find(|x| !x.is_finite()) {
         Some(lambda) => Err(usage(format!("--lambda must be a finite number, found {lambda}"))),
         None => Ok(()),
     }
@@ -147,6 +146,18 @@ fn rules(request: &Request, backbone: &Source) -> Result<Vec<Rule>> {
     for (prefix, number) in names.iter().filter_map(|name| layer(name)) {
         let count = counts.entry(prefix).or_default();
         *count = (*count).max(number + 1);
+    }
+    let weights = request.models.iter().map(|m| ("--weight", &m.weight));
+    let densities = request.models.iter().map(|m| ("--density", &m.density));
+    for (flag, setting) in
+        [("--t", &request.t), ("--lambda", &request.lambda)].into_iter().chain(weights).chain(densities)
+    {
+        if let Some(filter) = setting.unused_filters(names.iter().copied()).first() {
+            return Err(usage(format!(
+                "the filter {filter} of {flag} fits no tensor of {}",
+                backbone.path().display()
+            )));
+        }
     }
     let rule = |name: &&str| {
         let layer = layer(name).map(|(prefix, number)| (number, counts[prefix]));
@@ -185,8 +196,7 @@ fn rule(request: &Request, place: &Place<'_>) -> Result<Rule> {
     if request.method == Method::Slerp {
         return Ok(Rule::Fold(vec![place.value(&request.t, "--t")?]));
     }
-    let weights: Vec<f64> =
-        request.models.iter().map(|m| place.value(&m.weight, "--weight")).collect::<Result<_>>()?;
+    let weights: Vec<f64> = request.models.iter().map(|m| place.value(&m.weight, "--weight")).collect::<Result<_>>()?;
     let sum: f64 = weights.iter().sum();
     let over = |divisor: f64| weights.iter().map(|w| w / divisor).collect::<Vec<f64>>();
     let normalised = || {
