@@ -11,6 +11,8 @@ mod merge;
 mod plan;
 mod region;
 mod report;
+pub mod request;
+pub mod setting;
 mod shard_size;
 pub mod sphere;
 pub mod stream;
@@ -21,6 +23,8 @@ pub use merge::merge;
 pub use plan::{Output, Plan, Weights, plan_cpi, plan_linear, plan_slerp};
 pub use region::{Claims, Conflict};
 pub use report::Summary;
+pub use request::{Method, ModelRequest, Request};
+pub use setting::{Rule, Setting};
 pub use shard_size::parse_shard_size;
 pub use verify::verify;
 
