@@ -6,11 +6,11 @@ use anyhow::{Context, Result};
 use cpift_core::checkpoint::{Digest, copy_sidecars};
 use cpift_core::files::StagedDir;
 use cpift_core::provenance::Recorder;
-use cpift_core::{TensorSpec, json};
+use cpift_core::{TensorSpec, files, json};
 
 use crate::engine::{self, InputHashes, Output, Settled};
-use crate::plan::Plan;
 use crate::plan::cpi::warn_of_other_tasks;
+use crate::plan::{Plan, check_space};
 use crate::report::Summary;
 
 /// Runs `plan`: the output folder appears whole, with provenance inside, or not at all.
@@ -18,6 +18,7 @@ use crate::report::Summary;
 /// # Errors
 /// [`cpift_core::BadInput`] where an input holds a number that is not finite; I/O errors.
 pub fn merge(plan: &Plan, mut record: Recorder) -> Result<Summary> {
+    check_space(&plan.output.dir, plan.bytes_to_write(), files::available_bytes(&plan.output.dir)?)?;
     let staged = StagedDir::create(&plan.output.dir, plan.output.force)?;
     let (settled, digest) = write(plan, staged.path())?;
     let summary = Summary::of(plan, &settled);

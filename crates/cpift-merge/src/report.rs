@@ -105,35 +105,39 @@ impl Summary {
     /// Logs the figures, a few lines.
     pub fn log(&self) {
         log::info!("{}: {} tensors, {} parameters, {}", self.out, self.tensors, self.parameters, self.dtype);
+        self.lines().iter().for_each(|line| log::info!("{line}"));
+    }
+
+    /// The figures beyond the numbers of tensors and parameters, for people.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
         if !self.copied.is_empty() {
-            log::info!("copied unchanged, not parameters: {}", self.copied.join(", "));
+            lines.push(format!("copied unchanged, not parameters: {}", self.copied.join(", ")));
         }
         if self.method == "cpi" {
             let percent = 100.0 * self.core as f64 / self.parameters.max(1) as f64;
-            log::info!(
-                "core: {} elements ({percent:.3} %), {} of them claimed twice or more",
-                self.core,
-                self.conflicts
-            );
-        }
-        if let Some([min, median, max]) = self.angle_range() {
-            log::info!("angles: min {min:.4}°, median {median:.4}°, max {max:.4}°");
+            let (core, conflicts) = (self.core, self.conflicts);
+            lines.push(format!("core: {core} elements ({percent:.3} %), {conflicts} of them claimed twice or more"));
         }
         if let Some([at_cut, by_position]) = self.trimmed {
-            log::info!(
-                "trimmed: {at_cut} elements at the cut-offs, {by_position} of them kept for their position alone"
-            );
+            lines.push(format!(
+                "trimmed: {at_cut} elements at the cut-offs, {by_position} kept for their position alone"
+            ));
+        }
+        if let Some([min, median, max]) = self.angle_range() {
+            lines.push(format!("angles: min {min:.4}°, median {median:.4}°, max {max:.4}°"));
         }
         if self.has_angles() {
             let [slerp, collinear, opposite, zero] = self.branches;
-            log::info!(
+            lines.push(format!(
                 "interpolations: {slerp} on the sphere; linear: {collinear} collinear, {opposite} opposite, {zero} zero"
-            );
+            ));
             if self.space == Space::Weights && slerp == 0 && collinear > 0 {
-                log::info!(
-                    "every angle is below ε, so SLERP was linear throughout; --space delta compares the updates"
+                lines.push(
+                    "every angle is below ε, so SLERP was linear throughout; --space delta compares the updates".into(),
                 );
             }
         }
+        lines
     }
 }

@@ -24,7 +24,7 @@ use cpift_core::{Dtype, TensorView, progress};
 use indicatif::ProgressBar;
 
 use crate::cli::Space;
-use crate::methods::{Claims, Conflict, Rule};
+use crate::methods::{Claims, Conflict, Rule, Sparsify};
 use jobs::{Piece, Pool};
 
 /// One parameter in all inputs, and what is to be done with it.
@@ -127,6 +127,22 @@ pub fn survey(job: &Job<'_>) -> Result<Vec<Settled>> {
     }
     engine.bar.finish_and_clear();
     Ok(settled)
+}
+
+/// About how much memory [`run`] takes beside the mapped files, when it reads `bytes`.
+pub fn peak_memory(job: &Job<'_>, bytes: u64) -> u64 {
+    /// The program itself, with the stacks of its threads.
+    const PROGRAM: usize = 16 << 20;
+    const HISTOGRAM: usize = (1 << 16) * size_of::<u64>();
+    let k = job.tensors.first().map_or(0, |t| t.operands.len());
+    let number = if job.tensors.iter().any(Tensor::is_wide) { size_of::<f64>() } else { size_of::<f32>() };
+    let blocks = ((k + 2) * number + 2 * size_of::<f64>()) * block::BLOCK;
+    let trims = |t: &Tensor<'_>| matches!(t.rule, Rule::Consensus(c) if c.sparsify == Sparsify::Trim);
+    let trim = if job.tensors.iter().any(trims) { 4 * HISTOGRAM + CHUNK * number } else { 0 };
+    let per_thread = blocks + CHUNK * job.dtype.size() + trim;
+    // A hash of 32 bytes for every piece, and its lock.
+    let hashes = 2 * bytes / CHUNK as u64 * 40;
+    (PROGRAM + rayon::current_num_threads() * per_thread) as u64 + hashes
 }
 
 fn bytes_of(tensors: &[Tensor<'_>]) -> u64 {

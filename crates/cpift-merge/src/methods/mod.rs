@@ -28,6 +28,27 @@ impl Rule {
         matches!(self, Self::Fold(_) | Self::SphericalMean(_))
     }
 
+    /// Its settings, for people.
+    pub fn describe(&self) -> String {
+        let list = |numbers: &[f64]| {
+            // Ten digits: a weight of 1/3 need not be read to its last one.
+            let shown = numbers.iter().map(|x| ((x * 1e10).round() / 1e10).to_string());
+            shown.collect::<Vec<String>>().join(", ")
+        };
+        match self {
+            Self::Linear(coefficients) => format!("factors {}", list(coefficients)),
+            Self::Fold(omegas) if omegas.len() == 1 => format!("t {}", list(omegas)),
+            Self::Fold(omegas) => format!("ω {}", list(omegas)),
+            Self::SphericalMean(weights) => format!("weights {}", list(weights)),
+            Self::Consensus(rule) => format!(
+                "weights {}; densities {}; λ {}",
+                list(&rule.weights),
+                list(&rule.densities),
+                list(&[rule.lambda])
+            ),
+        }
+    }
+
     /// The combination that the inner products of the operands lead to; empty for a consensus.
     pub fn combination(&self, gram: &Gram, epsilon: f64) -> Combination {
         match self {
