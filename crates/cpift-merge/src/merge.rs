@@ -38,7 +38,7 @@ fn write(plan: &Plan, folder: &Path) -> Result<(Vec<Settled>, Digest)> {
     let specs: Vec<TensorSpec> = plan.specs().into_iter().chain(copies.iter().map(|view| view.spec())).collect();
     let output = Output::create(folder, &specs, plan.output.shard_size)?;
     let hashes = InputHashes::new(plan.sources());
-    let settled = engine::run(&plan.job(), &hashes, &output)?;
+    let settled = output.flushed(|| engine::run(&plan.job(), &hashes, &output))?;
     hashes.finish()?;
     copies.iter().try_for_each(|view| output.copy(view))?;
     let config = folder.join("config.json");

@@ -97,12 +97,7 @@ fn read(engine: &Engine<'_>, batch: Range<usize>, needed: impl Fn(&Tensor<'_>) -
 }
 
 fn read_piece<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, piece: &Piece) -> Result<Measure> {
-    let sum = pool.with(|block, _| {
-        simd::dispatch(
-            #[inline(always)]
-            || read_blocks(job, tensor, piece, block),
-        )
-    });
+    let sum = pool.with(|block, _| simd::dispatch!(read_blocks(job, tensor, piece, block)));
     sum.map_err(|(start, len)| not_finite(tensor, start, len).into())
 }
 

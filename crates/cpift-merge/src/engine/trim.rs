@@ -80,10 +80,7 @@ impl<T: Number> Source<T> for Magnitudes<'_, T> {
         let taken = self.spare.lock().expect("no thread panics here").pop();
         let (mut values, mut base) = taken.unwrap_or_default();
         out.clear();
-        simd::dispatch(
-            #[inline(always)]
-            || self.read(&piece, &mut values, &mut base, out),
-        );
+        simd::dispatch!(self.read(&piece, &mut values, &mut base, out));
         self.spare.lock().expect("no thread panics here").push((values, base));
     }
 }

@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::Result;
 use cpift_core::checkpoint::{Digest, PieceHasher};
@@ -21,7 +24,12 @@ pub struct Output {
     writer: CheckpointWriter,
     hasher: PieceHasher,
     index: BTreeMap<String, usize>,
+    /// Bytes written since the disk was last told to hurry.
+    fresh: AtomicU64,
 }
+
+/// Bytes after which the disk begins to write, so that little is left to wait for at the end.
+const FLUSH: u64 = 256 << 20;
 
 impl Output {
     /// Creates the files for `specs` in `folder`.
@@ -31,12 +39,13 @@ impl Output {
     pub fn create(folder: &Path, specs: &[TensorSpec], shard_size: u64) -> Result<Self> {
         let index = specs.iter().enumerate().map(|(i, spec)| (spec.name.clone(), i)).collect();
         let writer = CheckpointWriter::create(folder, specs, shard_size)?;
-        Ok(Self { writer, hasher: PieceHasher::new(specs, CHUNK), index })
+        Ok(Self { writer, hasher: PieceHasher::new(specs, CHUNK), index, fresh: AtomicU64::new(0) })
     }
 
     /// Writes elements of a tensor from `start` on: a chunk.
     fn put(&self, name: &str, start: usize, size: usize, bytes: &[u8]) -> Result<()> {
         self.hasher.add(self.index[name], start, bytes);
+        self.fresh.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.writer.write(name, (start * size) as u64, bytes)
     }
 
@@ -52,6 +61,31 @@ impl Output {
             self.put(view.name, start, size, &view.bytes[start * size..end * size])
         };
         jobs::for_each(&pieces, copy).map(drop)
+    }
+
+    /// Runs `work` while a thread beside it keeps the disk busy with what is written.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn flushed<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let flusher = scope.spawn(|| {
+                while !done.load(Ordering::Acquire) {
+                    if self.fresh.load(Ordering::Relaxed) >= FLUSH {
+                        self.fresh.store(0, Ordering::Relaxed);
+                        // An error comes up again when the output is committed.
+                        let _ = self.writer.sync();
+                    } else {
+                        thread::park_timeout(Duration::from_millis(20));
+                    }
+                }
+            });
+            let result = work();
+            done.store(true, Ordering::Release);
+            flusher.thread().unpark();
+            result
+        })
     }
 
     /// The digest of what was written, with the side files in `folder`.
@@ -103,10 +137,7 @@ fn write_piece<T: Number>(
     pool.with(|block, bytes| {
         let size = job.dtype.size();
         bytes.resize(piece.elements.len() * size, 0);
-        let done = simd::dispatch(
-            #[inline(always)]
-            || write_blocks(job, tensor, settled, piece, block, bytes),
-        );
+        let done = simd::dispatch!(write_blocks(job, tensor, settled, piece, block, bytes));
         match done {
             Ok(()) => output.put(tensor.operands[0].name, piece.elements.start, size, bytes),
             Err(Fault::NotFinite(start, len)) => Err(not_finite(tensor, start, len).into()),

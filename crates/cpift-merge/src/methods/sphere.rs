@@ -64,15 +64,25 @@ impl Gram {
     /// Adds the inner products of a piece of the vectors, or of their differences from `base`.
     #[inline(always)]
     pub fn accumulate<T: Float>(&mut self, pieces: &[Vec<T>], base: Option<&[T]>) {
+        if let [only] = pieces {
+            self.entries[0] +=
+                products(only, only, |x, b| x - b, base.unwrap_or(&vec![T::from_f64(0.0); only.len()]))[0];
+        }
         for i in 0..self.k {
-            for j in 0..=i {
-                let sum = self.get(i, j)
-                    + match base {
-                        None => dot(&pieces[i], &pieces[j]),
-                        Some(base) => dot_about(&pieces[i], &pieces[j], base),
-                    };
-                self.entries[i * self.k + j] = sum;
-                self.entries[j * self.k + i] = sum;
+            for j in 0..i {
+                // Three products in one reading of two vectors, of which the two squares count once.
+                let [xx, xy, yy] = match base {
+                    None => products(&pieces[i], &pieces[j], |x, _| x, &pieces[i]),
+                    Some(base) => products(&pieces[i], &pieces[j], |x, b| x - b, base),
+                };
+                self.entries[i * self.k + j] += xy;
+                self.entries[j * self.k + i] += xy;
+                if j == 0 {
+                    self.entries[i * self.k + i] += xx;
+                }
+                if (i, j) == (1, 0) {
+                    self.entries[0] += yy;
+                }
             }
         }
     }
@@ -122,34 +132,28 @@ impl Gram {
 }
 
 /// Running sums of an inner product: their number and order never depend on the machine or the number of threads.
-const LANES: usize = 32;
+const LANES: usize = 16;
 
+/// x·x, x·y and y·y, with every element first changed by the one of `base` in its place.
 #[inline(always)]
-fn dot<T: Float>(a: &[T], b: &[T]) -> f64 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut lanes = [0.0; LANES];
-    for (x, y) in a.iter().zip(b) {
-        for lane in 0..LANES {
-            lanes[lane] += x[lane].to_f64() * y[lane].to_f64();
-        }
-    }
-    let rest: f64 = a_rest.iter().zip(b_rest).map(|(x, y)| x.to_f64() * y.to_f64()).sum();
-    lanes.iter().sum::<f64>() + rest
-}
-
-#[inline(always)]
-fn dot_about<T: Float>(a: &[T], b: &[T], base: &[T]) -> f64 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+fn products<T: Float>(x: &[T], y: &[T], about: impl Fn(f64, f64) -> f64, base: &[T]) -> [f64; 3] {
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
     let (base, base_rest) = base.as_chunks::<LANES>();
-    let product = |x: T, y: T, z: T| (x.to_f64() - z.to_f64()) * (y.to_f64() - z.to_f64());
-    let mut lanes = [0.0; LANES];
-    for ((x, y), z) in a.iter().zip(b).zip(base) {
+    let mut lanes = [[0.0; LANES]; 3];
+    for ((x, y), base) in x.iter().zip(y).zip(base) {
         for lane in 0..LANES {
-            lanes[lane] += product(x[lane], y[lane], z[lane]);
+            let (x, y) = (about(x[lane].to_f64(), base[lane].to_f64()), about(y[lane].to_f64(), base[lane].to_f64()));
+            lanes[0][lane] += x * x;
+            lanes[1][lane] += x * y;
+            lanes[2][lane] += y * y;
         }
     }
-    let rest: f64 = a_rest.iter().zip(b_rest).zip(base_rest).map(|((x, y), z)| product(*x, *y, *z)).sum();
-    lanes.iter().sum::<f64>() + rest
+    let mut sums = lanes.map(|l| l.iter().sum::<f64>());
+    for ((x, y), base) in x_rest.iter().zip(y_rest).zip(base_rest) {
+        let (x, y) = (about(x.to_f64(), base.to_f64()), about(y.to_f64(), base.to_f64()));
+        sums = [sums[0] + x * x, sums[1] + x * y, sums[2] + y * y];
+    }
+    sums
 }
 
 /// A linear combination of vectors and how it was arrived at.
