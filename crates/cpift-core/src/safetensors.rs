@@ -69,6 +69,11 @@ impl MappedFile {
         Ok(Self { path: path.to_owned(), metadata, entries, map })
     }
 
+    /// All bytes of this file.
+    pub fn whole(&self) -> &[u8] {
+        &self.map
+    }
+
     /// The bytes of an entry of this file.
     pub fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.map[entry.range.clone()]
