@@ -9,6 +9,7 @@ pub mod cli;
 mod inputs;
 mod merge;
 mod plan;
+pub mod recipe;
 mod region;
 mod report;
 pub mod request;

@@ -65,6 +65,11 @@ impl Setting {
         self.rules.push(rule);
     }
 
+    /// Adds the rules of another setting after all others.
+    pub fn append(&mut self, other: Setting) {
+        self.rules.extend(other.rules);
+    }
+
     /// Whether there is no rule at all.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
