@@ -1,10 +1,24 @@
 //! One way to run a loop with the widest vector instructions of the machine, chosen at run time.
 
-/// Runs `op` compiled for the machine's vector instructions (AVX2 or AVX-512 on x86, where it has them).
+/// Evaluates an expression compiled for the machine's vector instructions (AVX2 or AVX-512 on x86, where it has them).
 ///
-/// The compiler vectorises the loops in `op` and in the `#[inline(always)]` functions it calls; other functions run as they
+/// The compiler vectorises the loops in it and in the `#[inline(always)]` functions it calls; other functions run as they
 /// were compiled. Multiplications and additions are not fused, so results are the same on every machine.
+#[macro_export]
+macro_rules! dispatch {
+    ($body:expr) => {
+        // Without the attribute the closure stays a function of its own, compiled for the oldest machine.
+        $crate::simd::run(
+            #[inline(always)]
+            || $body,
+        )
+    };
+}
+
+pub use crate::dispatch;
+
+#[doc(hidden)]
 #[inline(always)]
-pub fn dispatch<R>(op: impl FnOnce() -> R) -> R {
+pub fn run<R>(op: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(op)
 }

@@ -5,19 +5,25 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Excluded, TensorKind, check_same_parameters};
+use cpift_core::checkpoint::{Digest, Excluded, PieceHasher, TensorKind, check_same_parameters};
 use cpift_core::error::usage;
 use cpift_core::files::{StagedPath, check_output};
 use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_core::provenance::Recorder;
+use cpift_core::select::{Cut, Score, find_cut};
 use cpift_core::{BadInput, Checkpoint, Dtype, progress};
 use serde::Serialize;
 
 use crate::args::ExtractArgs;
-use crate::emit::{check_count, emit};
-use crate::parts::{Parts, cut};
+use crate::bracket::{Bracket, bracket};
+use crate::emit::emit;
+use crate::parts::{CHUNK, Part, Parts, cut};
 use crate::percent::Percent;
-use crate::select::{Cut, Magnitude, check_finite, find_cut};
+use crate::scores::{Arithmetic, PartScores};
+use crate::sweep::{LIMIT, Pass, sweep};
+
+/// Ties of which no real count is longer in decimal digits.
+const LONGEST: Ties = Ties { at_threshold: u64::MAX, chosen: u64::MAX, decided_by_position: u64::MAX };
 
 /// A mask to extract, checked as far as headers and names go.
 struct Plan {
@@ -101,39 +107,34 @@ impl Plan {
         })
     }
 
-    fn run<T: Magnitude>(&self, recorder: Recorder) -> Result<Summary> {
+    fn run<T: Score + Arithmetic>(&self, recorder: Recorder) -> Result<Summary> {
         let clock = Instant::now();
         let parts = cut(&self.base, &self.tuned, self.scope, &self.excluded);
         let counts = self.counts(&parts)?;
-        let passes = u64::from(T::PASSES) + 1;
-        let bytes = parts.ranked.iter().map(|p| p.nbytes() * passes).sum::<u64>() + parts.excluded.nbytes();
+        let bytes = parts.ranked.iter().map(Part::nbytes).sum::<u64>() + parts.excluded.nbytes();
         let bar = progress::bytes("mask", bytes);
-        let done = |n| bar.inc(n);
-        check_finite::<T>(&parts.excluded, &done)?;
-        let cuts: Vec<Option<Cut<T>>> =
-            parts
-                .ranked
-                .iter()
-                .zip(&counts)
-                .map(|(part, &k)| {
-                    if k > 0 {
-                        find_cut(part, k, &done).map(Some)
-                    } else {
-                        check_finite::<T>(part, &done).map(|()| None)
-                    }
-                })
-                .collect::<Result<_>>()?;
-        let summary = self.summary(&parts, &counts, &cuts);
-        let header = self.header(&summary)?;
         let staged = StagedPath::create(&self.out, self.force)?;
-        let writer = MaskWriter::create(&staged.path(), &header)?;
-        let mut written = 0;
-        for (part, cut) in parts.ranked.iter().zip(&cuts) {
-            if let Some(cut) = cut {
-                written += emit(part, cut, &writer, &done)?;
-            }
+        let d = parts.ranked.iter().map(Part::numel).sum();
+        let writer = MaskWriter::create(
+            &staged.path(),
+            &self.header(d, counts.iter().sum(), LONGEST, [Digest::blank(), Digest::blank()]),
+        )?;
+        let digests = [&self.base, &self.tuned].map(InputDigest::new);
+        let hashers = [&digests[0], &digests[1]].map(InputDigest::hasher);
+        let done = |n| bar.inc(n);
+        let pass = Pass { metric: self.metric, writer: &writer, hashers, limit: LIMIT, done: &done };
+        sweep(&parts.excluded, Bracket::<T>::nothing(), &pass)?;
+        let mut cuts = Vec::with_capacity(counts.len());
+        for (part, &k) in parts.ranked.iter().zip(&counts) {
+            cuts.push(choose::<T>(part, k, &pass)?);
         }
-        check_count(summary.selected, written)?;
+        let summary = self.summary(&parts, &counts, &cuts);
+        let [base, tuned] = digests.map(InputDigest::finish);
+        let header = self.header(d, summary.selected, summary.ties, [base?, tuned?]);
+        if header.base == header.tuned {
+            log::warn!("{} and {} are the same checkpoint", self.base.path().display(), self.tuned.path().display());
+        }
+        writer.finish(&header)?;
         staged.commit()?;
         bar.finish_and_clear();
         self.record(recorder, &header)?;
@@ -160,26 +161,20 @@ impl Plan {
         Ok(counts)
     }
 
-    fn header(&self, summary: &Summary) -> Result<MaskHeader> {
-        let clock = Instant::now();
-        let (base, tuned) = (self.base.digest()?, self.tuned.digest()?);
-        log::info!("digests of both checkpoints in {:.2} s", clock.elapsed().as_secs_f64());
-        if base == tuned {
-            log::warn!("{} and {} are the same checkpoint", self.base.path().display(), self.tuned.path().display());
-        }
-        Ok(MaskHeader {
+    fn header(&self, d: u64, selected: u64, ties: Ties, [base, tuned]: [Digest; 2]) -> MaskHeader {
+        MaskHeader {
             format_version: FORMAT_VERSION,
             percent: self.percent.value(),
             scope: self.scope,
             metric: self.metric,
-            d: summary.d,
-            selected: summary.selected,
-            ties: summary.ties,
-            excluded: summary.excluded.clone(),
+            d,
+            selected,
+            ties,
+            excluded: self.excluded.iter().map(ToString::to_string).collect(),
             base,
             tuned,
             numel: self.base.parameters().map(|v| (v.name.to_owned(), v.numel() as u64)).collect(),
-        })
+        }
     }
 
     fn record(&self, mut recorder: Recorder, header: &MaskHeader) -> Result<()> {
@@ -191,7 +186,7 @@ impl Plan {
         recorder.write_beside(&self.out)
     }
 
-    fn summary<T: Magnitude>(&self, parts: &Parts<'_>, counts: &[u64], cuts: &[Option<Cut<T>>]) -> Summary {
+    fn summary<T: Score>(&self, parts: &Parts<'_>, counts: &[u64], cuts: &[Option<Cut<T>>]) -> Summary {
         let mut ties = Ties::default();
         let (mut unmoved, mut threshold) = (0, f64::INFINITY);
         for cut in cuts.iter().flatten() {
@@ -216,6 +211,59 @@ impl Plan {
             excluded: self.excluded.iter().map(ToString::to_string).collect(),
             excluded_elements: parts.excluded.numel(),
             not_parameters: self.base.not_parameters().map(|(view, why)| (view.name.to_owned(), reason(why))).collect(),
+        }
+    }
+}
+
+/// Chooses the `k` largest scores of a part and writes their bits: by a sampled bracket and one pass, or, where the bracket
+/// missed or held too much, by an exact search and another pass.
+fn choose<T: Score + Arithmetic>(part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
+    if k == 0 {
+        sweep(part, Bracket::<T>::nothing(), pass)?;
+        return Ok(None);
+    }
+    let (bracket, inside) = bracket(part, pass.metric, k);
+    let bracket = if inside > pass.limit as u64 { Bracket::nothing() } else { bracket };
+    if let Some(cut) = sweep(part, bracket, pass)?.settle(part, k, pass.writer)? {
+        return Ok(Some(cut));
+    }
+    log::info!("{}: the sample did not settle the threshold; searching all scores", part.label);
+    let cut = find_cut(&PartScores { part, metric: pass.metric }, k);
+    emit(part, &cut, k, pass)?;
+    Ok(Some(cut))
+}
+
+/// The digest of an input: recorded, or computed while the input is read.
+enum InputDigest<'a> {
+    Recorded(Digest),
+    Computed(&'a Checkpoint, PieceHasher),
+}
+
+impl<'a> InputDigest<'a> {
+    fn new(checkpoint: &'a Checkpoint) -> Self {
+        checkpoint.recorded_digest().map_or_else(
+            || {
+                let specs: Vec<_> = checkpoint.tensors().map(|view| view.spec()).collect();
+                Self::Computed(checkpoint, PieceHasher::new(&specs, CHUNK))
+            },
+            Self::Recorded,
+        )
+    }
+
+    fn hasher(&self) -> Option<&PieceHasher> {
+        match self {
+            Self::Recorded(_) => None,
+            Self::Computed(_, hasher) => Some(hasher),
+        }
+    }
+
+    fn finish(self) -> Result<Digest> {
+        match self {
+            Self::Recorded(digest) => Ok(digest),
+            Self::Computed(checkpoint, hasher) => {
+                hasher.add_missing(checkpoint);
+                hasher.finish(checkpoint.folder())
+            }
         }
     }
 }

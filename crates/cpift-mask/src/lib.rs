@@ -1,15 +1,19 @@
 //! Stage 1 of CPI-FT: the core region of a task, the exact top p % of a model's parameters by how far they moved.
 //!
 //! The order of work: [`Percent`] says how many elements are chosen, [`parts`] cuts the parameters into the parts they
-//! compete in, [`select`] finds each part's threshold, [`emit`] writes the bits.
+//! compete in, [`bracket`] guesses each part's threshold from a sample, [`sweep`] reads the part once, writes the bits that
+//! are beyond doubt and settles the rest. Where the guess was wrong, the exact search of [`cpift_core::select`] finds the
+//! threshold and [`emit`] writes the bits.
 
 mod args;
+pub mod bracket;
 pub mod emit;
 mod extract;
 pub mod parts;
 mod percent;
-pub mod select;
+pub mod scores;
 pub mod stats;
+pub mod sweep;
 
 pub use args::Args;
 pub use extract::{Summary, extract};
@@ -19,6 +23,7 @@ use std::io::Write;
 
 use anyhow::Result;
 use cpift_core::Mask;
+use cpift_core::provenance::Provenance;
 
 use args::{Command, MaskArg};
 
@@ -46,7 +51,13 @@ pub fn run(args: Args) -> Result<()> {
         Command::Verify(MaskArg { file }) => {
             let mask = Mask::open(&file)?;
             mask.verify()?;
-            log::info!("{}: sound, {} of D = {} elements", file.display(), mask.header.selected, mask.header.d);
+            let recorded = if Provenance::verify_file(&file)? { "; the content matches its record" } else { "" };
+            log::info!(
+                "{}: sound, {} of D = {} elements{recorded}",
+                file.display(),
+                mask.header.selected,
+                mask.header.d
+            );
             common.print_json(&serde_json::to_value(&mask.header)?);
         }
     }

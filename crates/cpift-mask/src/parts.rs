@@ -6,9 +6,11 @@ use cpift_core::checkpoint::TensorKind;
 use cpift_core::mask::Scope;
 use cpift_core::{Checkpoint, TensorView};
 
-/// Elements of a chunk: a multiple of 8, so that chunks end on whole bytes of a mask, and small enough that a
-/// thread's buffers stay in its cache.
-pub const CHUNK: usize = 32 * 1024;
+use crate::scores::BLOCK;
+
+/// Elements of a chunk: a multiple of 8, so that chunks end on whole bytes of a mask; a power of two, so that each can be
+/// hashed by itself; and places in it fit 16 bits.
+pub const CHUNK: usize = 64 * 1024;
 
 /// One parameter in both checkpoints; same shape, floating-point in both.
 #[derive(Clone, Copy)]
@@ -17,6 +19,8 @@ pub struct Pair<'a> {
     pub base: TensorView<'a>,
     /// The parameter after.
     pub tuned: TensorView<'a>,
+    /// Its place among all tensors of base and of tuned.
+    pub places: [usize; 2],
 }
 
 /// A run of elements of one pair.
@@ -28,6 +32,14 @@ pub struct Chunk {
     pub start: usize,
     /// Number of elements, at most [`CHUNK`].
     pub len: usize,
+}
+
+impl Chunk {
+    /// First element and number of elements of each block of the chunk.
+    #[inline(always)]
+    pub fn blocks(self) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.len).step_by(BLOCK).map(move |at| (self.start + at, BLOCK.min(self.len - at)))
+    }
 }
 
 /// Parameters that are ranked together, in bytewise name order.
@@ -83,8 +95,10 @@ pub struct Parts<'a> {
 pub fn cut<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint, scope: Scope, excluded: &[TensorKind]) -> Parts<'a> {
     let mut ranked: BTreeMap<String, Vec<Pair<'a>>> = BTreeMap::new();
     let mut out = Vec::new();
+    let [in_base, in_tuned] = [base, tuned].map(places);
     for view in base.parameters() {
-        let pair = Pair { base: view, tuned: tuned.get(view.name).expect("both have the same parameters") };
+        let other = tuned.get(view.name).expect("both have the same parameters");
+        let pair = Pair { base: view, tuned: other, places: [in_base[view.name], in_tuned[view.name]] };
         if excluded.iter().any(|kind| kind.matches(view.name)) {
             out.push(pair);
         } else {
@@ -93,6 +107,10 @@ pub fn cut<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint, scope: Scope, exclud
     }
     let ranked = ranked.into_iter().map(|(label, pairs)| Part::new(label, pairs)).collect();
     Parts { ranked, excluded: Part::new("excluded", out) }
+}
+
+fn places(checkpoint: &Checkpoint) -> BTreeMap<&str, usize> {
+    checkpoint.tensors().enumerate().map(|(i, view)| (view.name, i)).collect()
 }
 
 fn label(scope: Scope, name: &str) -> String {

@@ -236,10 +236,16 @@ fn verify_finds_a_flipped_bit() {
     s.extract(&s.path("base"), &tuned, &["--percent", "10"]).ok();
     let out = s.out.join("m.safetensors");
     let file = out.to_str().unwrap();
-    run(BIN, ["verify", file]).ok().says(&["sound", "10 of D = 100"]);
+    run(BIN, ["verify", file]).ok().says(&["sound", "10 of D = 100", "matches its record"]);
     let mut bytes = fs::read(&out).unwrap();
     // The last tensor is the norm's: 20 bits in 3 bytes.
     let last = bytes.len() - 1;
+    let sound = bytes[last - 1];
+    bytes[last - 1] = sound.rotate_left(1);
+    assert_ne!(bytes[last - 1], sound);
+    fs::write(&out, &bytes).unwrap();
+    run(BIN, ["verify", file]).bad_input(&[file, "m.safetensors.cpift.json records", "expected: digest"]);
+    bytes[last - 1] = sound;
     bytes[last - 1] ^= 0b0001_0000;
     fs::write(&out, &bytes).unwrap();
     run(BIN, ["verify", file]).bad_input(&[file, "expected: 10", "found: 11"]);

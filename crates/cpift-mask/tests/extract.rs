@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use cpift_core::mask::{Scope, indices};
+use cpift_core::mask::{Metric, Scope, indices};
 use cpift_core::{Dtype, Mask};
 use cpift_mask::parts::layer;
 use cpift_testkit::{Numbers, Tensor, Tensors, run, write_checkpoint, write_sharded};
@@ -10,8 +10,8 @@ use serde_json::Value;
 
 const BIN: &str = env!("CARGO_BIN_EXE_cpift-mask");
 
-/// Every element as (part, distance, name, index), by the rules of the format's documentation.
-fn ranked(base: &Tensors, tuned: &Tensors, scope: Scope) -> Vec<(String, f64, String, usize)> {
+/// Every element as (part, score, name, index), by the rules of the format's documentation.
+fn ranked(base: &Tensors, tuned: &Tensors, scope: Scope, metric: Metric) -> Vec<(String, f64, String, usize)> {
     let wide = base.values().chain(tuned.values()).any(|t| t.dtype == Dtype::F64);
     let mut all = Vec::new();
     for (name, before) in base {
@@ -21,8 +21,13 @@ fn ranked(base: &Tensors, tuned: &Tensors, scope: Scope) -> Vec<(String, f64, St
             Scope::Tensor => name.clone(),
         };
         for (i, (b, t)) in numbers(before).into_iter().zip(numbers(&tuned[name])).enumerate() {
-            let distance = if wide { (t - b).abs() } else { f64::from((t as f32 - b as f32).abs()) };
-            all.push((part.clone(), distance, name.clone(), i));
+            let score = match (metric, wide) {
+                (Metric::Magnitude, true) => (t - b).abs(),
+                (Metric::Magnitude, false) => f64::from((t as f32 - b as f32).abs()),
+                (Metric::Relative, true) => (t - b).abs() / (b.abs() + 1e-8),
+                (Metric::Relative, false) => f64::from((t as f32 - b as f32).abs() / ((b as f32).abs() + 1e-8)),
+            };
+            all.push((part.clone(), score, name.clone(), i));
         }
     }
     all
@@ -36,8 +41,13 @@ fn numbers(tensor: &Tensor) -> Vec<f64> {
 }
 
 /// The elements a full sort chooses; `per_mille` is ten times p.
-fn brute_force(base: &Tensors, tuned: &Tensors, scope: Scope, per_mille: usize) -> Vec<(String, usize)> {
-    let all = ranked(base, tuned, scope);
+fn brute_force(
+    base: &Tensors,
+    tuned: &Tensors,
+    (scope, metric): (Scope, Metric),
+    per_mille: usize,
+) -> Vec<(String, usize)> {
+    let all = ranked(base, tuned, scope, metric);
     let mut parts: Vec<&String> = all.iter().map(|e| &e.0).collect();
     parts.sort();
     parts.dedup();
@@ -82,18 +92,27 @@ fn model(dtypes: &[Dtype], mut next: impl FnMut() -> f32) -> Tensors {
     shapes.into_iter().enumerate().map(tensor).collect()
 }
 
-/// Extracts in every scope at several p and compares with the sort, and the bytes at 1, 2 and 8 threads.
 fn check(base: &Tensors, tuned: &Tensors) {
+    check_metric(base, tuned, Metric::Magnitude, "magnitude");
+}
+
+/// Extracts in every scope at several p and compares with the sort, and the bytes at 1, 2 and 8 threads.
+fn check_metric(base: &Tensors, tuned: &Tensors, metric: Metric, score: &str) {
     let dir = tempfile::tempdir().unwrap();
     let b = write_checkpoint(&dir.path().join("base"), base);
     let t = write_sharded(&dir.path().join("tuned"), tuned, 3);
     for (scope, name) in [(Scope::Global, "global"), (Scope::Layer, "layer"), (Scope::Tensor, "tensor")] {
         for (percent, per_mille) in [("0.1", 1), ("1", 10), ("33.3", 333), ("100", 1000)] {
-            let expected = brute_force(base, tuned, scope, per_mille);
+            let expected = brute_force(base, tuned, (scope, metric), per_mille);
             let mut bytes = Vec::new();
             for threads in ["1", "2", "8"] {
                 let out = dir.path().join(format!("{name}-{percent}-{threads}.safetensors"));
-                let said = extract(&b, &t, &out, &["--scope", name, "--percent", percent, "--threads", threads]);
+                let said = extract(
+                    &b,
+                    &t,
+                    &out,
+                    &["--scope", name, "--percent", percent, "--threads", threads, "--score", score],
+                );
                 assert_eq!(said["selected"], expected.len());
                 bytes.push(std::fs::read(&out).unwrap());
                 let mask = Mask::open(&out).unwrap();
@@ -119,6 +138,16 @@ fn mixed_dtypes_are_chosen_as_a_sort_chooses() {
     check(&base, &model(&[Dtype::BF16, Dtype::F32], || numbers.unit()));
     let base = model(&[Dtype::F64, Dtype::BF16, Dtype::F16, Dtype::F32], || numbers.unit());
     check(&base, &model(&[Dtype::BF16, Dtype::F32, Dtype::F64], || numbers.unit()));
+}
+
+#[test]
+fn relative_scores_are_chosen_as_a_sort_chooses() {
+    let mut numbers = Numbers(6);
+    let mut base = || if numbers.bits().is_multiple_of(5) { 0.0 } else { numbers.unit() };
+    let base = model(&[Dtype::F32, Dtype::BF16], &mut base);
+    let mut numbers = Numbers(7);
+    check_metric(&base, &model(&[Dtype::F32], || numbers.unit()), Metric::Relative, "relative");
+    check_metric(&base, &model(&[Dtype::F32, Dtype::F64], || numbers.unit()), Metric::Relative, "relative");
 }
 
 #[test]

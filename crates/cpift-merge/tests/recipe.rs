@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use cpift_core::{BadInput, Dtype};
-use cpift_merge::recipe::{parse, read};
+use cpift_merge::card;
+use cpift_merge::recipe::{parse, read, write};
 use cpift_merge::{Method, Request, Setting};
 
 #[track_caller]
@@ -92,7 +93,7 @@ fn ties_with_settings_of_models() {
     let request = parsed(&ties("parameters: {normalize: false, lambda: 0.8, density: 0.2, int8_mask: true}\n"));
     assert_eq!((request.method, request.base.as_deref()), (Method::Ties, Some(Path::new("base"))));
     assert_eq!(paths(&request), ["org/math", "code"]);
-    assert_eq!(request.models[0].density.to_string(), "1,0.7,0.1 0.2 1");
+    assert_eq!(request.models[0].density.to_string(), "1,0.7,0.1");
     assert_eq!(request.models[1].weight.to_string(), "mlp=0.5 0");
     assert_eq!((request.normalize, request.rescale, request.lambda.single()), (false, false, Some(0.8)));
 }
@@ -101,7 +102,7 @@ fn ties_with_settings_of_models() {
 fn defaults_are_those_of_mergekit() {
     let request = parsed(&ties(""));
     assert_eq!((request.normalize, request.rescale, request.lambda.single()), (true, false, Some(1.0)));
-    assert_eq!(request.models[1].density.to_string(), "0.33 1");
+    assert_eq!(request.models[1].density.to_string(), "0.33");
     assert_eq!((request.dtype, request.epsilon), (None, 0.9995f64.acos()));
     for (method, normalize, rescale) in
         [("task_arithmetic", false, false), ("dare_linear", false, true), ("dare_ties", false, true)]
@@ -218,6 +219,58 @@ fn values_out_of_range_are_refused() {
     refused(&ties("").replace("0.33", "33"), &["models[2].parameters.density: is out of range"]);
     refused(&ties("parameters: {normalize: 2}\n"), &["parameters.normalize", "true or false"]);
     refused(&ties("parameters: {lambda: [1, {value: 2}]}\n"), &["parameters.lambda[0]", "filter, value"]);
+}
+
+#[test]
+fn a_recipe_written_is_read_back_as_it_was() {
+    let karcher = "{merge_method: karcher, models: [{model: a, cpift: {weight: [0.5, 2]}}, {model: b}],
+        cpift: {space: delta, base: z, epsilon: 0.25, protect: p.mask}}";
+    let dare = "{merge_method: dare_ties, base_model: \"a \\\"b\\\" `c`: |\", tokenizer_source: t, dtype: bfloat16,
+        models: [{model: 'x: y', parameters: {weight: [{filter: 'q: [', value: [1e-9, -2.5]}, {value: 1e30}]},
+        cpift: {mask: m}}, {model: y}], parameters: {density: 0.5, weight: 1}, cpift: {seed: 7}}";
+    let recipes =
+        [SLERP.to_owned(), ties("tokenizer_source: code\n"), linear("base_model: b\n"), linear("dtype: float64\n")];
+    for text in recipes.iter().map(String::as_str).chain([karcher, dare]) {
+        let request = Request { dtype: None, ..parsed(text) };
+        for dtype in [Dtype::BF16, Dtype::F64] {
+            let written = write(&request, dtype);
+            assert_eq!(parsed(&written), Request { dtype: Some(dtype), ..request.clone() }, "{written}");
+            let card = card::of_request(&request, dtype);
+            let (_, block) = card.split_once("```yaml\n").unwrap();
+            assert_eq!(block.split_once("```\n").unwrap().0, written);
+            let front = card.strip_prefix("---\n").unwrap().split_once("\n---\n").unwrap().0;
+            assert!(front.starts_with("base_model:\n  - ") && front.ends_with("tags:\n  - merge\n  - cpift"), "{card}");
+        }
+    }
+}
+
+#[test]
+fn the_card_tells_method_models_and_weights() {
+    let card = card::of_request(&parsed(&ties("")), Dtype::BF16);
+    for part in [
+        "  - \"base\"\n  - \"org/math\"\n  - \"code\"\nlibrary_name: transformers\n",
+        "# Merge by TIES\n",
+        "arXiv:2306.01708",
+        "| model | weight | density |",
+        "| code | mlp=0.5 0 | 0.33 |",
+        "Base: base",
+        "out_dtype: bfloat16",
+    ] {
+        assert!(card.contains(part), "{part:?} is not in\n{card}");
+    }
+    assert!(card::of_request(&parsed(SLERP), Dtype::F16).contains("| b | t = 1, at self_attn=0,0.5,0.3,0.7,1 mlp="));
+}
+
+#[test]
+fn keys_of_ours_stand_under_cpift() {
+    refused(&ties("cpift: {seed: 1}\n"), &["cpift.seed: is not a known key", "protect"]);
+    refused(&ties("cpift: {protct: 1}\n"), &["did you mean protect?"]);
+    refused(&linear("").replace("{model: a}", "{model: a, cpift: {weight: 2}}"), &["models[0].cpift.weight", "mask"]);
+    let karcher =
+        |ours: &str| format!("{{merge_method: karcher, models: [{{model: a}}, {{model: b}}], cpift: {{{ours}}}}}");
+    for ours in ["space: sphere", "space: 1", "epsilon: 2", "epsilon: -1", "base: {}"] {
+        refused(&karcher(ours), &["cpift."]);
+    }
 }
 
 #[test]

@@ -23,6 +23,11 @@ impl fmt::Display for Digest {
 }
 
 impl Digest {
+    /// Zeros, as long as any digest.
+    pub fn blank() -> Self {
+        Self("0".repeat(2 * blake3::OUT_LEN))
+    }
+
     /// The digest of the bytes of a plain file.
     ///
     /// # Errors

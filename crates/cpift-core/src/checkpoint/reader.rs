@@ -169,19 +169,29 @@ impl Checkpoint {
     }
 }
 
-impl TensorView<'_> {
+impl<'a> TensorView<'a> {
     /// Number of elements.
     pub fn numel(&self) -> usize {
         self.bytes.len() / self.dtype.size()
+    }
+
+    /// The bytes of elements `start..start + len`.
+    ///
+    /// # Panics
+    /// When the range runs past the tensor's end.
+    #[inline(always)]
+    pub fn slice(&self, start: usize, len: usize) -> &'a [u8] {
+        let size = self.dtype.size();
+        &self.bytes[start * size..(start + len) * size]
     }
 
     /// Elements `start..start + out.len()` as `T`.
     ///
     /// # Panics
     /// When the tensor is not floating-point or the range runs past its end.
+    #[inline(always)]
     pub fn read<T: Float>(&self, start: usize, out: &mut [T]) {
-        let size = self.dtype.size();
-        T::read(self.dtype, &self.bytes[start * size..(start + out.len()) * size], out);
+        T::read(self.dtype, self.slice(start, out.len()), out);
     }
 
     /// What this tensor is, to write another like it.

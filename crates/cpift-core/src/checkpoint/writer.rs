@@ -50,6 +50,11 @@ impl CheckpointWriter {
         Ok(Self { files, home })
     }
 
+    /// How many files [`CheckpointWriter::create`] would make.
+    pub fn shards(specs: &[TensorSpec], shard_size: u64) -> usize {
+        split(specs, shard_size).len()
+    }
+
     /// Writes `bytes` at byte `offset` of the tensor `name`.
     ///
     /// # Errors

@@ -16,6 +16,8 @@ pub(super) struct Input<'a> {
     pub path: &'a str,
     /// Its own parameters.
     pub own: Scope<'a>,
+    /// What it has of ours beside them.
+    pub ours: Option<Node<'a>>,
 }
 
 /// All models and what holds for them together.
@@ -53,8 +55,12 @@ pub(super) fn inputs<'a>(method: Method, recipe: &Fields<'a>) -> Result<Inputs<'
 }
 
 fn model<'a>(method: Method, node: &Node<'a>) -> Result<Input<'a>> {
-    let fields = node.fields(&["model", "parameters"], |_| None)?;
-    Ok(Input { node: node.clone(), path: folder(&fields.require("model")?)?, own: of_model(method, &fields)? })
+    input(method, node, &node.fields(&["model", "parameters", "cpift"], |_| None)?)
+}
+
+fn input<'a>(method: Method, node: &Node<'a>, fields: &Fields<'a>) -> Result<Input<'a>> {
+    let path = folder(&fields.require("model")?)?;
+    Ok(Input { node: node.clone(), path, own: of_model(method, fields)?, ours: fields.get("cpift") })
 }
 
 /// A model's folder as written.
@@ -101,14 +107,13 @@ fn slice<'a>(method: Method, node: &Node<'a>, next: &mut usize) -> Result<Inputs
     let mut end = None;
     let mut models = Vec::new();
     for source in &sources {
-        let fields = source.fields(&["model", "layer_range", "parameters"], |_| None)?;
+        let fields = source.fields(&["model", "layer_range", "parameters", "cpift"], |_| None)?;
         let node = fields.require("layer_range")?;
         let range = layer_range(&node)?;
         if range.start != *next || range.end != *end.get_or_insert(range.end) {
             return Err(frankenmerge(&node, *next, end));
         }
-        let path = folder(&fields.require("model")?)?;
-        models.push(Input { node: source.clone(), path, own: of_model(method, &fields)? });
+        models.push(input(method, source, &fields)?);
     }
     *next = end.unwrap_or(*next);
     let base = fields.get("base_model").map(|node| folder(&node)).transpose()?;

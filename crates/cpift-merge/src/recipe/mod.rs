@@ -3,11 +3,18 @@
 //! Settings mean what they mean to mergekit 0.1.5. The parameters of a model come before those of its slice, and those
 //! before the recipe's own; in each, the first entry whose filter is a part of the tensor's name counts. A list of
 //! numbers is spread over the layers, and tensors outside the layers get its first number.
+//!
+//! What mergekit has no key for stands under `cpift`, which it passes over: see [`write`].
 
 mod disk;
 mod inputs;
 mod node;
+mod ours;
 mod settings;
+mod write;
+
+pub(crate) use write::quoted;
+pub use write::write;
 
 use std::path::{Path, PathBuf};
 
@@ -25,7 +32,7 @@ use settings::{Scope, flag, of_all, setting, written};
 const LONGEST: u64 = 1 << 20;
 
 /// The keys of a recipe.
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 10] = [
     "merge_method",
     "base_model",
     "models",
@@ -35,6 +42,7 @@ const KEYS: [&str; 9] = [
     "out_dtype",
     "tokenizer_source",
     "tokenizer",
+    "cpift",
 ];
 
 /// Reads the recipe at `path` and checks it against the folders it names.
@@ -99,6 +107,9 @@ fn parse_recipe(text: &str, path: &Path) -> Result<Recipe> {
     }
     let vocabulary = tokenizer(&fields, base)?.map(PathBuf::from);
     request.side_files = vocabulary.clone().or_else(|| base.map(PathBuf::from));
+    if let Some(node) = fields.get("cpift") {
+        ours::of_all(&mut request, &node)?;
+    }
     Ok(Recipe { request, layers: inputs.slices.map(|slices| slices.layers), vocabulary })
 }
 
@@ -117,6 +128,8 @@ fn yaml(text: &str, path: &Path) -> Result<Value> {
             max_recorded_anchor_events: 50_000,
         },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 50_000 },
+        // Else y and n, which PyYAML takes for text, would be booleans.
+        strict_booleans: true,
         with_snippet: false,
     };
     serde_saphyr::from_str_with_options(text, options)
@@ -157,7 +170,10 @@ fn models(method: Method, inputs: &Inputs<'_>, base: Option<&str>, global: &Scop
             }
             continue;
         }
-        let model = model(method, &input.node, input.path, &[&input.own, &inputs.slice, global])?;
+        let mut model = model(method, &input.node, input.path, &[&input.own, &inputs.slice, global])?;
+        if let Some(node) = &input.ours {
+            ours::of_model(method, &mut model, node)?;
+        }
         models.insert(if is_base { 0 } else { models.len() }, model);
     }
     if let Some(base) = base.filter(|_| !method.needs_base() && inputs.slices.is_none()) {
@@ -201,7 +217,7 @@ fn shared_parameters(request: &mut Request, scopes: &[&Scope<'_>]) -> Result<()>
     }
     if request.method == Method::SphericalMean {
         // The mean on the sphere is taken at any angle, as mergekit does.
-        request.epsilon = 0.0;
+        request.epsilon = epsilon(request.method);
         for (key, default) in [("max_iter", 10.0), ("tol", 1e-5)] {
             for node in written(scopes, key) {
                 if node.number()? != default {
@@ -212,6 +228,11 @@ fn shared_parameters(request: &mut Request, scopes: &[&Scope<'_>]) -> Result<()>
         }
     }
     Ok(())
+}
+
+/// The angle below which interpolation is linear, where the recipe says nothing.
+fn epsilon(method: Method) -> f64 {
+    if method == Method::SphericalMean { 0.0 } else { Request::new(method).epsilon }
 }
 
 fn check_count(root: &Node<'_>, request: &Request, base: Option<&str>) -> Result<()> {

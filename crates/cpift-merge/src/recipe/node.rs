@@ -81,11 +81,11 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// True or false, also written as 1 or 0.
+    /// True or false, in any of the ways YAML 1.1 and mergekit have to write it.
     pub fn flag(&self) -> Result<bool> {
-        match (self.value.as_bool(), self.value.as_f64()) {
-            (Some(flag), _) => Ok(flag),
-            (None, Some(number)) if number == 0.0 || number == 1.0 => Ok(number == 1.0),
+        match self.value.to_string().trim_matches('"').to_ascii_lowercase().as_str() {
+            "true" | "yes" | "on" | "1" | "1.0" => Ok(true),
+            "false" | "no" | "off" | "0" | "0.0" => Ok(false),
             _ => self.unexpected("true or false"),
         }
     }

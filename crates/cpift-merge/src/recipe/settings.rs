@@ -58,7 +58,7 @@ fn methods_with(key: &str) -> Option<String> {
 pub(super) fn setting(scopes: &[&Scope<'_>], key: &str, range: RangeInclusive<f64>) -> Result<Setting> {
     let mut setting = Setting::default();
     for node in written(scopes, key) {
-        rules(&node, &mut setting, &range)?;
+        setting.append(rules(&node, &range)?);
     }
     Ok(setting)
 }
@@ -73,20 +73,16 @@ pub(super) fn written<'a>(scopes: &[&Scope<'a>], key: &str) -> impl Iterator<Ite
     scopes.iter().filter_map(move |scope| scope.as_ref()?.get(key))
 }
 
-fn rules(node: &Node<'_>, into: &mut Setting, range: &RangeInclusive<f64>) -> Result<()> {
-    if node.is_mapping() {
-        return conditional(node, into, range);
-    }
-    if !node.is_list() {
-        into.push(Rule::new(None, vec![in_range(node, range)?]));
-        return Ok(());
-    }
-    let entries = node.entries()?;
+/// What is written in one place: a value, a gradient, or a list of either with filters.
+pub(super) fn rules(node: &Node<'_>, range: &RangeInclusive<f64>) -> Result<Setting> {
+    let mut setting = Setting::default();
+    let entries = if node.is_list() { node.entries()? } else { vec![node.clone()] };
     if entries.iter().any(Node::is_mapping) {
-        return entries.iter().try_for_each(|entry| conditional(entry, into, range));
+        entries.iter().try_for_each(|entry| conditional(entry, &mut setting, range))?;
+    } else {
+        setting.push(Rule::new(None, values(node, range)?));
     }
-    into.push(Rule::new(None, values(node, range)?));
-    Ok(())
+    Ok(setting)
 }
 
 /// A value for the tensors whose name holds the filter.

@@ -2,6 +2,8 @@
 
 use std::f64::consts::PI;
 
+use cpift_core::checkpoint::Float;
+
 /// cos ε of the default ε: below this angle two tensors count as collinear.
 pub const COLLINEAR_COSINE: f64 = 0.9995;
 
@@ -55,15 +57,20 @@ impl Gram {
     /// Of whole vectors of one length.
     pub fn of(vectors: &[Vec<f64>]) -> Self {
         let mut gram = Self::zero(vectors.len());
-        gram.accumulate(vectors);
+        gram.accumulate(vectors, None);
         gram
     }
 
-    /// Adds the inner products of a piece of the vectors.
-    pub fn accumulate(&mut self, pieces: &[Vec<f64>]) {
+    /// Adds the inner products of a piece of the vectors, or of their differences from `base`.
+    #[inline(always)]
+    pub fn accumulate<T: Float>(&mut self, pieces: &[Vec<T>], base: Option<&[T]>) {
         for i in 0..self.k {
             for j in 0..=i {
-                let sum = self.get(i, j) + dot(&pieces[i], &pieces[j]);
+                let sum = self.get(i, j)
+                    + match base {
+                        None => dot(&pieces[i], &pieces[j]),
+                        Some(base) => dot_about(&pieces[i], &pieces[j], base),
+                    };
                 self.entries[i * self.k + j] = sum;
                 self.entries[j * self.k + i] = sum;
             }
@@ -114,17 +121,34 @@ impl Gram {
     }
 }
 
-/// Inner product with eight running sums, whose order never depends on the machine or the number of threads.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    let (a8, a_rest) = a.as_chunks::<8>();
-    let (b8, b_rest) = b.as_chunks::<8>();
-    let mut lanes = [0.0; 8];
-    for (x, y) in a8.iter().zip(b8) {
-        for lane in 0..8 {
-            lanes[lane] += x[lane] * y[lane];
+/// Running sums of an inner product: their number and order never depend on the machine or the number of threads.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn dot<T: Float>(a: &[T], b: &[T]) -> f64 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut lanes = [0.0; LANES];
+    for (x, y) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            lanes[lane] += x[lane].to_f64() * y[lane].to_f64();
         }
     }
-    let rest: f64 = a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum();
+    let rest: f64 = a_rest.iter().zip(b_rest).map(|(x, y)| x.to_f64() * y.to_f64()).sum();
+    lanes.iter().sum::<f64>() + rest
+}
+
+#[inline(always)]
+fn dot_about<T: Float>(a: &[T], b: &[T], base: &[T]) -> f64 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let (base, base_rest) = base.as_chunks::<LANES>();
+    let product = |x: T, y: T, z: T| (x.to_f64() - z.to_f64()) * (y.to_f64() - z.to_f64());
+    let mut lanes = [0.0; LANES];
+    for ((x, y), z) in a.iter().zip(b).zip(base) {
+        for lane in 0..LANES {
+            lanes[lane] += product(x[lane], y[lane], z[lane]);
+        }
+    }
+    let rest: f64 = a_rest.iter().zip(b_rest).zip(base_rest).map(|((x, y), z)| product(*x, *y, *z)).sum();
     lanes.iter().sum::<f64>() + rest
 }
 

@@ -1,0 +1,88 @@
+//! Two scores between which the threshold of a part almost surely lies, told from a sample.
+
+use cpift_core::dispatch;
+use cpift_core::mask::Metric;
+use cpift_core::select::Score;
+use rayon::prelude::*;
+
+use crate::parts::{Chunk, Part};
+use crate::scores::{Arithmetic, Block};
+
+/// Consecutive elements that are looked at together.
+const RUN: usize = 64;
+
+/// Most runs of a sample; a smaller part has one run in [`SHARE`] elements.
+const RUNS: usize = 16 * 1024;
+const SHARE: usize = 1024;
+
+/// Standard errors of the sample's quantile that the bracket spans to either side. Neighbours in a row of a matrix move
+/// alike, so a sample of runs tells less than its size says: this leaves room for a few times that error.
+const SPAN: f64 = 12.0;
+
+/// A part of at most this many elements is all candidates: no sample is worth taking.
+const SMALL: u64 = 64 * 1024;
+
+/// Scores above `high` are chosen, scores below `low` are not; those between, both ends included, are candidates.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Bracket<T> {
+    /// The lowest score of a candidate.
+    pub low: T,
+    /// The highest.
+    pub high: T,
+}
+
+impl<T: Score> Bracket<T> {
+    /// Chooses nothing and keeps nothing.
+    pub fn nothing() -> Self {
+        Self { low: T::from_f64(f64::NAN), high: T::from_f64(f64::INFINITY) }
+    }
+
+    /// Keeps everything.
+    fn everything() -> Self {
+        Self { low: T::from_f64(0.0), high: T::from_f64(f64::INFINITY) }
+    }
+}
+
+/// A bracket for the `k`-th largest score of `part`, 1 ≤ k ≤ its size, and about how many elements lie in it.
+pub fn bracket<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64) -> (Bracket<T>, u64) {
+    let n = part.numel();
+    if n <= SMALL {
+        return (Bracket::everything(), n);
+    }
+    let mut sample: Vec<T> = sample(part, metric);
+    let size = sample.len() as f64;
+    let rank = k as f64 / n as f64 * size;
+    let slack = SPAN * (rank * (1.0 - rank / size)).max(1.0).sqrt();
+    // Positions in descending order of score.
+    let at = |sample: &mut [T], position: f64| {
+        let place = sample.len() - 1 - position as usize;
+        *sample.select_nth_unstable_by(place, |a, b| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal)).1
+    };
+    let high = if rank - slack < 0.0 { T::from_f64(f64::INFINITY) } else { at(&mut sample, rank - slack) };
+    let low = if rank + slack > size - 1.0 { T::from_f64(0.0) } else { at(&mut sample, rank + slack) };
+    let inside = sample.iter().filter(|s| (low..=high).contains(*s)).count() as f64;
+    (Bracket { low, high }, (inside / size * n as f64) as u64)
+}
+
+/// Scores of runs spread evenly over the part, each at a random place of its stretch; the same on every machine.
+fn sample<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric) -> Vec<T> {
+    let runs = (part.numel() as usize / SHARE).min(RUNS);
+    let chunks = part.chunks.len();
+    let scores = (0..runs).into_par_iter().with_min_len(256).map_init(Block::<T>::new, |block, run| {
+        let (from, to) = (run * chunks / runs, (run + 1) * chunks / runs);
+        let random = scramble(run as u64);
+        let Chunk { pair, start, len } = part.chunks[from + random as usize % (to - from).max(1)];
+        let offset = (random >> 32) as usize % (len.saturating_sub(RUN) + 1);
+        let pair = &part.pairs[pair];
+        dispatch!(block.scores(pair, metric, start + offset, RUN.min(len)).to_vec())
+    });
+    scores.flatten_iter().collect()
+}
+
+/// A well-mixed function of `x` (the finaliser of SplitMix64).
+fn scramble(x: u64) -> u64 {
+    let x = x.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ x >> 31
+}

@@ -1,0 +1,244 @@
+//! One pass over a part: bits of what is surely chosen are written, what may be chosen is kept, all of it is checked and hashed.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::Result;
+use cpift_core::checkpoint::PieceHasher;
+use cpift_core::dispatch;
+use cpift_core::mask::{MaskWriter, Metric, Ties};
+use cpift_core::select::{Cut, Score};
+use rayon::prelude::*;
+
+use crate::bracket::Bracket;
+use crate::parts::{Chunk, Part};
+use crate::scores::{Arithmetic, Block, refuse_non_finite};
+
+/// [`Pass::limit`] of the program: for f32, 6 bytes each and 4 more while they are settled.
+pub const LIMIT: usize = 32 << 20;
+
+/// What every pass over the elements needs.
+pub struct Pass<'a> {
+    /// The quantity that is ranked.
+    pub metric: Metric,
+    /// The mask under construction.
+    pub writer: &'a MaskWriter,
+    /// Where the pieces of base and tuned are hashed, where no digest of theirs is recorded.
+    pub hashers: [Option<&'a PieceHasher>; 2],
+    /// Most candidates of a part that are kept.
+    pub limit: usize,
+    /// Told the number of bytes read.
+    pub done: &'a (dyn Fn(u64) + Sync),
+}
+
+/// What one pass found out about a part.
+pub struct Swept<T> {
+    /// Elements above the bracket; their bits are written.
+    above: u64,
+    /// Elements inside it by chunk, in order; `None` where they are too many to keep.
+    candidates: Option<Vec<Candidates<T>>>,
+}
+
+/// The elements of a chunk that lie inside the bracket, in order.
+struct Candidates<T> {
+    chunk: usize,
+    index: Box<[u16]>,
+    score: Box<[T]>,
+}
+
+struct Worker<T> {
+    block: Block<T>,
+    bits: Vec<u8>,
+    index: Vec<u16>,
+    score: Vec<T>,
+    found: Vec<Candidates<T>>,
+    above: u64,
+    result: Result<()>,
+    /// The first chunk, by position, in which a score was not finite.
+    odd: Option<usize>,
+}
+
+/// Runs `step` on the indices 0..n in no particular order: every thread takes the next one with a state of its own.
+pub fn each<S: Send>(n: usize, init: impl Fn() -> S + Sync, step: impl Fn(&mut S, usize) + Sync) -> Vec<S> {
+    let next = AtomicUsize::new(0);
+    rayon::broadcast(|_| {
+        let mut state = init();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= n {
+                return state;
+            }
+            step(&mut state, i);
+        }
+    })
+}
+
+/// Sweeps `part`.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite; I/O errors.
+pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, bracket: Bracket<T>, pass: &Pass<'_>) -> Result<Swept<T>> {
+    let kept = AtomicUsize::new(0);
+    let workers = each(part.chunks.len(), Worker::<T>::new, |worker, i| {
+        if worker.result.is_ok() {
+            worker.result = worker.chunk(part, i, bracket, pass, &kept);
+        }
+    });
+    if let Some(first) = workers.iter().filter_map(|w| w.odd).min() {
+        // Distances can overflow although both values are finite, so the chunks from the first odd one on are read again.
+        part.chunks[first..].iter().try_for_each(|chunk| refuse_non_finite::<T>(&part.pairs[chunk.pair], *chunk))?;
+    }
+    let (mut above, mut candidates) = (0, Vec::new());
+    for worker in workers {
+        worker.result?;
+        above += worker.above;
+        candidates.extend(worker.found);
+    }
+    candidates.sort_unstable_by_key(|c| c.chunk);
+    let fits = kept.into_inner() <= pass.limit;
+    Ok(Swept { above, candidates: fits.then_some(candidates) })
+}
+
+impl<T: Score + Arithmetic> Worker<T> {
+    fn new() -> Self {
+        Self {
+            block: Block::new(),
+            bits: Vec::new(),
+            index: Vec::new(),
+            score: Vec::new(),
+            found: Vec::new(),
+            above: 0,
+            result: Ok(()),
+            odd: None,
+        }
+    }
+
+    fn chunk(
+        &mut self,
+        part: &Part<'_>,
+        i: usize,
+        bracket: Bracket<T>,
+        pass: &Pass<'_>,
+        kept: &AtomicUsize,
+    ) -> Result<()> {
+        let chunk = part.chunks[i];
+        let pair = &part.pairs[chunk.pair];
+        for ((hasher, view), index) in pass.hashers.iter().zip([&pair.base, &pair.tuned]).zip(pair.places) {
+            if let Some(hasher) = hasher {
+                hasher.add(index, chunk.start, view.slice(chunk.start, chunk.len));
+            }
+        }
+        let (above, finite) = dispatch!(self.classify(part, chunk, bracket, pass.metric));
+        if !finite {
+            self.odd = Some(self.odd.map_or(i, |o| o.min(i)));
+        }
+        self.above += above;
+        if above > 0 {
+            pass.writer.write(pair.base.name, chunk.start as u64 / 8, &self.bits)?;
+        }
+        if !self.index.is_empty() && kept.fetch_add(self.index.len(), Ordering::Relaxed) <= pass.limit {
+            let (index, score) = (self.index.as_slice().into(), self.score.as_slice().into());
+            self.found.push(Candidates { chunk: i, index, score });
+        }
+        (pass.done)(part.chunk_bytes(chunk));
+        Ok(())
+    }
+
+    /// Puts the chunk's bits above the bracket into `bits`, and what lies inside it into `index` and `score`; returns the number
+    /// above, and whether all scores are finite.
+    #[inline(always)]
+    fn classify(&mut self, part: &Part<'_>, chunk: Chunk, bracket: Bracket<T>, metric: Metric) -> (u64, bool) {
+        let Bracket { low, high } = bracket;
+        let (mut above, mut finite) = (0, true);
+        self.bits.clear();
+        self.index.clear();
+        self.score.clear();
+        for (start, len) in chunk.blocks() {
+            let scores = self.block.scores(&part.pairs[chunk.pair], metric, start, len);
+            finite &= scores.iter().fold(true, |all, s| all & s.is_finite());
+            for (group, values) in scores.chunks(64).enumerate() {
+                let count = values.len().div_ceil(8);
+                if !values.iter().fold(false, |any, s| any | (*s >= low)) {
+                    // Most groups hold nothing of interest.
+                    self.bits.extend_from_slice(&[0; 8][..count]);
+                    continue;
+                }
+                let (mut over, mut inside) = (0u64, 0u64);
+                for (bit, score) in values.iter().enumerate() {
+                    over |= u64::from(*score > high) << bit;
+                    inside |= u64::from(*score >= low) << bit;
+                }
+                inside &= !over;
+                above += u64::from(over.count_ones());
+                self.bits.extend_from_slice(&over.to_le_bytes()[..count]);
+                while inside != 0 {
+                    let bit = inside.trailing_zeros() as usize;
+                    self.index.push((start - chunk.start + 64 * group + bit) as u16);
+                    self.score.push(values[bit]);
+                    inside &= inside - 1;
+                }
+            }
+        }
+        (above, finite)
+    }
+}
+
+impl<T: Score + Arithmetic> Swept<T> {
+    /// Settles which candidates are among the `k` largest scores and writes their bits; `None` where the bracket missed the
+    /// threshold or held too much.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn settle(&self, part: &Part<'_>, k: u64, writer: &MaskWriter) -> Result<Option<Cut<T>>> {
+        let Some(candidates) = &self.candidates else { return Ok(None) };
+        let total: usize = candidates.iter().map(|c| c.index.len()).sum();
+        if self.above >= k || self.above + (total as u64) < k {
+            return Ok(None);
+        }
+        let cut = cut(candidates, k - self.above);
+        // Ties this chunk may still choose, in order of position.
+        let mut room = cut.ties.chosen;
+        let jobs: Vec<(&Candidates<T>, u64)> = candidates
+            .iter()
+            .map(|found| {
+                let ties = found.score.iter().filter(|s| **s == cut.threshold).count() as u64;
+                let here = room.min(ties);
+                room -= here;
+                (found, here)
+            })
+            .collect();
+        jobs.into_par_iter().try_for_each(|(found, room)| found.write(part, cut.threshold, room, writer))?;
+        Ok(Some(cut))
+    }
+}
+
+/// Where the candidates are cut so that the `k` largest are chosen.
+fn cut<T: Score>(candidates: &[Candidates<T>], k: u64) -> Cut<T> {
+    let mut keys: Vec<T> = candidates.iter().flat_map(|c| c.score.iter().copied()).collect();
+    let place = keys.len() - k as usize;
+    let order = |a: &T, b: &T| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal);
+    let threshold = *keys.select_nth_unstable_by(place, order).1;
+    let at_threshold = keys.iter().filter(|s| **s == threshold).count() as u64;
+    let chosen = k - keys.iter().filter(|s| **s > threshold).count() as u64;
+    let decided_by_position = if chosen < at_threshold { chosen } else { 0 };
+    Cut { threshold, ties: Ties { at_threshold, chosen, decided_by_position } }
+}
+
+impl<T: Score> Candidates<T> {
+    /// Sets the bits of what is above the threshold and of the first `room` elements equal to it.
+    fn write(&self, part: &Part<'_>, threshold: T, mut room: u64, writer: &MaskWriter) -> Result<()> {
+        let chunk = part.chunks[self.chunk];
+        let (name, offset) = (part.pairs[chunk.pair].base.name, chunk.start as u64 / 8);
+        let mut bits = vec![0; chunk.len.div_ceil(8)];
+        writer.read(name, offset, &mut bits)?;
+        let mut any = false;
+        for (&at, &score) in self.index.iter().zip(&self.score) {
+            let tie = score == threshold && room > 0;
+            room -= u64::from(tie);
+            if tie || score > threshold {
+                bits[usize::from(at) / 8] |= 1 << (at % 8);
+                any = true;
+            }
+        }
+        if any { writer.write(name, offset, &bits) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,83 @@
+//! The one-pass choice and the exact search that stands in for it must agree, bit for bit.
+
+use std::path::Path;
+
+use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::select::find_cut;
+use cpift_core::{Checkpoint, Mask};
+use cpift_mask::bracket::{Bracket, bracket};
+use cpift_mask::emit::emit;
+use cpift_mask::parts::{Part, cut};
+use cpift_mask::scores::PartScores;
+use cpift_mask::sweep::{LIMIT, Pass, sweep};
+use cpift_testkit::{Numbers, Tensor, Tensors, write_checkpoint};
+
+const N: usize = 300_007;
+
+/// Runs `choose` on the only part of two checkpoints and returns the bits it wrote.
+fn bits(dir: &Path, levels: u64, choose: impl FnOnce(&Part<'_>, &Pass<'_>)) -> Vec<u8> {
+    let mut numbers = Numbers(8);
+    let mut tensors = |level: u64| {
+        let values: Vec<f32> = (0..N).map(|_| (numbers.bits() % level) as f32 * 1e-3).collect();
+        Tensors::from([("w".to_owned(), Tensor::f32(&[N], &values))])
+    };
+    let [base, tuned] = [("base", 1), ("tuned", levels)]
+        .map(|(name, level)| Checkpoint::open(&write_checkpoint(&dir.join(name), &tensors(level))).unwrap());
+    let parts = cut(&base, &tuned, Scope::Global, &[]);
+    let header = MaskHeader {
+        format_version: FORMAT_VERSION,
+        percent: 1.0,
+        scope: Scope::Global,
+        metric: Metric::Magnitude,
+        d: N as u64,
+        selected: 0,
+        ties: Ties::default(),
+        excluded: Vec::new(),
+        base: base.digest().unwrap(),
+        tuned: tuned.digest().unwrap(),
+        numel: [("w".to_owned(), N as u64)].into(),
+    };
+    let path = dir.join("mask");
+    let writer = MaskWriter::create(&path, &header).unwrap();
+    let done = |_| ();
+    let pass = Pass { metric: Metric::Magnitude, writer: &writer, hashers: [None, None], limit: LIMIT, done: &done };
+    choose(&parts.ranked[0], &pass);
+    Mask::open(&path).unwrap().bits("w").unwrap().to_vec()
+}
+
+fn searched(k: u64, levels: u64) -> Vec<u8> {
+    bits(tempfile::tempdir().unwrap().path(), levels, |part, pass| {
+        let cut = find_cut::<f32>(&PartScores { part, metric: pass.metric }, k);
+        emit(part, &cut, k, pass).unwrap();
+    })
+}
+
+#[test]
+fn a_bracket_that_holds_the_threshold_settles_it() {
+    for (k, levels) in [(1, 1 << 40), (3_000, 1 << 40), (150_000, 1 << 40), (3_000, 50), (299_000, 7), (N as u64, 3)] {
+        let swept = bits(tempfile::tempdir().unwrap().path(), levels, |part, pass| {
+            let (bracket, _) = bracket::<f32>(part, pass.metric, k);
+            sweep(part, bracket, pass).unwrap().settle(part, k, pass.writer).unwrap().expect("settled");
+        });
+        assert!(swept == searched(k, levels), "{k} of {levels} levels");
+    }
+}
+
+#[test]
+fn a_bracket_that_misses_or_holds_too_much_is_not_trusted() {
+    let (k, levels) = (3_000, 1 << 40);
+    let beside = |low: f32, high: f32, limit: usize| {
+        bits(tempfile::tempdir().unwrap().path(), levels, |part, pass| {
+            let pass = Pass { limit, ..*pass };
+            let settled = sweep(part, Bracket { low, high }, &pass).unwrap().settle(part, k, pass.writer).unwrap();
+            assert_eq!(settled, None);
+            // Whatever the pass has written by then, the search writes over it.
+            let cut = find_cut::<f32>(&PartScores { part, metric: pass.metric }, k);
+            emit(part, &cut, k, &pass).unwrap();
+        })
+    };
+    let expected = searched(k, levels);
+    assert!(beside(0.0, 1.0, LIMIT) == expected, "the threshold lies above");
+    assert!(beside(f32::MAX, f32::INFINITY, LIMIT) == expected, "the threshold lies below");
+    assert!(beside(0.0, f32::INFINITY, 10) == expected, "too many candidates");
+}
