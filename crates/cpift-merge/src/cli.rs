@@ -276,7 +276,7 @@ pub struct VerifyArgs {
 }
 
 /// Where the result goes and in which form.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Debug, Clone)]
 pub struct OutputArgs {
     /// The folder to make; refused where it exists, unless --force
     #[arg(long, value_name = "DIR")]

@@ -5,6 +5,7 @@
 //! [`engine`] then streams tensor by tensor through all threads: it measures what a rule must know of the whole tensor
 //! (inner products, cut-offs), and writes the result while the tensor is still in a cache. [`methods`] holds the arithmetic.
 
+pub mod card;
 pub mod cli;
 mod dry_run;
 pub mod engine;
@@ -12,6 +13,7 @@ mod flags;
 mod merge;
 pub mod methods;
 pub mod plan;
+pub mod recipe;
 mod report;
 pub mod request;
 pub mod setting;
@@ -21,6 +23,8 @@ pub use merge::merge;
 pub use methods::sphere;
 pub use plan::Plan;
 pub use report::Summary;
+pub use request::{Method, ModelRequest};
+pub use setting::Setting;
 pub use verify::verify;
 
 use anyhow::Result;
@@ -28,7 +32,7 @@ use cpift_core::cli::Common;
 use cpift_core::provenance::Recorder;
 
 use cli::{Args, Command, OutputArgs};
-use request::Request;
+pub use request::Request;
 
 /// Runs the command that was typed.
 ///
@@ -45,7 +49,10 @@ pub fn run(args: Args) -> Result<()> {
         Command::TaskArithmetic(a) => plain(a.request()?, &a.output, common, record),
         Command::Ties(a) => plain(a.request()?, &a.output, common, record),
         Command::Dare(a) => plain(a.request()?, &a.output, common, record),
-        Command::Recipe(_) => unimplemented!(),
+        Command::Recipe(a) => {
+            let request = recipe::read(&a.recipe)?;
+            plain(request, &a.output, common, record)
+        }
         Command::Cpi(a) => finish(&plan::plan_cpi(a, common.force)?, &a.output, common, record),
         Command::Verify(a) => {
             common.print_json(&verify(&a.checkpoint)?);
@@ -54,9 +61,13 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-/// Plans and runs one of the plain methods.
-fn plain(request: Request, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
-    finish(&plan::plan(&request, output, common.force)?, output, common, record)
+/// Plans and runs one of the plain methods; flags come before what a recipe says of the output.
+fn plain(mut request: Request, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
+    let mut output = output.clone();
+    output.dtype = output.dtype.or(request.dtype);
+    output.copy_from = output.copy_from.or(request.side_files.take());
+    request.side_files.clone_from(&output.copy_from);
+    finish(&plan::plan(&request, &output, common.force)?, &output, common, record)
 }
 
 /// Runs a plan, or shows it.

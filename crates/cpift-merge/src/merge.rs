@@ -41,9 +41,10 @@ fn write(plan: &Plan, folder: &Path) -> Result<(Vec<Settled>, Digest)> {
     let settled = output.flushed(|| engine::run(&plan.job(), &hashes, &output))?;
     hashes.finish()?;
     copies.iter().try_for_each(|view| output.copy(view))?;
-    let config = folder.join("config.json");
-    std::fs::write(&config, json::to_text(&plan.output.config)?)
-        .with_context(|| format!("writing {}", config.display()))?;
+    for (name, text) in [("config.json", &json::to_text(&plan.output.config)?), ("README.md", &plan.card)] {
+        let path = folder.join(name);
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
     copy_sidecars(&plan.output.side_files, folder)?;
     Ok((settled, output.finish(folder)?))
 }

@@ -65,6 +65,16 @@ impl Setting {
         self.rules.push(rule);
     }
 
+    /// Adds the rules of another setting after all others, where any tensor is left for them.
+    pub fn append(&mut self, other: Setting) {
+        for rule in other.rules {
+            if self.rules.iter().any(|earlier| earlier.filter.is_none()) {
+                return;
+            }
+            self.rules.push(rule);
+        }
+    }
+
     /// Whether there is no rule at all.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
@@ -180,6 +190,14 @@ mod tests {
         assert_eq!(t.values().collect::<Vec<_>>(), [0.0, 0.3, 1.0, -0.5]);
         assert_eq!((t.single(), settings(&["0.5"]).single()), (None, Some(0.5)));
         assert!(settings(&[]).is_empty() && !t.is_empty());
+    }
+
+    #[test]
+    fn rules_that_no_tensor_reaches_are_not_appended() {
+        let mut t = settings(&["mlp=0"]);
+        t.append(settings(&["norm=1", "0.5", "attn=3"]));
+        t.append(Setting::constant(1.0));
+        assert_eq!(t.to_string(), "mlp=0 norm=1 0.5");
     }
 
     #[test]

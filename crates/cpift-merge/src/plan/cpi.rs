@@ -12,6 +12,7 @@ use cpift_core::{BadInput, Mask, cli, files, mask};
 use super::inputs::{Source, check_alike, check_not_input};
 use super::output::resolve;
 use super::{Plan, check_epsilon, require_unit};
+use crate::card;
 use crate::cli::{CpiArgs, WeightsArg};
 use crate::methods::Rule;
 use crate::methods::sphere::COLLINEAR_COSINE;
@@ -56,6 +57,7 @@ pub fn plan_cpi(args: &CpiArgs, force: bool) -> Result<Plan> {
         masks: Vec::new(),
         protect: None,
         seed: None,
+        card: card::of_cpi(args, output.dtype),
         output,
         files,
     })

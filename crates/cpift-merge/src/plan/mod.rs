@@ -51,6 +51,8 @@ pub struct Plan {
     pub seed: Option<u64>,
     /// The output.
     pub output: Destination,
+    /// The output's README.md.
+    pub card: String,
     /// Path and digest of the input files that are not checkpoints, by role.
     pub files: BTreeMap<String, (PathBuf, Digest)>,
 }

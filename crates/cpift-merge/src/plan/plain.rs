@@ -12,6 +12,7 @@ use cpift_core::{Mask, files};
 use super::inputs::{Source, check_alike, check_not_input};
 use super::output::resolve;
 use super::{Plan, check_epsilon, require_unit};
+use crate::card;
 use crate::cli::{OutputArgs, Space};
 use crate::methods::consensus::key;
 use crate::methods::{Conflict, Consensus, Rule, Sparsify};
@@ -67,6 +68,7 @@ pub fn plan(request: &Request, output: &OutputArgs, force: bool) -> Result<Plan>
         masks,
         protect,
         seed: matches!(request.method, Method::DareLinear | Method::DareTies).then_some(request.seed),
+        card: card::of_request(request, destination.dtype),
         output: destination,
         files,
     })
