@@ -199,6 +199,14 @@ impl FileWriter {
         self.file.write_all_at(&header, 0).with_context(|| format!("writing {}", self.path.display()))
     }
 
+    /// Makes what has been written so far durable; other threads may go on writing.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().with_context(|| format!("writing {}", self.path.display()))
+    }
+
     /// Writes `bytes` at byte `offset` of the tensor `name`.
     ///
     /// # Errors
