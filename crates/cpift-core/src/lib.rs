@@ -16,6 +16,7 @@ pub mod safetensors;
 pub mod scores;
 pub mod select;
 pub mod simd;
+pub mod svg;
 pub mod tasks;
 
 pub use checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorSpec, TensorView};

@@ -1,6 +1,7 @@
 //! Core-region masks: one bit for each parameter of a base checkpoint, in a safetensors file.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::Result;
@@ -130,6 +131,11 @@ impl Mask {
         &self.file.path
     }
 
+    /// All bytes of the file, for its digest.
+    pub fn file_bytes(&self) -> &[u8] {
+        self.file.whole()
+    }
+
     /// Names and packed bits of all tensors in bytewise name order; bit b of byte a is element 8a + b.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.file.entries.iter().map(|(name, entry)| (name.as_str(), self.file.bytes(entry)))
@@ -138,6 +144,11 @@ impl Mask {
     /// The packed bits of one tensor.
     pub fn bits(&self, name: &str) -> Option<&[u8]> {
         self.file.entries.get(name).map(|entry| self.file.bytes(entry))
+    }
+
+    /// Where the packed bits of one tensor lie in [`Mask::file_bytes`].
+    pub fn range(&self, name: &str) -> Option<Range<usize>> {
+        self.file.entries.get(name).map(|entry| entry.range.clone())
     }
 
     /// Checks that the mask was made for `base`: digest, names and sizes.

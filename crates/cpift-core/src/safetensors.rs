@@ -68,6 +68,11 @@ impl MappedFile {
         Ok(Self { path: path.to_owned(), metadata, entries, map })
     }
 
+    /// All bytes of this file.
+    pub fn whole(&self) -> &[u8] {
+        &self.map
+    }
+
     /// The bytes of an entry of this file.
     pub fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.map[entry.range.clone()]
@@ -192,6 +197,14 @@ impl FileWriter {
         let (header, _, _) = lay_out(&self.specs, metadata, self.header_len);
         assert_eq!(header.len(), self.header_len, "the metadata has outgrown its place");
         self.file.write_all_at(&header, 0).with_context(|| format!("writing {}", self.path.display()))
+    }
+
+    /// Makes what has been written so far durable; other threads may go on writing.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().with_context(|| format!("writing {}", self.path.display()))
     }
 
     /// Writes `bytes` at byte `offset` of the tensor `name`.

@@ -1,5 +1,7 @@
 //! One way to run a loop with the widest vector instructions of the machine, chosen at run time.
 
+use pulp::{Arch, Simd, WithSimd};
+
 /// Evaluates an expression compiled for the machine's vector instructions (AVX2 or AVX-512 on x86, where it has them).
 ///
 /// The compiler vectorises the loops in it and in the `#[inline(always)]` functions it calls; other functions run as they
@@ -19,6 +21,19 @@ pub use crate::dispatch;
 
 #[doc(hidden)]
 #[inline(always)]
-pub fn run<R>(op: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(op)
+pub fn run<R>(op: impl FnMut() -> R) -> R {
+    Arch::new().dispatch(Op(op))
+}
+
+/// A closure that is called by reference: a call by value (`FnOnce`) of one that only borrows goes through a function that the
+/// compiler makes for the oldest machine.
+struct Op<F>(F);
+
+impl<R, F: FnMut() -> R> WithSimd for Op<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, _simd: S) -> R {
+        (self.0)()
+    }
 }

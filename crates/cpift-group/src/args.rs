@@ -11,7 +11,7 @@ use cpift_core::cli::{Common, Named};
 /// Groups tasks whose core regions overlap, and puts the groups in training order.
 ///
 /// Tasks are joined where the Jaccard similarity of their core regions is at least τ; the groups are the connected
-/// components. Writes groups.json and a heat map of the similarities.
+/// components. Writes groups.json with a heat map of the similarities, and the similarities of each layer with a heat map.
 ///
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 bad input.
 #[derive(Parser, Debug)]
@@ -32,11 +32,21 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// groups.json to write
-    #[arg(long, value_name = "FILE")]
-    pub out: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "sweep")]
+    pub out: Option<PathBuf>,
     /// Heat map to write; --out with the extension .svg when not given
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "out")]
     pub svg: Option<PathBuf>,
+    /// Similarities of each layer to write; --out with the extension .layers.json when not given
+    #[arg(long, value_name = "FILE", requires = "out")]
+    pub layers: Option<PathBuf>,
+    /// Heat map of pairs by layers to write; --out with the extension .layers.svg when not given
+    #[arg(long, value_name = "FILE", requires = "out")]
+    pub layers_svg: Option<PathBuf>,
+    /// Print the groups for every τ where they change, with marks at the one --tau auto takes and the one of --tau; without
+    /// --out nothing is written
+    #[arg(long)]
+    pub sweep: bool,
     /// Kinds of tensors to leave out of the comparison: embeddings, norms
     #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
     pub exclude: Vec<TensorKind>,

@@ -1,18 +1,23 @@
 //! Stage 2 of CPI-FT: groups tasks whose core regions overlap, and puts the groups in training order.
 //!
 //! [`overlap`] counts the bits that regions share, [`partition`] cuts the graph of similar tasks into groups, [`order`]
-//! orders them, [`heatmap`] draws the result.
+//! orders them; [`heatmap`] and [`layers`] draw the result, [`sweep`] shows what other thresholds would give.
 
 mod args;
 mod dependency;
 mod group;
 pub mod heatmap;
+pub mod layers;
 pub mod order;
 pub mod overlap;
 pub mod partition;
+mod plan;
+pub mod sweep;
 
 pub use args::Args;
-pub use group::group;
+pub use group::{Outcome, group};
+
+use std::io::Write;
 
 use anyhow::Result;
 
@@ -22,7 +27,10 @@ use anyhow::Result;
 /// [`cpift_core::Usage`], [`cpift_core::BadInput`], or another failure.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
-    let groups = group::group(&args)?;
-    args.common.print_json(&serde_json::to_value(groups)?);
+    match group(&args)? {
+        Outcome { sweep: Some(sweep), .. } if args.common.json => args.common.print_json(&serde_json::to_value(sweep)?),
+        Outcome { sweep: Some(sweep), .. } => std::io::stdout().write_all(sweep.table().as_bytes())?,
+        Outcome { groups, .. } => args.common.print_json(&serde_json::to_value(groups)?),
+    }
     Ok(())
 }

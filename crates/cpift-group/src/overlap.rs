@@ -1,13 +1,17 @@
-//! Counting the bits that core regions share, over mapped masks, each byte read once.
+//! Counting the bits that core regions share, layer by layer, over mapped masks: one pass that hashes the files as well.
 
 use anyhow::Result;
-use cpift_core::checkpoint::TensorKind;
-use cpift_core::mask::count_ones;
-use cpift_core::{BadInput, Mask};
+use cpift_core::checkpoint::names::LayerRows;
+use cpift_core::checkpoint::{Digest, PieceHasher, TensorKind};
+use cpift_core::simd::dispatch;
+use cpift_core::{BadInput, Dtype, Mask, TensorSpec};
 use rayon::prelude::*;
 
-/// Bytes of every mask that one piece of work looks at: small enough that a dozen masks' share stays in cache.
-const BLOCK: usize = 16 * 1024;
+/// Bytes of every mask that are hashed and counted together: a thread's second-level cache holds those of a dozen masks.
+const PIECE: usize = 64 * 1024;
+
+/// Bytes of every mask that are compared pair by pair before the next: those of five masks fit the first-level cache.
+const BLOCK: usize = 8 * 1024;
 
 /// How many bits pairs of regions share.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,65 +45,142 @@ impl Counts {
     }
 }
 
+/// The counts of all compared tensors, and of each layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlap {
+    /// Of all layers and what lies outside them.
+    pub total: Counts,
+    /// By layer, in the order and under the names of [`LayerRows`].
+    pub layers: Vec<(String, Counts)>,
+}
+
 /// Masks of one base, and which of their tensors are compared.
 pub struct Regions<'a> {
     masks: &'a [Mask],
-    blocks: Vec<Block<'a>>,
-    elements: u64,
+    tensors: Vec<Tensor<'a>>,
+    /// In the order of the first mask's file.
+    blocks: Vec<Block>,
+    labels: Vec<String>,
+    /// Elements by layer.
+    elements: Vec<u64>,
 }
 
-/// A run of bytes of one tensor, in all masks.
-struct Block<'a> {
+/// A tensor's bits in all masks.
+struct Tensor<'a> {
     bits: Vec<&'a [u8]>,
-    compared: bool,
+    /// Its layer's row; one past the last where it is not compared.
+    row: usize,
+}
+
+/// A run of bytes of one tensor.
+struct Block {
+    tensor: usize,
+    start: usize,
+    /// Where it lies in the first mask's file.
+    offset: usize,
 }
 
 impl<'a> Regions<'a> {
-    /// Cuts the tensors of `masks`, which have one layout, into blocks; tensors of the kinds in `excluded` are counted for
-    /// the check of [`Regions::counts`] and not compared.
+    /// The tensors of `masks`, which have one layout; those of the kinds in `excluded` are counted for the check of
+    /// [`Regions::count`] and not compared.
     pub fn new(masks: &'a [Mask], excluded: &[TensorKind]) -> Self {
-        let (mut blocks, mut elements) = (Vec::new(), 0);
-        for (name, numel) in &masks[0].header.numel {
-            let compared = !excluded.iter().any(|kind| kind.matches(name));
-            elements += if compared { *numel } else { 0 };
-            let tensors: Vec<&[u8]> =
-                masks.iter().map(|m| m.bits(name).expect("all masks have the same tensors")).collect();
-            for start in (0..tensors[0].len()).step_by(BLOCK) {
-                let end = tensors[0].len().min(start + BLOCK);
-                blocks.push(Block { bits: tensors.iter().map(|t| &t[start..end]).collect(), compared });
+        let numel = &masks[0].header.numel;
+        let compared = |name: &&str| !excluded.iter().any(|kind| kind.matches(name));
+        let rows = LayerRows::new(numel.keys().map(String::as_str).filter(compared));
+        let mut elements = vec![0; rows.labels.len()];
+        let (mut tensors, mut blocks) = (Vec::new(), Vec::new());
+        for (name, n) in numel {
+            let row = if compared(&name.as_str()) { rows.row(name) } else { rows.labels.len() };
+            if let Some(sum) = elements.get_mut(row) {
+                *sum += n;
             }
+            let range = masks[0].range(name).expect("a mask has the tensors of its header");
+            let tensor = tensors.len();
+            let block = |start| Block { tensor, start, offset: range.start + start };
+            blocks.extend((0..range.len()).step_by(BLOCK).map(block));
+            let bits = masks.iter().map(|m| m.bits(name).expect("all masks have the same tensors")).collect();
+            tensors.push(Tensor { bits, row });
         }
-        Self { masks, blocks, elements }
+        blocks.sort_by_key(|block| block.offset);
+        Self { masks, tensors, blocks, labels: rows.labels, elements }
     }
 
     /// Counts for all pairs of masks, after checking that every mask has as many bits as it says.
     ///
     /// # Errors
     /// [`BadInput`] naming the mask whose bits are not those it was written with.
-    pub fn counts(&self) -> Result<Counts> {
-        let n = self.masks.len();
-        let empty = || (vec![0; n], vec![vec![0; n]; n]);
-        let (all, shared) = self
-            .blocks
-            .par_iter()
-            .fold(empty, |(mut all, mut shared), block| {
-                for a in 0..n {
-                    let own = count_ones(block.bits[a]);
-                    all[a] += own;
-                    if block.compared {
-                        shared[a][a] += own;
-                        (0..a).for_each(|b| shared[a][b] += count_shared(block.bits[a], block.bits[b]));
-                    }
-                }
-                (all, shared)
-            })
-            .reduce(empty, |(all, shared), (more, others)| (add(all, more), add_rows(shared, others)));
-        self.check(&all)?;
-        Ok(Counts { elements: self.elements, shared: mirrored(shared) })
+    pub fn count(&self) -> Result<Overlap> {
+        self.count_and(|_| ())
     }
 
-    fn check(&self, all: &[u64]) -> Result<()> {
-        for (mask, &found) in self.masks.iter().zip(all) {
+    /// As [`Regions::count`], with the digests of the mask files from the same pass.
+    ///
+    /// # Errors
+    /// As [`Regions::count`].
+    pub fn count_and_hash(&self) -> Result<(Overlap, Vec<Digest>)> {
+        // To the hasher every file is one tensor of bytes.
+        let spec = |mask: &Mask| TensorSpec {
+            name: mask.path().display().to_string(),
+            dtype: Dtype::U8,
+            shape: vec![mask.file_bytes().len()],
+        };
+        let specs: Vec<TensorSpec> = self.masks.iter().map(spec).collect();
+        let hasher = PieceHasher::new(&specs, PIECE);
+        let overlap = self.count_and(|piece| {
+            for (i, mask) in self.masks.iter().enumerate() {
+                let (file, start) = (mask.file_bytes(), piece * PIECE);
+                if start < file.len() {
+                    hasher.add(i, start, &file[start..file.len().min(start + PIECE)]);
+                }
+            }
+        })?;
+        Ok((overlap, (0..specs.len()).map(|i| hasher.tensor(i)).collect()))
+    }
+
+    /// Counts piece by piece, after `also` has had the piece: what it reads is in cache then.
+    fn count_and(&self, also: impl Fn(usize) + Sync) -> Result<Overlap> {
+        let n = self.masks.len();
+        let sums = self.sum_pieces((self.labels.len() + 1) * triangle(n, 0), |sums, piece, blocks| {
+            also(piece);
+            dispatch!({
+                let mut bits = Vec::with_capacity(n);
+                for block in blocks {
+                    let tensor = &self.tensors[block.tensor];
+                    self.cut(block, &mut bits);
+                    let sums = &mut sums[tensor.row * triangle(n, 0)..];
+                    let compared = tensor.row < self.labels.len();
+                    for a in 0..n {
+                        for b in if compared { 0..a + 1 } else { a..a + 1 } {
+                            sums[triangle(a, b)] += count_shared(bits[a], bits[b]);
+                        }
+                    }
+                }
+            });
+        });
+        let rows: Vec<&[u64]> = sums.chunks_exact(triangle(n, 0)).collect();
+        self.check(&rows)?;
+        Ok(self.overlap(&rows[..self.labels.len()]))
+    }
+
+    fn overlap(&self, rows: &[&[u64]]) -> Overlap {
+        let n = self.masks.len();
+        let square = |of: &dyn Fn(usize) -> u64| -> Vec<Vec<u64>> {
+            (0..n).map(|a| (0..n).map(|b| of(triangle(a.max(b), a.min(b)))).collect()).collect()
+        };
+        let total = Counts {
+            elements: self.elements.iter().sum(),
+            shared: square(&|place| rows.iter().map(|row| row[place]).sum()),
+        };
+        let layer = |(i, row): (usize, &&[u64])| {
+            let counts = Counts { elements: self.elements[i], shared: square(&|place| row[place]) };
+            (self.labels[i].clone(), counts)
+        };
+        Overlap { total, layers: rows.iter().enumerate().map(layer).collect() }
+    }
+
+    fn check(&self, rows: &[&[u64]]) -> Result<()> {
+        for (i, mask) in self.masks.iter().enumerate() {
+            let found: u64 = rows.iter().map(|row| row[triangle(i, i)]).sum();
             if found != mask.header.selected {
                 return Err(BadInput::new(mask.path(), "the number of bits set is not the one recorded")
                     .expected(mask.header.selected.to_string())
@@ -113,58 +194,76 @@ impl<'a> Regions<'a> {
 
     /// For each group (indices of masks), the Jaccard similarity of its united region and that of all other groups.
     pub fn against_others(&self, groups: &[Vec<usize>]) -> Vec<f64> {
-        let empty = || vec![(0u64, 0u64); groups.len()];
-        let counted = self.blocks.par_iter().filter(|b| b.compared).fold(empty, |mut sums, block| {
-            let unions: Vec<Vec<u8>> = groups.iter().map(|group| union(group.iter().map(|i| block.bits[*i]))).collect();
-            for (g, sum) in sums.iter_mut().enumerate() {
-                let others = unions.iter().enumerate().filter(|(h, _)| *h != g).map(|(_, u)| u.as_slice());
-                let rest = union(others);
-                let shared = if rest.is_empty() { 0 } else { count_shared(&unions[g], &rest) };
-                *sum = (sum.0 + shared, sum.1 + count_ones(&unions[g]) + count_ones(&rest) - shared);
-            }
-            sums
+        // What a group and all others cover together is the same for every group; what they share is its part of what at
+        // least two groups cover.
+        let sums = self.sum_pieces(groups.len() + 1, |sums, _, blocks| {
+            dispatch!({
+                let mut bits = Vec::with_capacity(self.masks.len());
+                let mut unions = vec![[0u8; BLOCK]; groups.len()];
+                for block in blocks.iter().filter(|b| self.tensors[b.tensor].row < self.labels.len()) {
+                    self.cut(block, &mut bits);
+                    let (mut once, mut twice) = ([0u8; BLOCK], [0u8; BLOCK]);
+                    for (group, union) in groups.iter().zip(&mut unions) {
+                        union.fill(0);
+                        group.iter().for_each(|i| union.iter_mut().zip(bits[*i]).for_each(|(u, b)| *u |= b));
+                        twice.iter_mut().zip(&once).zip(&*union).for_each(|((t, o), u)| *t |= o & u);
+                        once.iter_mut().zip(&*union).for_each(|(o, u)| *o |= u);
+                    }
+                    unions.iter().zip(sums.iter_mut()).for_each(|(u, sum)| *sum += count_shared(u, &twice));
+                    sums[groups.len()] += count_shared(&once, &once);
+                }
+            });
         });
-        let sums = counted.reduce(empty, |mut sums, more| {
-            sums.iter_mut().zip(more).for_each(|(sum, (shared, union))| *sum = (sum.0 + shared, sum.1 + union));
-            sums
-        });
-        sums.into_iter().map(|(shared, union)| if union == 0 { 0.0 } else { shared as f64 / union as f64 }).collect()
+        let all = sums[groups.len()];
+        let share = |shared: &u64| if all == 0 { 0.0 } else { *shared as f64 / all as f64 };
+        sums[..groups.len()].iter().map(share).collect()
+    }
+
+    /// The bytes of `block` in all masks.
+    #[inline(always)]
+    fn cut(&self, block: &Block, bits: &mut Vec<&'a [u8]>) {
+        let tensor = &self.tensors[block.tensor];
+        let end = tensor.bits[0].len().min(block.start + BLOCK);
+        bits.clear();
+        bits.extend(tensor.bits.iter().map(|bits| &bits[block.start..end]));
+    }
+
+    /// Sums that `work` adds to for each piece: the number of the piece in the files, and the blocks that begin in it.
+    fn sum_pieces(&self, sums: usize, work: impl Fn(&mut [u64], usize, &[Block]) + Sync) -> Vec<u64> {
+        let longest = self.masks.iter().map(|m| m.file_bytes().len()).max().unwrap_or(0);
+        let first = |piece: usize| self.blocks.partition_point(|b| b.offset < piece * PIECE);
+        (0..longest.div_ceil(PIECE))
+            .into_par_iter()
+            .fold(
+                || vec![0; sums],
+                |mut sums, piece| {
+                    work(&mut sums, piece, &self.blocks[first(piece)..first(piece + 1)]);
+                    sums
+                },
+            )
+            .reduce(
+                || vec![0; sums],
+                |mut sums, more| {
+                    sums.iter_mut().zip(more).for_each(|(sum, n)| *sum += n);
+                    sums
+                },
+            )
     }
 }
 
-/// The union of regions of equal length; empty when there are none.
-fn union<'a>(regions: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
-    let mut out = Vec::new();
-    for region in regions {
-        if out.is_empty() {
-            out = region.to_vec();
-        } else {
-            out.iter_mut().zip(region).for_each(|(o, r)| *o |= r);
-        }
-    }
-    out
+/// The place of pair (a, b), b ≤ a, where the rows of a lower triangle follow one another.
+#[inline(always)]
+fn triangle(a: usize, b: usize) -> usize {
+    a * (a + 1) / 2 + b
 }
 
 /// Number of bits set in both of two regions of equal length.
+#[inline(always)]
 fn count_shared(a: &[u8], b: &[u8]) -> u64 {
     let ((words_a, rest_a), (words_b, rest_b)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
     let word = |bytes: &[u8; 8]| u64::from_le_bytes(*bytes);
     let whole: u64 = words_a.iter().zip(words_b).map(|(x, y)| u64::from((word(x) & word(y)).count_ones())).sum();
     whole + rest_a.iter().zip(rest_b).map(|(x, y)| u64::from((x & y).count_ones())).sum::<u64>()
-}
-
-fn add(mut sums: Vec<u64>, more: Vec<u64>) -> Vec<u64> {
-    sums.iter_mut().zip(more).for_each(|(sum, n)| *sum += n);
-    sums
-}
-
-fn add_rows(sums: Vec<Vec<u64>>, more: Vec<Vec<u64>>) -> Vec<Vec<u64>> {
-    sums.into_iter().zip(more).map(|(row, other)| add(row, other)).collect()
-}
-
-fn mirrored(lower: Vec<Vec<u64>>) -> Vec<Vec<u64>> {
-    let n = lower.len();
-    (0..n).map(|a| (0..n).map(|b| lower[a.max(b)][a.min(b)]).collect()).collect()
 }
 
 #[cfg(test)]
@@ -185,7 +284,6 @@ mod tests {
     fn shared_bits_are_counted_past_the_last_word() {
         let (a, b) = ([0b1110u8; 11], [0b0111u8; 11]);
         assert_eq!(count_shared(&a, &b), 22);
-        assert_eq!(union([&a[..], &b[..]].into_iter()), [0b1111; 11]);
-        assert!(union(std::iter::empty()).is_empty());
+        assert_eq!(count_shared(&[], &[]), 0);
     }
 }

@@ -35,26 +35,53 @@ pub fn is_trivial(groups: &Partition) -> bool {
     groups.len() <= 1 || groups.iter().all(|g| g.len() == 1)
 }
 
-/// The middle of the longest interval of τ whose partition does not change and is not trivial; the interval of the
-/// smaller τ where two are equally long. `None` when every partition is trivial, as with two tasks.
-pub fn most_stable_tau(similarity: &[Vec<f64>]) -> Option<f64> {
+/// An interval of τ in which the groups do not change.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Interval {
+    /// The τ it begins after; the first interval begins with 0.
+    pub from: f64,
+    /// The last τ in it; infinite in the last interval.
+    pub to: f64,
+    /// Its groups.
+    pub groups: Partition,
+}
+
+/// All intervals of τ, from one group to every task alone.
+pub fn sweep(similarity: &[Vec<f64>]) -> Vec<Interval> {
     let mut values: Vec<f64> = similarity.iter().enumerate().flat_map(|(a, row)| row[..a].iter().copied()).collect();
+    values.push(f64::INFINITY);
     values.sort_by(f64::total_cmp);
     values.dedup();
-    // The partition is the same for all τ in (from, to], where `from` and `to` are neighbouring values.
-    let mut best: Option<(f64, f64)> = None;
+    // The groups are the same for all τ in (from, to], where `from` and `to` are neighbouring values.
+    let mut intervals: Vec<Interval> = Vec::new();
     let mut from = 0.0;
-    for (i, &to) in values.iter().enumerate() {
+    for to in values {
         let groups = components(similarity, to);
-        if values.get(i + 1).is_some_and(|next| components(similarity, *next) == groups) {
-            continue;
-        }
-        if !is_trivial(&groups) && best.is_none_or(|(start, end)| to - from > end - start) {
-            best = Some((from, to));
+        match intervals.last_mut() {
+            Some(last) if last.groups == groups => last.to = to,
+            _ => intervals.push(Interval { from, to, groups }),
         }
         from = to;
     }
-    best.map(|(from, to)| f64::midpoint(from, to))
+    intervals
+}
+
+/// The place in `intervals`, which are those of a [`sweep`], of the one that holds τ.
+pub fn holding(intervals: &[Interval], tau: f64) -> usize {
+    intervals.iter().position(|i| tau <= i.to).expect("the last interval has no end")
+}
+
+/// The place in `intervals` of the longest one that is not trivial; that of the smaller τ where two are equally long. `None`
+/// when all are trivial, as with two tasks.
+pub fn most_stable(intervals: &[Interval]) -> Option<usize> {
+    let length = |i: usize| intervals[i].to - intervals[i].from;
+    let candidates = (0..intervals.len()).filter(|i| !is_trivial(&intervals[*i].groups));
+    candidates.reduce(|best, i| if length(i) > length(best) { i } else { best })
+}
+
+/// The middle of the [`most_stable`] interval.
+pub fn most_stable_tau(intervals: &[Interval]) -> Option<f64> {
+    most_stable(intervals).map(|i| f64::midpoint(intervals[i].from, intervals[i].to))
 }
 
 #[cfg(test)]
@@ -87,25 +114,52 @@ mod tests {
     }
 
     #[test]
+    fn the_sweep_has_a_row_for_every_change() {
+        // {0,1} join at 0.5, {2,3} at 0.4, both pairs at 0.1; 0.05 changes nothing.
+        let m = matrix(4, &[(0, 1, 0.5), (2, 3, 0.4), (1, 2, 0.1), (0, 2, 0.05), (0, 3, 0.05), (1, 3, 0.05)]);
+        let row = |from, to, groups| Interval { from, to, groups };
+        let expected = [
+            row(0.0, 0.1, vec![vec![0, 1, 2, 3]]),
+            row(0.1, 0.4, vec![vec![0, 1], vec![2, 3]]),
+            row(0.4, 0.5, vec![vec![0, 1], vec![2], vec![3]]),
+            row(0.5, f64::INFINITY, vec![vec![0], vec![1], vec![2], vec![3]]),
+        ];
+        let rows = sweep(&m);
+        assert_eq!(rows, expected);
+        assert_eq!(most_stable(&rows), Some(1));
+        for tau in [0.0, 0.01, 0.1, 0.100001, 0.4, 0.45, 0.5, 0.6, 7.0] {
+            assert_eq!(rows[holding(&rows, tau)].groups, components(&m, tau), "τ = {tau}");
+        }
+        // Two halves that share nothing are one group at τ = 0 alone.
+        let rows = sweep(&matrix(4, &[(0, 1, 0.2), (2, 3, 0.2)]));
+        assert_eq!(
+            rows.iter().map(|r| (r.from, r.to)).collect::<Vec<_>>(),
+            [(0.0, 0.0), (0.0, 0.2), (0.2, f64::INFINITY)]
+        );
+        assert_eq!([0.0, 0.1, 0.2, 0.3].map(|tau| holding(&rows, tau)), [0, 1, 1, 2]);
+        assert_eq!(sweep(&matrix(1, &[])), [row(0.0, f64::INFINITY, vec![vec![0]])]);
+    }
+
+    #[test]
     fn auto_takes_the_middle_of_the_longest_interval() {
         // One group up to 0.1; {0,1},{2,3} up to 0.4; {0,1} and two alone up to 0.5; then all alone.
         let m = matrix(4, &[(0, 1, 0.5), (2, 3, 0.4), (1, 2, 0.1), (0, 2, 0.05), (0, 3, 0.05), (1, 3, 0.05)]);
-        assert_eq!(most_stable_tau(&m), Some(0.25));
+        assert_eq!(most_stable_tau(&sweep(&m)), Some(0.25));
         // Values inside one component that change nothing do not cut an interval.
         let m = matrix(4, &[(0, 1, 0.5), (1, 2, 0.5), (0, 2, 0.3), (0, 3, 0.1), (1, 3, 0.1), (2, 3, 0.1)]);
-        assert_eq!(most_stable_tau(&m), Some(0.3));
+        assert_eq!(most_stable_tau(&sweep(&m)), Some(0.3));
         // Nothing shared between the two halves: the interval starts at 0.
         let m = matrix(4, &[(0, 1, 0.2), (2, 3, 0.2)]);
-        assert_eq!(most_stable_tau(&m), Some(0.1));
+        assert_eq!(most_stable_tau(&sweep(&m)), Some(0.1));
         // Two intervals of equal length: the smaller τ.
         let m = matrix(3, &[(0, 1, 0.75), (1, 2, 0.5), (0, 2, 0.25)]);
-        assert_eq!(components(&m, most_stable_tau(&m).unwrap()), [vec![0, 1], vec![2]]);
+        assert_eq!(components(&m, most_stable_tau(&sweep(&m)).unwrap()), [vec![0, 1], vec![2]]);
     }
 
     #[test]
     fn auto_gives_up_where_every_partition_is_trivial() {
-        assert_eq!(most_stable_tau(&matrix(2, &[(0, 1, 0.3)])), None);
-        assert_eq!(most_stable_tau(&matrix(1, &[])), None);
-        assert_eq!(most_stable_tau(&matrix(3, &[(0, 1, 0.3), (1, 2, 0.3), (0, 2, 0.3)])), None);
+        assert_eq!(most_stable_tau(&sweep(&matrix(2, &[(0, 1, 0.3)]))), None);
+        assert_eq!(most_stable_tau(&sweep(&matrix(1, &[]))), None);
+        assert_eq!(most_stable_tau(&sweep(&matrix(3, &[(0, 1, 0.3), (1, 2, 0.3), (0, 2, 0.3)]))), None);
     }
 }

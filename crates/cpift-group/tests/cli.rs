@@ -79,7 +79,7 @@ fn nothing_left_to_compare() {
 
 #[test]
 fn outputs_that_exist() {
-    for name in ["groups.json", "groups.svg"] {
+    for name in ["groups.json", "groups.svg", "groups.layers.json", "groups.layers.svg"] {
         let s = three();
         let path = s.out.join(name);
         fs::write(&path, "precious").unwrap();
@@ -134,8 +134,19 @@ fn arguments_that_make_no_sense() {
     s.run(&["--order", "dependency", "--edges", "x", "--scores", "y"]).usage_error(&["--scores has no part"]);
     s.run(&["--mask", "a=x"]).usage_error(&["--mask a is given twice"]);
     s.run(&["--mask", "x"]).usage_error(&["NAME=PATH"]);
-    s.run(&["--svg", s.out.join("groups.json").to_str().unwrap()]).usage_error(&["same file"]);
-    let none: [&str; 2] = ["--out", "groups.json"];
-    cpift_testkit::run(common::BIN, none).usage_error(&["--mask"]);
+    for (flag, name, other) in [
+        ("--svg", "groups.json", "--out"),
+        ("--layers", "groups.svg", "--svg"),
+        ("--layers-svg", "groups.layers.json", "--layers"),
+    ] {
+        let error = format!("{other} and {flag} name the same file");
+        s.run(&[flag, s.out.join(name).to_str().unwrap()]).usage_error(&[&error]);
+    }
+    cpift_testkit::run(common::BIN, ["--out", "groups.json"]).usage_error(&["--mask"]);
+    let mask = format!("a={}", s.path("a.mask").display());
+    cpift_testkit::run(common::BIN, ["--mask", &mask]).usage_error(&["--out"]);
+    for flag in ["--svg", "--layers", "--layers-svg"] {
+        cpift_testkit::run(common::BIN, ["--mask", &mask, "--sweep", flag, "x"]).usage_error(&["--out"]);
+    }
     expect_entries(&s.out, &[]);
 }

@@ -172,8 +172,7 @@ fn dependency_learns_from_the_probes() {
     assert_eq!(groups.groups, names(&[&["c", "d"], &["a", "b"]]));
     assert_eq!(groups.order.scores, [0.25, -0.25]);
     fs::remove_file(s.path("probes/b.json")).unwrap();
-    fs::remove_file(s.out.join("groups.json")).unwrap();
-    s.run(&[&args[..], &["--svg", s.out.join("x.svg").to_str().unwrap()]].concat()).bad_input(&[
+    s.run(&[&args[..], &["--force"]].concat()).bad_input(&[
         "probes/b/scores.json",
         "probe of b",
         "probes/b.json",
@@ -184,14 +183,15 @@ fn dependency_learns_from_the_probes() {
 #[test]
 fn reruns_and_thread_counts_give_the_same_bytes() {
     let s = Setting::new(&four());
-    let read = || ["groups.json", "groups.svg"].map(|f| fs::read(s.out.join(f)).unwrap());
+    let files = ["groups.json", "groups.layers.json", "groups.layers.svg", "groups.svg"];
+    let read = || files.map(|f| fs::read(s.out.join(f)).unwrap());
     let mut outputs = Vec::new();
     for threads in ["1", "2", "8", "8"] {
         s.groups(&["--tau", "auto", "--order", "overlap", "--threads", threads]);
         outputs.push(read());
     }
     assert!(outputs.iter().all(|o| *o == outputs[0]));
-    expect_entries(&s.out, &["groups.json", "groups.json.cpift.json", "groups.svg"]);
+    expect_entries(&s.out, &[&files[..], &["groups.json.cpift.json"]].concat());
     let text = fs::read_to_string(s.out.join("groups.json.cpift.json")).unwrap();
     let record: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(record["stage"], "cpift-group");

@@ -25,8 +25,8 @@ pub struct Args {
 pub(crate) enum Command {
     /// Write the mask of the elements that moved most between two checkpoints
     Extract(ExtractArgs),
-    /// Print the density of a mask by layer and by role
-    Stats(MaskArg),
+    /// Show the density of a mask by layer and by role: tables, JSON, a picture
+    Stats(StatsArgs),
     /// Check a mask's structure and the number of its bits
     Verify(MaskArg),
 }
@@ -55,6 +55,23 @@ pub struct ExtractArgs {
     /// Kinds of tensors to leave out of D: embeddings, norms
     #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
     pub exclude: Vec<TensorKind>,
+    /// Also write the density of every layer and role: JSON here, a picture beside it with the extension .svg
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
+}
+
+/// Arguments of `stats`.
+#[derive(clap::Args, Debug)]
+pub(crate) struct StatsArgs {
+    /// A mask that `extract` wrote
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// JSON to write: the tables, and counts and density for every layer and role
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Picture to write: the density for every layer and role
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
 }
 
 #[derive(clap::Args, Debug)]

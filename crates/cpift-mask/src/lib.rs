@@ -11,6 +11,7 @@ pub mod emit;
 mod extract;
 pub mod parts;
 mod percent;
+mod picture;
 pub mod scores;
 pub mod stats;
 pub mod sweep;
@@ -18,8 +19,6 @@ pub mod sweep;
 pub use args::Args;
 pub use extract::{Summary, extract};
 pub use percent::Percent;
-
-use std::io::Write;
 
 use anyhow::Result;
 use cpift_core::Mask;
@@ -39,15 +38,7 @@ pub fn run(args: Args) -> Result<()> {
             let summary = extract(&args, common.force)?;
             common.print_json(&serde_json::to_value(summary)?);
         }
-        Command::Stats(MaskArg { file }) => {
-            let mask = Mask::open(&file)?;
-            mask.verify()?;
-            let stats = stats::stats(&mask);
-            if !common.json {
-                std::io::stdout().write_all(stats.table().as_bytes())?;
-            }
-            common.print_json(&serde_json::to_value(stats)?);
-        }
+        Command::Stats(args) => stats::run(&args, &common)?,
         Command::Verify(MaskArg { file }) => {
             let mask = Mask::open(&file)?;
             mask.verify()?;

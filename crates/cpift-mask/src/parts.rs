@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use cpift_core::checkpoint::TensorKind;
+use cpift_core::checkpoint::names::layer;
 use cpift_core::mask::Scope;
 use cpift_core::{Checkpoint, TensorView};
 
@@ -118,36 +119,5 @@ fn label(scope: Scope, name: &str) -> String {
         Scope::Global => "all parameters".to_owned(),
         Scope::Layer => layer(name).map_or("outside the layers", |(prefix, _)| prefix).to_owned(),
         Scope::Tensor => name.to_owned(),
-    }
-}
-
-/// The decoder layer a tensor belongs to: the name up to `layers.N`, and N.
-pub fn layer(name: &str) -> Option<(&str, u32)> {
-    let mut end = 0;
-    let mut before = "";
-    for piece in name.split('.') {
-        end += piece.len();
-        if before == "layers"
-            && let Ok(number) = piece.parse()
-        {
-            return Some((&name[..end], number));
-        }
-        before = piece;
-        end += 1;
-    }
-    None
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layers_are_told_by_the_number_after_layers() {
-        assert_eq!(layer("model.layers.12.mlp.up_proj.weight"), Some(("model.layers.12", 12)));
-        assert_eq!(layer("layers.0.w"), Some(("layers.0", 0)));
-        assert_eq!(layer("model.sublayers.1.w"), None);
-        assert_eq!(layer("model.layers.norm.weight"), None);
-        assert_eq!(layer("model.embed_tokens.weight"), None);
     }
 }

@@ -1,15 +1,22 @@
 //! `stats`: how a core region lies in the model, by layer and by role.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::Path;
 
-use cpift_core::Mask;
+use anyhow::Result;
 use cpift_core::checkpoint::TensorKind;
+use cpift_core::checkpoint::names::{LayerRows, ROLES, role};
+use cpift_core::cli::Common;
+use cpift_core::error::usage;
+use cpift_core::files::{StagedFile, check_output};
 use cpift_core::mask::{MaskHeader, count_ones};
+use cpift_core::{Mask, json};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::parts::layer;
+use crate::args::StatsArgs;
+use crate::picture;
 
 /// What a mask says of itself and where its bits are.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -20,6 +27,8 @@ pub struct Stats {
     pub layers: Vec<Row>,
     /// By role, in the order of [`ROLES`]; roles the model does not have are left out.
     pub roles: Vec<Row>,
+    /// Every layer by every role.
+    pub matrix: Matrix,
 }
 
 /// One line of a table.
@@ -37,51 +46,114 @@ pub struct Row {
     pub share: f64,
 }
 
-/// The roles a parameter can have.
-pub const ROLES: [&str; 11] = ["q", "k", "v", "o", "gate", "up", "down", "norm", "embed", "head", "other"];
+/// Counts for every layer and role, [layers × roles].
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Matrix {
+    /// Names of the rows, those of [`Stats::layers`].
+    pub layers: Vec<String>,
+    /// Names of the columns, those of [`Stats::roles`].
+    pub roles: Vec<&'static str>,
+    /// Elements, those left out of D included.
+    pub elements: Vec<Vec<u64>>,
+    /// Bits set.
+    pub selected: Vec<Vec<u64>>,
+    /// `selected / elements`; none where there is nothing, or nothing but what is left out of D.
+    pub density: Vec<Vec<Option<f64>>>,
+}
 
-/// The role of a parameter, by its name.
-pub fn role(name: &str) -> &'static str {
-    let projection = name.split('.').find_map(|piece| {
-        let role = piece.strip_suffix("_proj")?;
-        ROLES[..7].iter().find(|r| **r == role)
-    });
-    match projection {
-        Some(role) => role,
-        None if TensorKind::Norms.matches(name) => "norm",
-        None if name.starts_with("lm_head") => "head",
-        None if TensorKind::Embeddings.matches(name) => "embed",
-        None => "other",
+/// Elements, those of them in D, and bits set.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    elements: u64,
+    ranked: u64,
+    selected: u64,
+}
+
+impl Sums {
+    fn of(cells: impl Iterator<Item = Self>) -> Self {
+        cells.fold(Self::default(), |a, b| Self {
+            elements: a.elements + b.elements,
+            ranked: a.ranked + b.ranked,
+            selected: a.selected + b.selected,
+        })
     }
+}
+
+/// Runs `cpift-mask stats`.
+///
+/// # Errors
+/// [`cpift_core::Usage`] when both outputs have one name; [`cpift_core::BadInput`] for a file that is no sound mask or an output
+/// that exists; I/O errors.
+pub(crate) fn run(args: &StatsArgs, common: &Common) -> Result<()> {
+    if args.out.is_some() && args.out == args.svg {
+        return Err(usage("--out and --svg name the same file"));
+    }
+    args.out.iter().chain(&args.svg).try_for_each(|path| check_output(path, common.force))?;
+    let mask = Mask::open(&args.file)?;
+    mask.verify()?;
+    let stats = stats(&mask);
+    stage(&stats, args.out.as_deref(), args.svg.as_deref(), common.force)?
+        .into_iter()
+        .try_for_each(StagedFile::commit)?;
+    if !common.json && args.out.is_none() && args.svg.is_none() {
+        std::io::stdout().write_all(stats.table().as_bytes())?;
+    }
+    common.print_json(&serde_json::to_value(stats)?);
+    Ok(())
+}
+
+/// JSON and picture, complete but not under their names yet, so that all outputs of a run can appear together.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] when an output exists without `force`; I/O errors.
+pub fn stage(stats: &Stats, json: Option<&Path>, svg: Option<&Path>, force: bool) -> Result<Vec<StagedFile>> {
+    let texts = [(json, json::to_text(stats)?), (svg, picture::svg(stats))];
+    texts.iter().filter_map(|(path, text)| Some(StagedFile::of_text((*path)?, text, force))).collect()
 }
 
 /// Counts the bits of `mask` by layer and by role.
 pub fn stats(mask: &Mask) -> Stats {
+    let excluded: Vec<TensorKind> = mask.header.excluded.iter().filter_map(|kind| kind.parse().ok()).collect();
+    let rows = LayerRows::new(mask.header.numel.keys().map(String::as_str));
     let tensors: Vec<(&str, &[u8])> = mask.tensors().collect();
     let counted: Vec<(&str, u64)> = tensors.par_iter().map(|(name, bits)| (*name, count_ones(bits))).collect();
-    let mut layers: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
-    let mut roles: BTreeMap<usize, (u64, u64)> = BTreeMap::new();
-    for (name, ones) in counted {
-        let n = mask.header.numel[name];
-        let place = ROLES.iter().position(|r| *r == role(name)).unwrap_or(ROLES.len() - 1);
-        // The highest key is for what lies outside the layers, so that it comes last.
-        let number = layer(name).map_or(u32::MAX, |(_, number)| number);
-        for sums in [layers.entry(number).or_default(), roles.entry(place).or_default()] {
-            *sums = (sums.0 + n, sums.1 + ones);
-        }
+    let roles: Vec<&'static str> =
+        ROLES.into_iter().filter(|r| counted.iter().any(|(name, _)| role(name) == *r)).collect();
+    let mut cells = vec![vec![Sums::default(); roles.len()]; rows.labels.len()];
+    for (name, selected) in counted {
+        let column = roles.iter().position(|r| *r == role(name)).expect("all roles that occur are columns");
+        let elements = mask.header.numel[name];
+        let ranked = if excluded.iter().any(|kind| kind.matches(name)) { 0 } else { elements };
+        let cell = &mut cells[rows.row(name)][column];
+        *cell = Sums::of([*cell, Sums { elements, ranked, selected }].into_iter());
     }
     let total = mask.header.selected;
-    let layer_name = |n: u32| if n == u32::MAX { "outside".to_owned() } else { n.to_string() };
+    let layer = |(name, cells): (&String, &Vec<Sums>)| row(name, Sums::of(cells.iter().copied()), total);
+    let role = |(i, name): (usize, &&str)| row(name, Sums::of(cells.iter().map(|cells| cells[i])), total);
     Stats {
         mask: mask.header.clone(),
-        layers: layers.into_iter().map(|(n, sums)| row(layer_name(n), sums, total)).collect(),
-        roles: roles.into_iter().map(|(place, sums)| row(ROLES[place].to_owned(), sums, total)).collect(),
+        layers: rows.labels.iter().zip(&cells).map(layer).collect(),
+        roles: roles.iter().enumerate().map(role).collect(),
+        matrix: matrix(rows.labels.clone(), roles.clone(), &cells),
     }
 }
 
-fn row(name: String, (elements, selected): (u64, u64), total: u64) -> Row {
+fn matrix(layers: Vec<String>, roles: Vec<&'static str>, cells: &[Vec<Sums>]) -> Matrix {
+    fn each<T>(cells: &[Vec<Sums>], value: impl Fn(&Sums) -> T) -> Vec<Vec<T>> {
+        cells.iter().map(|row| row.iter().map(&value).collect()).collect()
+    }
+    Matrix {
+        layers,
+        roles,
+        elements: each(cells, |c| c.elements),
+        selected: each(cells, |c| c.selected),
+        density: each(cells, |c| (c.ranked > 0).then(|| c.selected as f64 / c.elements as f64)),
+    }
+}
+
+fn row(name: &str, Sums { elements, selected, .. }: Sums, total: u64) -> Row {
     let over = |whole: u64| if whole == 0 { 0.0 } else { selected as f64 / whole as f64 };
-    Row { name, elements, selected, density: over(elements), share: over(total) }
+    Row { name: name.to_owned(), elements, selected, density: over(elements), share: over(total) }
 }
 
 impl Stats {
@@ -109,27 +181,5 @@ impl Stats {
             }
         }
         out
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn roles_are_told_by_names() {
-        for (name, expected) in [
-            ("model.layers.0.self_attn.q_proj.weight", "q"),
-            ("model.layers.0.self_attn.k_proj.bias", "k"),
-            ("model.layers.0.self_attn.o_proj.weight", "o"),
-            ("model.layers.0.mlp.down_proj.weight", "down"),
-            ("model.layers.0.input_layernorm.weight", "norm"),
-            ("model.norm.weight", "norm"),
-            ("model.embed_tokens.weight", "embed"),
-            ("lm_head.weight", "head"),
-            ("model.layers.0.self_attn.qkv_proj.weight", "other"),
-        ] {
-            assert_eq!(role(name), expected, "{name}");
-        }
     }
 }

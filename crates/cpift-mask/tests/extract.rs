@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use cpift_core::checkpoint::names::layer;
 use cpift_core::mask::{Metric, Scope, indices};
 use cpift_core::{Dtype, Mask};
-use cpift_mask::parts::layer;
 use cpift_testkit::{Numbers, Tensor, Tensors, run, write_checkpoint, write_sharded};
 use serde_json::Value;
 

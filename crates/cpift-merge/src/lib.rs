@@ -1,33 +1,38 @@
-//! Stage 3 of CPI-FT, and plain merges of any checkpoints: core transplant, SLERP and linear combination.
+//! Merges of checkpoints: linear, SLERP, spherical mean, task arithmetic, TIES, DARE, and stage 3 of CPI-FT.
 //!
-//! Every method here writes, per tensor, a linear combination of its inputs whose coefficients follow from the inner
-//! products of those inputs alone. So a merge is two passes over memory-mapped files: [`stream::measure`] takes the
-//! inner products, [`sphere`] turns them into coefficients, [`stream::write`] writes the combination and puts the core
-//! regions in place. Linear merges, whose coefficients are given, skip the first pass.
+//! Data flows one way. [`cli`] is what can be typed; flags and recipes both become a [`request::Request`], which [`plan`]
+//! checks against the checkpoints it names and resolves to a [`Plan`] with one [`methods::Rule`] for each tensor. The
+//! [`engine`] then streams tensor by tensor through all threads: it measures what a rule must know of the whole tensor
+//! (inner products, cut-offs), and writes the result while the tensor is still in a cache. [`methods`] holds the arithmetic.
 
+pub mod card;
 pub mod cli;
-mod inputs;
+mod dry_run;
+pub mod engine;
+mod flags;
 mod merge;
-mod plan;
-mod region;
+pub mod methods;
+pub mod plan;
+pub mod recipe;
 mod report;
-mod shard_size;
-pub mod sphere;
-pub mod stream;
+pub mod request;
+pub mod setting;
 mod verify;
 
-pub use inputs::Source;
 pub use merge::merge;
-pub use plan::{Output, Plan, Weights, plan_cpi, plan_linear, plan_slerp};
-pub use region::{Claims, Conflict};
+pub use methods::sphere;
+pub use plan::Plan;
 pub use report::Summary;
-pub use shard_size::parse_shard_size;
+pub use request::{Method, ModelRequest};
+pub use setting::Setting;
 pub use verify::verify;
 
 use anyhow::Result;
+use cpift_core::cli::Common;
 use cpift_core::provenance::Recorder;
 
-use cli::{Args, Command};
+use cli::{Args, Command, OutputArgs};
+pub use request::Request;
 
 /// Runs the command that was typed.
 ///
@@ -36,17 +41,42 @@ use cli::{Args, Command};
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     let record = Recorder::start(env!("CARGO_PKG_NAME"));
-    let plan: Plan = match &args.command {
-        Command::Cpi(cpi) => plan_cpi(cpi, args.common.force)?,
-        Command::Slerp(slerp) => plan_slerp(slerp, args.common.force)?,
-        Command::Linear(linear) => plan_linear(linear, args.common.force)?,
-        Command::Verify(verify_args) => {
-            args.common.print_json(&verify(&verify_args.checkpoint)?);
-            return Ok(());
+    let common = &args.common;
+    match &args.command {
+        Command::Linear(a) => plain(a.request()?, &a.output, common, record),
+        Command::Slerp(a) => plain(a.request()?, &a.output, common, record),
+        Command::SphericalMean(a) => plain(a.request()?, &a.output, common, record),
+        Command::TaskArithmetic(a) => plain(a.request()?, &a.output, common, record),
+        Command::Ties(a) => plain(a.request()?, &a.output, common, record),
+        Command::Dare(a) => plain(a.request()?, &a.output, common, record),
+        Command::Recipe(a) => {
+            let request = recipe::read(&a.recipe)?;
+            plain(request, &a.output, common, record)
         }
-    };
-    let summary = merge(&plan, record)?;
+        Command::Cpi(a) => finish(&plan::plan_cpi(a, common.force)?, &a.output, common, record),
+        Command::Verify(a) => {
+            common.print_json(&verify(&a.checkpoint)?);
+            Ok(())
+        }
+    }
+}
+
+/// Plans and runs one of the plain methods; flags come before what a recipe says of the output.
+fn plain(mut request: Request, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
+    let mut output = output.clone();
+    output.dtype = output.dtype.or(request.dtype);
+    output.copy_from = output.copy_from.or(request.side_files.take());
+    request.side_files.clone_from(&output.copy_from);
+    finish(&plan::plan(&request, &output, common.force)?, &output, common, record)
+}
+
+/// Runs a plan, or shows it.
+fn finish(plan: &Plan, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
+    if output.dry_run {
+        return dry_run::show(plan, common.json);
+    }
+    let summary = merge(plan, record)?;
     summary.log();
-    args.common.print_json(&summary.to_json());
+    common.print_json(&summary.to_json());
     Ok(())
 }

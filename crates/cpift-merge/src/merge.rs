@@ -1,83 +1,63 @@
-//! Running a plan: measure, settle the coefficients, write, record.
+//! Running a plan: merge tensor by tensor, copy the rest, record.
+
+use std::path::Path;
 
 use anyhow::{Context, Result};
-use cpift_core::checkpoint::{Excluded, TensorView, copy_sidecars};
+use cpift_core::checkpoint::{Digest, copy_sidecars};
 use cpift_core::files::StagedDir;
 use cpift_core::provenance::Recorder;
-use cpift_core::{CheckpointWriter, TensorSpec, json};
+use cpift_core::{TensorSpec, files, json};
 
-use crate::plan::{Plan, Weights};
+use crate::engine::{self, InputHashes, Output, Settled};
+use crate::plan::cpi::warn_of_other_tasks;
+use crate::plan::{Plan, check_space};
 use crate::report::Summary;
-use crate::sphere::{self, Combination};
-use crate::stream::{self, Measure, Tensor};
 
 /// Runs `plan`: the output folder appears whole, with provenance inside, or not at all.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] where an input holds a number that is not finite; I/O errors.
 pub fn merge(plan: &Plan, mut record: Recorder) -> Result<Summary> {
-    let tensors = plan.tensors();
-    let measures = match plan.weights {
-        Weights::Linear(_) => Vec::new(),
-        _ => stream::measure(plan, &tensors)?,
-    };
-    let combinations = combinations(plan, &measures, tensors.len());
+    check_space(&plan.output.dir, plan.bytes_to_write(), files::available_bytes(&plan.output.dir)?)?;
     let staged = StagedDir::create(&plan.output.dir, plan.output.force)?;
-    let copied = write_tensors(plan, &tensors, &combinations, staged.path())?;
-    let config = staged.path().join("config.json");
-    std::fs::write(&config, json::to_text(&plan.output.config)?)
-        .with_context(|| format!("writing {}", config.display()))?;
-    copy_sidecars(&plan.output.side_files, staged.path())?;
-    let summary = Summary::of(plan, &measures, &combinations, copied);
+    let (settled, digest) = write(plan, staged.path())?;
+    let summary = Summary::of(plan, &settled);
+    warn_of_other_tasks(plan)?;
     record_inputs(plan, &mut record)?;
     for (name, value) in summary.facts() {
         record.fact(&name, value);
     }
-    record.write_into(staged.path())?;
+    record.write_into_with(staged.path(), digest)?;
     staged.commit()?;
     Ok(summary)
 }
 
-/// The coefficients of every tensor.
-fn combinations(plan: &Plan, measures: &[Measure], tensors: usize) -> Vec<Combination> {
-    match &plan.weights {
-        Weights::Linear(weights) => {
-            vec![Combination { coefficients: weights.clone(), steps: Vec::new() }; tensors]
-        }
-        Weights::Fold(omegas) => measures.iter().map(|m| sphere::fold(&m.gram, omegas, plan.epsilon)).collect(),
-        Weights::SphericalMean(weights) => {
-            measures.iter().map(|m| sphere::spherical_mean(&m.gram, weights, plan.epsilon)).collect()
-        }
+/// Fills `folder` but for the record, and returns the digest of what is in it.
+fn write(plan: &Plan, folder: &Path) -> Result<(Vec<Settled>, Digest)> {
+    let copies = plan.copies();
+    let specs: Vec<TensorSpec> = plan.specs().into_iter().chain(copies.iter().map(|view| view.spec())).collect();
+    let output = Output::create(folder, &specs, plan.output.shard_size)?;
+    let hashes = InputHashes::new(plan.sources());
+    let settled = output.flushed(|| engine::run(&plan.job(), &hashes, &output))?;
+    hashes.finish()?;
+    copies.iter().try_for_each(|view| output.copy(view))?;
+    for (name, text) in [("config.json", &json::to_text(&plan.output.config)?), ("README.md", &plan.card)] {
+        let path = folder.join(name);
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
     }
-}
-
-/// Writes the weights into `folder` and returns the names of the tensors that were copied from the first operand.
-fn write_tensors(
-    plan: &Plan,
-    tensors: &[Tensor<'_>],
-    combinations: &[Combination],
-    folder: &std::path::Path,
-) -> Result<Vec<String>> {
-    let first = &plan.operands[0].checkpoint;
-    // A tied lm_head is the input embedding once more; transformers restores it from config.json.
-    let kept = first.not_parameters().filter(|(_, why)| *why != Excluded::Tied);
-    let copies: Vec<TensorView<'_>> = kept.map(|(view, _)| view).collect();
-    let specs: Vec<TensorSpec> = plan.specs().into_iter().chain(copies.iter().map(TensorView::spec)).collect();
-    let writer = CheckpointWriter::create(folder, &specs, plan.output.shard_size)?;
-    let coefficients: Vec<&[f64]> = combinations.iter().map(|c| c.coefficients.as_slice()).collect();
-    stream::write(plan, tensors, &coefficients, &writer)?;
-    for view in &copies {
-        writer.write(view.name, 0, view.bytes)?;
-    }
-    Ok(copies.iter().map(|view| view.name.to_owned()).collect())
+    copy_sidecars(&plan.output.side_files, folder)?;
+    Ok((settled, output.finish(folder)?))
 }
 
 fn record_inputs(plan: &Plan, record: &mut Recorder) -> Result<()> {
-    for source in plan.operands.iter().chain(&plan.base) {
+    for source in plan.sources() {
         record.input(source.role.as_str(), source.path(), source.digest()?.clone());
     }
     for (role, (path, digest)) in &plan.files {
         record.input(role.as_str(), path, digest.clone());
+    }
+    if let Some(seed) = plan.seed {
+        record.seed(seed);
     }
     Ok(())
 }

@@ -3,9 +3,9 @@
 use serde_json::{Map, Value, json};
 
 use crate::cli::Space;
+use crate::engine::Settled;
+use crate::methods::sphere::Branch;
 use crate::plan::Plan;
-use crate::sphere::{Branch, Combination};
-use crate::stream::Measure;
 
 /// The figures of a finished merge.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,28 +26,38 @@ pub struct Summary {
     pub core: u64,
     /// Elements in at least two.
     pub conflicts: u64,
-    /// Tensors that are not parameters and were copied from the backbone or first model.
+    /// Tensors that are not parameters and were copied from the backbone, base or first model.
     pub copied: Vec<String>,
+    /// Elements at the cut-offs of trims, and those of them that only their position kept; for methods that trim.
+    pub trimmed: Option<[u64; 2]>,
 }
 
 impl Summary {
-    pub(crate) fn of(plan: &Plan, measures: &[Measure], combinations: &[Combination], copied: Vec<String>) -> Self {
-        let steps = || combinations.iter().flat_map(|c| &c.steps);
+    pub(crate) fn of(plan: &Plan, settled: &[Settled]) -> Self {
+        let steps = || settled.iter().flat_map(|s| &s.combination.steps);
         let mut angles: Vec<f64> = steps().filter_map(|s| s.angle).map(f64::to_degrees).collect();
         angles.sort_by(f64::total_cmp);
+        let trims = settled.iter().map(|s| s.trimmed);
+        let ties = trims.fold([0; 2], |[at, by], t| [at + t.at_threshold, by + t.decided_by_position]);
         Self {
             method: plan.method,
             out: plan.output.dir.display().to_string(),
             dtype: plan.output.dtype.to_string(),
             space: plan.space,
-            tensors: combinations.len(),
+            tensors: settled.len(),
             parameters: plan.specs().iter().map(|s| s.numel() as u64).sum(),
             branches: Branch::ALL.map(|branch| steps().filter(|s| s.branch == branch).count() as u64),
             angles,
-            core: measures.iter().map(|m| m.core).sum(),
-            conflicts: measures.iter().map(|m| m.conflicts).sum(),
-            copied,
+            core: settled.iter().map(|s| s.core).sum(),
+            conflicts: settled.iter().map(|s| s.conflicts).sum(),
+            copied: plan.copies().iter().map(|view| view.name.to_owned()).collect(),
+            trimmed: (plan.method == "ties").then_some(ties),
         }
+    }
+
+    /// Whether tensors were interpolated at angles.
+    fn has_angles(&self) -> bool {
+        self.branches.iter().any(|n| *n > 0)
     }
 
     /// The figures by name, the same for the same inputs and arguments.
@@ -58,7 +68,8 @@ impl Summary {
         facts.insert("tensors".into(), json!(self.tensors));
         facts.insert("parameters".into(), json!(self.parameters));
         facts.insert("copied".into(), json!(self.copied));
-        if self.method != "linear" {
+        if self.has_angles() {
+            facts.insert("space".into(), json!(self.space.name()));
             let named: Map<String, Value> =
                 Branch::ALL.iter().zip(self.branches).map(|(b, n)| (b.name().to_owned(), json!(n))).collect();
             facts.insert("branches".into(), Value::Object(named));
@@ -69,9 +80,11 @@ impl Summary {
             );
         }
         if self.method == "cpi" {
-            facts.insert("space".into(), json!(self.space.name()));
             facts.insert("core".into(), json!(self.core));
             facts.insert("conflicts".into(), json!(self.conflicts));
+        }
+        if let Some([at_cut, decided_by_position]) = self.trimmed {
+            facts.insert("trim".into(), json!({"at_cut": at_cut, "decided_by_position": decided_by_position}));
         }
         facts
     }
@@ -92,30 +105,39 @@ impl Summary {
     /// Logs the figures, a few lines.
     pub fn log(&self) {
         log::info!("{}: {} tensors, {} parameters, {}", self.out, self.tensors, self.parameters, self.dtype);
+        self.lines().iter().for_each(|line| log::info!("{line}"));
+    }
+
+    /// The figures beyond the numbers of tensors and parameters, for people.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
         if !self.copied.is_empty() {
-            log::info!("copied unchanged, not parameters: {}", self.copied.join(", "));
+            lines.push(format!("copied unchanged, not parameters: {}", self.copied.join(", ")));
         }
         if self.method == "cpi" {
             let percent = 100.0 * self.core as f64 / self.parameters.max(1) as f64;
-            log::info!(
-                "core: {} elements ({percent:.3} %), {} of them claimed twice or more",
-                self.core,
-                self.conflicts
-            );
+            let (core, conflicts) = (self.core, self.conflicts);
+            lines.push(format!("core: {core} elements ({percent:.3} %), {conflicts} of them claimed twice or more"));
+        }
+        if let Some([at_cut, by_position]) = self.trimmed {
+            lines.push(format!(
+                "trimmed: {at_cut} elements at the cut-offs, {by_position} kept for their position alone"
+            ));
         }
         if let Some([min, median, max]) = self.angle_range() {
-            log::info!("angles: min {min:.4}°, median {median:.4}°, max {max:.4}°");
+            lines.push(format!("angles: min {min:.4}°, median {median:.4}°, max {max:.4}°"));
         }
-        if self.method != "linear" {
+        if self.has_angles() {
             let [slerp, collinear, opposite, zero] = self.branches;
-            log::info!(
+            lines.push(format!(
                 "interpolations: {slerp} on the sphere; linear: {collinear} collinear, {opposite} opposite, {zero} zero"
-            );
-            if self.method == "cpi" && self.space == Space::Weights && slerp == 0 && collinear > 0 {
-                log::info!(
-                    "every angle is below ε, so SLERP was linear throughout; --space delta compares the updates"
+            ));
+            if self.space == Space::Weights && slerp == 0 && collinear > 0 {
+                lines.push(
+                    "every angle is below ε, so SLERP was linear throughout; --space delta compares the updates".into(),
                 );
             }
         }
+        lines
     }
 }

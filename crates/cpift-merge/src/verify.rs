@@ -1,15 +1,18 @@
 //! `verify`: is a checkpoint sound, finite, and what its cpift.json says it is?
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, Float};
+use cpift_core::checkpoint::{Digest, Float, PieceHasher};
 use cpift_core::provenance::{self, Provenance};
-use cpift_core::{BadInput, Checkpoint, TensorView, json};
+use cpift_core::{BadInput, Checkpoint, TensorSpec, TensorView, json, simd};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-/// The first bad element of a tensor and how many there are.
+use crate::engine::CHUNK;
+
+/// How many elements of a tensor are not finite, and the first of them.
 struct NotFinite {
     count: u64,
     first: usize,
@@ -22,9 +25,8 @@ struct NotFinite {
 pub fn verify(path: &Path) -> Result<Value> {
     let checkpoint = Checkpoint::open(path)?;
     let views: Vec<TensorView<'_>> = checkpoint.parameters().collect();
-    let scans: Vec<Option<NotFinite>> = views.par_iter().map(scan).collect();
+    let (scans, digest) = scan(&checkpoint, &views)?;
     let not_finite: u64 = scans.iter().flatten().map(|s| s.count).sum();
-    let digest = Digest::of_checkpoint(&checkpoint)?;
     let recorded = recorded(&checkpoint)?;
     let differs = recorded.as_ref().is_some_and(|r| *r != digest);
     let problem = match (not_finite, differs) {
@@ -64,15 +66,40 @@ fn recorded(checkpoint: &Checkpoint) -> Result<Option<Digest>> {
     Ok(record.output.map(|r| r.blake3))
 }
 
-fn scan(view: &TensorView<'_>) -> Option<NotFinite> {
-    const BLOCK: usize = 1 << 12;
-    let mut values = Vec::new();
+/// Reads the checkpoint once: what is not finite in each of `views`, and the digest of it all.
+fn scan(checkpoint: &Checkpoint, views: &[TensorView<'_>]) -> Result<(Vec<Option<NotFinite>>, Digest)> {
+    let specs: Vec<TensorSpec> = checkpoint.tensors().map(|view| view.spec()).collect();
+    let hasher = PieceHasher::new(&specs, CHUNK);
+    let places: BTreeMap<&str, usize> = specs.iter().enumerate().map(|(i, spec)| (spec.name.as_str(), i)).collect();
+    let scan = |view: &TensorView<'_>| -> Option<NotFinite> {
+        let (index, size) = (places[view.name], view.dtype.size());
+        let chunks = view.bytes.par_chunks(CHUNK * size).enumerate();
+        let found = chunks.filter_map(|(i, bytes)| {
+            hasher.add(index, i * CHUNK, bytes);
+            let found = simd::dispatch!(not_finite(view, bytes))?;
+            Some(NotFinite { first: i * CHUNK + found.first, ..found })
+        });
+        found.reduce_with(|a, b| NotFinite { count: a.count + b.count, first: a.first.min(b.first) })
+    };
+    let scans = views.par_iter().map(scan).collect();
+    hasher.add_missing(checkpoint);
+    Ok((scans, hasher.finish(checkpoint.folder())?))
+}
+
+/// What is not finite in `bytes` of a tensor; `first` is counted from their beginning.
+#[inline(always)]
+fn not_finite(view: &TensorView<'_>, bytes: &[u8]) -> Option<NotFinite> {
+    const BLOCK: usize = 1 << 10;
+    let size = view.dtype.size();
+    let mut values = [0f64; BLOCK];
     let mut bad: Option<NotFinite> = None;
-    for start in (0..view.numel()).step_by(BLOCK) {
-        values.resize(BLOCK.min(view.numel() - start), 0f64);
-        view.read(start, &mut values);
-        for (at, _) in values.iter().enumerate().filter(|(_, v)| !Float::is_finite(**v)) {
-            bad.get_or_insert(NotFinite { count: 0, first: start + at }).count += 1;
+    for (i, block) in bytes.chunks(BLOCK * size).enumerate() {
+        let values = &mut values[..block.len() / size];
+        f64::read(view.dtype, block, values);
+        if !values.iter().fold(true, |finite, v| finite & v.is_finite()) {
+            let mut at = (0..values.len()).filter(|j| !values[*j].is_finite());
+            let first = i * BLOCK + at.next().expect("one is not finite");
+            bad.get_or_insert(NotFinite { count: 0, first }).count += 1 + at.count() as u64;
         }
     }
     bad

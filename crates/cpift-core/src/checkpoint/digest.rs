@@ -51,7 +51,11 @@ impl Digest {
     }
 
     pub(super) fn of_hasher(hasher: &blake3::Hasher) -> Self {
-        Self(hasher.finalize().to_hex().to_string())
+        Self::of_hash(*hasher.finalize().as_bytes())
+    }
+
+    pub(super) fn of_hash(hash: [u8; 32]) -> Self {
+        Self(blake3::Hash::from(hash).to_hex().to_string())
     }
 }
 

@@ -4,6 +4,7 @@ mod config;
 mod digest;
 mod dtype;
 mod kinds;
+pub mod names;
 mod pieces;
 mod reader;
 mod sidecar;

@@ -83,6 +83,14 @@ impl PieceHasher {
         });
     }
 
+    /// The digest of the bytes of tensor `index` alone. A file seen as one U8 tensor has the digest of [`Digest::of_file`].
+    ///
+    /// # Panics
+    /// When a piece has not been added.
+    pub fn tensor(&self, index: usize) -> Digest {
+        Digest::of_hash(self.tensors[index].hash(self.chunk))
+    }
+
     /// The digest, side files of `folder` included.
     ///
     /// # Errors

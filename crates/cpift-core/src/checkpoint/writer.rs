@@ -50,6 +50,19 @@ impl CheckpointWriter {
         Ok(Self { files, home })
     }
 
+    /// How many files [`CheckpointWriter::create`] would make.
+    pub fn shards(specs: &[TensorSpec], shard_size: u64) -> usize {
+        split(specs, shard_size).len()
+    }
+
+    /// Makes what has been written so far durable; other threads may go on writing.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn sync(&self) -> Result<()> {
+        self.files.iter().try_for_each(FileWriter::sync)
+    }
+
     /// Writes `bytes` at byte `offset` of the tensor `name`.
     ///
     /// # Errors

@@ -123,6 +123,16 @@ impl StagedFile {
         Ok(Self { staging, file })
     }
 
+    /// As [`StagedFile::create`], with `text` in it.
+    ///
+    /// # Errors
+    /// As [`StagedFile::create`].
+    pub fn of_text(dest: &Path, text: &str, force: bool) -> Result<Self> {
+        let staged = Self::create(dest, force)?;
+        staged.file().write_all(text.as_bytes()).with_context(|| format!("writing {}", dest.display()))?;
+        Ok(staged)
+    }
+
     /// The file under construction.
     pub fn file(&self) -> &File {
         &self.file
@@ -176,9 +186,7 @@ impl StagedPath {
 /// # Errors
 /// As [`StagedFile::create`].
 pub fn write_text(dest: &Path, text: &str, force: bool) -> Result<()> {
-    let staged = StagedFile::create(dest, force)?;
-    staged.file().write_all(text.as_bytes()).with_context(|| format!("writing {}", dest.display()))?;
-    staged.commit()
+    StagedFile::of_text(dest, text, force)?.commit()
 }
 
 /// A folder that appears under its final name whole, or not at all.

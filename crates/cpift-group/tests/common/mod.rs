@@ -80,6 +80,11 @@ impl Setting {
         Self { dir, out, args }
     }
 
+    /// Runs without `--out`.
+    pub fn run_without_out(&self, more: &[&str]) -> Run {
+        run(BIN, self.args[2..].iter().map(String::as_str).chain(more.iter().copied()))
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }

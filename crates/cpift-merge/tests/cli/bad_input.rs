@@ -221,7 +221,7 @@ fn a_result_that_its_dtype_cannot_hold_is_refused() {
 #[test]
 fn arguments_out_of_range_are_usage_errors() {
     let world = sound();
-    for t in ["1.5", "-0.1", "nan"] {
+    for t in ["1.5", "-0.1", "0,0.5,2", "mlp=1.5"] {
         world.misused(&format!("{SLERP} --t {t}"), &["--t must lie between 0 and 1"]);
     }
     world.misused("slerp --model @a --out @out", &["exactly two --model, found 1"]);

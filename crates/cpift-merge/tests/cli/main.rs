@@ -1,8 +1,11 @@
 //! cpift-merge through the real binary: results against references, bad input, and what it links.
 
 mod bad_input;
+mod checks;
 mod cpi;
 mod golden;
+mod masks;
+mod methods;
 mod plain;
 mod property;
 mod verify;

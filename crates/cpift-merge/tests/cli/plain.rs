@@ -131,7 +131,7 @@ fn shards_in_and_out_change_nothing_about_the_tensors() {
     world.run("slerp --model @a-sharded --model @b-sharded --shard-size 300KB --out @sharded").ok();
     let shards = 5;
     let mut names: Vec<String> = (1..=shards).map(|i| format!("model-{i:05}-of-{shards:05}.safetensors")).collect();
-    names.extend(["model.safetensors.index.json", "config.json", "cpift.json"].map(String::from));
+    names.extend(["model.safetensors.index.json", "config.json", "cpift.json", "README.md"].map(String::from));
     expect_entries(&world.path("sharded"), &names.iter().map(String::as_str).collect::<Vec<_>>());
     let (single, sharded) = (world.read("single"), world.read("sharded"));
     assert!(single.len() == 6 && single.keys().eq(sharded.keys()));
@@ -148,6 +148,6 @@ fn an_existing_output_is_replaced_with_force_and_its_stale_files_go() {
     std::fs::write(world.path("out/model-00001-of-00009.safetensors"), "stale").unwrap();
     world.run("linear --model @a --model @b --out @out --force").ok();
     assert_eq!(world.read_w("out"), [2.0, 3.0]);
-    expect_entries(&world.path("out"), &["config.json", "cpift.json", "model.safetensors"]);
+    expect_entries(&world.path("out"), &["README.md", "config.json", "cpift.json", "model.safetensors"]);
     world.misused("linear --model @a --model @b --out @a --force", &["would replace the input"]);
 }

@@ -48,3 +48,14 @@ fn a_broken_record_is_named() {
     std::fs::write(world.path("out/cpift.json"), "{").unwrap();
     world.refused("verify @out", &["@out/cpift.json", "cannot be read as JSON"]);
 }
+
+#[test]
+fn bad_numbers_of_many_chunks_are_all_counted_and_the_first_is_named() {
+    let mut values = vec![1.0; 300_000];
+    for at in [299_999, 140_000, 140_001, 131_072] {
+        values[at] = f32::INFINITY;
+    }
+    let world = World::new();
+    world.checkpoint("a", &w(&values));
+    world.refused("verify @a", &["4 weights are not finite", "tensor: w", "element 131072 of this tensor"]);
+}

@@ -2,6 +2,8 @@
 
 use std::f64::consts::PI;
 
+use cpift_core::checkpoint::Float;
+
 /// cos ε of the default ε: below this angle two tensors count as collinear.
 pub const COLLINEAR_COSINE: f64 = 0.9995;
 
@@ -55,17 +57,32 @@ impl Gram {
     /// Of whole vectors of one length.
     pub fn of(vectors: &[Vec<f64>]) -> Self {
         let mut gram = Self::zero(vectors.len());
-        gram.accumulate(vectors);
+        gram.accumulate(vectors, None);
         gram
     }
 
-    /// Adds the inner products of a piece of the vectors.
-    pub fn accumulate(&mut self, pieces: &[Vec<f64>]) {
+    /// Adds the inner products of a piece of the vectors, or of their differences from `base`.
+    #[inline(always)]
+    pub fn accumulate<T: Float>(&mut self, pieces: &[Vec<T>], base: Option<&[T]>) {
+        if let [only] = pieces {
+            self.entries[0] +=
+                products(only, only, |x, b| x - b, base.unwrap_or(&vec![T::from_f64(0.0); only.len()]))[0];
+        }
         for i in 0..self.k {
-            for j in 0..=i {
-                let sum = self.get(i, j) + dot(&pieces[i], &pieces[j]);
-                self.entries[i * self.k + j] = sum;
-                self.entries[j * self.k + i] = sum;
+            for j in 0..i {
+                // Three products in one reading of two vectors, of which the two squares count once.
+                let [xx, xy, yy] = match base {
+                    None => products(&pieces[i], &pieces[j], |x, _| x, &pieces[i]),
+                    Some(base) => products(&pieces[i], &pieces[j], |x, b| x - b, base),
+                };
+                self.entries[i * self.k + j] += xy;
+                self.entries[j * self.k + i] += xy;
+                if j == 0 {
+                    self.entries[i * self.k + i] += xx;
+                }
+                if (i, j) == (1, 0) {
+                    self.entries[0] += yy;
+                }
             }
         }
     }
@@ -114,18 +131,29 @@ impl Gram {
     }
 }
 
-/// Inner product with eight running sums, whose order never depends on the machine or the number of threads.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    let (a8, a_rest) = a.as_chunks::<8>();
-    let (b8, b_rest) = b.as_chunks::<8>();
-    let mut lanes = [0.0; 8];
-    for (x, y) in a8.iter().zip(b8) {
-        for lane in 0..8 {
-            lanes[lane] += x[lane] * y[lane];
+/// Running sums of an inner product: their number and order never depend on the machine or the number of threads.
+const LANES: usize = 16;
+
+/// x·x, x·y and y·y, with every element first changed by the one of `base` in its place.
+#[inline(always)]
+fn products<T: Float>(x: &[T], y: &[T], about: impl Fn(f64, f64) -> f64, base: &[T]) -> [f64; 3] {
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let (base, base_rest) = base.as_chunks::<LANES>();
+    let mut lanes = [[0.0; LANES]; 3];
+    for ((x, y), base) in x.iter().zip(y).zip(base) {
+        for lane in 0..LANES {
+            let (x, y) = (about(x[lane].to_f64(), base[lane].to_f64()), about(y[lane].to_f64(), base[lane].to_f64()));
+            lanes[0][lane] += x * x;
+            lanes[1][lane] += x * y;
+            lanes[2][lane] += y * y;
         }
     }
-    let rest: f64 = a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum();
-    lanes.iter().sum::<f64>() + rest
+    let mut sums = lanes.map(|l| l.iter().sum::<f64>());
+    for ((x, y), base) in x_rest.iter().zip(y_rest).zip(base_rest) {
+        let (x, y) = (about(x.to_f64(), base.to_f64()), about(y.to_f64(), base.to_f64()));
+        sums = [sums[0] + x * x, sums[1] + x * y, sums[2] + y * y];
+    }
+    sums
 }
 
 /// A linear combination of vectors and how it was arrived at.

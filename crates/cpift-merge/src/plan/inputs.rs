@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, check_same_parameters, read_config};
+use cpift_core::checkpoint::{Digest, TensorKind, check_same_parameters, read_config, tied};
 use cpift_core::error::usage;
+use cpift_core::provenance::Provenance;
 use cpift_core::{BadInput, Checkpoint, Dtype};
 use serde_json::Value;
 
@@ -36,16 +37,32 @@ impl Source {
         Ok(Self { role: role.into(), checkpoint, config, digest: OnceLock::new() })
     }
 
-    /// Its content digest; the first call may read all of it.
+    /// Its content digest, where it is recorded in a cpift.json that still holds or has been computed.
+    pub fn known_digest(&self) -> Option<&Digest> {
+        if self.digest.get().is_none()
+            && let Some(record) = Provenance::recorded_digest(self.path())
+            && record.holds_for(self.path())
+        {
+            self.tell_digest(record.blake3);
+        }
+        self.digest.get()
+    }
+
+    /// Its content digest; where it is not known, all of it is read.
     ///
     /// # Errors
     /// I/O errors on the side files.
     pub fn digest(&self) -> Result<&Digest> {
-        if let Some(known) = self.digest.get() {
+        if let Some(known) = self.known_digest() {
             return Ok(known);
         }
-        let digest = self.checkpoint.digest()?;
+        let digest = Digest::of_checkpoint(&self.checkpoint)?;
         Ok(self.digest.get_or_init(|| digest))
+    }
+
+    /// Takes over a digest computed while the checkpoint was read.
+    pub fn tell_digest(&self, digest: Digest) {
+        let _ = self.digest.set(digest);
     }
 
     /// The folder as it was given.
@@ -58,38 +75,53 @@ impl Source {
     }
 }
 
-/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying, parameters and shapes.
+/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying, vocabulary, parameters and shapes.
 ///
 /// # Errors
 /// [`BadInput`] that names the first difference.
 pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
-    let tying = "tie_word_embeddings";
-    for key in ["architectures", "model_type", tying] {
-        let (expected, found) = (setting(&first.config, key), setting(&other.config, key));
+    let differs = |key: &str, expected: &Value, found: &Value, hint: &str| {
+        BadInput::new(other.config_path(), format!("{key} differs from {}", first.config_path().display()))
+            .expected(expected.to_string())
+            .found(found.to_string())
+            .hint(hint)
+    };
+    for key in ["architectures", "model_type"] {
+        let (expected, found) = (&first.config[key], &other.config[key]);
         if expected != found {
-            let message = format!("{key} differs from {}", first.config_path().display());
-            let hint = if key == tying {
-                "one model has an output embedding of its own and the other has not: save both alike"
-            } else {
-                "only checkpoints of one architecture can be merged"
-            };
-            return Err(BadInput::new(other.config_path(), message)
-                .expected(expected.to_string())
-                .found(found.to_string())
-                .hint(hint)
-                .into());
+            return Err(differs(key, expected, found, "only checkpoints of one architecture can be merged").into());
         }
     }
+    let (expected, found) = (tied(&first.config), tied(&other.config));
+    if expected != found {
+        let hint = "one model has an output embedding of its own and the other has not: save both alike";
+        return Err(differs("tie_word_embeddings", &expected.into(), &found.into(), hint).into());
+    }
+    check_vocabulary(first, other)?;
     check_same_parameters(&first.checkpoint, &other.checkpoint)
 }
 
-/// A setting of config.json, with transformers' default where it is not written.
-fn setting(config: &Value, key: &str) -> Value {
-    match config.get(key) {
-        Some(Value::Null) | None if key == "tie_word_embeddings" => Value::Bool(false),
-        Some(value) => value.clone(),
-        None => Value::Null,
+/// Refuses embeddings of another number of tokens, the usual difference between fine-tunes of one base.
+fn check_vocabulary(first: &Source, other: &Source) -> Result<()> {
+    for view in first.checkpoint.parameters().filter(|view| TensorKind::Embeddings.matches(view.name)) {
+        let Some(found) = other.checkpoint.get(view.name) else { continue };
+        if let ([tokens, width @ ..], [other_tokens, other_width @ ..]) = (view.shape, found.shape)
+            && tokens != other_tokens
+            && width == other_width
+        {
+            let (small, large) = (tokens.min(other_tokens), tokens.max(other_tokens));
+            return Err(BadInput::new(found.file, format!("the vocabulary differs from {}", first.path().display()))
+                .tensor(view.name)
+                .expected(format!("{tokens} tokens"))
+                .found(format!("{other_tokens} tokens"))
+                .hint(format!(
+                    "bring both to one tokenizer first: resize_token_embeddings({small}) of transformers drops what \
+                     was added, resize_token_embeddings({large}) makes room"
+                ))
+                .into());
+        }
     }
+    Ok(())
 }
 
 /// The dtype that all parameters of all `sources` have.

@@ -28,6 +28,11 @@ impl<'a> Claims<'a> {
         Self { bits }
     }
 
+    /// Whether there are no tasks.
+    pub fn is_empty(&self) -> bool {
+        self.bits.is_empty()
+    }
+
     /// Numbers of elements in `start..start + len` that are core to at least one task, and to at least two.
     ///
     /// `start` is a multiple of 8.

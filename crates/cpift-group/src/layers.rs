@@ -1,0 +1,160 @@
+//! The similarity of core regions layer by layer: groups.layers.json and its heat map.
+
+use std::collections::BTreeMap;
+
+use cpift_core::checkpoint::Digest;
+use cpift_core::checkpoint::names::OUTSIDE;
+use cpift_core::groups::Groups;
+use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width, shortened};
+use serde::{Deserialize, Serialize};
+
+use crate::overlap::{Counts, Overlap};
+
+/// The form of the file.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// The content of groups.layers.json.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layers {
+    /// Form of the file.
+    pub format_version: u32,
+    /// Task names; rows and columns of the matrices.
+    pub tasks: Vec<String>,
+    /// Kinds of tensors left out of the comparison.
+    pub excluded: Vec<String>,
+    /// Layers by number, then what lies outside them.
+    pub layers: Vec<Layer>,
+    /// Digest of the base all masks were made for.
+    pub base: Digest,
+    /// Digest of each task's mask file.
+    pub masks: BTreeMap<String, Digest>,
+}
+
+/// The core regions inside one layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// The layer's number, or `outside`; the prefix of its tensors where the model has several stacks of layers.
+    pub name: String,
+    /// Elements of the compared tensors.
+    pub elements: u64,
+    /// Elements that two regions share; the size of a region on the diagonal. [tasks × tasks]
+    pub shared: Vec<Vec<u64>>,
+    /// Jaccard similarity, [tasks × tasks]; 0 where both regions have nothing here.
+    pub jaccard: Vec<Vec<f64>>,
+    /// The similarity two independent random regions of the same sizes would have, [tasks × tasks].
+    pub chance: Vec<Vec<f64>>,
+}
+
+impl Layers {
+    /// The layers of `overlap`, whose groups are `groups`.
+    pub fn new(overlap: &Overlap, groups: &Groups) -> Self {
+        let layer = |(name, counts): &(String, Counts)| Layer {
+            name: name.clone(),
+            elements: counts.elements,
+            shared: counts.shared.clone(),
+            jaccard: counts.matrix(Counts::jaccard),
+            chance: counts.matrix(Counts::chance),
+        };
+        Self {
+            format_version: FORMAT_VERSION,
+            tasks: groups.tasks.clone(),
+            excluded: groups.excluded.clone(),
+            layers: overlap.layers.iter().map(layer).collect(),
+            base: groups.base.clone(),
+            masks: groups.masks.clone(),
+        }
+    }
+}
+
+/// Width of a layer's column and of the column for all layers.
+const WIDTH: usize = 22;
+const ALL_WIDTH: usize = 62;
+/// Height of a cell, of the strip for chance below it, and of a row.
+const HEIGHT: usize = 22;
+const STRIP: usize = 6;
+const ROW: usize = 34;
+
+/// A column of the picture: a layer, or all of them.
+struct Column<'a> {
+    label: &'a str,
+    jaccard: &'a [Vec<f64>],
+    chance: &'a [Vec<f64>],
+    x: usize,
+    width: usize,
+    /// `None` for all layers: their column has its values written out.
+    layer: Option<&'a Layer>,
+}
+
+/// Pairs of tasks by layers, and over all layers (from `groups`) in a column of its own.
+pub fn svg(layers: &Layers, groups: &Groups) -> String {
+    let tasks = &layers.tasks;
+    let pairs: Vec<(usize, usize)> = (0..tasks.len()).flat_map(|b| (0..b).map(move |a| (a, b))).collect();
+    let pair = |(a, b): &(usize, usize)| [*a, *b].map(|task| shortened(&tasks[task], 20)).join(" · ");
+    let names: Vec<String> = pairs.iter().map(pair).collect();
+    let left = 24 + label_width(names.iter().map(String::as_str));
+    let columns = columns(layers, groups, left);
+    let top = 48 + label_height(columns.iter().map(|c| c.label), WIDTH);
+    let value = |c: &Column<'_>, &(a, b): &(usize, usize)| c.jaccard[a][b].max(c.chance[a][b]);
+    let largest = columns.iter().flat_map(|c| pairs.iter().map(|p| value(c, p))).fold(0.0, f64::max);
+    let title = format!("Jaccard similarity of core regions by layer: {}", tasks.join(", "));
+    let mut picture = Picture::new("Jaccard similarity of core regions by layer", &title);
+    for column in &columns {
+        picture.column_label((column.x + column.width / 2, top - 8), column.width, column.label);
+    }
+    for (row, (&(a, b), name)) in pairs.iter().zip(&names).enumerate() {
+        let (y, whole) = (top + row * ROW, format!("{} and {}", tasks[a], tasks[b]));
+        picture.row_label((left - 8, y + 16), name);
+        columns.iter().for_each(|column| cell(&mut picture, Scale::Sequential(largest), column, (a, b), (&whole, y)));
+    }
+    if largest > 0.0 {
+        let marks = [0.0, largest / 2.0, largest].map(|value| (value, format!("{value:.4}")));
+        let y = picture.bottom() + 20;
+        picture.legend((left, y), Scale::Sequential(largest), &marks);
+    }
+    let note = match pairs.len() {
+        0 => "one task: nothing to compare",
+        _ => {
+            "The strip below a cell has the colour of what chance gives regions of these sizes; grey: both are empty there."
+        }
+    };
+    picture.notes(&[note.to_owned()]);
+    picture.finish()
+}
+
+fn columns<'a>(layers: &'a Layers, groups: &'a Groups, left: usize) -> Vec<Column<'a>> {
+    let column = |(i, layer): (usize, &'a Layer)| Column {
+        label: &layer.name,
+        jaccard: &layer.jaccard,
+        chance: &layer.chance,
+        x: left + i * WIDTH,
+        width: WIDTH,
+        layer: Some(layer),
+    };
+    let mut columns: Vec<Column<'a>> = layers.layers.iter().enumerate().map(column).collect();
+    columns.push(Column {
+        label: "all",
+        jaccard: &groups.jaccard,
+        chance: &groups.chance,
+        x: left + columns.len() * WIDTH + 12,
+        width: ALL_WIDTH,
+        layer: None,
+    });
+    columns
+}
+
+fn cell(picture: &mut Picture, scale: Scale, column: &Column<'_>, (a, b): (usize, usize), (names, y): (&str, usize)) {
+    let (s, chance) = (column.jaccard[a][b], column.chance[a][b]);
+    let place = column.layer.map_or("all layers".to_owned(), |layer| match layer.name.as_str() {
+        OUTSIDE => "outside the layers".to_owned(),
+        name => format!("layer {name}"),
+    });
+    let title = format!("{names}, {place}: {s:.6}, chance {chance:.6}");
+    let text = if column.layer.is_none() { format!("{s:.4}") } else { String::new() };
+    let empty = column.layer.is_some_and(|l| l.shared[a][a] + l.shared[b][b] == 0);
+    let color = |value| if empty { GREY } else { scale.color(value) };
+    let (x, width) = (column.x, column.width - 1);
+    picture.cell(&Cell { place: (x, y, width, HEIGHT), color: color(s), text: &text, title: &title });
+    picture.cell(&Cell { place: (x, y + HEIGHT + 1, width, STRIP), color: color(chance), text: "", title: &title });
+}

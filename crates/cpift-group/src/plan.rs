@@ -1,0 +1,194 @@
+//! What was typed, checked: masks that fit each other opened, order inputs read, outputs free to be written.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use cpift_core::checkpoint::{Digest, TensorKind};
+use cpift_core::error::usage;
+use cpift_core::files::check_output;
+use cpift_core::provenance::Recorder;
+use cpift_core::{BadInput, Mask, cli};
+
+use crate::args::{Args, Method, Tau};
+use crate::dependency::{help, read_edges, read_probes};
+use crate::order::read_losses;
+
+/// A grouping to make, its masks opened and its order inputs read.
+pub struct Plan {
+    pub tasks: Vec<String>,
+    pub masks: Vec<Mask>,
+    pub excluded: Vec<TensorKind>,
+    pub tau: Tau,
+    pub method: Method,
+    pub seed: u64,
+    pub input: OrderInput,
+    /// `None` where nothing is to be written.
+    pub outputs: Option<Outputs>,
+    pub sweep: bool,
+}
+
+/// What the order needs beside the masks.
+pub enum OrderInput {
+    Nothing,
+    /// The base's loss on every task.
+    Losses(Vec<f64>),
+    /// The file, and its edges as task indices.
+    Edges(PathBuf, Vec<(usize, usize)>),
+    /// help(i → j), [tasks × tasks].
+    Help(Vec<Vec<f64>>),
+}
+
+/// The files to write.
+pub struct Outputs {
+    pub groups: PathBuf,
+    pub svg: PathBuf,
+    pub layers: PathBuf,
+    pub layers_svg: PathBuf,
+    pub force: bool,
+}
+
+impl Plan {
+    /// # Errors
+    /// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or unrelated masks, order inputs
+    /// that do not fit the tasks, or an output that exists.
+    pub fn new(args: &Args, recorder: &mut Recorder) -> Result<Self> {
+        cli::require_unique(&args.masks, "--mask")?;
+        check_flags(args)?;
+        let outputs = args.out.as_ref().map(|out| Outputs::new(out, args)).transpose()?;
+        let masks: Vec<Mask> = args.masks.iter().map(|m| Mask::open(&m.path)).collect::<Result<_>>()?;
+        masks[1..].iter().try_for_each(|mask| check_same_layout(&masks[0], mask))?;
+        let tasks: Vec<String> = args.masks.iter().map(|m| m.name.clone()).collect();
+        let input = read_order_input(args, &tasks, &masks[0].header.base, recorder)?;
+        if args.order == Method::Random {
+            recorder.seed(args.seed);
+        }
+        Ok(Self {
+            excluded: excluded_kinds(&masks[0], &args.exclude)?,
+            tasks,
+            masks,
+            tau: args.tau,
+            method: args.order,
+            seed: args.seed,
+            input,
+            outputs,
+            sweep: args.sweep,
+        })
+    }
+}
+
+impl Outputs {
+    fn new(out: &Path, args: &Args) -> Result<Self> {
+        let or = |given: &Option<PathBuf>, extension| given.clone().unwrap_or_else(|| out.with_extension(extension));
+        let outputs = Self {
+            groups: out.to_owned(),
+            svg: or(&args.svg, "svg"),
+            layers: or(&args.layers, "layers.json"),
+            layers_svg: or(&args.layers_svg, "layers.svg"),
+            force: args.common.force,
+        };
+        let named = outputs.named();
+        for (i, (flag, path)) in named.iter().enumerate() {
+            if let Some((other, _)) = named[..i].iter().find(|(_, earlier)| earlier == path) {
+                return Err(usage(format!("{other} and {flag} name the same file")));
+            }
+            check_output(path, outputs.force)?;
+        }
+        Ok(outputs)
+    }
+
+    fn named(&self) -> [(&'static str, &Path); 4] {
+        [("--out", &self.groups), ("--svg", &self.svg), ("--layers", &self.layers), ("--layers-svg", &self.layers_svg)]
+    }
+}
+
+/// Refuses order inputs that the chosen order lacks or would ignore.
+fn check_flags(args: &Args) -> Result<()> {
+    let (edges, probes) = (args.edges.is_some(), args.probe_scores.is_some());
+    let order = args.order.name();
+    let lacks = match args.order {
+        Method::Difficulty if args.scores.is_none() => Some("--scores with the base's scores.json"),
+        Method::Dependency if !edges && !probes => Some("--edges, or --probe-scores with --scores"),
+        _ => None,
+    };
+    if let Some(what) = lacks {
+        return Err(usage(format!("--order {order} needs {what}")));
+    }
+    let uses_scores = args.order == Method::Difficulty || (args.order == Method::Dependency && probes);
+    let given = [("--scores", args.scores.is_some()), ("--edges", edges), ("--probe-scores", probes)];
+    let used = [uses_scores, args.order == Method::Dependency, args.order == Method::Dependency];
+    match given.iter().zip(used).find(|((_, given), used)| *given && !used) {
+        Some(((flag, _), _)) => Err(usage(format!("{flag} has no part in --order {order}"))),
+        None => Ok(()),
+    }
+}
+
+fn check_same_layout(first: &Mask, other: &Mask) -> Result<()> {
+    let (a, b) = (&first.header, &other.header);
+    let differs = |what: &str| BadInput::new(other.path(), format!("{what} than {}", first.path().display()));
+    if a.base != b.base {
+        return Err(differs("a mask made for another base")
+            .expected(format!("base digest {}", a.base))
+            .found(format!("base digest {}", b.base))
+            .hint("extract all masks from the same base checkpoint")
+            .into());
+    }
+    if a.numel != b.numel {
+        let name = a.numel.keys().chain(b.numel.keys()).find(|n| a.numel.get(*n) != b.numel.get(*n));
+        let size = |n: Option<&u64>| n.map_or("no such tensor".to_owned(), |n| format!("{n} elements"));
+        let name = name.cloned().unwrap_or_default();
+        let (expected, found) = (size(a.numel.get(&name)), size(b.numel.get(&name)));
+        return Err(differs("a mask of another layout").tensor(name).expected(expected).found(found).into());
+    }
+    if a.excluded != b.excluded {
+        return Err(differs("a mask with other tensors left out of D")
+            .expected(format!("excluded: {:?}", a.excluded))
+            .found(format!("excluded: {:?}", b.excluded))
+            .hint("extract all masks with the same --exclude")
+            .into());
+    }
+    if (a.scope, a.percent) != (b.scope, b.percent) {
+        log::warn!(
+            "{} and {} were extracted with different --scope or --percent: their similarity compares unlike regions",
+            first.path().display(),
+            other.path().display()
+        );
+    }
+    Ok(())
+}
+
+/// What the masks left out of D already, and what is left out now.
+fn excluded_kinds(mask: &Mask, more: &[TensorKind]) -> Result<Vec<TensorKind>> {
+    let mut kinds = more.to_vec();
+    for text in &mask.header.excluded {
+        kinds.push(text.parse().map_err(|e| BadInput::new(mask.path(), format!("excluded kinds: {e}")))?);
+    }
+    kinds.sort_unstable();
+    kinds.dedup();
+    Ok(kinds)
+}
+
+fn read_order_input(args: &Args, tasks: &[String], base: &Digest, recorder: &mut Recorder) -> Result<OrderInput> {
+    let base_losses = |path: &Path, recorder: &mut Recorder| {
+        let (losses, digest) = read_losses(path, tasks, Some(base))?;
+        recorder.input("scores", path, digest);
+        anyhow::Ok(losses)
+    };
+    match (&args.edges, &args.probe_scores, &args.scores) {
+        (Some(path), _, _) => {
+            let edges = read_edges(path, tasks)?;
+            recorder.input("edges", path, Digest::of_file(path)?);
+            Ok(OrderInput::Edges(path.clone(), edges))
+        }
+        (None, Some(folder), Some(scores)) => {
+            let losses = base_losses(scores, recorder)?;
+            let mut rows = Vec::new();
+            for (task, (file, row, digest)) in tasks.iter().zip(read_probes(folder, tasks)?) {
+                recorder.input(format!("probe-scores:{task}"), &file, digest);
+                rows.push(row);
+            }
+            Ok(OrderInput::Help(help(&losses, &rows)))
+        }
+        (None, _, Some(scores)) => Ok(OrderInput::Losses(base_losses(scores, recorder)?)),
+        (None, _, None) => Ok(OrderInput::Nothing),
+    }
+}

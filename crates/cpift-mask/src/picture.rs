@@ -1,0 +1,172 @@
+//! The picture of `stats`: the density of a core region for every layer and role.
+
+use cpift_core::checkpoint::names::OUTSIDE;
+use cpift_core::mask::MaskHeader;
+use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
+
+use crate::stats::{Row, Stats};
+
+const WIDTH: usize = 54;
+const HEIGHT: usize = 20;
+/// What sets the sums apart from the roles and layers they are sums of.
+const GAP: usize = 10;
+
+/// Layers × roles, with sums at the right and at the bottom. Colours are the logarithm of density over the share chosen of D: red
+/// where the task changed more than its share, blue where less.
+pub fn svg(stats: &Stats) -> String {
+    let MaskHeader { d, selected, .. } = stats.mask;
+    let even = if d == 0 { 0.0 } else { selected as f64 / d as f64 };
+    let densities: Vec<f64> = stats.matrix.density.iter().flatten().copied().flatten().collect();
+    let colors = Colors::new(even, &densities);
+    let title = format!("Density of the core region by layer and role: {}", facts(&stats.mask));
+    let mut picture = Picture::new("Density of the core region by layer and role, in %", &title);
+    picture.notes(&[facts(&stats.mask)]);
+    let rows: Vec<&str> = stats.matrix.layers.iter().map(String::as_str).chain(["all"]).collect();
+    let columns: Vec<&str> = stats.matrix.roles.iter().copied().chain(["all"]).collect();
+    let left = 24 + label_width(rows.iter().copied());
+    let top = picture.bottom() + 16 + label_height(columns.iter().copied(), WIDTH);
+    let x = |column: usize| left + column * WIDTH + if column + 1 == columns.len() { GAP } else { 0 };
+    let y = |row: usize| top + row * HEIGHT + if row + 1 == rows.len() { GAP } else { 0 };
+    columns.iter().enumerate().for_each(|(i, name)| picture.column_label((x(i) + WIDTH / 2, top - 6), WIDTH, name));
+    for (i, layer) in rows.iter().enumerate() {
+        picture.row_label((left - 8, y(i) + 14), layer);
+        for (j, role) in columns.iter().enumerate() {
+            if let Some(sums) = sums(stats, i, j) {
+                let title = format!("{}, {role}: {}", place(layer), sums.title());
+                colors.cell(&mut picture, (x(j), y(i)), &sums, &title);
+            }
+        }
+    }
+    if !densities.is_empty() {
+        let at = (left, picture.bottom() + 18);
+        picture.legend(at, colors.scale, &colors.marks());
+        picture.notes(&[format!("white: {} of D, as everywhere if the region were spread evenly", percent(even))]);
+    }
+    picture.finish()
+}
+
+fn facts(mask: &MaskHeader) -> String {
+    let (scope, metric) = (format!("{:?}", mask.scope).to_lowercase(), format!("{:?}", mask.metric).to_lowercase());
+    let excluded = match mask.excluded.is_empty() {
+        true => String::new(),
+        false => format!(", without {}", mask.excluded.join(" and ")),
+    };
+    format!("p = {} % of D = {}{excluded}: {} elements by {metric}, {scope} scope", mask.percent, mask.d, mask.selected)
+}
+
+fn place(layer: &str) -> String {
+    match layer {
+        "all" => "all layers".to_owned(),
+        OUTSIDE => "outside the layers".to_owned(),
+        layer => format!("layer {layer}"),
+    }
+}
+
+/// What a cell shows.
+struct Sums {
+    elements: u64,
+    selected: u64,
+    /// None where all is left out of D.
+    density: Option<f64>,
+}
+
+impl Sums {
+    fn title(&self) -> String {
+        let share = self.density.map_or("left out of D".to_owned(), percent);
+        format!("{} of {}, {share}", self.selected, self.elements)
+    }
+}
+
+/// The sums of a cell of the matrix, of a row at its right or a column at its bottom; none where the model has nothing.
+fn sums(stats: &Stats, row: usize, column: usize) -> Option<Sums> {
+    let matrix = &stats.matrix;
+    let of = |r: &Row, ranked: bool| Sums {
+        elements: r.elements,
+        selected: r.selected,
+        density: ranked.then_some(r.density),
+    };
+    let sums = match (stats.layers.get(row), stats.roles.get(column)) {
+        (Some(_), Some(_)) => Sums {
+            elements: matrix.elements[row][column],
+            selected: matrix.selected[row][column],
+            density: matrix.density[row][column],
+        },
+        (Some(layer), None) => of(layer, matrix.density[row].iter().any(Option::is_some)),
+        (None, Some(role)) => of(role, matrix.density.iter().any(|cells| cells[column].is_some())),
+        (None, None) => Sums {
+            elements: stats.layers.iter().map(|l| l.elements).sum(),
+            selected: stats.mask.selected,
+            density: (stats.mask.d > 0).then(|| stats.mask.selected as f64 / stats.mask.d as f64),
+        },
+    };
+    (sums.elements > 0).then_some(sums)
+}
+
+/// Densities as colours, by the logarithm of density over an even spread.
+struct Colors {
+    even: f64,
+    scale: Scale,
+    /// The ends of the scale: 2 to this power times an even spread.
+    reach: i32,
+}
+
+impl Colors {
+    /// A scale that holds most of `densities`, up to 16 times an even spread.
+    fn new(even: f64, densities: &[f64]) -> Self {
+        let powers = densities.iter().map(|d| (d / even).log2().abs()).filter(|power| power.is_finite());
+        let reach = powers.fold(1.0, f64::max).ceil().min(4.0) as i32;
+        Self { even, scale: Scale::Diverging(f64::from(reach)), reach }
+    }
+
+    fn cell(&self, picture: &mut Picture, (x, y): (usize, usize), sums: &Sums, title: &str) {
+        let color =
+            |density: f64| self.scale.color(if density > 0.0 { (density / self.even).log2() } else { f64::MIN });
+        let text = sums.density.map_or("–".to_owned(), |density| percent(density).replace(" %", ""));
+        picture.cell(&Cell {
+            place: (x, y, WIDTH - 1, HEIGHT - 1),
+            color: sums.density.map_or(GREY, color),
+            text: &text,
+            title,
+        });
+    }
+
+    fn marks(&self) -> Vec<(f64, String)> {
+        let step = if self.reach == 4 { 2 } else { self.reach.max(1) };
+        let step = if self.reach == 2 { 1 } else { step };
+        let marks = (-self.reach..=self.reach).step_by(step as usize);
+        marks.map(|power| (f64::from(power), percent(self.even * 2f64.powi(power)))).collect()
+    }
+}
+
+/// A share in percent, to three digits.
+fn percent(share: f64) -> String {
+    let value = 100.0 * share;
+    match value {
+        0.0 => "0 %".to_owned(),
+        v if v < 0.0005 => "<0.001 %".to_owned(),
+        v if v < 0.9995 => format!("{v:.3} %"),
+        v if v < 9.995 => format!("{v:.2} %"),
+        v if v < 99.95 => format!("{v:.1} %"),
+        v => format!("{v:.0} %"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_shown_to_three_digits() {
+        let shown = [0.0, 1e-9, 0.0001234, 0.012_345, 0.5, 1.0].map(percent);
+        assert_eq!(shown, ["0 %", "<0.001 %", "0.012 %", "1.23 %", "50.0 %", "100 %"]);
+    }
+
+    #[test]
+    fn the_scale_reaches_as_far_as_the_densities() {
+        assert_eq!(Colors::new(0.01, &[0.01, 0.012]).reach, 1);
+        assert_eq!(Colors::new(0.01, &[0.0, 0.001]).reach, 4);
+        assert_eq!(Colors::new(0.01, &[0.05]).reach, 3);
+        let marks = |reach: f64| Colors::new(0.01, &[0.01 * reach.exp2()]).marks().len();
+        assert_eq!([1.0, 2.0, 3.0, 4.0].map(marks), [3, 5, 3, 5]);
+    }
+}

@@ -1,0 +1,164 @@
+//! The output's README.md: what was merged and how, with the hub's YAML front matter and what it takes to do it again.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::path::Path;
+
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+use cpift_core::Dtype;
+
+use crate::cli::{CpiArgs, Space};
+use crate::recipe::{self, quoted};
+use crate::request::{Method, Request};
+
+/// The card of a merge by one of the plain methods, whose output is of `dtype`.
+pub fn of_request(request: &Request, dtype: Dtype) -> String {
+    let method = request.method;
+    let models: Vec<&Path> = request.models.iter().map(|model| model.path.as_path()).collect();
+    let mut text = front_matter(request.base.as_deref().into_iter().chain(models));
+    let _ = writeln!(text, "# Merge by {}\n\n{}\n", title(method), sentence(request));
+    text += "| model | weight |";
+    text += if method.has_density() { " density |\n| --- | --- | --- |\n" } else { "\n| --- | --- |\n" };
+    for (i, model) in request.models.iter().enumerate() {
+        let weight = match (method, i) {
+            (Method::Slerp, 0) => "t = 0".to_owned(),
+            (Method::Slerp, _) => format!("t = 1, at {}", request.t),
+            _ => model.weight.to_string(),
+        };
+        let _ = write!(text, "| {} | {} |", cell(&model.path.to_string_lossy()), cell(&weight));
+        if method.has_density() {
+            let _ = write!(text, " {} |", cell(&model.density.to_string()));
+        }
+        text += "\n";
+    }
+    if let Some(base) = &request.base {
+        let _ = writeln!(text, "\nBase: {}", inline(&base.to_string_lossy()));
+    }
+    text + "\n" + &again("`cpift-merge recipe` makes it again from", "yaml", &recipe::write(request, dtype))
+}
+
+/// The card of a merge by `cpi`.
+pub fn of_cpi(args: &CpiArgs, dtype: Dtype) -> String {
+    let tasks = args.tasks.iter().map(|task| task.path.as_path());
+    let mut text = front_matter([args.base.as_path()].into_iter().chain(args.backbone.as_deref()).chain(tasks));
+    text += "# Merge by core parameter isolation\n\n";
+    text += "Each task's core region comes from that task bit for bit; all other weights are the spherical interpolation of \
+             backbone and tasks (CPI-FT, arXiv:2508.21741).\n\n| task | model |\n| --- | --- |\n";
+    for task in &args.tasks {
+        let _ = writeln!(text, "| {} | {} |", cell(&task.name), cell(&task.path.to_string_lossy()));
+    }
+    let _ = writeln!(text, "\nBase: {}\n", inline(&args.base.to_string_lossy()));
+    text + &again("Made by", "sh", &command(args, dtype))
+}
+
+/// The keys the hub reads: its own list of models, library and tags.
+fn front_matter<'a>(models: impl Iterator<Item = &'a Path>) -> String {
+    let mut seen = BTreeSet::new();
+    let mut text = "---\nbase_model:\n".to_owned();
+    for model in models.filter(|model| seen.insert(*model)) {
+        let _ = writeln!(text, "  - {}", quoted(model));
+    }
+    text + "library_name: transformers\ntags:\n  - merge\n  - cpift\n---\n\n"
+}
+
+fn title(method: Method) -> &'static str {
+    match method {
+        Method::Linear => "weighted mean",
+        Method::Slerp => "spherical interpolation",
+        Method::SphericalMean => "spherical mean",
+        Method::TaskArithmetic => "task arithmetic",
+        Method::Ties => "TIES",
+        Method::DareLinear => "DARE",
+        Method::DareTies => "DARE with TIES",
+    }
+}
+
+/// What the method does, and the paper it is from.
+fn sentence(request: &Request) -> String {
+    let text = match request.method {
+        Method::Linear if request.normalize => {
+            "Every weight is the weighted mean of the models' (model soups, arXiv:2203.05482)."
+        }
+        Method::Linear => "Every weight is the weighted sum of the models'.",
+        Method::Slerp => "Tensor by tensor, the models are interpolated on the great circle between them (SLERP).",
+        Method::SphericalMean => {
+            "Tensor by tensor, the result points to the mean of the models' directions on the sphere and has the mean of \
+             their norms (Karcher mean)."
+        }
+        Method::TaskArithmetic => {
+            "The models' weighted differences from the base are added to it (task arithmetic, arXiv:2212.04089)."
+        }
+        Method::Ties => {
+            "Of each model's difference from the base the largest elements are kept, and of those the ones of the elected \
+             sign are merged (TIES, arXiv:2306.01708)."
+        }
+        Method::DareLinear => {
+            "Of each model's difference from the base elements are dropped at random, and the rest are scaled up and added \
+             (DARE, arXiv:2311.03099)."
+        }
+        Method::DareTies => {
+            "Of each model's difference from the base elements are dropped at random, and of the rest the ones of the \
+             elected sign are merged (DARE, arXiv:2311.03099, with TIES, arXiv:2306.01708)."
+        }
+    };
+    let about = match (request.method, request.space) {
+        (Method::Slerp | Method::SphericalMean, Space::Delta) => " Angles are between differences from the base.",
+        _ => "",
+    };
+    format!("{text}{about}")
+}
+
+/// The `cpi` command that was typed, with every choice spelled out.
+fn command(args: &CpiArgs, dtype: Dtype) -> String {
+    let path = |path: &Path| shell(&path.to_string_lossy());
+    let mut text = format!("cpift-merge cpi --base {} --groups {}", path(&args.base), path(&args.groups));
+    for (flag, list) in [("task", &args.tasks), ("mask", &args.masks)] {
+        for entry in list {
+            let named = format!("{}={}", entry.name, entry.path.display());
+            let _ = write!(text, " \\\n    --{flag} {}", shell(&named));
+        }
+    }
+    text += " \\\n   ";
+    if let Some(backbone) = &args.backbone {
+        let _ = write!(text, " --backbone {}", path(backbone));
+    }
+    let name = |value: Option<PossibleValue>| value.map(|v| v.get_name().to_owned()).unwrap_or_default();
+    let _ = write!(text, " --conflict {}", name(args.conflict.to_possible_value()));
+    let _ = match args.omega {
+        Some(omega) => write!(text, " --omega {omega}"),
+        None => write!(text, " --weights {}", name(args.weights.to_possible_value())),
+    };
+    let _ = write!(text, " --space {}", args.space.name());
+    if let Some(epsilon) = args.epsilon {
+        let _ = write!(text, " --epsilon {epsilon}");
+    }
+    let _ = writeln!(text, " --dtype {} --out OUT", dtype.name().to_lowercase());
+    text
+}
+
+/// A fenced block, whose fence is longer than any in it.
+fn again(how: &str, language: &str, body: &str) -> String {
+    let longest = body.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    let fence = "`".repeat(longest.max(2) + 1);
+    format!("{how}\n\n{fence}{language}\n{body}{fence}\n")
+}
+
+/// Text in a cell of a table.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace(['\n', '\r'], " ")
+}
+
+/// Text on a line of its own.
+fn inline(text: &str) -> String {
+    text.replace(['\n', '\r'], " ")
+}
+
+/// A word for the shell.
+fn shell(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./=+:,@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}

@@ -1,0 +1,115 @@
+//! Where the result goes, in which form, and whether there is room for it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use cpift_core::checkpoint::with_torch_dtype;
+use cpift_core::{BadInput, Dtype};
+use serde_json::Value;
+
+use super::inputs::{Source, common_dtype};
+use crate::cli::OutputArgs;
+
+/// Where the result goes and in which form.
+pub struct Destination {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Replace it where it exists.
+    pub force: bool,
+    /// Dtype of all parameters.
+    pub dtype: Dtype,
+    /// Largest shard in bytes.
+    pub shard_size: u64,
+    /// Its config.json.
+    pub config: Value,
+    /// The folder whose tokenizer and other side files it gets.
+    pub side_files: PathBuf,
+}
+
+/// Resolves the output's flags: the dtype is that of `dtype_of` unless given, the configuration that of `backbone`, the side
+/// files are those of `side_files` unless `--copy-from` names another folder.
+///
+/// # Errors
+/// [`BadInput`] where the dtypes differ, or a tokenizer would be left behind.
+pub fn resolve(
+    args: &OutputArgs,
+    force: bool,
+    dtype_of: &[&Source],
+    backbone: &Source,
+    side_files: &Source,
+    inputs: &[&Source],
+) -> Result<Destination> {
+    let dtype = match args.dtype {
+        Some(dtype) => dtype,
+        None => common_dtype(dtype_of.iter().copied())?,
+    };
+    let side_files = args.copy_from.clone().unwrap_or_else(|| side_files.path().to_owned());
+    check_side_files(&side_files, inputs)?;
+    Ok(Destination {
+        dir: args.out.clone(),
+        force,
+        dtype,
+        shard_size: args.shard_size,
+        config: with_torch_dtype(backbone.config.clone(), dtype),
+        side_files,
+    })
+}
+
+/// The files one of which every tokenizer has.
+const TOKENIZERS: [&str; 5] = ["tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json"];
+
+fn has_tokenizer(folder: &Path) -> bool {
+    TOKENIZERS.iter().any(|name| folder.join(name).is_file())
+}
+
+fn check_side_files(folder: &Path, inputs: &[&Source]) -> Result<()> {
+    if !folder.is_dir() {
+        return Err(BadInput::new(folder, "no such folder").expected("the folder of a tokenizer").into());
+    }
+    if has_tokenizer(folder) {
+        return Ok(());
+    }
+    match inputs.iter().find(|source| has_tokenizer(source.path())) {
+        Some(other) => Err(BadInput::new(folder, "the output would have no tokenizer")
+            .expected(TOKENIZERS.join(", ").replace(", tekken", " or tekken"))
+            .found(format!("none of them here, but one in {}", other.path().display()))
+            .hint(format!(
+                "--copy-from {} copies tokenizer, chat template and generation config",
+                other.path().display()
+            ))
+            .into()),
+        None => {
+            log::warn!("none of the inputs has a tokenizer, so the output has none; --copy-from DIR names one");
+            Ok(())
+        }
+    }
+}
+
+/// Refuses an output of `needed` bytes at `dir` where only `available` are free.
+///
+/// # Errors
+/// [`anyhow::Error`] naming both.
+pub fn check_space(dir: &Path, needed: u64, available: u64) -> Result<()> {
+    // config.json, tokenizer and record are small beside the weights.
+    const SIDE_FILES: u64 = 32 << 20;
+    let needed = needed + SIDE_FILES.min(needed);
+    if needed <= available {
+        return Ok(());
+    }
+    anyhow::bail!(
+        "{}: not enough room for the output\n  needed: {needed} bytes\n  available: {available} bytes",
+        dir.display()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_room_is_told_with_both_numbers() {
+        assert!(check_space(Path::new("out"), 1000, 2000).is_ok());
+        let error = check_space(Path::new("out"), 1000, 1999).unwrap_err().to_string();
+        assert!(error.contains("needed: 2000 bytes") && error.contains("available: 1999 bytes"), "{error}");
+    }
+}
