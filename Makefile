@@ -47,7 +47,7 @@ check-disk-full: build-files ## Masks and merges onto a full disk: a small tmpfs
 	@BIN=$(BIN) scripts/check-disk-full.sh
 
 # Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs.
-TARGET ?= header index mask groups
+TARGET ?= header index mask groups recipe
 SECONDS_EACH ?= 600
 
 fuzz: ## Fuzz the readers of files (TARGET=header, SECONDS_EACH=600; needs cargo install cargo-fuzz)

@@ -10,6 +10,6 @@ export RUSTC_BOOTSTRAP=1
 python3 tests/fuzz/seeds.py
 for target in "$@"; do
     echo "== $target, $seconds s"
-    cargo fuzz run --fuzz-dir tests/fuzz "$target" -- -dict=tests/fuzz/json.dict -max_total_time="$seconds" \
+    cargo fuzz run --fuzz-dir tests/fuzz "$target" -- -dict=tests/fuzz/words.dict -max_total_time="$seconds" \
         -max_len=4096 -rss_limit_mb=1024 -timeout=20
 done

@@ -88,7 +88,49 @@ def groups():
     put("groups", "random", json.dumps(dict(value, tau_mode="auto", order={"method": "random", "seed": 7})).encode())
 
 
+def recipes():
+    pair = "models: [{model: a}, {model: b}]\n"
+    put("recipe", "linear", f"merge_method: linear\nparameters: {{weight: 1}}\n{pair}dtype: bfloat16\n".encode())
+    put("recipe", "slices", b"""slices:
+  - sources:
+      - {model: a, layer_range: [0, 4]}
+      - {model: b, layer_range: [0, 4]}
+merge_method: slerp
+base_model: a
+parameters:
+  t:
+    - {filter: self_attn, value: [0, 0.5, 1]}
+    - value: 0.5 # all others
+dtype: float16
+tokenizer_source: base
+""")
+    put("recipe", "ties", b"""models:
+  - model: base
+  - model: "org/math"
+    parameters: &p {density: [1, 0.7, 0.1], weight: 1.0}
+  - model: code
+    parameters: *p
+merge_method: ties
+base_model: base
+parameters: {normalize: true, lambda: 0.5, int8_mask: yes}
+out_dtype: float32
+tokenizer: {source: code}
+""")
+    put("recipe", "dare", f"""merge_method: dare_ties
+base_model: base
+{pair}parameters: {{density: 0.5, weight: 0.3, rescale: false}}
+cpift: {{seed: 7, protect: m.safetensors}}
+""".encode())
+    put("recipe", "karcher", b"""merge_method: karcher
+models:
+  - {model: a, cpift: {mask: a.mask, weight: 2}}
+  - {model: b}
+cpift: {space: delta, base: z, epsilon: 0.1}
+""")
+
+
 headers()
 folders()
 masks()
 groups()
+recipes()

@@ -34,13 +34,18 @@ pub fn folder() -> &'static Path {
 
 /// Runs `reader`; an allocation that brings it above its share of `input` bytes ends the process, which is a finding.
 pub fn bounded<R>(input: usize, reader: impl FnOnce() -> R) -> R {
+    bounded_by(CONSTANT + PER_BYTE * input, reader)
+}
+
+/// As [`bounded`], with `bytes` to have.
+pub fn bounded_by<R>(bytes: usize, reader: impl FnOnce() -> R) -> R {
     // What starts once and stays, such as the thread pool, is no reader's.
     static START: std::sync::Once = std::sync::Once::new();
     START.call_once(|| {
         let path = write("first", &[0; 1 << 20]);
         cpift_core::checkpoint::Digest::of_file(&path).expect("a file has a digest");
     });
-    ALLOCATOR.set_limit(ALLOCATOR.allocated() + CONSTANT + PER_BYTE * input).expect("the limit is above what is held");
+    ALLOCATOR.set_limit(ALLOCATOR.allocated() + bytes).expect("the limit is above what is held");
     let result = reader();
     ALLOCATOR.set_limit(usize::MAX).expect("no limit");
     result

@@ -1,0 +1,27 @@
+//! A recipe in mergekit's YAML. What is read can be written as a recipe, and reads back as the same request.
+#![no_main]
+
+use std::path::Path;
+
+use cpift_core::Dtype;
+use cpift_merge::Request;
+use cpift_merge::recipe::{parse, write};
+use libfuzzer_sys::fuzz_target;
+
+/// What the reader's bounds on nodes and on repeated aliases come to, at most.
+const BOUND: usize = 32 << 20;
+
+fuzz_target!(|data: &[u8]| {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let path = Path::new("recipe.yml");
+    cpift_fuzz::bounded_by(BOUND, || {
+        let request = match parse(text, path) {
+            Ok(request) => request,
+            Err(error) => return assert!(format!("{error:#}").starts_with("recipe.yml: ")),
+        };
+        let dtype = request.dtype.unwrap_or(Dtype::BF16);
+        let again = write(&request, dtype);
+        let read = parse(&again, path).unwrap_or_else(|e| panic!("{e:#}\n{again}"));
+        assert_eq!(read, Request { dtype: Some(dtype), ..request }, "\n{again}");
+    });
+});
