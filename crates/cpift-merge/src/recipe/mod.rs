@@ -132,8 +132,11 @@ fn yaml(text: &str, path: &Path) -> Result<Value> {
         strict_booleans: true,
         with_snippet: false,
     };
-    serde_saphyr::from_str_with_options(text, options)
-        .map_err(|e| BadInput::new(path, format!("is not YAML that can be read: {e}")).into())
+    serde_saphyr::from_str_with_options(text, options).map_err(|e| {
+        // The reader's advice to its programmer.
+        let problem = e.to_string().replace(", set DuplicateKeyPolicy in Options if acceptable", "");
+        BadInput::new(path, format!("is not YAML that can be read: {problem}")).into()
+    })
 }
 
 fn unsupported_key(key: &str) -> Option<String> {
