@@ -150,7 +150,9 @@ fn karcher_is_the_mean_on_the_sphere_at_any_angle() {
         |more: &str| format!("merge_method: karcher\nmodels: [{{model: a}}, {{model: b}}, {{model: c}}]\n{more}");
     let request = parsed(&recipe("parameters: {max_iter: 10, tol: 1e-5}"));
     assert_eq!((request.method, request.epsilon, request.models.len()), (Method::SphericalMean, 0.0, 3));
-    refused(&recipe("parameters: {max_iter: 3}"), &["parameters.max_iter", "leave the key out"]);
+    parsed(&recipe("parameters: {max_iter: 100, tol: 0}"));
+    refused(&recipe("parameters: {max_iter: 3}"), &["parameters.max_iter: is out of range", "10 to 1000000000"]);
+    refused(&recipe("parameters: {tol: 0.1}"), &["parameters.tol: is out of range", "0 to 0.00001"]);
 }
 
 #[test]
