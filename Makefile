@@ -1,7 +1,7 @@
 # Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-files test check demo smollm2 smollm2-check pipeline install clean-probes clean
+.PHONY: help setup build build-files test check bench-files check-disk-full fuzz demo smollm2 smollm2-check pipeline install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -29,6 +29,29 @@ test: setup ## Format, lints and all tests
 check: setup ## Format and lints only
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+
+# `make bench-files`: PYTHON= with numpy makes the checkpoints; MERGEKIT=path/to/mergekit-yaml (0.1.5) and PEER_PYTHON= (with
+# torch and safetensors) are optional, their rows say so where they are not given.
+PYTHON ?= python3
+PEER_PYTHON ?= $(PYTHON)
+MERGEKIT ?=
+SIZE ?= 1.1b
+WORK ?= .cache/bench
+ROUNDS ?= 5
+
+bench-files: build-files ## The file stages against cat, cp and their peers (SIZE=1.1b|7b, PYTHON=, MERGEKIT=, WORK=)
+	@$(PYTHON) scripts/bench/files.py --size $(SIZE) --work "$(WORK)" --bin $(BIN) --rounds $(ROUNDS) \
+		--mergekit "$(MERGEKIT)" --peer-python "$(PEER_PYTHON)" --results scripts/bench/results/files-$(SIZE).md
+
+check-disk-full: build-files ## Masks and merges onto a full disk: a small tmpfs (as root, or where user namespaces are allowed)
+	@BIN=$(BIN) scripts/check-disk-full.sh
+
+# Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs.
+TARGET ?= header index mask groups
+SECONDS_EACH ?= 600
+
+fuzz: ## Fuzz the readers of files (TARGET=header, SECONDS_EACH=600; needs cargo install cargo-fuzz)
+	@scripts/fuzz.sh $(SECONDS_EACH) $(TARGET)
 
 demo: build ## The whole pipeline on a tiny model and five synthetic tasks: matrix, groups, table
 	@BIN=$(BIN) scripts/demo.sh

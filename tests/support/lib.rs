@@ -1,5 +1,7 @@
 //! What tests of several crates need: running a binary, and small checkpoints to run it on.
 
+pub mod ends;
+pub mod layout;
 pub mod masks;
 pub mod model;
 

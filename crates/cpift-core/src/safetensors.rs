@@ -1,9 +1,9 @@
 //! Safetensors files: a header that is checked once, after which views cannot fail; and a deterministic writer.
 //!
-//! The header's grammar and bounds are checked by the `safetensors` crate; what this module adds is errors that name
-//! the file and the numbers, and a writer whose bytes depend on nothing but the content.
+//! That tensors follow one another and fit their shapes is checked by the `safetensors` crate; what this module adds is errors that
+//! name the file and the numbers, and a writer whose bytes depend on nothing but the content.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use memmap2::Mmap;
-use safetensors::SafeTensors;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Dtype;
@@ -51,9 +52,7 @@ impl MappedFile {
     /// holes or run past the end of the file.
     pub fn open(path: &Path) -> Result<Self> {
         let map = files::map(path)?;
-        check_lengths(path, &map)?;
-        let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| explain(path, &map, &e))?;
-        let data_start = header_len + 8;
+        let (data_start, header) = read_header(path, &map)?;
         let mut entries = BTreeMap::new();
         for (name, info) in header.tensors() {
             let dtype = Dtype::from_safetensors(info.dtype).ok_or_else(|| {
@@ -80,7 +79,37 @@ impl MappedFile {
     }
 }
 
-fn check_lengths(path: &Path, map: &[u8]) -> Result<()> {
+/// The header as JSON has it.
+#[derive(Deserialize)]
+struct Header {
+    #[serde(rename = "__metadata__")]
+    metadata: Option<HashMap<String, String>>,
+    #[serde(flatten)]
+    tensors: HashMap<String, TensorInfo>,
+}
+
+/// Where the data begins, and the header, whose tensors fill the data exactly.
+fn read_header(path: &Path, map: &[u8]) -> Result<(usize, Metadata)> {
+    let data_start = check_lengths(path, map)?;
+    let Header { metadata, tensors } = serde_json::from_slice(&map[8..data_start])
+        .map_err(|e| BadInput::new(path, format!("not a valid safetensors header: {e}")))?;
+    let mut tensors: Vec<(String, TensorInfo)> = tensors.into_iter().collect();
+    tensors.sort_by(|(a, x), (b, y)| x.data_offsets.cmp(&y.data_offsets).then_with(|| a.cmp(b)));
+    let header = Metadata::new(metadata, tensors).map_err(|e| explain(path, &e))?;
+    // Wider than the offsets, which may lie anywhere in 64 bits.
+    let described = header.data_len() as u128 + data_start as u128;
+    if described != map.len() as u128 {
+        let message = "the tensors do not fill the file exactly: it is truncated or has extra bytes";
+        return Err(BadInput::new(path, message)
+            .expected(format!("{described} bytes"))
+            .found(format!("{} bytes", map.len()))
+            .hint("fetch or copy the file again")
+            .into());
+    }
+    Ok((data_start, header))
+}
+
+fn check_lengths(path: &Path, map: &[u8]) -> Result<usize> {
     let Some(first) = map.first_chunk::<8>() else {
         return Err(BadInput::new(path, "too short to be a safetensors file")
             .expected("at least 8 bytes")
@@ -88,18 +117,18 @@ fn check_lengths(path: &Path, map: &[u8]) -> Result<()> {
             .hint("the file may be truncated: fetch or copy it again")
             .into());
     };
-    let header = u64::from_le_bytes(*first);
-    if header > MAX_HEADER || header + 8 > map.len() as u64 {
+    let (header, room) = (u64::from_le_bytes(*first), map.len() as u64 - 8);
+    if header > MAX_HEADER.min(room) {
         return Err(BadInput::new(path, "the header's length is past the end of the file")
-            .expected(format!("at most {} bytes", (map.len() as u64 - 8).min(MAX_HEADER)))
+            .expected(format!("at most {} bytes", room.min(MAX_HEADER)))
             .found(format!("{header} bytes"))
             .hint("the file is truncated or is not a safetensors file")
             .into());
     }
-    Ok(())
+    Ok(8 + header as usize)
 }
 
-fn explain(path: &Path, map: &[u8], error: &safetensors::SafeTensorError) -> BadInput {
+fn explain(path: &Path, error: &safetensors::SafeTensorError) -> BadInput {
     use safetensors::SafeTensorError as E;
     match error {
         E::InvalidOffset(name) => {
@@ -108,25 +137,9 @@ fn explain(path: &Path, map: &[u8], error: &safetensors::SafeTensorError) -> Bad
                 .expected("tensors that follow one another without gaps")
                 .hint("the file is damaged: fetch or write it again")
         }
-        E::MetadataIncompleteBuffer => {
-            BadInput::new(path, "the tensors do not fill the file exactly: it is truncated or has extra bytes")
-                .expected(
-                    described_length(map).map_or("the length the header describes".into(), |n| format!("{n} bytes")),
-                )
-                .found(format!("{} bytes", map.len()))
-                .hint("fetch or copy the file again")
-        }
         E::TensorInvalidInfo => BadInput::new(path, "a tensor's offsets do not fit its dtype and shape"),
         other => BadInput::new(path, format!("not a valid safetensors header: {other}")),
     }
-}
-
-/// The file length that the header's largest offset asks for, when the header can be read at all.
-fn described_length(map: &[u8]) -> Option<u64> {
-    let len = u64::from_le_bytes(*map.first_chunk::<8>()?) as usize;
-    let header: BTreeMap<String, Value> = serde_json::from_slice(map.get(8..8 + len)?).ok()?;
-    let ends = header.values().filter_map(|v| v.get("data_offsets")?.get(1)?.as_u64());
-    Some(ends.max()? + 8 + len as u64)
 }
 
 /// What a tensor to be written is.
@@ -275,5 +288,22 @@ mod tests {
         assert_eq!(file.entries["a"].shape, [2, 1]);
         assert_eq!(file.bytes(&file.entries["a"])[..4], 1.5f32.to_le_bytes());
         assert_eq!(file.entries["a"].range.start % 8, 0);
+    }
+
+    #[test]
+    fn offsets_near_the_end_of_64_bits_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        // Nine tensors, each as large as fits the format's arithmetic: the last ends at 2⁶⁴ − 1.
+        let mut ends: Vec<u64> = (0..=8u64).map(|i| i * ((1 << 61) - 1)).collect();
+        ends.push(u64::MAX);
+        let tensor = |(i, pair): (usize, &[u64])| {
+            (format!("t{i}"), json!({"dtype": "U8", "shape": [pair[1] - pair[0]], "data_offsets": pair}))
+        };
+        let header: Map<String, Value> = ends.windows(2).enumerate().map(tensor).collect();
+        let text = Value::Object(header).to_string();
+        std::fs::write(&path, [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()).unwrap();
+        let error = MappedFile::open(&path).map(drop).unwrap_err().to_string();
+        assert!(error.contains("do not fill the file exactly"), "{error}");
     }
 }

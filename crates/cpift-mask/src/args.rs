@@ -55,6 +55,9 @@ pub struct ExtractArgs {
     /// Kinds of tensors to leave out of D: embeddings, norms
     #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
     pub exclude: Vec<TensorKind>,
+    /// Also write the density of every layer and role: JSON here, a picture beside it with the extension .svg
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
 }
 
 /// Arguments of `stats`.

@@ -1,17 +1,17 @@
 //! `extract`: from a base and a tuned checkpoint to the mask file of the core region.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
 use cpift_core::checkpoint::{Digest, Excluded, PieceHasher, TensorKind, check_same_parameters};
 use cpift_core::error::usage;
-use cpift_core::files::{StagedPath, check_output};
+use cpift_core::files::{StagedFile, StagedPath, check_output};
 use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_core::provenance::Recorder;
 use cpift_core::select::{Cut, Score, find_cut};
-use cpift_core::{BadInput, Checkpoint, Dtype, progress};
+use cpift_core::{BadInput, Checkpoint, Dtype, Mask, progress};
 use serde::Serialize;
 
 use crate::args::ExtractArgs;
@@ -20,6 +20,7 @@ use crate::emit::emit;
 use crate::parts::{CHUNK, Part, Parts, cut};
 use crate::percent::Percent;
 use crate::scores::{Arithmetic, PartScores};
+use crate::stats;
 use crate::sweep::{LIMIT, Pass, sweep};
 
 /// Ties of which no real count is longer in decimal digits.
@@ -34,6 +35,8 @@ struct Plan {
     metric: Metric,
     excluded: Vec<TensorKind>,
     out: PathBuf,
+    /// JSON and picture of the density.
+    stats: Option<[PathBuf; 2]>,
     force: bool,
 }
 
@@ -89,7 +92,13 @@ pub fn extract(args: &ExtractArgs, force: bool) -> Result<Summary> {
 
 impl Plan {
     fn new(args: &ExtractArgs, force: bool) -> Result<Self> {
-        check_output(&args.out, force)?;
+        let stats = args.stats.as_ref().map(|json| [json.clone(), json.with_extension("svg")]);
+        for path in stats.iter().flatten().chain([&args.out]) {
+            check_output(path, force)?;
+        }
+        if stats.as_ref().is_some_and(|[json, svg]| json == svg || [json, svg].contains(&&args.out)) {
+            return Err(usage("--stats names its own picture, or a file that --out names"));
+        }
         let (base, tuned) = (Checkpoint::open(&args.base)?, Checkpoint::open(&args.tuned)?);
         check_same_parameters(&base, &tuned)?;
         let mut excluded = args.exclude.clone();
@@ -103,6 +112,7 @@ impl Plan {
             metric: args.score,
             excluded,
             out: args.out.clone(),
+            stats,
             force,
         })
     }
@@ -135,7 +145,9 @@ impl Plan {
             log::warn!("{} and {} are the same checkpoint", self.base.path().display(), self.tuned.path().display());
         }
         writer.finish(&header)?;
+        let more = self.stage_stats(&staged.path())?;
         staged.commit()?;
+        more.into_iter().try_for_each(StagedFile::commit)?;
         bar.finish_and_clear();
         self.record(recorder, &header)?;
         summary.log(clock.elapsed().as_secs_f64());
@@ -175,6 +187,11 @@ impl Plan {
             tuned,
             numel: self.base.parameters().map(|v| (v.name.to_owned(), v.numel() as u64)).collect(),
         }
+    }
+
+    fn stage_stats(&self, mask: &Path) -> Result<Vec<StagedFile>> {
+        let Some([json, svg]) = &self.stats else { return Ok(Vec::new()) };
+        stats::stage(&stats::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
     }
 
     fn record(&self, mut recorder: Recorder, header: &MaskHeader) -> Result<()> {

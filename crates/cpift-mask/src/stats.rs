@@ -102,18 +102,10 @@ pub(crate) fn run(args: &StatsArgs, common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// Writes the statistics of `mask` as JSON and as a picture, both or neither.
+/// JSON and picture, complete but not under their names yet, so that all outputs of a run can appear together.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] when an output exists without `force`; I/O errors.
-pub fn write(mask: &Mask, json: &Path, svg: &Path, force: bool) -> Result<()> {
-    stage(&stats(mask), Some(json), Some(svg), force)?.into_iter().try_for_each(StagedFile::commit)
-}
-
-/// The outputs, complete but not under their names yet: for a caller with more to write.
-///
-/// # Errors
-/// As [`write()`].
 pub fn stage(stats: &Stats, json: Option<&Path>, svg: Option<&Path>, force: bool) -> Result<Vec<StagedFile>> {
     let texts = [(json, json::to_text(stats)?), (svg, picture::svg(stats))];
     texts.iter().filter_map(|(path, text)| Some(StagedFile::of_text((*path)?, text, force))).collect()

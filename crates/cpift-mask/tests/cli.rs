@@ -298,3 +298,23 @@ fn no_libtorch_is_linked() {
     assert!(listed.contains("libc.so"), "{listed}");
     assert!(!listed.contains("torch") && !listed.contains("libc10"), "{listed}");
 }
+
+#[test]
+fn extract_writes_the_statistics_that_stats_would() {
+    let s = Setting::new();
+    let tuned = s.tuned(|t| drop(t.insert(NORM.into(), Tensor::f32(&[20], &[9.0; 20]))));
+    let stats = s.out.join("density.json");
+    s.extract(&s.path("base"), &tuned, &["--percent", "10", "--stats", stats.to_str().unwrap()]).ok();
+    expect_entries(&s.out, &["density.json", "density.svg", "m.safetensors", "m.safetensors.cpift.json"]);
+    let again = [s.path("again.json"), s.path("again.svg")].map(|p| p.to_str().unwrap().to_owned());
+    let mask = s.out.join("m.safetensors");
+    run(BIN, ["stats", mask.to_str().unwrap(), "--out", &again[0], "--svg", &again[1]]).ok();
+    assert_eq!(fs::read_to_string(&stats).unwrap(), fs::read_to_string(&again[0]).unwrap());
+    assert_eq!(fs::read_to_string(stats.with_extension("svg")).unwrap(), fs::read_to_string(&again[1]).unwrap());
+    // An output that exists is refused before anything is read or written, and so is one name for two outputs.
+    fs::remove_file(&mask).unwrap();
+    s.extract(&s.path("base"), &tuned, &["--stats", stats.to_str().unwrap()]).bad_input(&["density.json", "--force"]);
+    assert!(!mask.exists());
+    let run = s.extract(&s.path("base"), &tuned, &["--stats", s.out.join("x.svg").to_str().unwrap()]);
+    run.usage_error(&["--stats"]);
+}
