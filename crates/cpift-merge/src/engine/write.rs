@@ -66,25 +66,29 @@ impl Output {
     /// Runs `work` while a thread beside it keeps the disk busy with what is written.
     ///
     /// # Errors
-    /// Those of `work`.
+    /// Those of `work`, and of the disk.
     pub fn flushed<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            let flusher = scope.spawn(|| {
+            let flusher = scope.spawn(|| -> Result<()> {
                 while !done.load(Ordering::Acquire) {
                     if self.fresh.load(Ordering::Relaxed) >= FLUSH {
                         self.fresh.store(0, Ordering::Relaxed);
-                        // An error comes up again when the output is committed.
-                        let _ = self.writer.sync();
+                        self.writer.sync()?;
                     } else {
-                        thread::park_timeout(Duration::from_millis(20));
+                        thread::sleep(Duration::from_millis(10));
                     }
                 }
+                Ok(())
             });
-            let result = work();
-            done.store(true, Ordering::Release);
-            flusher.thread().unpark();
-            result
+            let result = {
+                // Dropped by a panic as well, so that the thread above always ends.
+                let _ending = Ending(&done);
+                work()
+            };
+            // The system tells of a failed write once: what this thread was told would not come up again at the end.
+            let flushed = flusher.join().expect("the thread does not panic");
+            result.and_then(|value| flushed.map(|()| value))
         })
     }
 
@@ -94,6 +98,15 @@ impl Output {
     /// I/O errors on the side files.
     pub fn finish(self, folder: &Path) -> Result<Digest> {
         self.hasher.finish(Some(folder))
+    }
+}
+
+/// Says that work is done when it is dropped.
+struct Ending<'a>(&'a AtomicBool);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 

@@ -26,7 +26,7 @@ use crate::request::{Method, ModelRequest, Request};
 use crate::setting::Setting;
 use inputs::{Inputs, ONE_SLICE, folder, inputs};
 use node::{Fields, Node};
-use settings::{Scope, flag, of_all, setting, written};
+use settings::{Scope, flag, of_all, setting};
 
 /// Longest recipe that is read, in bytes.
 const LONGEST: u64 = 1 << 20;
@@ -132,8 +132,11 @@ fn yaml(text: &str, path: &Path) -> Result<Value> {
         strict_booleans: true,
         with_snippet: false,
     };
-    serde_saphyr::from_str_with_options(text, options)
-        .map_err(|e| BadInput::new(path, format!("is not YAML that can be read: {e}")).into())
+    serde_saphyr::from_str_with_options(text, options).map_err(|e| {
+        // The reader's advice to its programmer.
+        let problem = e.to_string().replace(", set DuplicateKeyPolicy in Options if acceptable", "");
+        BadInput::new(path, format!("is not YAML that can be read: {problem}")).into()
+    })
 }
 
 fn unsupported_key(key: &str) -> Option<String> {
@@ -218,14 +221,9 @@ fn shared_parameters(request: &mut Request, scopes: &[&Scope<'_>]) -> Result<()>
     if request.method == Method::SphericalMean {
         // The mean on the sphere is taken at any angle, as mergekit does.
         request.epsilon = epsilon(request.method);
-        for (key, default) in [("max_iter", 10.0), ("tol", 1e-5)] {
-            for node in written(scopes, key) {
-                if node.number()? != default {
-                    let hint = "the mean is always taken to the last digit: leave the key out";
-                    return Err(node.error("is not supported").found(node.shown()).hint(hint).into());
-                }
-            }
-        }
+        // The mean is always taken to the last digit: mergekit may be asked for more than it does unasked, not for less.
+        setting(scopes, "max_iter", 10.0..=1e9)?;
+        setting(scopes, "tol", 0.0..=1e-5)?;
     }
     Ok(())
 }

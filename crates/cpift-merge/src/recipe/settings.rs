@@ -69,7 +69,7 @@ pub(super) fn flag(scopes: &[&Scope<'_>], key: &str) -> Result<Option<bool>> {
 }
 
 /// The values of `key` in the scopes that have one.
-pub(super) fn written<'a>(scopes: &[&Scope<'a>], key: &str) -> impl Iterator<Item = Node<'a>> {
+fn written<'a>(scopes: &[&Scope<'a>], key: &str) -> impl Iterator<Item = Node<'a>> {
     scopes.iter().filter_map(move |scope| scope.as_ref()?.get(key))
 }
 

@@ -67,6 +67,14 @@ fn what_is_protected_takes_no_part_in_trims() {
 }
 
 #[test]
+fn what_is_protected_is_not_counted_among_equals_at_the_cut_off() {
+    let world = world(&[("base", &[0.0; 4]), ("a", &[2.0, 2.0, 2.0, 1.0])]);
+    mask(&world, "kept", "base", &[0]);
+    world.run("ties --base @base --model @a --density 0.34 --protect @kept --out @out").ok();
+    assert_eq!(world.read_w("out"), [0.0, 2.0, 0.0, 0.0], "the first of the two that are free");
+}
+
+#[test]
 fn protected_elements_of_many_chunks_equal_the_backbone_in_every_bit_after_the_cast() {
     let n = 300_001;
     let random = |seed: u64| -> Tensors { w(&Numbers(seed).units(n)) };
