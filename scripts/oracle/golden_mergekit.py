@@ -13,7 +13,7 @@ import torch
 from check_mergekit import at_the_cut
 from mergekit_cases import RECIPES, load, make_models, recipe, run_mergekit, save_file
 
-SIZES = (8, 12, 17, 2)
+SIZES = (8, 12, 17, 3)
 OUT = Path(__file__).resolve().parents[2] / "fixtures/golden/merge"
 
 
