@@ -159,8 +159,8 @@ class Bench:
     def make_inputs(self):
         need = 2 * 2 * checkpoints.parameters(self.args.size)
         made = all((folder / "complete").exists() for folder in (self.base, self.tuned))
-        # The inputs, and up to three copies of a merged model.
-        need = need * 3 // 2 if made else need * 5 // 2
+        # The merged model and a copy of it take as much again as the inputs.
+        need = need if made else 2 * need
         self.work.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.work).free
         if free < need:
