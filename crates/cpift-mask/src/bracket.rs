@@ -1,4 +1,5 @@
-//! Two scores between which the threshold of a part almost surely lies, told from a sample.
+//! A guess at the threshold of a part, told from a sample: two scores between which it almost surely lies, or, where very many
+//! scores are equal, the one it is.
 
 use cpift_core::dispatch;
 use cpift_core::mask::Metric;
@@ -19,35 +20,45 @@ const SHARE: usize = 1024;
 /// alike, so a sample of runs tells less than its size says: this leaves room for a few times that error.
 const SPAN: f64 = 12.0;
 
-/// A part of at most this many elements is all candidates: no sample is worth taking.
+/// A part of at most this many elements is all candidates, where they may be kept: no sample is worth taking.
 const SMALL: u64 = 64 * 1024;
 
-/// Scores above `high` are chosen, scores below `low` are not; those between, both ends included, are candidates.
+/// What is thought of the threshold before the part is read.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Bracket<T> {
-    /// The lowest score of a candidate.
-    pub low: T,
-    /// The highest.
-    pub high: T,
+pub enum Guess<T> {
+    /// Scores above `high` are chosen, scores below `low` are not; those between, both ends included, are candidates.
+    Bracket {
+        /// The lowest score of a candidate.
+        low: T,
+        /// The highest.
+        high: T,
+    },
+    /// The threshold is `score`, and about this share of the elements equal to it are chosen.
+    Tied {
+        /// The threshold.
+        score: T,
+        /// Between 0 and 1.
+        share: f64,
+    },
 }
 
-impl<T: Score> Bracket<T> {
+impl<T: Score> Guess<T> {
     /// Chooses nothing and keeps nothing.
     pub fn nothing() -> Self {
-        Self { low: T::from_f64(f64::NAN), high: T::from_f64(f64::INFINITY) }
+        Self::Bracket { low: T::from_f64(f64::NAN), high: T::from_f64(f64::INFINITY) }
     }
 
     /// Keeps everything.
     fn everything() -> Self {
-        Self { low: T::from_f64(0.0), high: T::from_f64(f64::INFINITY) }
+        Self::Bracket { low: T::from_f64(0.0), high: T::from_f64(f64::INFINITY) }
     }
 }
 
-/// A bracket for the `k`-th largest score of `part`, 1 ≤ k ≤ its size, and about how many elements lie in it.
-pub fn bracket<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64) -> (Bracket<T>, u64) {
+/// A guess at the `k`-th largest score of `part`, 1 ≤ k ≤ its size, that leaves no more than about `limit` candidates.
+pub fn guess<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64, limit: usize) -> Guess<T> {
     let n = part.numel();
-    if n <= SMALL {
-        return (Bracket::everything(), n);
+    if n <= SMALL.min(limit as u64) {
+        return Guess::everything();
     }
     let mut sample: Vec<T> = sample(part, metric);
     let size = sample.len() as f64;
@@ -55,18 +66,23 @@ pub fn bracket<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64) -
     let slack = SPAN * (rank * (1.0 - rank / size)).max(1.0).sqrt();
     // Positions in descending order of score.
     let at = |sample: &mut [T], position: f64| {
-        let place = sample.len() - 1 - position as usize;
+        let place = sample.len() - 1 - (position as usize).min(sample.len() - 1);
         *sample.select_nth_unstable_by(place, |a, b| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal)).1
     };
     let high = if rank - slack < 0.0 { T::from_f64(f64::INFINITY) } else { at(&mut sample, rank - slack) };
     let low = if rank + slack > size - 1.0 { T::from_f64(0.0) } else { at(&mut sample, rank + slack) };
-    let inside = sample.iter().filter(|s| (low..=high).contains(*s)).count() as f64;
-    (Bracket { low, high }, (inside / size * n as f64) as u64)
+    let count = |inside: &dyn Fn(&T) -> bool| sample.iter().filter(|s| inside(s)).count() as f64;
+    if count(&|s| (low..=high).contains(s)) / size * n as f64 <= limit as f64 {
+        return Guess::Bracket { low, high };
+    }
+    let score = at(&mut sample.clone(), rank);
+    let share = (rank - count(&|s| *s > score)) / count(&|s| *s == score);
+    Guess::Tied { score, share: share.clamp(0.0, 1.0) }
 }
 
 /// Scores of runs spread evenly over the part, each at a random place of its stretch; the same on every machine.
 fn sample<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric) -> Vec<T> {
-    let runs = (part.numel() as usize / SHARE).min(RUNS);
+    let runs = (part.numel() as usize / SHARE).clamp(1, RUNS);
     let chunks = part.chunks.len();
     let scores = (0..runs).into_par_iter().with_min_len(256).map_init(Block::<T>::new, |block, run| {
         let (from, to) = (run * chunks / runs, (run + 1) * chunks / runs);

@@ -3,16 +3,41 @@
 use anyhow::{Result, ensure};
 use cpift_core::mask::{Metric, count_ones};
 use cpift_core::select::{Cut, Score, Source};
+use rayon::prelude::*;
 
 use crate::parts::Part;
 use crate::scores::{Arithmetic, PartScores};
-use crate::sweep::{Pass, each};
+use crate::sweep::Pass;
 
-struct Packer<T> {
+/// Writes chunks whose threshold is known.
+pub struct Packer<T> {
     scores: Vec<T>,
     bytes: Vec<u8>,
-    selected: u64,
-    result: Result<()>,
+}
+
+impl<T: Score + Arithmetic> Packer<T> {
+    /// With empty buffers.
+    pub fn new() -> Self {
+        Self { scores: Vec::new(), bytes: Vec::new() }
+    }
+
+    /// Writes the bits of chunk `i`: what is above the threshold and the first `room` elements equal to it; returns their number.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn write(&mut self, part: &Part<'_>, i: usize, threshold: T, room: u64, pass: &Pass<'_>) -> Result<u64> {
+        let chunk = part.chunks[i];
+        PartScores { part, metric: pass.metric }.scores(i, &mut self.scores);
+        pack(&self.scores, threshold, room, &mut self.bytes);
+        pass.writer.write(part.pairs[chunk.pair].base.name, chunk.start as u64 / 8, &self.bytes)?;
+        Ok(count_ones(&self.bytes))
+    }
+}
+
+impl<T: Score + Arithmetic> Default for Packer<T> {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// Writes the bits of the `k` chosen elements of `part`, all of its bits.
@@ -20,28 +45,16 @@ struct Packer<T> {
 /// # Errors
 /// I/O errors; the inputs changed under us.
 pub fn emit<T: Score + Arithmetic>(part: &Part<'_>, cut: &Cut<T>, k: u64, pass: &Pass<'_>) -> Result<()> {
-    let before =
-        if cut.ties.decided_by_position > 0 { Some(ties_before(part, pass.metric, cut.threshold)) } else { None };
-    let source = PartScores { part, metric: pass.metric };
-    let init = || Packer { scores: Vec::<T>::new(), bytes: Vec::new(), selected: 0, result: Ok(()) };
-    let packers = each(part.chunks.len(), init, |state, i| {
-        if state.result.is_err() {
-            return;
-        }
-        // Ties this chunk may still choose: all of them when position decides nothing.
-        let room = before.as_ref().map_or(u64::MAX, |counts| cut.ties.chosen.saturating_sub(counts[i]));
-        source.scores(i, &mut state.scores);
-        pack(&state.scores, cut.threshold, room, &mut state.bytes);
-        let chunk = part.chunks[i];
-        state.selected += count_ones(&state.bytes);
-        state.result = pass.writer.write(part.pairs[chunk.pair].base.name, chunk.start as u64 / 8, &state.bytes);
-        (pass.done)(part.chunk_bytes(chunk));
-    });
-    let mut selected = 0;
-    for packer in packers {
-        packer.result?;
-        selected += packer.selected;
-    }
+    let position_decides = cut.ties.decided_by_position > 0;
+    let before = position_decides.then(|| ties_before(part, pass.metric, cut.threshold));
+    let selected = (0..part.chunks.len())
+        .into_par_iter()
+        .map_init(Packer::new, |packer, i| {
+            // Ties this chunk may still choose: all of them when position decides nothing.
+            let room = before.as_ref().map_or(u64::MAX, |counts| cut.ties.chosen.saturating_sub(counts[i]));
+            packer.write(part, i, cut.threshold, room, pass)
+        })
+        .try_reduce(|| 0, |a, b| Ok(a + b))?;
     ensure!(
         selected == k,
         "chose {selected} elements where {k} were asked for: the checkpoints changed while they were read"
@@ -52,16 +65,11 @@ pub fn emit<T: Score + Arithmetic>(part: &Part<'_>, cut: &Cut<T>, k: u64, pass: 
 /// For each chunk, how many elements equal to the threshold come before it.
 fn ties_before<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, threshold: T) -> Vec<u64> {
     let source = PartScores { part, metric };
-    let counted = each(
-        part.chunks.len(),
-        || (Vec::<T>::new(), Vec::new()),
-        |(scores, counts), i| {
-            source.scores(i, scores);
-            counts.push((i, scores.iter().filter(|s| **s == threshold).count() as u64));
-        },
-    );
-    let mut counts = vec![0; part.chunks.len()];
-    counted.into_iter().flat_map(|(_, list)| list).for_each(|(i, n)| counts[i] = n);
+    let count = |scores: &mut Vec<T>, i| {
+        source.scores(i, scores);
+        scores.iter().filter(|s| **s == threshold).count() as u64
+    };
+    let mut counts: Vec<u64> = (0..part.chunks.len()).into_par_iter().map_init(Vec::new, count).collect();
     let mut before = 0;
     for count in &mut counts {
         before += std::mem::replace(count, before);

@@ -15,7 +15,7 @@ use cpift_core::{BadInput, Checkpoint, Dtype, Mask, progress};
 use serde::Serialize;
 
 use crate::args::ExtractArgs;
-use crate::bracket::{Bracket, bracket};
+use crate::bracket::{Guess, guess};
 use crate::emit::emit;
 use crate::parts::{CHUNK, Part, Parts, cut};
 use crate::percent::Percent;
@@ -133,7 +133,7 @@ impl Plan {
         let hashers = [&digests[0], &digests[1]].map(InputDigest::hasher);
         let done = |n| bar.inc(n);
         let pass = Pass { metric: self.metric, writer: &writer, hashers, limit: LIMIT, done: &done };
-        sweep(&parts.excluded, Bracket::<T>::nothing(), &pass)?;
+        sweep(&parts.excluded, Guess::<T>::nothing(), &pass)?;
         let mut cuts = Vec::with_capacity(counts.len());
         for (part, &k) in parts.ranked.iter().zip(&counts) {
             cuts.push(choose::<T>(part, k, &pass)?);
@@ -232,16 +232,15 @@ impl Plan {
     }
 }
 
-/// Chooses the `k` largest scores of a part and writes their bits: by a sampled bracket and one pass, or, where the bracket
-/// missed or held too much, by an exact search and another pass.
+/// Chooses the `k` largest scores of a part and writes their bits: by a guess from a sample and one pass, or, where the guess
+/// was wrong, by an exact search and another pass.
 fn choose<T: Score + Arithmetic>(part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
     if k == 0 {
-        sweep(part, Bracket::<T>::nothing(), pass)?;
+        sweep(part, Guess::<T>::nothing(), pass)?;
         return Ok(None);
     }
-    let (bracket, inside) = bracket(part, pass.metric, k);
-    let bracket = if inside > pass.limit as u64 { Bracket::nothing() } else { bracket };
-    if let Some(cut) = sweep(part, bracket, pass)?.settle(part, k, pass.writer)? {
+    let guess = guess(part, pass.metric, k, pass.limit);
+    if let Some(cut) = sweep(part, guess, pass)?.settle(part, k, pass)? {
         return Ok(Some(cut));
     }
     log::info!("{}: the sample did not settle the threshold; searching all scores", part.label);

@@ -1,4 +1,5 @@
-//! One pass over a part: bits of what is surely chosen are written, what may be chosen is kept, all of it is checked and hashed.
+//! One pass over a part: bits of what is surely chosen are written, what may be chosen is kept or counted, all of it is checked
+//! and hashed. Then what is left open is settled.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -9,7 +10,8 @@ use cpift_core::mask::{MaskWriter, Metric, Ties};
 use cpift_core::select::{Cut, Score};
 use rayon::prelude::*;
 
-use crate::bracket::Bracket;
+use crate::bracket::Guess;
+use crate::emit::Packer;
 use crate::parts::{Chunk, Part};
 use crate::scores::{Arithmetic, Block, refuse_non_finite};
 
@@ -32,10 +34,19 @@ pub struct Pass<'a> {
 
 /// What one pass found out about a part.
 pub struct Swept<T> {
-    /// Elements above the bracket; their bits are written.
+    /// Elements above the guess; their bits are written.
     above: u64,
-    /// Elements inside it by chunk, in order; `None` where they are too many to keep.
-    candidates: Option<Vec<Candidates<T>>>,
+    open: Open<T>,
+}
+
+/// Elements that the guess leaves open.
+enum Open<T> {
+    /// Those inside the bracket by chunk, in order; none of their bits are written.
+    Kept(Vec<Candidates<T>>),
+    /// Too many to keep.
+    Lost,
+    /// The number of elements equal to the score in each chunk; their bits are written in the first `taken` chunks.
+    Tied { score: T, counts: Vec<u64>, taken: usize },
 }
 
 /// The elements of a chunk that lie inside the bracket, in order.
@@ -51,6 +62,8 @@ struct Worker<T> {
     index: Vec<u16>,
     score: Vec<T>,
     found: Vec<Candidates<T>>,
+    /// Elements inside, of each chunk.
+    inside: Vec<(usize, u64)>,
     above: u64,
     result: Result<()>,
     /// The first chunk, by position, in which a score was not finite.
@@ -76,26 +89,36 @@ pub fn each<S: Send>(n: usize, init: impl Fn() -> S + Sync, step: impl Fn(&mut S
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite; I/O errors.
-pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, bracket: Bracket<T>, pass: &Pass<'_>) -> Result<Swept<T>> {
+pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pass<'_>) -> Result<Swept<T>> {
+    let chunks = part.chunks.len();
+    let taken = match guess {
+        Guess::Bracket { .. } => 0,
+        Guess::Tied { share, .. } => (share * chunks as f64) as usize,
+    };
     let kept = AtomicUsize::new(0);
-    let workers = each(part.chunks.len(), Worker::<T>::new, |worker, i| {
+    let workers = each(chunks, Worker::<T>::new, |worker, i| {
         if worker.result.is_ok() {
-            worker.result = worker.chunk(part, i, bracket, pass, &kept);
+            worker.result = worker.chunk(part, i, guess, i < taken, pass, &kept);
         }
     });
     if let Some(first) = workers.iter().filter_map(|w| w.odd).min() {
         // Distances can overflow although both values are finite, so the chunks from the first odd one on are read again.
         part.chunks[first..].iter().try_for_each(|chunk| refuse_non_finite::<T>(&part.pairs[chunk.pair], *chunk))?;
     }
-    let (mut above, mut candidates) = (0, Vec::new());
+    let (mut above, mut candidates, mut counts) = (0, Vec::new(), vec![0; chunks]);
     for worker in workers {
         worker.result?;
         above += worker.above;
         candidates.extend(worker.found);
+        worker.inside.into_iter().for_each(|(chunk, n)| counts[chunk] = n);
     }
     candidates.sort_unstable_by_key(|c| c.chunk);
-    let fits = kept.into_inner() <= pass.limit;
-    Ok(Swept { above, candidates: fits.then_some(candidates) })
+    let open = match guess {
+        Guess::Tied { score, .. } => Open::Tied { score, counts, taken },
+        Guess::Bracket { .. } if kept.into_inner() <= pass.limit => Open::Kept(candidates),
+        Guess::Bracket { .. } => Open::Lost,
+    };
+    Ok(Swept { above, open })
 }
 
 impl<T: Score + Arithmetic> Worker<T> {
@@ -106,6 +129,7 @@ impl<T: Score + Arithmetic> Worker<T> {
             index: Vec::new(),
             score: Vec::new(),
             found: Vec::new(),
+            inside: Vec::new(),
             above: 0,
             result: Ok(()),
             odd: None,
@@ -116,7 +140,8 @@ impl<T: Score + Arithmetic> Worker<T> {
         &mut self,
         part: &Part<'_>,
         i: usize,
-        bracket: Bracket<T>,
+        guess: Guess<T>,
+        take: bool,
         pass: &Pass<'_>,
         kept: &AtomicUsize,
     ) -> Result<()> {
@@ -127,15 +152,17 @@ impl<T: Score + Arithmetic> Worker<T> {
                 hasher.add(index, chunk.start, view.slice(chunk.start, chunk.len));
             }
         }
-        let (above, finite) = dispatch!(self.classify(part, chunk, bracket, pass.metric));
+        let (above, inside, finite) = dispatch!(self.classify(part, chunk, guess, take, pass.metric));
         if !finite {
             self.odd = Some(self.odd.map_or(i, |o| o.min(i)));
         }
         self.above += above;
-        if above > 0 {
+        if above > 0 || take && inside > 0 {
             pass.writer.write(pair.base.name, chunk.start as u64 / 8, &self.bits)?;
         }
-        if !self.index.is_empty() && kept.fetch_add(self.index.len(), Ordering::Relaxed) <= pass.limit {
+        if inside > 0 && matches!(guess, Guess::Tied { .. }) {
+            self.inside.push((i, inside));
+        } else if inside > 0 && kept.fetch_add(inside as usize, Ordering::Relaxed) <= pass.limit {
             let (index, score) = (self.index.as_slice().into(), self.score.as_slice().into());
             self.found.push(Candidates { chunk: i, index, score });
         }
@@ -143,12 +170,22 @@ impl<T: Score + Arithmetic> Worker<T> {
         Ok(())
     }
 
-    /// Puts the chunk's bits above the bracket into `bits`, and what lies inside it into `index` and `score`; returns the number
-    /// above, and whether all scores are finite.
+    /// Puts the chunk's bits above the guess into `bits`, ties as well where they are taken, and the candidates of a bracket into
+    /// `index` and `score`; returns the numbers above and inside, and whether all scores are finite.
     #[inline(always)]
-    fn classify(&mut self, part: &Part<'_>, chunk: Chunk, bracket: Bracket<T>, metric: Metric) -> (u64, bool) {
-        let Bracket { low, high } = bracket;
-        let (mut above, mut finite) = (0, true);
+    fn classify(
+        &mut self,
+        part: &Part<'_>,
+        chunk: Chunk,
+        guess: Guess<T>,
+        take: bool,
+        metric: Metric,
+    ) -> (u64, u64, bool) {
+        let (low, high, keep) = match guess {
+            Guess::Bracket { low, high } => (low, high, true),
+            Guess::Tied { score, .. } => (score, score, false),
+        };
+        let (mut above, mut within, mut finite) = (0, 0, true);
         self.bits.clear();
         self.index.clear();
         self.score.clear();
@@ -169,8 +206,10 @@ impl<T: Score + Arithmetic> Worker<T> {
                 }
                 inside &= !over;
                 above += u64::from(over.count_ones());
-                self.bits.extend_from_slice(&over.to_le_bytes()[..count]);
-                while inside != 0 {
+                within += u64::from(inside.count_ones());
+                let bits = if take { over | inside } else { over };
+                self.bits.extend_from_slice(&bits.to_le_bytes()[..count]);
+                while keep && inside != 0 {
                     let bit = inside.trailing_zeros() as usize;
                     self.index.push((start - chunk.start + 64 * group + bit) as u16);
                     self.score.push(values[bit]);
@@ -178,37 +217,70 @@ impl<T: Score + Arithmetic> Worker<T> {
                 }
             }
         }
-        (above, finite)
+        (above, within, finite)
     }
 }
 
 impl<T: Score + Arithmetic> Swept<T> {
-    /// Settles which candidates are among the `k` largest scores and writes their bits; `None` where the bracket missed the
-    /// threshold or held too much.
+    /// Settles what the guess left open, so that the `k` largest scores are chosen, and writes the bits; `None` where the guess
+    /// was wrong or left too much open.
     ///
     /// # Errors
     /// I/O errors.
-    pub fn settle(&self, part: &Part<'_>, k: u64, writer: &MaskWriter) -> Result<Option<Cut<T>>> {
-        let Some(candidates) = &self.candidates else { return Ok(None) };
-        let total: usize = candidates.iter().map(|c| c.index.len()).sum();
-        if self.above >= k || self.above + (total as u64) < k {
+    pub fn settle(&self, part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
+        let open: u64 = match &self.open {
+            Open::Kept(candidates) => candidates.iter().map(|c| c.index.len() as u64).sum(),
+            Open::Tied { counts, .. } => counts.iter().sum(),
+            Open::Lost => return Ok(None),
+        };
+        if self.above >= k || self.above + open < k {
             return Ok(None);
         }
-        let cut = cut(candidates, k - self.above);
-        // Ties this chunk may still choose, in order of position.
-        let mut room = cut.ties.chosen;
-        let jobs: Vec<(&Candidates<T>, u64)> = candidates
-            .iter()
-            .map(|found| {
-                let ties = found.score.iter().filter(|s| **s == cut.threshold).count() as u64;
-                let here = room.min(ties);
-                room -= here;
-                (found, here)
-            })
-            .collect();
-        jobs.into_par_iter().try_for_each(|(found, room)| found.write(part, cut.threshold, room, writer))?;
-        Ok(Some(cut))
+        let k = k - self.above;
+        match &self.open {
+            Open::Kept(candidates) => settle_kept(candidates, part, k, pass.writer).map(Some),
+            Open::Tied { score, counts, taken } => settle_tied(*score, counts, *taken, part, k, pass).map(Some),
+            Open::Lost => Ok(None),
+        }
     }
+}
+
+/// Hands out room for `chosen` ties to chunks with so many ties each, in order of position.
+fn hand_out(mut chosen: u64, counts: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
+    counts.map(move |ties| {
+        let here = chosen.min(ties);
+        chosen -= here;
+        here
+    })
+}
+
+/// Writes the bits of the `k` largest candidates.
+fn settle_kept<T: Score>(candidates: &[Candidates<T>], part: &Part<'_>, k: u64, writer: &MaskWriter) -> Result<Cut<T>> {
+    let cut = cut(candidates, k);
+    let ties = candidates.iter().map(|c| c.score.iter().filter(|s| **s == cut.threshold).count() as u64);
+    let jobs: Vec<(&Candidates<T>, u64)> = candidates.iter().zip(hand_out(cut.ties.chosen, ties)).collect();
+    jobs.into_par_iter().try_for_each(|(found, room)| found.write(part, cut.threshold, room, writer))?;
+    Ok(cut)
+}
+
+/// Writes the bits of the first `k` ties: only the chunks between the guessed and the real end of them are read again.
+fn settle_tied<T: Score + Arithmetic>(
+    threshold: T,
+    counts: &[u64],
+    taken: usize,
+    part: &Part<'_>,
+    k: u64,
+    pass: &Pass<'_>,
+) -> Result<Cut<T>> {
+    let rooms: Vec<u64> = hand_out(k, counts.iter().copied()).collect();
+    let wrong = |i: &usize| rooms[*i] != if *i < taken { counts[*i] } else { 0 };
+    let jobs: Vec<usize> = (0..counts.len()).filter(wrong).collect();
+    jobs.into_par_iter()
+        .map_init(Packer::new, |packer, i| packer.write(part, i, threshold, rooms[i], pass))
+        .try_for_each(|written| written.map(drop))?;
+    let at_threshold = counts.iter().sum();
+    let decided_by_position = if k < at_threshold { k } else { 0 };
+    Ok(Cut { threshold, ties: Ties { at_threshold, chosen: k, decided_by_position } })
 }
 
 /// Where the candidates are cut so that the `k` largest are chosen.

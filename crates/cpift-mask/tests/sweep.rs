@@ -5,7 +5,7 @@ use std::path::Path;
 use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_core::select::find_cut;
 use cpift_core::{Checkpoint, Mask};
-use cpift_mask::bracket::{Bracket, bracket};
+use cpift_mask::bracket::{Guess, guess};
 use cpift_mask::emit::emit;
 use cpift_mask::parts::{Part, cut};
 use cpift_mask::scores::PartScores;
@@ -52,32 +52,46 @@ fn searched(k: u64, levels: u64) -> Vec<u8> {
     })
 }
 
+/// What a guess that leaves at most `limit` candidates settles.
+fn swept(k: u64, levels: u64, limit: usize, expect_tied: bool) -> Vec<u8> {
+    bits(tempfile::tempdir().unwrap().path(), levels, |part, pass| {
+        let pass = Pass { limit, ..*pass };
+        let guess = guess::<f32>(part, pass.metric, k, limit);
+        assert_eq!(matches!(guess, Guess::Tied { .. }), expect_tied, "{k} of {levels} levels: {guess:?}");
+        sweep(part, guess, &pass).unwrap().settle(part, k, &pass).unwrap().expect("settled");
+    })
+}
+
 #[test]
 fn a_bracket_that_holds_the_threshold_settles_it() {
     for (k, levels) in [(1, 1 << 40), (3_000, 1 << 40), (150_000, 1 << 40), (3_000, 50), (299_000, 7), (N as u64, 3)] {
-        let swept = bits(tempfile::tempdir().unwrap().path(), levels, |part, pass| {
-            let (bracket, _) = bracket::<f32>(part, pass.metric, k);
-            sweep(part, bracket, pass).unwrap().settle(part, k, pass.writer).unwrap().expect("settled");
-        });
-        assert!(swept == searched(k, levels), "{k} of {levels} levels");
+        assert!(swept(k, levels, LIMIT, false) == searched(k, levels), "{k} of {levels} levels");
     }
 }
 
 #[test]
-fn a_bracket_that_misses_or_holds_too_much_is_not_trusted() {
+fn ties_that_are_too_many_to_keep_are_settled_by_counting() {
+    for (k, levels) in [(1, 3), (3_000, 50), (60_000, 3), (150_000, 3), (280_000, 3), (250_000, 2), (N as u64, 1)] {
+        assert!(swept(k, levels, 1_000, true) == searched(k, levels), "{k} of {levels} levels");
+    }
+}
+
+#[test]
+fn a_guess_that_is_wrong_or_leaves_too_much_open_is_not_trusted() {
     let (k, levels) = (3_000, 1 << 40);
-    let beside = |low: f32, high: f32, limit: usize| {
+    let wrong = |guess: Guess<f32>, limit: usize| {
         bits(tempfile::tempdir().unwrap().path(), levels, |part, pass| {
             let pass = Pass { limit, ..*pass };
-            let settled = sweep(part, Bracket { low, high }, &pass).unwrap().settle(part, k, pass.writer).unwrap();
-            assert_eq!(settled, None);
+            assert_eq!(sweep(part, guess, &pass).unwrap().settle(part, k, &pass).unwrap(), None);
             // Whatever the pass has written by then, the search writes over it.
             let cut = find_cut::<f32>(&PartScores { part, metric: pass.metric }, k);
             emit(part, &cut, k, &pass).unwrap();
         })
     };
     let expected = searched(k, levels);
-    assert!(beside(0.0, 1.0, LIMIT) == expected, "the threshold lies above");
-    assert!(beside(f32::MAX, f32::INFINITY, LIMIT) == expected, "the threshold lies below");
-    assert!(beside(0.0, f32::INFINITY, 10) == expected, "too many candidates");
+    let bracket = |low, high| Guess::Bracket { low, high };
+    assert!(wrong(bracket(0.0, 1.0), LIMIT) == expected, "the threshold lies above");
+    assert!(wrong(bracket(f32::MAX, f32::INFINITY), LIMIT) == expected, "the threshold lies below");
+    assert!(wrong(bracket(0.0, f32::INFINITY), 10) == expected, "too many candidates");
+    assert!(wrong(Guess::Tied { score: 1.0, share: 0.5 }, LIMIT) == expected, "another score is the threshold");
 }
