@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Digest, DigestRecord};
@@ -140,6 +140,21 @@ pub fn beside(dest: &Path) -> PathBuf {
     name.push(".");
     name.push(FILE_NAME);
     dest.with_file_name(name)
+}
+
+/// Removes the record of an older `dest`, which is about to be replaced: a run that is killed between output and record leaves
+/// an output without a record, not one beside another's.
+///
+/// # Errors
+/// I/O errors.
+pub fn forget(dest: &Path) -> Result<()> {
+    let path = beside(dest);
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Provenance {

@@ -168,6 +168,7 @@ impl TensorSpec {
 /// A safetensors file being filled by positional writes, from any thread and in any order.
 pub struct FileWriter {
     file: File,
+    /// The final name, for messages.
     path: PathBuf,
     specs: Vec<TensorSpec>,
     starts: BTreeMap<String, (u64, u64)>,
@@ -182,8 +183,9 @@ impl FileWriter {
     pub fn create(path: &Path, specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Self> {
         let (header, starts, len) = lay_out(specs, metadata, 0);
         let file = files::create_sized(path, len)?;
+        let path = files::final_name(path);
         file.write_all_at(&header, 0).with_context(|| format!("writing {}", path.display()))?;
-        Ok(Self { file, path: path.to_owned(), specs: specs.to_vec(), starts, header_len: header.len() })
+        Ok(Self { file, path, specs: specs.to_vec(), starts, header_len: header.len() })
     }
 
     /// Replaces the metadata by another that takes no more room.

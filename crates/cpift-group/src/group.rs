@@ -10,7 +10,7 @@ use cpift_core::checkpoint::Digest;
 use cpift_core::files::StagedFile;
 use cpift_core::groups::{FORMAT_VERSION, Groups, Order, TauMode};
 use cpift_core::json;
-use cpift_core::provenance::Recorder;
+use cpift_core::provenance::{self, Recorder};
 
 use crate::args::{Args, Method, Tau};
 use crate::dependency::{by_edges, by_help, named};
@@ -151,6 +151,7 @@ fn write(outputs: &Outputs, groups: &Groups, overlap: &Overlap, recorder: Record
     ];
     let stage = |(path, text): (&PathBuf, String)| StagedFile::of_text(path, &text, outputs.force);
     let staged: Vec<StagedFile> = texts.into_iter().map(stage).collect::<Result<_>>()?;
+    provenance::forget(&outputs.groups)?;
     staged.into_iter().try_for_each(StagedFile::commit)?;
     recorder.write_beside(&outputs.groups)
 }

@@ -9,7 +9,7 @@ use cpift_core::checkpoint::{Digest, Excluded, PieceHasher, TensorKind, check_sa
 use cpift_core::error::usage;
 use cpift_core::files::{StagedFile, StagedPath, check_output};
 use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
-use cpift_core::provenance::Recorder;
+use cpift_core::provenance::{self, Recorder};
 use cpift_core::select::{Cut, Score, find_cut};
 use cpift_core::{BadInput, Checkpoint, Dtype, Mask, progress};
 use serde::Serialize;
@@ -146,6 +146,7 @@ impl Plan {
         }
         writer.finish(&header)?;
         let more = self.stage_stats(&staged.path())?;
+        provenance::forget(&self.out)?;
         staged.commit()?;
         more.into_iter().try_for_each(StagedFile::commit)?;
         bar.finish_and_clear();

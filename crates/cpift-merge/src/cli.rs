@@ -122,7 +122,7 @@ pub struct TaskVectorArgs {
 /// How much of each task vector stays.
 #[derive(clap::Args, Debug)]
 pub struct DensityArgs {
-    /// The share of a model's task vector that stays, above 0 and at most 1: one for all models, or one each
+    /// The share of a model's task vector that stays, 0 to 1: one for all models, or one each
     #[arg(long = "density", value_name = "V", required = true, allow_negative_numbers = true)]
     pub densities: Vec<Setting>,
     /// Stretch what stays to the sum of magnitudes there was before [default: true for dare, false for ties]

@@ -2,7 +2,7 @@
 
 mod staging;
 
-pub use staging::{StagedDir, StagedFile, StagedPath, discard_unfinished, write_text};
+pub use staging::{StagedDir, StagedFile, StagedPath, discard_unfinished, final_name, write_text};
 
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;
@@ -41,7 +41,8 @@ pub fn map(path: &Path) -> Result<Mmap> {
     let file = open(path)?;
     // SAFETY: the mapping is read-only and we never write to inputs; a file that another process truncates while we
     // read it raises SIGBUS, which is documented as an unsupported use.
-    let map = unsafe { Mmap::map(&file) }.with_context(|| format!("mapping {}", path.display()))?;
+    let map = unsafe { Mmap::map(&file) }
+        .map_err(|e| BadInput::new(path, format!("cannot be mapped: {e}")).expected("an ordinary file"))?;
     Ok(map)
 }
 
@@ -67,8 +68,8 @@ pub fn create_sized(path: &Path, len: u64) -> Result<File> {
         .write(true)
         .create_new(true)
         .open(path)
-        .with_context(|| format!("creating {}", path.display()))?;
-    file.set_len(len).with_context(|| format!("making room for {len} bytes in {}", path.display()))?;
+        .with_context(|| format!("creating {}", final_name(path).display()))?;
+    file.set_len(len).with_context(|| format!("making room for {len} bytes in {}", final_name(path).display()))?;
     Ok(file)
 }
 

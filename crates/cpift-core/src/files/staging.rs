@@ -5,12 +5,12 @@
 //! killed run left behind.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tempfile::TempDir;
 
@@ -40,7 +40,7 @@ struct Staging {
     folder: TempDir,
     dest: PathBuf,
     /// Released when the process ends, however it ends.
-    _lock: Option<File>,
+    _lock: File,
 }
 
 impl Staging {
@@ -48,17 +48,24 @@ impl Staging {
         check_output(dest, force)?;
         let parent = parent_of(dest)?;
         let prefix = prefix_of(dest);
-        remove_leftovers(&parent, &prefix);
         let mut folders = unfinished();
-        let folder = tempfile::Builder::new()
-            .prefix(&prefix)
-            .suffix(SUFFIX)
-            .tempdir_in(&parent)
-            .with_context(|| format!("creating a folder in {}", parent.display()))?;
-        folders.insert(folder.path().to_owned());
-        // Some network file systems have no locks: there, leftovers stay.
-        let lock = File::open(folder.path()).ok().filter(|f| f.try_lock().is_ok());
-        Ok(Self { folder, dest: dest.to_owned(), _lock: lock })
+        remove_leftovers(&parent, &prefix);
+        for _ in 0..100 {
+            let folder = tempfile::Builder::new()
+                .prefix(&prefix)
+                .suffix(SUFFIX)
+                .tempdir_in(&parent)
+                .with_context(|| format!("creating a folder in {}", parent.display()))?;
+            let Ok(lock) = File::open(folder.path()) else { continue };
+            // Another run of the same output may take the folder for a leftover before it is locked: then a new one is made.
+            // Some network file systems have no locks: there, leftovers stay.
+            if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) || !folder.path().exists() {
+                continue;
+            }
+            folders.insert(folder.path().to_owned());
+            return Ok(Self { folder, dest: dest.to_owned(), _lock: lock });
+        }
+        bail!("cannot keep a folder in {}: another run of {} removes it", parent.display(), dest.display())
     }
 
     fn path(&self) -> PathBuf {
@@ -89,6 +96,19 @@ impl Drop for Staging {
         // The folder itself goes when the field is dropped.
         unfinished().remove(self.folder.path());
     }
+}
+
+/// `path` as it will be called: what lies in a staging folder goes by its final name.
+pub fn final_name(path: &Path) -> PathBuf {
+    for (staging, inside) in path.ancestors().filter_map(|p| Some((p, path.strip_prefix(p).ok()?))) {
+        let name = staging.file_name().unwrap_or_default().to_string_lossy();
+        let hidden = name.strip_prefix('.').and_then(|n| n.strip_suffix(SUFFIX)).and_then(|n| n.rsplit_once('.'));
+        if let (Some((dest, _)), Ok(rest)) = (hidden, inside.strip_prefix("new")) {
+            let dest = staging.with_file_name(dest);
+            return if rest.as_os_str().is_empty() { dest } else { dest.join(rest) };
+        }
+    }
+    path.to_owned()
 }
 
 /// Removes the staging folders of runs that have ended without tidying up.
@@ -242,7 +262,8 @@ fn parent_of(dest: &Path) -> Result<PathBuf> {
 }
 
 fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|f| f.sync_all()).with_context(|| format!("writing {} to the disk", path.display()))
+    let name = || format!("writing {} to the disk", final_name(path).display());
+    File::open(path).and_then(|f| f.sync_all()).with_context(name)
 }
 
 #[cfg(test)]
@@ -296,6 +317,17 @@ mod tests {
         let plain = dir.path().join("plain");
         fs::write(&plain, "x").unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions(), fs::metadata(&plain).unwrap().permissions());
+    }
+
+    #[test]
+    fn what_is_staged_goes_by_its_final_name_in_messages() {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("a.b");
+        let folder = StagedDir::create(&dest, false).unwrap();
+        assert_eq!(final_name(&folder.path().join("x.safetensors")), dest.join("x.safetensors"));
+        let file = StagedPath::create(&dest, false).unwrap();
+        assert_eq!(final_name(&file.path()), dest);
+        assert_eq!(final_name(Path::new("/m/.a.partial/x")), Path::new("/m/.a.partial/x"));
     }
 
     #[test]

@@ -151,6 +151,7 @@ fn settle(engine: &Engine<'_>, index: usize, tensor: &Tensor<'_>, measure: &Meas
     for (i, density) in rule.densities.iter().enumerate() {
         let filter = match rule.sparsify {
             _ if *density >= 1.0 => Filter::ALL,
+            _ if *density <= 0.0 => Filter::NONE,
             Sparsify::Drop { .. } => {
                 let [before, after] = measure.magnitudes[i];
                 Filter {

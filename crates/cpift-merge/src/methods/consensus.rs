@@ -69,6 +69,9 @@ pub enum Keep {
 impl Filter {
     /// All stay, as they are.
     pub const ALL: Self = Self { keep: Keep::All, scale: 1.0 };
+
+    /// Nothing stays.
+    pub const NONE: Self = Self { keep: Keep::Above { threshold: f64::INFINITY, ties: Vec::new() }, scale: 1.0 };
 }
 
 impl Keep {

@@ -92,6 +92,14 @@ pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
             return Err(differs(key, expected, found, "only checkpoints of one architecture can be merged").into());
         }
     }
+    // What the shapes of the tensors do not tell.
+    for key in ["num_hidden_layers", "num_attention_heads", "num_key_value_heads"] {
+        if let (Some(expected), Some(found)) = (first.config.get(key), other.config.get(key))
+            && expected != found
+        {
+            return Err(differs(key, expected, found, "only checkpoints of one architecture can be merged").into());
+        }
+    }
     let (expected, found) = (tied(&first.config), tied(&other.config));
     if expected != found {
         let hint = "one model has an output embedding of its own and the other has not: save both alike";

@@ -122,8 +122,8 @@ fn check_numbers(request: &Request) -> Result<()> {
     }
     for model in &request.models {
         for density in model.density.values() {
-            if !(density > 0.0 && density <= 1.0) {
-                return Err(usage(format!("--density must be above 0 and at most 1, found {density}")));
+            if !(0.0..=1.0).contains(&density) {
+                return Err(usage(format!("--density must lie between 0 and 1, found {density}")));
             }
         }
         for weight in model.weight.values() {

@@ -202,6 +202,16 @@ fn another_architecture_or_tying_is_refused() {
     let parts =
         ["@b/config.json: architectures differs", "LlamaForCausalLM", r#"found: ["MistralForCausalLM"]"#, "hint"];
     world.refused(LINEAR, &parts);
+    for (key, a, b) in [("num_attention_heads", 32, 16), ("num_key_value_heads", 4, 8), ("num_hidden_layers", 2, 3)] {
+        for (name, value) in [("a", a), ("b", b)] {
+            let config =
+                format!(r#"{{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "{key}": {value}}}"#);
+            std::fs::write(world.path(name).join("config.json"), config).unwrap();
+        }
+        let expected = [format!("@b/config.json: {key} differs"), format!("expected: {a}"), format!("found: {b}")];
+        world.refused(LINEAR, &expected.each_ref().map(String::as_str));
+    }
+    let world = sound();
     let tied = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": true}"#;
     fs::write(world.path("b/config.json"), tied).unwrap();
     world.refused(SLERP, &["@b/config.json: tie_word_embeddings differs", "expected: false", "found: true"]);

@@ -61,9 +61,13 @@ fn ties_trims_elects_and_takes_the_mean_of_what_agrees() {
     let expected = [-5.0 * b, -3.0 * a, a + b, 0.0, 0.0, 0.0];
     let found: Vec<f64> = world.read_w("out").into_iter().map(|x| f64::from(x) - 8.0).collect();
     assert_close(&found, &expected.map(|x: f64| f64::from((8.0 + x) as f32) - 8.0), "rescaled");
-    // A density for each model: of m1 all stays, of m2 one element.
+    // A density for each model: of m1 all stays, of m2 one element, then nothing.
     run(&world, &format!("ties {BOTH} --density 1 --density 0.01"));
     assert_eq!(moved(&world, &base), [-5.0, -3.0, 2.0, 1.0, 0.5, 0.0]);
+    for method in ["ties", "dare", "dare --elect-sign"] {
+        run(&world, &format!("{method} {BOTH} --density 1 --density 0"));
+        assert_eq!(moved(&world, &base), [4.0, -3.0, 2.0, 1.0, 0.5, 0.0], "{method}");
+    }
 }
 
 #[test]
@@ -196,9 +200,9 @@ fn t_may_be_a_gradient_over_the_layers_and_differ_by_name() {
 #[test]
 fn settings_of_task_vectors_are_checked() {
     let world = vectors(&[0.0; 2], &[&[1.0, 2.0], &[10.0, 20.0]]);
-    for density in ["0", "-0.1", "1.5"] {
+    for density in ["-0.1", "1.5", "nan"] {
         let line = format!("ties {BOTH} --density {density} --out @out");
-        world.misused(&line, &["--density must be above 0 and at most 1"]);
+        world.misused(&line, &["--density"]);
     }
     world.misused(&format!("ties {BOTH} --out @out"), &["--density"]);
     world.misused(&format!("dare {BOTH} --density 0.5 --density 0.5 --density 0.5 --out @out"), &["found 3"]);
