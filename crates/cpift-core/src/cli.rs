@@ -1,5 +1,6 @@
 //! What every stage's command line shares: running, logging, exit codes, common arguments.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -49,13 +50,22 @@ impl Common {
     /// Prints `summary` on stdout where `--json` asks for it.
     pub fn print_json(&self, summary: &serde_json::Value) {
         if self.json {
-            println!("{summary}");
+            print(&format!("{summary}\n"));
         }
     }
 }
 
+/// Prints `text` on stdout. A reader that has gone (`| head`) is no failure, and what a full disk takes is told: what was asked for is
+/// done by then.
+pub fn print(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => log::warn!("cannot print on stdout: {e}"),
+        _ => {}
+    }
+}
+
 fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> std::io::Result<()> {
-    use std::io::Write;
     match record.level() {
         log::Level::Info => writeln!(out, "{}", record.args()),
         level => writeln!(out, "{}: {}", level.to_string().to_lowercase(), record.args()),

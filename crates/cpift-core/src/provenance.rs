@@ -158,6 +158,12 @@ pub fn forget(dest: &Path) -> Result<()> {
 }
 
 impl Provenance {
+    /// The digest recorded beside the output file `dest`, where there is one and size and time of the file still match it.
+    pub fn recorded_file_digest(dest: &Path) -> Option<Digest> {
+        let record: Self = json::read(&beside(dest)).ok().filter(|p: &Self| p.format_version == FORMAT_VERSION)?;
+        record.output.filter(|output| output.holds_for_file(dest)).map(|output| output.blake3)
+    }
+
     /// Checks that the output file `dest` is what the record beside it says; whether there is such a record.
     ///
     /// # Errors

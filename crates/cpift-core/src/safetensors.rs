@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
+use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Dtype;
@@ -84,8 +85,32 @@ impl MappedFile {
 struct Header {
     #[serde(rename = "__metadata__")]
     metadata: Option<HashMap<String, String>>,
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "each_once")]
     tensors: HashMap<String, TensorInfo>,
+}
+
+/// A map in which no name comes twice.
+fn each_once<'de, D: Deserializer<'de>>(input: D) -> Result<HashMap<String, TensorInfo>, D::Error> {
+    struct Each;
+    impl<'de> Visitor<'de> for Each {
+        type Value = HashMap<String, TensorInfo>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("tensors by name")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut tensors = HashMap::new();
+            while let Some((name, info)) = map.next_entry::<String, TensorInfo>()? {
+                if tensors.contains_key(&name) {
+                    return Err(A::Error::custom(format!("the tensor {name} is there twice")));
+                }
+                tensors.insert(name, info);
+            }
+            Ok(tensors)
+        }
+    }
+    input.deserialize_map(Each)
 }
 
 /// Where the data begins, and the header, whose tensors fill the data exactly.
@@ -274,6 +299,18 @@ mod tests {
 
     fn spec(name: &str, dtype: Dtype, shape: &[usize]) -> TensorSpec {
         TensorSpec { name: name.into(), dtype, shape: shape.to_vec() }
+    }
+
+    #[test]
+    fn a_name_that_comes_twice_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        let tensor = r#"{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
+        let header = format!(r#"{{"w":{tensor},"w":{tensor}}}"#);
+        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[7]].concat();
+        std::fs::write(&path, bytes).unwrap();
+        let error = MappedFile::open(&path).err().unwrap().to_string();
+        assert!(error.contains("the tensor w is there twice"), "{error}");
     }
 
     #[test]

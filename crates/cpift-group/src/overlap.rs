@@ -3,6 +3,7 @@
 use anyhow::Result;
 use cpift_core::checkpoint::names::LayerRows;
 use cpift_core::checkpoint::{Digest, PieceHasher, TensorKind};
+use cpift_core::provenance::Provenance;
 use cpift_core::simd::dispatch;
 use cpift_core::{BadInput, Dtype, Mask, TensorSpec};
 use rayon::prelude::*;
@@ -113,7 +114,7 @@ impl<'a> Regions<'a> {
         self.count_and(|_| ())
     }
 
-    /// As [`Regions::count`], with the digests of the mask files from the same pass.
+    /// As [`Regions::count`], with the digests of the mask files: those recorded beside them, or else from the same pass.
     ///
     /// # Errors
     /// As [`Regions::count`].
@@ -126,15 +127,18 @@ impl<'a> Regions<'a> {
         };
         let specs: Vec<TensorSpec> = self.masks.iter().map(spec).collect();
         let hasher = PieceHasher::new(&specs, PIECE);
+        let known: Vec<Option<Digest>> =
+            self.masks.iter().map(|mask| Provenance::recorded_file_digest(mask.path())).collect();
         let overlap = self.count_and(|piece| {
             for (i, mask) in self.masks.iter().enumerate() {
                 let (file, start) = (mask.file_bytes(), piece * PIECE);
-                if start < file.len() {
+                if known[i].is_none() && start < file.len() {
                     hasher.add(i, start, &file[start..file.len().min(start + PIECE)]);
                 }
             }
         })?;
-        Ok((overlap, (0..specs.len()).map(|i| hasher.tensor(i)).collect()))
+        let digests = known.into_iter().enumerate().map(|(i, known)| known.unwrap_or_else(|| hasher.tensor(i)));
+        Ok((overlap, digests.collect()))
     }
 
     /// Counts piece by piece, after `also` has had the piece: what it reads is in cache then.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::error::usage;
-use cpift_core::files::check_output;
+use cpift_core::files::{check_not_input, check_output};
 use cpift_core::provenance::Recorder;
 use cpift_core::{BadInput, Mask, cli};
 
@@ -92,6 +92,9 @@ impl Outputs {
                 return Err(usage(format!("{other} and {flag} name the same file")));
             }
             check_output(path, outputs.force)?;
+            let masks = args.masks.iter().map(|mask| mask.path.as_path());
+            let others = [&args.scores, &args.edges].into_iter().flatten().map(PathBuf::as_path);
+            check_not_input(flag, path, masks.chain(others))?;
         }
         Ok(outputs)
     }

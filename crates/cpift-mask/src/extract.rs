@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use cpift_core::checkpoint::{Digest, Excluded, PieceHasher, TensorKind, check_same_parameters};
 use cpift_core::error::usage;
-use cpift_core::files::{StagedFile, StagedPath, check_output};
+use cpift_core::files::{StagedFile, StagedPath, check_not_input, check_output};
 use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_core::provenance::{self, Recorder};
 use cpift_core::select::{Cut, Score, find_cut};
@@ -100,6 +100,9 @@ impl Plan {
             return Err(usage("--stats names its own picture, or a file that --out names"));
         }
         let (base, tuned) = (Checkpoint::open(&args.base)?, Checkpoint::open(&args.tuned)?);
+        let inputs = || base.files().chain(tuned.files());
+        check_not_input("--out", &args.out, inputs())?;
+        stats.iter().flatten().try_for_each(|path| check_not_input("--stats", path, inputs()))?;
         check_same_parameters(&base, &tuned)?;
         let mut excluded = args.exclude.clone();
         excluded.sort_unstable();

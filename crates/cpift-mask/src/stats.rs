@@ -9,7 +9,7 @@ use cpift_core::checkpoint::TensorKind;
 use cpift_core::checkpoint::names::{LayerRows, ROLES, role};
 use cpift_core::cli::Common;
 use cpift_core::error::usage;
-use cpift_core::files::{StagedFile, check_output};
+use cpift_core::files::{StagedFile, check_not_input, check_output};
 use cpift_core::mask::{MaskHeader, count_ones};
 use cpift_core::{Mask, json};
 use rayon::prelude::*;
@@ -89,6 +89,9 @@ pub(crate) fn run(args: &StatsArgs, common: &Common) -> Result<()> {
         return Err(usage("--out and --svg name the same file"));
     }
     args.out.iter().chain(&args.svg).try_for_each(|path| check_output(path, common.force))?;
+    for (flag, path) in [("--out", &args.out), ("--svg", &args.svg)] {
+        path.iter().try_for_each(|path| check_not_input(flag, path, [args.file.as_path()]))?;
+    }
     let mask = Mask::open(&args.file)?;
     mask.verify()?;
     let stats = stats(&mask);

@@ -300,6 +300,21 @@ fn no_libtorch_is_linked() {
 }
 
 #[test]
+fn an_output_that_is_an_input_is_refused_even_with_force() {
+    let s = Setting::new();
+    let tuned = s.tuned(|t| drop(t.insert(NORM.into(), Tensor::f32(&[20], &[9.0; 20]))));
+    s.extract(&s.path("base"), &tuned, &["--percent", "10"]).ok();
+    let (weights, mask) = (s.path("base").join("model.safetensors"), s.out.join("m.safetensors"));
+    let base = s.path("base");
+    let [base, tuned, weights, mask] = [&base, &tuned, &weights, &mask].map(|p| p.to_str().unwrap());
+    let line = ["extract", "--base", base, "--tuned", tuned, "--force", "--out"];
+    run(BIN, line.iter().chain(&[weights])).usage_error(&["--out", "would replace the input"]);
+    run(BIN, line.iter().chain(&[mask, "--stats", weights])).usage_error(&["--stats", "would replace the input"]);
+    run(BIN, ["stats", mask, "--out", mask, "--force"]).usage_error(&["--out", "would replace the input"]);
+    run(BIN, ["verify", mask]).ok();
+}
+
+#[test]
 fn extract_writes_the_statistics_that_stats_would() {
     let s = Setting::new();
     let tuned = s.tuned(|t| drop(t.insert(NORM.into(), Tensor::f32(&[20], &[9.0; 20]))));

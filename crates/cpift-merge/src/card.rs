@@ -9,7 +9,7 @@ use clap::builder::PossibleValue;
 use cpift_core::Dtype;
 
 use crate::cli::{CpiArgs, Space};
-use crate::recipe::{self, quoted};
+use crate::recipe;
 use crate::request::{Method, Request};
 
 /// The card of a merge by one of the plain methods, whose output is of `dtype`.
@@ -54,12 +54,25 @@ pub fn of_cpi(args: &CpiArgs, dtype: Dtype) -> String {
 
 /// The keys the hub reads: its own list of models, library and tags.
 fn front_matter<'a>(models: impl Iterator<Item = &'a Path>) -> String {
-    let mut seen = BTreeSet::new();
-    let mut text = "---\nbase_model:\n".to_owned();
-    for model in models.filter(|model| seen.insert(*model)) {
-        let _ = writeln!(text, "  - {}", quoted(model));
+    // The hub refuses what is not a model's name there, such as the path of a folder.
+    let ids: BTreeSet<&str> = models.filter_map(Path::to_str).filter(|name| is_hub_id(name)).collect();
+    let mut text = "---\n".to_owned();
+    if !ids.is_empty() {
+        text += "base_model:\n";
+    }
+    for id in ids {
+        let _ = writeln!(text, "  - {id}");
     }
     text + "library_name: transformers\ntags:\n  - merge\n  - cpift\n---\n\n"
+}
+
+/// Whether a path has the form of a name on the hub, `organisation/model`: people keep downloads under it.
+fn is_hub_id(name: &str) -> bool {
+    let part = |part: &str| {
+        part.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+    };
+    name.split_once('/').is_some_and(|(organisation, model)| part(organisation) && part(model))
 }
 
 fn title(method: Method) -> &'static str {

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use anyhow::Result;
 use cpift_core::checkpoint::TensorView;
-use cpift_core::{CheckpointWriter, TensorSpec, files};
+use cpift_core::{CheckpointWriter, TensorSpec, cli, files};
 use serde_json::{Map, Value, json};
 
 use crate::engine::{self, Settled};
@@ -18,11 +18,7 @@ use crate::report::Summary;
 /// [`cpift_core::BadInput`] where a number that must be measured is not finite; I/O errors.
 pub fn show(plan: &Plan, as_json: bool) -> Result<()> {
     let preview = Preview::of(plan)?;
-    if as_json {
-        println!("{}", preview.to_json());
-    } else {
-        print!("{}", preview.to_text());
-    }
+    cli::print(&if as_json { format!("{}\n", preview.to_json()) } else { preview.to_text() });
     Ok(())
 }
 

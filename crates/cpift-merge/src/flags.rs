@@ -121,16 +121,14 @@ fn plain(method: Method, args: &ModelArgs, weights: &[Setting]) -> Result<Reques
 
 /// Which model a `--mask` is for: its number, or the name of its folder.
 fn numbered(mask: &Named, models: &[PathBuf]) -> Result<usize> {
-    if let Ok(number) = mask.name.parse::<usize>()
-        && (1..=models.len()).contains(&number)
-    {
-        return Ok(number - 1);
-    }
     let named = |path: &PathBuf| path.file_name().is_some_and(|name| *name == *mask.name);
-    let mut fitting = (0..models.len()).filter(|i| named(&models[*i]));
+    let number = mask.name.parse::<usize>().ok().filter(|n| (1..=models.len()).contains(n)).map(|n| n - 1);
+    let mut fitting = (0..models.len()).filter(|i| number == Some(*i) || named(&models[*i]));
     match (fitting.next(), fitting.next()) {
         (Some(i), None) => Ok(i),
-        (Some(_), Some(_)) => Err(usage(format!("--mask {}: several models are called that; use a number", mask.name))),
+        (Some(_), Some(_)) => {
+            Err(usage(format!("--mask {}: that fits several models, by number and by name of folder", mask.name)))
+        }
         (None, _) => Err(usage(format!(
             "--mask {}: no model has that number or name; expected 1 to {} or the name of a folder",
             mask.name,

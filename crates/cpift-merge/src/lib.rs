@@ -29,6 +29,7 @@ pub use verify::verify;
 
 use anyhow::Result;
 use cpift_core::cli::Common;
+use cpift_core::files;
 use cpift_core::provenance::Recorder;
 
 use cli::{Args, Command, OutputArgs};
@@ -50,6 +51,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Ties(a) => plain(a.request()?, &a.output, common, record),
         Command::Dare(a) => plain(a.request()?, &a.output, common, record),
         Command::Recipe(a) => {
+            files::check_not_input("--out", &a.output.out, [a.recipe.as_path()])?;
             let request = recipe::read(&a.recipe)?;
             plain(request, &a.output, common, record)
         }

@@ -22,18 +22,48 @@ pub fn read_config(folder: &Path) -> Result<Value> {
     Err(BadInput::new(path, "not a model's config").expected("a JSON object").into())
 }
 
-/// Whether the output embedding is the input embedding: `tie_word_embeddings`, or transformers' default for the model type
-/// where it is not written.
-pub fn tied(config: &Value) -> bool {
+/// Whether config.json says that the output embedding is the input embedding: `tie_word_embeddings`, which Gemma leaves out.
+pub(super) fn tied(config: &Value) -> Option<bool> {
     let gemma = || config.get("model_type").and_then(Value::as_str).is_some_and(|t| t.starts_with("gemma"));
-    config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or_else(gemma)
+    config.get("tie_word_embeddings").and_then(Value::as_bool).or_else(|| gemma().then_some(true))
 }
 
-/// `config` with `torch_dtype` (or `dtype`, as newer transformers spell it) set to `dtype`.
+/// `config` with every `torch_dtype` and `dtype` (as newer transformers spell it) set to `dtype`, those of nested configs such
+/// as `text_config` too; `torch_dtype` is added where there is neither.
 pub fn with_torch_dtype(mut config: Value, dtype: Dtype) -> Value {
-    if let (Some(object), Some(name)) = (config.as_object_mut(), dtype.torch_name()) {
-        let key = if object.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-        object.insert(key.into(), name.into());
+    if let Some(name) = dtype.torch_name()
+        && !set_dtype(&mut config, name)
+        && let Some(object) = config.as_object_mut()
+    {
+        object.insert("torch_dtype".into(), name.into());
     }
     config
+}
+
+/// Sets what is there; whether there was anything at this level.
+fn set_dtype(config: &mut Value, name: &str) -> bool {
+    let mut found = false;
+    for (key, value) in config.as_object_mut().into_iter().flatten() {
+        if key == "torch_dtype" || key == "dtype" {
+            *value = name.into();
+            found = true;
+        } else if key.ends_with("_config") {
+            set_dtype(value, name);
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn every_dtype_of_a_config_is_set() {
+        let config = json!({"dtype": "bfloat16", "torch_dtype": "bfloat16", "text_config": {"torch_dtype": "float16"}});
+        let expected = json!({"dtype": "float32", "torch_dtype": "float32", "text_config": {"torch_dtype": "float32"}});
+        assert_eq!(with_torch_dtype(config, Dtype::F32), expected);
+        assert_eq!(with_torch_dtype(json!({"a": 1}), Dtype::BF16), json!({"a": 1, "torch_dtype": "bfloat16"}));
+    }
 }

@@ -102,6 +102,12 @@ impl DigestRecord {
         Ok(Self { blake3: Digest::of_file(path)?, files: vec![stamp(name, path)?] })
     }
 
+    /// Whether the plain file at `path` is still the one the digest was computed from, by size and time.
+    pub fn holds_for_file(&self, path: &Path) -> bool {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        stamp(name, path).is_ok_and(|now| self.files == [now])
+    }
+
     /// Whether the files of `folder` are still those the digest was computed from, by size and time.
     pub fn holds_for(&self, folder: &Path) -> bool {
         stamps(folder).is_ok_and(|now| now == self.files)

@@ -11,7 +11,7 @@ mod sidecar;
 mod writer;
 
 pub use crate::safetensors::TensorSpec;
-pub use config::{read_config, tied, with_torch_dtype};
+pub use config::{read_config, with_torch_dtype};
 pub use digest::{Digest, DigestRecord};
 pub use dtype::{Dtype, Float, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use kinds::TensorKind;

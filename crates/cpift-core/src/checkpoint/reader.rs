@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::Deserialize;
 
+use super::config::tied;
 use super::digest::Digest;
 use super::dtype::{Dtype, Float};
-use super::{read_config, tied};
+use super::read_config;
 use crate::error::BadInput;
 use crate::json;
 use crate::provenance::Provenance;
@@ -85,7 +86,9 @@ impl Checkpoint {
             (false, true) => open_shards(folder, &index)?,
             (false, false) => return Err(no_weights(folder).into()),
         };
-        let tied = if folder.join("config.json").exists() { tied(&read_config(folder)?) } else { false };
+        // Where the config is silent, the family's default shows in the tensors.
+        let head = files.iter().any(|file| file.entries.contains_key("lm_head.weight"));
+        let tied = folder.join("config.json").exists() && tied(&read_config(folder)?).unwrap_or(!head);
         Self::assemble(folder, files, tied)
     }
 
@@ -114,9 +117,15 @@ impl Checkpoint {
         self.root.is_dir().then_some(self.root.as_path())
     }
 
-    /// Whether the output embedding is the input embedding, by config.json.
+    /// Whether the output embedding is the input embedding, by config.json or, where that does not say, because there is no
+    /// `lm_head.weight`.
     pub fn tied(&self) -> bool {
         self.tied
+    }
+
+    /// The safetensors files.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
     }
 
     /// All tensors, in bytewise name order.
@@ -282,7 +291,20 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Vec<MappedFile>> {
         }
         files.push(file);
     }
+    warn_of_strays(folder, &files);
     Ok(files)
+}
+
+/// Tells of shards that the index does not name: what an older save left.
+fn warn_of_strays(folder: &Path, files: &[MappedFile]) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let name = entry.file_name();
+        let shard = name.to_string_lossy();
+        if shard.starts_with("model-") && shard.ends_with(".safetensors") && !files.iter().any(|f| f.path == path) {
+            log::warn!("{}: not named in the index, and not read", path.display());
+        }
+    }
 }
 
 fn no_weights(folder: &Path) -> BadInput {

@@ -6,20 +6,26 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 /// Files that belong to a checkpoint and travel with it unchanged, in bytewise order.
-pub const SIDECAR_FILES: [&str; 13] = [
+pub const SIDECAR_FILES: [&str; 19] = [
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
     "generation_config.json",
     "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "qwen.tiktoken",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
     "tekken.json",
+    "tiktoken.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
+    "vocab.txt",
 ];
 
 /// Copies the side files that exist in `from` into the folder `to`, except config.json, which the caller writes.

@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use memmap2::Mmap;
 
-use crate::error::BadInput;
+use crate::error::{BadInput, usage};
 
 /// Opens `path` for reading.
 ///
@@ -51,8 +51,47 @@ pub fn map(path: &Path) -> Result<Mmap> {
 /// # Errors
 /// [`BadInput`] with the way out.
 pub fn check_output(dest: &Path, force: bool) -> Result<()> {
+    if dest.file_name().is_none() {
+        return Err(BadInput::new(dest, "cannot be an output").expected("a name of its own").into());
+    }
     if !force && dest.symlink_metadata().is_ok() {
         return Err(BadInput::new(dest, "the output exists already").hint("--force replaces it").into());
+    }
+    Ok(())
+}
+
+/// As [`check_output`], for a folder: `force` replaces only what a program of ours made, or an empty folder, because all that is in
+/// it goes.
+///
+/// # Errors
+/// [`BadInput`] with the way out.
+pub fn check_output_dir(dest: &Path, force: bool) -> Result<()> {
+    check_output(dest, force)?;
+    if dest.symlink_metadata().is_err() || dest.join(crate::provenance::FILE_NAME).is_file() {
+        return Ok(());
+    }
+    if !dest.is_dir() {
+        return Err(BadInput::new(dest, "is not a folder").expected("a folder's name for the output").into());
+    }
+    let first = fs::read_dir(dest).ok().and_then(|mut entries| entries.next()?.ok());
+    first.map_or(Ok(()), |entry| {
+        Err(BadInput::new(dest, "is a folder that no program of ours made, so --force does not replace it")
+            .found(format!("no {} but {}", crate::provenance::FILE_NAME, entry.file_name().display()))
+            .hint("remove it yourself, or choose another name")
+            .into())
+    })
+}
+
+/// Refuses an output that is, or holds, one of the `inputs`: `--force` would destroy it.
+///
+/// # Errors
+/// [`crate::Usage`] naming the input.
+pub fn check_not_input<'a>(flag: &str, out: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    let Ok(canonical) = out.canonicalize() else { return Ok(()) };
+    for input in inputs {
+        if input.canonicalize().is_ok_and(|path| path.starts_with(&canonical)) {
+            return Err(usage(format!("{flag} {} would replace the input {}", out.display(), input.display())));
+        }
     }
     Ok(())
 }

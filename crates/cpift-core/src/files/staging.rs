@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tempfile::TempDir;
 
-use super::check_output;
+use super::{check_output, check_output_dir};
 use crate::error::BadInput;
 
 const SUFFIX: &str = ".partial";
@@ -41,12 +41,26 @@ struct Staging {
     dest: PathBuf,
     /// Released when the process ends, however it ends.
     _lock: File,
+    /// After the folder, so that they are empty unless the output is there.
+    _parents: NewFolders,
+}
+
+/// Folders made for an output, the innermost first; those that stay empty go again.
+struct NewFolders(Vec<PathBuf>);
+
+impl Drop for NewFolders {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|folder| drop(fs::remove_dir(folder)));
+    }
 }
 
 impl Staging {
     fn create(dest: &Path, force: bool) -> Result<Self> {
         check_output(dest, force)?;
-        let parent = parent_of(dest)?;
+        let parent = parent_of(dest);
+        let missing = parent.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists());
+        let parents = NewFolders(missing.map(Path::to_owned).collect());
+        fs::create_dir_all(&parent).with_context(|| format!("creating the folder {}", parent.display()))?;
         let prefix = prefix_of(dest);
         let mut folders = unfinished();
         remove_leftovers(&parent, &prefix);
@@ -63,7 +77,7 @@ impl Staging {
                 continue;
             }
             folders.insert(folder.path().to_owned());
-            return Ok(Self { folder, dest: dest.to_owned(), _lock: lock });
+            return Ok(Self { folder, dest: dest.to_owned(), _lock: lock, _parents: parents });
         }
         bail!("cannot keep a folder in {}: another run of {} removes it", parent.display(), dest.display())
     }
@@ -87,7 +101,7 @@ impl Staging {
             fs::rename(&from, dest)
         };
         renamed.with_context(|| format!("renaming to {}", dest.display()))?;
-        sync(&parent_of(dest)?)
+        sync(&parent_of(dest))
     }
 }
 
@@ -219,8 +233,9 @@ impl StagedDir {
     /// Starts a folder that will become `dest`, filled beside it.
     ///
     /// # Errors
-    /// [`BadInput`] when `dest` exists without `force`; I/O errors otherwise.
+    /// [`BadInput`] when `dest` exists without `force`, or is not of our making; I/O errors otherwise.
     pub fn create(dest: &Path, force: bool) -> Result<Self> {
+        check_output_dir(dest, force)?;
         let staging = Staging::create(dest, force)?;
         let path = staging.path();
         fs::create_dir(&path).with_context(|| format!("creating {}", dest.display()))?;
@@ -252,13 +267,11 @@ fn prefix_of(dest: &Path) -> String {
     format!(".{}.", dest.file_name().unwrap_or_default().to_string_lossy())
 }
 
-fn parent_of(dest: &Path) -> Result<PathBuf> {
-    let parent = match dest.parent() {
+fn parent_of(dest: &Path) -> PathBuf {
+    match dest.parent() {
         Some(p) if !p.as_os_str().is_empty() => p.to_owned(),
         _ => PathBuf::from("."),
-    };
-    fs::create_dir_all(&parent).with_context(|| format!("creating the folder {}", parent.display()))?;
-    Ok(parent)
+    }
 }
 
 fn sync(path: &Path) -> Result<()> {
@@ -290,6 +303,9 @@ mod tests {
         fs::create_dir(&out).unwrap();
         fs::write(out.join("stale"), "").unwrap();
         assert!(StagedDir::create(&out, false).is_err());
+        assert!(StagedDir::create(&out, true).is_err(), "a folder that is not ours");
+        assert!(out.join("stale").exists());
+        fs::write(out.join("cpift.json"), "").unwrap();
         let staged = StagedDir::create(&out, true).unwrap();
         fs::write(staged.path().join("new"), "").unwrap();
         staged.commit().unwrap();
@@ -317,6 +333,16 @@ mod tests {
         let plain = dir.path().join("plain");
         fs::write(&plain, "x").unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions(), fs::metadata(&plain).unwrap().permissions());
+    }
+
+    #[test]
+    fn folders_made_for_an_output_stay_only_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("a/b/out");
+        drop(StagedDir::create(&dest, false).unwrap());
+        assert!(!dir.path().join("a").exists());
+        StagedDir::create(&dest, false).unwrap().commit().unwrap();
+        assert!(dest.is_dir());
     }
 
     #[test]

@@ -233,7 +233,10 @@ fn out_of_range(dtype: Dtype, tensor: &Tensor<'_>, start: usize, values: &[f64])
         .tensor(tensor.operands[0].name)
         .expected(format!("less than {limit:e}"))
         .found(format!("{:e} at element {}", values[at], start + at))
-        .hint("--dtype bf16 or f32 has a wider range")
+        .hint(match dtype {
+            Dtype::F16 => "--dtype bf16 or f32 has a wider range",
+            _ => "the inputs' numbers are too large to be merged: check them",
+        })
 }
 
 /// The smallest number that a cast to `dtype` rounds to infinity.

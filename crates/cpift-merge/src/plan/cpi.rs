@@ -9,7 +9,7 @@ use cpift_core::checkpoint::Digest;
 use cpift_core::groups::Groups;
 use cpift_core::{BadInput, Mask, cli, files, mask};
 
-use super::inputs::{Source, check_alike, check_not_input};
+use super::inputs::{Source, check_alike};
 use super::output::resolve;
 use super::{Plan, check_epsilon, require_unit};
 use crate::card;
@@ -29,7 +29,7 @@ pub fn plan_cpi(args: &CpiArgs, force: bool) -> Result<Plan> {
     }
     cli::require_unique(&args.tasks, "--task")?;
     if !args.output.dry_run {
-        files::check_output(&args.output.out, force)?;
+        files::check_output_dir(&args.output.out, force)?;
     }
     let groups = Groups::read(&args.groups)?;
     groups.check_names(&args.groups, "--task", args.tasks.iter().map(|t| &t.name))?;
@@ -43,7 +43,7 @@ pub fn plan_cpi(args: &CpiArgs, force: bool) -> Result<Plan> {
     let (cores, mut files) = open_masks(args, &groups, &base)?;
     files.insert("groups".into(), (args.groups.clone(), Digest::of_file(&args.groups)?));
     let folders = everything.iter().map(|source| source.path());
-    check_not_input(&output.dir, folders.chain(files.values().map(|(path, _)| path.as_path())))?;
+    files::check_not_input("--out", &output.dir, folders.chain(files.values().map(|(path, _)| path.as_path())))?;
     let rule = rule(args, operands.len() - 1);
     Ok(Plan {
         method: "cpi",

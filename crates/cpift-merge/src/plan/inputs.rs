@@ -1,10 +1,11 @@
 //! The checkpoints a merge reads, and what they must have in common before any work begins.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, TensorKind, check_same_parameters, read_config, tied};
+use cpift_core::checkpoint::{Digest, Excluded, TensorKind, check_same_parameters, read_config};
 use cpift_core::error::usage;
 use cpift_core::provenance::Provenance;
 use cpift_core::{BadInput, Checkpoint, Dtype};
@@ -34,6 +35,11 @@ impl Source {
                 .into());
         }
         let config = read_config(path)?;
+        if config.get("quantization_config").is_some_and(|q| !q.is_null()) {
+            return Err(BadInput::new(path, "is quantised (config.json has a quantization_config)")
+                .hint("merge the floating-point checkpoint it was made from")
+                .into());
+        }
         Ok(Self { role: role.into(), checkpoint, config, digest: OnceLock::new() })
     }
 
@@ -100,13 +106,54 @@ pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
             return Err(differs(key, expected, found, "only checkpoints of one architecture can be merged").into());
         }
     }
-    let (expected, found) = (tied(&first.config), tied(&other.config));
+    let (expected, found) = (first.checkpoint.tied(), other.checkpoint.tied());
     if expected != found {
         let hint = "one model has an output embedding of its own and the other has not: save both alike";
         return Err(differs("tie_word_embeddings", &expected.into(), &found.into(), hint).into());
     }
     check_vocabulary(first, other)?;
-    check_same_parameters(&first.checkpoint, &other.checkpoint)
+    check_same_parameters(&first.checkpoint, &other.checkpoint)?;
+    check_same_integers(first, other)?;
+    warn_of_settings(first, other);
+    Ok(())
+}
+
+/// Integer tensors are copied from the first model, so the others must have the same.
+fn check_same_integers(first: &Source, other: &Source) -> Result<()> {
+    let integers = |source: &'_ Source| {
+        let all = source.checkpoint.not_parameters().filter(|(_, why)| *why == Excluded::NotFloat);
+        all.map(|(view, _)| view.name.to_owned()).collect::<BTreeSet<String>>()
+    };
+    for name in integers(first).union(&integers(other)) {
+        let same = match (first.checkpoint.get(name), other.checkpoint.get(name)) {
+            (Some(a), Some(b)) => (a.dtype, a.shape, a.bytes) == (b.dtype, b.shape, b.bytes),
+            _ => false,
+        };
+        if !same {
+            return Err(BadInput::new(
+                other.path(),
+                format!("an integer tensor differs from {}", first.path().display()),
+            )
+            .tensor(name)
+            .hint("integers cannot be merged: take checkpoints in floating point")
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// Tells of settings that change what the weights mean and are not the same; the output takes the first model's.
+fn warn_of_settings(first: &Source, other: &Source) {
+    for key in ["rope_theta", "rope_scaling", "rms_norm_eps", "hidden_act", "head_dim", "sliding_window"] {
+        let (ours, theirs) = (&first.config[key], &other.config[key]);
+        if ours != theirs {
+            log::warn!(
+                "{}: {key} is {theirs}, and {ours} in {}, whose config.json the output takes",
+                other.config_path().display(),
+                first.config_path().display()
+            );
+        }
+    }
 }
 
 /// Refuses embeddings of another number of tokens, the usual difference between fine-tunes of one base.
@@ -150,18 +197,4 @@ pub fn common_dtype<'a>(sources: impl Iterator<Item = &'a Source>) -> Result<Dty
         }
     }
     common.map(|c| c.0).ok_or_else(|| usage("the inputs hold no parameters to merge"))
-}
-
-/// Refuses an output that is, or holds, one of the `inputs`: `--force` would destroy it.
-///
-/// # Errors
-/// [`cpift_core::Usage`] naming the input.
-pub fn check_not_input<'a>(out: &Path, inputs: impl Iterator<Item = &'a Path>) -> Result<()> {
-    let Ok(out) = out.canonicalize() else { return Ok(()) };
-    for input in inputs {
-        if input.canonicalize().is_ok_and(|path| path.starts_with(&out)) {
-            return Err(usage(format!("--out {} would replace the input {}", out.display(), input.display())));
-        }
-    }
-    Ok(())
 }

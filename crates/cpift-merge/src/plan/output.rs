@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cpift_core::checkpoint::with_torch_dtype;
-use cpift_core::{BadInput, Dtype};
+use cpift_core::{BadInput, Dtype, json};
 use serde_json::Value;
 
 use super::inputs::{Source, common_dtype};
@@ -56,7 +56,25 @@ pub fn resolve(
 }
 
 /// The files one of which every tokenizer has.
-const TOKENIZERS: [&str; 5] = ["tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json"];
+const TOKENIZERS: [&str; 9] = [
+    "qwen.tiktoken",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+];
+
+fn has_chat_template(folder: &Path) -> bool {
+    let in_config = || {
+        let config: Option<Value> = json::read(&folder.join("tokenizer_config.json")).ok();
+        config.is_some_and(|c| c.get("chat_template").is_some_and(|t| !t.is_null()))
+    };
+    folder.join("chat_template.jinja").is_file() || folder.join("chat_template.json").is_file() || in_config()
+}
 
 fn has_tokenizer(folder: &Path) -> bool {
     TOKENIZERS.iter().any(|name| folder.join(name).is_file())
@@ -66,12 +84,21 @@ fn check_side_files(folder: &Path, inputs: &[&Source]) -> Result<()> {
     if !folder.is_dir() {
         return Err(BadInput::new(folder, "no such folder").expected("the folder of a tokenizer").into());
     }
+    if !has_chat_template(folder)
+        && let Some(other) = inputs.iter().find(|source| has_chat_template(source.path()))
+    {
+        log::warn!(
+            "{}: no chat template, so the output has none; --copy-from {} takes that one's",
+            folder.display(),
+            other.path().display()
+        );
+    }
     if has_tokenizer(folder) {
         return Ok(());
     }
     match inputs.iter().find(|source| has_tokenizer(source.path())) {
         Some(other) => Err(BadInput::new(folder, "the output would have no tokenizer")
-            .expected(TOKENIZERS.join(", ").replace(", tekken", " or tekken"))
+            .expected(format!("one of {}", TOKENIZERS.join(", ")))
             .found(format!("none of them here, but one in {}", other.path().display()))
             .hint(format!(
                 "--copy-from {} copies tokenizer, chat template and generation config",

@@ -9,7 +9,7 @@ use cpift_core::checkpoint::Digest;
 use cpift_core::error::usage;
 use cpift_core::{Mask, files};
 
-use super::inputs::{Source, check_alike, check_not_input};
+use super::inputs::{Source, check_alike};
 use super::output::resolve;
 use super::{Plan, check_epsilon, require_unit};
 use crate::card;
@@ -30,7 +30,7 @@ pub fn plan(request: &Request, output: &OutputArgs, force: bool) -> Result<Plan>
     check_numbers(request)?;
     check_models(request)?;
     if !output.dry_run {
-        files::check_output(&output.out, force)?;
+        files::check_output_dir(&output.out, force)?;
     }
     let open = |(i, model): (usize, &crate::request::ModelRequest)| {
         Ok(Arc::new(Source::open(format!("model:{}", i + 1), &model.path)?))
@@ -42,7 +42,7 @@ pub fn plan(request: &Request, output: &OutputArgs, force: bool) -> Result<Plan>
     for other in everything.iter().filter(|source| !std::ptr::eq(**source, backbone.as_ref())) {
         check_alike(backbone, other)?;
     }
-    check_not_input(&output.out, everything.iter().map(|source| source.path()))?;
+    files::check_not_input("--out", &output.out, everything.iter().map(|source| source.path()))?;
     let destination = resolve(output, force, &everything, backbone, backbone, &everything)?;
     let rules = rules(request, backbone)?;
     let mut files = BTreeMap::new();
@@ -55,7 +55,7 @@ pub fn plan(request: &Request, output: &OutputArgs, force: bool) -> Result<Plan>
         masks.clear();
     }
     let protect = request.protect.as_deref().map(|path| open_mask("protect".into(), path)).transpose()?;
-    check_not_input(&output.out, files.values().map(|(path, _)| path.as_path()))?;
+    files::check_not_input("--out", &output.out, files.values().map(|(path, _)| path.as_path()))?;
     Ok(Plan {
         method: request.method.name(),
         base,
@@ -147,7 +147,7 @@ fn rules(request: &Request, backbone: &Source) -> Result<Vec<Rule>> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for (prefix, number) in names.iter().filter_map(|name| layer(name)) {
         let count = counts.entry(prefix).or_default();
-        *count = (*count).max(number + 1);
+        *count = (*count).max(number.saturating_add(1));
     }
     let weights = request.models.iter().map(|m| ("--weight", &m.weight));
     let densities = request.models.iter().map(|m| ("--density", &m.density));

@@ -13,7 +13,6 @@ mod ours;
 mod settings;
 mod write;
 
-pub(crate) use write::quoted;
 pub use write::write;
 
 use std::path::{Path, PathBuf};

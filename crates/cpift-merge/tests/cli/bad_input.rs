@@ -212,6 +212,8 @@ fn another_architecture_or_tying_is_refused() {
         world.refused(LINEAR, &expected.each_ref().map(String::as_str));
     }
     let world = sound();
+    let untied = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": false}"#;
+    fs::write(world.path("a/config.json"), untied).unwrap();
     let tied = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": true}"#;
     fs::write(world.path("b/config.json"), tied).unwrap();
     world.refused(SLERP, &["@b/config.json: tie_word_embeddings differs", "expected: false", "found: true"]);
@@ -219,6 +221,24 @@ fn another_architecture_or_tying_is_refused() {
     let line = cpi(&world);
     fs::write(world.path("a/config.json"), mistral).unwrap();
     world.refused(&line, &["@a/config.json: architectures differs", "MistralForCausalLM"]);
+}
+
+#[test]
+fn quantised_models_and_integers_that_differ_are_refused() {
+    let world = sound();
+    let quantised =
+        r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": {"bits": 4}}"#;
+    fs::write(world.path("b/config.json"), quantised).unwrap();
+    world.refused(LINEAR, &["@b: is quantised", "hint"]);
+    let world = World::new();
+    for (name, code) in [("a", 1), ("b", 2)] {
+        let mut tensors = w(&[1.0]);
+        tensors.insert("codes".into(), Tensor { dtype: Dtype::I8, shape: vec![1], bytes: vec![code] });
+        world.checkpoint(name, &tensors);
+    }
+    world.refused(LINEAR, &["@b: an integer tensor differs from @a", "tensor: codes"]);
+    world.checkpoint("b", &w(&[1.0]));
+    world.refused(LINEAR, &["@b: an integer tensor differs from @a", "tensor: codes"]);
 }
 
 #[test]

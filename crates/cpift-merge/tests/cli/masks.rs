@@ -117,8 +117,13 @@ fn masks_are_checked_and_named() {
     world.misused(&format!("{line} --mask 3=@kept"), &["--mask 3"]);
     world.misused(&format!("{line} --mask b=@kept --mask 2=@kept"), &["--mask 2", "has one already"]);
     world.misused(&format!("{line} --mask 1=@kept"), &["mask of the first model has no effect"]);
+    world.checkpoint("1", &w(&[1.0, 2.0, 3.0]));
+    world.misused(
+        "slerp --model @a --model @1 --out @out --mask 1=@kept",
+        &["fits several models, by number and by name"],
+    );
     let line = "linear --model @a --model @b --model @b --out @out";
-    world.misused(&format!("{line} --mask b=@kept"), &["several models are called that"]);
+    world.misused(&format!("{line} --mask b=@kept"), &["fits several models"]);
 }
 
 #[test]

@@ -146,8 +146,13 @@ fn an_existing_output_is_replaced_with_force_and_its_stale_files_go() {
     world.checkpoint("b", &w(&[3.0, 4.0]));
     std::fs::create_dir(world.path("out")).unwrap();
     std::fs::write(world.path("out/model-00001-of-00009.safetensors"), "stale").unwrap();
-    world.run("linear --model @a --model @b --out @out --force").ok();
+    let line = "linear --model @a --model @b --out @out --force";
+    world.refused(line, &["@out: is a folder that no program of ours made", "hint: remove it yourself"]);
+    std::fs::write(world.path("out/cpift.json"), "{}").unwrap();
+    world.run(line).ok();
     assert_eq!(world.read_w("out"), [2.0, 3.0]);
     expect_entries(&world.path("out"), &["README.md", "config.json", "cpift.json", "model.safetensors"]);
-    world.misused("linear --model @a --model @b --out @a --force", &["would replace the input"]);
+    world.misused("linear --model @out --model @b --out @out --force", &["would replace the input"]);
+    std::fs::write(world.path("out/recipe.yml"), "merge_method: linear").unwrap();
+    world.misused("recipe @out/recipe.yml --out @out --force", &["would replace the input"]);
 }
