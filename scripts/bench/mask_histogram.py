@@ -6,14 +6,11 @@ One pass finds the largest |Δ|, one makes a histogram of 65,536 bins, one sorts
 writes the bits, ties by position. mask_numpy.py is the same work made fast. Prints the digest of the bits.
 """
 
-import hashlib
-import json
 import sys
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from mask_numpy import distances, open_all
+from mask_numpy import distances, open_all, write
 
 
 def main(base, tuned, percent, out):
@@ -36,20 +33,7 @@ def main(base, tuned, percent, out):
     inside = np.sort(np.concatenate(inside))[::-1]
     threshold = inside[k - over - 1]
     ties = k - over - int((inside > threshold).sum())
-    packed = {name: [] for name in base}
-    for name, values in distances(base, tuned):
-        chosen = values > threshold
-        if ties:
-            equal = np.flatnonzero(values == threshold)[:ties]
-            chosen[equal] = True
-            ties -= len(equal)
-        packed[name].append(np.packbits(chosen, bitorder="little"))
-    packed = {name: np.concatenate(parts) for name, parts in packed.items()}
-    save_file(packed, out)
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(packed):
-        digest.update(packed[name].tobytes())
-    print(json.dumps({"selected": k, "bits": digest.hexdigest()}))
+    write(base, tuned, k, threshold, ties, out)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ def main(base, tuned, percent, out):
     upper, k_left = descend(histogram(base, tuned), k)
     lower, ties = descend(histogram(base, tuned, upper), k_left)
     threshold = np.uint32(upper << 16 | lower).view(np.float32)
+    write(base, tuned, k, threshold, ties, out)
+
+
+def write(base, tuned, k, threshold, ties, out):
+    """Writes the bits of what is above the threshold and of the first `ties` equal to it; prints their digest."""
     packed = {name: [] for name in base}
     for name, values in distances(base, tuned):
         chosen = values > threshold

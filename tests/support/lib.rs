@@ -225,3 +225,14 @@ impl Numbers {
         (0..n).map(|_| self.unit()).collect()
     }
 }
+
+/// The same cases every time; PROPTEST_RNG_SEED and PROPTEST_CASES try others.
+pub fn cases(cases: u32) -> proptest::test_runner::Config {
+    let given = proptest::test_runner::Config::default();
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { given.cases } else { cases };
+    let rng_seed = match given.rng_seed {
+        proptest::test_runner::RngSeed::Random => proptest::test_runner::RngSeed::Fixed(1),
+        fixed => fixed,
+    };
+    proptest::test_runner::Config { cases, rng_seed, failure_persistence: None, ..given }
+}

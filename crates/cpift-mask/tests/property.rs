@@ -9,7 +9,6 @@ use cpift_mask::Args;
 use cpift_testkit::layout::{memory_dir, silence, with_threads, write_anyhow};
 use cpift_testkit::{Numbers, Tensor, Tensors};
 use proptest::prelude::*;
-use proptest::test_runner::RngSeed;
 
 const NAMES: [&str; 8] = [
     "lm_head.weight",
@@ -202,19 +201,8 @@ impl Case {
     }
 }
 
-/// The same cases every time; PROPTEST_RNG_SEED and PROPTEST_CASES try others.
-fn config(cases: u32) -> ProptestConfig {
-    let given = ProptestConfig::default();
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { given.cases } else { cases };
-    let rng_seed = match given.rng_seed {
-        RngSeed::Random => RngSeed::Fixed(1),
-        fixed => fixed,
-    };
-    ProptestConfig { cases, rng_seed, failure_persistence: None, ..given }
-}
-
 proptest! {
-    #![proptest_config(config(400))]
+    #![proptest_config(cpift_testkit::cases(400))]
     #[test]
     fn small_tensors_are_chosen_as_a_sort_chooses(case in case(prop_oneof![1..20usize, 1..3000usize])) {
         case.check()?;
@@ -222,7 +210,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(config(24))]
+    #![proptest_config(cpift_testkit::cases(24))]
     #[test]
     // Around the sizes of blocks and chunks, and enough elements that the threshold is bracketed by a sample.
     fn large_tensors_are_chosen_as_a_sort_chooses(

@@ -11,7 +11,6 @@ use cpift_merge::cli::Args;
 use cpift_testkit::layout::{memory_dir, silence, with_threads, write_anyhow};
 use cpift_testkit::{Numbers, Tensor, Tensors, read_checkpoint};
 use proptest::prelude::*;
-use proptest::test_runner::RngSeed;
 
 const FLOATS: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F64];
 /// The cosine above which interpolation is linear, and how near to it the test's own arithmetic may disagree.
@@ -207,19 +206,8 @@ fn content(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     named.filter(|(name, _)| name != "cpift.json" && name != "README.md").collect()
 }
 
-/// The same cases every time; PROPTEST_RNG_SEED and PROPTEST_CASES try others.
-fn config(cases: u32) -> ProptestConfig {
-    let given = ProptestConfig::default();
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { given.cases } else { cases };
-    let rng_seed = match given.rng_seed {
-        RngSeed::Random => RngSeed::Fixed(1),
-        fixed => fixed,
-    };
-    ProptestConfig { cases, rng_seed, failure_persistence: None, ..given }
-}
-
 proptest! {
-    #![proptest_config(config(200))]
+    #![proptest_config(cpift_testkit::cases(200))]
     #[test]
     fn small_tensors_are_merged_as_plain_arithmetic_has_it(case in case(prop_oneof![1..20usize, 1..3000usize], 8)) {
         case.check()?;
@@ -227,7 +215,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(config(24))]
+    #![proptest_config(cpift_testkit::cases(24))]
     #[test]
     // Around the sizes of blocks and chunks.
     fn large_tensors_are_merged_as_plain_arithmetic_has_it(

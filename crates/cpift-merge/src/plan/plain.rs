@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
+use cpift_core::checkpoint::{Digest, names};
 use cpift_core::error::usage;
 use cpift_core::{Mask, files};
 
@@ -168,16 +168,10 @@ fn rules(request: &Request, backbone: &Source) -> Result<Vec<Rule>> {
     names.iter().map(rule).collect()
 }
 
-/// What a name says of where in the model a tensor lies: what comes before the first number in it, and that number.
+/// The name of the list of layers a tensor lies in, and its number there.
 fn layer(name: &str) -> Option<(&str, usize)> {
-    let mut start = 0;
-    for piece in name.split('.') {
-        if let Ok(number) = piece.parse() {
-            return Some((&name[..start], number));
-        }
-        start += piece.len() + 1;
-    }
-    None
+    let (prefix, number) = names::layer(name)?;
+    Some((prefix.trim_end_matches(|c: char| c.is_ascii_digit()), number as usize))
 }
 
 /// A tensor's name, with its layer and the number of layers where it is in one.
@@ -241,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_number_in_a_name_is_its_layer() {
+    fn layers_are_counted_list_by_list() {
         assert_eq!(layer("model.layers.12.mlp.experts.3.w1.weight"), Some(("model.layers.", 12)));
         assert_eq!(layer("transformer.h.0.attn.weight"), Some(("transformer.h.", 0)));
         assert_eq!(layer("model.embed_tokens.weight"), None);

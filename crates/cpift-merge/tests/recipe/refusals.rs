@@ -1,0 +1,209 @@
+//! Recipes that are refused, with messages that name the place.
+
+use std::path::Path;
+
+use cpift_core::BadInput;
+use cpift_merge::Request;
+use cpift_merge::recipe::{parse, read};
+
+use crate::{SLERP, linear, parsed, paths, refused, ties};
+
+#[test]
+fn keys_that_are_not_known_are_named() {
+    let wrong = ties("").replace("weight: 1.0", "wieght: 1.0");
+    refused(&wrong, &["models[1].parameters.wieght: is not a known key", "weight, density", "did you mean weight?"]);
+    refused(&ties("merge_metod: ties\n"), &["merge_metod", "did you mean merge_method?"]);
+    refused(&ties("name: my-model\n"), &["name: is not a known key", "tokenizer_source"]);
+    refused(&ties("chat_template: auto\n"), &["chat_template: is not supported here", "tokenizer_source"]);
+    refused(&ties("modules: {}\n"), &["modules: is not supported here"]);
+    refused(&ties("parameters: {gamma: 0.1}\n"), &["parameters.gamma", "normalize"]);
+    refused(&linear("").replace("weight: 1", "weight: 1, t: 0.5"), &["parameters.t", "t is a parameter of slerp"]);
+    let density = linear("").replace("{model: a}", "{model: a, parameters: {density: 0.5}}");
+    refused(&density, &["models[0].parameters.density", "ties, dare_linear, dare_ties"]);
+    let shared = ties("").replace("weight: 1.0", "weight: 1.0, normalize: true");
+    refused(&shared, &["models[1].parameters.normalize", "under the recipe's own parameters"]);
+    let filter = ties("").replace("- filter: mlp", "- fitler: mlp");
+    refused(&filter, &["models[2].parameters.weight[0].fitler", "did you mean filter?"]);
+}
+
+#[test]
+fn keys_written_twice_are_refused() {
+    refused(&ties("base_model: other\n"), &["duplicate mapping key: base_model at line "]);
+}
+
+#[test]
+fn values_out_of_range_are_refused() {
+    let t = |t: &str| SLERP.replace("value: 0.5 #", &format!("value: {t} #"));
+    for value in ["1.01", "-0.1", "[0, 2]"] {
+        refused(&t(value), &["parameters.t[2].value", "is out of range", "0 to 1"]);
+    }
+    for value in [".nan", ".inf", "x", "true", "[]", "{}"] {
+        refused(&t(value), &[]);
+    }
+    refused(&ties("").replace("0.33", "33"), &["models[2].parameters.density: is out of range"]);
+    refused(&ties("parameters: {normalize: 2}\n"), &["parameters.normalize", "true or false"]);
+    refused(&ties("parameters: {lambda: [1, {value: 2}]}\n"), &["parameters.lambda[0]", "filter, value"]);
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    refused("", &["r.yml"]);
+    refused("merge_method: linear\n", &["expected: models or slices"]);
+    refused("models: [{model: a}]\n", &["expected: merge_method"]);
+    refused("merge_method: linear\nmodels: []\n", &["models", "a list with at least one entry"]);
+    refused("merge_method: passthrough\nmodels: [{model: a}]\n", &["merge_method", "karcher", "\"passthrough\""]);
+    refused(&ties("").replace("base_model: base", ""), &["ties needs a base_model"]);
+    refused(&linear("").replace("weight: 1", "normalize: true"), &["no weight for the model a"]);
+    refused("{merge_method: slerp, base_model: a, models: [{model: b}]}", &["slerp needs a parameter", "t: ..."]);
+    refused("{merge_method: linear, parameters: {weight: 1}, models: [{model: a}]}", &["at least 2 models"]);
+    refused("{merge_method: ties, base_model: a, models: [{model: a}]}", &["at least 1 models"]);
+    refused(&linear("").replace("model: b", "model: a"), &["models[1]: is listed twice"]);
+    refused(&linear("").replace("model: b", "model: {model: b}"), &["models[1].model: is a mapping"]);
+    refused(&linear("slices: [{}]\n"), &["slices: stands beside models"]);
+}
+
+/// A linear merge of `a` and `b` by these slices, each `[range of a, range of b]`.
+fn slices(ranges: &[[&str; 2]], more: &str) -> String {
+    let slice = |[a, b]: &[&str; 2]| {
+        format!("  - sources: [{{model: a, layer_range: {a}}}, {{model: b, layer_range: {b}}}]\n{more}")
+    };
+    let slices: String = ranges.iter().map(slice).collect();
+    format!("merge_method: linear\nparameters: {{weight: 1}}\nslices:\n{slices}")
+}
+
+#[test]
+fn slices_must_be_every_layer_in_order() {
+    let request = parsed(&slices(&[["[0, 3]"; 2], ["[3, 8]"; 2]], ""));
+    assert_eq!(paths(&request), ["a", "b"]);
+    for ranges in [
+        &[["[1, 3]"; 2]][..],
+        &[["[0, 3]", "[1, 4]"]],
+        &[["[0, 3]", "[0, 4]"]],
+        &[["[0, 3]"; 2], ["[4, 8]"; 2]],
+        &[["[0, 3]"; 2], ["[2, 8]"; 2]],
+    ] {
+        refused(&slices(ranges, ""), &["layer_range", "frankenmerge", "every layer once, in order"]);
+    }
+    for range in ["[3, 3]", "[0]", "[0, 1, 2]", "[0, -1]", "[0, 1.5]", "3"] {
+        refused(&slices(&[[range; 2]], ""), &["slices[0].sources[0].layer_range"]);
+    }
+    let other = slices(&[["[0, 3]"; 2], ["[3, 8]"; 2]], "").replacen("model: b", "model: c", 1);
+    refused(&other, &["slices[1]: has other models", "a, c", "a, b"]);
+    refused(&slices(&[["[0, 3]"; 2]], "    residual_weight: 0.1\n"), &["slices[0].residual_weight: is not supported"]);
+}
+
+#[test]
+fn settings_of_one_of_several_slices_are_refused() {
+    let several = [["[0, 3]"; 2], ["[3, 8]"; 2]];
+    refused(&slices(&several, "    parameters: {weight: 2}\n"), &["slices[0].parameters", "one slice with all layers"]);
+    refused(&slices(&several, "").replace("weight: 1", "weight: [0, 1]"), &["a gradient over 2 slices"]);
+    parsed(&slices(&several[..1], "    parameters: {weight: [2, 3]}\n"));
+}
+
+#[test]
+fn hostile_text_is_refused_quickly() {
+    let bomb: String =
+        (1..12).map(|i| format!("k{i}: &k{i} [{}]\n", vec![format!("*k{}", i - 1); 10].join(","))).collect();
+    refused(&format!("k0: &k0 x\n{bomb}"), &[]);
+    refused(&"[".repeat(100_000), &[]);
+    refused(&"- ".repeat(100_000), &[]);
+    refused(&format!("a: {}", "x".repeat(1 << 20)), &["too long"]);
+    refused(&format!("{}: 1", "k".repeat(1000)), &["is not a known key"]);
+    refused("a: 1\n---\nb: 2\n", &[]);
+    refused("\u{0}\u{1}", &[]);
+    refused("? [a, b]\n: 1\n", &[]);
+}
+
+#[test]
+fn mutilated_recipes_are_read_or_refused() {
+    let whole =
+        [SLERP.to_owned(), ties("tokenizer: {source: base}\ncpift: {protect: p}\n"), slices(&[["[0, 3]"; 2]; 2], "")];
+    let mut state = 1u64;
+    let mut next = |bound: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % bound
+    };
+    let mut read = 0;
+    for round in 0..6000 {
+        let mut text: Vec<char> = whole[round % whole.len()].chars().collect();
+        for _ in 0..=next(3) {
+            let (at, other) = (next(text.len()), next(text.len()));
+            match next(4) {
+                0 => drop(text.drain(at..(at + next(20)).min(text.len()))),
+                1 => text.swap(at, other),
+                2 => text[at] = [':', '-', '[', '{', '\'', '"', '&', '*', '!', '\n', ' ', '9', '\u{0}', 'é'][next(14)],
+                _ => text.splice(at..at, text[other..].to_vec()).for_each(drop),
+            }
+            text.push('\n');
+        }
+        let text: String = text.into_iter().collect();
+        match parse(&text, Path::new("r.yml")) {
+            Ok(_) => read += 1,
+            Err(error) => assert!(error.downcast_ref::<BadInput>().is_some(), "{error:?}"),
+        }
+    }
+    assert!(read > 100, "{read} of the recipes were still readable");
+}
+
+#[test]
+fn files_that_are_no_recipe_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r.yml");
+    let error = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        let error = read(&path).unwrap_err();
+        assert!(error.downcast_ref::<BadInput>().is_some());
+        error.to_string()
+    };
+    assert!(error(b"\xff\xfe").contains("is not UTF-8 text"));
+    assert!(error(&vec![b' '; (1 << 20) + 1]).contains("too long"));
+    std::fs::remove_file(&path).unwrap();
+    assert!(read(&path).unwrap_err().downcast_ref::<BadInput>().is_some());
+}
+
+/// A folder with the models `a` and `b`, of which config.json says `layers`, and the recipe made of `text`.
+fn on_disk(text: &str, layers: usize, tokenizers: [&str; 2]) -> Result<Request, String> {
+    let dir = tempfile::tempdir().unwrap();
+    for (model, tokenizer) in ["a", "b"].into_iter().zip(tokenizers) {
+        std::fs::create_dir(dir.path().join(model)).unwrap();
+        std::fs::write(dir.path().join(model).join("config.json"), format!("{{\"num_hidden_layers\": {layers}}}"))
+            .unwrap();
+        if !tokenizer.is_empty() {
+            let text = format!("{{\"model\": {{\"vocab\": {tokenizer}}}}}");
+            std::fs::write(dir.path().join(model).join("tokenizer.json"), text).unwrap();
+        }
+    }
+    let recipe = dir.path().join("r.yml");
+    std::fs::write(&recipe, text.replace("model: ", &format!("model: {}/", dir.path().display()))).unwrap();
+    read(&recipe).map_err(|e| e.to_string())
+}
+
+#[test]
+fn folders_layers_and_vocabularies_are_checked_on_disk() {
+    on_disk(SLERP, 32, [""; 2]).unwrap();
+    let error = on_disk(SLERP, 24, [""; 2]).unwrap_err();
+    assert!(error.contains("models with 32 layers") && error.contains("24 layers in "), "{error}");
+    let error = on_disk(&linear("").replace("{model: b}", "{model: c}"), 1, [""; 2]).unwrap_err();
+    assert!(error.contains("names a model that is not a folder"), "{error}");
+
+    let tokenizer = SLERP.to_owned() + "tokenizer_source: base\n";
+    let (one, two) = (r#"{"x": 0}"#, r#"{"x": 1}"#);
+    on_disk(&tokenizer, 32, [one, one]).unwrap();
+    on_disk(&tokenizer, 32, [one, ""]).unwrap();
+    on_disk(SLERP, 32, [one, two]).unwrap();
+    assert!(on_disk(&tokenizer, 32, [one, two]).unwrap_err().contains("vocabularies differ"));
+    assert!(on_disk(&tokenizer, 32, ["", one]).unwrap_err().contains("has no tokenizer"));
+}
+
+#[test]
+fn a_model_of_the_hub_is_to_be_downloaded_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r.yml");
+    let hint = |model: &str| {
+        std::fs::write(&path, linear("").replace("{model: a}", &format!("{{model: {model}}}"))).unwrap();
+        read(&path).unwrap_err().to_string()
+    };
+    assert!(hint("org/name").contains("huggingface-cli download org/name"));
+    assert!(hint("org/name+org/lora").contains("an adapter is merged"));
+    assert!(hint("./org/name").contains("relative to the folder"));
+}
