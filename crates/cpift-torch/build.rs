@@ -14,10 +14,19 @@ fn main() {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .file("shim/shim.cpp")
+        .files(sources())
         .compile("cpift_shim");
     println!("cargo:rustc-link-search=native={}", lib.display());
     for library in ["torch_cpu", "c10"] {
         println!("cargo:rustc-link-lib={library}");
     }
+}
+
+/// The .cpp files of shim/, by name.
+fn sources() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir("shim").expect("shim/ is beside this file");
+    let mut files: Vec<PathBuf> = entries.map(|e| e.expect("a folder entry").path()).collect();
+    files.retain(|f| f.extension().is_some_and(|e| e == "cpp"));
+    files.sort();
+    files
 }

@@ -53,8 +53,7 @@ pub struct Loss {
 pub fn loss(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Loss> {
     let encoded = encode_rows(&task.eval, rows, &session.text, settings.max_length, Overlong::Truncate)?;
     let bar = progress::items("loss", encoded.examples.len() as u64);
-    let pad = session.text.pad_id;
-    let losses = score::losses(&session.model, &encoded.examples, settings.batch_size, pad, || bar.inc(1));
+    let losses = score::losses(&session.model, &encoded.examples, settings.batch_size, || bar.inc(1));
     bar.finish_and_clear();
     Ok(Loss { nll: ratio(&losses), truncated: encoded.truncated, dropped: encoded.dropped })
 }
@@ -185,7 +184,7 @@ fn choice(session: &Session, task: &Task, rows: &[Row]) -> Result<Scored> {
         let letters: Vec<String> = (0..count).map(|i| char::from(b'A' + i as u8).to_string()).collect();
         let continuations: Vec<Vec<i64>> =
             letters.iter().map(|letter| continuation(session, task, row, &prompt, letter)).collect::<Result<_>>()?;
-        let log_likelihoods = score::continuations(&session.model, &prompt.ids, &continuations, session.text.pad_id)?;
+        let log_likelihoods = score::continuations(&session.model, &prompt.ids, &continuations)?;
         // Ties go to the first.
         let best = (0..count).fold(0, |best, i| if log_likelihoods[i] > log_likelihoods[best] { i } else { best });
         scores.push(f64::from(best == answer));

@@ -147,6 +147,6 @@ fn fine_tune(args: &Args, plan: &Plan, metrics: &mut Metrics) -> Result<StageRep
         warn!("saving as {}: updates smaller than its resolution are lost to cpift-mask", args.training.save_dtype);
     }
     let session = &plan.session;
-    train::run_stage(&session.model, &session.parameters, &stage, &args.training, session.text.pad_id, metrics)
+    train::run_stage(&session.model, &session.parameters, &stage, &args.training, metrics)
         .with_context(|| format!("training on {}", plan.task.train.display()))
 }

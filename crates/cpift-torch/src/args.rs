@@ -1,5 +1,7 @@
 //! Training arguments that cpift-probe and cpift-train share.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use cpift_core::error::usage;
 use cpift_core::{Dtype, Usage};
@@ -47,6 +49,47 @@ pub struct TrainingArgs {
     /// Seed of the shuffles and samples
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+    /// Do not train the embedding table (nor a tied output head)
+    #[arg(long)]
+    pub freeze_embeddings: bool,
+    /// Fill each row of a batch with whole examples up to the longest length; they stay closed to one another
+    #[arg(long)]
+    pub packing: bool,
+    /// Keep only the input of each block and compute its activations again in the backward pass: the same bits, less memory,
+    /// about a third more work
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// Update each block as soon as its gradients are there, so that gradients of the whole model never exist; needs
+    /// --grad-accum 1 and --max-grad-norm 0, which both need all gradients kept
+    #[arg(long)]
+    pub optimizer_in_backward: bool,
+    /// Element type of the weights in training: f32, or bf16 with stochastic rounding
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub master: Dtype,
+    /// Element type of AdamW's moments: f32, or bf16 with stochastic rounding
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub optim_state: Dtype,
+    /// Tokens whose logits exist at a time in the loss
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub loss_chunk: usize,
+    /// Save a state to resume from every N steps, in OUT.checkpoints; a signal saves one in any case
+    #[arg(long, value_name = "N")]
+    pub save_every: Option<usize>,
+    /// Newest states to keep
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub keep: usize,
+    /// Go on from the newest state in OUT.checkpoints; start afresh where there is none
+    #[arg(long)]
+    pub resume: bool,
+    /// Loss on held-out rows (each task's `eval` file) every N steps, and at the end
+    #[arg(long, value_name = "N")]
+    pub eval_every: Option<usize>,
+    /// Most held-out rows of each task
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub eval_rows: usize,
+    /// Write TensorBoard event files into this folder as well
+    #[arg(long, value_name = "DIR")]
+    pub tensorboard: Option<PathBuf>,
     /// Longest example in tokens, over the tasks' own max_length
     #[arg(long, value_name = "N")]
     pub max_length: Option<usize>,
@@ -94,6 +137,20 @@ impl TrainingArgs {
             (self.adam_epsilon > 0.0, "--adam-epsilon must be positive"),
             (self.max_grad_norm >= 0.0, "--max-grad-norm must not be negative"),
             (self.max_length.is_none_or(|n| n >= 2), "--max-length must be at least 2"),
+            (matches!(self.master, Dtype::F32 | Dtype::BF16), "--master must be f32 or bf16"),
+            (matches!(self.optim_state, Dtype::F32 | Dtype::BF16), "--optim-state must be f32 or bf16"),
+            (self.loss_chunk > 0, "--loss-chunk must be at least 1"),
+            (self.save_every != Some(0), "--save-every must be at least 1"),
+            (self.keep > 0, "--keep must be at least 1"),
+            (self.eval_every != Some(0) && self.eval_rows > 0, "--eval-every and --eval-rows must be at least 1"),
+            (
+                !self.optimizer_in_backward || self.grad_accum == 1,
+                "--optimizer-in-backward needs --grad-accum 1: a sum over batches needs all gradients kept",
+            ),
+            (
+                !self.optimizer_in_backward || self.max_grad_norm == 0.0,
+                "--optimizer-in-backward needs --max-grad-norm 0: the norm is known only when all gradients are",
+            ),
             (self.log_every > 0, "--log-every must be at least 1"),
             (
                 matches!(self.compute_dtype, None | Some(Dtype::F32 | Dtype::BF16)),

@@ -4,7 +4,7 @@
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::model::{KvCache, Llama};
+use crate::model::{CausalLM, KvCache};
 
 /// How to generate.
 #[derive(Debug, Clone)]
@@ -22,7 +22,7 @@ pub struct GreedyOptions<'a> {
 /// The answers to `prompts` (token ids), in order, without the ending id. Prompts are taken by length, so that little is
 /// padded. `tick` is called for each prompt done.
 pub fn greedy(
-    model: &Llama,
+    model: &CausalLM,
     prompts: &[Vec<i64>],
     options: &GreedyOptions<'_>,
     mut tick: impl FnMut(),
@@ -52,7 +52,7 @@ struct Running {
     cache: KvCache,
 }
 
-fn generate_batch(model: &Llama, prompts: &[&[i64]], options: &GreedyOptions<'_>) -> Vec<Vec<i64>> {
+fn generate_batch(model: &CausalLM, prompts: &[&[i64]], options: &GreedyOptions<'_>) -> Vec<Vec<i64>> {
     let device = model.device();
     let mut answers = vec![Vec::new(); prompts.len()];
     let (mut running, logits) = prefill(model, prompts, options.pad_id, device);
@@ -77,7 +77,7 @@ fn generate_batch(model: &Llama, prompts: &[&[i64]], options: &GreedyOptions<'_>
 }
 
 /// Runs the prompts through the model; logits of the last token, [b, 1, v].
-fn prefill(model: &Llama, prompts: &[&[i64]], pad_id: i64, device: Device) -> (Running, Tensor) {
+fn prefill(model: &CausalLM, prompts: &[&[i64]], pad_id: i64, device: Device) -> (Running, Tensor) {
     let (b, s) = (prompts.len() as i64, prompts.iter().map(|p| p.len()).max().unwrap_or(0));
     let (mut ids, mut seen) = (Vec::new(), Vec::new());
     for prompt in prompts {
@@ -111,7 +111,7 @@ impl Running {
     }
 
     /// Feeds each row's newest token; logits of the next, [b, 1, v].
-    fn advance(&mut self, model: &Llama, newest: &[i64], device: Device) -> Tensor {
+    fn advance(&mut self, model: &CausalLM, newest: &[i64], device: Device) -> Tensor {
         let b = newest.len() as i64;
         let ids_b1 = Tensor::from_slice(newest).view([b, 1]).to_device(device);
         self.position_b1 = &self.position_b1 + 1;

@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::data::{Batch, Example, IGNORE};
-use crate::model::Llama;
+use crate::model::CausalLM;
 
 /// Summed loss and number of targets of one example.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -16,20 +16,14 @@ pub struct ExampleLoss {
 }
 
 /// The loss of every example, in order; batches are made of examples of similar length.
-pub fn losses(
-    model: &Llama,
-    examples: &[Example],
-    batch_size: usize,
-    pad_id: i64,
-    mut tick: impl FnMut(),
-) -> Vec<ExampleLoss> {
+pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tick: impl FnMut()) -> Vec<ExampleLoss> {
     let mut order: Vec<usize> = (0..examples.len()).collect();
     order.sort_by_key(|&i| (examples[i].ids.len(), i));
     let mut out = vec![ExampleLoss { nll: 0.0, targets: 0 }; examples.len()];
     for chunk in order.chunks(batch_size) {
         let rows: Vec<&Example> = chunk.iter().map(|&i| &examples[i]).collect();
-        let batch = Batch::new(&rows, pad_id, model.device());
-        let sums = no_grad(|| row_losses(model, &batch));
+        let batch = Batch::new(&rows, model.device());
+        let sums = no_grad(|| document_losses(model, &batch));
         for (&i, nll) in chunk.iter().zip(sums) {
             out[i] = ExampleLoss { nll, targets: examples[i].target.iter().filter(|t| **t).count() };
             tick();
@@ -38,28 +32,28 @@ pub fn losses(
     out
 }
 
-/// Summed negative log-likelihood of each row of a batch.
-fn row_losses(model: &Llama, batch: &Batch) -> Vec<f64> {
-    let (b, s) = batch.ids_bs.size2().expect("ids are [b, s]");
-    let x_bse = model.hidden(&batch.ids_bs, &model.causal(s), None);
+/// Summed negative log-likelihood of each example of a batch.
+fn document_losses(model: &CausalLM, batch: &Batch) -> Vec<f64> {
+    let x_bse = model.hidden(&batch.ids_bs, &model.documents(&batch.lengths), None);
     let logits = model.logits(&x_bse).flatten(0, 1);
     let labels = batch.labels_bs.flatten(0, 1);
     let each = logits.cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::None, IGNORE, 0.0);
-    let rows = each.view([b, s]).sum_dim_intlist([1i64].as_slice(), false, Kind::Double);
-    Vec::try_from(rows).expect("a one-dimensional tensor of doubles")
+    let sums: Vec<Tensor> =
+        each.split_with_sizes(&batch.lengths, 0).iter().map(|part| part.sum(Kind::Double)).collect();
+    Vec::try_from(Tensor::stack(&sums, 0)).expect("a one-dimensional tensor of doubles")
 }
 
 /// Log-likelihoods, in nats, of each of `continuations` after `prompt`. Continuations of a single token share one pass.
 ///
 /// # Errors
 /// When a continuation is empty.
-pub fn continuations(model: &Llama, prompt: &[i64], continuations: &[Vec<i64>], pad_id: i64) -> Result<Vec<f64>> {
+pub fn continuations(model: &CausalLM, prompt: &[i64], continuations: &[Vec<i64>]) -> Result<Vec<f64>> {
     anyhow::ensure!(continuations.iter().all(|c| !c.is_empty()), "a continuation without tokens cannot be scored");
     if continuations.iter().all(|c| c.len() == 1) {
         return Ok(no_grad(|| {
             let ids = Tensor::from_slice(prompt).unsqueeze(0).to_device(model.device());
             let s = prompt.len() as i64;
-            let last = model.hidden(&ids, &model.causal(s), None).narrow(1, s - 1, 1);
+            let last = model.hidden(&ids, &model.documents(&[s]), None).narrow(1, s - 1, 1);
             let log_probs = model.logits(&last).view([-1]).log_softmax(-1, Kind::Float);
             continuations.iter().map(|c| log_probs.double_value(&[c[0]])).collect()
         }));
@@ -71,5 +65,5 @@ pub fn continuations(model: &Llama, prompt: &[i64], continuations: &[Vec<i64>], 
             target: (0..prompt.len() + c.len()).map(|i| i >= prompt.len()).collect(),
         })
         .collect();
-    Ok(losses(model, &examples, examples.len(), pad_id, || ()).iter().map(|loss| -loss.nll).collect())
+    Ok(losses(model, &examples, examples.len(), || ()).iter().map(|loss| -loss.nll).collect())
 }

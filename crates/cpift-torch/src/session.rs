@@ -10,7 +10,7 @@ use cpift_core::{BadInput, Checkpoint, Dtype, json};
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::model::{Llama, LlamaConfig};
+use crate::model::{CausalLM, ModelConfig};
 use crate::text::ChatText;
 use crate::weights::{self, Parameters};
 
@@ -25,7 +25,7 @@ pub struct Session {
     /// Trainable tensors; they share storage with the model's.
     pub parameters: Parameters,
     /// The model.
-    pub model: Llama,
+    pub model: CausalLM,
     /// Tokenizer and chat template.
     pub text: ChatText,
     config: Value,
@@ -39,7 +39,7 @@ impl Session {
     pub fn open(folder: &Path, template: Option<&str>, device: Device, compute: Kind) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let config = read_config(folder)?;
-        let numbers = LlamaConfig::from_json(folder, &config)?;
+        let numbers = ModelConfig::from_json(folder, &config)?;
         let text = ChatText::open(folder, template)?;
         if text.vocab_size() as i64 > numbers.vocab_size {
             return Err(BadInput::new(folder, "the tokenizer has more tokens than the embedding has rows")
@@ -49,7 +49,7 @@ impl Session {
         }
         let digest = checkpoint.digest()?;
         let parameters = weights::load(&checkpoint, Kind::Float, device)?;
-        let model = Llama::new(numbers, &parameters, folder, compute)?;
+        let model = CausalLM::new(numbers, &parameters, folder, compute)?;
         Ok(Self { folder: folder.to_owned(), digest, checkpoint, parameters, model, text, config })
     }
 

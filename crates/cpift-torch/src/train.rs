@@ -12,16 +12,16 @@ use serde_json::json;
 use tch::{Kind, Reduction, Tensor};
 
 use crate::args::{Budget, TrainingArgs};
-use crate::data::{Batch, Example, Sampler};
+use crate::data::{Batch, Example, FeedConfig, Feeder};
 use crate::freeze::Freeze;
-use crate::model::Llama;
+use crate::model::CausalLM;
 use crate::optim::{AdamW, AdamWConfig, clip, global_norm};
 use crate::schedule::CosineWithWarmup;
 use crate::weights::Parameters;
 
 /// A model in training: its parameters, the optimizer's state, what is frozen.
 pub struct Trainer<'a> {
-    model: &'a Llama,
+    model: &'a CausalLM,
     parameters: &'a Parameters,
     freeze: Option<&'a Freeze>,
     optimizer: AdamW,
@@ -40,7 +40,7 @@ pub struct StepReport {
 impl<'a> Trainer<'a> {
     /// A trainer with a fresh optimizer state.
     pub fn new(
-        model: &'a Llama,
+        model: &'a CausalLM,
         parameters: &'a Parameters,
         freeze: Option<&'a Freeze>,
         optimizer: AdamWConfig,
@@ -91,8 +91,8 @@ fn accumulate(sum: &mut Vec<Tensor>, fresh: Vec<Tensor>) {
 }
 
 /// The summed cross entropy of a batch's targets, in nats: a scalar with its graph.
-pub fn loss_sum(model: &Llama, batch: &Batch) -> Tensor {
-    let x_bse = model.hidden(&batch.ids_bs, &model.causal(batch.ids_bs.size()[1]), None);
+pub fn loss_sum(model: &CausalLM, batch: &Batch) -> Tensor {
+    let x_bse = model.hidden(&batch.ids_bs, &model.documents(&batch.lengths), None);
     let logits = model.logits(&x_bse).flatten(0, 1);
     let labels = batch.labels_bs.flatten(0, 1);
     logits.cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, crate::data::IGNORE, 0.0)
@@ -150,31 +150,32 @@ pub struct Stage<'a> {
 /// # Errors
 /// As [`Trainer::step`], with the step named; I/O errors on the metrics.
 pub fn run_stage(
-    model: &Llama,
+    model: &CausalLM,
     parameters: &Parameters,
     stage: &Stage<'_>,
     args: &TrainingArgs,
-    pad_id: i64,
     metrics: &mut Metrics,
 ) -> Result<StageReport> {
-    let per_step = args.batch_size * args.grad_accum;
-    let total = plan_steps(stage, per_step);
+    let config = FeedConfig { batch_size: args.batch_size, grad_accum: args.grad_accum };
+    let total = plan_steps(stage, config);
     // The first step of a warm-up has rate 0, so a stage of one step has none.
     let warmup = ((args.warmup_ratio * total as f64).ceil() as usize).min(total - 1);
     let schedule = CosineWithWarmup { peak: args.lr, warmup_steps: warmup, total_steps: total };
     let mut trainer = Trainer::new(model, parameters, stage.freeze, args.optimizer(), args.max_grad_norm);
-    let mut sampler = Sampler::new(stage.examples.len(), stage.seed);
+    let mut feeder = Feeder::new(stage.examples.len(), config, stage.seed);
     let mut report = StageReport::default();
     let mut losses = Vec::new();
     let bar = progress::items("training", total as u64);
     let clock = Instant::now();
     for step in 0..total {
-        let chosen: Vec<&Example> = sampler.take(per_step).into_iter().map(|i| &stage.examples[i]).collect();
-        let batches: Vec<Batch> =
-            chosen.chunks(args.batch_size).map(|c| Batch::new(c, pad_id, model.device())).collect();
+        let batches: Vec<Batch> = feeder
+            .next_step()
+            .iter()
+            .map(|chosen| Batch::new(&chosen.iter().map(|&i| &stage.examples[i]).collect::<Vec<_>>(), model.device()))
+            .collect();
         let lr = schedule.rate(step);
         let done = trainer.step(&batches, lr).with_context(|| format!("{}, step {}", stage.label, step + 1))?;
-        report.tokens += batches.iter().map(|b| b.tokens).sum::<usize>();
+        report.tokens += batches.iter().map(Batch::tokens).sum::<usize>();
         losses.push(done.loss);
         let rate = report.tokens as f64 / clock.elapsed().as_secs_f64();
         metrics.write(&json!({"stage": stage.label, "step": step + 1, "loss": done.loss, "lr": lr,
@@ -202,14 +203,14 @@ pub fn run_stage(
 
 /// The number of steps of a stage. A budget in tokens is walked through with the stage's own sampler, so that the schedule
 /// knows its length before the first step.
-fn plan_steps(stage: &Stage<'_>, per_step: usize) -> usize {
+fn plan_steps(stage: &Stage<'_>, config: FeedConfig) -> usize {
     match stage.budget {
         Budget::Steps(n) => n,
         Budget::Tokens(budget) => {
-            let mut sampler = Sampler::new(stage.examples.len(), stage.seed);
+            let mut feeder = Feeder::new(stage.examples.len(), config, stage.seed);
             let (mut seen, mut steps) = (0, 0);
             while seen < budget {
-                seen += sampler.take(per_step).into_iter().map(|i| stage.examples[i].ids.len()).sum::<usize>();
+                seen += feeder.next_step().concat().into_iter().map(|i| stage.examples[i].ids.len()).sum::<usize>();
                 steps += 1;
             }
             steps

@@ -13,7 +13,10 @@ fn session(dir: &std::path::Path) -> Session {
 fn logits(session: &Session, ids: &[i64]) -> Tensor {
     no_grad(|| {
         let x = Tensor::from_slice(ids).unsqueeze(0);
-        session.model.logits(&session.model.hidden(&x, &session.model.causal(ids.len() as i64), None)).squeeze_dim(0)
+        session
+            .model
+            .logits(&session.model.hidden(&x, &session.model.documents(&[ids.len() as i64]), None))
+            .squeeze_dim(0)
     })
 }
 
@@ -52,7 +55,7 @@ fn continuations_score_as_the_log_softmax_says() {
     let session = session(dir.path());
     let prompt: Vec<i64> = (40..60).collect();
     for continuations in [vec![vec![3], vec![77]], vec![vec![3, 9, 1], vec![77]]] {
-        let found = score::continuations(&session.model, &prompt, &continuations, 258).unwrap();
+        let found = score::continuations(&session.model, &prompt, &continuations).unwrap();
         for (continuation, found) in continuations.iter().zip(found) {
             let ids: Vec<i64> = prompt.iter().chain(continuation).copied().collect();
             let log_probs = logits(&session, &ids).log_softmax(-1, Kind::Double);

@@ -63,8 +63,7 @@ fn run_stage(
         budget: stage.budget,
         seed: args.training.seed.wrapping_add(k as u64),
     };
-    let report =
-        train::run_stage(&session.model, &session.parameters, &task, &args.training, session.text.pad_id, metrics)?;
+    let report = train::run_stage(&session.model, &session.parameters, &task, &args.training, metrics)?;
     Ok((report, frozen))
 }
 

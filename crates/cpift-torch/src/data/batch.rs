@@ -1,4 +1,4 @@
-//! Shuffling examples and padding them into batches.
+//! Shuffling examples and joining them into batches.
 //!
 //! Suffixes: b batch, s sequence.
 
@@ -12,39 +12,38 @@ use super::example::Example;
 /// The label that the loss passes over, as PyTorch's cross entropy has it.
 pub const IGNORE: i64 = -100;
 
-/// Padded examples; padding is on the right, where causal attention never looks.
+/// Examples one after another in a single row, without padding; each is a document that sees only itself.
 pub struct Batch {
-    /// Token ids [b, s].
+    /// Token ids [1, s].
     pub ids_bs: Tensor,
-    /// The next token where the loss counts it, else [`IGNORE`]; [b, s].
+    /// The next token where the loss counts it, else [`IGNORE`]; [1, s].
     pub labels_bs: Tensor,
-    /// Tokens that are not padding.
-    pub tokens: usize,
+    /// Tokens of each example.
+    pub lengths: Vec<i64>,
     /// Tokens that the loss counts.
     pub targets: usize,
 }
 
 impl Batch {
-    /// Pads `examples` to the longest of them.
-    ///
-    /// # Panics
-    /// When there are none.
-    pub fn new(examples: &[&Example], pad_id: i64, device: Device) -> Self {
-        let longest = examples.iter().map(|e| e.ids.len()).max().expect("a batch has examples");
+    /// Joins `examples`.
+    pub fn new(examples: &[&Example], device: Device) -> Self {
         let (mut ids, mut labels) = (Vec::new(), Vec::new());
         for example in examples {
-            let padding = longest - example.ids.len();
-            ids.extend(example.ids.iter().copied().chain(std::iter::repeat_n(pad_id, padding)));
+            ids.extend_from_slice(&example.ids);
             let next = example.ids.iter().zip(&example.target).skip(1).map(|(&id, &t)| if t { id } else { IGNORE });
-            labels.extend(next.chain(std::iter::repeat_n(IGNORE, padding + 1)));
+            labels.extend(next.chain([IGNORE]));
         }
-        let shape = [examples.len() as i64, longest as i64];
         Self {
-            ids_bs: Tensor::from_slice(&ids).view(shape).to_device(device),
-            labels_bs: Tensor::from_slice(&labels).view(shape).to_device(device),
-            tokens: examples.iter().map(|e| e.ids.len()).sum(),
+            ids_bs: Tensor::from_slice(&ids).unsqueeze(0).to_device(device),
+            labels_bs: Tensor::from_slice(&labels).unsqueeze(0).to_device(device),
+            lengths: examples.iter().map(|e| e.ids.len() as i64).collect(),
             targets: labels.iter().filter(|l| **l != IGNORE).count(),
         }
+    }
+
+    /// All tokens.
+    pub fn tokens(&self) -> usize {
+        self.lengths.iter().sum::<i64>() as usize
     }
 }
 
@@ -103,14 +102,14 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_the_next_targets_and_padding_is_ignored() {
+    fn labels_are_the_next_targets_within_each_example() {
         let (a, b) = (example(4), example(3));
-        let batch = Batch::new(&[&a, &b], 9, Device::Cpu);
-        let rows: Vec<Vec<i64>> = Vec::try_from(&batch.labels_bs).unwrap();
-        assert_eq!(rows, [[IGNORE, 2, 3, IGNORE], [IGNORE, 2, IGNORE, IGNORE]]);
-        let ids: Vec<Vec<i64>> = Vec::try_from(&batch.ids_bs).unwrap();
-        assert_eq!(ids, [[0, 1, 2, 3], [0, 1, 2, 9]]);
-        assert_eq!((batch.tokens, batch.targets), (7, 3));
+        let batch = Batch::new(&[&a, &b], Device::Cpu);
+        let labels: Vec<i64> = Vec::try_from(&batch.labels_bs.squeeze()).unwrap();
+        assert_eq!(labels, [IGNORE, 2, 3, IGNORE, IGNORE, 2, IGNORE]);
+        let ids: Vec<i64> = Vec::try_from(&batch.ids_bs.squeeze()).unwrap();
+        assert_eq!(ids, [0, 1, 2, 3, 0, 1, 2]);
+        assert_eq!((batch.tokens(), batch.targets, batch.lengths), (7, 3, vec![4, 3]));
     }
 
     #[test]

@@ -2,8 +2,10 @@
 
 mod batch;
 mod example;
+mod feeder;
 mod rows;
 
 pub use batch::{Batch, IGNORE, Sampler, balanced_sample};
 pub use example::{Encoded, Example, Overlong, encode_rows, report};
+pub use feeder::{FeedConfig, Feeder};
 pub use rows::{Message, Row, read_rows};

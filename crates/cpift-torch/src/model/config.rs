@@ -38,7 +38,7 @@ const NEUTRAL: &[(&str, &[&str])] = &[
 
 /// The numbers that define a LLaMA.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LlamaConfig {
+pub struct ModelConfig {
     /// e: width of the residual stream.
     pub hidden_size: i64,
     /// Width of the MLP.
@@ -69,7 +69,7 @@ pub struct LlamaConfig {
     pub mlp_bias: bool,
 }
 
-impl LlamaConfig {
+impl ModelConfig {
     /// Reads the fields of a config.json already parsed from `folder`.
     ///
     /// # Errors
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn absent_fields_take_the_defaults_of_transformers() {
-        let c = LlamaConfig::from_json(Path::new("m"), &config()).unwrap();
+        let c = ModelConfig::from_json(Path::new("m"), &config()).unwrap();
         assert_eq!((c.num_key_value_heads, c.head_dim, c.rope_theta), (4, 16, 10_000.0));
         assert!(!c.tie_word_embeddings);
     }
@@ -231,7 +231,7 @@ mod tests {
         ] {
             let mut c = config();
             c[key] = value;
-            let error = LlamaConfig::from_json(Path::new("m"), &c).unwrap_err().to_string();
+            let error = ModelConfig::from_json(Path::new("m"), &c).unwrap_err().to_string();
             let part = if key == "architectures" { "LlamaForCausalLM" } else { key.split('_').next().unwrap() };
             assert!(error.contains(part), "{key}: {error}");
         }

@@ -1,4 +1,4 @@
-//! The LLaMA family (`LlamaForCausalLM`): RmsNorm, Attention, Mlp, Block, Llama.
+//! The LLaMA family (`LlamaForCausalLM`): RmsNorm, Attention, Mlp, Block, CausalLM.
 //!
 //! Suffixes: b batch, s sequence (queries), t keys, h query heads, k key-value heads, d head width, e embedding, v vocabulary.
 
@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::config::LlamaConfig;
+use super::config::ModelConfig;
 use super::rope::{Rope, rotate};
 use crate::weights::{Parameters, check_all_taken, take};
 
@@ -64,8 +64,15 @@ impl RmsNorm {
 pub struct Attended {
     cos: Tensor,
     sin: Tensor,
-    /// Boolean, [b, 1, s, t]; `None` is plain causal attention over equal s and t.
-    mask: Option<Tensor>,
+    pattern: Pattern,
+}
+
+/// Who may see whom.
+enum Pattern {
+    /// Documents one after another in a single row, each causal in itself and closed to the others; their lengths.
+    Documents(Vec<i64>),
+    /// Boolean, [b, 1, s, t]: whether a query sees a key.
+    Mask(Tensor),
 }
 
 /// Keys and values of the tokens seen so far, [b, k, t, d] for each block.
@@ -85,7 +92,7 @@ struct Attention {
 }
 
 impl Attention {
-    fn load(loader: &mut Loader<'_>, prefix: &str, c: &LlamaConfig) -> Result<Self> {
+    fn load(loader: &mut Loader<'_>, prefix: &str, c: &ModelConfig) -> Result<Self> {
         let (q, kv, e) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size);
         Ok(Self {
             q_proj: loader.linear(&format!("{prefix}.q_proj"), [q, e], c.attention_bias)?,
@@ -108,20 +115,36 @@ impl Attention {
         if let Some((cache, layer)) = cache {
             (k_bktd, v_bktd) = cache.extend(layer, k_bktd, v_bktd);
         }
-        let gqa = self.heads != self.kv_heads;
-        let mask = attended.mask.as_ref();
-        let out_bhsd = Tensor::scaled_dot_product_attention(
-            &q_bhsd,
-            &k_bktd,
-            &v_bktd,
-            mask,
-            0.0,
-            mask.is_none(),
-            None::<f64>,
-            gqa,
-        );
+        let out_bhsd = match &attended.pattern {
+            Pattern::Mask(mask) => attend(&q_bhsd, &k_bktd, &v_bktd, Some(mask)),
+            Pattern::Documents(lengths) => by_document(&q_bhsd, &k_bktd, &v_bktd, lengths),
+        };
         self.o_proj.forward(&out_bhsd.transpose(1, 2).reshape([b, s, self.heads * self.head_dim]))
     }
+}
+
+/// Attention under a mask, or plain causal.
+fn attend(q_bhsd: &Tensor, k_bktd: &Tensor, v_bktd: &Tensor, mask: Option<&Tensor>) -> Tensor {
+    let gqa = q_bhsd.size()[1] != k_bktd.size()[1];
+    Tensor::scaled_dot_product_attention(q_bhsd, k_bktd, v_bktd, mask, 0.0, mask.is_none(), None::<f64>, gqa)
+}
+
+/// Causal attention inside each document of a row; no cost for the pairs between documents.
+fn by_document(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &[i64]) -> Tensor {
+    if let [_] = lengths {
+        return attend(q, k, v, None);
+    }
+    let mut start = 0;
+    let parts: Vec<Tensor> = lengths
+        .iter()
+        .map(|&length| {
+            let cut = |t: &Tensor| t.narrow(2, start, length);
+            let part = attend(&cut(q), &cut(k), &cut(v), None);
+            start += length;
+            part
+        })
+        .collect();
+    Tensor::cat(&parts, 2)
 }
 
 impl KvCache {
@@ -153,7 +176,7 @@ struct Mlp {
 }
 
 impl Mlp {
-    fn load(loader: &mut Loader<'_>, prefix: &str, c: &LlamaConfig) -> Result<Self> {
+    fn load(loader: &mut Loader<'_>, prefix: &str, c: &ModelConfig) -> Result<Self> {
         let (e, f) = (c.hidden_size, c.intermediate_size);
         Ok(Self {
             gate_proj: loader.linear(&format!("{prefix}.gate_proj"), [f, e], c.mlp_bias)?,
@@ -177,7 +200,7 @@ pub struct Block {
 }
 
 impl Block {
-    fn load(loader: &mut Loader<'_>, layer: usize, c: &LlamaConfig) -> Result<Self> {
+    fn load(loader: &mut Loader<'_>, layer: usize, c: &ModelConfig) -> Result<Self> {
         let prefix = format!("model.layers.{layer}");
         let mut norm = |name: &str| -> Result<RmsNorm> {
             let weight = loader.get(&format!("{prefix}.{name}.weight"), &[c.hidden_size])?;
@@ -202,9 +225,9 @@ impl Block {
 }
 
 /// A LLaMA with its parameters; the tensors share storage with the [`Parameters`] it was made from.
-pub struct Llama {
+pub struct CausalLM {
     /// Its numbers.
-    pub config: LlamaConfig,
+    pub config: ModelConfig,
     /// The decoder blocks in order.
     pub blocks: Vec<Block>,
     embed_tokens: Tensor,
@@ -214,12 +237,12 @@ pub struct Llama {
     compute: Kind,
 }
 
-impl Llama {
+impl CausalLM {
     /// Builds the model over `parameters`; blocks compute in `compute`. `path` is the checkpoint's, for messages.
     ///
     /// # Errors
     /// [`cpift_core::BadInput`] for a tensor that is missing, of another shape, or not part of the model.
-    pub fn new(config: LlamaConfig, parameters: &Parameters, path: &Path, compute: Kind) -> Result<Self> {
+    pub fn new(config: ModelConfig, parameters: &Parameters, path: &Path, compute: Kind) -> Result<Self> {
         let mut loader = Loader { parameters, path, taken: Vec::new() };
         let table = [config.vocab_size, config.hidden_size];
         let embed_tokens = loader.get("model.embed_tokens.weight", &table)?;
@@ -248,18 +271,20 @@ impl Llama {
         Tensor::embedding(&self.embed_tokens, ids_bs, -1, false, false).to_kind(self.compute)
     }
 
-    /// Plain causal attention over sequences of `s` tokens that start at position 0; padding, if any, on the right.
-    pub fn causal(&self, s: i64) -> Attended {
-        let positions = Tensor::arange(s, (Kind::Int64, self.device())).unsqueeze(0);
-        let (cos, sin) = self.rope.cos_sin(&positions, s);
-        Attended { cos, sin, mask: None }
+    /// Documents one after another in a single row, [1, Σ lengths]: causal inside each, positions from 0 in each.
+    pub fn documents(&self, lengths: &[i64]) -> Attended {
+        let options = (Kind::Int64, self.device());
+        let positions: Vec<Tensor> = lengths.iter().map(|&n| Tensor::arange(n, options)).collect();
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let (cos, sin) = self.rope.cos_sin(&Tensor::cat(&positions, 0).unsqueeze(0), longest);
+        Attended { cos, sin, pattern: Pattern::Documents(lengths.to_vec()) }
     }
 
     /// Attention with explicit positions [b, s] and boolean mask [b, 1, s, t].
     pub fn masked(&self, positions_bs: &Tensor, mask: Tensor) -> Attended {
         let length = mask.size()[3];
         let (cos, sin) = self.rope.cos_sin(positions_bs, length);
-        Attended { cos, sin, mask: Some(mask) }
+        Attended { cos, sin, pattern: Pattern::Mask(mask) }
     }
 
     /// Hidden states [.., e] to f32 logits [.., v].
