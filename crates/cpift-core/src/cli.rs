@@ -6,11 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
-use crate::error::{EXIT_FAILED, exit_code, usage};
-use crate::files;
+use crate::error::{EXIT_FAILED, Stopped, exit_code, usage};
+use crate::signals;
 
 /// Arguments that all stages take.
 #[derive(clap::Args, Debug, Clone, Default)]
@@ -75,7 +73,7 @@ fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> s
 /// Parses the arguments, runs the stage, prints an error once on stderr and returns the documented exit code.
 pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     let args = A::parse();
-    if let Err(error) = tidy_up_on_signals() {
+    if let Err(error) = signals::listen() {
         eprintln!("error: {error:#}");
         return ExitCode::from(EXIT_FAILED);
     }
@@ -83,24 +81,14 @@ pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(args))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("error: {error:#}");
+            // Stopping when asked to is no error.
+            let label = if error.is::<Stopped>() { "" } else { "error: " };
+            eprintln!("{label}{error:#}");
             ExitCode::from(exit_code(&error))
         }
         // The panic hook has printed what and where.
         Err(_) => ExitCode::from(EXIT_FAILED),
     }
-}
-
-/// Makes Ctrl-C, SIGTERM and SIGHUP remove what is staged, and end the program with 128 + the signal's number, as a shell
-/// reports it.
-fn tidy_up_on_signals() -> Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("listening for signals")?;
-    std::thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            files::discard_unfinished(|| std::process::exit(128 + signal));
-        }
-    });
-    Ok(())
 }
 
 /// A `NAME=PATH` argument, as in `--mask gsm8k=run/gsm8k.mask.safetensors`.

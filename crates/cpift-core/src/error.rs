@@ -9,6 +9,8 @@ pub const EXIT_FAILED: u8 = 1;
 pub const EXIT_USAGE: u8 = 2;
 /// Bad input: a file, shape, format or content that cannot be used.
 pub const EXIT_BAD_INPUT: u8 = 3;
+/// Stopped when asked to, with the state saved: run again to go on (EX_TEMPFAIL of sysexits.h).
+pub const EXIT_STOPPED: u8 = 75;
 
 /// A file that cannot be used: which, where in it, what was expected, what was found, and how to mend it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,6 +93,18 @@ impl fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// A run that was asked to stop and has saved its state; says where and how to go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stopped(pub String);
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Stopped {}
+
 /// Shorthand for an [`anyhow::Error`] that holds a [`Usage`].
 pub fn usage(message: impl Into<String>) -> anyhow::Error {
     Usage(message.into()).into()
@@ -102,6 +116,8 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         EXIT_USAGE
     } else if error.downcast_ref::<BadInput>().is_some() {
         EXIT_BAD_INPUT
+    } else if error.downcast_ref::<Stopped>().is_some() {
+        EXIT_STOPPED
     } else {
         EXIT_FAILED
     }

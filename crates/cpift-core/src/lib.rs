@@ -15,10 +15,11 @@ pub mod provenance;
 pub mod safetensors;
 pub mod scores;
 pub mod select;
+pub mod signals;
 pub mod simd;
 pub mod svg;
 pub mod tasks;
 
 pub use checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorSpec, TensorView};
-pub use error::{BadInput, Usage};
+pub use error::{BadInput, Stopped, Usage};
 pub use mask::Mask;

@@ -13,10 +13,9 @@ use cpift_core::provenance::{FILE_NAME, Recorder};
 use cpift_core::scores::{FORMAT_VERSION, Scores, TaskScore};
 use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::data::{self, Row};
-use cpift_torch::session::Session;
+use cpift_torch::session::{Precision, Session};
 use log::{info, warn};
 use serde_json::{Value, json};
-use tch::Kind;
 
 use crate::args::RunArgs;
 use crate::metrics::{self, Loss, Settings};
@@ -34,7 +33,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let list = Tasks::read(&args.tasks)?;
     let tasks = read_rows(args, &list)?;
     let device = args.device.open(common.threads)?;
-    let session = Session::open(&args.model, list.template()?, device, Kind::Float)?;
+    let session = Session::open(&args.model, list.template()?, device, Precision::F32)?;
     recorder.input("model", &args.model, session.digest.clone());
     let (mut scores, mut outputs) = (Vec::new(), String::new());
     for (task, rows, digest) in &tasks {

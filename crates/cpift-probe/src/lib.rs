@@ -14,7 +14,7 @@ use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
 use cpift_torch::data::{self, Encoded};
 use cpift_torch::session::Session;
-use cpift_torch::train::{self, Metrics, Stage, StageReport};
+use cpift_torch::train::{HeldOut, Run, Stage, States};
 use log::{info, warn};
 use serde_json::json;
 
@@ -22,10 +22,10 @@ use serde_json::json;
 ///
 /// The output is a Hugging Face folder with metrics.jsonl (one line a step) and cpift.json (provenance). Probes of different
 /// tasks are independent of one another: run them as a Slurm array, where --task-index defaults to SLURM_ARRAY_TASK_ID.
-/// Weights and optimizer are f32 whatever the base's dtype, and the probe is saved as f32 unless --save-dtype says otherwise:
+/// Weights and optimizer are f32 whatever the base's dtype unless --master and --optim-state say otherwise, and the probe is saved as f32 unless --save-dtype says otherwise:
 /// bf16 loses most of the small updates that cpift-mask ranks.
 ///
-/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
+/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the state saved.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-probe", version)]
 pub struct Args {
@@ -86,8 +86,11 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let plan = plan(args, base, out)?;
     let staged = StagedDir::create(out, args.common.force)?;
-    let mut metrics = Metrics::create(staged.path())?;
-    let report = fine_tune(args, &plan, &mut metrics)?;
+    let run = training_run(args, &plan, out)?;
+    let report = run
+        .train(staged.path(), args.common.force)
+        .with_context(|| format!("training on {}", plan.task.train.display()))?
+        .remove(0);
     plan.session.save(staged.path(), args.training.save_dtype)?;
     recorder.seed(args.training.seed);
     recorder.input("base", base, plan.session.digest.clone());
@@ -99,6 +102,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     recorder.fact("truncated", plan.encoded.truncated);
     recorder.write_into(staged.path())?;
     staged.commit()?;
+    run.states.remove()?;
     info!("{}: loss {:.4} -> {:.4}; wrote {}", plan.task.name, report.first_loss, report.final_loss, out.display());
     args.common.print_json(&json!({"task": plan.task.name, "steps": report.steps, "tokens": report.tokens,
         "first_loss": report.first_loss, "final_loss": report.final_loss, "out": out.display().to_string()}));
@@ -117,8 +121,7 @@ fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
     let train_digest = Digest::of_file(&task.train)?;
     let rows = data::read_rows(&task.train)?;
     let device = args.training.device.open(args.common.threads)?;
-    let compute = train::compute_kind(args.training.compute_dtype, device);
-    let session = Session::open(base, tasks.template()?, device, compute)?;
+    let session = Session::open(base, tasks.template()?, device, args.training.precision(device))?;
     let max_length = session.context_of(&task, args.training.max_length);
     let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
     data::report(&task.name, &encoded, max_length);
@@ -135,18 +138,28 @@ fn task_index(typed: Option<usize>) -> Result<usize> {
     }
 }
 
-fn fine_tune(args: &Args, plan: &Plan, metrics: &mut Metrics) -> Result<StageReport> {
-    let stage = Stage {
-        label: &plan.task.name,
-        examples: &plan.encoded.examples,
-        freeze: None,
-        budget: args.training.budget(),
-        seed: args.training.seed,
-    };
-    if args.training.save_dtype != cpift_core::Dtype::F32 {
-        warn!("saving as {}: updates smaller than its resolution are lost to cpift-mask", args.training.save_dtype);
+fn training_run<'a>(args: &'a Args, plan: &'a Plan, out: &Path) -> Result<Run<'a>> {
+    let training = &args.training;
+    if training.save_dtype != cpift_core::Dtype::F32 {
+        warn!("saving as {}: updates smaller than its resolution are lost to cpift-mask", training.save_dtype);
     }
-    let session = &plan.session;
-    train::run_stage(&session.model, &session.parameters, &stage, &args.training, metrics)
-        .with_context(|| format!("training on {}", plan.task.train.display()))
+    let stage = Stage {
+        label: plan.task.name.clone(),
+        examples: &plan.encoded.examples,
+        masks: Vec::new(),
+        budget: training.budget(),
+        seed: training.seed,
+        lr: training.lr,
+    };
+    let max_length = plan.session.context_of(&plan.task, training.max_length);
+    let held_out = match training.eval_every {
+        Some(_) => vec![HeldOut::read(&plan.task, training.eval_rows, &plan.session.text, max_length)?],
+        None => Vec::new(),
+    };
+    let mut description = training.describe();
+    description.insert("base".into(), json!(plan.session.digest));
+    description.insert("task".into(), json!(plan.task.name));
+    description.insert("train".into(), json!(plan.train_digest));
+    let states = States::new(out, description, training.keep);
+    Ok(Run { session: &plan.session, args: training, stages: vec![stage], held_out, states })
 }

@@ -173,7 +173,7 @@ fn unusable_models_are_refused() {
         "GPT2LMHeadModel",
         "LlamaForCausalLM",
     ]);
-    with_config("hidden_act", json!("gelu")).bad_input(&["config.json", "hidden_act"]);
+    with_config("hidden_act", json!("relu2")).bad_input(&["config.json", "hidden_act"]);
     with_config("hidden_size", json!(32)).bad_input(
         &["model.safetensors", "shape", "[259, 32]", "[259, 16]"]
             .map(|p| if p == "model.safetensors" { "base" } else { p }),

@@ -10,10 +10,10 @@ use anyhow::{Result, ensure};
 use cpift_torch::data::{Example, Message, Row, read_rows};
 use cpift_torch::generate::{GreedyOptions, greedy};
 use cpift_torch::score;
-use cpift_torch::session::Session;
+use cpift_torch::session::{Precision, Session};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tch::{Device, Kind};
+use tch::Device;
 
 const PARAGRAPH: &str = include_str!("../../../scripts/smollm2/paragraph.txt");
 const LOSS: f64 = 3.3588;
@@ -34,7 +34,7 @@ struct Golden {
 fn main() -> Result<()> {
     let args: Vec<PathBuf> = std::env::args().skip(1).map(PathBuf::from).collect();
     ensure!(args.len() == 2, "usage: check_smollm2 MODEL DATA");
-    let session = Session::open(&args[0], None, Device::Cpu, Kind::Float)?;
+    let session = Session::open(&args[0], None, Device::Cpu, Precision::F32)?;
     check_loss(&session)?;
     check_answer(&session)?;
     check_tokens(&session, &args[1])
@@ -43,7 +43,7 @@ fn main() -> Result<()> {
 fn check_loss(session: &Session) -> Result<()> {
     let ids = session.text.encode(PARAGRAPH)?;
     let target = (0..ids.len()).map(|i| i > 0).collect();
-    let losses = score::losses(&session.model, &[Example { ids, target }], 1, || ());
+    let losses = score::losses(&session.model, &[Example { ids, target, ..Example::default() }], 1, || ());
     let loss = losses[0].nll / losses[0].targets as f64;
     println!("paragraph: {} tokens predicted, loss {loss:.4} (transformers: {LOSS} ± {TOLERANCE})", losses[0].targets);
     ensure!((loss - LOSS).abs() <= TOLERANCE, "the loss is off");

@@ -1,8 +1,12 @@
 // What tch lacks and the training core needs, as plain C functions over at::Tensor. Each returns 0, or 1 with a
 // message in cpift_error().
 #include <ATen/ATen.h>
+#include <ATen/DeviceAccelerator.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
+#include <optional>
 #include <string>
+#include <torch/csrc/autograd/autograd.h>
 #include <vector>
 
 namespace {
@@ -14,27 +18,77 @@ std::vector<at::Tensor> gather(at::Tensor *const *tensors, int count) {
   for (int i = 0; i < count; i++) out.push_back(*tensors[i]);
   return out;
 }
+
+std::optional<at::Tensor> maybe(const at::Tensor *tensor) {
+  return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
+}
+
+template <typename F>
+int guarded(F body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception &error) {
+    last_error = error.what();
+    return 1;
+  }
+}
 }  // namespace
 
 extern "C" {
 
 const char *cpift_error() { return last_error.c_str(); }
 
-// One AdamW step with decoupled weight decay over tensors of one dtype; increments the step counters first.
+// One AdamW step with decoupled weight decay over tensors of one dtype; increments the step counters first. Gradients are
+// divided by `grad_scale`, and nothing moves where `found_inf` is not 0; both are one-element f32 tensors, or null.
 int cpift_fused_adamw(at::Tensor *const *params, at::Tensor *const *grads, at::Tensor *const *exp_avgs,
                       at::Tensor *const *exp_avg_sqs, at::Tensor *const *steps, int count, double lr, double beta1,
-                      double beta2, double weight_decay, double eps) {
-  try {
+                      double beta2, double weight_decay, double eps, const at::Tensor *grad_scale,
+                      const at::Tensor *found_inf) {
+  return guarded([&] {
     at::NoGradGuard no_grad;
     auto counters = gather(steps, count);
     at::_foreach_add_(counters, 1);
     at::_fused_adamw_(gather(params, count), gather(grads, count), gather(exp_avgs, count),
                       gather(exp_avg_sqs, count), {}, counters, lr, beta1, beta2, weight_decay, eps,
-                      /*amsgrad=*/false, /*maximize=*/false);
-    return 0;
-  } catch (const std::exception &error) {
-    last_error = error.what();
-    return 1;
-  }
+                      /*amsgrad=*/false, /*maximize=*/false, maybe(grad_scale), maybe(found_inf));
+  });
+}
+
+// Gradients of `output` with respect to `inputs`, given that of the output (null: a scalar, 1). The graph is freed.
+int cpift_grad(const at::Tensor *output, const at::Tensor *grad_output, at::Tensor *const *inputs, int count,
+               at::Tensor **grads) {
+  return guarded([&] {
+    torch::autograd::variable_list given;
+    if (grad_output) given.push_back(*grad_output);
+    auto out = torch::autograd::grad({*output}, gather(inputs, count), given, /*retain_graph=*/false,
+                                     /*create_graph=*/false, /*allow_unused=*/false);
+    for (int i = 0; i < count; i++) grads[i] = new at::Tensor(out[i]);
+  });
+}
+
+// Causal flash attention over documents packed in one row; q, k and v are [tokens, heads, head width], `ends` the
+// cumulative lengths from 0. `window` < 0: the whole document is seen, else the last `window` tokens.
+int cpift_flash_varlen(const at::Tensor *q, const at::Tensor *k, const at::Tensor *v, const at::Tensor *ends,
+                       int64_t longest, double scale, int64_t window, at::Tensor **out) {
+  return guarded([&] {
+    std::optional<c10::SymInt> left, right;
+    if (window >= 0) {
+      left = c10::SymInt(window - 1);
+      right = c10::SymInt(0);
+    }
+    auto result = at::_flash_attention_forward_symint(*q, *k, *v, *ends, *ends, longest, longest, /*dropout_p=*/0.0,
+                                                      /*is_causal=*/true, /*return_debug_mask=*/false, scale, left, right);
+    *out = new at::Tensor(std::get<0>(result));
+  });
+}
+
+// Bytes of a CUDA device in use by tensors: now, and at most so far.
+int cpift_cuda_memory(int device, int64_t *current, int64_t *peak) {
+  return guarded([&] {
+    auto stats = at::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    *current = stats.allocated_bytes[0].current;
+    *peak = stats.allocated_bytes[0].peak;
+  });
 }
 }

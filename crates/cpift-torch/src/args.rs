@@ -5,10 +5,14 @@ use std::path::PathBuf;
 use anyhow::Result;
 use cpift_core::error::usage;
 use cpift_core::{Dtype, Usage};
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind};
 
 use crate::data::Overlong;
 use crate::device::DeviceChoice;
 use crate::optim::AdamWConfig;
+use crate::session::Precision;
+use crate::weights::kind_of;
 
 /// How to fine-tune, as typed.
 #[derive(clap::Args, Debug, Clone)]
@@ -177,7 +181,33 @@ impl TrainingArgs {
             betas: (self.adam_beta1, self.adam_beta2),
             eps: self.adam_epsilon,
             weight_decay: self.weight_decay,
+            state: kind_of(self.optim_state),
         }
+    }
+
+    /// The dtypes of training on `device`.
+    pub fn precision(&self, device: Device) -> Precision {
+        let compute = match self.compute_dtype {
+            Some(dtype) => kind_of(dtype),
+            None if device.is_cuda() => Kind::BFloat16,
+            None => Kind::Float,
+        };
+        Precision { master: kind_of(self.master), compute }
+    }
+
+    /// Every argument that the bytes of the result depend on, for a state to resume from.
+    pub fn describe(&self) -> Map<String, Value> {
+        let Value::Object(map) = json!({"steps": self.steps, "tokens": self.tokens, "batch_size": self.batch_size,
+            "grad_accum": self.grad_accum, "lr": self.lr, "warmup_ratio": self.warmup_ratio,
+            "weight_decay": self.weight_decay, "adam_beta1": self.adam_beta1, "adam_beta2": self.adam_beta2,
+            "adam_epsilon": self.adam_epsilon, "max_grad_norm": self.max_grad_norm, "seed": self.seed,
+            "freeze_embeddings": self.freeze_embeddings, "packing": self.packing, "master": self.master.name(),
+            "optim_state": self.optim_state.name(), "loss_chunk": self.loss_chunk, "max_length": self.max_length,
+            "compute_dtype": self.compute_dtype.map(Dtype::name)})
+        else {
+            unreachable!("an object was written")
+        };
+        map
     }
 
     /// What to do with examples longer than the context.

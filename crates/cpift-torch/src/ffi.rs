@@ -2,9 +2,10 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ptr::{null, null_mut};
 
 use anyhow::{Result, bail};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 type RawTensor = *mut c_void;
 
@@ -22,10 +23,31 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
+        grad_scale: *const c_void,
+        found_inf: *const c_void,
     ) -> c_int;
+    fn cpift_grad(
+        output: *const c_void,
+        grad_output: *const c_void,
+        inputs: *const RawTensor,
+        count: c_int,
+        grads: *mut RawTensor,
+    ) -> c_int;
+    fn cpift_flash_varlen(
+        q: *const c_void,
+        k: *const c_void,
+        v: *const c_void,
+        ends: *const c_void,
+        longest: i64,
+        scale: f64,
+        window: i64,
+        out: *mut RawTensor,
+    ) -> c_int;
+    fn cpift_cuda_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
 }
 
 /// The tensors of one optimizer step, one entry for each parameter in every list.
+#[derive(Default)]
 pub(crate) struct AdamWTensors<'a> {
     pub params: Vec<&'a Tensor>,
     pub grads: Vec<&'a Tensor>,
@@ -34,14 +56,20 @@ pub(crate) struct AdamWTensors<'a> {
     pub steps: Vec<&'a Tensor>,
 }
 
+/// The numbers of one fused AdamW step.
+pub(crate) struct AdamWNumbers<'a> {
+    pub lr: f64,
+    pub betas: (f64, f64),
+    pub weight_decay: f64,
+    pub eps: f64,
+    /// Gradients are divided by this one-element f32 tensor.
+    pub grad_scale: Option<&'a Tensor>,
+    /// Nothing moves where this one-element f32 tensor is not 0.
+    pub found_inf: Option<&'a Tensor>,
+}
+
 /// One fused AdamW step; libtorch wants parameter, gradient and both moments in one dtype.
-pub(crate) fn fused_adamw(
-    tensors: &AdamWTensors<'_>,
-    lr: f64,
-    betas: (f64, f64),
-    weight_decay: f64,
-    eps: f64,
-) -> Result<()> {
+pub(crate) fn fused_adamw(tensors: &AdamWTensors<'_>, numbers: &AdamWNumbers<'_>) -> Result<()> {
     let count = tensors.params.len();
     let lists = [&tensors.grads, &tensors.exp_avgs, &tensors.exp_avg_sqs, &tensors.steps];
     assert!(lists.iter().all(|list| list.len() == count));
@@ -54,23 +82,99 @@ pub(crate) fn fused_adamw(
             raw(&tensors.exp_avg_sqs).as_ptr(),
             raw(&tensors.steps).as_ptr(),
             count as c_int,
-            lr,
-            betas.0,
-            betas.1,
-            weight_decay,
-            eps,
+            numbers.lr,
+            numbers.betas.0,
+            numbers.betas.1,
+            numbers.weight_decay,
+            numbers.eps,
+            pointer(numbers.grad_scale),
+            pointer(numbers.found_inf),
         )
     };
+    check(code, "AdamW step")
+}
+
+/// The gradients of `output` with respect to `inputs`, given its own gradient (none: a scalar, 1). The graph is freed.
+///
+/// # Errors
+/// What libtorch reports, an input that the output does not depend on included.
+pub(crate) fn grad(output: &Tensor, grad_output: Option<&Tensor>, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let mut grads = vec![null_mut(); inputs.len()];
+    // SAFETY: every pointer is an at::Tensor that outlives the call; both lists have `inputs.len()` entries.
+    let code = unsafe {
+        cpift_grad(
+            pointer(Some(output)),
+            pointer(grad_output),
+            raw(inputs).as_ptr(),
+            inputs.len() as c_int,
+            grads.as_mut_ptr(),
+        )
+    };
+    check(code, "backward pass")?;
+    Ok(grads.into_iter().map(owned).collect())
+}
+
+/// Causal flash attention over documents packed in one row; q, k and v are [tokens, heads, head width].
+pub(crate) fn flash_varlen(
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    ends: &Tensor,
+    longest: i64,
+    scale: f64,
+    window: Option<i64>,
+) -> Result<Tensor> {
+    let mut out = null_mut();
+    // SAFETY: every pointer is an at::Tensor that outlives the call.
+    let code = unsafe {
+        cpift_flash_varlen(
+            pointer(Some(q)),
+            pointer(Some(k)),
+            pointer(Some(v)),
+            pointer(Some(ends)),
+            longest,
+            scale,
+            window.unwrap_or(-1),
+            &mut out,
+        )
+    };
+    check(code, "flash attention")?;
+    Ok(owned(out))
+}
+
+/// Whether `device` runs flash attention over documents of unequal length, for heads of this width: tried once, on two tokens.
+pub(crate) fn has_flash_varlen(device: Device, head_dim: i64) -> bool {
+    let heads = Tensor::zeros([2, 1, head_dim], (Kind::BFloat16, device));
+    let ends = Tensor::from_slice(&[0i32, 2]).to_device(device);
+    flash_varlen((&heads, &heads, &heads), &ends, 2, 1.0, None).is_ok()
+}
+
+/// Bytes that tensors take on the CUDA device `index`: now, and at most so far.
+pub(crate) fn cuda_memory(index: usize) -> Option<(u64, u64)> {
+    let (mut current, mut peak) = (0, 0);
+    // SAFETY: both pointers are valid for the call.
+    let code = unsafe { cpift_cuda_memory(index as c_int, &mut current, &mut peak) };
+    (code == 0).then_some((current as u64, peak as u64))
+}
+
+fn check(code: c_int, what: &str) -> Result<()> {
     if code != 0 {
         // SAFETY: the function returns a NUL-terminated string that lives until the thread's next failing call.
         let message = unsafe { CStr::from_ptr(cpift_error()) };
-        bail!("AdamW step: {}", message.to_string_lossy());
+        bail!("{what}: {}", message.to_string_lossy());
     }
     Ok(())
 }
 
 fn raw(tensors: &[&Tensor]) -> Vec<RawTensor> {
     tensors.iter().map(|t| t.as_ptr() as RawTensor).collect()
+}
+
+fn pointer(tensor: Option<&Tensor>) -> *const c_void {
+    tensor.map_or(null(), |t| t.as_ptr() as *const c_void)
+}
+
+fn owned(tensor: RawTensor) -> Tensor {
+    // SAFETY: the shim hands over a heap-allocated at::Tensor, which tch frees when the Tensor is dropped.
+    unsafe { Tensor::from_ptr(tensor as *mut torch_sys::C_tensor) }
 }
 
 /// Loads libtorch_cuda.so, so that one binary serves CPU and CUDA. Must come before anything asks libtorch about CUDA:

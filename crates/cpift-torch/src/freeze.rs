@@ -59,26 +59,21 @@ impl Freeze {
         self.frozen.is_empty()
     }
 
-    /// Zeroes the gradients of frozen elements, so that the clip norm counts only what may move. `grads` are in the order of
-    /// the parameters' names.
-    pub fn mute(&self, parameters: &Parameters, grads: &mut [Tensor]) {
-        no_grad(|| {
-            for (name, grad) in parameters.keys().zip(grads) {
-                if let Some(frozen) = self.frozen.get(name) {
-                    // A gradient may come non-contiguous out of the backward pass; a view needs it flat.
-                    *grad = grad.contiguous();
-                    let _ = grad.view([-1]).index_fill_(0, &frozen.index, 0.0);
-                }
-            }
-        });
+    /// Zeroes the gradients of the frozen elements of the parameter `name`, so that the clip norm counts only what may move.
+    pub fn mute(&self, name: &str, grad: &mut Tensor) {
+        if let Some(frozen) = self.frozen.get(name) {
+            no_grad(|| {
+                // A gradient may come non-contiguous out of the backward pass; a view needs it flat.
+                *grad = grad.contiguous();
+                let _ = grad.view([-1]).index_fill_(0, &frozen.index, 0.0);
+            });
+        }
     }
 
-    /// Puts the saved values back.
-    pub fn restore(&self, parameters: &Parameters) {
-        no_grad(|| {
-            for (name, frozen) in &self.frozen {
-                let _ = parameters[name].view([-1]).index_copy_(0, &frozen.index, &frozen.saved);
-            }
-        });
+    /// Puts the saved values of the parameter `name` back.
+    pub fn restore(&self, name: &str, parameter: &Tensor) {
+        if let Some(frozen) = self.frozen.get(name) {
+            no_grad(|| drop(parameter.view([-1]).index_copy_(0, &frozen.index, &frozen.saved)));
+        }
     }
 }

@@ -15,6 +15,7 @@ pub mod optim;
 pub mod schedule;
 pub mod score;
 pub mod session;
+pub mod tensorboard;
 pub mod text;
 pub mod train;
 pub mod weights;

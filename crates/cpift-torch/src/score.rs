@@ -1,10 +1,14 @@
 //! Scoring given text: negative log-likelihood of targets, and of alternative continuations of one prompt.
 
 use anyhow::Result;
-use tch::{Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::data::{Batch, Example, IGNORE};
+use crate::data::{Batch, Example};
 use crate::model::CausalLM;
+use crate::train::target_losses;
+
+/// Targets whose logits exist at a time.
+const LOSS_CHUNK: usize = 1024;
 
 /// Summed loss and number of targets of one example.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -22,7 +26,7 @@ pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tic
     let mut out = vec![ExampleLoss { nll: 0.0, targets: 0 }; examples.len()];
     for chunk in order.chunks(batch_size) {
         let rows: Vec<&Example> = chunk.iter().map(|&i| &examples[i]).collect();
-        let batch = Batch::new(&rows, model.device());
+        let batch = Batch::new(&rows).to_device(model.device());
         let sums = no_grad(|| document_losses(model, &batch));
         for (&i, nll) in chunk.iter().zip(sums) {
             out[i] = ExampleLoss { nll, targets: examples[i].target.iter().filter(|t| **t).count() };
@@ -35,12 +39,13 @@ pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tic
 /// Summed negative log-likelihood of each example of a batch.
 fn document_losses(model: &CausalLM, batch: &Batch) -> Vec<f64> {
     let x_bse = model.hidden(&batch.ids_bs, &model.documents(&batch.lengths), None);
-    let logits = model.logits(&x_bse).flatten(0, 1);
-    let labels = batch.labels_bs.flatten(0, 1);
-    let each = logits.cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::None, IGNORE, 0.0);
-    let sums: Vec<Tensor> =
-        each.split_with_sizes(&batch.lengths, 0).iter().map(|part| part.sum(Kind::Double)).collect();
-    Vec::try_from(Tensor::stack(&sums, 0)).expect("a one-dimensional tensor of doubles")
+    let normed = model.final_norm(&x_bse.squeeze_dim(0).index_select(0, &batch.places_n));
+    let each = target_losses(model, &normed, &batch.labels_n, LOSS_CHUNK).to_kind(Kind::Double);
+    // The example that each target belongs to.
+    let ends: Vec<i64> = batch.lengths.iter().scan(0, |end, n| Some((*end += n, *end).1)).collect();
+    let owner = batch.places_n.bucketize(&Tensor::from_slice(&ends).to_device(model.device()), false, true);
+    let sums = Tensor::zeros([batch.lengths.len() as i64], (Kind::Double, model.device())).index_add(0, &owner, &each);
+    Vec::try_from(sums.to_device(Device::Cpu)).expect("a one-dimensional tensor of doubles")
 }
 
 /// Log-likelihoods, in nats, of each of `continuations` after `prompt`. Continuations of a single token share one pass.
@@ -63,6 +68,7 @@ pub fn continuations(model: &CausalLM, prompt: &[i64], continuations: &[Vec<i64>
         .map(|c| Example {
             ids: prompt.iter().chain(c).copied().collect(),
             target: (0..prompt.len() + c.len()).map(|i| i >= prompt.len()).collect(),
+            ..Example::default()
         })
         .collect();
     Ok(losses(model, &examples, examples.len(), || ()).iter().map(|loss| -loss.nll).collect())

@@ -14,6 +14,20 @@ use crate::model::{CausalLM, ModelConfig};
 use crate::text::ChatText;
 use crate::weights::{self, Parameters};
 
+/// The dtypes of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Precision {
+    /// Of the weights in memory, which the optimizer moves.
+    pub master: Kind,
+    /// Of what blocks compute.
+    pub compute: Kind,
+}
+
+impl Precision {
+    /// f32 throughout.
+    pub const F32: Self = Self { master: Kind::Float, compute: Kind::Float };
+}
+
 /// A model with everything that belongs to it.
 pub struct Session {
     /// The folder it came from.
@@ -32,11 +46,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// Opens `folder` with f32 weights on `device`, blocks computing in `compute`; `template` is for a base without a chat template.
+    /// Opens `folder` on `device`; `template` is for a base without a chat template.
     ///
     /// # Errors
     /// [`BadInput`] for anything in the folder that cannot be used.
-    pub fn open(folder: &Path, template: Option<&str>, device: Device, compute: Kind) -> Result<Self> {
+    pub fn open(folder: &Path, template: Option<&str>, device: Device, precision: Precision) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let config = read_config(folder)?;
         let numbers = ModelConfig::from_json(folder, &config)?;
@@ -48,8 +62,8 @@ impl Session {
                 .into());
         }
         let digest = checkpoint.digest()?;
-        let parameters = weights::load(&checkpoint, Kind::Float, device)?;
-        let model = CausalLM::new(numbers, &parameters, folder, compute)?;
+        let parameters = weights::load(&checkpoint, precision.master, device)?;
+        let model = CausalLM::new(numbers, &parameters, folder, precision.compute)?;
         Ok(Self { folder: folder.to_owned(), digest, checkpoint, parameters, model, text, config })
     }
 

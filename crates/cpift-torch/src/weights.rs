@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use cpift_core::checkpoint::CheckpointWriter;
 use cpift_core::{BadInput, Checkpoint, Dtype, TensorSpec, TensorView};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad};
 
 /// Trainable tensors by checkpoint name, in bytewise name order. Clones share storage with the model's.
 pub type Parameters = BTreeMap<String, Tensor>;
@@ -48,6 +48,28 @@ fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
             .into());
     }
     Ok(tensor)
+}
+
+/// Copies the tensors of `checkpoint` over `parameters`, in place.
+///
+/// # Errors
+/// [`BadInput`] when one is missing or of another shape.
+pub(crate) fn overwrite(parameters: &Parameters, checkpoint: &Checkpoint) -> Result<()> {
+    for (name, parameter) in parameters {
+        let Some(view) = checkpoint.get(name) else {
+            return Err(BadInput::new(checkpoint.path(), "a tensor is missing").tensor(name).into());
+        };
+        let shape: Vec<i64> = view.shape.iter().map(|&n| n as i64).collect();
+        if shape != parameter.size() {
+            return Err(BadInput::new(view.file, "a tensor of another shape")
+                .tensor(name)
+                .expected(format!("{:?}", parameter.size()))
+                .found(format!("{shape:?}"))
+                .into());
+        }
+        no_grad(|| parameter.shallow_clone().copy_(&Tensor::from_data_size(view.bytes, &shape, kind_of(view.dtype))));
+    }
+    Ok(())
 }
 
 /// Writes `parameters` as `dtype` safetensors files into a staged folder.

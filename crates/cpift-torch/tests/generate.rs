@@ -3,11 +3,11 @@
 use cpift_testkit::model::write_tiny_model;
 use cpift_torch::generate::{GreedyOptions, greedy};
 use cpift_torch::score;
-use cpift_torch::session::Session;
+use cpift_torch::session::{Precision, Session};
 use tch::{Device, Kind, Tensor, no_grad};
 
 fn session(dir: &std::path::Path) -> Session {
-    Session::open(&write_tiny_model(&dir.join("m"), 7), None, Device::Cpu, Kind::Float).unwrap()
+    Session::open(&write_tiny_model(&dir.join("m"), 7), None, Device::Cpu, Precision::F32).unwrap()
 }
 
 fn logits(session: &Session, ids: &[i64]) -> Tensor {

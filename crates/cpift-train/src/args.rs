@@ -8,7 +8,7 @@ use cpift_torch::args::TrainingArgs;
 
 /// Fine-tunes a checkpoint in stages, group by group, while the core regions of earlier groups stay frozen.
 ///
-/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
+/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the state saved.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-train", version)]
 pub struct Args {
@@ -63,6 +63,9 @@ pub struct RunArgs {
     /// `all`, or a number [default: balanced when freezing, else all]
     #[arg(long, value_name = "balanced|all|N")]
     pub sample: Option<SampleRows>,
+    /// Peak learning rate of each stage, separated by commas [default: --lr in all]
+    #[arg(long, value_name = "F,…", value_delimiter = ',', requires = "groups", allow_negative_numbers = true)]
+    pub stage_lr: Vec<f64>,
     /// The folder to write
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,

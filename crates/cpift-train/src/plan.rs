@@ -15,7 +15,7 @@ use cpift_core::{BadInput, Checkpoint};
 use cpift_torch::args::Budget;
 use cpift_torch::data::{self, Example, balanced_sample};
 use cpift_torch::session::Session;
-use cpift_torch::train;
+use cpift_torch::train::HeldOut;
 
 use crate::args::{RunArgs, SampleRows, StageData};
 
@@ -27,6 +27,8 @@ pub struct Plan {
     pub stages: Vec<StagePlan>,
     /// Masks by task; empty when nothing is frozen.
     pub masks: BTreeMap<String, Mask>,
+    /// What the loss is also taken on.
+    pub held_out: Vec<HeldOut>,
     /// Digests of files that were read, by role.
     pub inputs: Vec<(String, PathBuf, Digest)>,
 }
@@ -41,6 +43,8 @@ pub struct StagePlan {
     pub frozen_tasks: Vec<String>,
     /// How long.
     pub budget: Budget,
+    /// Peak learning rate.
+    pub lr: f64,
 }
 
 impl Plan {
@@ -50,6 +54,9 @@ impl Plan {
     /// [`cpift_core::Usage`] and [`BadInput`].
     pub fn new(args: &RunArgs, common: &Common) -> Result<Self> {
         args.training.check()?;
+        if args.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
+            return Err(usage("--stage-lr must be positive"));
+        }
         check_output(&args.out, common.force)?;
         let tasks = Tasks::read(&args.tasks)?;
         let groups = args.groups.as_deref().map(Groups::read).transpose()?;
@@ -58,13 +65,13 @@ impl Plan {
             return Err(usage("--groups needs a --mask NAME=FILE for every task, or --no-freeze"));
         }
         let device = args.training.device.open(common.threads)?;
-        let compute = train::compute_kind(args.training.compute_dtype, device);
-        let session = Session::open(&args.model, tasks.template()?, device, compute)?;
+        let session = Session::open(&args.model, tasks.template()?, device, args.training.precision(device))?;
         let masks = open_masks(args, groups.as_ref(), &session)?;
         let examples = read_examples(args, &chosen, &session)?;
         let stages = plan_stages(args, groups.as_ref(), &chosen, &examples)?;
         let inputs = digest_inputs(args, &chosen)?;
-        Ok(Self { session, stages, masks, inputs })
+        let held_out = read_held_out(args, &chosen, &session)?;
+        Ok(Self { session, stages, masks, held_out, inputs })
     }
 }
 
@@ -129,6 +136,18 @@ fn read_examples(args: &RunArgs, tasks: &[Task], session: &Session) -> Result<BT
     Ok(all)
 }
 
+/// The held-out rows of every task, where the arguments ask for their loss.
+fn read_held_out(args: &RunArgs, tasks: &[Task], session: &Session) -> Result<Vec<HeldOut>> {
+    if args.training.eval_every.is_none() {
+        return Ok(Vec::new());
+    }
+    let read = |task: &Task| {
+        let max_length = session.context_of(task, args.training.max_length);
+        HeldOut::read(task, args.training.eval_rows, &session.text, max_length)
+    };
+    tasks.iter().map(read).collect()
+}
+
 fn plan_stages(
     args: &RunArgs,
     groups: Option<&Groups>,
@@ -137,6 +156,9 @@ fn plan_stages(
 ) -> Result<Vec<StagePlan>> {
     let every: Vec<String> = tasks.iter().map(|t| t.name.clone()).collect();
     let groups: Vec<Vec<String>> = groups.map_or_else(|| vec![every.clone()], |g| g.groups.clone());
+    if !args.stage_lr.is_empty() && args.stage_lr.len() != groups.len() {
+        return Err(usage(format!("--stage-lr has {} rates for {} stages", args.stage_lr.len(), groups.len())));
+    }
     let mut stages = Vec::new();
     for (k, group) in groups.iter().enumerate() {
         let sources = if args.stage_data == StageData::Mixed { &every } else { group };
@@ -145,6 +167,7 @@ fn plan_stages(
             examples: sources.iter().flat_map(|name| examples[name].iter().cloned()).collect(),
             frozen_tasks: if args.masks.is_empty() { Vec::new() } else { groups[..k].concat() },
             budget: args.training.budget().part(k, groups.len())?,
+            lr: args.stage_lr.get(k).copied().unwrap_or(args.training.lr),
         });
     }
     Ok(stages)

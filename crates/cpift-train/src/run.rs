@@ -3,12 +3,10 @@
 use anyhow::Result;
 use cpift_core::cli::Common;
 use cpift_core::files::StagedDir;
-use cpift_core::mask::Mask;
 use cpift_core::provenance::Recorder;
-use cpift_torch::freeze::Freeze;
-use cpift_torch::train::{self, Metrics, Stage, StageReport};
+use cpift_torch::train::{Run, Stage, StageReport, States};
 use log::info;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::args::RunArgs;
 use crate::plan::{Plan, StagePlan};
@@ -19,16 +17,20 @@ use crate::plan::{Plan, StagePlan};
 /// As [`Plan::new`] before any output; failures of training after.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
-    let plan = Plan::new(args, common)?;
+    let mut plan = Plan::new(args, common)?;
     let staged = StagedDir::create(&args.out, common.force)?;
-    let mut metrics = Metrics::create(staged.path())?;
-    let mut summaries = Vec::new();
-    for (k, stage) in plan.stages.iter().enumerate() {
-        let (report, frozen) = run_stage(args, &plan, stage, k, &mut metrics)?;
-        summaries.push(summary(stage, &report, frozen));
-    }
+    let held_out = std::mem::take(&mut plan.held_out);
+    let training = Run {
+        session: &plan.session,
+        args: &args.training,
+        stages: plan.stages.iter().enumerate().map(|(k, stage)| stage_of(args, &plan, stage, k)).collect(),
+        held_out,
+        states: States::new(&args.out, describe(args, &plan), args.training.keep),
+    };
+    let reports = training.train(staged.path(), common.force)?;
+    let summaries: Vec<Value> = plan.stages.iter().zip(&reports).map(|(s, r)| summary(s, r)).collect();
+    let tokens: usize = reports.iter().map(|r| r.tokens).sum();
     plan.session.save(staged.path(), args.training.save_dtype)?;
-    let tokens: u64 = summaries.iter().filter_map(|s| s["tokens"].as_u64()).sum();
     recorder.seed(args.training.seed);
     recorder.input("model", &args.model, plan.session.digest.clone());
     for (role, path, digest) in &plan.inputs {
@@ -38,37 +40,38 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     recorder.fact("stages", summaries.clone());
     recorder.write_into(staged.path())?;
     staged.commit()?;
+    training.states.remove()?;
     info!("{} stages, {tokens} tokens; wrote {}", plan.stages.len(), args.out.display());
     common.print_json(&json!({"stages": summaries, "tokens": tokens, "out": args.out.display().to_string()}));
     Ok(())
 }
 
-/// Trains through stage `k`; returns its report and the number of frozen elements.
-fn run_stage(
-    args: &RunArgs,
-    plan: &Plan,
-    stage: &StagePlan,
-    k: usize,
-    metrics: &mut Metrics,
-) -> Result<(StageReport, u64)> {
-    let session = &plan.session;
-    let masks: Vec<&Mask> = stage.frozen_tasks.iter().map(|task| &plan.masks[task]).collect();
-    let freeze = if masks.is_empty() { None } else { Some(Freeze::new(&session.parameters, &masks)?) };
-    let frozen = freeze.as_ref().map_or(0, Freeze::len);
-    info!("{}: {} examples, {frozen} elements frozen", stage.label, stage.examples.len());
-    let task = Stage {
-        label: &stage.label,
+fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) -> Stage<'a> {
+    Stage {
+        label: stage.label.clone(),
         examples: &stage.examples,
-        freeze: freeze.as_ref(),
+        masks: stage.frozen_tasks.iter().map(|task| &plan.masks[task]).collect(),
         budget: stage.budget,
         seed: args.training.seed.wrapping_add(k as u64),
-    };
-    let report = train::run_stage(&session.model, &session.parameters, &task, &args.training, metrics)?;
-    Ok((report, frozen))
+        lr: stage.lr,
+    }
 }
 
-fn summary(stage: &StagePlan, report: &StageReport, frozen: u64) -> Value {
+/// All that the bytes of the result depend on.
+fn describe(args: &RunArgs, plan: &Plan) -> Map<String, Value> {
+    let mut run = args.training.describe();
+    run.insert("model".into(), json!(plan.session.digest));
+    for (role, _, digest) in &plan.inputs {
+        run.insert(role.clone(), json!(digest));
+    }
+    let stages = plan.stages.iter().map(|s| json!({"stage": s.label, "frozen": s.frozen_tasks, "lr": s.lr}));
+    run.insert("stages".into(), stages.collect());
+    run.insert("rows".into(), plan.stages.iter().map(|s| s.examples.len()).collect());
+    run
+}
+
+fn summary(stage: &StagePlan, report: &StageReport) -> Value {
     json!({"stage": stage.label, "examples": stage.examples.len(), "steps": report.steps, "tokens": report.tokens,
-        "first_loss": report.first_loss, "final_loss": report.final_loss, "frozen_elements": frozen,
+        "first_loss": report.first_loss, "final_loss": report.final_loss, "frozen_elements": report.frozen,
         "frozen_tasks": stage.frozen_tasks})
 }

@@ -252,13 +252,7 @@ impl StagedDir {
     /// # Errors
     /// I/O errors; the older output stays then.
     pub fn commit(self) -> Result<()> {
-        for entry in fs::read_dir(self.path())? {
-            let path = entry?.path();
-            if path.is_file() {
-                sync(&path)?;
-            }
-        }
-        sync(self.path())?;
+        sync_all(self.path())?;
         self.staging.rename()
     }
 }
@@ -272,6 +266,15 @@ fn parent_of(dest: &Path) -> PathBuf {
         Some(p) if !p.as_os_str().is_empty() => p.to_owned(),
         _ => PathBuf::from("."),
     }
+}
+
+/// Makes all that is in `folder` durable, and the folder last.
+fn sync_all(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() { sync_all(&path)? } else { sync(&path)? }
+    }
+    sync(folder)
 }
 
 fn sync(path: &Path) -> Result<()> {

@@ -8,42 +8,61 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
 use super::example::Example;
-
-/// The label that the loss passes over, as PyTorch's cross entropy has it.
-pub const IGNORE: i64 = -100;
+use crate::model::to_device;
 
 /// Examples one after another in a single row, without padding; each is a document that sees only itself.
+///
+/// The tensors are made on the host; [`Batch::to_device`] moves them.
 pub struct Batch {
     /// Token ids [1, s].
     pub ids_bs: Tensor,
-    /// The next token where the loss counts it, else [`IGNORE`]; [1, s].
-    pub labels_bs: Tensor,
+    /// Where in the row the next token is a target, int64 [n].
+    pub places_n: Tensor,
+    /// Those next tokens, int64 [n].
+    pub labels_n: Tensor,
     /// Tokens of each example.
     pub lengths: Vec<i64>,
-    /// Tokens that the loss counts.
-    pub targets: usize,
 }
 
 impl Batch {
     /// Joins `examples`.
-    pub fn new(examples: &[&Example], device: Device) -> Self {
-        let (mut ids, mut labels) = (Vec::new(), Vec::new());
+    pub fn new(examples: &[&Example]) -> Self {
+        let (mut ids, mut places, mut labels) = (Vec::new(), Vec::new(), Vec::new());
         for example in examples {
+            let start = ids.len() as i64;
             ids.extend_from_slice(&example.ids);
-            let next = example.ids.iter().zip(&example.target).skip(1).map(|(&id, &t)| if t { id } else { IGNORE });
-            labels.extend(next.chain([IGNORE]));
+            for next in (1..example.ids.len()).filter(|&next| example.target[next]) {
+                places.push(start + next as i64 - 1);
+                labels.push(example.ids[next]);
+            }
         }
         Self {
-            ids_bs: Tensor::from_slice(&ids).unsqueeze(0).to_device(device),
-            labels_bs: Tensor::from_slice(&labels).unsqueeze(0).to_device(device),
+            ids_bs: Tensor::from_slice(&ids).unsqueeze(0),
+            places_n: Tensor::from_slice(&places),
+            labels_n: Tensor::from_slice(&labels),
             lengths: examples.iter().map(|e| e.ids.len() as i64).collect(),
-            targets: labels.iter().filter(|l| **l != IGNORE).count(),
+        }
+    }
+
+    /// The batch on `device`; the copies do not wait for the device.
+    #[must_use]
+    pub fn to_device(&self, device: Device) -> Self {
+        Self {
+            ids_bs: to_device(&self.ids_bs, device),
+            places_n: to_device(&self.places_n, device),
+            labels_n: to_device(&self.labels_n, device),
+            lengths: self.lengths.clone(),
         }
     }
 
     /// All tokens.
     pub fn tokens(&self) -> usize {
         self.lengths.iter().sum::<i64>() as usize
+    }
+
+    /// Tokens that the loss counts.
+    pub fn targets(&self) -> usize {
+        self.labels_n.numel()
     }
 }
 
@@ -98,18 +117,17 @@ mod tests {
     use super::*;
 
     fn example(n: usize) -> Example {
-        Example { ids: (0..n as i64).collect(), target: (0..n).map(|i| i >= 2).collect() }
+        Example { ids: (0..n as i64).collect(), target: (0..n).map(|i| i >= 2).collect(), ..Example::default() }
     }
 
     #[test]
     fn labels_are_the_next_targets_within_each_example() {
         let (a, b) = (example(4), example(3));
-        let batch = Batch::new(&[&a, &b], Device::Cpu);
-        let labels: Vec<i64> = Vec::try_from(&batch.labels_bs.squeeze()).unwrap();
-        assert_eq!(labels, [IGNORE, 2, 3, IGNORE, IGNORE, 2, IGNORE]);
-        let ids: Vec<i64> = Vec::try_from(&batch.ids_bs.squeeze()).unwrap();
-        assert_eq!(ids, [0, 1, 2, 3, 0, 1, 2]);
-        assert_eq!((batch.tokens(), batch.targets, batch.lengths), (7, 3, vec![4, 3]));
+        let batch = Batch::new(&[&a, &b]);
+        let list = |t: &Tensor| Vec::<i64>::try_from(t).unwrap();
+        assert_eq!(list(&batch.ids_bs.squeeze()), [0, 1, 2, 3, 0, 1, 2]);
+        assert_eq!((list(&batch.places_n), list(&batch.labels_n)), (vec![1, 2, 5], vec![2, 3, 2]));
+        assert_eq!((batch.tokens(), batch.targets(), batch.lengths), (7, 3, vec![4, 3]));
     }
 
     #[test]

@@ -5,16 +5,19 @@ use std::path::Path;
 use anyhow::Result;
 use cpift_core::BadInput;
 
+use super::place::Place;
 use super::rows::Row;
 use crate::text::ChatText;
 
 /// One conversation as tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Example {
     /// Token ids.
     pub ids: Vec<i64>,
     /// Whether the loss counts the prediction of each token: the assistant's tokens, the end of turn included.
     pub target: Vec<bool>,
+    /// Where it comes from.
+    pub place: Place,
 }
 
 /// What to do with an example longer than the context.
@@ -50,8 +53,10 @@ pub fn encode_rows(
     overlong: Overlong,
 ) -> Result<Encoded> {
     let mut out = Encoded { examples: Vec::new(), truncated: 0, dropped: 0 };
+    let file: std::sync::Arc<Path> = path.into();
     for row in rows {
         let mut example = encode(row, text).map_err(|e| BadInput::new(path, format!("line {}: {e:#}", row.line)))?;
+        example.place = Place { file: file.clone(), row: row.line };
         if example.ids.len() > max_length {
             if overlong == Overlong::Refuse {
                 return Err(BadInput::new(path, format!("line {}: longer than the context", row.line))
@@ -106,5 +111,5 @@ pub(crate) fn encode(row: &Row, text: &ChatText) -> Result<Example> {
     if let Some(first) = target.first_mut() {
         *first = false;
     }
-    Ok(Example { ids, target })
+    Ok(Example { ids, target, place: Place::default() })
 }

@@ -3,9 +3,11 @@
 mod batch;
 mod example;
 mod feeder;
+mod place;
 mod rows;
 
-pub use batch::{Batch, IGNORE, Sampler, balanced_sample};
+pub use batch::{Batch, Sampler, balanced_sample};
 pub use example::{Encoded, Example, Overlong, encode_rows, report};
 pub use feeder::{FeedConfig, Feeder};
+pub use place::Place;
 pub use rows::{Message, Row, read_rows};

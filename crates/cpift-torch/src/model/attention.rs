@@ -1,0 +1,201 @@
+//! Attention: who may see whom, the key-value cache, and the scores of each family.
+//!
+//! Suffixes: b batch, s sequence (queries), t keys, h query heads, k key-value heads, d head width, e embedding.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::config::ModelConfig;
+use super::layers::{Linear, Loader, RmsNorm};
+use super::rope::rotate;
+use crate::ffi;
+
+/// What every block needs to attend: rotary factors and who may see whom.
+pub struct Attended {
+    pub(super) cos: Tensor,
+    pub(super) sin: Tensor,
+    pub(super) pattern: Pattern,
+}
+
+/// Who may see whom.
+pub(super) enum Pattern {
+    /// Documents one after another in a single row, each causal in itself and closed to the others.
+    Documents(Documents),
+    /// Boolean, [b, 1, s, t]: whether a query sees a key; and the same within the window, for the blocks that have one.
+    Mask { full: Tensor, windowed: Option<Tensor> },
+}
+
+/// The documents of a row.
+pub(super) struct Documents {
+    /// Their lengths.
+    lengths: Vec<i64>,
+    /// For each document longer than the window, who sees whom within it, [len, len]; none where no block has a window.
+    windowed: Vec<Option<Tensor>>,
+    /// Cumulative lengths from 0, int32, where the device has variable-length flash attention.
+    ends: Option<Tensor>,
+}
+
+impl Documents {
+    pub(super) fn new(lengths: &[i64], window: Option<i64>, ends: Option<Tensor>, device: Device) -> Self {
+        let mask = |&n: &i64| window.filter(|w| n > *w).map(|w| causal_window(n, n, w, device));
+        Self { lengths: lengths.to_vec(), windowed: lengths.iter().map(mask).collect(), ends }
+    }
+}
+
+/// Boolean [s, t]: the last `s` of `t` tokens see themselves and the `window` − 1 tokens before.
+pub(super) fn causal_window(s: i64, t: i64, window: i64, device: Device) -> Tensor {
+    let all = Tensor::ones([s, t], (Kind::Bool, device));
+    all.tril(t - s).logical_and(&all.triu(t - s - window + 1))
+}
+
+/// Keys and values of the tokens seen so far, [b, k, t, d] for each block.
+#[derive(Default)]
+pub struct KvCache {
+    layers: Vec<(Tensor, Tensor)>,
+}
+
+impl KvCache {
+    /// Appends a block's new keys and values and returns all of them.
+    fn extend(&mut self, layer: usize, k: Tensor, v: Tensor) -> (Tensor, Tensor) {
+        if layer == self.layers.len() {
+            self.layers.push((k, v));
+        } else {
+            let (old_k, old_v) = &self.layers[layer];
+            self.layers[layer] = (Tensor::cat(&[old_k, &k], 2), Tensor::cat(&[old_v, &v], 2));
+        }
+        let (k, v) = &self.layers[layer];
+        (k.shallow_clone(), v.shallow_clone())
+    }
+
+    /// Keeps only the batch rows `rows` (int64), in that order.
+    pub fn keep_rows(&mut self, rows: &Tensor) {
+        for (k, v) in &mut self.layers {
+            *k = k.index_select(0, rows);
+            *v = v.index_select(0, rows);
+        }
+    }
+}
+
+/// Queries, keys and values in, mixed values out.
+pub(super) struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    /// Norms over each head of q and k.
+    norms: Option<(RmsNorm, RmsNorm)>,
+    heads: i64,
+    kv_heads: i64,
+    head_dim: i64,
+    layer: usize,
+    scores: Scores,
+}
+
+/// How scores are made of q·k.
+#[derive(Clone, Copy)]
+struct Scores {
+    scale: f64,
+    softcap: Option<f64>,
+    window: Option<i64>,
+}
+
+impl Attention {
+    pub(super) fn load(loader: &mut Loader<'_>, prefix: &str, layer: usize, c: &ModelConfig) -> Result<Self> {
+        let (q, kv, e) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size);
+        let q_proj = loader.linear(&format!("{prefix}.q_proj"), [q, e], c.qkv_bias)?;
+        let k_proj = loader.linear(&format!("{prefix}.k_proj"), [kv, e], c.qkv_bias)?;
+        let v_proj = loader.linear(&format!("{prefix}.v_proj"), [kv, e], c.qkv_bias)?;
+        let o_proj = loader.linear(&format!("{prefix}.o_proj"), [e, q], c.o_bias)?;
+        let mut norm = |name: &str| loader.norm(&format!("{prefix}.{name}"), c.head_dim, c);
+        let norms = if c.qk_norm { Some((norm("q_norm")?, norm("k_norm")?)) } else { None };
+        Ok(Self {
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            norms,
+            heads: c.num_attention_heads,
+            kv_heads: c.num_key_value_heads,
+            head_dim: c.head_dim,
+            layer,
+            scores: Scores {
+                scale: c.attention_scale,
+                softcap: c.attention_softcap,
+                window: c.windows.get(layer).copied().flatten(),
+            },
+        })
+    }
+
+    pub(super) fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&mut KvCache>) -> Tensor {
+        let (b, s, _) = x_bse.size3().expect("hidden states are [b, s, e]");
+        let split = |t: Tensor, heads: i64| t.view([b, s, heads, self.head_dim]);
+        let mut q_bshd = split(self.q_proj.forward(x_bse), self.heads);
+        let mut k_bskd = split(self.k_proj.forward(x_bse), self.kv_heads);
+        if let Some((q_norm, k_norm)) = &self.norms {
+            (q_bshd, k_bskd) = (q_norm.forward(&q_bshd), k_norm.forward(&k_bskd));
+        }
+        let (cos, sin) = (attended.cos.to_kind(x_bse.kind()), attended.sin.to_kind(x_bse.kind()));
+        let q_bhsd = rotate(&q_bshd.transpose(1, 2), &cos, &sin);
+        let mut k_bktd = rotate(&k_bskd.transpose(1, 2), &cos, &sin);
+        let mut v_bktd = split(self.v_proj.forward(x_bse), self.kv_heads).transpose(1, 2);
+        if let Some(cache) = cache {
+            (k_bktd, v_bktd) = cache.extend(self.layer, k_bktd, v_bktd);
+        }
+        let out_bhsd = match &attended.pattern {
+            Pattern::Mask { full, windowed } => {
+                let mask = windowed.as_ref().filter(|_| self.scores.window.is_some()).unwrap_or(full);
+                self.scores.attend(&q_bhsd, &k_bktd, &v_bktd, Some(mask))
+            }
+            Pattern::Documents(documents) => self.scores.by_document(&q_bhsd, &k_bktd, &v_bktd, documents),
+        };
+        self.o_proj.forward(&out_bhsd.transpose(1, 2).reshape([b, s, self.heads * self.head_dim]))
+    }
+}
+
+impl Scores {
+    /// Attention under a mask, or plain causal.
+    fn attend(&self, q_bhsd: &Tensor, k_bktd: &Tensor, v_bktd: &Tensor, mask: Option<&Tensor>) -> Tensor {
+        if let Some(cap) = self.softcap {
+            return capped(q_bhsd, k_bktd, v_bktd, mask, self.scale, cap);
+        }
+        let gqa = q_bhsd.size()[1] != k_bktd.size()[1];
+        Tensor::scaled_dot_product_attention(q_bhsd, k_bktd, v_bktd, mask, 0.0, mask.is_none(), self.scale, gqa)
+    }
+
+    /// Causal attention inside each document of a row; no cost for the pairs between documents.
+    fn by_document(&self, q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents) -> Tensor {
+        if let Some(ends) = documents.ends.as_ref().filter(|_| self.softcap.is_none()) {
+            let longest = documents.lengths.iter().copied().max().unwrap_or(0);
+            let flat = |t: &Tensor| t.transpose(1, 2).squeeze_dim(0);
+            let out = ffi::flash_varlen((&flat(q), &flat(k), &flat(v)), ends, longest, self.scale, self.window)
+                .expect("a kernel that was tried when the model was opened");
+            return out.unsqueeze(0).transpose(1, 2);
+        }
+        let mask = |i: usize| documents.windowed[i].as_ref().filter(|_| self.window.is_some());
+        if let [_] = documents.lengths[..] {
+            return self.attend(q, k, v, mask(0));
+        }
+        let mut start = 0;
+        let part = |(i, &length): (usize, &i64)| {
+            let cut = |t: &Tensor| t.narrow(2, start, length);
+            let part = self.attend(&cut(q), &cut(k), &cut(v), mask(i));
+            start += length;
+            part
+        };
+        let parts: Vec<Tensor> = documents.lengths.iter().enumerate().map(part).collect();
+        Tensor::cat(&parts, 2)
+    }
+}
+
+/// Attention with soft-capped scores (Gemma-2): no fused kernel has the cap, so that the scores of a document exist, [b, h, s, t].
+/// Softmax in f32, as transformers' eager attention.
+fn capped(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f64, cap: f64) -> Tensor {
+    let groups = q.size()[1] / k.size()[1];
+    let (k, v) = (k.repeat_interleave_self_int(groups, 1, None), v.repeat_interleave_self_int(groups, 1, None));
+    let scores = ((q.matmul(&k.transpose(2, 3)) * scale) / cap).tanh() * cap;
+    let (s, t) = (q.size()[2], k.size()[2]);
+    let causal = || Tensor::ones([s, t], (Kind::Bool, q.device())).tril(t - s);
+    let hidden = mask.map_or_else(causal, Tensor::shallow_clone).logical_not();
+    let weights = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, Kind::Float).to_kind(q.kind());
+    weights.matmul(&v)
+}

@@ -1,0 +1,355 @@
+//! config.json of the models we know; what changes the maths and is not implemented is an error.
+
+mod fields;
+mod known;
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::rope::RopeScaling;
+use fields::Fields;
+
+/// The families of decoder-only models this program runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// `LlamaForCausalLM`: LLaMA 1 to 3, SmolLM2 and many more.
+    Llama,
+    /// `MistralForCausalLM`: Mistral 7B, Ministral 8B.
+    Mistral,
+    /// `MinistralForCausalLM`: Mistral with a kind of attention named for each layer.
+    Ministral,
+    /// `Qwen2ForCausalLM`: Qwen1.5, Qwen2, Qwen2.5.
+    Qwen2,
+    /// `Qwen3ForCausalLM`.
+    Qwen3,
+    /// `Gemma2ForCausalLM`.
+    Gemma2,
+}
+
+/// Architectures by their names in config.json.
+const ARCHITECTURES: [(&str, Family); 6] = [
+    ("LlamaForCausalLM", Family::Llama),
+    ("MistralForCausalLM", Family::Mistral),
+    ("MinistralForCausalLM", Family::Ministral),
+    ("Qwen2ForCausalLM", Family::Qwen2),
+    ("Qwen3ForCausalLM", Family::Qwen3),
+    ("Gemma2ForCausalLM", Family::Gemma2),
+];
+
+/// The function between the two halves of the MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x·sigmoid(x).
+    Silu,
+    /// GELU by its tanh approximation.
+    GeluTanh,
+    /// GELU by the error function.
+    Gelu,
+}
+
+/// The numbers that define a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// The family.
+    pub family: Family,
+    /// e: width of the residual stream.
+    pub hidden_size: i64,
+    /// Width of the MLP.
+    pub intermediate_size: i64,
+    /// Number of decoder blocks.
+    pub num_hidden_layers: i64,
+    /// h: query heads.
+    pub num_attention_heads: i64,
+    /// k: key and value heads (GQA).
+    pub num_key_value_heads: i64,
+    /// d: width of a head.
+    pub head_dim: i64,
+    /// v: rows of the embedding.
+    pub vocab_size: i64,
+    /// The context the model was trained for.
+    pub max_position_embeddings: i64,
+    /// Epsilon of the RMS norms.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// How the frequencies are stretched.
+    pub rope_scaling: RopeScaling,
+    /// Whether the output embedding is the input embedding.
+    pub tie_word_embeddings: bool,
+    /// Biases on q, k and v.
+    pub qkv_bias: bool,
+    /// A bias on o.
+    pub o_bias: bool,
+    /// Biases in the MLP.
+    pub mlp_bias: bool,
+    /// RMS norms over each head of q and k (Qwen3).
+    pub qk_norm: bool,
+    /// Between the halves of the MLP.
+    pub activation: Activation,
+    /// Gemma's norms: scale by 1 + w, before and after both attention and MLP.
+    pub gemma_norms: bool,
+    /// What hidden states are multiplied with after the embedding (Gemma: √e).
+    pub embedding_scale: Option<f64>,
+    /// What q·k is multiplied with.
+    pub attention_scale: f64,
+    /// Attention scores are squeezed into (−cap, cap) by cap·tanh(x / cap).
+    pub attention_softcap: Option<f64>,
+    /// Logits likewise.
+    pub logit_softcap: Option<f64>,
+    /// For each block, how many tokens a query sees, itself included; none: all before it.
+    pub windows: Vec<Option<i64>>,
+}
+
+impl ModelConfig {
+    /// Reads the fields of a config.json already parsed from `folder`.
+    ///
+    /// # Errors
+    /// [`cpift_core::BadInput`] for an architecture we do not know (with the list), a missing field, or a field that changes the
+    /// maths and is not implemented.
+    pub fn from_json(folder: &Path, config: &Value) -> Result<Self> {
+        let fields = Fields::new(folder, config);
+        let family = family(&fields)?;
+        known::check_fields(&fields)?;
+        let heads = fields.int("num_attention_heads")?;
+        let hidden = fields.int("hidden_size")?;
+        let gemma = family == Family::Gemma2;
+        let head_dim = match family {
+            Family::Gemma2 => fields.int_or("head_dim", 256)?,
+            Family::Qwen3 => fields.int_or("head_dim", 128)?,
+            _ => fields.int_or("head_dim", hidden / heads)?,
+        };
+        let (qkv_bias, o_bias) = attention_biases(family, &fields)?;
+        let max_position_embeddings = fields.int_or("max_position_embeddings", default_positions(family))?;
+        let scale = if gemma { fields.float_or("query_pre_attn_scalar", 256.0)? } else { head_dim as f64 };
+        let softcap = |key, default| {
+            if gemma { fields.optional_float(key, default) } else { refuse(&fields, key).map(|()| None) }
+        };
+        let config = Self {
+            family,
+            hidden_size: hidden,
+            intermediate_size: fields.int("intermediate_size")?,
+            num_hidden_layers: fields.int("num_hidden_layers")?,
+            num_attention_heads: heads,
+            num_key_value_heads: fields.int_or("num_key_value_heads", heads)?,
+            head_dim,
+            vocab_size: fields.int("vocab_size")?,
+            max_position_embeddings,
+            rms_norm_eps: fields.float_or("rms_norm_eps", 1e-6)?,
+            rope_theta: fields.rope_theta()?,
+            rope_scaling: fields.rope_scaling(max_position_embeddings)?,
+            tie_word_embeddings: fields.bool_or("tie_word_embeddings", gemma)?,
+            qkv_bias,
+            o_bias,
+            mlp_bias: family == Family::Llama && fields.bool_or("mlp_bias", false)?,
+            qk_norm: family == Family::Qwen3,
+            activation: activation(family, &fields)?,
+            gemma_norms: gemma,
+            embedding_scale: gemma.then(|| (hidden as f64).sqrt()),
+            attention_scale: scale.powf(-0.5),
+            attention_softcap: softcap("attn_logit_softcapping", 50.0)?,
+            logit_softcap: softcap("final_logit_softcapping", 30.0)?,
+            windows: windows(family, &fields)?,
+        };
+        if !gemma {
+            refuse(&fields, "query_pre_attn_scalar")?;
+        }
+        config.check_shapes(&fields)?;
+        Ok(config)
+    }
+
+    fn check_shapes(&self, fields: &Fields) -> Result<()> {
+        if self.num_attention_heads % self.num_key_value_heads == 0 && self.head_dim % 2 == 0 {
+            return Ok(());
+        }
+        Err(fields
+            .bad("heads that do not divide")
+            .expected("num_attention_heads a multiple of num_key_value_heads, head_dim even")
+            .into())
+    }
+}
+
+fn family(fields: &Fields) -> Result<Family> {
+    let found = fields.words("architectures")?.unwrap_or_default();
+    let known = ARCHITECTURES.iter().find(|(name, _)| found.iter().any(|f| f == name));
+    known.map(|(_, family)| *family).ok_or_else(|| {
+        let names: Vec<&str> = ARCHITECTURES.iter().map(|(name, _)| *name).collect();
+        fields
+            .bad("an architecture this program does not know")
+            .expected(names.join(", "))
+            .found(if found.is_empty() { "no architectures field".into() } else { found.join(", ") })
+            .into()
+    })
+}
+
+/// A field that only other families read must be absent.
+fn refuse(fields: &Fields, key: &str) -> Result<()> {
+    match fields.get(key) {
+        None => Ok(()),
+        Some(value) => Err(fields
+            .bad(format!("{key} = {value} changes the maths in a way that this architecture does not have"))
+            .expected("no such field")
+            .into()),
+    }
+}
+
+/// Whether q, k and v have biases, and whether o has one. LLaMA's `attention_bias` is about all four; Mistral has none; Qwen2 has
+/// the first three whatever its config says.
+fn attention_biases(family: Family, fields: &Fields) -> Result<(bool, bool)> {
+    match family {
+        Family::Llama | Family::Qwen3 | Family::Gemma2 => {
+            let asked = fields.bool_or("attention_bias", false)?;
+            Ok((asked, asked))
+        }
+        Family::Mistral | Family::Ministral => Ok((false, false)),
+        Family::Qwen2 => Ok((true, false)),
+    }
+}
+
+/// What transformers takes where `max_position_embeddings` is absent.
+fn default_positions(family: Family) -> i64 {
+    match family {
+        Family::Llama => 2048,
+        Family::Mistral | Family::Ministral => 4096 * 32,
+        Family::Qwen2 | Family::Qwen3 => 32768,
+        Family::Gemma2 => 8192,
+    }
+}
+
+/// Gemma-2 reads `hidden_activation` and passes over `hidden_act`, as transformers does.
+fn activation(family: Family, fields: &Fields) -> Result<Activation> {
+    let (key, default) =
+        if family == Family::Gemma2 { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
+    match fields.text_or(key, default)? {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        "gelu" => Ok(Activation::Gelu),
+        other => Err(fields
+            .bad(format!("{key} = {other:?} is not implemented"))
+            .expected("silu, gelu or gelu_pytorch_tanh")
+            .into()),
+    }
+}
+
+/// Each block's window: by `layer_types` where the file has it, else by the family's own rule.
+fn windows(family: Family, fields: &Fields) -> Result<Vec<Option<i64>>> {
+    let layers = fields.int("num_hidden_layers")? as usize;
+    let window = match family {
+        Family::Llama => {
+            refuse(fields, "sliding_window")?;
+            None
+        }
+        Family::Qwen2 | Family::Qwen3 if !fields.bool_or("use_sliding_window", false)? => None,
+        _ => fields.optional_int("sliding_window", 4096)?,
+    };
+    let first_windowed = fields.count_or("max_window_layers", 28)? as usize;
+    let by_family = |layer: usize| match family {
+        Family::Llama | Family::Mistral | Family::Ministral => true,
+        Family::Qwen2 | Family::Qwen3 => layer >= first_windowed,
+        Family::Gemma2 => layer.is_multiple_of(2),
+    };
+    // Mistral has no layer_types: its one window is every block's.
+    let named = if family == Family::Mistral { None } else { fields.words("layer_types")? };
+    let Some(types) = named else {
+        return Ok((0..layers).map(|layer| window.filter(|_| by_family(layer))).collect());
+    };
+    if types.len() != layers {
+        let found = format!("{} entries", types.len());
+        return Err(fields.bad("layer_types does not fit").expected(format!("{layers} entries")).found(found).into());
+    }
+    types
+        .iter()
+        .map(|kind| match kind.as_str() {
+            "full_attention" => Ok(None),
+            "sliding_attention" if window.is_some() => Ok(window),
+            "sliding_attention" => {
+                Err(fields.bad("layer_types names sliding_attention, but there is no sliding_window").into())
+            }
+            other => Err(fields
+                .bad(format!("layer_types names {other:?}"))
+                .expected("full_attention or sliding_attention")
+                .into()),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn config() -> Value {
+        json!({"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+               "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100})
+    }
+
+    fn read(architecture: &str, more: &Value) -> Result<ModelConfig> {
+        let mut c = config();
+        c["architectures"] = json!([architecture]);
+        for (key, value) in more.as_object().unwrap() {
+            c[key] = value.clone();
+        }
+        ModelConfig::from_json(Path::new("m"), &c)
+    }
+
+    #[test]
+    fn absent_fields_take_the_defaults_of_transformers() {
+        let c = ModelConfig::from_json(Path::new("m"), &config()).unwrap();
+        assert_eq!((c.num_key_value_heads, c.head_dim, c.rope_theta), (4, 16, 10_000.0));
+        assert!(!c.tie_word_embeddings);
+        let gemma = read("Gemma2ForCausalLM", &json!({"num_hidden_layers": 3})).unwrap();
+        assert_eq!((gemma.head_dim, gemma.attention_scale, gemma.tie_word_embeddings), (256, 1.0 / 16.0, true));
+        assert_eq!(gemma.windows, [Some(4096), None, Some(4096)]);
+        assert_eq!((gemma.attention_softcap, gemma.logit_softcap), (Some(50.0), Some(30.0)));
+        assert_eq!(read("Qwen3ForCausalLM", &json!({})).unwrap().head_dim, 128);
+        assert_eq!(read("MistralForCausalLM", &json!({})).unwrap().windows, [Some(4096); 2]);
+        assert_eq!(read("MistralForCausalLM", &json!({"sliding_window": null})).unwrap().windows, [None; 2]);
+    }
+
+    #[test]
+    fn windows_are_where_the_family_has_them() {
+        let published = json!({"sliding_window": 32768, "max_window_layers": 1, "use_sliding_window": false});
+        assert_eq!(read("Qwen2ForCausalLM", &published).unwrap().windows, [None, None]);
+        let used = json!({"sliding_window": 8, "max_window_layers": 1, "use_sliding_window": true});
+        assert_eq!(read("Qwen2ForCausalLM", &used).unwrap().windows, [None, Some(8)]);
+        let named = json!({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]});
+        assert_eq!(read("Gemma2ForCausalLM", &named).unwrap().windows, [None, Some(8)]);
+        let short = json!({"sliding_window": 8, "layer_types": ["full_attention"]});
+        assert!(read("Gemma2ForCausalLM", &short).unwrap_err().to_string().contains("layer_types"));
+        let strange = json!({"sliding_window": 8, "layer_types": ["full_attention", "chunked_attention"]});
+        assert!(read("Gemma2ForCausalLM", &strange).unwrap_err().to_string().contains("chunked_attention"));
+    }
+
+    #[test]
+    fn what_changes_the_maths_is_refused_by_name() {
+        for (key, value) in [
+            ("hidden_act", json!("relu2")),
+            ("sliding_window", json!(4096)),
+            ("final_logit_softcapping", json!(30.0)),
+            ("query_pre_attn_scalar", json!(224)),
+            ("quantization_config", json!({"bits": 4})),
+            ("attention_dropout", json!(0.1)),
+            ("rope_scaling", json!({"rope_type": "longrope"})),
+            ("some_new_multiplier", json!(0.5)),
+            ("architectures", json!(["MambaForCausalLM"])),
+        ] {
+            let mut c = config();
+            c[key] = value;
+            let error = ModelConfig::from_json(Path::new("m"), &c).unwrap_err().to_string();
+            let part = match key {
+                "architectures" => "Gemma2ForCausalLM",
+                "rope_scaling" => "rope scaling",
+                other => other,
+            };
+            assert!(error.contains(part), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_matter_is_passed_over() {
+        let more = json!({"_name_or_path": "x", "transformers_version": "5", "bos_token_id": 1, "use_cache": true,
+            "pretraining_tp": 1, "some_new_switch": false, "attention_dropout": 0.0, "torch_dtype": "bfloat16"});
+        assert!(read("LlamaForCausalLM", &more).is_ok());
+    }
+}

@@ -1,0 +1,41 @@
+//! Loss on rows that are not trained on.
+
+use anyhow::Result;
+use cpift_core::tasks::Task;
+use tch::no_grad;
+
+use crate::data::{self, Example, Overlong};
+use crate::model::CausalLM;
+use crate::score;
+use crate::text::ChatText;
+
+/// A task's held-out examples.
+pub struct HeldOut {
+    /// The task.
+    pub task: String,
+    /// Its examples.
+    pub examples: Vec<Example>,
+}
+
+impl HeldOut {
+    /// The first `rows` rows of the task's evaluation file, cut to `max_length` tokens.
+    ///
+    /// # Errors
+    /// As [`data::encode_rows`].
+    pub fn read(task: &Task, rows: usize, text: &ChatText, max_length: usize) -> Result<Self> {
+        let mut all = data::read_rows(&task.eval)?;
+        all.truncate(rows);
+        let encoded = data::encode_rows(&task.eval, &all, text, max_length, Overlong::Truncate)?;
+        Ok(Self { task: task.name.clone(), examples: encoded.examples })
+    }
+}
+
+/// Each task's mean loss in nats over its target tokens; batches of `batch_size` examples.
+pub(crate) fn losses(model: &CausalLM, sets: &[HeldOut], batch_size: usize) -> Vec<(String, f64)> {
+    no_grad(|| sets.iter().map(|set| (set.task.clone(), mean(model, &set.examples, batch_size))).collect())
+}
+
+fn mean(model: &CausalLM, examples: &[Example], batch_size: usize) -> f64 {
+    let losses = score::losses(model, examples, batch_size, || ());
+    losses.iter().map(|l| l.nll).sum::<f64>() / losses.iter().map(|l| l.targets as f64).sum::<f64>()
+}

@@ -1,0 +1,311 @@
+//! The training loop over the stages of a run.
+
+use std::path::Path;
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use cpift_core::Stopped;
+use cpift_core::mask::Mask;
+use cpift_core::signals::{Orderly, stop_asked};
+use log::info;
+use serde::{Deserialize, Serialize};
+
+use super::held_out::{self, HeldOut};
+use super::pass::PassConfig;
+use super::state::{Found, Position, States};
+use super::step::{StepConfig, StepOutcome, Trainer};
+use super::watch::{StageWatch, StepFigures, Watch};
+use crate::args::{Budget, TrainingArgs};
+use crate::data::{Batch, Example, FeedConfig, Feeder};
+use crate::freeze::Freeze;
+use crate::optim::mix;
+use crate::schedule::CosineWithWarmup;
+use crate::session::Session;
+
+/// What one stage trains on and how.
+pub struct Stage<'a> {
+    /// Name in logs and metrics.
+    pub label: String,
+    /// The examples.
+    pub examples: &'a [Example],
+    /// The core regions that must not move.
+    pub masks: Vec<&'a Mask>,
+    /// How long.
+    pub budget: Budget,
+    /// Seed of the shuffle.
+    pub seed: u64,
+    /// Peak learning rate.
+    pub lr: f64,
+}
+
+/// What a stage of training did.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct StageReport {
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Tokens seen, padding not counted.
+    pub tokens: usize,
+    /// Loss of the first step.
+    pub first_loss: f64,
+    /// Mean loss of the last tenth of the steps.
+    pub final_loss: f64,
+    /// Elements that did not move because they are core.
+    pub frozen: u64,
+}
+
+/// A run: a model trained in place through stages, from its start or from a saved state.
+pub struct Run<'a> {
+    /// The model.
+    pub session: &'a Session,
+    /// How to train.
+    pub args: &'a TrainingArgs,
+    /// The stages in order.
+    pub stages: Vec<Stage<'a>>,
+    /// What the loss is also taken on, where the arguments ask for it.
+    pub held_out: Vec<HeldOut>,
+    /// Where states are saved and looked for.
+    pub states: States,
+}
+
+/// A step whose figures have not been read from the device.
+struct Pending {
+    step: usize,
+    lr: f64,
+    tokens: usize,
+    outcome: StepOutcome,
+    /// Its examples, by their places in the stage's.
+    chosen: Vec<usize>,
+}
+
+impl Run<'_> {
+    /// Trains through all stages, writing metrics.jsonl into the staged folder. `force` lets a fresh start remove old states.
+    ///
+    /// # Errors
+    /// A loss or norm that is not finite, with step and examples named; [`Stopped`] when a signal asked to stop and the state is saved;
+    /// [`cpift_core::BadInput`] for a state of another run; I/O errors.
+    pub fn train(&self, staged: &Path, force: bool) -> Result<Vec<StageReport>> {
+        let _orderly = Orderly::begin();
+        let mut found = if self.args.resume { self.states.newest()? } else { None };
+        match &found {
+            Some(state) => info!("resuming from {}", state.folder.display()),
+            None => self.states.start_afresh(force || self.args.resume)?,
+        }
+        let mut reports = found.as_ref().map_or_else(Vec::new, |f| f.position.finished.clone());
+        let earlier = found.as_ref().map(|f| f.folder.join(super::METRICS));
+        let first = steps_of(&reports) + found.as_ref().map_or(0, |f| f.position.step);
+        let board = self.args.tensorboard.as_deref();
+        let mut watch = Watch::start(staged, earlier.as_deref(), board, first, self.session.model.device())?;
+        for stage in &self.stages[reports.len()..] {
+            let report = StageRun::new(self, stage, &reports, found.take())?.go(&mut watch)?;
+            reports.push(report);
+        }
+        Ok(reports)
+    }
+
+    fn step_config(&self) -> StepConfig {
+        StepConfig {
+            optimizer: self.args.optimizer(),
+            max_grad_norm: self.args.max_grad_norm,
+            pass: PassConfig { checkpointing: self.args.gradient_checkpointing, loss_chunk: self.args.loss_chunk },
+            optimizer_in_backward: self.args.optimizer_in_backward,
+            train_embeddings: !self.args.freeze_embeddings,
+        }
+    }
+
+    fn feed_config(&self, stage: &Stage<'_>) -> FeedConfig {
+        let longest = stage.examples.iter().map(|e| e.ids.len()).max().unwrap_or(0);
+        FeedConfig {
+            batch_size: self.args.batch_size,
+            grad_accum: self.args.grad_accum,
+            row: self.args.packing.then(|| self.args.max_length.unwrap_or(longest).max(longest)),
+        }
+    }
+}
+
+/// One stage on its way.
+struct StageRun<'a> {
+    run: &'a Run<'a>,
+    stage: &'a Stage<'a>,
+    freeze: Option<Freeze>,
+    schedule: CosineWithWarmup,
+    position: Position,
+    found: Option<Found>,
+}
+
+impl<'a> StageRun<'a> {
+    fn new(run: &'a Run<'a>, stage: &'a Stage<'a>, finished: &[StageReport], found: Option<Found>) -> Result<Self> {
+        let parameters = &run.session.parameters;
+        if let Some(found) = &found {
+            found.load("weights", parameters)?;
+        }
+        // Frozen elements have the values they had when the stage began, in a saved state as well.
+        let freeze = if stage.masks.is_empty() { None } else { Some(Freeze::new(parameters, &stage.masks)?) };
+        let fresh = Position { finished: finished.to_vec(), step: 0, tokens: 0, losses: Vec::new() };
+        let position = found.as_ref().map_or(fresh, |f| f.position.clone());
+        let total = plan_steps(stage, run.feed_config(stage));
+        // The first step of a warm-up has rate 0, so a stage of one step has none.
+        let warmup = ((run.args.warmup_ratio * total as f64).ceil() as usize).min(total - 1);
+        let schedule = CosineWithWarmup { peak: stage.lr, warmup_steps: warmup, total_steps: total };
+        Ok(Self { run, stage, freeze, schedule, position, found })
+    }
+
+    fn go(mut self, watch: &mut Watch) -> Result<StageReport> {
+        let (run, stage, session) = (self.run, self.stage, self.run.session);
+        let frozen = self.freeze.as_ref().map_or(0, Freeze::len);
+        info!("{}: {} examples, {} steps, {frozen} elements frozen", stage.label, stage.examples.len(), self.total());
+        let freeze = self.freeze.take();
+        let mut trainer = Trainer::new(&session.model, &session.parameters, freeze.as_ref(), run.step_config());
+        if let Some(found) = self.found.take() {
+            found.load("moments", &trainer.optimizer.moments())?;
+            trainer.optimizer.set_steps(self.position.step);
+        }
+        let mut watch = watch.stage(&stage.label, self.total(), steps_of(&self.position.finished), run.args.log_every);
+        watch.skip_to(self.position.step, self.position.tokens);
+        let steps = self.position.step..self.total();
+        let mut feeder = Feeder::new(stage.examples, run.feed_config(stage), stage.seed);
+        feeder.skip(self.position.step);
+        thread::scope(|scope| {
+            // Batches are made while the device works on the ones before.
+            let (sender, batches) = sync_channel(2);
+            let count = steps.len();
+            scope.spawn(move || {
+                for _ in 0..count {
+                    let chosen = feeder.next_step();
+                    let made = chosen.iter().map(|places| join(stage.examples, places)).collect::<Vec<Batch>>();
+                    // Nobody listens any more when the stage has ended early.
+                    if sender.send((chosen.concat(), made)).is_err() {
+                        return;
+                    }
+                }
+            });
+            let mut pending = Vec::new();
+            for step in steps {
+                let (chosen, host) = batches.recv().context("the thread that makes batches has ended")?;
+                pending.push(self.step(&mut trainer, step, chosen, &host)?);
+                self.after_step(&trainer, &mut pending, &mut watch)?;
+            }
+            Ok::<(), anyhow::Error>(())
+        })?;
+        Ok(self.report(frozen))
+    }
+
+    fn total(&self) -> usize {
+        self.schedule.total_steps
+    }
+
+    /// Starts step `step`, counted from 0; on CUDA it may still be under way when this returns.
+    fn step(&mut self, trainer: &mut Trainer<'_>, step: usize, chosen: Vec<usize>, host: &[Batch]) -> Result<Pending> {
+        let device = self.run.session.model.device();
+        let batches: Vec<Batch> = host.iter().map(|b| b.to_device(device)).collect();
+        let lr = self.schedule.rate(step);
+        let outcome = trainer
+            .step(&batches, lr, mix(self.stage.seed, step as u64))
+            .with_context(|| format!("{}, step {}", self.stage.label, step + 1))?;
+        self.position.step = step + 1;
+        self.position.tokens += batches.iter().map(Batch::tokens).sum::<usize>();
+        Ok(Pending { step: step + 1, lr, tokens: self.position.tokens, outcome, chosen })
+    }
+
+    /// What is due after a step: figures, held-out losses, a saved state, stopping.
+    fn after_step(
+        &mut self,
+        trainer: &Trainer<'_>,
+        pending: &mut Vec<Pending>,
+        watch: &mut StageWatch<'_>,
+    ) -> Result<()> {
+        let (args, session, step, total) = (self.run.args, self.run.session, self.position.step, self.total());
+        let every = |n: Option<usize>| n.is_some_and(|n| step % n == 0);
+        let evaluate = args.eval_every.is_some() && (every(args.eval_every) || step == total);
+        let stop = stop_asked();
+        // The last step of the last stage is followed by the output itself.
+        let last = step == total && self.position.finished.len() + 1 == self.run.stages.len();
+        let save = (every(args.save_every) && !last) || stop.is_some();
+        // Reading figures waits for the device.
+        if !session.model.device().is_cuda() || evaluate || save || step == total || step % args.log_every == 0 {
+            for done in pending.drain(..) {
+                self.read(&done, watch)?;
+            }
+        }
+        if evaluate {
+            let clock = Instant::now();
+            let losses = held_out::losses(&session.model, &self.run.held_out, args.batch_size);
+            watch.held_out(step, &losses, clock.elapsed())?;
+        }
+        if save {
+            let clock = Instant::now();
+            let steps = steps_of(&self.position.finished) + step;
+            let moments = trainer.optimizer.moments();
+            let folder = self.run.states.save(steps, &self.position, &session.parameters, &moments, watch.metrics())?;
+            watch.saved(clock);
+            if let Some(signal) = stop {
+                let message = format!(
+                    "stopped by {signal} after step {step} of {}; saved {}",
+                    self.stage.label,
+                    folder.display()
+                );
+                return Err(Stopped(message + "\n  hint: the same command with --resume goes on from there").into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a step's figures; those that are not finite end the run.
+    fn read(&mut self, done: &Pending, watch: &mut StageWatch<'_>) -> Result<()> {
+        let (loss, grad_norm) = done.outcome.read();
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            let place = |&i: &usize| self.stage.examples[i].place.to_string();
+            let mut examples: Vec<String> = done.chosen.iter().take(8).map(place).collect();
+            if done.chosen.len() > examples.len() {
+                examples.push(format!("and {} more", done.chosen.len() - examples.len()));
+            }
+            return Err(anyhow!(
+                "{}, step {}: loss {loss}, gradient norm {grad_norm}; stopped before the update\n  batch: {}\n  hint: lower --lr, or look \
+                 at these rows with cpift-train preview; --resume starts from the last saved state",
+                self.stage.label,
+                done.step,
+                examples.join(", ")
+            ));
+        }
+        self.position.losses.push(loss);
+        watch.step(&StepFigures { step: done.step, loss, grad_norm, lr: done.lr, tokens: done.tokens })
+    }
+
+    fn report(&self, frozen: u64) -> StageReport {
+        let losses = &self.position.losses;
+        let tail = &losses[losses.len() - losses.len().div_ceil(10)..];
+        StageReport {
+            steps: self.total(),
+            tokens: self.position.tokens,
+            first_loss: losses[0],
+            final_loss: tail.iter().sum::<f64>() / tail.len() as f64,
+            frozen,
+        }
+    }
+}
+
+fn steps_of(reports: &[StageReport]) -> usize {
+    reports.iter().map(|r| r.steps).sum()
+}
+
+fn join(examples: &[Example], places: &[usize]) -> Batch {
+    Batch::new(&places.iter().map(|&i| &examples[i]).collect::<Vec<_>>())
+}
+
+/// The number of steps of a stage. A budget in tokens is walked through with the stage's own feeder, so that the schedule knows
+/// its length before the first step.
+fn plan_steps(stage: &Stage<'_>, config: FeedConfig) -> usize {
+    match stage.budget {
+        Budget::Steps(n) => n,
+        Budget::Tokens(budget) => {
+            let mut feeder = Feeder::new(stage.examples, config, stage.seed);
+            let (mut seen, mut steps) = (0, 0);
+            while seen < budget {
+                seen += feeder.next_step().concat().into_iter().map(|i| stage.examples[i].ids.len()).sum::<usize>();
+                steps += 1;
+            }
+            steps
+        }
+    }
+}
