@@ -6,6 +6,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use cpift_core::cli::{Common, Named};
 use cpift_torch::args::TrainingArgs;
 
+use crate::estimate::PlanArgs;
+
 /// Fine-tunes a checkpoint in stages, group by group, while the core regions of earlier groups stay frozen.
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the state saved.
@@ -30,6 +32,15 @@ pub enum Command {
     /// equally. In stage k every element that is core to a task of an earlier group keeps its bits. The optimizer starts afresh in every
     /// stage. The output is a Hugging Face folder with metrics.jsonl and cpift.json.
     Run(Box<RunArgs>),
+    /// Print the memory and the disk that training takes, computed before anything is loaded, and what would make it fit
+    ///
+    /// Memory is shown by part at the five moments of a step that can be its highest: the loss (all activations are there), the first and
+    /// the last block of the backward pass, the embedding after them, the update. A 7 B model at 1 x 4096 tokens with bf16 compute,
+    /// recomputation and updates in the backward pass takes PEAKS. These are computed, not measured; what an allocator
+    /// loses to fragmentation comes on top.
+    ///
+    /// --device cuda --device-memory GIB plans for a device that is not here.
+    Plan(Box<PlanArgs>),
 }
 
 /// Arguments of `run`.
