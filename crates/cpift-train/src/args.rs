@@ -35,9 +35,10 @@ pub enum Command {
     /// Print the memory and the disk that training takes, computed before anything is loaded, and what would make it fit
     ///
     /// Memory is shown by part at the five moments of a step that can be its highest: the loss (all activations are there), the first and
-    /// the last block of the backward pass, the embedding after them, the update. A 7 B model at 1 x 4096 tokens with bf16 compute,
-    /// recomputation and updates in the backward pass takes PEAKS. These are computed, not measured; what an allocator
-    /// loses to fragmentation comes on top.
+    /// the last block of the backward pass, the embedding after them, the update. It is computed, not measured; what an allocator loses to
+    /// fragmentation comes on top. LLaMA-2-7B, 1 x 4096 tokens, bf16 compute, recomputation, updates in the backward pass, in GiB:
+    /// f32 masters and moments: weights 25.1, moments 50.2, gradients 0.8, activations 2.0, casts 0.4, CUDA 1.0: 79.4;
+    /// bf16 masters and moments: weights 12.6, moments 25.1, gradients 0.4, activations 2.0, CUDA 1.0: 41.0.
     ///
     /// --device cuda --device-memory GIB plans for a device that is not here.
     Plan(Box<PlanArgs>),

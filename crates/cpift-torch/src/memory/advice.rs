@@ -46,7 +46,10 @@ const CHANGES: [Change; 5] = [checkpointing, in_backward, smaller_batch, moments
 
 /// The options that make `job` fit into `limit` bytes: of all combinations the one whose most expensive option is the cheapest.
 pub fn advice(job: &Job, limit: u64) -> Advice {
+    let now = job.peak().total();
     let alone = CHANGES.iter().filter_map(|change| change(job, limit)).map(|(j, text)| (text, j.peak().total()));
+    // What saves less than a hundredth is no way out.
+    let alone = alone.filter(|(_, total)| *total < now - now / 100);
     let together = (1..1u32 << CHANGES.len()).filter_map(|set| apply(job, set, limit));
     let fits = together.map(|(j, text)| (text, j.peak().total())).find(|(_, total)| *total <= limit);
     Advice { alone: alone.collect(), fits, limit }
