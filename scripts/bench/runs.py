@@ -8,15 +8,20 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PEER, DEVICE = HERE / "train_peer.py", HERE / "device.py"
 
 
 class Failed(Exception):
-    """A program did not give its figures: why, in one line."""
+    """A program did not succeed: why, in one line, and the JSON object it may have printed all the same."""
+
+    def __init__(self, why, report=None):
+        super().__init__(why)
+        self.report = report
 
 
 def run_json(command, seconds, threads=None):
-    """Runs a program, its children ended with it after `seconds`; the JSON object on the last line of its output."""
+    """Runs a program, ended with its children after `seconds`; the JSON object on the last line of its output."""
     env = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
     command = [str(part) for part in command]
     try:
@@ -24,18 +29,27 @@ def run_json(command, seconds, threads=None):
                                  start_new_session=True)
     except OSError as error:
         raise Failed(str(error)) from None
-    try:
-        out, err = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        raise Failed(f"not done after {seconds} s") from None
+    with child:
+        try:
+            out, err = child.communicate(timeout=seconds)
+        except BaseException as error:
+            os.killpg(child.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Failed(f"not done after {seconds} s") from None
+            raise
+    report = parsed(last_line(out))
     if child.returncode != 0:
-        raise Failed(f"exit status {child.returncode}: {last_line(err) or last_line(out)}")
+        raise Failed(f"exit status {child.returncode}: {last_line(err)}", report)
+    if report is None:
+        raise Failed(f"no JSON object on the last line of output: {last_line(out)[:200]!r}")
+    return report
+
+
+def parsed(line):
     try:
-        return json.loads(last_line(out))
+        return json.loads(line)
     except ValueError:
-        raise Failed(f"no JSON object on the last line of output: {last_line(out)[:200]!r}") from None
+        return None
 
 
 def last_line(text):

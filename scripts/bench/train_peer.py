@@ -1,9 +1,9 @@
-"""The peer of `bench_train`: the same training steps as a user of transformers writes them, and the same JSON.
+"""The peer of `bench_train`: the same training steps as a user of transformers writes them, the same options and JSON.
 
     python3 train_peer.py --model DIR --shape 1x512 --steps 4 --threads 1           needs torch 2.11 and transformers
 
-sdpa attention, loss by the model's `labels`, clip_grad_norm_ at 1.0, torch.optim.AdamW(fused=True) at a constant rate without
-decay. bf16 is autocast over f32 weights, or bf16 weights, moments and all with `--master bf16`.
+sdpa attention, loss by the model's `labels`, clip_grad_norm_, torch.optim.AdamW(fused=True) at a constant rate without decay.
+bf16 is autocast over f32 weights, or bf16 weights, moments and all with `--master bf16`.
 """
 
 import argparse
@@ -20,10 +20,10 @@ try:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 except ImportError as error:
-    sys.exit(f"train_peer: {error}\n  hint: run it with a Python that has torch 2.11 and transformers (scripts/oracle/setup.sh makes one)")
+    sys.exit(f"train_peer: {error} (hint: scripts/oracle/setup.sh makes a Python with torch 2.11 and transformers)")
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-LEARNING_RATE, MAX_GRAD_NORM = 1e-5, 1.0
+LEARNING_RATE = 1e-5
 
 
 def token_ids(vocab, steps, rows, length):
@@ -80,7 +80,8 @@ def train(args):
             with autocast:
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            if args.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             value = loss.item()
@@ -107,6 +108,7 @@ def parse():
     parser.add_argument("--compute-dtype", choices=DTYPES, default="f32")
     parser.add_argument("--master", choices=DTYPES, default="f32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0 turns clipping off")
     return parser.parse_args()
 
 
