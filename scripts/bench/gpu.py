@@ -30,6 +30,9 @@ NO_GPU = "No CUDA device: all ran at tiny size on the CPU, to show that it runs.
 DEVICE_LIMIT_S = 300
 F32_MASTER = ["--master", "f32", "--optim-state", "f32"]
 BF16_MASTER = ["--master", "bf16", "--optim-state", "bf16"]
+# What the reports must hold.
+PARITY = {"passed", "max_logits_difference", "max_loss_difference"}
+TRAINING = {"tokens_per_step", "wall_seconds", "peak_memory_mib"}
 
 
 class Plan:
@@ -71,13 +74,15 @@ STEPS = {
 }
 
 
-def run_step(command_of, plan):
+def run_step(name, plan):
     """The step's record: its command, how it ended, seconds, and the program's report or the error."""
     record, start = {"state": "failed", "command": None, "report": None, "error": None}, time.monotonic()
     try:
-        command = command_of(plan)
+        command = STEPS[name](plan)
         record["command"] = " ".join(map(str, command)).replace(sys.executable, "python3").replace(f"{ROOT}/", "")
-        record["report"] = run_json(command, plan.args.limit)
+        record["report"] = report = run_json(command, plan.args.limit)
+        if missing := (PARITY if name == "parity" else TRAINING) - report.keys():
+            raise Failed(f"the report lacks {', '.join(sorted(missing))}", report)
         record["state"] = "done"
     except Failed as error:
         record["error"], record["report"] = str(error), error.report
@@ -105,6 +110,11 @@ class Reports:
     def of(self, step):
         record = self.steps.get(step)
         return record["report"] if self.on_gpu and record and record["state"] == "done" else None
+
+    def parity(self, key):
+        """Also of a check that failed, as long as it reported."""
+        report = (self.steps.get("parity") or {}).get("report") or {}
+        return report.get(key) if self.on_gpu else None
 
     def rate(self, step):
         """Tokens per second at the median step; the first is warm-up."""
@@ -137,8 +147,9 @@ def figure(name, unit, value, at_least=None, at_most=None):
 def figures(results):
     """Every figure, null where it was not measured."""
     got = Reports(results)
-    parity = got.of("parity")
-    rows = [figure("parity with the goldens, 1 = within the tolerance of bf16", "", parity and int(parity["passed"]), at_least=1),
+    rows = [figure("parity with the goldens, true = within the tolerance of bf16", "", got.parity("passed"), at_least=True),
+            figure("parity: largest difference of a logit", "", got.parity("max_logits_difference")),
+            figure("parity: largest difference of a loss", "", got.parity("max_loss_difference")),
             figure("rate of a square bf16 matrix product", "TFLOP/s", got.matmul / 1e12 if got.on_gpu else None)]
     for kind, label, use, memory in [("f32", "f32 master and moments", 50, 141), ("bf16", "bf16 master and moments", None, 60)]:
         ours, peer = f"train_{kind}", f"peer_{kind}"
@@ -212,7 +223,7 @@ def main():
         plan = Plan(args, machine["device"], tiny)
         for name in args.only or STEPS:
             print(f"gpu: {name} …", file=sys.stderr, flush=True)
-            record = results["steps"][name] = run_step(STEPS[name], plan)
+            record = results["steps"][name] = run_step(name, plan)
             write(args.out, results)
             print(f"gpu: {name}: {record['error'] or 'done'}, {record['seconds']} s", file=sys.stderr)
     show(results)
