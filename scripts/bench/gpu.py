@@ -147,7 +147,9 @@ def figure(name, unit, value, at_least=None, at_most=None):
 def figures(results):
     """Every figure, null where it was not measured."""
     got = Reports(results)
-    rows = [figure("parity with the goldens, true = within the tolerance of bf16", "", got.parity("passed"), at_least=True),
+    passed = got.parity("passed")
+    passed = passed if passed is None else int(passed)
+    rows = [figure("parity with the goldens, 1 = within the tolerance of bf16", "", passed, at_least=1),
             figure("parity: largest difference of a logit", "", got.parity("max_logits_difference")),
             figure("parity: largest difference of a loss", "", got.parity("max_loss_difference")),
             figure("rate of a square bf16 matrix product", "TFLOP/s", got.matmul / 1e12 if got.on_gpu else None)]
