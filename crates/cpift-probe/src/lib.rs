@@ -14,7 +14,7 @@ use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
 use cpift_torch::data::{self, Encoded};
 use cpift_torch::session::Session;
-use cpift_torch::train::{HeldOut, Run, Stage, States};
+use cpift_torch::train::{HeldOut, RUN, Run, Stage, States};
 use log::{info, warn};
 use serde_json::json;
 
@@ -85,8 +85,12 @@ fn list(args: &Args) -> Result<()> {
 fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let plan = plan(args, base, out)?;
-    let staged = StagedDir::create(out, args.common.force)?;
     let run = training_run(args, &plan, out)?;
+    if args.training.resume && run.states.finished(out)? {
+        info!("{} is finished already", out.display());
+        return Ok(());
+    }
+    let staged = StagedDir::create(out, args.common.force)?;
     let report = run
         .train(staged.path(), args.common.force)
         .with_context(|| format!("training on {}", plan.task.train.display()))?
@@ -100,6 +104,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     recorder.fact("tokens", report.tokens);
     recorder.fact("examples", plan.encoded.examples.len());
     recorder.fact("truncated", plan.encoded.truncated);
+    recorder.fact(RUN, run.states.run());
     recorder.write_into(staged.path())?;
     staged.commit()?;
     run.states.remove()?;
@@ -111,7 +116,10 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
 
 fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
     args.training.check()?;
-    check_output(out, args.common.force)?;
+    // Resuming a run that is finished is no error.
+    if !args.training.resume {
+        check_output(out, args.common.force)?;
+    }
     let tasks = Tasks::read(&args.tasks)?;
     let task = match &args.task {
         Some(name) => tasks.named(name)?,

@@ -57,7 +57,10 @@ impl Plan {
         if args.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
             return Err(usage("--stage-lr must be positive"));
         }
-        check_output(&args.out, common.force)?;
+        // Resuming a run that is finished is no error.
+        if !args.training.resume {
+            check_output(&args.out, common.force)?;
+        }
         let tasks = Tasks::read(&args.tasks)?;
         let groups = args.groups.as_deref().map(Groups::read).transpose()?;
         let chosen = chosen_tasks(args, &tasks, groups.as_ref())?;
