@@ -12,7 +12,7 @@ use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::Recorder;
 use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
-use cpift_torch::data::{self, Encoded};
+use cpift_torch::data::{self, Encoded, Layout};
 use cpift_torch::session::Session;
 use cpift_torch::train::{HeldOut, Run, Stage, States};
 use log::{info, warn};
@@ -119,7 +119,7 @@ fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
     }
     .clone();
     let train_digest = Digest::of_file(&task.train)?;
-    let rows = data::read_rows(&task.train)?;
+    let rows = data::read_rows(&task.train, &Layout::of(&task)?)?;
     let device = args.training.device.open(args.common.threads)?;
     let session = Session::open(base, tasks.template()?, device, args.training.precision(device))?;
     let max_length = session.context_of(&task, args.training.max_length);

@@ -122,7 +122,7 @@ fn bad_rows_are_refused_with_their_line() {
     for (lines, parts) in [
         (format!("{good}\n{{\"messages\": ["), ["line 2", "not a JSON object"]),
         (format!("{good}\n\n{}\n", json!({"messages": []})), ["line 3", "empty"]),
-        (format!("{good}\n{}\n", json!({"text": "x"})), ["line 2", "no messages"]),
+        (format!("{good}\n{}\n", json!({"text": "x"})), ["line 2", "no conversation"]),
         (format!("{good}\n{}\n", row("q", "")), ["line 2", "empty content"]),
         (conversation(&["assistant", "user"]), ["line 2", "\"assistant\" where \"user\""]),
         (conversation(&["user", "user"]), ["line 2", "\"user\" where \"assistant\""]),
