@@ -58,6 +58,7 @@ pub struct Args {
 /// What was checked before any work: the task, its examples, the opened model.
 struct Plan {
     task: Task,
+    tasks_digest: Digest,
     train_digest: Digest,
     encoded: Encoded,
     session: Session,
@@ -94,6 +95,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     plan.session.save(staged.path(), args.training.save_dtype)?;
     recorder.seed(args.training.seed);
     recorder.input("base", base, plan.session.digest.clone());
+    recorder.input("tasks", &args.tasks, plan.tasks_digest.clone());
     recorder.input("train", &plan.task.train, plan.train_digest.clone());
     recorder.fact("task", plan.task.name.as_str());
     recorder.fact("steps", report.steps);
@@ -118,6 +120,8 @@ fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
         None => tasks.indexed(task_index(args.task_index)?)?,
     }
     .clone();
+    // Its templates and lengths decide what the rows become.
+    let tasks_digest = Digest::of_file(&args.tasks)?;
     let train_digest = Digest::of_file(&task.train)?;
     let rows = data::read_rows(&task.train, &Layout::of(&task)?)?;
     let device = args.training.device.open(args.common.threads)?;
@@ -125,7 +129,7 @@ fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
     let max_length = session.context_of(&task, args.training.max_length);
     let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
     data::report(&task.name, &encoded, max_length);
-    Ok(Plan { task, train_digest, encoded, session })
+    Ok(Plan { task, tasks_digest, train_digest, encoded, session })
 }
 
 /// The index that was typed, or that of the Slurm array.
@@ -159,6 +163,7 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, out: &Path) -> Result<Run<'a
     let mut description = training.describe();
     description.insert("base".into(), json!(plan.session.digest));
     description.insert("task".into(), json!(plan.task.name));
+    description.insert("tasks".into(), json!(plan.tasks_digest));
     description.insert("train".into(), json!(plan.train_digest));
     let states = States::new(out, description, training.keep);
     Ok(Run { session: &plan.session, args: training, stages: vec![stage], held_out, states })

@@ -174,7 +174,8 @@ fn plan_stages(
 }
 
 fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf, Digest)>> {
-    let mut inputs = Vec::new();
+    // Its templates and lengths decide what the rows become.
+    let mut inputs = vec![("tasks".to_owned(), args.tasks.clone(), Digest::of_file(&args.tasks)?)];
     for task in tasks {
         inputs.push((format!("train:{}", task.name), task.train.clone(), Digest::of_file(&task.train)?));
     }
