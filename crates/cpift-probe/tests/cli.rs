@@ -136,6 +136,31 @@ fn bad_rows_are_refused_with_their_line() {
 }
 
 #[test]
+fn the_same_conversations_train_the_same_whatever_their_format() {
+    let f = Fixture::new();
+    let texts = [("say one", "one"), ("say two", "two"), ("say three", "three")];
+    let messages: Vec<Value> = texts.iter().map(|(q, a)| row(q, a)).collect();
+    let alpaca: Value = texts.iter().map(|(q, a)| json!({"instruction": q, "input": "", "output": a})).collect();
+    let columns: Vec<Value> = texts.iter().map(|(_, a)| json!({"word": a})).collect();
+    let data = f.dir.path().join("data");
+    write_rows(&data.join("messages.jsonl"), &messages);
+    fs::write(data.join("alpaca.json"), alpaca.to_string()).unwrap();
+    write_rows(&data.join("columns.jsonl"), &columns);
+    let probes = [
+        ("messages.jsonl", ""),
+        ("alpaca.json", ""),
+        ("columns.jsonl", "prompt = 'say {{ word }}'\ncompletion = '{{ word }}'"),
+    ];
+    let trained = probes.map(|(file, keys)| {
+        let toml = format!("[[task]]\nname = 'copy'\ntrain = '{file}'\neval = '{file}'\n{keys}");
+        fs::write(&f.tasks, toml).unwrap();
+        f.probe(&["--task", "copy", "--force"]).ok();
+        fs::read(f.out().join("model.safetensors")).unwrap()
+    });
+    assert!(trained.iter().all(|weights| *weights == trained[0]));
+}
+
+#[test]
 fn long_examples_are_cut_and_counted_or_refused() {
     let f = Fixture::new();
     let lines = format!("{}\n{}\n", row("q", "a"), row("long", &"x".repeat(200)));
