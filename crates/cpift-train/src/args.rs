@@ -33,7 +33,8 @@ pub enum Command {
     /// Show the first examples of each task as the model gets them: which tokens the loss counts, what was cut
     ///
     /// Target tokens stand on green, the others are dim; without colours targets stand between « and ». A line break shows as ↵,
-    /// other control characters as their symbols. All rows are read and counted. No weights are loaded.
+    /// other control characters as their symbols. All rows are read and counted. No weights are loaded. With --json: a list of objects
+    /// with ids, tokens and target, a value for each token.
     Preview(PreviewArgs),
 }
 
