@@ -12,7 +12,7 @@ use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::Recorder;
 use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
-use cpift_torch::data::{self, Encoded};
+use cpift_torch::data::{self, Encoded, Layout};
 use cpift_torch::session::Session;
 use cpift_torch::train::{HeldOut, RUN, Run, Stage, States};
 use log::{info, warn};
@@ -58,6 +58,7 @@ pub struct Args {
 /// What was checked before any work: the task, its examples, the opened model.
 struct Plan {
     task: Task,
+    tasks_digest: Digest,
     train_digest: Digest,
     encoded: Encoded,
     session: Session,
@@ -98,6 +99,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     plan.session.save(staged.path(), args.training.save_dtype)?;
     recorder.seed(args.training.seed);
     recorder.input("base", base, plan.session.digest.clone());
+    recorder.input("tasks", &args.tasks, plan.tasks_digest.clone());
     recorder.input("train", &plan.task.train, plan.train_digest.clone());
     recorder.fact("task", plan.task.name.as_str());
     recorder.fact("steps", report.steps);
@@ -126,14 +128,16 @@ fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
         None => tasks.indexed(task_index(args.task_index)?)?,
     }
     .clone();
+    // Its templates and lengths decide what the rows become.
+    let tasks_digest = Digest::of_file(&args.tasks)?;
     let train_digest = Digest::of_file(&task.train)?;
-    let rows = data::read_rows(&task.train)?;
+    let rows = data::read_rows(&task.train, &Layout::of(&task)?)?;
     let device = args.training.device.open(args.common.threads)?;
     let session = Session::open(base, tasks.template()?, device, args.training.precision(device))?;
     let max_length = session.context_of(&task, args.training.max_length);
     let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
     data::report(&task.name, &encoded, max_length);
-    Ok(Plan { task, train_digest, encoded, session })
+    Ok(Plan { task, tasks_digest, train_digest, encoded, session })
 }
 
 /// The index that was typed, or that of the Slurm array.
@@ -167,6 +171,7 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, out: &Path) -> Result<Run<'a
     let mut description = training.describe();
     description.insert("base".into(), json!(plan.session.digest));
     description.insert("task".into(), json!(plan.task.name));
+    description.insert("tasks".into(), json!(plan.tasks_digest));
     description.insert("train".into(), json!(plan.train_digest));
     let states = States::new(out, description, training.keep);
     Ok(Run { session: &plan.session, args: training, stages: vec![stage], held_out, states })

@@ -1,10 +1,12 @@
 //! Stage 4 of CPI-FT: integrated multi-stage fine-tuning with dynamic freezing, and the plain fine-tunes it is compared with.
 
 mod args;
+mod paint;
 mod plan;
+mod preview;
 mod run;
 
-pub use args::{Args, Command, RunArgs, SampleRows, StageData};
+pub use args::{Args, Command, PreviewArgs, RunArgs, SampleRows, StageData};
 
 use anyhow::Result;
 
@@ -16,5 +18,6 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
         Command::Run(run_args) => run::run(&run_args, &args.common),
+        Command::Preview(preview_args) => preview::run(&preview_args, &args.common),
     }
 }
