@@ -1,7 +1,7 @@
 # Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-files test check bench-files check-disk-full fuzz demo smollm2 smollm2-check pipeline install clean-probes clean
+.PHONY: help setup build build-files test check bench-files check-disk-full check-formats fuzz demo smollm2 smollm2-check pipeline install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -45,6 +45,9 @@ bench-files: build-files ## The file stages against cat, cp and their peers (SIZ
 
 check-disk-full: build-files ## Masks and merges onto a full disk: a small tmpfs (as root, or where user namespaces are allowed)
 	@BIN=$(BIN) scripts/check-disk-full.sh
+
+check-formats: build ## Every file of DATA/raw loads in the layout its source publishes (DATA=)
+	@BIN=$(BIN) scripts/check-formats.sh $(DATA)
 
 # Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs.
 TARGET ?= header index mask groups recipe

@@ -5,6 +5,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Callable
 
 import torch
 from safetensors.torch import save_file
@@ -93,29 +94,35 @@ def golden(folder: Path, length: int, rng: torch.Generator, curve: bool) -> dict
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def train(folder: Path, batches: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Ten AdamW steps; step k uses batch k modulo 3. Loss and norm are those before the step's update."""
-    model = load(folder)
+def train(model: torch.nn.Module, hyper: dict, backward: Callable[[torch.nn.Module, int], float]) -> dict:
+    """AdamW steps with decay on matrices only, clipping and the cosine schedule. `backward` runs one step's forward and
+    backward pass and gives its loss; loss and norm are those before the step's update."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": ADAMW["weight_decay"]},
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": hyper["weight_decay"]},
                                    {"params": others, "weight_decay": 0.0}],
-                                  lr=ADAMW["lr"], betas=tuple(ADAMW["betas"]), eps=ADAMW["eps"])
-    schedule = get_cosine_schedule_with_warmup(optimizer, ADAMW["warmup_steps"], ADAMW["steps"])
+                                  lr=hyper["lr"], betas=tuple(hyper["betas"]), eps=hyper["eps"])
+    schedule = get_cosine_schedule_with_warmup(optimizer, hyper["warmup_steps"], hyper["steps"])
     losses, rates, norms = [], [], []
-    for step in range(ADAMW["steps"]):
+    for step in range(hyper["steps"]):
         optimizer.zero_grad()
-        k = step % len(batches)
-        loss = model(input_ids=batches[k], labels=labels[k]).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW["max_grad_norm"])
-        losses.append(loss.item())
-        norms.append(norm.item())
+        losses.append(backward(model, step))
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), hyper["max_grad_norm"]).item())
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
     final = {name: p.detach().double().norm().item() for name, p in model.named_parameters()}
-    return {"hyperparameters": ADAMW, "losses": losses, "lrs": rates, "grad_norms": norms, "final_param_norms": final}
+    return {"hyperparameters": hyper, "losses": losses, "lrs": rates, "grad_norms": norms, "final_param_norms": final}
+
+
+def curve_of(folder: Path, batches: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Ten steps; step k uses batch k modulo 3."""
+    def backward(model: torch.nn.Module, step: int) -> float:
+        k = step % len(batches)
+        loss = model(input_ids=batches[k], labels=labels[k]).loss
+        loss.backward()
+        return loss.item()
+    return train(load(folder), ADAMW, backward)
 
 
 def main() -> None:
@@ -135,7 +142,7 @@ def main() -> None:
         tensors = golden(folder, length, rng, curve)
         save_file(tensors, folder / "golden.safetensors")
         if curve:
-            report = train(folder, tensors["train.input_ids"], tensors["train.labels"])
+            report = curve_of(folder, tensors["train.input_ids"], tensors["train.labels"])
             (folder / "adamw.json").write_text(json.dumps(report, indent=2) + "\n")
         for path in folder.iterdir():
             path.chmod(0o644)

@@ -3,9 +3,12 @@
 //! ```toml
 //! [[task]]
 //! name = "gsm8k"                   # letters, digits, '-' and '_'; unique
-//! train = "gsm8k/train.jsonl"      # relative to this file
+//! train = "gsm8k/train.jsonl"      # relative to this file; .jsonl, .json (a list of objects) or .parquet
 //! eval = "gsm8k/eval.jsonl"
-//! format = "messages"              # the only one yet, and the default
+//! format = "auto"                  # auto (by each row's fields), messages, alpaca, sharegpt, prompt-completion, gsm8k, ultrachat
+//! prompt = "{{ question }}"        # instead of a format: Jinja over the row's columns that writes the user's turn
+//! completion = "{{ answer }}"      # the assistant's turn; goes with prompt
+//! system = "Work step by step."    # the system turn before them; none where it comes out empty
 //! metric = "gsm8k"                 # exact-match, gsm8k, choice or nll (default: the loss alone)
 //! kind = "reasoning"               # for grouping by hand
 //! template = "chatml"              # for a base without a chat template: chatml, or a path to a Jinja file
@@ -48,6 +51,15 @@ pub struct Task {
     /// Layout of the rows.
     #[serde(default)]
     pub format: Format,
+    /// Jinja that writes the user's turn from a row's columns; with `completion`.
+    #[serde(default)]
+    pub prompt: Option<String>,
+    /// Jinja that writes the assistant's turn; with `prompt`.
+    #[serde(default)]
+    pub completion: Option<String>,
+    /// Jinja that writes the system turn; only with `prompt` and `completion`.
+    #[serde(default)]
+    pub system: Option<String>,
     /// How answers are scored; the loss always is.
     #[serde(default)]
     pub metric: TaskMetric,
@@ -69,15 +81,30 @@ pub struct Task {
     /// Rows of the balanced sample.
     #[serde(default)]
     pub sample: Option<usize>,
+    /// The tasks.toml that lists the task.
+    #[serde(skip)]
+    pub listed_in: PathBuf,
 }
 
-/// Layout of a data file.
+/// The fields that hold the conversation of a row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// JSONL, each row with `messages: [{role, content}]`.
+    /// Told row by row from the fields that are there.
     #[default]
+    Auto,
+    /// `messages`: a list of {role, content}.
     Messages,
+    /// `instruction`, `output`; optional `input`, `system`, `history`.
+    Alpaca,
+    /// `conversations`: a list of {from, value}; optional `system`.
+    Sharegpt,
+    /// `prompt`, `completion`: texts, or lists of {role, content}.
+    PromptCompletion,
+    /// `question`, `answer`.
+    Gsm8k,
+    /// `data`: texts, the user's first.
+    Ultrachat,
 }
 
 /// How a task's answers are scored.
@@ -201,6 +228,8 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
             .expected("max_length of at least 2, max_new_tokens and sample of at least 1")
             .into());
     }
+    check_templates(path, task)?;
+    task.listed_in = path.to_owned();
     if let Some(template) = &mut task.template
         && template != "chatml"
     {
@@ -215,6 +244,20 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// `prompt` and `completion` come together, `system` with both, and a format besides would say the same thing twice.
+fn check_templates(path: &Path, task: &Task) -> Result<()> {
+    let problem = match (&task.prompt, &task.completion) {
+        (Some(_), None) => "has a prompt but no completion",
+        (None, Some(_)) => "has a completion but no prompt",
+        (None, None) if task.system.is_some() => "has a system turn but neither prompt nor completion",
+        (Some(_), Some(_)) if task.format != Format::Auto => "has a format, and prompt and completion besides",
+        _ => return Ok(()),
+    };
+    Err(BadInput::new(path, format!("task {} {problem}", task.name))
+        .expected("prompt and completion (and system, if wanted), or a format")
+        .into())
 }
 
 #[cfg(test)]
@@ -241,7 +284,7 @@ mod tests {
         let tasks = read(&toml).unwrap();
         let task = tasks.named("gsm8k").unwrap();
         assert_eq!((task.metric, task.sample, task.max_length), (TaskMetric::Gsm8k, Some(500), 1024));
-        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 11, "a key without documentation");
+        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 14, "a key without documentation");
     }
 
     #[test]
@@ -253,6 +296,11 @@ mod tests {
             (row.repeat(2), "listed twice"),
             (row.replace("d.jsonl", "e.jsonl"), "missing"),
             (row.replace("'a'", "'../a'"), "cannot be used"),
+            (row.to_owned() + "format='csv'", "prompt-completion"),
+            (row.to_owned() + "prompt='x'", "no completion"),
+            (row.to_owned() + "completion='x'", "no prompt"),
+            (row.to_owned() + "system='x'", "neither prompt nor completion"),
+            (row.to_owned() + "prompt='x'\ncompletion='y'\nformat='alpaca'", "a format"),
             (String::new(), "task"),
         ] {
             let error = read(&text).unwrap_err().to_string();

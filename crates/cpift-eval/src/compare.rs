@@ -113,7 +113,7 @@ fn cell(score: &TaskScore, metric_column: bool) -> String {
 fn check_comparable(path: &Path, first_name: &str, first: &Scores, other: &Scores) -> Result<()> {
     let key = |scores: &Scores| -> Vec<String> {
         let settings = |t: &TaskScore| {
-            let keys = ["rows", "prompt", "max_new_tokens", "max_length"];
+            let keys = ["rows", "prompt", "max_new_tokens", "max_length", "templates"];
             keys.map(|k| format!("{k}={}", t.settings.get(k).unwrap_or(&Value::Null))).join(" ")
         };
         scores.tasks.iter().map(|t| format!("{} {} {}", t.task, t.eval_digest, settings(t))).collect()

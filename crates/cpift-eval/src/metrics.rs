@@ -1,7 +1,6 @@
 //! Scoring the rows of one task: the loss always, and the task's own metric.
 
 use anyhow::Result;
-use cpift_core::BadInput;
 use cpift_core::error::usage;
 use cpift_core::progress;
 use cpift_core::scores::Figure;
@@ -49,7 +48,7 @@ pub struct Loss {
 /// Scores the reference answers.
 ///
 /// # Errors
-/// [`BadInput`] where a row cannot be encoded.
+/// [`cpift_core::BadInput`] where a row cannot be encoded.
 pub fn loss(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Loss> {
     let encoded = encode_rows(&task.eval, rows, &session.text, settings.max_length, Overlong::Truncate)?;
     let bar = progress::items("loss", encoded.examples.len() as u64);
@@ -70,7 +69,7 @@ fn ratio(losses: &[ExampleLoss]) -> Figure {
 /// Scores the task's own metric.
 ///
 /// # Errors
-/// [`BadInput`] naming the line of a row without the fields its metric needs.
+/// [`cpift_core::BadInput`] naming the line of a row without the fields its metric needs.
 pub fn score(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Scored> {
     match task.metric {
         TaskMetric::Nll => Ok(Scored { metric: None, also: Vec::new(), prompts_cut: 0, outputs: Vec::new() }),
@@ -88,7 +87,7 @@ fn exact_match(session: &Session, task: &Task, rows: &[Row], settings: &Settings
     for ((row, answer), reference) in rows.iter().zip(&answers).zip(&references) {
         let score = f64::from(answer.trim() == reference.trim());
         scores.push(score);
-        outputs.push(json!({"line": row.line, "output": answer, "reference": reference, "score": score}));
+        outputs.push(json!({"row": row.place.row, "output": answer, "reference": reference, "score": score}));
     }
     Ok(Scored { metric: Some(Figure::mean("exact_match", &scores)), also: Vec::new(), prompts_cut, outputs })
 }
@@ -103,7 +102,7 @@ fn gsm8k_match(session: &Session, task: &Task, rows: &[Row], settings: &Settings
         let wanted = gsm8k::normalise(reference);
         strict.push(f64::from(gsm8k::normalise(by_strict) == wanted));
         flexible.push(f64::from(gsm8k::normalise(by_flexible) == wanted));
-        outputs.push(json!({"line": row.line, "output": answer, "reference": reference, "strict_match": by_strict,
+        outputs.push(json!({"row": row.place.row, "output": answer, "reference": reference, "strict_match": by_strict,
             "flexible_extract": by_flexible, "score": strict[strict.len() - 1]}));
     }
     let also = vec![Figure::mean("exact_match_flexible", &flexible)];
@@ -120,7 +119,8 @@ fn reference(task: &Task, row: &Row) -> Result<String> {
 }
 
 fn field_error(task: &Task, row: &Row, field: &str, expected: &str, found: &Value) -> anyhow::Error {
-    BadInput::new(&task.eval, format!("line {}: the field {field} does not fit the metric of {}", row.line, task.name))
+    row.place
+        .bad(format!("the field {field} does not fit the metric of {}", task.name))
         .expected(expected)
         .found(found.to_string())
         .into()
@@ -156,10 +156,7 @@ struct Prompt {
 impl Prompt {
     /// Renders and encodes the prompt of `row`, with room for `answer` tokens in the model's context.
     fn new(session: &Session, task: &Task, row: &Row, answer: usize) -> Result<Self> {
-        let rendered = session
-            .text
-            .render(row.prompt(), true)
-            .map_err(|e| BadInput::new(&task.eval, format!("line {}: {e:#}", row.line)))?;
+        let rendered = session.text.render(row.prompt(), true).map_err(|e| row.place.bad(format!("{e:#}")))?;
         let mut ids = session.text.encode(&rendered)?;
         let context = session.model.config.max_position_embeddings as usize;
         if answer >= context {
@@ -183,13 +180,13 @@ fn choice(session: &Session, task: &Task, rows: &[Row]) -> Result<Scored> {
         let prompt = Prompt::new(session, task, row, 1)?;
         let letters: Vec<String> = (0..count).map(|i| char::from(b'A' + i as u8).to_string()).collect();
         let continuations: Vec<Vec<i64>> =
-            letters.iter().map(|letter| continuation(session, task, row, &prompt, letter)).collect::<Result<_>>()?;
+            letters.iter().map(|letter| continuation(session, row, &prompt, letter)).collect::<Result<_>>()?;
         let log_likelihoods = score::continuations(&session.model, &prompt.ids, &continuations)?;
         // Ties go to the first.
         let best = (0..count).fold(0, |best, i| if log_likelihoods[i] > log_likelihoods[best] { i } else { best });
         scores.push(f64::from(best == answer));
         prompts_cut += usize::from(prompt.cut > 0);
-        outputs.push(json!({"line": row.line, "output": letters[best], "reference": letters[answer],
+        outputs.push(json!({"row": row.place.row, "output": letters[best], "reference": letters[answer],
             "log_likelihoods": log_likelihoods, "score": scores[scores.len() - 1]}));
         bar.inc(1);
     }
@@ -198,11 +195,12 @@ fn choice(session: &Session, task: &Task, rows: &[Row]) -> Result<Scored> {
 }
 
 /// The tokens of `answer` after the prompt: the whole is encoded and cut at the prompt's length, as lm-evaluation-harness does.
-fn continuation(session: &Session, task: &Task, row: &Row, prompt: &Prompt, answer: &str) -> Result<Vec<i64>> {
+fn continuation(session: &Session, row: &Row, prompt: &Prompt, answer: &str) -> Result<Vec<i64>> {
     let whole = session.text.encode(&format!("{}{answer}", prompt.rendered))?;
     let rest = whole.get(prompt.ids.len() + prompt.cut..).filter(|rest| !rest.is_empty());
     rest.map(<[i64]>::to_vec).ok_or_else(|| {
-        BadInput::new(&task.eval, format!("line {}: {answer:?} merges into the prompt's last token", row.line))
+        row.place
+            .bad(format!("{answer:?} merges into the prompt's last token"))
             .hint("end the prompt so that the tokenizer keeps the answer apart")
             .into()
     })

@@ -12,7 +12,7 @@ use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::{FILE_NAME, Recorder};
 use cpift_core::scores::{FORMAT_VERSION, Scores, TaskScore};
 use cpift_core::tasks::{Task, Tasks};
-use cpift_torch::data::{self, Row};
+use cpift_torch::data::{self, Layout, Row};
 use cpift_torch::session::{Precision, Session};
 use log::{info, warn};
 use serde_json::{Value, json};
@@ -73,11 +73,19 @@ fn read_rows(args: &RunArgs, tasks: &Tasks) -> Result<Vec<TaskRows>> {
         .into_iter()
         .map(|task| {
             let digest = Digest::of_file(&task.eval)?;
-            let mut rows = data::read_rows(&task.eval)?;
+            let mut rows = data::read_rows(&task.eval, &Layout::of(&task)?)?;
             rows.truncate(args.limit.unwrap_or(usize::MAX));
             Ok((task, rows, digest))
         })
         .collect()
+}
+
+/// The templates by which rows become conversations, null where there are none: other templates are another test on the same file.
+fn templates(task: &Task) -> Value {
+    match &task.prompt {
+        Some(prompt) => json!({"system": task.system, "prompt": prompt, "completion": task.completion}),
+        None => Value::Null,
+    }
 }
 
 fn score_task(
@@ -118,6 +126,7 @@ fn score_task(
             ("max_length".to_owned(), json!(settings.max_length)),
             ("truncated".to_owned(), json!(truncated)),
             ("dropped".to_owned(), json!(dropped)),
+            ("templates".to_owned(), templates(task)),
             ("prompts_cut".to_owned(), json!(scored.prompts_cut)),
         ]),
     };

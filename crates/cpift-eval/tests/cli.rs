@@ -154,6 +154,34 @@ fn rows_without_the_fields_their_metric_needs_are_refused() {
 }
 
 #[test]
+fn gsm8ks_own_rows_are_scored_by_the_number_in_their_answer() {
+    let f = Fixture::new();
+    let rows = [json!({"question": "2 + 2 =", "answer": "It is 4.\n#### 4"})];
+    write_rows(&f.dir.path().join("data/count/eval.jsonl"), &rows);
+    f.eval("a", &["--only", "count"]).ok();
+    let outputs = fs::read_to_string(f.out("a").join("outputs.jsonl")).unwrap();
+    let output: Value = serde_json::from_str(&outputs).unwrap();
+    assert_eq!((&output["reference"], &output["row"]), (&json!("It is 4.\n#### 4"), &json!(1)));
+    assert!(output["strict_match"].is_string());
+}
+
+#[test]
+fn runs_by_other_templates_are_not_compared() {
+    let f = Fixture::new();
+    let rows = [json!({"word": "x", "answer": "x"})];
+    write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &rows);
+    let task =
+        "[[task]]\nname = 'copy'\ntrain = 'copy/train.jsonl'\neval = 'copy/eval.jsonl'\nmetric = 'exact-match'\n";
+    for (out, prompt) in [("a", "say {{ word }}"), ("b", "repeat {{ word }}")] {
+        let keys = format!("{task}max_new_tokens = 4\nprompt = '{prompt}'\ncompletion = '{{{{ answer }}}}'\n");
+        fs::write(&f.tasks, keys).unwrap();
+        f.eval(out, &[]).ok();
+    }
+    let (a, b) = (f.out("a"), f.out("b"));
+    f.compare(&[a.to_str().unwrap(), b.to_str().unwrap()]).bad_input(&["other tasks or rows", "repeat {{ word }}"]);
+}
+
+#[test]
 fn bad_arguments_and_outputs() {
     let f = Fixture::new();
     f.eval("out", &["--batch-size", "0"]).usage_error(&["--batch-size"]);

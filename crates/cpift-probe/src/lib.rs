@@ -12,9 +12,9 @@ use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::Recorder;
 use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
-use cpift_torch::data::{self, Encoded};
+use cpift_torch::data::{self, Encoded, Layout};
 use cpift_torch::session::Session;
-use cpift_torch::train::{HeldOut, Run, Stage, States};
+use cpift_torch::train::{HeldOut, RUN, Run, Stage, States};
 use cpift_torch::{memory, oom};
 use log::{info, warn};
 use serde_json::json;
@@ -59,6 +59,7 @@ pub struct Args {
 /// What was checked before any work: the task, its examples, the opened model.
 struct Plan {
     task: Task,
+    tasks_digest: Digest,
     train_digest: Digest,
     encoded: Encoded,
     session: Session,
@@ -88,8 +89,12 @@ fn list(args: &Args) -> Result<()> {
 fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let plan = plan(args, base, out)?;
-    let staged = StagedDir::create(out, args.common.force)?;
     let run = training_run(args, &plan, out)?;
+    if args.training.resume && run.states.finished(out)? {
+        info!("{} is finished already", out.display());
+        return Ok(());
+    }
+    let staged = StagedDir::create(out, args.common.force)?;
     let report = run
         .train(staged.path(), args.common.force)
         .with_context(|| format!("training on {}", plan.task.train.display()))?
@@ -97,12 +102,14 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     plan.session.save(staged.path(), args.training.save_dtype)?;
     recorder.seed(args.training.seed);
     recorder.input("base", base, plan.session.digest.clone());
+    recorder.input("tasks", &args.tasks, plan.tasks_digest.clone());
     recorder.input("train", &plan.task.train, plan.train_digest.clone());
     recorder.fact("task", plan.task.name.as_str());
     recorder.fact("steps", report.steps);
     recorder.fact("tokens", report.tokens);
     recorder.fact("examples", plan.encoded.examples.len());
     recorder.fact("truncated", plan.encoded.truncated);
+    recorder.fact(RUN, run.states.run());
     recorder.write_into(staged.path())?;
     staged.commit()?;
     run.states.remove()?;
@@ -114,21 +121,26 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
 
 fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
     args.training.check()?;
-    check_output(out, args.common.force)?;
+    // Resuming a run that is finished is no error.
+    if !args.training.resume {
+        check_output(out, args.common.force)?;
+    }
     let tasks = Tasks::read(&args.tasks)?;
     let task = match &args.task {
         Some(name) => tasks.named(name)?,
         None => tasks.indexed(task_index(args.task_index)?)?,
     }
     .clone();
+    // Its templates and lengths decide what the rows become.
+    let tasks_digest = Digest::of_file(&args.tasks)?;
     let train_digest = Digest::of_file(&task.train)?;
-    let rows = data::read_rows(&task.train)?;
+    let rows = data::read_rows(&task.train, &Layout::of(&task)?)?;
     let device = args.training.device.open(args.common.threads)?;
     let session = Session::open(base, tasks.template()?, device, args.training.precision(device))?;
     let max_length = session.context_of(&task, args.training.max_length);
     let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
     data::report(&task.name, &encoded, max_length);
-    Ok(Plan { task, train_digest, encoded, session })
+    Ok(Plan { task, tasks_digest, train_digest, encoded, session })
 }
 
 /// The index that was typed, or that of the Slurm array.
@@ -162,6 +174,7 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, out: &Path) -> Result<Run<'a
     let mut description = training.describe();
     description.insert("base".into(), json!(plan.session.digest));
     description.insert("task".into(), json!(plan.task.name));
+    description.insert("tasks".into(), json!(plan.tasks_digest));
     description.insert("train".into(), json!(plan.train_digest));
     let states = States::new(out, description, training.keep);
     Ok(Run { session: &plan.session, args: training, stages: vec![stage], held_out, states })

@@ -122,7 +122,7 @@ fn bad_rows_are_refused_with_their_line() {
     for (lines, parts) in [
         (format!("{good}\n{{\"messages\": ["), ["line 2", "not a JSON object"]),
         (format!("{good}\n\n{}\n", json!({"messages": []})), ["line 3", "empty"]),
-        (format!("{good}\n{}\n", json!({"text": "x"})), ["line 2", "no messages"]),
+        (format!("{good}\n{}\n", json!({"text": "x"})), ["line 2", "no conversation"]),
         (format!("{good}\n{}\n", row("q", "")), ["line 2", "empty content"]),
         (conversation(&["assistant", "user"]), ["line 2", "\"assistant\" where \"user\""]),
         (conversation(&["user", "user"]), ["line 2", "\"user\" where \"assistant\""]),
@@ -133,6 +133,31 @@ fn bad_rows_are_refused_with_their_line() {
         f.probe_rows(&lines).bad_input(&["copy/train.jsonl", parts[0], parts[1]]);
         f.nothing_left();
     }
+}
+
+#[test]
+fn the_same_conversations_train_the_same_whatever_their_format() {
+    let f = Fixture::new();
+    let texts = [("say one", "one"), ("say two", "two"), ("say three", "three")];
+    let messages: Vec<Value> = texts.iter().map(|(q, a)| row(q, a)).collect();
+    let alpaca: Value = texts.iter().map(|(q, a)| json!({"instruction": q, "input": "", "output": a})).collect();
+    let columns: Vec<Value> = texts.iter().map(|(_, a)| json!({"word": a})).collect();
+    let data = f.dir.path().join("data");
+    write_rows(&data.join("messages.jsonl"), &messages);
+    fs::write(data.join("alpaca.json"), alpaca.to_string()).unwrap();
+    write_rows(&data.join("columns.jsonl"), &columns);
+    let probes = [
+        ("messages.jsonl", ""),
+        ("alpaca.json", ""),
+        ("columns.jsonl", "prompt = 'say {{ word }}'\ncompletion = '{{ word }}'"),
+    ];
+    let trained = probes.map(|(file, keys)| {
+        let toml = format!("[[task]]\nname = 'copy'\ntrain = '{file}'\neval = '{file}'\n{keys}");
+        fs::write(&f.tasks, toml).unwrap();
+        f.probe(&["--task", "copy", "--force"]).ok();
+        fs::read(f.out().join("model.safetensors")).unwrap()
+    });
+    assert!(trained.iter().all(|weights| *weights == trained[0]));
 }
 
 #[test]

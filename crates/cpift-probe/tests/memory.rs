@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
 use cpift_testkit::{Run, expect_entries, run};
 
-/// Address space in KiB: the program itself takes about 800 MiB of it.
-const LIMIT: &str = "1400000";
+/// Address space in KiB: the program itself takes about 780 MiB of it.
+const LIMIT: &str = "1000000";
 
 struct Fixture {
     dir: tempfile::TempDir,

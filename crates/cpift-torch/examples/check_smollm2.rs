@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use cpift_torch::data::{Example, Message, Row, read_rows};
+use cpift_core::tasks::Format;
+use cpift_torch::data::{Example, Layout, Message, Row, read_rows};
 use cpift_torch::generate::{GreedyOptions, greedy};
 use cpift_torch::score;
 use cpift_torch::session::{Precision, Session};
@@ -72,7 +73,7 @@ fn check_tokens(session: &Session, data: &Path) -> Result<()> {
     let mut compared = 0;
     // The golden rows are those of one draw of the public data; another draw may hold few of them.
     for task in ["gsm8k", "codealpaca", "logiqa", "alpaca", "ultrachat"] {
-        let rows = read_rows(&data.join(task).join("train.jsonl"))?;
+        let rows = read_rows(&data.join(task).join("train.jsonl"), &Layout::Format(Format::Messages))?;
         let by_source: BTreeMap<String, &Row> = rows.iter().map(|row| (source(row), row)).collect();
         for expected in golden.iter().filter(|g| g.task == task) {
             if let Some(row) = by_source.get(&expected.source) {
@@ -96,7 +97,7 @@ fn check_row(session: &Session, row: &Row, expected: &Golden) -> Result<()> {
         text.encode(&text.render(row.prompt(), true)?)?,
     ];
     for (ids, digest) in found.iter().zip([&expected.text, &expected.chat, &expected.prompt]) {
-        ensure!(sha256(ids) == *digest, "{} line {}: token ids differ from transformers'", expected.task, row.line);
+        ensure!(sha256(ids) == *digest, "{}: token ids differ from transformers'", row.place);
     }
     Ok(())
 }

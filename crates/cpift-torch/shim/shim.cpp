@@ -1,43 +1,17 @@
 // What tch lacks and the training core needs, as plain C functions over at::Tensor. Each returns 0, or 1 with a
 // message in cpift_error().
-#include <ATen/ATen.h>
+#include "shim.h"
+
 #include <ATen/DeviceAccelerator.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
-#include <optional>
-#include <string>
 #include <torch/csrc/autograd/autograd.h>
-#include <vector>
 
-namespace {
-thread_local std::string last_error;
-
-std::vector<at::Tensor> gather(at::Tensor *const *tensors, int count) {
-  std::vector<at::Tensor> out;
-  out.reserve(count);
-  for (int i = 0; i < count; i++) out.push_back(*tensors[i]);
-  return out;
-}
-
-std::optional<at::Tensor> maybe(const at::Tensor *tensor) {
-  return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
-}
-
-template <typename F>
-int guarded(F body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception &error) {
-    last_error = error.what();
-    return 1;
-  }
-}
-}  // namespace
+thread_local std::string cpift_last_error;
 
 extern "C" {
 
-const char *cpift_error() { return last_error.c_str(); }
+const char *cpift_error() { return cpift_last_error.c_str(); }
 
 // One AdamW step with decoupled weight decay over tensors of one dtype; increments the step counters first. Gradients are
 // divided by `grad_scale`, and nothing moves where `found_inf` is not 0; both are one-element f32 tensors, or null.

@@ -64,3 +64,8 @@ impl DeviceChoice {
         }
     }
 }
+
+/// The most bytes that tensors have taken on the CUDA device `index` so far; 0 where it does not say.
+pub fn cuda_memory_peak(index: usize) -> u64 {
+    ffi::cuda_memory(index).map_or(0, |(_, peak)| peak)
+}

@@ -33,6 +33,7 @@ unsafe extern "C" {
         count: c_int,
         grads: *mut RawTensor,
     ) -> c_int;
+    fn cpift_linear(x: *const c_void, w: *const c_void, bias: *const c_void, out: *mut RawTensor) -> c_int;
     fn cpift_flash_varlen(
         q: *const c_void,
         k: *const c_void,
@@ -113,6 +114,18 @@ pub(crate) fn grad(output: &Tensor, grad_output: Option<&Tensor>, inputs: &[&Ten
     };
     check(code, "backward pass")?;
     Ok(grads.into_iter().map(owned).collect())
+}
+
+/// x·wᵀ + b over the last dimension of x, with its graph; on the CPU f32 products go to oneDNN.
+///
+/// # Panics
+/// When shapes or dtypes do not fit, as tch's own operators do.
+pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let mut out = null_mut();
+    // SAFETY: every pointer is an at::Tensor that outlives the call, or null.
+    let code = unsafe { cpift_linear(pointer(Some(x)), pointer(Some(w)), pointer(bias), &mut out) };
+    check(code, "linear").expect("shapes and dtypes fit");
+    owned(out)
 }
 
 /// Causal flash attention over documents packed in one row; q, k and v are [tokens, heads, head width].

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use cpift_core::mask::{Mask, indices};
-use tch::{Tensor, no_grad};
+use tch::{Kind, Tensor, no_grad};
 
 use crate::weights::Parameters;
 
@@ -21,6 +21,13 @@ struct Frozen {
     index: Tensor,
     /// Their values, in the parameter's dtype.
     saved: Tensor,
+}
+
+impl Frozen {
+    fn new(parameter: &Tensor, index: Tensor) -> Self {
+        let saved = no_grad(|| parameter.flatten(0, -1).index_select(0, &index));
+        Self { index, saved }
+    }
 }
 
 impl Freeze {
@@ -42,11 +49,20 @@ impl Freeze {
             let positions: Vec<i64> = indices(&union).map(|i| i as i64).collect();
             if !positions.is_empty() {
                 let index = Tensor::from_slice(&positions).to_device(parameter.device());
-                let saved = no_grad(|| parameter.flatten(0, -1).index_select(0, &index));
-                frozen.insert(name.clone(), Frozen { index, saved });
+                frozen.insert(name.clone(), Frozen::new(parameter, index));
             }
         }
         Ok(Self { frozen })
+    }
+
+    /// Freezes about `percent` of the elements, evenly spread, for benchmarks.
+    pub fn every(parameters: &Parameters, percent: f64) -> Self {
+        let gap = (100.0 / percent).round().max(1.0) as i64;
+        let frozen = |(name, parameter): (&String, &Tensor)| {
+            let index = Tensor::arange_start_step(0, parameter.numel() as i64, gap, (Kind::Int64, parameter.device()));
+            (name.clone(), Frozen::new(parameter, index))
+        };
+        Self { frozen: parameters.iter().map(frozen).collect() }
     }
 
     /// Number of frozen elements.

@@ -45,13 +45,22 @@ pub struct Session {
     config: Value,
 }
 
-impl Session {
-    /// Opens `folder` on `device`; `template` is for a base without a chat template.
+/// What a checkpoint folder says without its weights: enough to turn rows into examples.
+pub struct Described {
+    /// config.json.
+    pub config: Value,
+    /// What the model reads from it.
+    pub numbers: ModelConfig,
+    /// Tokenizer and chat template.
+    pub text: ChatText,
+}
+
+impl Described {
+    /// Reads config.json and the tokenizer of `folder`; `template` is for a base without a chat template.
     ///
     /// # Errors
-    /// [`BadInput`] for anything in the folder that cannot be used.
-    pub fn open(folder: &Path, template: Option<&str>, device: Device, precision: Precision) -> Result<Self> {
-        let checkpoint = Checkpoint::open(folder)?;
+    /// [`BadInput`] for either, or where the tokenizer has more tokens than the embedding has rows.
+    pub fn open(folder: &Path, template: Option<&str>) -> Result<Self> {
         let config = read_config(folder)?;
         let numbers = ModelConfig::from_json(folder, &config)?;
         let text = ChatText::open(folder, template)?;
@@ -61,6 +70,27 @@ impl Session {
                 .found(text.vocab_size().to_string())
                 .into());
         }
+        Ok(Self { config, numbers, text })
+    }
+
+    /// As [`Session::context_of`].
+    pub fn context_of(&self, task: &Task, asked: Option<usize>) -> usize {
+        context_of(&self.numbers, task, asked)
+    }
+}
+
+fn context_of(model: &ModelConfig, task: &Task, asked: Option<usize>) -> usize {
+    asked.unwrap_or(task.max_length).min(model.max_position_embeddings as usize)
+}
+
+impl Session {
+    /// Opens `folder` on `device`; `template` is for a base without a chat template.
+    ///
+    /// # Errors
+    /// [`BadInput`] for anything in the folder that cannot be used.
+    pub fn open(folder: &Path, template: Option<&str>, device: Device, precision: Precision) -> Result<Self> {
+        let checkpoint = Checkpoint::open(folder)?;
+        let Described { config, numbers, text } = Described::open(folder, template)?;
         let digest = checkpoint.digest()?;
         let parameters = weights::load(&checkpoint, precision.master, device)?;
         let model = CausalLM::new(numbers, &parameters, folder, precision.compute)?;
@@ -69,7 +99,7 @@ impl Session {
 
     /// The longest example of `task` in tokens: its max_length, or `asked` over it, within the model's own context.
     pub fn context_of(&self, task: &Task, asked: Option<usize>) -> usize {
-        asked.unwrap_or(task.max_length).min(self.model.config.max_position_embeddings as usize)
+        context_of(&self.model.config, task, asked)
     }
 
     /// Writes the model as a Hugging Face folder into `staged`, weights as `dtype`.

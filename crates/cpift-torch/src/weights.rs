@@ -8,6 +8,8 @@ use cpift_core::checkpoint::CheckpointWriter;
 use cpift_core::{BadInput, Checkpoint, Dtype, TensorSpec, TensorView};
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::model::ModelConfig;
+
 /// Trainable tensors by checkpoint name, in bytewise name order. Clones share storage with the model's.
 pub type Parameters = BTreeMap<String, Tensor>;
 
@@ -139,4 +141,17 @@ pub(crate) fn check_all_taken(parameters: &Parameters, path: &Path, taken: &[Str
         None if taken.len() != parameters.len() => bail!("a parameter was taken twice"),
         None => Ok(()),
     }
+}
+
+/// Random parameters of the shapes of `config`, for benchmarks: normal with standard deviation 0.02, norms 1.
+pub fn random(config: &ModelConfig, kind: Kind, device: Device) -> Parameters {
+    let make = |(name, shape): (String, Vec<i64>)| {
+        let tensor = if name.ends_with("norm.weight") && !config.gemma_norms {
+            Tensor::ones(&shape, (kind, device))
+        } else {
+            Tensor::randn(&shape, (kind, device)).g_mul_scalar_(0.02)
+        };
+        (name, tensor.set_requires_grad(true))
+    };
+    config.parameter_shapes().into_iter().map(make).collect()
 }

@@ -3,8 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use cpift_core::tasks::Format;
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
-use cpift_torch::data::{Message, Overlong, encode_rows, read_rows};
+use cpift_torch::data::{Layout, Message, Overlong, encode_rows, read_rows};
 use cpift_torch::text::{ChatTemplate, ChatText, SpecialTokens};
 use serde_json::{Value, json};
 
@@ -55,7 +56,14 @@ fn fixture(rows: &[Value]) -> Fixture {
 
 /// The text of the target tokens, with a bar between runs.
 fn targets(f: &Fixture, max_length: usize) -> Vec<String> {
-    let encoded = encode_rows(&f.file, &read_rows(&f.file).unwrap(), &f.text, max_length, Overlong::Truncate).unwrap();
+    let encoded = encode_rows(
+        &f.file,
+        &read_rows(&f.file, &Layout::Format(Format::Auto)).unwrap(),
+        &f.text,
+        max_length,
+        Overlong::Truncate,
+    )
+    .unwrap();
     let runs = encoded.examples.iter().map(|example| {
         let mut out = String::new();
         for (i, (&id, &target)) in example.ids.iter().zip(&example.target).enumerate() {
@@ -84,7 +92,7 @@ fn the_loss_counts_assistant_tokens_and_the_end_of_their_turn_only() {
 #[test]
 fn long_examples_are_cut_counted_or_refused() {
     let f = fixture(&[row("a", "short"), row("b", &"x".repeat(300)), row(&"y".repeat(300), "never reached")]);
-    let rows = read_rows(&f.file).unwrap();
+    let rows = read_rows(&f.file, &Layout::Format(Format::Auto)).unwrap();
     let encoded = encode_rows(&f.file, &rows, &f.text, 100, Overlong::Truncate).unwrap();
     assert_eq!((encoded.examples.len(), encoded.truncated, encoded.dropped), (2, 2, 1));
     assert_eq!(encoded.examples[1].ids.len(), 100);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{ColorChoice, Parser, Subcommand, ValueEnum};
 use cpift_core::cli::{Common, Named};
 use cpift_torch::args::TrainingArgs;
 
@@ -42,6 +42,35 @@ pub enum Command {
     ///
     /// --device cuda --device-memory GIB plans for a device that is not here.
     Plan(Box<PlanArgs>),
+    /// Show the first examples of each task as the model gets them: which tokens the loss counts, what was cut
+    ///
+    /// Target tokens stand on green, the others are dim; without colours targets stand between « and ». A line break shows as ↵,
+    /// other control characters as their symbols. All rows are read and counted. No weights are loaded. With --json: a list of objects
+    /// with ids, tokens and target, a value for each token.
+    Preview(PreviewArgs),
+}
+
+/// Arguments of `preview`.
+#[derive(clap::Args, Debug)]
+pub struct PreviewArgs {
+    /// The checkpoint whose tokenizer and chat template are used: a Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// The task list, tasks.toml
+    #[arg(long, value_name = "FILE")]
+    pub tasks: PathBuf,
+    /// Show these tasks only (names, separated by commas) [default: all]
+    #[arg(long = "task", value_name = "NAME", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Examples of each task
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub rows: usize,
+    /// Longest example in tokens, over the tasks' own max_length
+    #[arg(long, value_name = "N")]
+    pub max_length: Option<usize>,
+    /// Colours: auto (on a terminal, unless NO_COLOR is set), always or never
+    #[arg(long, value_name = "WHEN", hide_possible_values = true, default_value = "auto")]
+    pub color: ColorChoice,
 }
 
 /// Arguments of `run`.

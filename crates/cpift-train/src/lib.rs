@@ -2,10 +2,12 @@
 
 mod args;
 mod estimate;
+mod paint;
 mod plan;
+mod preview;
 mod run;
 
-pub use args::{Args, Command, RunArgs, SampleRows, StageData};
+pub use args::{Args, Command, PreviewArgs, RunArgs, SampleRows, StageData};
 pub use estimate::PlanArgs;
 
 use anyhow::Result;
@@ -23,5 +25,6 @@ pub fn run(args: Args) -> Result<()> {
             || run::run(&run_args, &args.common),
         ),
         Command::Plan(plan_args) => estimate::estimate(&plan_args, &args.common),
+        Command::Preview(preview_args) => preview::run(&preview_args, &args.common),
     }
 }

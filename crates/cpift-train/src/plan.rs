@@ -13,7 +13,7 @@ use cpift_core::mask::{self, Mask};
 use cpift_core::tasks::{DEFAULT_SAMPLE, Task, Tasks};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_torch::args::Budget;
-use cpift_torch::data::{self, Example, balanced_sample};
+use cpift_torch::data::{self, Example, Layout, balanced_sample};
 use cpift_torch::session::Session;
 use cpift_torch::train::HeldOut;
 
@@ -57,7 +57,10 @@ impl Plan {
         if args.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
             return Err(usage("--stage-lr must be positive"));
         }
-        check_output(&args.out, common.force)?;
+        // Resuming a run that is finished is no error.
+        if !args.training.resume {
+            check_output(&args.out, common.force)?;
+        }
         let tasks = Tasks::read(&args.tasks)?;
         let groups = args.groups.as_deref().map(Groups::read).transpose()?;
         let chosen = chosen_tasks(args, &tasks, groups.as_ref())?;
@@ -115,7 +118,7 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
 fn read_examples(args: &RunArgs, tasks: &[Task], session: &Session) -> Result<BTreeMap<String, Vec<Example>>> {
     let mut all = BTreeMap::new();
     for task in tasks {
-        let rows = data::read_rows(&task.train)?;
+        let rows = data::read_rows(&task.train, &Layout::of(task)?)?;
         let max_length = session.context_of(task, args.training.max_length);
         let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
         data::report(&task.name, &encoded, max_length);
@@ -174,7 +177,8 @@ fn plan_stages(
 }
 
 fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf, Digest)>> {
-    let mut inputs = Vec::new();
+    // Its templates and lengths decide what the rows become.
+    let mut inputs = vec![("tasks".to_owned(), args.tasks.clone(), Digest::of_file(&args.tasks)?)];
     for task in tasks {
         inputs.push((format!("train:{}", task.name), task.train.clone(), Digest::of_file(&task.train)?));
     }

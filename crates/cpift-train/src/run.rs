@@ -4,7 +4,7 @@ use anyhow::Result;
 use cpift_core::cli::Common;
 use cpift_core::files::StagedDir;
 use cpift_core::provenance::Recorder;
-use cpift_torch::train::{Run, Stage, StageReport, States};
+use cpift_torch::train::{RUN, Run, Stage, StageReport, States};
 use log::info;
 use serde_json::{Map, Value, json};
 
@@ -18,6 +18,11 @@ use crate::plan::{Plan, StagePlan};
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let mut plan = Plan::new(args, common)?;
+    let states = States::new(&args.out, describe(args, &plan), args.training.keep);
+    if args.training.resume && states.finished(&args.out)? {
+        info!("{} is finished already", args.out.display());
+        return Ok(());
+    }
     let staged = StagedDir::create(&args.out, common.force)?;
     let held_out = std::mem::take(&mut plan.held_out);
     let training = Run {
@@ -25,7 +30,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
         args: &args.training,
         stages: plan.stages.iter().enumerate().map(|(k, stage)| stage_of(args, &plan, stage, k)).collect(),
         held_out,
-        states: States::new(&args.out, describe(args, &plan), args.training.keep),
+        states,
     };
     let reports = training.train(staged.path(), common.force)?;
     let summaries: Vec<Value> = plan.stages.iter().zip(&reports).map(|(s, r)| summary(s, r)).collect();
@@ -38,6 +43,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     }
     recorder.fact("tokens", tokens);
     recorder.fact("stages", summaries.clone());
+    recorder.fact(RUN, training.states.run());
     recorder.write_into(staged.path())?;
     staged.commit()?;
     training.states.remove()?;

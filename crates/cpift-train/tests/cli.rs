@@ -1,122 +1,14 @@
 //! cpift-train through the real binary.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod common;
 
+use std::fs;
+
+use common::{Fixture, assert_frozen, core, element, with_negative_zeros};
 use cpift_core::Dtype;
 use cpift_testkit::masks::{write_groups, write_mask};
-use cpift_testkit::model::{tiny_weights, write_tasks, write_tiny_model};
-use cpift_testkit::{Run, Tensor, Tensors, expect_entries, read_checkpoint, run, write_safetensors};
-use serde_json::Value;
-
-const TASKS: [&str; 3] = ["copy", "count", "pick"];
-
-struct Fixture {
-    dir: tempfile::TempDir,
-    base: PathBuf,
-    tasks: PathBuf,
-}
-
-/// Which elements are core to the task number `k`: every eleventh, shifted by the task.
-fn core(k: usize, index: usize) -> bool {
-    index % 11 == 3 * k
-}
-
-impl Fixture {
-    fn new() -> Self {
-        Self::with_base(&tiny_weights(1))
-    }
-
-    fn with_base(weights: &Tensors) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let base = write_tiny_model(&dir.path().join("base"), 1);
-        fs::remove_file(base.join("model.safetensors")).unwrap();
-        write_safetensors(&base.join("model.safetensors"), weights);
-        let tasks = write_tasks(&dir.path().join("data"));
-        for (k, task) in TASKS.iter().enumerate() {
-            write_mask(&dir.path().join(format!("{task}.safetensors")), &base, |_, i| core(k, i));
-        }
-        let f = Self { dir, base, tasks };
-        f.group(&f.base, &[&["count"], &["copy", "pick"]]);
-        f
-    }
-
-    /// Writes groups.json for `base` and the fixture's masks.
-    fn group(&self, base: &Path, groups: &[&[&str]]) {
-        let masks = TASKS.map(|t| (t, self.path(&format!("{t}.safetensors"))));
-        let masks: Vec<(&str, &Path)> = masks.iter().map(|(t, p)| (*t, p.as_path())).collect();
-        write_groups(&self.path("groups.json"), base, groups, &masks);
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn train(&self, out: &str, more: &[&str]) -> Run {
-        let out = self.path("runs").join(out);
-        let fixed = ["run", "--model", self.base.to_str().unwrap(), "--tasks", self.tasks.to_str().unwrap()];
-        let fixed = fixed.into_iter().chain(["--out", out.to_str().unwrap(), "--lr", "1e-2", "--weight-decay", "0.1"]);
-        let fixed = fixed.chain(["--device", "cpu", "--threads", "1", "--batch-size", "4"]);
-        run(env!("CARGO_BIN_EXE_cpift-train"), fixed.chain(more.iter().copied()))
-    }
-
-    fn staged(&self, out: &str, more: &[&str]) -> Run {
-        let groups = self.path("groups.json");
-        let masks: Vec<String> =
-            TASKS.iter().map(|t| format!("{t}={}", self.path(&format!("{t}.safetensors")).display())).collect();
-        let mut args = vec!["--groups", groups.to_str().unwrap()];
-        masks.iter().for_each(|m| args.extend(["--mask", m]));
-        args.extend(more);
-        self.train(out, &args)
-    }
-
-    fn read(&self, out: &str) -> Tensors {
-        read_checkpoint(&self.path("runs").join(out))
-    }
-
-    fn facts(&self, out: &str) -> Value {
-        read_json(&self.path("runs").join(out).join("cpift.json"))["facts"].clone()
-    }
-}
-
-fn read_json(path: &Path) -> Value {
-    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
-}
-
-/// Bytes of element `i`.
-fn element(t: &Tensor, i: usize) -> &[u8] {
-    &t.bytes[i * t.dtype.size()..(i + 1) * t.dtype.size()]
-}
-
-/// Asserts that exactly the core of `count`, the first group, kept its bits; in bf16 a free element may by chance.
-fn assert_frozen(before: &Tensors, after: &Tensors) {
-    let (mut free, mut moved) = (0, 0);
-    for (name, b) in before {
-        let a = &after[name];
-        assert_eq!(a.dtype, b.dtype);
-        for i in 0..b.bytes.len() / b.dtype.size() {
-            let same = element(a, i) == element(b, i);
-            if core(1, i) {
-                assert!(same, "{name}[{i}] is core to the first group and changed");
-            } else {
-                free += 1;
-                moved += usize::from(!same);
-            }
-        }
-    }
-    assert!(moved * 10 > free * 9, "only {moved} of {free} free elements moved");
-}
-
-/// Weights in which every fifth element is −0.0.
-fn with_negative_zeros(dtype: Dtype) -> Tensors {
-    let mut weights = tiny_weights(1);
-    for tensor in weights.values_mut() {
-        let mut values = tensor.values();
-        values.iter_mut().step_by(5).for_each(|v| *v = -0.0);
-        *tensor = Tensor::floats(dtype, &tensor.shape, &values);
-    }
-    weights
-}
+use cpift_testkit::model::{tiny_weights, write_tiny_model};
+use cpift_testkit::{Tensor, expect_entries, read_checkpoint, write_safetensors};
 
 #[test]
 fn the_cores_of_earlier_groups_keep_their_bits_in_f32_and_bf16() {

@@ -16,7 +16,7 @@ fn root() -> PathBuf {
 }
 
 fn llama(more: &str) -> Run {
-    let config = root().join("fixtures/plan/llama-2-7b.json");
+    let config = root().join("scripts/bench/llama-2-7b.json");
     let args = ["plan", "--config", config.to_str().unwrap(), "--max-length", "4096", "--device", "cuda"];
     run(PROGRAM, args.into_iter().chain(more.split_whitespace()))
 }
@@ -92,7 +92,7 @@ fn the_readme_shows_what_the_program_prints() {
             block.lines().enumerate().take_while(|(i, l)| *i == 0 || l.starts_with("    ")).map(|(_, l)| l).collect();
         let split = lines.iter().position(|l| !l.ends_with('\\')).unwrap();
         let typed = lines[..=split].join(" ").replace(['\\', '\n'], " ");
-        let typed = typed.replace("fixtures/plan", root().join("fixtures/plan").to_str().unwrap());
+        let typed = typed.replace("scripts/bench", root().join("scripts/bench").to_str().unwrap());
         let printed = run(PROGRAM, std::iter::once("plan").chain(typed.split_whitespace())).ok().stdout;
         let expected: String =
             lines[split + 1..].iter().map(|l| format!("{}\n", l.trim_end().get(4..).unwrap_or(""))).collect();

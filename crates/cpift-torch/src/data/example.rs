@@ -7,7 +7,7 @@ use cpift_core::BadInput;
 
 use super::place::Place;
 use super::rows::Row;
-use crate::text::ChatText;
+use crate::text::{ChatText, Span};
 
 /// One conversation as tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -16,8 +16,21 @@ pub struct Example {
     pub ids: Vec<i64>,
     /// Whether the loss counts the prediction of each token: the assistant's tokens, the end of turn included.
     pub target: Vec<bool>,
-    /// Where it comes from.
+    /// The row it comes from.
     pub place: Place,
+}
+
+/// A conversation as tokens with the text they stand for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tokenised {
+    /// The whole conversation as the chat template writes it.
+    pub text: String,
+    /// Token ids.
+    pub ids: Vec<i64>,
+    /// The bytes of `text` that each token stands for.
+    pub spans: Vec<Span>,
+    /// Whether the loss counts each token.
+    pub target: Vec<bool>,
 }
 
 /// What to do with an example longer than the context.
@@ -43,7 +56,7 @@ pub struct Encoded {
 /// Encodes `rows` of the file `path`, each cut to `max_length` tokens.
 ///
 /// # Errors
-/// [`BadInput`] naming the line where the template raises, or where an example is too long and `overlong` refuses; or when no
+/// [`BadInput`] naming the row where the template raises, or where an example is too long and `overlong` refuses; or when no
 /// example has an assistant token left.
 pub fn encode_rows(
     path: &Path,
@@ -53,13 +66,14 @@ pub fn encode_rows(
     overlong: Overlong,
 ) -> Result<Encoded> {
     let mut out = Encoded { examples: Vec::new(), truncated: 0, dropped: 0 };
-    let file: std::sync::Arc<Path> = path.into();
     for row in rows {
-        let mut example = encode(row, text).map_err(|e| BadInput::new(path, format!("line {}: {e:#}", row.line)))?;
-        example.place = Place { file: file.clone(), row: row.line };
+        let Tokenised { ids, target, .. } = tokenise(row, text)?;
+        let mut example = Example { ids, target, place: row.place.clone() };
         if example.ids.len() > max_length {
             if overlong == Overlong::Refuse {
-                return Err(BadInput::new(path, format!("line {}: longer than the context", row.line))
+                return Err(row
+                    .place
+                    .bad("longer than the context")
                     .expected(format!("at most {max_length} tokens"))
                     .found(format!("{} tokens", example.ids.len()))
                     .hint("raise max_length in tasks.toml, or leave out --strict to cut it")
@@ -95,21 +109,31 @@ pub fn report(task: &str, encoded: &Encoded, max_length: usize) {
     }
 }
 
-/// Encodes one conversation. The whole text is tokenised at once; a token is a target when it starts inside an assistant turn
+/// Encodes the conversation of `row`. The whole text is tokenised at once; a token is a target when it starts inside an assistant turn
 /// and does not come after the turn's last end-of-turn token (templates write a line break there that no model generates).
-pub(crate) fn encode(row: &Row, text: &ChatText) -> Result<Example> {
-    let (rendered, spans) = text.render_with_spans(&row.messages)?;
-    let (ids, places) = text.encode_offsets(&rendered)?;
+///
+/// # Errors
+/// [`BadInput`] naming the row where the chat template raises.
+pub fn tokenise(row: &Row, text: &ChatText) -> Result<Tokenised> {
+    let encoded = text.render_with_spans(&row.messages).and_then(|(rendered, turns)| {
+        let (ids, spans) = text.encode_offsets(&rendered)?;
+        let target = targets(&ids, &spans, &turns, &text.eos_ids);
+        Ok(Tokenised { text: rendered, ids, spans, target })
+    });
+    encoded.map_err(|e| row.place.bad(format!("{e:#}")).into())
+}
+
+fn targets(ids: &[i64], spans: &[Span], turns: &[Span], eos_ids: &[i64]) -> Vec<bool> {
     let mut target = vec![false; ids.len()];
-    for span in spans {
-        let inside = (0..ids.len()).filter(|&i| span.contains(&places[i].start) && places[i].end <= span.end);
+    for turn in turns {
+        let inside = (0..ids.len()).filter(|&i| turn.contains(&spans[i].start) && spans[i].end <= turn.end);
         let inside: Vec<usize> = inside.collect();
-        let last = inside.iter().rposition(|&i| text.eos_ids.contains(&ids[i])).unwrap_or(inside.len().wrapping_sub(1));
+        let last = inside.iter().rposition(|&i| eos_ids.contains(&ids[i])).unwrap_or(inside.len().wrapping_sub(1));
         inside.iter().take(last.wrapping_add(1)).for_each(|&i| target[i] = true);
     }
     // The first token has nothing before it to be predicted from.
     if let Some(first) = target.first_mut() {
         *first = false;
     }
-    Ok(Example { ids, target, place: Place::default() })
+    target
 }

@@ -1,11 +1,15 @@
-//! Rows of a task's data file: JSONL with `messages`, checked line by line.
+//! Rows of a task's data file: a conversation each, and what else the row holds.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::{BadInput, files};
+use cpift_core::BadInput;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+
+use super::files::{Fields, read_fields};
+use super::layout::Layout;
+use super::place::Place;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,9 +26,9 @@ pub struct Row {
     /// The conversation: an optional system turn, then user and assistant in turn, the assistant last.
     pub messages: Vec<Message>,
     /// The other fields, such as `answer`.
-    pub fields: Map<String, Value>,
-    /// Line in the file, from 1.
-    pub line: usize,
+    pub fields: Fields,
+    /// Where it stands.
+    pub place: Place,
 }
 
 impl Row {
@@ -39,58 +43,56 @@ impl Row {
     }
 }
 
-/// Reads all rows of the JSONL file at `path`; blank lines are passed over.
+/// Reads all rows of the data file at `path` (.jsonl, .json or .parquet), laid out as `layout` says, and logs what they were taken for.
 ///
 /// # Errors
-/// [`BadInput`] naming the line: not JSON, no messages, an unknown role, roles out of order, empty content. Or no row at all.
-pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
-    let text = files::read_text(path)?;
+/// [`BadInput`] naming the row: not an object, no conversation, an unknown role, roles out of order, empty content, a template that
+/// raises. Or naming the file: an unknown extension, a broken file, no row at all.
+pub fn read_rows(path: &Path, layout: &Layout) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    // Only \n ends a line: JSON strings may hold other characters that Unicode calls line ends.
-    for (i, line) in text.split('\n').enumerate() {
-        if !line.trim().is_empty() {
-            rows.push(parse(path, i + 1, line)?);
-        }
+    let mut layouts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (place, mut fields) in read_fields(path)? {
+        let (name, messages) = layout.take_conversation(&mut fields, &place)?;
+        check_turns(&messages).map_err(|(message, expected)| place.bad(message).expected(expected))?;
+        *layouts.entry(name).or_default() += 1;
+        rows.push(Row { messages, fields, place });
     }
     if rows.is_empty() {
-        return Err(BadInput::new(path, "no rows in this data file").expected("one JSON object a line").into());
+        return Err(BadInput::new(path, "no rows in this data file").expected("at least one conversation").into());
     }
+    log_layouts(path, &layouts, &rows);
     Ok(rows)
 }
 
-fn parse(path: &Path, line: usize, text: &str) -> Result<Row> {
-    let bad = |message: String| BadInput::new(path, format!("line {line}: {message}"));
-    let mut fields: Map<String, Value> =
-        serde_json::from_str(text).map_err(|e| bad(format!("not a JSON object: {e}")))?;
-    let Some(messages) = fields.shift_remove("messages") else {
-        return Err(bad("no messages".into()).expected("a field `messages`: [{role, content}, …]").into());
-    };
-    let messages: Vec<Message> =
-        serde_json::from_value(messages).map_err(|e| bad(format!("messages cannot be read: {e}")))?;
-    check_turns(&messages).map_err(|(message, expected)| bad(message).expected(expected))?;
-    Ok(Row { messages, fields, line })
+/// What shows a column that was misread: the layouts that were found, and the columns that stay beside the conversation.
+fn log_layouts(path: &Path, layouts: &BTreeMap<&str, usize>, rows: &[Row]) {
+    let counts: Vec<String> = layouts.iter().map(|(name, count)| format!("{count} rows by {name}")).collect();
+    let mut kept: Vec<&str> = rows.iter().flat_map(|row| row.fields.keys().map(String::as_str)).collect();
+    kept.sort_unstable();
+    kept.dedup();
+    let kept = if kept.is_empty() { String::new() } else { format!("; columns kept: {}", kept.join(", ")) };
+    log::info!("{}: {}{kept}", path.display(), counts.join(", "));
 }
 
 fn check_turns(messages: &[Message]) -> Result<(), (String, &'static str)> {
     if messages.is_empty() {
-        return Err(("messages is empty".into(), "at least a user turn and an assistant turn"));
+        return Err(("the conversation is empty".into(), "at least a user turn and an assistant turn"));
     }
     let turns = &messages[usize::from(messages[0].role == "system")..];
     for (i, message) in turns.iter().enumerate() {
         let expected = ["user", "assistant"][i % 2];
         if message.role != expected {
             let found = format!("turn {} has the role {:?} where {expected:?} is due", i + 1, message.role);
-            return Err((
-                found,
-                "an optional system turn, then user and assistant in turn (tool turns are not supported)",
-            ));
+            return Err((found, "an optional system turn, then user and assistant in turn"));
         }
     }
     if turns.len() < 2 || turns.len() % 2 == 1 {
         return Err(("the conversation does not end with the assistant".into(), "the assistant's answer last"));
     }
     match messages.iter().position(|m| m.content.is_empty()) {
-        Some(i) => Err((format!("turn {} has empty content", i + 1), "text in every turn")),
+        Some(i) => {
+            Err((format!("turn {}, of the {}, has empty content", i + 1, messages[i].role), "text in every turn"))
+        }
         None => Ok(()),
     }
 }

@@ -102,9 +102,11 @@ impl Head {
         // Logits, the cast that log_softmax makes, log-probabilities; the cap keeps its value, its slope and the capped logits.
         let capped = if c.logit_softcap.is_some() { 2 * b + F32 } else { 0 };
         let forward = chunk * (b + cast + F32 + capped);
-        // Its gradient as f32 and cast, and the product for the matrix before it is added.
+        // Its gradient as f32 and cast; the product for the matrix, and where it must be widened that too, before it is added.
         let slope = if c.logit_softcap.is_some() { F32 } else { 0 };
-        let backward = if b == F32 { chunk * (F32 + slope) } else { chunk * (F32 + slope + b) + v * e * b };
+        let cast_gradient = if b == F32 { 0 } else { b };
+        let product = v * e * (b + cast);
+        let backward = chunk * (F32 + slope + cast_gradient) + product;
         Self { hidden: job.tokens * (norm(c, b, e, true) + 2 * e * b), chunk: forward.max(backward) }
     }
 }

@@ -1,6 +1,6 @@
 //! How many parameters a model has, unit by unit, from its config.json alone.
 
-use crate::model::ModelConfig;
+use crate::model::{EMBEDDING, ModelConfig};
 
 /// Parameters of a model's units, and of its largest tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,18 +22,19 @@ pub struct Sizes {
 impl Sizes {
     /// Those of `c`.
     pub fn of(c: &ModelConfig) -> Self {
-        let [e, f, d, h, k, v] = dimensions(c);
-        let bias = |has: bool, width: u64| if has { width } else { 0 };
-        let attention = 2 * (h + k) * d * e + bias(c.qkv_bias, (h + 2 * k) * d) + bias(c.o_bias, e);
-        let mlp = 3 * e * f + bias(c.mlp_bias, 2 * f + e);
-        let norms = if c.gemma_norms { 4 * e } else { 2 * e } + bias(c.qk_norm, 2 * d);
+        let shapes: Vec<(String, u64)> = c
+            .parameter_shapes()
+            .into_iter()
+            .map(|(name, shape)| (name, shape.iter().product::<i64>() as u64))
+            .collect();
+        let sum = |prefix: &str| shapes.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, n)| n).sum();
         Self {
-            embedding: v * e,
-            block: attention + mlp + norms,
+            embedding: sum(EMBEDDING),
+            block: sum("model.layers.0."),
             blocks: c.num_hidden_layers as u64,
-            norm: e,
-            head: if c.tie_word_embeddings { 0 } else { v * e },
-            largest: (v * e).max(e * f).max(h * d * e),
+            norm: sum("model.norm."),
+            head: sum("lm_head."),
+            largest: shapes.iter().map(|(_, n)| *n).max().unwrap_or(0),
         }
     }
 

@@ -171,7 +171,7 @@ impl CausalLM {
     /// Hidden states [.., e] to f32 logits [.., v].
     pub fn logits(&self, x: &Tensor) -> Tensor {
         let normed = self.final_norm(x);
-        let logits = normed.linear(&self.matrix(normed.kind()), None::<&Tensor>);
+        let logits = ffi::linear(&normed, &self.matrix(normed.kind()), None);
         let logits = match self.config.logit_softcap {
             None => logits,
             Some(cap) => (logits / cap).tanh() * cap,

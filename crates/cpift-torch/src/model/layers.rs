@@ -6,6 +6,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::config::{Activation, ModelConfig};
+use crate::ffi;
 use crate::weights::{Parameters, take};
 
 /// Takes named tensors, with the path for messages and the list of what was taken.
@@ -43,7 +44,8 @@ pub(super) struct Linear {
 impl Linear {
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
         let kind = x.kind();
-        x.linear(&self.weight.to_kind(kind), self.bias.as_ref().map(|b| b.to_kind(kind)))
+        let bias = self.bias.as_ref().map(|b| b.to_kind(kind));
+        ffi::linear(x, &self.weight.to_kind(kind), bias.as_ref())
     }
 }
 

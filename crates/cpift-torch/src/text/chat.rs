@@ -126,6 +126,11 @@ impl ChatText {
         Ok((encoding.get_ids().iter().map(|&id| i64::from(id)).collect(), spans))
     }
 
+    /// The tokens called `ids`, as the vocabulary spells them (`Ġthe`, `▁the`); an id that it lacks is empty.
+    pub fn tokens(&self, ids: &[i64]) -> Vec<String> {
+        ids.iter().map(|&id| self.tokenizer.id_to_token(id as u32).unwrap_or_default()).collect()
+    }
+
     /// The text of `ids`, special tokens left out.
     ///
     /// # Errors

@@ -29,22 +29,7 @@ impl ChatTemplate {
     /// # Errors
     /// A sentence that says where the syntax breaks.
     pub fn new(source: &str) -> Result<Self> {
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |text: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, text))
-        });
-        let today = template_date();
-        environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
-            let mut out = String::new();
-            write!(out, "{}", today.format(&format))
-                .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?})")))?;
-            Ok(out)
-        });
-        environment.add_filter("tojson", to_python_json);
+        let mut environment = environment();
         // transformers marks the assistant's text with this block; for rendering it is transparent.
         let block = Regex::new(r"\{%(-?)\s*(end)?generation\s*(-?)%\}").expect("a constant that parses");
         let plain = block.replace_all(source, |found: &regex::Captures<'_>| {
@@ -77,6 +62,27 @@ impl ChatTemplate {
             })
             .map_err(|e| anyhow!("the chat template refuses the messages: {}", e.detail().unwrap_or(&e.to_string())))
     }
+}
+
+/// Jinja as transformers sets it up: its functions and filters, Python's methods, and bounded work.
+pub(super) fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_fuel(Some(FUEL));
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_function("raise_exception", |text: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, text))
+    });
+    let today = template_date();
+    environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
+        let mut out = String::new();
+        write!(out, "{}", today.format(&format))
+            .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?})")))?;
+        Ok(out)
+    });
+    environment.add_filter("tojson", to_python_json);
+    environment
 }
 
 /// The date that templates may print, taken once for each template: SOURCE_DATE_EPOCH (seconds since 1970, UTC) where it is set,

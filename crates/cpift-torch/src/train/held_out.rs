@@ -4,7 +4,7 @@ use anyhow::Result;
 use cpift_core::tasks::Task;
 use tch::no_grad;
 
-use crate::data::{self, Example, Overlong};
+use crate::data::{self, Example, Layout, Overlong};
 use crate::model::CausalLM;
 use crate::score;
 use crate::text::ChatText;
@@ -23,7 +23,7 @@ impl HeldOut {
     /// # Errors
     /// As [`data::encode_rows`].
     pub fn read(task: &Task, rows: usize, text: &ChatText, max_length: usize) -> Result<Self> {
-        let mut all = data::read_rows(&task.eval)?;
+        let mut all = data::read_rows(&task.eval, &Layout::of(task)?)?;
         all.truncate(rows);
         let encoded = data::encode_rows(&task.eval, &all, text, max_length, Overlong::Truncate)?;
         Ok(Self { task: task.name.clone(), examples: encoded.examples })

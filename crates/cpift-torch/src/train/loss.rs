@@ -1,10 +1,10 @@
 //! Cross entropy at the target positions, a part of them at a time, so that the logits of a whole batch never exist.
 //!
-//! The backward pass of the output head is written out: softmax − one-hot is made where the log-probabilities were, and the gradient of
-//! the matrix grows in place. Suffixes: n targets, e embedding, v vocabulary.
+//! The backward pass of the output head is written out: softmax − one-hot is made where the log-probabilities were. Suffixes: n targets, e embedding, v vocabulary.
 
 use tch::{Kind, Tensor, no_grad};
 
+use crate::ffi::linear;
 use crate::model::CausalLM;
 
 /// The loss of a batch with what it does to the head's inputs.
@@ -44,7 +44,7 @@ pub(crate) fn backward(
         let matrix_ve = model.matrix(kind);
         let mut sum = Tensor::zeros([], (Kind::Double, device));
         let grad_hidden = Tensor::zeros_like(normed_ne);
-        let mut grad_matrix = train_matrix.then(|| Tensor::zeros(matrix_ve.size(), (Kind::Float, device)));
+        let mut grad_matrix: Option<Tensor> = None;
         for (start, n) in parts(labels_n, chunk) {
             let hidden_ce = normed_ne.narrow(0, start, n);
             let labels_c1 = labels_n.narrow(0, start, n).unsqueeze(1);
@@ -57,14 +57,13 @@ pub(crate) fn backward(
                 let _ = grad_cv.g_mul_(&slope);
             }
             let grad_cv = grad_cv.to_kind(kind);
-            grad_hidden.narrow(0, start, n).copy_(&(grad_cv.matmul(&matrix_ve) * scale));
-            if let Some(total) = &mut grad_matrix {
-                let scaled_ce = hidden_ce * scale;
-                if kind == Kind::Float {
-                    let _ = total.addmm_(&grad_cv.tr(), &scaled_ce);
-                } else {
-                    let _ = total.g_add_(&grad_cv.tr().matmul(&scaled_ce));
-                }
+            grad_hidden.narrow(0, start, n).copy_(&(linear(&grad_cv, &matrix_ve.tr(), None) * scale));
+            if train_matrix {
+                let part = linear(&grad_cv.tr(), &(hidden_ce * scale).tr(), None).to_kind(Kind::Float);
+                grad_matrix = Some(match grad_matrix {
+                    None => part,
+                    Some(mut total) => total.g_add_(&part),
+                });
             }
         }
         HeadLoss { sum, grad_hidden, grad_matrix }
@@ -73,7 +72,7 @@ pub(crate) fn backward(
 
 /// Log-probabilities [c, v] in f32, and where logits are capped the slope of the cap at each of them.
 fn log_probs(model: &CausalLM, hidden_ce: &Tensor, matrix_ve: &Tensor) -> (Tensor, Option<Tensor>) {
-    let logits_cv = hidden_ce.matmul(&matrix_ve.tr());
+    let logits_cv = linear(hidden_ce, matrix_ve, None);
     let Some(cap) = model.config.logit_softcap else {
         return (logits_cv.log_softmax(-1, Kind::Float), None);
     };

@@ -16,7 +16,7 @@ pub use held_out::HeldOut;
 pub use loss::target_losses;
 pub use pass::{PassConfig, loss_and_gradients};
 pub use run::{Run, Stage, StageReport};
-pub use state::States;
+pub use state::{RUN, States};
 pub use step::{StepConfig, StepOutcome, Trainer};
 
 /// The file of a run's figures, one JSON object a line.

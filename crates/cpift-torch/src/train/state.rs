@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::files::StagedDir;
-use cpift_core::{BadInput, Checkpoint, Dtype, json};
+use cpift_core::{BadInput, Checkpoint, Dtype, json, provenance};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -17,6 +17,8 @@ use crate::weights::{self, Parameters};
 
 const VERSION: u32 = 1;
 const STATE: &str = "state.json";
+/// The fact of cpift.json that tells what a run was started with.
+pub const RUN: &str = "run";
 
 /// How far a run has come.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -69,16 +71,43 @@ impl States {
         json::check_version(&path, "a training state", json::version_of(&value), VERSION)?;
         let file: StateFile =
             serde_json::from_value(value).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
-        let differs = |key: &&String| file.run.get(*key) != self.run.get(*key);
-        if let Some(key) = file.run.keys().chain(self.run.keys()).find(differs) {
-            let shown = |run: &Map<String, Value>| run.get(key).map_or("nothing".to_owned(), Value::to_string);
-            return Err(BadInput::new(&path, format!("the state of a run with another {key}"))
-                .expected(shown(&self.run))
-                .found(shown(&file.run))
-                .hint("resume with the arguments and inputs of the first run, or leave out --resume and say --force to start afresh")
-                .into());
-        }
+        self.check(&path, &file.run)?;
         Ok(Some(Found { folder, position: file.position }))
+    }
+
+    /// Whether this very run has written `out` already; what it left of its states goes.
+    ///
+    /// # Errors
+    /// [`BadInput`] when `out` is that of another run, or of none.
+    pub fn finished(&self, out: &Path) -> Result<bool> {
+        if out.symlink_metadata().is_err() {
+            return Ok(false);
+        }
+        let path = out.join(provenance::FILE_NAME);
+        let record: Value = json::read(&path)?;
+        let Some(run) = record["facts"][RUN].as_object() else {
+            return Err(BadInput::new(&path, "does not say which run wrote it").hint("--force replaces it").into());
+        };
+        self.check(&path, run)?;
+        self.remove()?;
+        Ok(true)
+    }
+
+    /// What the run is started with, as a fact for cpift.json under the name [`RUN`].
+    pub fn run(&self) -> Value {
+        Value::Object(self.run.clone())
+    }
+
+    /// Refuses what another run has saved.
+    fn check(&self, path: &Path, saved: &Map<String, Value>) -> Result<()> {
+        let differs = |key: &&String| saved.get(*key) != self.run.get(*key);
+        let Some(key) = saved.keys().chain(self.run.keys()).find(differs) else { return Ok(()) };
+        let shown = |run: &Map<String, Value>| run.get(key).map_or("nothing".to_owned(), Value::to_string);
+        Err(BadInput::new(path, format!("of a run with another {key}"))
+            .expected(shown(&self.run))
+            .found(shown(saved))
+            .hint("resume with the arguments and inputs of the first run; without --resume, --force starts afresh")
+            .into())
     }
 
     /// Refuses to start afresh over the states of an earlier run, unless `force`, which removes them.

@@ -2,6 +2,7 @@
 
 mod fields;
 mod known;
+mod shapes;
 
 use std::path::Path;
 

@@ -1,0 +1,257 @@
+//! Data files as people have them: every format and file kind, what stays of a row, and what is refused with which words.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cpift_core::tasks::{Format, Tasks};
+use cpift_core::{BadInput, error::exit_code};
+use cpift_torch::data::{Layout, Row, read_rows};
+use serde_json::{Value, json};
+
+/// Reads a file called `name` that holds `content`.
+fn read(name: &str, content: impl AsRef<[u8]>, format: Format) -> anyhow::Result<Vec<Row>> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(name), content).unwrap();
+    read_rows(&dir.path().join(name), &Layout::Format(format))
+}
+
+/// The error of a file with `rows` after a good first one.
+fn refusal(row: &Value) -> String {
+    let good = json!({"question": "q", "answer": "a"});
+    let error = read("d.jsonl", format!("{good}\n\n{row}\n"), Format::Auto).unwrap_err();
+    assert_eq!(exit_code(&error), 3, "{error}");
+    error.downcast::<BadInput>().unwrap().to_string()
+}
+
+/// The turns as `role: content`.
+fn turns(row: &Row) -> Vec<String> {
+    row.messages.iter().map(|m| format!("{}: {}", m.role, m.content)).collect()
+}
+
+fn fields(row: &Row) -> Vec<&str> {
+    row.fields.keys().map(String::as_str).collect()
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden/parquet").join(name)
+}
+
+#[test]
+fn every_format_is_told_from_its_fields() {
+    let said = |speaker: &str, speech: &str, turns: [(&str, &str); 3]| -> Value {
+        turns.iter().map(|(who, what)| json!({speaker: who, speech: what})).collect()
+    };
+    let (user, both) = (json!([{"role": "user", "content": "q"}]), ["user: q", "assistant: a"]);
+    let three = ["system: s", "user: q", "assistant: a"];
+    let messages = said("role", "content", [("system", "s"), ("user", "q"), ("assistant", "a")]);
+    let sharegpt = said("from", "value", [("system", "s"), ("human", "q"), ("gpt", "a")]);
+    let openai = said("from", "value", [("system", "s"), ("user", "q"), ("assistant", "a")]);
+    let cases: Vec<(Value, &[&str], &[&str])> = vec![
+        (json!({"id": 7, "messages": messages}), &three, &["id"]),
+        (json!({"prompt": "q", "messages": messages, "prompt_id": "x"}), &three, &["prompt", "prompt_id"]),
+        (json!({"conversations": sharegpt, "tools": "[]"}), &three, &["tools"]),
+        (json!({"conversations": openai}), &three, &[]),
+        (json!({"conversations": sharegpt.as_array().unwrap()[1..], "system": "s"}), &three, &[]),
+        (json!({"conversations": sharegpt.as_array().unwrap()[1..], "system": ""}), &both, &[]),
+        (json!({"instruction": "q", "input": "", "output": "a", "response": "a"}), &both, &["response"]),
+        (json!({"instruction": "q", "output": "a", "messages": null}), &both, &["messages"]),
+        (json!({"instruction": "add", "input": "1, 2", "output": "3"}), &["user: add\n1, 2", "assistant: 3"], &[]),
+        (
+            json!({"instruction": "q", "input": null, "output": "a", "system": "s", "history": [["q0", "a0"]]}),
+            &["system: s", "user: q0", "assistant: a0", "user: q", "assistant: a"],
+            &[],
+        ),
+        (json!({"prompt": "q", "completion": "a"}), &both, &[]),
+        (json!({"prompt": user, "completion": [{"role": "assistant", "content": "a"}]}), &both, &[]),
+        (json!({"question": "q", "answer": "a"}), &both, &["answer"]),
+        (
+            json!({"id": "0", "data": ["q", "a", "q2", "a2"]}),
+            &["user: q", "assistant: a", "user: q2", "assistant: a2"],
+            &["id"],
+        ),
+        (json!({"messages": [user[0], {"role": "assistant", "content": "a", "tool_calls": []}]}), &both, &[]),
+    ];
+    for (row, expected, left) in cases {
+        let rows = read("d.jsonl", row.to_string(), Format::Auto).unwrap_or_else(|e| panic!("{row}: {e}"));
+        assert_eq!(turns(&rows[0]), expected, "{row}");
+        assert_eq!(fields(&rows[0]), left, "{row}");
+    }
+}
+
+#[test]
+fn gsm8k_keeps_its_answer_for_the_metric() {
+    let rows = read("d.jsonl", r##"{"question": "2 + 2?", "answer": "It is 4.\n#### 4"}"##, Format::Auto).unwrap();
+    assert_eq!(rows[0].reference(), "It is 4.\n#### 4");
+    assert_eq!(rows[0].fields["answer"], "It is 4.\n#### 4");
+}
+
+#[test]
+fn a_format_that_is_named_is_the_one_taken() {
+    let row = json!({"messages": [], "question": "q", "answer": "a"}).to_string();
+    assert_eq!(turns(&read("d.jsonl", &row, Format::Gsm8k).unwrap()[0]), ["user: q", "assistant: a"]);
+    let error = read("d.jsonl", &row, Format::Alpaca).unwrap_err().to_string();
+    assert!(error.contains("line 1: no field instruction") && error.contains("question"), "{error}");
+}
+
+#[test]
+fn rows_that_cannot_be_used_are_named_with_what_was_expected_and_found() {
+    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+    let (user, assistant) = (turn("user", "q"), turn("assistant", "a"));
+    let calling = json!({"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f"}}]});
+    for (row, parts) in [
+        (json!({"text": "x", "label": 1}), ["no conversation", "text, label", "tasks.toml"].as_slice()),
+        (json!({"question": "q", "answer": 2, "options": []}), &["no conversation", "hint: say how"]),
+        (json!({}), &["no fields"]),
+        (json!([1]), &["not a JSON object", "found: [1]"]),
+        (json!({"messages": []}), &["the conversation is empty"]),
+        (json!({"messages": "q"}), &["messages is not a list", "found: \"q\""]),
+        (json!({"messages": ["q"]}), &["messages, turn 1, is not an object", "role"]),
+        (json!({"messages": [user, {"role": "assistant"}]}), &["turn 2, has no text as its content", "nothing"]),
+        (json!({"messages": [user, {"role": "assistant", "content": [1]}]}), &["content", "found: [1]"]),
+        (json!({"messages": [user]}), &["does not end with the assistant"]),
+        (json!({"messages": [assistant]}), &["turn 1 has the role \"assistant\" where \"user\" is due"]),
+        (json!({"messages": [user, turn("bot", "a")]}), &["role \"bot\""]),
+        (json!({"messages": [user, turn("assistant", "")]}), &["turn 2, of the assistant, has empty content"]),
+        (json!({"messages": [user, calling]}), &["turn 2, is a tool's", "found: tool_calls", "hint"]),
+        (json!({"messages": [user, assistant, turn("tool", "4")]}), &["turn 3, is a tool's", "role: tool"]),
+        (json!({"conversations": [{"from": "observation", "value": "4"}]}), &["is a tool's", "from: observation"]),
+        (json!({"conversations": [{"from": "function_call", "value": "4"}]}), &["is a tool's"]),
+        (json!({"conversations": [{"from": "bing", "value": "4"}]}), &["turn 1, is from \"bing\"", "human or user"]),
+        (json!({"conversations": [{"role": "user", "content": "4"}]}), &["no text as its from"]),
+        (json!({"instruction": "", "output": "a"}), &["turn 1, of the user, has empty content"]),
+        (json!({"instruction": "q", "output": 5}), &["output is not text", "found: 5"]),
+        (json!({"instruction": "q", "output": "a", "input": ["x"]}), &["input is not text"]),
+        (json!({"instruction": "q", "output": "a", "history": [["q"]]}), &["history, pair 1, has 1 texts"]),
+        (json!({"prompt": {"q": 1}, "completion": "a"}), &["prompt is not text"]),
+        (json!({"data": ["q", "a", "q2"]}), &["does not end with the assistant"]),
+        (json!({"data": ["q", null]}), &["data, turn 2, is not text", "found: null"]),
+    ] {
+        let error = refusal(&row);
+        assert!(error.contains("d.jsonl: line 3: "), "{row}: {error}");
+        for part in parts {
+            assert!(error.contains(part), "{row}: no {part:?} in {error}");
+        }
+    }
+}
+
+#[test]
+fn one_row_is_the_same_in_every_kind_of_file() {
+    let row = json!({"question": "q\u{2028}?", "answer": "a"});
+    for (name, content, position) in [
+        ("d.jsonl", format!("\u{feff}\r\n{row}\r\n"), "line 2"),
+        ("d.JSONL", format!("\n{row}"), "line 2"),
+        ("d.json", format!("[{row}, {row}]"), "row 1"),
+        ("d.json", format!(" \n[\n{row}]\n"), "row 1"),
+    ] {
+        let rows = read(name, content, Format::Auto).unwrap();
+        assert_eq!(rows[0].place.position(), position, "{name}");
+        assert_eq!(turns(&rows[0]), ["user: q\u{2028}?", "assistant: a"]);
+    }
+}
+
+#[test]
+fn parquet_holds_what_pyarrow_wrote() {
+    let layout = Layout::Format(Format::Auto);
+    let expected = read_rows(&golden("rows.jsonl"), &layout).unwrap();
+    assert_eq!(expected.len(), 3);
+    for name in ["snappy.parquet", "zstd.parquet"] {
+        let rows = read_rows(&golden(name), &layout).unwrap();
+        for (i, (row, expected)) in rows.iter().zip(&expected).enumerate() {
+            assert_eq!((&row.messages, &row.fields), (&expected.messages, &expected.fields), "{name}");
+            assert!(row.place.to_string().ends_with(&format!("{name} row {}", i + 1)), "{}", row.place);
+        }
+        assert_eq!(rows.len(), expected.len(), "{name}");
+    }
+}
+
+#[test]
+fn a_damaged_parquet_file_is_an_error_or_other_text_but_no_panic() {
+    let whole = fs::read(golden("snappy.parquet")).unwrap();
+    let mut refused = 0;
+    for i in (0..whole.len()).step_by(7) {
+        let mut damaged = whole.clone();
+        damaged[i] ^= 0xFF;
+        if let Err(error) = read("d.parquet", damaged, Format::Auto) {
+            assert_eq!(exit_code(&error), 3, "byte {i}: {error}");
+            refused += 1;
+        }
+    }
+    // The file has no checksums: damage inside a text goes unnoticed.
+    assert!(refused > whole.len() / 14, "{refused} of {}", whole.len() / 7);
+}
+
+#[test]
+fn files_that_cannot_be_read_are_refused() {
+    let whole = fs::read(golden("zstd.parquet")).unwrap();
+    let mut wrong_codec = whole.clone();
+    wrong_codec[4..400].fill(0xAA);
+    for (name, content, parts) in [
+        ("d.jsonl", b"\n \n".as_slice(), ["no rows"].as_slice()),
+        ("d.json", b"[]", &["no rows"]),
+        (
+            "d.jsonl",
+            b"{\"question\": \"q\", \"answer\": \"a\"}\n{\"question\"",
+            &["line 2", "not a JSON object", "EOF"],
+        ),
+        ("d.json", b"[{\"question\": \"q\", \"answer\": \"a\"}, 3]", &["row 2", "not a JSON object", "found: 3"]),
+        ("d.json", b"[{\"question\": \"q\"", &["not a list of JSON objects", "EOF"]),
+        ("d.json", b"{\"question\": \"q\"}\n{\"question\": \"q\"}", &["not a list", "hint", ".jsonl"]),
+        ("d.jsonl", b"\xff\xfe", &["UTF-8"]),
+        ("d.csv", b"question,answer\n", &["unknown kind", ".jsonl, .json or .parquet", "hint"]),
+        ("data", b"", &["unknown kind"]),
+        ("d.parquet", b"PAR1 is how it begins", &["Parquet", "expected: a whole Parquet file"]),
+        ("d.parquet", &whole[..whole.len() - 1], &["Parquet"]),
+        ("d.parquet", &wrong_codec, &["Parquet"]),
+    ] {
+        let error = read(name, content, Format::Auto).unwrap_err();
+        assert_eq!(exit_code(&error), 3, "{error}");
+        let error = error.to_string();
+        assert!(parts.iter().chain([&name]).all(|part| error.contains(part)), "{name}: {parts:?}: {error}");
+    }
+}
+
+/// Reads `row` as the task with the further `keys` of tasks.toml.
+fn by_templates(keys: &str, row: &Value) -> anyhow::Result<Row> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("d.jsonl"), row.to_string()).unwrap();
+    let toml = dir.path().join("tasks.toml");
+    fs::write(&toml, format!("[[task]]\nname = 'a'\ntrain = 'd.jsonl'\neval = 'd.jsonl'\n{keys}")).unwrap();
+    let task = Tasks::read(&toml)?.list.remove(0);
+    Ok(read_rows(&task.train, &Layout::of(&task)?)?.remove(0))
+}
+
+#[test]
+fn templates_make_the_conversation_and_leave_the_columns() {
+    let row = json!({"passage": "P", "question": "Q?", "options": ["x", "y"], "answer": 1});
+    let keys = r#"
+        system = "{% if hint is defined %}{{ hint }}{% endif %}"
+        prompt = "{{ passage }}\n{{ question }}{% for o in options %}\n{{ 'AB'[loop.index0] }}. {{ o }}{% endfor %}"
+        completion = "{{ 'AB'[answer] }}""#;
+    let made = by_templates(keys, &row).unwrap();
+    assert_eq!(turns(&made), ["user: P\nQ?\nA. x\nB. y", "assistant: B"]);
+    assert_eq!(Value::Object(made.fields), row);
+    let with_hint = json!({"passage": "P", "question": "Q?", "options": [], "answer": 0, "hint": "Think."});
+    assert_eq!(turns(&by_templates(keys, &with_hint).unwrap())[0], "system: Think.");
+}
+
+#[test]
+fn templates_that_fail_name_file_row_and_column() {
+    let row = json!({"question": "q", "answer": "a", "empty": ""});
+    for (keys, parts) in [
+        (
+            "prompt = '{{ passage }}'\ncompletion = '{{ answer }}'",
+            ["line 1", "prompt", "passage", "question, answer"].as_slice(),
+        ),
+        (
+            "prompt = '{{ question }}'\ncompletion = '{{ raise_exception(answer + \"!\") }}'",
+            &["line 1", "completion fails: a!"],
+        ),
+        ("prompt = '{{ empty }}'\ncompletion = '{{ answer }}'", &["line 1", "of the user, has empty content"]),
+        ("prompt = '{{ question'\ncompletion = '{{ answer }}'", &["tasks.toml", "task a", "prompt does not parse"]),
+    ] {
+        let error = by_templates(keys, &row).unwrap_err();
+        assert_eq!(exit_code(&error), 3, "{error}");
+        let error = error.to_string();
+        assert!(parts.iter().all(|part| error.contains(part)), "{keys}: {parts:?}: {error}");
+    }
+}

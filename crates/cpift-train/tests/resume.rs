@@ -1,0 +1,223 @@
+//! Runs that are killed or asked to stop, and go on: the end is the same, byte for byte.
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Fixture, PROGRAM, read_json};
+use cpift_testkit::{Numbers, expect_entries};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A run whose end is known.
+struct Known {
+    fixture: Fixture,
+    more: Vec<String>,
+    weights: Vec<u8>,
+    took: Duration,
+}
+
+impl Known {
+    /// Runs `more` to the end once.
+    fn run(fixture: Fixture, more: &[&str]) -> Self {
+        let more: Vec<String> = fixture.stages().into_iter().chain(more.iter().map(|a| (*a).to_owned())).collect();
+        let mut known = Self { fixture, more, weights: Vec::new(), took: Duration::ZERO };
+        let clock = Instant::now();
+        known.end("quiet", &[]);
+        known.took = clock.elapsed();
+        known.weights = known.weights_of("quiet");
+        known
+    }
+
+    fn start(&self, out: &str, more: &[&str]) -> Child {
+        let own: Vec<&str> = self.more.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        let args = self.fixture.arguments(out, &own);
+        Command::new(PROGRAM).args(args).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Runs to the end.
+    fn end(&self, out: &str, more: &[&str]) {
+        let output = self.start(out, more).wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Resumes and runs to the end, which must be that of the quiet run.
+    fn finish(&self, out: &str) {
+        self.end(out, &["--resume"]);
+        self.check_end(out);
+    }
+
+    fn weights_of(&self, out: &str) -> Vec<u8> {
+        fs::read(self.fixture.path("runs").join(out).join("model.safetensors")).unwrap()
+    }
+
+    fn states(&self, out: &str) -> PathBuf {
+        self.fixture.path("runs").join(format!("{out}.checkpoints"))
+    }
+
+    /// Names of the saved states.
+    fn saved(&self, out: &str) -> Vec<String> {
+        let entries = fs::read_dir(self.states(out)).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        names.retain(|n| n.starts_with("step-"));
+        names.sort();
+        names
+    }
+
+    /// The finished run is the quiet one, and nothing else is left.
+    fn check_end(&self, out: &str) {
+        assert!(self.weights_of(out) == self.weights, "the weights of {out} differ from those of the quiet run");
+        assert!(!self.states(out).exists(), "states of a finished run are removed");
+        let steps = |out: &str| -> Vec<(String, f64, f64)> {
+            let text = fs::read_to_string(self.fixture.path("runs").join(out).join("metrics.jsonl")).unwrap();
+            let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+            let key =
+                |v: serde_json::Value| (format!("{} {}", v["stage"], v["step"]), v["loss"].as_f64(), v["lr"].as_f64());
+            lines.map(key).map(|(s, loss, lr)| (s, loss.unwrap(), lr.unwrap())).collect()
+        };
+        assert_eq!(steps(out), steps("quiet"), "every step is in metrics.jsonl once");
+        let facts = |out: &str| read_json(&self.fixture.path("runs").join(out).join("cpift.json"))["facts"].clone();
+        assert_eq!(facts(out), facts("quiet"));
+    }
+}
+
+/// Kills runs at random moments after a state more is saved, until `kills` were killed; then the run goes to its end.
+fn killed_at_random(known: &Known, kills: usize, seed: u64) {
+    let mut numbers = Numbers(seed);
+    let mut done = 0;
+    while done < kills {
+        let mut child = known.start("killed", &["--resume"]);
+        let before = known.saved("killed");
+        while known.saved("killed") == before && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(known.took.mul_f64(0.1 * f64::from(numbers.unit().abs())));
+        child.kill().unwrap();
+        done += usize::from(!child.wait().unwrap().success());
+        if known.fixture.path("runs/killed").exists() {
+            known.finish("killed");
+            fs::remove_dir_all(known.fixture.path("runs/killed")).unwrap();
+        }
+    }
+    known.finish("killed");
+    expect_entries(&known.fixture.path("runs"), &["killed", "quiet"]);
+}
+
+#[test]
+fn killed_at_20_random_moments() {
+    let known = Known::run(
+        Fixture::new(),
+        &["--steps", "60", "--save-every", "4", "--keep", "2", "--packing", "--grad-accum", "2", "--max-length", "64"],
+    );
+    killed_at_random(&known, 20, 1);
+}
+
+#[test]
+fn killed_with_bf16_weights_and_moments() {
+    let known = Known::run(
+        Fixture::new(),
+        &[
+            "--steps",
+            "40",
+            "--save-every",
+            "3",
+            "--master",
+            "bf16",
+            "--optim-state",
+            "bf16",
+            "--gradient-checkpointing",
+            "--optimizer-in-backward",
+            "--max-grad-norm",
+            "0",
+        ],
+    );
+    killed_at_random(&known, 6, 2);
+}
+
+/// Waits until the run is in its steps, sends the signals and waits for the end.
+fn stopped(known: &Known, out: &str, signals: &[Signal]) -> (ExitStatus, String) {
+    let child = known.start(out, &["--resume", "--save-every", "1"]);
+    let before = known.saved(out);
+    let clock = Instant::now();
+    while known.saved(out) == before {
+        assert!(clock.elapsed() < Duration::from_secs(60), "no state was saved");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    for signal in signals {
+        kill_process(Pid::from_child(&child), *signal).unwrap();
+    }
+    let output = child.wait_with_output().unwrap();
+    (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_signal_saves_and_stops() {
+    let known = Known::run(Fixture::new(), &["--steps", "300"]);
+    for signal in [Signal::TERM, Signal::USR1] {
+        let (status, said) = stopped(&known, "stopped", &[signal]);
+        assert_eq!(status.code(), Some(75), "{said}");
+        assert!(said.contains("--resume") && said.contains("stopped.checkpoints/step-"), "{said}");
+        assert!(!said.contains("error:"), "{said}");
+        assert!(!known.fixture.path("runs/stopped").exists());
+    }
+    known.finish("stopped");
+}
+
+#[test]
+fn a_second_signal_stops_at_once() {
+    // Steps long enough for both signals to come within one.
+    let known = Known::run(Fixture::new(), &["--steps", "10", "--batch-size", "600"]);
+    let (status, said) = stopped(&known, "stopped", &[Signal::USR1, Signal::TERM]);
+    assert_eq!(status.code(), Some(128 + Signal::TERM.as_raw()), "{said}");
+    known.finish("stopped");
+}
+
+#[test]
+fn a_state_is_for_the_run_that_saved_it() {
+    let f = Fixture::new();
+    let known = Known::run(f, &["--steps", "200"]);
+    let (status, _) = stopped(&known, "half", &[Signal::TERM]);
+    assert_eq!(status.code(), Some(75));
+    let again = |more: &[&str]| {
+        let own: Vec<&str> = known.more.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        known.fixture.train("half", &own)
+    };
+    again(&[]).bad_input(&["half.checkpoints", "--resume", "--force"]);
+    again(&["--resume", "--seed", "5"]).bad_input(&["state.json", "another seed", "expected: 5", "found: 0"]);
+    // The data of a task has changed since.
+    let rows = known.fixture.path("data/pick/train.jsonl");
+    let text = fs::read_to_string(&rows).unwrap();
+    fs::write(&rows, text.lines().skip(1).map(|l| format!("{l}\n")).collect::<String>()).unwrap();
+    again(&["--resume"]).bad_input(&["state.json", "another train:pick"]);
+    fs::write(&rows, text).unwrap();
+    // What only watches a run may change.
+    again(&["--resume", "--log-every", "7", "--keep", "3"]).ok();
+    known.check_end("half");
+    // A job that is queued again after it has finished.
+    again(&["--resume"]).ok().says(&["half is finished already"]);
+    again(&["--resume", "--seed", "5"]).bad_input(&["cpift.json", "another seed"]);
+    known.check_end("half");
+    // Afresh over what an unfinished run left.
+    let (status, _) = stopped(&known, "other", &[Signal::TERM]);
+    assert_eq!(status.code(), Some(75));
+    let own: Vec<&str> = known.more.iter().map(String::as_str).chain(["--force"]).collect();
+    known.fixture.train("other", &own).ok();
+    known.check_end("other");
+}
+
+#[test]
+fn only_the_newest_states_are_kept() {
+    let known = Known::run(Fixture::new(), &["--steps", "200"]);
+    let (status, _) = stopped(&known, "kept", &[Signal::TERM]);
+    assert_eq!((status.code(), known.saved("kept").len()), (Some(75), 1));
+    let child = known.start("kept", &["--resume", "--save-every", "2", "--keep", "3"]);
+    let clock = Instant::now();
+    while known.saved("kept").len() < 3 {
+        assert!(clock.elapsed() < Duration::from_secs(60), "{:?}", known.saved("kept"));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait_with_output().unwrap().status.success());
+    known.check_end("kept");
+}
