@@ -4,6 +4,7 @@ use std::fs;
 
 use tch::Device;
 
+use super::PROGRAM;
 use crate::ffi;
 
 /// Bytes of `device`: of the card, or for the CPU of the machine, within the limits on this process (its control group's, as Slurm
@@ -33,11 +34,11 @@ fn control_group() -> Option<u64> {
     std::path::Path::new(own).ancestors().filter_map(limit).min()
 }
 
-/// What `ulimit -v` leaves beside the address space that the program takes already.
+/// What `ulimit -v` leaves beside the address space that the program takes already; its resident part is counted with the job.
 fn address_space() -> Option<u64> {
     let limit = first_number("/proc/self/limits", "Max address space")?;
     let taken = 1024 * first_number("/proc/self/status", "VmSize:")?;
-    Some(limit.saturating_sub(taken))
+    Some(limit.saturating_sub(taken) + PROGRAM)
 }
 
 /// The first number after `label` in a file of /proc; none for `unlimited`.
