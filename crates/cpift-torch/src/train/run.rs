@@ -80,14 +80,14 @@ struct Pending {
 }
 
 impl Run<'_> {
-    /// Trains through all stages, writing metrics.jsonl into the staged folder. `force` lets a fresh start remove old states.
+    /// Trains through all stages, writing metrics.jsonl into the staged folder. `force` starts afresh where old states are in the way.
     ///
     /// # Errors
     /// A loss or norm that is not finite, with step and examples named; [`Stopped`] when a signal asked to stop and the state is saved;
     /// [`cpift_core::BadInput`] for a state of another run; I/O errors.
     pub fn train(&self, staged: &Path, force: bool) -> Result<Vec<StageReport>> {
         let _orderly = Orderly::begin();
-        let mut found = if self.args.resume { self.states.newest()? } else { None };
+        let mut found = if self.args.resume { self.states.newest(force)? } else { None };
         match &found {
             Some(state) => info!("resuming from {}", state.folder.display()),
             None => self.states.start_afresh(force || self.args.resume)?,
