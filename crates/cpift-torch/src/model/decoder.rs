@@ -116,6 +116,15 @@ impl CausalLM {
         self.embed_tokens.device()
     }
 
+    /// How documents of a row are attended, for logs.
+    pub fn attention(&self) -> &'static str {
+        match (self.config.attention_softcap, self.varlen) {
+            (Some(_), _) => "attention document by document, scores in full for the soft cap",
+            (None, true) => "variable-length flash attention",
+            (None, false) => "attention document by document",
+        }
+    }
+
     /// Token ids [b, s] to hidden states [b, s, e].
     pub fn embed(&self, ids_bs: &Tensor) -> Tensor {
         let x_bse = Tensor::embedding(&self.embed_tokens, ids_bs, -1, false, false).to_kind(self.compute);
