@@ -73,10 +73,8 @@ smollm2: build ## The whole pipeline on SmolLM2-135M-Instruct with real data (DA
 pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
 	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all
 
-clean-probes: ## Delete the probes of RUN= once masks and the fused model are made
-	@test -n "$(RUN)" || { echo "clean-probes: name the run: RUN=DIR" >&2; exit 2; }
-	@test -f "$(RUN)/fused/cpift.json" || { echo "clean-probes: $(RUN)/fused is not there yet: the probes are still needed" >&2; exit 2; }
-	rm -rf -- "$(RUN)/probes"
+clean-probes: ## Delete the probes of RUN= once all masks and the fused model are made
+	@scripts/clean-probes.sh "$(RUN)"
 
 install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch
 	@PREFIX=$(PREFIX) BIN=$(BIN) scripts/install.sh

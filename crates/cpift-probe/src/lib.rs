@@ -15,6 +15,7 @@ use cpift_torch::args::TrainingArgs;
 use cpift_torch::data::{self, Encoded, Layout};
 use cpift_torch::session::Session;
 use cpift_torch::train::{HeldOut, RUN, Run, Stage, States};
+use cpift_torch::{memory, oom};
 use log::{info, warn};
 use serde_json::json;
 
@@ -71,7 +72,9 @@ struct Plan {
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match (&args.base, &args.out) {
-        (Some(base), Some(out)) => probe(&args, base, out),
+        (Some(base), Some(out)) => {
+            oom::explain(|| memory::of_failed_run(base, &args.tasks, &args.training, 0), || probe(&args, base, out))
+        }
         _ => list(&args),
     }
 }

@@ -65,4 +65,12 @@ int cpift_cuda_memory(int device, int64_t *current, int64_t *peak) {
     *peak = stats.allocated_bytes[0].peak;
   });
 }
+
+// Bytes of memory of a CUDA device.
+int cpift_cuda_total(int device, int64_t *total) {
+  return guarded([&] {
+    auto info = at::getDeviceAllocator(at::kCUDA)->getMemoryInfo(static_cast<c10::DeviceIndex>(device));
+    *total = info.second;
+  });
+}
 }

@@ -45,6 +45,7 @@ unsafe extern "C" {
         out: *mut RawTensor,
     ) -> c_int;
     fn cpift_cuda_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
+    fn cpift_cuda_total(device: c_int, total: *mut i64) -> c_int;
 }
 
 /// The tensors of one optimizer step, one entry for each parameter in every list.
@@ -166,6 +167,14 @@ pub(crate) fn cuda_memory(index: usize) -> Option<(u64, u64)> {
     // SAFETY: both pointers are valid for the call.
     let code = unsafe { cpift_cuda_memory(index as c_int, &mut current, &mut peak) };
     (code == 0).then_some((current as u64, peak as u64))
+}
+
+/// Bytes of memory of the CUDA device `index`.
+pub(crate) fn cuda_total(index: usize) -> Option<u64> {
+    let mut total = 0;
+    // SAFETY: the pointer is valid for the call.
+    let code = unsafe { cpift_cuda_total(index as c_int, &mut total) };
+    (code == 0).then_some(total as u64)
 }
 
 fn check(code: c_int, what: &str) -> Result<()> {

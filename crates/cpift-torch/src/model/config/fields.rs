@@ -15,8 +15,10 @@ pub(super) struct Fields {
 }
 
 impl Fields {
-    pub(super) fn new(folder: &Path, config: &Value) -> Self {
-        Self { path: folder.join("config.json"), map: config.as_object().cloned().unwrap_or_default() }
+    /// Those of `at`, a folder or the file itself.
+    pub(super) fn new(at: &Path, config: &Value) -> Self {
+        let path = if at.is_file() { at.to_owned() } else { at.join("config.json") };
+        Self { path, map: config.as_object().cloned().unwrap_or_default() }
     }
 
     pub(super) fn bad(&self, message: impl Into<String>) -> BadInput {

@@ -1,0 +1,84 @@
+//! The disk that a whole pipeline takes.
+
+use cpift_core::Dtype;
+
+use super::{Job, Sizes, gib};
+
+/// What a pipeline of so many probes writes, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Disk {
+    /// Number of tasks: each has a probe and a mask.
+    pub tasks: u64,
+    /// One checkpoint in --save-dtype.
+    pub checkpoint: u64,
+    /// The mask of one task: a bit an element.
+    pub mask: u64,
+    /// One state to resume from: weights and both moments as they are in training.
+    pub state: u64,
+    /// States that exist at a time while one is saved; 0 without --save-every.
+    pub states: u64,
+    save_dtype: Dtype,
+}
+
+impl Disk {
+    /// The disk for `job` and `tasks` tasks.
+    pub fn of(job: &Job, tasks: u64) -> Self {
+        let s = Sizes::of(&job.config);
+        let (weight, moment) = (job.args.master.size() as u64, job.args.optim_state.size() as u64);
+        Self {
+            tasks,
+            checkpoint: s.total() * job.args.save_dtype.size() as u64,
+            mask: s.total().div_ceil(8),
+            state: s.total() * weight + 2 * job.trained(&s) * moment,
+            // The new one is whole before the oldest goes.
+            states: job.args.save_every.map_or(0, |_| job.args.keep as u64 + 1),
+            save_dtype: job.args.save_dtype,
+        }
+    }
+
+    /// Name and bytes of each row.
+    pub fn rows(&self) -> Vec<(String, u64)> {
+        let dtype = self.save_dtype.name().to_lowercase();
+        let mut rows = vec![
+            (format!("probes, {} x {dtype}", self.tasks), self.tasks * self.checkpoint),
+            (format!("masks, {} x 1 bit", self.tasks), self.tasks * self.mask),
+            ("backbone".to_owned(), self.checkpoint),
+            ("merged".to_owned(), self.checkpoint),
+            ("final".to_owned(), self.checkpoint),
+            ("baselines, 2".to_owned(), 2 * self.checkpoint),
+        ];
+        if self.states > 0 {
+            rows.push((format!("states, {} at a time", self.states), self.states * self.state));
+        }
+        rows
+    }
+
+    /// Bytes of all.
+    pub fn total(&self) -> u64 {
+        self.rows().iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Lines of text, in GB as `df -H` and the names of disks have it.
+    pub fn table(&self) -> String {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        let rows = self.rows().into_iter().chain([("total".to_owned(), self.total())]);
+        let lines: String = rows.map(|(name, bytes)| format!("{name:24}{:10.1}\n", gb(bytes))).collect();
+        let mut text = format!("GB on disk, computed, for a pipeline of {} tasks (make pipeline)\n{lines}", self.tasks);
+        text.push_str(&format!(
+            "  hint: make clean-probes RUN=DIR frees {:.1} GB once masks and merge are made\n",
+            gb(self.tasks * self.checkpoint)
+        ));
+        if self.save_dtype.size() > 2 {
+            text.push_str(
+                "  hint: --save-dtype bf16 halves the checkpoints, but loses most of the small updates that masks rank\n",
+            );
+        }
+        if self.states == 0 {
+            text.push_str(&format!(
+                "  a signal saves one state to resume from, {:.1} GiB, until the run has ended\n",
+                gib(self.state)
+            ));
+        }
+        text
+    }
+}

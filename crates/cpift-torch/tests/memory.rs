@@ -1,0 +1,155 @@
+//! The computed memory against models that are really built.
+
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use cpift_core::Checkpoint;
+use cpift_torch::args::TrainingArgs;
+use cpift_torch::memory::{Job, PARTS, Sizes, advice, read_model};
+use cpift_torch::model::{CausalLM, ModelConfig};
+use cpift_torch::weights::Parameters;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    training: TrainingArgs,
+}
+
+fn args(line: &str) -> TrainingArgs {
+    Line::parse_from(std::iter::once("train").chain(line.split_whitespace())).training
+}
+
+fn config(value: &Value) -> ModelConfig {
+    ModelConfig::from_json(Path::new("m"), value).unwrap()
+}
+
+/// The number of parameters of the model that the loader builds: it is given a tensor of the shape it asks for until it has all.
+fn built(config: &ModelConfig) -> u64 {
+    let mut parameters = Parameters::new();
+    loop {
+        let error = match CausalLM::new(config.clone(), &parameters, Path::new("m"), Kind::Float) {
+            Ok(_) => return parameters.values().map(|t| t.numel() as u64).sum(),
+            Err(error) => error.to_string(),
+        };
+        let line = |label: &str| error.lines().find_map(|l| l.trim().strip_prefix(label)).map(str::to_owned);
+        let name = line("tensor: ").unwrap_or_else(|| panic!("{error}"));
+        let shape: Vec<i64> = line("expected: ").map_or(vec![0], |s| serde_json::from_str(&s).unwrap());
+        parameters.insert(name, Tensor::zeros(shape, (Kind::Float, Device::Cpu)));
+    }
+}
+
+#[test]
+fn the_parameters_of_every_family_are_those_of_the_built_model() {
+    for (architecture, more) in [
+        ("LlamaForCausalLM", json!({})),
+        ("LlamaForCausalLM", json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true})),
+        ("MistralForCausalLM", json!({"head_dim": 12})),
+        ("MinistralForCausalLM", json!({})),
+        ("Qwen2ForCausalLM", json!({"tie_word_embeddings": true})),
+        ("Qwen3ForCausalLM", json!({"head_dim": 6})),
+        ("Qwen3ForCausalLM", json!({"attention_bias": true})),
+        ("Gemma2ForCausalLM", json!({"head_dim": 10})),
+    ] {
+        let mut value = json!({"architectures": [architecture], "hidden_size": 24, "intermediate_size": 40,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50});
+        more.as_object().unwrap().iter().for_each(|(k, v)| value[k] = v.clone());
+        let config = config(&value);
+        assert_eq!(Sizes::of(&config).total(), built(&config), "{architecture} {more}");
+    }
+    let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+    for case in ["demo/base", "golden/llama/gqa_tied", "golden/llama/gqa_untied", "golden/llama/mha_bias"] {
+        let folder = fixtures.join(case);
+        let real: usize = Checkpoint::open(&folder).unwrap().parameters().map(|v| v.numel()).sum();
+        assert_eq!(Sizes::of(&read_model(&folder).unwrap()).total(), real as u64, "{case}");
+    }
+}
+
+/// Architecture, e, f, layers, h, k, d, v.
+fn published(architecture: &str, numbers: [i64; 7]) -> ModelConfig {
+    let [e, f, layers, h, k, d, v] = numbers;
+    config(
+        &json!({"architectures": [architecture], "hidden_size": e, "intermediate_size": f, "num_hidden_layers": layers,
+        "num_attention_heads": h, "num_key_value_heads": k, "head_dim": d, "vocab_size": v,
+        "max_position_embeddings": 4096}),
+    )
+}
+
+fn llama2() -> ModelConfig {
+    published("LlamaForCausalLM", [4096, 11008, 32, 32, 32, 128, 32000])
+}
+
+#[test]
+fn published_models_have_their_published_number_of_parameters() {
+    for (config, parameters) in [
+        (llama2(), 6_738_415_616),
+        (published("MistralForCausalLM", [4096, 14336, 32, 32, 8, 128, 32000]), 7_241_732_096),
+        (published("Gemma2ForCausalLM", [3584, 14336, 42, 16, 8, 256, 256_000]), 9_241_705_984),
+        (published("Qwen2ForCausalLM", [3584, 18944, 28, 28, 4, 128, 152_064]), 7_615_616_512),
+    ] {
+        assert_eq!(Sizes::of(&config).total(), parameters, "{:?}", config.family);
+    }
+}
+
+fn job(config: ModelConfig, line: &str) -> Job {
+    Job::new(config, &args(line), 4096, true)
+}
+
+fn part(job: &Job, moment: &str, part: &str) -> u64 {
+    let moment = job.moments().into_iter().find(|m| m.name == moment).unwrap();
+    moment.bytes[PARTS.iter().position(|p| *p == part).unwrap()]
+}
+
+#[test]
+fn each_option_takes_away_what_it_is_for() {
+    let d = Sizes::of(&llama2()).total();
+    let plain = job(llama2(), "--batch-size 1");
+    assert_eq!((part(&plain, "loss", "weights"), part(&plain, "loss", "moments")), (4 * d, 8 * d));
+    assert_eq!(part(&plain, "update", "gradients"), 4 * d);
+    // Kept activations hold the cast weights of all blocks.
+    assert_eq!(part(&plain, "first block", "casts"), 2 * 32 * Sizes::of(&llama2()).block);
+    let recomputed = job(llama2(), "--batch-size 1 --gradient-checkpointing");
+    assert_eq!(part(&recomputed, "loss", "activations"), 33 * 4096 * 4096 * 2);
+    assert_eq!(part(&recomputed, "first block", "casts"), 2 * Sizes::of(&llama2()).block);
+    let fused = job(llama2(), "--batch-size 1 --optimizer-in-backward --max-grad-norm 0");
+    assert_eq!(part(&fused, "last block", "gradients"), 4 * Sizes::of(&llama2()).block);
+    let summed = job(llama2(), "--batch-size 1 --grad-accum 2 --master bf16");
+    assert_eq!(part(&summed, "update", "gradients"), 4 * d, "sums are f32 whatever the weights are");
+    let bf16 = job(llama2(), "--batch-size 1 --master bf16 --optim-state bf16");
+    assert_eq!((part(&bf16, "loss", "weights"), part(&bf16, "loss", "moments")), (2 * d, 4 * d));
+    assert_eq!(part(&bf16, "loss", "casts"), 0, "there is nothing to cast");
+    let frozen = Job { frozen: d / 100, ..job(llama2(), "--batch-size 1") };
+    assert_eq!(part(&frozen, "loss", "frozen"), d / 100 * 12);
+}
+
+#[test]
+fn only_capped_attention_has_scores() {
+    let gemma = |longest| {
+        let config = published("Gemma2ForCausalLM", [3584, 14336, 42, 16, 8, 256, 256_000]);
+        let mut job = job(config, "--batch-size 1");
+        job.longest = longest;
+        part(&job, "loss", "activations")
+    };
+    // tanh in bf16, softmax in f32 and bf16, the mask: 8 bytes a score and head, one more for all heads.
+    assert_eq!(gemma(4096) - gemma(2048), 42 * 4096 * 2048 * (16 * 8 + 1));
+    let llama = |longest| part(&Job { longest, ..job(llama2(), "--batch-size 1") }, "loss", "activations");
+    assert_eq!(llama(4096), llama(2048));
+}
+
+#[test]
+fn the_advice_is_the_cheapest_that_fits() {
+    const GIB: u64 = 1 << 30;
+    let plain = job(llama2(), "--batch-size 8 --max-length 4096");
+    let advised = |limit| advice(&plain, limit).fits.map(|(options, _)| options);
+    assert_eq!(advised(140 * GIB).unwrap(), "--gradient-checkpointing");
+    assert_eq!(advised(100 * GIB).unwrap(), "--gradient-checkpointing --optimizer-in-backward --max-grad-norm 0");
+    assert_eq!(advised(30 * GIB), None);
+    let (options, total) = advice(&plain, 60 * GIB).fits.unwrap();
+    assert!(options.contains("--master bf16") && total <= 60 * GIB, "{options}");
+    // What is advised is what is computed for those options.
+    let typed = job(llama2(), &format!("--batch-size 8 {}", advised(100 * GIB).unwrap()));
+    assert_eq!(advice(&plain, 100 * GIB).fits.unwrap().1, typed.peak().total());
+    let small = advice(&job(llama2(), "--batch-size 1 --gradient-checkpointing"), GIB);
+    assert!(small.alone.iter().all(|(o, _)| !o.contains("--batch-size") && !o.contains("checkpointing")));
+}

@@ -1,0 +1,140 @@
+//! `cpift-train plan`: the memory and the disk that training takes, before anything is loaded.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use cpift_core::cli::{Common, print};
+use cpift_core::error::usage;
+use cpift_core::files::available_bytes;
+use cpift_core::mask::Mask;
+use cpift_core::tasks::Tasks;
+use cpift_core::{BadInput, Checkpoint};
+use cpift_torch::args::TrainingArgs;
+use cpift_torch::device::DeviceChoice;
+use cpift_torch::memory::{self, Disk, Job, Sizes};
+use serde_json::json;
+
+use crate::args::RunArgs;
+
+/// Arguments of `plan`.
+#[derive(clap::Args, Debug)]
+pub struct PlanArgs {
+    /// The model: a Hugging Face folder; only config.json and the headers of its weights are read
+    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    pub model: Option<PathBuf>,
+    /// A config.json instead of a folder
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    pub config: Option<PathBuf>,
+    /// The task list, tasks.toml: for the longest example and the number of probes
+    #[arg(long, value_name = "FILE")]
+    pub tasks: Option<PathBuf>,
+    /// Share of the elements that are frozen, in percent: --percent of cpift-mask times the tasks of earlier groups
+    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0)]
+    pub frozen_percent: f64,
+    /// Tokens of one batch [default: --batch-size times --max-length, or the tasks' largest max_length, or 1024]
+    #[arg(long, value_name = "N")]
+    pub batch_tokens: Option<u64>,
+    /// Memory of the device in GiB [default: that of --device; for the CPU that of the machine, within the limits on the process]
+    #[arg(long, value_name = "GIB", allow_negative_numbers = true)]
+    pub device_memory: Option<f64>,
+    /// Probes of the pipeline [default: the number of tasks, or 5]
+    #[arg(long, value_name = "N")]
+    pub probes: Option<u64>,
+    /// Where outputs will be written, for the free space there
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub out: PathBuf,
+    /// How to fine-tune.
+    #[command(flatten)]
+    pub training: TrainingArgs,
+}
+
+/// Prints memory, verdict and disk.
+///
+/// # Errors
+/// [`cpift_core::Usage`] and [`BadInput`].
+pub fn estimate(args: &PlanArgs, common: &Common) -> Result<()> {
+    args.training.check()?;
+    check(args)?;
+    let tasks = args.tasks.as_deref().map(Tasks::read).transpose()?;
+    let (job, limit) = job(args, tasks.as_ref())?;
+    let probes = args.probes.unwrap_or(tasks.map_or(DEFAULT_PROBES, |t| t.list.len() as u64));
+    let (disk, free) = (Disk::of(&job, probes), available_bytes(&args.out)?);
+    if common.json {
+        let advice = limit.filter(|l| job.peak().total() > *l).map(|l| memory::advice(&job, l));
+        let rows: serde_json::Map<String, serde_json::Value> =
+            disk.rows().into_iter().map(|(name, bytes)| (name, bytes.into())).collect();
+        common.print_json(&json!({"memory": job.to_json(), "device_memory": limit,
+            "fits": limit.map(|l| job.peak().total() <= l),
+            "options": advice.as_ref().map(|a| &a.alone), "advice": advice.as_ref().map(|a| &a.fits),
+            "disk": {"total": disk.total(), "free": free, "parts": rows}}));
+    } else {
+        let verdict = memory::verdict(&job, limit);
+        print(&format!("{}{verdict}\n{}{}", job.table(), disk.table(), free_line(&args.out, disk.total(), free)));
+    }
+    Ok(())
+}
+
+/// The paper's five tasks.
+const DEFAULT_PROBES: u64 = 5;
+
+fn check(args: &PlanArgs) -> Result<()> {
+    let rules = [
+        ((0.0..=100.0).contains(&args.frozen_percent), "--frozen-percent must be 0 to 100"),
+        (args.batch_tokens != Some(0), "--batch-tokens must be at least 1"),
+        (args.device_memory.is_none_or(|g| g.is_finite() && g > 0.0), "--device-memory must be positive"),
+    ];
+    match rules.iter().find(|(holds, _)| !holds) {
+        Some((_, message)) => Err(usage(*message)),
+        None => Ok(()),
+    }
+}
+
+/// The job and the memory of its device.
+fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
+    let path = args.model.as_deref().or(args.config.as_deref()).expect("clap asks for one of them");
+    let config = memory::read_model(path)?;
+    check_weights(path, Sizes::of(&config).total())?;
+    let named = args.device_memory.map(|g| (g * f64::from(1 << 30)) as u64);
+    // A device whose memory is named need not be there.
+    let (cuda, limit) = match (args.training.device, named) {
+        (DeviceChoice::Cuda(_), Some(limit)) => (true, Some(limit)),
+        (choice, named) => {
+            let device = choice.open(None)?;
+            (device.is_cuda(), named.or_else(|| memory::available(device)))
+        }
+    };
+    let mut job = Job::new(config, &args.training, memory::longest_of(tasks, &args.training), cuda);
+    if let Some(tokens) = args.batch_tokens {
+        job.tokens = tokens;
+        job.longest = job.longest.min(tokens);
+    }
+    job.frozen = (Sizes::of(&job.config).total() as f64 * args.frozen_percent / 100.0) as u64;
+    Ok((job, limit))
+}
+
+/// The weights beside the config, where there are some, must be those it describes.
+fn check_weights(path: &Path, parameters: u64) -> Result<()> {
+    let there = |name: &str| path.join(name).exists();
+    if !there("model.safetensors") && !there("model.safetensors.index.json") {
+        return Ok(());
+    }
+    let found: u64 = Checkpoint::open(path)?.parameters().map(|view| view.numel() as u64).sum();
+    if found == parameters {
+        return Ok(());
+    }
+    Err(BadInput::new(path, "the weights are not those that config.json describes")
+        .expected(format!("{parameters} parameters"))
+        .found(format!("{found} parameters"))
+        .into())
+}
+
+/// The elements that a run freezes at most: those of all its masks.
+pub(crate) fn frozen(args: &RunArgs) -> u64 {
+    args.masks.iter().filter_map(|mask| Mask::open(&mask.path).ok()).map(|mask| mask.header.selected).sum()
+}
+
+fn free_line(out: &Path, needed: u64, free: u64) -> String {
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    let verdict = if needed <= free { "fits" } else { "does not fit" };
+    format!("{verdict}: {:.1} of {:.1} GB free at {}\n", gb(needed), gb(free), out.display())
+}

@@ -1,0 +1,196 @@
+//! `cpift-train plan` through the real binary: against what a run takes, and against what the README shows.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
+use cpift_testkit::{Run, run};
+use serde_json::Value;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_cpift-train");
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn llama(more: &str) -> Run {
+    let config = root().join("scripts/bench/llama-2-7b.json");
+    let args = ["plan", "--config", config.to_str().unwrap(), "--max-length", "4096", "--device", "cuda"];
+    run(PROGRAM, args.into_iter().chain(more.split_whitespace()))
+}
+
+/// Tiny model and one task whose rows fill its 96 tokens.
+struct Fixture {
+    dir: tempfile::TempDir,
+    base: PathBuf,
+    tasks: PathBuf,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let base = write_tiny_model(&dir.path().join("base"), 1);
+        let tasks = write_tasks(&dir.path().join("data"));
+        write_rows(&dir.path().join("data/copy/train.jsonl"), &[row("q", &"x".repeat(200))]);
+        Self { dir, base, tasks }
+    }
+
+    fn args(&self, command: &str, more: &str) -> Vec<String> {
+        let fixed = [command, "--model", self.base.to_str().unwrap(), "--tasks", self.tasks.to_str().unwrap()];
+        let fixed = fixed.into_iter().chain(["--device", "cpu"]).chain(more.split_whitespace());
+        fixed.map(str::to_owned).collect()
+    }
+
+    fn plan(&self, more: &str) -> Value {
+        let run = run(PROGRAM, self.args("plan", &format!("--json {more}"))).ok();
+        serde_json::from_str(&run.stdout).unwrap()
+    }
+
+    /// The most anonymous memory that a run has taken, in bytes. Freed memory goes back to the system at once, as tensors are counted
+    /// and not what malloc keeps.
+    fn measured(&self, more: &str) -> u64 {
+        let out = self.dir.path().join("out");
+        let more = format!("--only copy --steps 1 --threads 1 --force --out {} {more}", out.display());
+        let mut command = Command::new(PROGRAM);
+        command.args(self.args("run", &more)).stderr(Stdio::null());
+        let mut child = command.env("MALLOC_MMAP_THRESHOLD_", "65536").spawn().unwrap();
+        let mut most = 0;
+        while child.try_wait().unwrap().is_none() {
+            let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+            let anonymous =
+                status.lines().find_map(|l| l.strip_prefix("RssAnon:")?.split_whitespace().next()?.parse().ok());
+            most = most.max(1024 * anonymous.unwrap_or(0u64));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(child.wait().unwrap().success());
+        most
+    }
+}
+
+#[test]
+fn what_is_computed_is_what_a_run_takes() {
+    let f = Fixture::new();
+    let computed = |more: &str| f.plan(more)["memory"]["peak"].as_u64().unwrap();
+    // The program's own memory is in both and cancels out.
+    let (small, none) = (computed("--batch-size 1"), f.measured("--batch-size 1"));
+    for more in ["--batch-size 256", "--batch-size 256 --gradient-checkpointing", "--batch-size 256 --grad-accum 2"] {
+        let (plan, taken) = (computed(more) - small, f.measured(more) - none);
+        let ratio = plan as f64 / taken as f64;
+        assert!(taken > 40 << 20 && (0.9..1.1).contains(&ratio), "{more}: computed {plan}, measured {taken}");
+    }
+}
+
+#[test]
+fn the_readme_shows_what_the_program_prints() {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let shown = readme.split_once("## A 7 B model on one GPU").expect("the section is there").1;
+    let mut commands = 0;
+    for block in shown.split("    $ cpift-train plan ").skip(1) {
+        let lines: Vec<&str> =
+            block.lines().enumerate().take_while(|(i, l)| *i == 0 || l.starts_with("    ")).map(|(_, l)| l).collect();
+        let split = lines.iter().position(|l| !l.ends_with('\\')).unwrap();
+        let typed = lines[..=split].join(" ").replace(['\\', '\n'], " ");
+        let typed = typed.replace("scripts/bench", root().join("scripts/bench").to_str().unwrap());
+        let printed = run(PROGRAM, std::iter::once("plan").chain(typed.split_whitespace())).ok().stdout;
+        let expected: String =
+            lines[split + 1..].iter().map(|l| format!("{}\n", l.trim_end().get(4..).unwrap_or(""))).collect();
+        assert!(
+            expected.lines().count() > 8 && printed.starts_with(expected.trim_end()),
+            "printed:\n{printed}\nREADME:\n{expected}"
+        );
+        commands += 1;
+    }
+    assert_eq!(commands, 2);
+}
+
+#[test]
+fn a_job_that_does_not_fit_is_told_what_would() {
+    let run = llama("--batch-size 8 --device-memory 131").ok();
+    for part in [
+        "does not fit: ",
+        " of 131.00 GiB",
+        "  with --gradient-checkpointing: ",
+        "hint: --gradient-checkpointing fits: ",
+    ] {
+        assert!(run.stdout.contains(part), "{part}\n{}", run.stdout);
+    }
+    let json: Value = serde_json::from_str(&llama("--batch-size 8 --device-memory 131 --json").ok().stdout).unwrap();
+    assert_eq!((&json["fits"], &json["advice"][0]), (&Value::Bool(false), &"--gradient-checkpointing".into()));
+    let moments = json["memory"]["moments"].as_array().unwrap();
+    let highest = moments.iter().map(|m| m["total"].as_u64().unwrap()).max();
+    assert_eq!(json["memory"]["peak"].as_u64(), highest);
+    let sum: u64 = moments[0]["parts"].as_object().unwrap().values().map(|b| b.as_u64().unwrap()).sum();
+    assert_eq!(moments[0]["total"].as_u64(), Some(sum));
+}
+
+#[test]
+fn the_disk_of_a_pipeline_is_its_checkpoints_masks_and_states() {
+    let disk = |more: &str| -> Value {
+        let json: Value =
+            serde_json::from_str(&llama(&format!("--device-memory 80 --json {more}")).ok().stdout).unwrap();
+        json["disk"]["parts"].clone()
+    };
+    const D: u64 = 6_738_415_616;
+    let five = disk("");
+    assert_eq!((five["probes, 5 x f32"].as_u64(), five["masks, 5 x 1 bit"].as_u64()), (Some(20 * D), Some(5 * D / 8)));
+    assert_eq!(disk("--probes 3 --save-dtype bf16")["probes, 3 x bf16"].as_u64(), Some(6 * D));
+    // Weights and two moments in f32; one more than is kept while a state is saved.
+    assert_eq!(disk("--save-every 10 --keep 2")["states, 3 at a time"].as_u64(), Some(3 * 12 * D));
+    let text = llama("--device-memory 80").ok().stdout;
+    assert!(text.contains("make clean-probes RUN=DIR frees 134.8 GB") && text.contains("--save-dtype bf16"), "{text}");
+}
+
+#[test]
+fn tasks_give_lengths_and_probes_and_weights_must_be_those_of_the_config() {
+    let f = Fixture::new();
+    let json = f.plan("--batch-size 3 --frozen-percent 10");
+    assert_eq!(json["memory"]["tokens"], 3 * 96);
+    assert_eq!(
+        json["memory"]["moments"][0]["parts"]["frozen"].as_u64(),
+        Some(12 * (json["memory"]["parameters"].as_u64().unwrap() / 10))
+    );
+    assert!(json["disk"]["parts"]["probes, 3 x f32"].is_u64() && json["device_memory"].is_u64());
+    assert_eq!(f.plan("--batch-tokens 7")["memory"]["tokens"], 7);
+    let config = f.base.join("config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("\"num_hidden_layers\":2", "\"num_hidden_layers\":3")).unwrap();
+    run(PROGRAM, f.args("plan", "")).bad_input(&["base", "expected: 11168 parameters", "found: 8832 parameters"]);
+    fs::remove_file(f.base.join("model.safetensors")).unwrap();
+    run(PROGRAM, f.args("plan", "")).ok();
+    run(PROGRAM, f.args("plan", "--frozen-percent 101")).usage_error(&["--frozen-percent"]);
+    run(PROGRAM, ["plan"]).usage_error(&["--model"]);
+}
+
+#[test]
+fn clean_probes_deletes_probes_only_when_masks_and_merge_are_made_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let write = |name: &str| {
+        fs::create_dir_all(path(name).parent().unwrap()).unwrap();
+        fs::write(path(name), "").unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let clean = || {
+        run("make", ["-s", "-C", root().to_str().unwrap(), "clean-probes", &format!("RUN={}", dir.path().display())])
+    };
+    let refused = |part: &str| {
+        clean().expect_code(2).says(&[part]);
+        assert!(path("probes/a/cpift.json").exists() && path("probes/b/cpift.json").exists());
+    };
+    ["probes/a/cpift.json", "probes/b/cpift.json", "masks/a.safetensors"].iter().for_each(|name| write(name));
+    refused("fused is not there yet");
+    write("fused/cpift.json");
+    refused("masks/b.safetensors is not there yet");
+    write("masks/b.safetensors");
+    write("probes/b/cpift.json");
+    refused("b.safetensors is older than its probe");
+    write("masks/b.safetensors");
+    refused("fused is older than the probe b");
+    write("fused/cpift.json");
+    write("probes/notes.txt");
+    clean().ok();
+    assert!(!path("probes/a").exists() && !path("probes/b").exists() && path("probes/notes.txt").exists());
+    run("make", ["-s", "-C", root().to_str().unwrap(), "clean-probes"]).expect_code(2).says(&["RUN=DIR"]);
+}
