@@ -72,7 +72,7 @@ all: $(RUN)/table.md
 define task_rules
 $(RUN)/probes/$(1)/cpift.json: $(2) $(TASKS) $(BASE_FILES) $(PROBE_SET)
 	$$(call run,probe-$(1),cpift-probe --base $(BASE) --tasks $(TASKS) --task $(1) --out $(RUN)/probes/$(1) \
-		--tokens $(PROBE_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
+		--tokens $(PROBE_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS))
 
 $(RUN)/masks/$(1).safetensors: $(RUN)/probes/$(1)/cpift.json $(MASK_SET)
 	$$(call run,mask-$(1),cpift-mask extract --base $(BASE) --tuned $(RUN)/probes/$(1) --percent $(P) --scope $(SCOPE) \
@@ -86,7 +86,7 @@ $(RUN)/groups.json: $(MASKS) $(GROUP_SET)
 # The paper's backbone: plain multi-stage training through the groups.
 $(RUN)/backbone/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES) $(BACKBONE_SET)
 	$(call run,backbone,cpift-train run --model $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json --no-freeze \
-		--out $(RUN)/backbone --tokens $(BACKBONE_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
+		--out $(RUN)/backbone --tokens $(BACKBONE_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS))
 
 $(RUN)/fused/cpift.json: $(RUN)/backbone/cpift.json $(RUN)/groups.json $(MASKS) $(PROBES) $(FUSED_SET)
 	$(call run,fused,cpift-merge cpi --base $(BASE) --backbone $(RUN)/backbone --groups $(RUN)/groups.json \
@@ -94,16 +94,16 @@ $(RUN)/fused/cpift.json: $(RUN)/backbone/cpift.json $(RUN)/groups.json $(MASKS) 
 
 $(RUN)/cpi-ft/cpift.json: $(RUN)/fused/cpift.json $(RUN)/groups.json $(MASKS) $(TRAIN) $(TASKS) $(FINAL_SET)
 	$(call run,cpi-ft,cpift-train run --model $(RUN)/fused --base $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json \
-		$(mask_args) --out $(RUN)/cpi-ft --tokens $(FINAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
+		$(mask_args) --out $(RUN)/cpi-ft --tokens $(FINAL_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS) $(FINAL_FLAGS))
 
 # The baselines, with the whole budget.
 $(RUN)/full-sft/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(BASELINE_SET)
 	$(call run,full-sft,cpift-train run --model $(BASE) --tasks $(TASKS) --out $(RUN)/full-sft \
-		--tokens $(TOTAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
+		--tokens $(TOTAL_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS))
 
 $(RUN)/multi-stage/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES) $(BASELINE_SET)
 	$(call run,multi-stage,cpift-train run --model $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json --no-freeze \
-		--out $(RUN)/multi-stage --tokens $(TOTAL_TOKENS) --seed $(SEED) $(TRAIN_FLAGS))
+		--out $(RUN)/multi-stage --tokens $(TOTAL_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS))
 
 score = $(call run,score-$(1),cpift-eval run --model $(2) --tasks $(TASKS) --out $(@D) $(EVAL_FLAGS))
 $(RUN)/scores/base/scores.json: $(BASE_FILES) $(EVAL) $(TASKS) $(EVAL_SET)

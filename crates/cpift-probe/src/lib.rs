@@ -90,7 +90,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let plan = plan(args, base, out)?;
     let run = training_run(args, &plan, out)?;
-    if args.training.resume && run.states.finished(out)? {
+    if args.training.resume && !args.common.force && run.states.finished(out)? {
         info!("{} is finished already", out.display());
         return Ok(());
     }

@@ -24,9 +24,12 @@ struct Args {
     /// A Hugging Face folder.
     #[arg(long, required_unless_present = "config")]
     model: Option<PathBuf>,
-    /// A config.json, for random weights.
-    #[arg(long, conflicts_with = "model")]
+    /// A config.json; needs --random.
+    #[arg(long, conflicts_with = "model", requires = "random")]
     config: Option<PathBuf>,
+    /// Random weights.
+    #[arg(long, requires = "config")]
+    random: bool,
     /// Sequences × tokens of a step.
     #[arg(long, default_value = "1x512")]
     shape: String,

@@ -82,7 +82,7 @@ pub struct TrainingArgs {
     /// Newest states to keep
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub keep: usize,
-    /// Go on from the newest state in OUT.checkpoints; start afresh where there is none
+    /// Go on from the newest state in OUT.checkpoints; start afresh where there is none, or with --force where it is of another run
     #[arg(long)]
     pub resume: bool,
     /// Loss on held-out rows (each task's `eval` file) every N steps, and at the end

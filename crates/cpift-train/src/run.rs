@@ -19,7 +19,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let mut plan = Plan::new(args, common)?;
     let states = States::new(&args.out, describe(args, &plan), args.training.keep);
-    if args.training.resume && states.finished(&args.out)? {
+    if args.training.resume && !common.force && states.finished(&args.out)? {
         info!("{} is finished already", args.out.display());
         return Ok(());
     }

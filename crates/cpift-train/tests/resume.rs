@@ -180,10 +180,11 @@ fn a_state_is_for_the_run_that_saved_it() {
     let known = Known::run(f, &["--steps", "200"]);
     let (status, _) = stopped(&known, "half", &[Signal::TERM]);
     assert_eq!(status.code(), Some(75));
-    let again = |more: &[&str]| {
+    let again_in = |out: &str, more: &[&str]| {
         let own: Vec<&str> = known.more.iter().map(String::as_str).chain(more.iter().copied()).collect();
-        known.fixture.train("half", &own)
+        known.fixture.train(out, &own)
     };
+    let again = |more: &[&str]| again_in("half", more);
     again(&[]).bad_input(&["half.checkpoints", "--resume", "--force"]);
     again(&["--resume", "--seed", "5"]).bad_input(&["state.json", "another seed", "expected: 5", "found: 0"]);
     // The data of a task has changed since.
@@ -202,9 +203,16 @@ fn a_state_is_for_the_run_that_saved_it() {
     // Afresh over what an unfinished run left.
     let (status, _) = stopped(&known, "other", &[Signal::TERM]);
     assert_eq!(status.code(), Some(75));
-    let own: Vec<&str> = known.more.iter().map(String::as_str).chain(["--force"]).collect();
-    known.fixture.train("other", &own).ok();
+    again_in("other", &["--force"]).ok();
     known.check_end("other");
+    // The same with --resume, as the pipeline does it: the state of another run is in the way.
+    let (status, _) = stopped(&known, "third", &[Signal::TERM]);
+    assert_eq!(status.code(), Some(75));
+    again_in("third", &["--resume", "--seed", "5"]).bad_input(&["another seed"]);
+    again_in("third", &["--resume", "--seed", "5", "--force"]).ok();
+    assert!(known.weights_of("third") != known.weights);
+    again_in("third", &["--resume", "--force"]).ok();
+    known.check_end("third");
 }
 
 #[test]

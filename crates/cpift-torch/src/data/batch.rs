@@ -47,10 +47,20 @@ impl Batch {
     /// The batch on `device`; the copies do not wait for the device.
     #[must_use]
     pub fn to_device(&self, device: Device) -> Self {
+        self.map(|t| to_device(t, device))
+    }
+
+    /// The batch in host memory from which `device` can copy by itself; as it is where that is the CPU.
+    #[must_use]
+    pub fn pinned(&self, device: Device) -> Self {
+        self.map(|t| if device.is_cuda() { t.pin_memory(device) } else { t.shallow_clone() })
+    }
+
+    fn map(&self, change: impl Fn(&Tensor) -> Tensor) -> Self {
         Self {
-            ids_bs: to_device(&self.ids_bs, device),
-            places_n: to_device(&self.places_n, device),
-            labels_n: to_device(&self.labels_n, device),
+            ids_bs: change(&self.ids_bs),
+            places_n: change(&self.places_n),
+            labels_n: change(&self.labels_n),
             lengths: self.lengths.clone(),
         }
     }

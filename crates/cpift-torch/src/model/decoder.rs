@@ -85,7 +85,9 @@ impl CausalLM {
     ///
     /// # Errors
     /// [`cpift_core::BadInput`] for a tensor that is missing, of another shape, or not part of the model.
-    pub fn new(config: ModelConfig, parameters: &Parameters, path: &Path, compute: Kind) -> Result<Self> {
+    pub fn new(mut config: ModelConfig, parameters: &Parameters, path: &Path, compute: Kind) -> Result<Self> {
+        // transformers rounds the scale to the dtype of the hidden states first.
+        config.embedding_scale = config.embedding_scale.map(|s| Tensor::from(s).to_kind(compute).double_value(&[]));
         let mut loader = Loader { parameters, path, taken: Vec::new() };
         let table = [config.vocab_size, config.hidden_size];
         let embed_tokens = loader.get(EMBEDDING, &table)?;
@@ -114,13 +116,21 @@ impl CausalLM {
         self.embed_tokens.device()
     }
 
+    /// How documents of a row are attended, for logs.
+    pub fn attention(&self) -> &'static str {
+        match (self.config.attention_softcap, self.varlen) {
+            (Some(_), _) => "attention document by document, scores in full for the soft cap",
+            (None, true) => "variable-length flash attention",
+            (None, false) => "attention document by document",
+        }
+    }
+
     /// Token ids [b, s] to hidden states [b, s, e].
     pub fn embed(&self, ids_bs: &Tensor) -> Tensor {
         let x_bse = Tensor::embedding(&self.embed_tokens, ids_bs, -1, false, false).to_kind(self.compute);
         match self.config.embedding_scale {
             None => x_bse,
-            // transformers rounds the scale to the dtype of the hidden states first.
-            Some(scale) => x_bse * Tensor::from(scale).to_kind(self.compute).to_device(self.device()),
+            Some(scale) => x_bse * scale,
         }
     }
 

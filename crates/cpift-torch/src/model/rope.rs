@@ -133,7 +133,7 @@ impl Rope {
         let dim = self.head_dim as f64;
         let options = (Kind::Float, device);
         let exponents = Tensor::arange_start_step(0, self.head_dim, 2, options) / dim;
-        let plain = |theta: f64| Tensor::from(theta as f32).to_device(device).pow(&exponents).reciprocal();
+        let plain = |theta: f64| Tensor::full([], f64::from(theta as f32), options).pow(&exponents).reciprocal();
         match self.scaling {
             RopeScaling::Default => plain(self.theta),
             RopeScaling::Linear { factor } => plain(self.theta) / factor,

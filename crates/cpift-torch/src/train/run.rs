@@ -80,14 +80,14 @@ struct Pending {
 }
 
 impl Run<'_> {
-    /// Trains through all stages, writing metrics.jsonl into the staged folder. `force` lets a fresh start remove old states.
+    /// Trains through all stages, writing metrics.jsonl into the staged folder. `force` starts afresh where old states are in the way.
     ///
     /// # Errors
     /// A loss or norm that is not finite, with step and examples named; [`Stopped`] when a signal asked to stop and the state is saved;
     /// [`cpift_core::BadInput`] for a state of another run; I/O errors.
     pub fn train(&self, staged: &Path, force: bool) -> Result<Vec<StageReport>> {
         let _orderly = Orderly::begin();
-        let mut found = if self.args.resume { self.states.newest()? } else { None };
+        let mut found = if self.args.resume { self.states.newest(force)? } else { None };
         match &found {
             Some(state) => info!("resuming from {}", state.folder.display()),
             None => self.states.start_afresh(force || self.args.resume)?,
@@ -154,7 +154,13 @@ impl<'a> StageRun<'a> {
     fn go(mut self, watch: &mut Watch) -> Result<StageReport> {
         let (run, stage, session) = (self.run, self.stage, self.run.session);
         let frozen = self.freeze.as_ref().map_or(0, Freeze::len);
-        info!("{}: {} examples, {} steps, {frozen} elements frozen", stage.label, stage.examples.len(), self.total());
+        let attention = session.model.attention();
+        info!(
+            "{}: {} examples, {} steps, {frozen} elements frozen; {attention}",
+            stage.label,
+            stage.examples.len(),
+            self.total()
+        );
         let freeze = self.freeze.take();
         let mut trainer = Trainer::new(&session.model, &session.parameters, freeze.as_ref(), run.step_config());
         if let Some(found) = self.found.take() {
@@ -169,11 +175,12 @@ impl<'a> StageRun<'a> {
         thread::scope(|scope| {
             // Batches are made while the device works on the ones before.
             let (sender, batches) = sync_channel(2);
-            let count = steps.len();
+            let (count, device) = (steps.len(), session.model.device());
             scope.spawn(move || {
                 for _ in 0..count {
                     let chosen = feeder.next_step();
-                    let made = chosen.iter().map(|places| join(stage.examples, places)).collect::<Vec<Batch>>();
+                    let made =
+                        chosen.iter().map(|places| join(stage.examples, places).pinned(device)).collect::<Vec<Batch>>();
                     // Nobody listens any more when the stage has ended early.
                     if sender.send((chosen.concat(), made)).is_err() {
                         return;

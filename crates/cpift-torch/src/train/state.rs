@@ -63,15 +63,18 @@ impl States {
         Self { folder: out.with_file_name(name), run, keep }
     }
 
-    /// The newest state, checked to be of this very run; none where there is no state.
-    pub(crate) fn newest(&self) -> Result<Option<Found>> {
+    /// The newest state, checked to be of this very run; none where there is no state, or with `force` only one of another run.
+    pub(crate) fn newest(&self, force: bool) -> Result<Option<Found>> {
         let Some((_, folder)) = self.list()?.pop() else { return Ok(None) };
         let path = folder.join(STATE);
         let value: Value = json::read(&path)?;
         json::check_version(&path, "a training state", json::version_of(&value), VERSION)?;
         let file: StateFile =
             serde_json::from_value(value).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
-        self.check(&path, &file.run)?;
+        match self.check(&path, &file.run) {
+            Err(_) if force => return Ok(None),
+            other => other?,
+        }
         Ok(Some(Found { folder, position: file.position }))
     }
 
@@ -106,7 +109,7 @@ impl States {
         Err(BadInput::new(path, format!("of a run with another {key}"))
             .expected(shown(&self.run))
             .found(shown(saved))
-            .hint("resume with the arguments and inputs of the first run; without --resume, --force starts afresh")
+            .hint("resume with the arguments and inputs of the first run; --force starts afresh")
             .into())
     }
 

@@ -64,10 +64,10 @@ impl Fixture {
     pub fn arguments(&self, out: &str, more: &[&str]) -> Vec<String> {
         let out = self.path("runs").join(out);
         let fixed = ["run", "--model", self.base.to_str().unwrap(), "--tasks", self.tasks.to_str().unwrap()];
-        let fixed = fixed.into_iter().chain(["--out", out.to_str().unwrap(), "--lr", "1e-2", "--weight-decay", "0.1"]);
-        let fixed = fixed.chain(["--device", "cpu", "--threads", "1"]);
-        let batch = if more.contains(&"--batch-size") { &[][..] } else { &["--batch-size", "4"] };
-        fixed.chain(batch.iter().copied()).chain(more.iter().copied()).map(str::to_owned).collect()
+        let fixed = fixed.into_iter().chain(["--out", out.to_str().unwrap(), "--device", "cpu", "--threads", "1"]);
+        let usual = [["--lr", "1e-2"], ["--weight-decay", "0.1"], ["--batch-size", "4"]];
+        let usual = usual.iter().filter(|pair| !more.contains(&pair[0])).flatten();
+        fixed.chain(usual.copied()).chain(more.iter().copied()).map(str::to_owned).collect()
     }
 
     /// What makes a run staged: groups.json and a mask for every task.

@@ -1,0 +1,115 @@
+//! The training options of cpift-train through the real binary: what each does, and that frozen elements keep their bits under all.
+
+mod common;
+
+use std::fs;
+
+use common::{Fixture, assert_frozen, with_negative_zeros};
+use cpift_core::Dtype;
+use cpift_testkit::masks::write_groups;
+use serde_json::Value;
+
+fn metrics(f: &Fixture, out: &str) -> Vec<Value> {
+    let text = fs::read_to_string(f.path("runs").join(out).join("metrics.jsonl")).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[test]
+fn the_cores_of_earlier_groups_keep_their_bits_under_every_option() {
+    let in_backward = ["--gradient-checkpointing", "--optimizer-in-backward", "--max-grad-norm", "0"];
+    for (i, options) in [
+        vec!["--packing", "--grad-accum", "2", "--max-length", "64"],
+        in_backward.to_vec(),
+        vec!["--optim-state", "bf16", "--loss-chunk", "3"],
+        [&in_backward[..], &["--master", "bf16", "--optim-state", "bf16"]].concat(),
+        vec!["--master", "bf16", "--compute-dtype", "bf16", "--grad-accum", "2"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        // bf16 weights are exact in memory only where the base is bf16.
+        let dtype = if options.contains(&"--master") { Dtype::BF16 } else { Dtype::F32 };
+        let f = Fixture::with_base(&with_negative_zeros(dtype));
+        let first = f.path("first.json");
+        write_groups(&first, &f.base, &[&["count"]], &[]);
+        let only = ["--groups", first.to_str().unwrap(), "--no-freeze", "--steps", "4", "--sample", "balanced"];
+        f.train(&format!("first-{i}"), &[&only[..], &options].concat()).ok();
+        f.staged(&format!("staged-{i}"), &[&["--steps", "8"], &options[..]].concat()).ok();
+        assert!(f.facts(&format!("staged-{i}"))["stages"][1]["frozen_elements"].as_u64() > Some(0));
+        assert_frozen(&f.read(&format!("first-{i}")), &f.read(&format!("staged-{i}")));
+    }
+}
+
+#[test]
+fn recomputation_and_updates_in_the_backward_pass_change_no_byte() {
+    let f = Fixture::new();
+    let weights = |out: &str, more: &[&str]| {
+        f.staged(out, &[&["--steps", "6", "--max-grad-norm", "0"], more].concat()).ok();
+        fs::read(f.path("runs").join(out).join("model.safetensors")).unwrap()
+    };
+    let plain = weights("plain", &[]);
+    assert!(plain == weights("recomputed", &["--gradient-checkpointing"]));
+    assert!(plain == weights("in-backward", &["--gradient-checkpointing", "--optimizer-in-backward"]));
+    assert!(plain != weights("clipped", &["--freeze-embeddings"]));
+}
+
+#[test]
+fn updates_in_the_backward_pass_refuse_what_needs_all_gradients() {
+    let f = Fixture::new();
+    f.train("out", &["--optimizer-in-backward"]).usage_error(&["--max-grad-norm 0"]);
+    f.train("out", &["--optimizer-in-backward", "--max-grad-norm", "0", "--grad-accum", "2"])
+        .usage_error(&["--grad-accum 1"]);
+    f.train("out", &["--master", "f16"]).usage_error(&["--master must be f32 or bf16"]);
+}
+
+#[test]
+fn held_out_losses_are_logged_and_fall() {
+    let f = Fixture::new();
+    f.train("out", &["--steps", "40", "--eval-every", "20", "--eval-rows", "5"]).ok();
+    let losses: Vec<Value> = metrics(&f, "out").into_iter().filter(|l| !l["eval_loss"].is_null()).collect();
+    let steps: Vec<u64> = losses.iter().map(|l| l["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [20, 40]);
+    for task in common::TASKS {
+        let loss = |i: usize| losses[i]["eval_loss"][task].as_f64().unwrap();
+        assert!(loss(1) < loss(0), "{task}: {} then {}", loss(0), loss(1));
+    }
+    // The losses only watch: the weights are those of a run without them.
+    f.train("blind", &["--steps", "40"]).ok();
+    let weights = |out: &str| fs::read(f.path("runs").join(out).join("model.safetensors")).unwrap();
+    assert!(weights("out") == weights("blind"));
+}
+
+#[test]
+fn packing_fills_rows_with_whole_examples() {
+    let f = Fixture::new();
+    let tokens = |out: &str, more: &[&str]| {
+        f.train(out, &[&["--steps", "1", "--max-length", "96"], more].concat()).ok();
+        metrics(&f, out)[0]["tokens"].as_u64().unwrap()
+    };
+    // Four rows of at most 96 tokens, each too full for one example more.
+    let packed = tokens("packed", &["--packing"]);
+    let plain = tokens("plain", &[]);
+    assert!(packed <= 4 * 96 && packed > 2 * plain, "{packed} tokens packed, {plain} in four examples");
+}
+
+#[test]
+fn each_stage_can_have_its_own_rate() {
+    let f = Fixture::new();
+    f.staged("out", &["--steps", "8", "--stage-lr", "1e-2,5e-4", "--warmup-ratio", "0"]).ok();
+    let lines = metrics(&f, "out");
+    let peak = |stage: &str| {
+        let own = lines.iter().filter(|l| l["stage"].as_str().unwrap().starts_with(stage));
+        own.map(|l| l["lr"].as_f64().unwrap()).fold(0.0, f64::max)
+    };
+    assert_eq!((peak("stage 1/2"), peak("stage 2/2")), (1e-2, 5e-4));
+    f.staged("bad", &["--steps", "8", "--stage-lr", "1e-2"]).usage_error(&["1 rates for 2 stages"]);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_names_the_rows() {
+    let f = Fixture::new();
+    // A rate so high that the second loss is no number.
+    let more = ["--steps", "60", "--lr", "1e30", "--warmup-ratio", "0", "--only", "copy", "--batch-size", "9"];
+    f.train("out", &more).expect_code(1).says(&["stopped before the update", "copy/train.jsonl line ", ", and 1 more"]);
+    assert!(!f.path("runs/out").exists());
+}
