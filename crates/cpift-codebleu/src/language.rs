@@ -1,0 +1,105 @@
+//! The languages: their names, grammars and keywords.
+
+use tree_sitter::{Parser, Tree};
+
+/// A language that code can be compared in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Language {
+    /// Python 3.
+    Python,
+    /// Java.
+    Java,
+    /// JavaScript, with JSX.
+    JavaScript,
+    /// C.
+    C,
+    /// C++.
+    Cpp,
+}
+
+impl Language {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Python, Self::Java, Self::JavaScript, Self::C, Self::Cpp];
+
+    /// The language called `name` in data sets and at the head of fenced code, whatever the case: `python`, `py`, `C++`, `js`, …
+    pub fn named(name: &str) -> Option<Self> {
+        match name.trim().to_ascii_lowercase().as_str() {
+            "python" | "py" | "python3" => Some(Self::Python),
+            "java" => Some(Self::Java),
+            "javascript" | "js" | "jsx" | "node" | "nodejs" => Some(Self::JavaScript),
+            "c" | "h" => Some(Self::C),
+            "cpp" | "c++" | "cc" | "cxx" | "hpp" => Some(Self::Cpp),
+            _ => None,
+        }
+    }
+
+    /// The name, as the PyPI package codebleu has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Python => "python",
+            Self::Java => "java",
+            Self::JavaScript => "javascript",
+            Self::C => "c",
+            Self::Cpp => "cpp",
+        }
+    }
+
+    /// The syntax tree of `code`; every text has one.
+    pub(crate) fn parse(self, code: &str) -> Tree {
+        let grammar = match self {
+            Self::Python => tree_sitter_python::LANGUAGE,
+            Self::Java => tree_sitter_java::LANGUAGE,
+            Self::JavaScript => tree_sitter_javascript::LANGUAGE,
+            Self::C => tree_sitter_c::LANGUAGE,
+            Self::Cpp => tree_sitter_cpp::LANGUAGE,
+        };
+        let mut parser = Parser::new();
+        parser.set_language(&grammar.into()).expect("the pinned grammars fit this tree-sitter");
+        parser.parse(code, None).expect("a parser with a language and no time limit returns a tree")
+    }
+
+    pub(crate) fn is_keyword(self, token: &str) -> bool {
+        self.keywords().contains(&token)
+    }
+
+    /// The words of weight 1, exactly those of the PyPI package: some are no keywords, and JavaScript's `true` is missing.
+    #[rustfmt::skip]
+    fn keywords(self) -> &'static [&'static str] {
+        match self {
+            Self::Python => &[
+                "False", "None", "True", "and", "as", "assert", "async", "await", "break", "class", "continue", "def", "del",
+                "elif", "else", "except", "finally", "for", "from", "global", "if", "import", "in", "is", "lambda",
+                "nonlocal", "not", "or", "pass", "raise", "return", "try", "while", "with", "yield", "match", "case", "type",
+            ],
+            Self::Java => &[
+                "abstract", "assert", "boolean", "break", "byte", "case", "catch", "char", "class", "const", "continue",
+                "default", "do", "double", "else", "enum", "extends", "final", "finally", "float", "for", "goto", "if",
+                "implements", "import", "instanceof", "int", "interface", "long", "native", "new", "package", "private",
+                "protected", "public", "return", "short", "static", "strictfp", "super", "switch", "synchronized", "this",
+                "throw", "throws", "transient", "try", "void", "volatile", "while",
+            ],
+            Self::JavaScript => &[
+                "await", "break", "case", "catch", "class", "const", "continue", "debugger", "default", "delete", "do",
+                "else", "enum", "export", "extends", "false", "finally", "for", "function", "if", "implements", "import",
+                "in", "instanceof", "interface", "let", "new", "null", "package", "private", "protected", "public", "return",
+                "super", "switch", "static", "this", "throw", "try", "True", "typeof", "var", "void", "while", "with",
+                "yield",
+            ],
+            Self::C => &[
+                "auto", "else", "long", "switch", "break", "enum", "register", "typedef", "case", "extern", "return",
+                "union", "char", "float", "short", "unsigned", "const", "for", "signed", "void", "continue", "goto",
+                "sizeof", "volatile", "default", "if", "static", "while", "do", "int", "struct", "_Packed", "double",
+            ],
+            Self::Cpp => &[
+                "auto", "const", "double", "float", "int", "short", "struct", "unsigned", "break", "continue", "else", "for",
+                "long", "signed", "switch", "void", "case", "default", "enum", "goto", "register", "sizeof", "typedef",
+                "volatile", "char", "do", "extern", "if", "return", "static", "union", "while", "asm", "dynamic_cast",
+                "namespace", "reinterpret_cast", "bool", "explicit", "new", "static_cast", "typeid", "catch", "false", "try",
+                "operator", "template", "typename", "class", "friend", "private", "this", "using", "const_cast", "inline",
+                "public", "throw", "virtual", "delete", "mutable", "protected", "true", "wchar_t", "and", "bitand", "compl",
+                "not_eq", "or_eq", "xor_eq", "and_eq", "bitor", "not", "or", "xor", "cin", "endl", "INT_MIN", "iomanip",
+                "main", "npos", "std", "cout", "include", "INT_MAX", "iostream", "MAX_RAND", "NULL", "string",
+            ],
+        }
+    }
+}
