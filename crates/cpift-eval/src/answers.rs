@@ -2,19 +2,18 @@
 
 use anyhow::Result;
 use cpift_core::progress;
-use cpift_core::tasks::Task;
 use cpift_torch::data::Row;
-use cpift_torch::generate::{GreedyOptions, greedy};
+use cpift_torch::generate::{GenerationOptions, generate};
 use cpift_torch::session::Session;
 
 use crate::metrics::Settings;
-use crate::prompt::Prompt;
+use crate::prompt::{Prompt, Prompter};
 
 /// A prompt and what the model wrote after it.
 pub struct Answered {
     /// The prompt as text.
     pub prompt: String,
-    /// The answer.
+    /// The answer, cut before a stop text.
     pub output: String,
 }
 
@@ -29,22 +28,25 @@ pub struct Answers {
 /// Generates an answer to each row.
 ///
 /// # Errors
-/// As [`Prompt::new`].
-pub fn answers(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Answers> {
+/// As [`Prompter::prompt`].
+pub fn answers(session: &Session, prompter: &Prompter<'_>, rows: &[Row], settings: &Settings) -> Result<Answers> {
     let prompts: Vec<Prompt> =
-        rows.iter().map(|row| Prompt::new(session, task, row, settings.max_new_tokens)).collect::<Result<_>>()?;
+        rows.iter().map(|row| prompter.prompt(row, settings.max_new_tokens)).collect::<Result<_>>()?;
     let prompts_cut = prompts.iter().filter(|p| p.cut > 0).count();
     let (texts, ids): (Vec<String>, Vec<Vec<i64>>) = prompts.into_iter().map(|p| (p.text, p.ids)).unzip();
-    let options = GreedyOptions {
+    let options = GenerationOptions {
         eos_ids: &session.text.eos_ids,
-        pad_id: session.text.pad_id,
+        stop: &prompter.stop(),
         max_new_tokens: settings.max_new_tokens,
         batch_size: settings.batch_size,
+        sampling: settings.sampling,
     };
     let bar = progress::items("answers", ids.len() as u64);
-    let answers = greedy(&session.model, &ids, &options, || bar.inc(1));
+    let answers = generate(&session.model, &session.text, &ids, &options, || bar.inc(1))?;
     bar.finish_and_clear();
-    let answered =
-        |(prompt, ids): (String, Vec<i64>)| anyhow::Ok(Answered { prompt, output: session.text.decode(&ids)? });
-    Ok(Answers { list: texts.into_iter().zip(answers).map(answered).collect::<Result<_>>()?, prompts_cut })
+    let answered = |(prompt, answer): (String, _)| {
+        let cpift_torch::generate::Generated { text, .. } = answer;
+        Answered { prompt, output: text }
+    };
+    Ok(Answers { list: texts.into_iter().zip(answers).map(answered).collect(), prompts_cut })
 }
