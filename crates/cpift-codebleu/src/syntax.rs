@@ -67,10 +67,11 @@ impl Forms {
     }
 
     fn number(&mut self, node: Node, printed: &Printed) -> u32 {
-        // A leaf is printed by the library: it may be missing, or an error with the unexpected character in it.
+        // A leaf is printed by the library: it may be missing, or an error with the unexpected character in it. A node whose children are
+        // all unprinted looks like a leaf of its kind.
         let head = match (node.child_count(), node.is_named()) {
             (0, _) => node.to_sexp(),
-            (_, true) => node.kind().to_owned(),
+            (_, true) => format!("({})", node.kind()),
             (_, false) => format!("{:?}", node.kind()),
         };
         let next = self.numbers.len() as u32;
