@@ -1,6 +1,11 @@
 //! The languages: their names, grammars and keywords.
 
-use tree_sitter::{Parser, Tree};
+use tree_sitter::{ParseOptions, ParseState, Parser, Tree};
+
+/// The most work on one text, in bytes: each of the parser's reports (one in some 70 bytes, where all goes well) counts [`REPORT_WORK`],
+/// and in an error all bytes parsed so far as well.
+const MAX_PARSE_WORK: usize = 50_000_000;
+const REPORT_WORK: usize = 500;
 
 /// A language that code can be compared in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -44,8 +49,13 @@ impl Language {
         }
     }
 
-    /// The syntax tree of `code`; every text has one.
-    pub(crate) fn parse(self, code: &str) -> Tree {
+    /// The syntax tree of `code`. Every text has one, errors and all, but `None` stands for one that takes too long: the parser's recovery
+    /// from errors is quadratic at worst, and a text may be given up from about 80 kB on.
+    pub(crate) fn parse(self, code: &str) -> Option<Tree> {
+        self.parse_within(code, MAX_PARSE_WORK)
+    }
+
+    fn parse_within(self, code: &str, max_work: usize) -> Option<Tree> {
         let grammar = match self {
             Self::Python => tree_sitter_python::LANGUAGE,
             Self::Java => tree_sitter_java::LANGUAGE,
@@ -55,7 +65,19 @@ impl Language {
         };
         let mut parser = Parser::new();
         parser.set_language(&grammar.into()).expect("the pinned grammars fit this tree-sitter");
-        parser.parse(code, None).expect("a parser with a language and no time limit returns a tree")
+        let mut work = 0;
+        // Called after a fixed number of steps, so that what is given up does not hang on the machine.
+        let mut give_up = |state: &ParseState| {
+            work += REPORT_WORK + if state.has_error() { state.current_byte_offset() } else { 0 };
+            work > max_work
+        };
+        let options = ParseOptions::new().progress_callback(&mut give_up);
+        parser.parse_with_options(&mut |at, _| &code.as_bytes()[at..], None, Some(options))
+    }
+
+    /// The syntax tree of `code`, or of nothing where that takes too long.
+    pub(crate) fn tree(self, code: &str) -> Tree {
+        self.parse(code).or_else(|| self.parse("")).expect("nothing is parsed at once")
     }
 
     pub(crate) fn is_keyword(self, token: &str) -> bool {
@@ -101,5 +123,25 @@ impl Language {
                 "main", "npos", "std", "cout", "include", "INT_MAX", "iostream", "MAX_RAND", "NULL", "string",
             ],
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both kinds of slow text: many reports, and reports that cost ever more.
+    #[test]
+    fn a_text_that_takes_too_long_is_given_up_and_good_code_of_its_length_is_not() {
+        let texts = [
+            (Language::Python, "if (a) { b = a; } else { c = b; }\n".repeat(300)),
+            (Language::JavaScript, "'\"\"\"\"'".repeat(1_500)),
+        ];
+        for (language, text) in texts {
+            assert!(language.parse(&text).is_some());
+            assert!(language.parse_within(&text, 500_000).is_none());
+            assert!(language.parse_within(&"x = y;\n".repeat(text.len() / 7), 500_000).is_some());
+        }
+        assert_eq!(Language::C.tree("").root_node().to_sexp(), "(translation_unit)");
     }
 }

@@ -76,7 +76,7 @@ impl Counts {
         let (reference, candidate) = (strip::trim(reference), strip::trim(candidate));
         let words = ngram::Counts::of(language, reference, candidate);
         let (reference, candidate) = (strip::comments(language, reference), strip::comments(language, candidate));
-        let (reference_tree, candidate_tree) = (language.parse(&reference), language.parse(&candidate));
+        let (reference_tree, candidate_tree) = (language.tree(&reference), language.tree(&candidate));
         let (matched, total) = syntax::matches(reference_tree.root_node(), candidate_tree.root_node());
         let syntax = Share { matched, total };
         let flow = |tree: &tree_sitter::Tree, code: &str| flow::normalised(language, tree.root_node(), code);
@@ -124,5 +124,5 @@ pub fn score(language: Language, reference: &str, candidate: &str, no_data_flow:
 
 /// Whether `code` is more than white space and parses without an error: no node stands for skipped text or for something missing.
 pub fn parses(language: Language, code: &str) -> bool {
-    !strip::trim(code).is_empty() && !language.parse(code).root_node().has_error()
+    !strip::trim(code).is_empty() && language.parse(code).is_some_and(|tree| !tree.root_node().has_error())
 }

@@ -120,7 +120,7 @@ mod tests {
                 "template<class T> auto f(T&& t) noexcept -> decltype(t) { return [=](auto x){ return x <=> 1; }(t); } )",
             ),
         ] {
-            let tree = language.parse(code);
+            let tree = language.tree(code);
             let mut forms = Forms::default();
             let numbers = forms.subtrees(tree.root_node());
             let printed = printed_subtrees(tree.root_node());

@@ -97,15 +97,15 @@ fn long_and_deep_texts_take_bounded_time() {
     let loops = |head: &str, tail: &str| format!("{}x = x + 1;{}", head.repeat(60), tail.repeat(60));
     let python_loops: String = (0..60).map(|depth| format!("{}while x:\n", " ".repeat(depth))).collect();
     let texts = [
-        ("nesting", "(".repeat(100_000) + &")".repeat(100_000)),
-        ("unclosed", "[".repeat(100_000)),
+        ("nesting", "(".repeat(10_000) + &")".repeat(10_000)),
+        ("unclosed", "[".repeat(30_000)),
         ("unary", "-".repeat(50_000) + "x"),
-        ("comments", "/*//\n".repeat(50_000)),
-        ("escapes", format!("x = '{}", "\\'".repeat(100_000))),
-        ("quotes", "'\"\"\"\"'".repeat(20_000)),
-        ("sum", format!("x = {}1;", "a + ".repeat(30_000))),
-        ("many", "x = x + 1;\n".repeat(10_000)),
-        ("ifs", "if (a) { b = a; } else { c = b; }\n".repeat(5_000)),
+        ("comments", "/*//\n".repeat(20_000)),
+        ("escapes", format!("x = '{}", "\\'".repeat(20_000))),
+        ("quotes", "'\"\"\"\"'".repeat(2_000)),
+        ("sum", format!("x = {}1;", "a + ".repeat(10_000))),
+        ("many", "x = x + 1;\n".repeat(3_000)),
+        ("ifs", "if (a) { b = a; } else { c = b; }\n".repeat(700)),
         ("pairs", format!("x = [{}];", "y, ".repeat(20_000))),
         ("chain", format!("{}1;", "x = ".repeat(5_000))),
         ("loops", loops("while (x) { ", "}")),
