@@ -3,7 +3,7 @@
 use anyhow::Result;
 use cpift_core::progress;
 use cpift_torch::data::Row;
-use cpift_torch::generate::{GenerationOptions, generate};
+use cpift_torch::generate::{Generated, GenerationOptions, generate};
 use cpift_torch::session::Session;
 
 use crate::metrics::Settings;
@@ -44,9 +44,6 @@ pub fn answers(session: &Session, prompter: &Prompter<'_>, rows: &[Row], setting
     let bar = progress::items("answers", ids.len() as u64);
     let answers = generate(&session.model, &session.text, &ids, &options, || bar.inc(1))?;
     bar.finish_and_clear();
-    let answered = |(prompt, answer): (String, _)| {
-        let cpift_torch::generate::Generated { text, .. } = answer;
-        Answered { prompt, output: text }
-    };
+    let answered = |(prompt, answer): (String, Generated)| Answered { prompt, output: answer.text };
     Ok(Answers { list: texts.into_iter().zip(answers).map(answered).collect(), prompts_cut })
 }

@@ -16,8 +16,9 @@ fn constant(pattern: &str) -> Regex {
 
 static STRICT: LazyLock<Regex> = LazyLock::new(|| constant(r"#### (\-?[0-9\.\,]+)"));
 static FLEXIBLE: LazyLock<Regex> = LazyLock::new(|| constant(r"(-?[$0-9.,]{2,})|(-?[0-9]+)"));
+/// The last is `\.$` in Python, whose `$` stands before a final line break too.
 static IGNORED: LazyLock<[Regex; 4]> =
-    LazyLock::new(|| [constant(","), constant(r"\$"), constant(r"(?s).*#### "), constant(r"\.$")]);
+    LazyLock::new(|| [constant(","), constant(r"\$"), constant(r"(?s).*#### "), constant(r"\.(\n?)\z")]);
 
 /// The number after the first `####`, else `[invalid]`.
 pub fn strict_match(answer: &str) -> &str {
@@ -34,7 +35,7 @@ pub fn flexible_extract(answer: &str) -> &str {
 pub fn normalise(text: &str) -> String {
     let mut out = text.to_owned();
     for pattern in IGNORED.iter() {
-        out = pattern.replace_all(&out, "").into_owned();
+        out = pattern.replace_all(&out, "$1").into_owned();
     }
     out.to_lowercase()
 }

@@ -6,7 +6,9 @@ mod choice;
 mod exact_match;
 mod gsm8k;
 mod loss;
+mod rouge;
 
+pub use choice::choices;
 pub use gsm8k::{flexible_extract, normalise, strict_match};
 pub use loss::{Loss, loss};
 
@@ -15,10 +17,12 @@ use cpift_core::BadInput;
 use cpift_core::scores::Figure;
 use cpift_core::tasks::{Task, TaskMetric};
 use cpift_torch::data::Row;
+use cpift_torch::generate::Sampling;
 use cpift_torch::session::Session;
 use serde_json::{Map, Value, json};
 
 use crate::answers::answers;
+use crate::prompt::Prompter;
 
 /// Settings that the figures of a task depend on.
 pub struct Settings {
@@ -28,6 +32,8 @@ pub struct Settings {
     pub max_new_tokens: usize,
     /// Longest example in tokens.
     pub max_length: usize,
+    /// How tokens are chosen; `None`: the likeliest.
+    pub sampling: Option<Sampling>,
 }
 
 /// The task's own metric over its rows.
@@ -44,8 +50,6 @@ pub struct Scored {
 
 /// A generated answer to be graded.
 pub struct Answer<'a> {
-    /// The row it answers.
-    pub row: &'a Row,
     /// What the model wrote.
     pub output: &'a str,
     /// What it should have written.
@@ -74,22 +78,39 @@ pub type Grader = fn(&Answer<'_>) -> Grade;
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the line of a row without the fields its metric needs.
-pub fn score(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Scored> {
-    match task.metric {
-        TaskMetric::Nll => Ok(Scored { metric: None, also: Vec::new(), prompts_cut: 0, outputs: Vec::new() }),
-        TaskMetric::ExactMatch => graded(session, task, rows, settings, exact_match::grade),
-        TaskMetric::Gsm8k => graded(session, task, rows, settings, gsm8k::grade),
-        TaskMetric::Choice => choice::score(session, task, rows),
-    }
+pub fn score(
+    session: &Session,
+    prompter: &Prompter<'_>,
+    task: &Task,
+    rows: &[Row],
+    settings: &Settings,
+) -> Result<Scored> {
+    let grader: Grader = match task.metric {
+        TaskMetric::Nll => {
+            return Ok(Scored { metric: None, also: Vec::new(), prompts_cut: 0, outputs: Vec::new() });
+        }
+        TaskMetric::Choice => return choice::score(session, prompter, task, rows, settings),
+        TaskMetric::ExactMatch => exact_match::exact_match,
+        TaskMetric::Contains => exact_match::contains,
+        TaskMetric::RougeL => rouge::rouge_l,
+        TaskMetric::Gsm8k => gsm8k::grade,
+    };
+    graded(session, prompter, (task, rows), settings, grader)
 }
 
 /// Generates the answers and grades each.
-fn graded(session: &Session, task: &Task, rows: &[Row], settings: &Settings, grader: Grader) -> Result<Scored> {
+fn graded(
+    session: &Session,
+    prompter: &Prompter<'_>,
+    (task, rows): (&Task, &[Row]),
+    settings: &Settings,
+    grader: Grader,
+) -> Result<Scored> {
     let references: Vec<String> = rows.iter().map(|row| reference(task, row)).collect::<Result<_>>()?;
-    let answers = answers(session, task, rows, settings)?;
+    let answers = answers(session, prompter, rows, settings)?;
     let mut lines = Lines::default();
     for ((row, answer), reference) in rows.iter().zip(&answers.list).zip(&references) {
-        let grade = grader(&Answer { row, output: &answer.output, reference });
+        let grade = grader(&Answer { output: &answer.output, reference });
         lines.add(row, grade, json!({"prompt": answer.prompt, "output": answer.output, "reference": reference}));
     }
     Ok(lines.scored(answers.prompts_cut))

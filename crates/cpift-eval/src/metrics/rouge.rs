@@ -46,7 +46,7 @@ mod tests {
             ("a b c d e f", "f e d c b a", 0.16666666666666666),
             ("It's 3.5 kg, naïve!", "it s 3 5 kg na ve", 1.0),
             ("alpha beta", "gamma", 0.0),
-            ("", "x", 0),
+            ("", "x", 0.0),
             ("one two three", "one two three four five", 0.7499999999999999),
         ] {
             let found = f1(&words(reference), &words(candidate));
