@@ -22,7 +22,7 @@ use tokens::{Token, Tokens};
 /// The deepest tree that is walked.
 const MAX_DEPTH: usize = 900;
 /// The most steps of a walk: nodes, variables copied at branches, and edges' parents.
-const MAX_STEPS: usize = 20_000_000;
+const MAX_STEPS: usize = 2_000_000;
 
 /// How a value gets to a variable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

