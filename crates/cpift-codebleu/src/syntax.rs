@@ -30,6 +30,14 @@ struct Open<'tree> {
     node: Node<'tree>,
     field: Option<&'static str>,
     printed: Printed,
+    /// Whether a child has an error.
+    error_below: bool,
+}
+
+impl<'tree> Open<'tree> {
+    fn new(node: Node<'tree>, field: Option<&'static str>) -> Self {
+        Self { node, field, printed: Vec::new(), error_below: false }
+    }
 }
 
 impl Forms {
@@ -37,19 +45,20 @@ impl Forms {
     fn subtrees(&mut self, root: Node) -> Vec<u32> {
         let mut subtrees = Vec::new();
         let mut cursor = root.walk();
-        let mut open = vec![Open { node: root, field: None, printed: Vec::new() }];
+        let mut open = vec![Open::new(root, None)];
         loop {
             if cursor.goto_first_child() {
-                open.push(Open { node: cursor.node(), field: cursor.field_name(), printed: Vec::new() });
+                open.push(Open::new(cursor.node(), cursor.field_name()));
                 continue;
             }
             loop {
                 let closed = open.pop().expect("the cursor is inside an open node");
-                let form = self.number(closed.node, &closed.printed);
+                let form = self.number(&closed);
                 if open.is_empty() || closed.node.child_count() > 0 {
                     subtrees.push(form);
                 }
                 let Some(parent) = open.last_mut() else { return subtrees };
+                parent.error_below |= closed.node.has_error();
                 if closed.node.is_named() || closed.node.is_missing() {
                     parent.printed.push((closed.field, form));
                 } else {
@@ -58,7 +67,7 @@ impl Forms {
                     parent.printed.extend(inside);
                 }
                 if cursor.goto_next_sibling() {
-                    open.push(Open { node: cursor.node(), field: cursor.field_name(), printed: Vec::new() });
+                    open.push(Open::new(cursor.node(), cursor.field_name()));
                     break;
                 }
                 cursor.goto_parent();
@@ -66,16 +75,21 @@ impl Forms {
         }
     }
 
-    fn number(&mut self, node: Node, printed: &Printed) -> u32 {
+    fn number(&mut self, open: &Open) -> u32 {
+        let node = open.node;
         // A leaf is printed by the library: it may be missing, or an error with the unexpected character in it. A node whose children are
         // all unprinted looks like a leaf of its kind.
-        let head = match (node.child_count(), node.is_named()) {
+        let mut head = match (node.child_count(), node.is_named()) {
             (0, _) => node.to_sexp(),
             (_, true) => format!("({})", node.kind()),
             (_, false) => format!("{:?}", node.kind()),
         };
+        // An error that no child has is a missing token that the tree hides and prints all the same, such as the end of an `#include`.
+        if node.has_error() && !node.is_error() && !open.error_below && node.child_count() > 0 {
+            head.push_str("MISSING");
+        }
         let next = self.numbers.len() as u32;
-        *self.numbers.entry((head, printed.clone())).or_insert(next)
+        *self.numbers.entry((head, open.printed.clone())).or_insert(next)
     }
 }
 
