@@ -9,10 +9,11 @@
 //! prompt = "{{ question }}"        # instead of a format: Jinja over the row's columns that writes the user's turn
 //! completion = "{{ answer }}"      # the assistant's turn; goes with prompt
 //! system = "Work step by step."    # the system turn before them; none where it comes out empty
-//! metric = "gsm8k"                 # exact-match, gsm8k, choice or nll (default: the loss alone)
+//! metric = "gsm8k"                 # exact-match, contains, rouge-l, gsm8k, choice or nll (default: the loss alone)
+//! split = "(?s)(?P<question>.*)"   # regex over the last user turn whose groups passage and question cpift-eval --prompt harness asks
 //! kind = "reasoning"               # for grouping by hand
 //! template = "chatml"              # for a base without a chat template: chatml, or a path to a Jinja file
-//! few_shot = 0                     # examples before the question (only 0 yet)
+//! few_shot = 0                     # examples of train before the question in cpift-eval; default 0
 //! max_new_tokens = 256             # longest generated answer; default 256
 //! max_length = 1024                # longest example in tokens; default 1024
 //! sample = 500                     # rows of the balanced sample; default: the smallest task's rows, at most 1,000
@@ -63,6 +64,9 @@ pub struct Task {
     /// How answers are scored; the loss always is.
     #[serde(default)]
     pub metric: TaskMetric,
+    /// Regular expression over the last user turn whose groups `passage` and `question` are the parts of a harness prompt.
+    #[serde(default)]
+    pub split: Option<String>,
     /// Free label of similar tasks.
     #[serde(default)]
     pub kind: Option<String>,
@@ -116,9 +120,13 @@ pub enum TaskMetric {
     Nll,
     /// The generated answer equals `answer`, outer white space aside.
     ExactMatch,
+    /// The generated answer holds `answer`.
+    Contains,
+    /// The longest common subsequence of words of the generated answer and `answer`, as F1.
+    RougeL,
     /// GSM8K's exact match of the number after `####`.
     Gsm8k,
-    /// The letter of `choices` with the highest log-likelihood is the one of `answer`.
+    /// The one of `choices` with the highest log-likelihood is the one of `answer`.
     Choice,
 }
 
@@ -217,12 +225,6 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
             .found(format!("{:?}", task.name))
             .into());
     }
-    if task.few_shot != 0 {
-        return Err(BadInput::new(path, format!("task {}: few_shot is not supported yet", task.name))
-            .expected("0")
-            .found(task.few_shot.to_string())
-            .into());
-    }
     if task.max_length < 2 || task.max_new_tokens == 0 || task.sample == Some(0) {
         return Err(BadInput::new(path, format!("task {}: a length or count is too small", task.name))
             .expected("max_length of at least 2, max_new_tokens and sample of at least 1")
@@ -284,7 +286,7 @@ mod tests {
         let tasks = read(&toml).unwrap();
         let task = tasks.named("gsm8k").unwrap();
         assert_eq!((task.metric, task.sample, task.max_length), (TaskMetric::Gsm8k, Some(500), 1024));
-        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 14, "a key without documentation");
+        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 15, "a key without documentation");
     }
 
     #[test]

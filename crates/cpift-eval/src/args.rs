@@ -3,8 +3,15 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use cpift_core::Dtype;
 use cpift_core::cli::Common;
+use cpift_core::error::usage;
 use cpift_torch::device::DeviceChoice;
+use cpift_torch::generate::Sampling;
+use cpift_torch::weights::kind_of;
+use tch::{Device, Kind};
+
+use crate::prompt::PromptStyle;
 
 /// Scores a checkpoint on every task of a task list, and compares the scores of several checkpoints.
 ///
@@ -25,9 +32,14 @@ pub struct Args {
 pub enum Command {
     /// Score one checkpoint: loss on every task, and each task's own metric
     ///
-    /// Writes scores.json, outputs.jsonl (what was generated for each row, what was extracted, the score) and cpift.json. Metrics of
-    /// tasks.toml: `exact-match` and `gsm8k` generate greedily from the chat prompt; `choice` takes the letter with the highest
-    /// log-likelihood; `nll` is the loss alone, in nats a target token.
+    /// Writes scores.json, outputs.jsonl (prompt, output, what was extracted and score of each row) and cpift.json.
+    ///
+    /// The loss on the reference answers, in nats a target token, and its perplexity are always there. `metric` of a task in tasks.toml
+    /// adds: `exact-match`, `contains`, `rouge-l` and `gsm8k` generate an answer; `choice` takes the option with the highest
+    /// log-likelihood.
+    ///
+    /// The numbers of lm-evaluation-harness, 5-shot: cpift-eval run --model DIR --tasks tasks.toml --out scores --prompt harness
+    /// --few-shot 5
     Run(RunArgs),
     /// Print a table of several scores.json: checkpoints by tasks, with the Average Normalised Score
     Compare(CompareArgs),
@@ -54,12 +66,67 @@ pub struct RunArgs {
     /// Rows in a batch
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub batch_size: usize,
+    /// How a row becomes a prompt
+    #[arg(long, value_name = "STYLE", value_enum, default_value_t = PromptStyle::Chat)]
+    pub prompt: PromptStyle,
+    /// Examples of the training file before every question, over the tasks' own few_shot
+    #[arg(long, visible_alias = "fewshot", value_name = "N")]
+    pub few_shot: Option<usize>,
+    /// Sample with the logits divided by this; 0 takes the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Sample among the likeliest tokens only, as few as reach this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Seed of the sampling and of the choice of examples
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
     /// Longest generated answer in tokens, over the tasks' own max_new_tokens
     #[arg(long, value_name = "N")]
     pub max_new_tokens: Option<usize>,
     /// cpu, cuda, cuda:N, or auto: CUDA where there is one
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
+    /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
+    #[arg(long, value_name = "TYPE")]
+    pub compute_dtype: Option<Dtype>,
+}
+
+impl RunArgs {
+    /// # Errors
+    /// [`cpift_core::Usage`] for a value out of range.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let counts = [Some(self.batch_size), self.limit, self.max_new_tokens];
+        let problem = if counts.contains(&Some(0)) {
+            "--batch-size, --limit and --max-new-tokens must be at least 1"
+        } else if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            "--temperature must be 0 or above"
+        } else if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            "--top-p must be above 0 and at most 1"
+        } else if self.temperature == 0.0 && self.top_p < 1.0 {
+            "--top-p has no effect without --temperature above 0"
+        } else if !matches!(self.compute_dtype, None | Some(Dtype::F32 | Dtype::BF16)) {
+            "--compute-dtype must be f32 or bf16"
+        } else {
+            return Ok(());
+        };
+        Err(usage(problem))
+    }
+
+    /// How tokens are chosen; `None`: the likeliest.
+    pub fn sampling(&self) -> Option<Sampling> {
+        let Self { temperature, top_p, seed, .. } = *self;
+        (temperature > 0.0).then_some(Sampling { temperature, top_p, seed })
+    }
+
+    /// The element type on `device`.
+    pub fn kind(&self, device: Device) -> Kind {
+        match self.compute_dtype {
+            Some(dtype) => kind_of(dtype),
+            None if device.is_cuda() => Kind::BFloat16,
+            None => Kind::Float,
+        }
+    }
 }
 
 /// Arguments of `compare`.

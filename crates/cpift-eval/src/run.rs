@@ -7,37 +7,36 @@ use std::fs;
 use anyhow::{Context, Result};
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
-use cpift_core::error::usage;
 use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::{FILE_NAME, Recorder};
 use cpift_core::scores::{FORMAT_VERSION, Scores, TaskScore};
 use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::data::{self, Layout, Row};
-use cpift_torch::session::{Precision, Session};
+use cpift_torch::session::Session;
 use log::{info, warn};
 use serde_json::{Value, json};
+use tch::Kind;
 
 use crate::args::RunArgs;
 use crate::metrics::{self, Loss, Settings};
+use crate::prompt::Prompter;
 
 /// Scores and writes the output folder.
 ///
 /// # Errors
 /// [`cpift_core::Usage`] and [`cpift_core::BadInput`]; nothing is written then.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
-    if args.batch_size == 0 || args.limit == Some(0) || args.max_new_tokens == Some(0) {
-        return Err(usage("--batch-size, --limit and --max-new-tokens must be at least 1"));
-    }
+    args.check()?;
     check_output(&args.out, common.force)?;
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let list = Tasks::read(&args.tasks)?;
     let tasks = read_rows(args, &list)?;
     let device = args.device.open(common.threads)?;
-    let session = Session::open(&args.model, list.template()?, device, Precision::F32)?;
+    let session = Session::for_inference(&args.model, list.template()?, device, args.kind(device))?;
     recorder.input("model", &args.model, session.digest.clone());
     let (mut scores, mut outputs) = (Vec::new(), String::new());
-    for (task, rows, digest) in &tasks {
-        let (score, rows) = score_task(args, &session, task, rows, digest)?;
+    for task_rows in &tasks {
+        let (task, (score, rows)) = (&task_rows.task, score_task(args, &session, task_rows)?);
         recorder.input(format!("eval:{}", task.name), &task.eval, score.eval_digest.clone());
         for mut row in rows {
             row["task"] = Value::from(task.name.as_str());
@@ -60,8 +59,16 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// A task to score, its rows, and the digest of the file they came from.
-type TaskRows = (Task, Vec<Row>, Digest);
+/// A task to score.
+struct TaskRows {
+    task: Task,
+    rows: Vec<Row>,
+    /// Of the file they came from.
+    digest: Digest,
+    /// Examples before every question, and the training rows they are drawn from; none are read where there are to be none.
+    few_shot: usize,
+    train: Vec<Row>,
+}
 
 fn read_rows(args: &RunArgs, tasks: &Tasks) -> Result<Vec<TaskRows>> {
     let chosen: Vec<Task> = if args.only.is_empty() {
@@ -73,9 +80,12 @@ fn read_rows(args: &RunArgs, tasks: &Tasks) -> Result<Vec<TaskRows>> {
         .into_iter()
         .map(|task| {
             let digest = Digest::of_file(&task.eval)?;
-            let mut rows = data::read_rows(&task.eval, &Layout::of(&task)?)?;
+            let layout = Layout::of(&task)?;
+            let mut rows = data::read_rows(&task.eval, &layout)?;
             rows.truncate(args.limit.unwrap_or(usize::MAX));
-            Ok((task, rows, digest))
+            let few_shot = args.few_shot.unwrap_or(task.few_shot);
+            let train = if few_shot > 0 { data::read_rows(&task.train, &layout)? } else { Vec::new() };
+            Ok(TaskRows { task, rows, digest, few_shot, train })
         })
         .collect()
 }
@@ -88,26 +98,25 @@ fn templates(task: &Task) -> Value {
     }
 }
 
-fn score_task(
-    args: &RunArgs,
-    session: &Session,
-    task: &Task,
-    rows: &[Row],
-    eval_digest: &Digest,
-) -> Result<(TaskScore, Vec<Value>)> {
+fn score_task(args: &RunArgs, session: &Session, of: &TaskRows) -> Result<(TaskScore, Vec<Value>)> {
+    let TaskRows { task, rows, digest, few_shot, train } = of;
+    let prompter = Prompter::new(session, task, args.prompt, (train, *few_shot, args.seed))?;
     let settings = Settings {
         batch_size: args.batch_size,
         max_new_tokens: args.max_new_tokens.unwrap_or(task.max_new_tokens),
         max_length: session.context_of(task, None),
+        sampling: args.sampling(),
     };
-    let Loss { nll, truncated, dropped } = metrics::loss(session, task, rows, &settings)?;
+    let loss = metrics::loss(session, task, rows, &settings)?;
+    let perplexity = loss.perplexity();
+    let Loss { nll, truncated, dropped } = loss;
     if truncated > 0 {
         warn!(
             "{}: {truncated} rows are longer than {} tokens: their loss is over the first ones, and {dropped} have none",
             task.name, settings.max_length
         );
     }
-    let scored = metrics::score(session, task, rows, &settings)?;
+    let scored = metrics::score(session, &prompter, task, rows, &settings)?;
     if scored.prompts_cut > 0 {
         warn!("{}: {} prompts lost their beginning to the model's context", task.name, scored.prompts_cut);
     }
@@ -115,13 +124,25 @@ fn score_task(
     info!("{}: {main}nll {:.4} ± {:.4} ({} rows)", task.name, nll.value, nll.stderr, nll.n);
     let score = TaskScore {
         task: task.name.clone(),
-        eval_digest: eval_digest.clone(),
+        eval_digest: digest.clone(),
         metric: scored.metric,
-        also: scored.also.into_iter().map(|figure| (figure.name.clone(), figure)).collect(),
+        also: scored.also.into_iter().chain([perplexity]).map(|figure| (figure.name.clone(), figure)).collect(),
         nll,
         settings: BTreeMap::from([
             ("rows".to_owned(), json!(rows.len())),
-            ("prompt".to_owned(), json!("chat")),
+            ("prompt".to_owned(), json!(args.prompt.name())),
+            ("few_shot".to_owned(), json!(few_shot)),
+            (
+                "compute_dtype".to_owned(),
+                json!(if args.kind(session.model.device()) == Kind::Float { "f32" } else { "bf16" }),
+            ),
+            (
+                "sampling".to_owned(),
+                settings
+                    .sampling
+                    .map_or(Value::Null, |s| json!({"temperature": s.temperature, "top_p": s.top_p, "seed": s.seed})),
+            ),
+            ("seed".to_owned(), if *few_shot > 0 { json!(args.seed) } else { Value::Null }),
             ("max_new_tokens".to_owned(), json!(settings.max_new_tokens)),
             ("max_length".to_owned(), json!(settings.max_length)),
             ("truncated".to_owned(), json!(truncated)),

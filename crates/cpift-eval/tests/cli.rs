@@ -162,7 +162,7 @@ fn gsm8ks_own_rows_are_scored_by_the_number_in_their_answer() {
     let outputs = fs::read_to_string(f.out("a").join("outputs.jsonl")).unwrap();
     let output: Value = serde_json::from_str(&outputs).unwrap();
     assert_eq!((&output["reference"], &output["row"]), (&json!("It is 4.\n#### 4"), &json!(1)));
-    assert!(output["strict_match"].is_string());
+    assert!(output["extracted"].is_string() && output["flexible_extract"].is_string());
 }
 
 #[test]
@@ -191,4 +191,144 @@ fn bad_arguments_and_outputs() {
     f.compare(&[f.dir.path().to_str().unwrap()]).bad_input(&["scores.json"]);
     fs::remove_file(f.model.join("config.json")).unwrap();
     f.eval("out2", &[]).bad_input(&["config.json"]);
+}
+
+/// Rows of outputs.jsonl.
+fn outputs(folder: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(folder.join("outputs.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn task(name: &str, more: &str) -> String {
+    format!("[[task]]\nname = '{name}'\ntrain = '{name}/train.jsonl'\neval = '{name}/eval.jsonl'\n{more}\n")
+}
+
+fn question(user: &str, choices: Value, answer: usize) -> Value {
+    let mut r = row(user, ["A", "B"][answer]);
+    (r["choices"], r["answer"]) = (choices, json!(answer));
+    r
+}
+
+const SPLIT: &str = r"split = '(?s)^(?P<passage>.*)\n\n(?P<question>.*)\n\nA\. '";
+
+#[test]
+fn the_harness_prompt_of_multiple_choice_scores_the_options_text() {
+    let f = Fixture::new();
+    let user = "All birds fly.\nSo they say.\n\nWho flies?\n\nA. birds\nB. é";
+    let rows = [question(user, json!(["birds", "é"]), 0), question(user, json!(["é", "birds"]), 0)];
+    write_rows(&f.dir.path().join("data/pick/eval.jsonl"), &rows);
+    fs::write(&f.tasks, task("pick", &format!("metric = 'choice'\n{SPLIT}"))).unwrap();
+    f.eval("a", &["--prompt", "harness"]).ok();
+    let outputs = outputs(&f.out("a"));
+    let prompt = "Passage: All birds fly.\nSo they say.\nQuestion: Who flies?\nChoices:\nA. birds\nB. é\nAnswer:";
+    assert_eq!(outputs[0]["prompt"], prompt);
+    for output in &outputs {
+        let ll: Vec<f64> = output["log_likelihoods"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+        let lengths = if output["row"] == 1 { [5.0, 1.0] } else { [1.0, 5.0] };
+        let score = |first: bool| json!(f64::from(u8::from(first)));
+        assert_eq!(output["acc"], score(ll[0] >= ll[1]), "{output}");
+        assert_eq!(output["acc_norm"], score(ll[0] / lengths[0] >= ll[1] / lengths[1]), "code points: {output}");
+    }
+    let scores = read_json(&f.out("a").join("scores.json"));
+    assert_eq!(scores["tasks"][0]["settings"]["prompt"], "harness");
+    assert_eq!(scores["tasks"][0]["also"]["acc_norm"]["n"], 2);
+    write_rows(
+        &f.dir.path().join("data/pick/eval.jsonl"),
+        &[rows[0].clone(), question("no parts", json!(["x", "y"]), 0)],
+    );
+    f.eval("b", &["--prompt", "harness"]).bad_input(&["pick/eval.jsonl", "line 2", "split", "no parts"]);
+    fs::write(&f.tasks, task("pick", "metric = 'choice'\nsplit = '('")).unwrap();
+    f.eval("b", &[]).bad_input(&["tasks.toml", "split", "regular expression"]);
+}
+
+#[test]
+fn equal_options_tie_and_the_first_is_taken() {
+    let f = Fixture::new();
+    write_rows(&f.dir.path().join("data/pick/eval.jsonl"), &[question("q", json!(["same", "same"]), 1)]);
+    fs::write(&f.tasks, task("pick", "metric = 'choice'")).unwrap();
+    f.eval("a", &["--prompt", "harness"]).ok();
+    let output = &outputs(&f.out("a"))[0];
+    assert_eq!((&output["extracted"], &output["acc"], &output["acc_norm"]), (&json!("A"), &json!(0.0), &json!(0.0)));
+    assert_eq!(output["prompt"], "Question: q\nChoices:\nA. same\nB. same\nAnswer:", "no passage, no such line");
+}
+
+#[test]
+fn examples_come_from_the_training_file_by_the_seed() {
+    let f = Fixture::new();
+    let train: Vec<Value> =
+        (0..9).map(|i| json!({"question": format!("q{i}"), "answer": format!("#### {i}")})).collect();
+    write_rows(&f.dir.path().join("data/count/train.jsonl"), &train);
+    // The first question is one of the training file's too.
+    let eval: Vec<Value> =
+        (3..5).map(|i| json!({"question": format!("q{i}"), "answer": format!("#### {i}")})).collect();
+    write_rows(&f.dir.path().join("data/count/eval.jsonl"), &eval);
+    fs::write(&f.tasks, task("count", "metric = 'gsm8k'\nmax_new_tokens = 4")).unwrap();
+    let prompts = |out: &str, more: &[&str]| -> Vec<String> {
+        f.eval(out, &[&["--few-shot", "2"], more].concat()).ok();
+        outputs(&f.out(out)).iter().map(|o| o["prompt"].as_str().unwrap().to_owned()).collect()
+    };
+    let harness = prompts("a", &["--prompt", "harness"]);
+    for (prompt, own) in harness.iter().zip(["q3", "q4"]) {
+        let parts: Vec<&str> = prompt.split("\n\n").collect();
+        assert_eq!((parts.len(), parts[2]), (3, format!("Question: {own}\nAnswer:").as_str()), "{prompt}");
+        for example in &parts[..2] {
+            let number = example.strip_prefix("Question: q").unwrap().chars().next().unwrap();
+            assert_eq!(*example, format!("Question: q{number}\nAnswer: #### {number}"));
+            assert_ne!(format!("q{number}"), own, "the row's own question");
+        }
+    }
+    assert_eq!(harness, prompts("b", &["--prompt", "harness", "--batch-size", "1"]));
+    assert_ne!(harness, prompts("c", &["--prompt", "harness", "--seed", "5"]));
+    assert_eq!(prompts("d", &[])[0].matches("<|im_start|>assistant").count(), 3, "turns of a chat prompt");
+    f.eval("e", &["--few-shot", "9"]).bad_input(&["count/train.jsonl", "more than 9", "found: 9"]);
+}
+
+#[test]
+fn contains_and_rouge_l_grade_the_generated_answer() {
+    let f = Fixture::new();
+    fs::write(&f.tasks, task("copy", "metric = 'exact-match'\nmax_new_tokens = 8")).unwrap();
+    f.eval("a", &[]).ok();
+    let output = outputs(&f.out("a"))[0]["output"].as_str().unwrap().trim().to_owned();
+    let mut rows = [row("say w100", "x"), row("say w100", "never this one")];
+    // A part of the answer is contained, and is not the answer.
+    rows[0]["answer"] = json!(output.chars().skip(1).take(3).collect::<String>());
+    rows[0]["messages"][0]["content"] = outputs_user(&f);
+    rows[1]["messages"][0]["content"] = outputs_user(&f);
+    write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &rows);
+    for (metric, name) in [("contains", "contains"), ("rouge-l", "rouge_l")] {
+        fs::write(&f.tasks, task("copy", &format!("metric = '{metric}'\nmax_new_tokens = 8"))).unwrap();
+        f.eval(metric, &[]).ok();
+        let scores = read_json(&f.out(metric).join("scores.json"));
+        assert_eq!(scores["tasks"][0]["metric"]["name"], name);
+        let second = outputs(&f.out(metric))[1]["score"].as_f64().unwrap();
+        assert!(second < 1.0);
+        if metric == "contains" {
+            assert_eq!(scores["tasks"][0]["metric"]["value"], 0.5);
+        }
+    }
+}
+
+/// The first user turn of the task `copy`.
+fn outputs_user(f: &Fixture) -> Value {
+    let text = fs::read_to_string(f.dir.path().join("data/copy/eval.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    first["messages"][0]["content"].clone()
+}
+
+#[test]
+fn sampling_is_seeded_and_the_element_type_can_be_chosen() {
+    let f = Fixture::new();
+    let answers = |out: &str, more: &[&str]| -> Vec<Value> {
+        f.eval(out, &[&["--only", "copy"], more].concat()).ok();
+        outputs(&f.out(out)).into_iter().map(|o| o["output"].clone()).collect()
+    };
+    let first = answers("a", &["--temperature", "1", "--top-p", "0.9", "--seed", "3"]);
+    assert_eq!(first, answers("b", &["--temperature", "1", "--top-p", "0.9", "--seed", "3", "--batch-size", "1"]));
+    assert_ne!(first, answers("c", &["--temperature", "1", "--top-p", "0.9", "--seed", "4"]));
+    answers("d", &["--compute-dtype", "bf16"]);
+    assert_eq!(read_json(&f.out("d").join("scores.json"))["tasks"][0]["settings"]["compute_dtype"], "bf16");
+    f.eval("e", &["--temperature=-1"]).usage_error(&["--temperature"]);
+    f.eval("e", &["--top-p", "0.5"]).usage_error(&["--temperature"]);
+    f.eval("e", &["--temperature", "1", "--top-p", "0"]).usage_error(&["--top-p"]);
+    f.eval("e", &["--compute-dtype", "f16"]).usage_error(&["--compute-dtype"]);
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use cpift_core::tasks::Format;
 use cpift_torch::data::{Example, Layout, Message, Row, read_rows};
-use cpift_torch::generate::{GreedyOptions, greedy};
+use cpift_torch::generate::{GenerationOptions, generate};
 use cpift_torch::score;
 use cpift_torch::session::{Precision, Session};
 use serde::Deserialize;
@@ -54,14 +54,14 @@ fn check_loss(session: &Session) -> Result<()> {
 fn check_answer(session: &Session) -> Result<()> {
     let message = Message { role: "user".into(), content: QUESTION.into() };
     let prompt = session.text.encode(&session.text.render(&[message], true)?)?;
-    let options = GreedyOptions {
+    let options = GenerationOptions {
         eos_ids: &session.text.eos_ids,
-        pad_id: session.text.pad_id,
+        stop: &[],
         max_new_tokens: 20,
         batch_size: 1,
+        sampling: None,
     };
-    let ids = greedy(&session.model, &[prompt], &options, || ());
-    let answer = session.text.decode(&ids[0])?;
+    let answer = &generate(&session.model, &session.text, &[prompt], &options, || ())?[0].text;
     println!("{QUESTION} -> {answer}");
     ensure!(answer == ANSWER, "the answer is not {ANSWER:?}");
     Ok(())

@@ -26,6 +26,11 @@ pub struct Precision {
 impl Precision {
     /// f32 throughout.
     pub const F32: Self = Self { master: Kind::Float, compute: Kind::Float };
+
+    /// Weights and blocks alike in `kind`: for inference, which has no use for finer weights.
+    pub fn all(kind: Kind) -> Self {
+        Self { master: kind, compute: kind }
+    }
 }
 
 /// A model with everything that belongs to it.
@@ -95,6 +100,18 @@ impl Session {
         let parameters = weights::load(&checkpoint, precision.master, device)?;
         let model = CausalLM::new(numbers, &parameters, folder, precision.compute)?;
         Ok(Self { folder: folder.to_owned(), digest, checkpoint, parameters, model, text, config })
+    }
+
+    /// As [`Session::open`], to generate and score only, all in `kind`.
+    ///
+    /// # Errors
+    /// As [`Session::open`].
+    pub fn for_inference(folder: &Path, template: Option<&str>, device: Device, kind: Kind) -> Result<Self> {
+        let mut session = Self::open(folder, template, device, Precision::all(kind))?;
+        if device == Device::Cpu && kind == Kind::Float {
+            weights::store_by_columns(&mut session.parameters);
+        }
+        Ok(session)
     }
 
     /// The longest example of `task` in tokens: its max_length, or `asked` over it, within the model's own context.

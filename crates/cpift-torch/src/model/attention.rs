@@ -10,7 +10,7 @@ use super::layers::{Linear, Loader, RmsNorm};
 use super::rope::rotate;
 use crate::ffi;
 
-/// What every block needs to attend: rotary factors and who may see whom.
+/// What every block needs to attend: rotary factors in the dtype of the blocks, and who may see whom.
 pub struct Attended {
     pub(super) cos: Tensor,
     pub(super) sin: Tensor,
@@ -21,7 +21,8 @@ pub struct Attended {
 pub(super) enum Pattern {
     /// Documents one after another in a single row, each causal in itself and closed to the others.
     Documents(Documents),
-    /// Boolean, [b, 1, s, t]: whether a query sees a key; and the same within the window, for the blocks that have one.
+    /// Of whether a query sees a key, [b, 1, s, t]; and the same within the window, for the blocks that have one. Added to the scores
+    /// (0 or −∞) where a fused kernel takes it, boolean where scores are capped.
     Mask { full: Tensor, windowed: Option<Tensor> },
 }
 
@@ -48,23 +49,45 @@ pub(super) fn causal_window(s: i64, t: i64, window: i64, device: Device) -> Tens
     all.tril(t - s).logical_and(&all.triu(t - s - window + 1))
 }
 
-/// Keys and values of the tokens seen so far, [b, k, t, d] for each block.
-#[derive(Default)]
+/// Keys and values of the tokens seen so far, [b, k, capacity, d] for each block; made whole at once, filled from the left.
 pub struct KvCache {
     layers: Vec<(Tensor, Tensor)>,
+    length: i64,
 }
 
 impl KvCache {
-    /// Appends a block's new keys and values and returns all of them.
-    fn extend(&mut self, layer: usize, k: Tensor, v: Tensor) -> (Tensor, Tensor) {
-        if layer == self.layers.len() {
-            self.layers.push((k, v));
-        } else {
-            let (old_k, old_v) = &self.layers[layer];
-            self.layers[layer] = (Tensor::cat(&[old_k, &k], 2), Tensor::cat(&[old_v, &v], 2));
-        }
-        let (k, v) = &self.layers[layer];
-        (k.shallow_clone(), v.shallow_clone())
+    /// Room for `capacity` tokens of `b` rows.
+    pub(super) fn new(c: &ModelConfig, b: i64, capacity: i64, options: (Kind, Device)) -> Self {
+        let shape = [b, c.num_key_value_heads, capacity, c.head_dim];
+        let layer = |_| (Tensor::empty(shape, options), Tensor::empty(shape, options));
+        Self { layers: (0..c.num_hidden_layers).map(layer).collect(), length: 0 }
+    }
+
+    /// Tokens in the cache.
+    pub fn length(&self) -> i64 {
+        self.length
+    }
+
+    /// Forgets all tokens but the first `length`.
+    pub fn truncate(&mut self, length: i64) {
+        self.length = self.length.min(length);
+    }
+
+    /// Writes a block's new keys and values behind the others and returns all of them.
+    fn extend(&self, layer: usize, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
+        let s = k.size()[2];
+        let write = |all: &Tensor, new: &Tensor| {
+            let mut place = all.narrow(2, self.length, s);
+            place.copy_(new);
+            all.narrow(2, 0, self.length + s)
+        };
+        let (all_k, all_v) = &self.layers[layer];
+        (write(all_k, k), write(all_v, v))
+    }
+
+    /// Counts `s` tokens that every block has written.
+    pub(super) fn advance(&mut self, s: i64) {
+        self.length += s;
     }
 
     /// Keeps only the batch rows `rows` (int64), in that order.
@@ -126,7 +149,7 @@ impl Attention {
         })
     }
 
-    pub(super) fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&mut KvCache>) -> Tensor {
+    pub(super) fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&KvCache>) -> Tensor {
         let (b, s, _) = x_bse.size3().expect("hidden states are [b, s, e]");
         let split = |t: Tensor, heads: i64| t.view([b, s, heads, self.head_dim]);
         let mut q_bshd = split(self.q_proj.forward(x_bse), self.heads);
@@ -134,12 +157,12 @@ impl Attention {
         if let Some((q_norm, k_norm)) = &self.norms {
             (q_bshd, k_bskd) = (q_norm.forward(&q_bshd), k_norm.forward(&k_bskd));
         }
-        let (cos, sin) = (attended.cos.to_kind(x_bse.kind()), attended.sin.to_kind(x_bse.kind()));
-        let q_bhsd = rotate(&q_bshd.transpose(1, 2), &cos, &sin);
-        let mut k_bktd = rotate(&k_bskd.transpose(1, 2), &cos, &sin);
+        let Attended { cos, sin, .. } = attended;
+        let q_bhsd = rotate(&q_bshd.transpose(1, 2), cos, sin);
+        let mut k_bktd = rotate(&k_bskd.transpose(1, 2), cos, sin);
         let mut v_bktd = split(self.v_proj.forward(x_bse), self.kv_heads).transpose(1, 2);
         if let Some(cache) = cache {
-            (k_bktd, v_bktd) = cache.extend(self.layer, k_bktd, v_bktd);
+            (k_bktd, v_bktd) = cache.extend(self.layer, &k_bktd, &v_bktd);
         }
         let out_bhsd = match &attended.pattern {
             Pattern::Mask { full, windowed } => {
@@ -158,7 +181,25 @@ impl Scores {
         if let Some(cap) = self.softcap {
             return capped(q_bhsd, k_bktd, v_bktd, mask, self.scale, cap);
         }
-        let gqa = q_bhsd.size()[1] != k_bktd.size()[1];
+        let (b, h, s, d) = q_bhsd.size4().expect("queries are [b, h, s, d]");
+        let k = k_bktd.size()[1];
+        if let Some(mask) = mask.filter(|_| s == 1 && h != k) {
+            // With one query the heads that share keys can stand where queries do: no key is repeated.
+            let grouped = q_bhsd.reshape([b, k, h / k, d]);
+            let mask = mask.expand([b, 1, h / k, mask.size()[3]], true);
+            let out = Tensor::scaled_dot_product_attention(
+                &grouped,
+                k_bktd,
+                v_bktd,
+                Some(mask),
+                0.0,
+                false,
+                self.scale,
+                false,
+            );
+            return out.reshape([b, h, 1, d]);
+        }
+        let gqa = h != k;
         Tensor::scaled_dot_product_attention(q_bhsd, k_bktd, v_bktd, mask, 0.0, mask.is_none(), self.scale, gqa)
     }
 

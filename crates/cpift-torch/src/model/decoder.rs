@@ -44,8 +44,8 @@ impl Block {
         })
     }
 
-    /// Hidden states [b, s, e] to hidden states [b, s, e]; with a cache, keys and values are appended to it.
-    pub fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&mut KvCache>) -> Tensor {
+    /// Hidden states [b, s, e] to hidden states [b, s, e]; with a cache, keys and values are written behind its tokens.
+    pub fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&KvCache>) -> Tensor {
         let mixed = self.self_attn.forward(&self.input_layernorm.forward(x_bse), attended, cache);
         match &self.around_mlp {
             None => {
@@ -145,7 +145,7 @@ impl CausalLM {
         let positions: Vec<i64> = lengths.iter().flat_map(|&n| 0..n).collect();
         let positions = to_device(&Tensor::from_slice(&positions), device);
         let longest = lengths.iter().copied().max().unwrap_or(0);
-        let (cos, sin) = self.rope.cos_sin(&positions.unsqueeze(0), longest);
+        let (cos, sin) = self.cos_sin(&positions.unsqueeze(0), longest);
         let ends = self.varlen.then(|| {
             let sums = lengths.iter().scan(0, |sum, &n| {
                 *sum += n as i32;
@@ -159,13 +159,29 @@ impl CausalLM {
     }
 
     /// Attention with explicit positions [b, s] and boolean mask [b, 1, s, t], whose queries are the last s of the t tokens.
-    pub fn masked(&self, positions_bs: &Tensor, mask: Tensor) -> Attended {
-        let (s, t) = (mask.size()[2], mask.size()[3]);
-        let (cos, sin) = self.rope.cos_sin(positions_bs, t);
-        let s = s.max(positions_bs.size()[1]);
+    pub fn masked(&self, positions_bs: &Tensor, mask: &Tensor) -> Attended {
+        let (s, t) = (positions_bs.size()[1], mask.size()[3]);
+        let (cos, sin) = self.cos_sin(positions_bs, t);
         let windowed =
             self.window().filter(|w| t > *w).map(|w| mask.logical_and(&causal_window(s, t, w, self.device())));
-        Attended { cos, sin, pattern: Pattern::Mask { full: mask, windowed } }
+        let form = |mask: &Tensor| {
+            if self.config.attention_softcap.is_some() {
+                return mask.shallow_clone();
+            }
+            Tensor::zeros(mask.size(), (self.compute, self.device()))
+                .masked_fill(&mask.logical_not(), f64::NEG_INFINITY)
+        };
+        Attended { cos, sin, pattern: Pattern::Mask { full: form(mask), windowed: windowed.as_ref().map(form) } }
+    }
+
+    fn cos_sin(&self, positions_bs: &Tensor, longest: i64) -> (Tensor, Tensor) {
+        let (cos, sin) = self.rope.cos_sin(positions_bs, longest);
+        (cos.to_kind(self.compute), sin.to_kind(self.compute))
+    }
+
+    /// An empty cache for `b` rows of up to `capacity` tokens.
+    pub fn cache(&self, b: i64, capacity: i64) -> KvCache {
+        KvCache::new(&self.config, b, capacity, (self.compute, self.device()))
     }
 
     /// The norm before the output matrix.
@@ -193,7 +209,10 @@ impl CausalLM {
     pub fn hidden(&self, ids_bs: &Tensor, attended: &Attended, mut cache: Option<&mut KvCache>) -> Tensor {
         let mut x_bse = self.embed(ids_bs);
         for block in &self.blocks {
-            x_bse = block.forward(&x_bse, attended, cache.as_deref_mut());
+            x_bse = block.forward(&x_bse, attended, cache.as_deref());
+        }
+        if let Some(cache) = &mut cache {
+            cache.advance(ids_bs.size()[1]);
         }
         x_bse
     }

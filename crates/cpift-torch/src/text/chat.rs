@@ -116,6 +116,15 @@ impl ChatText {
         Ok(self.encode_offsets(text)?.0)
     }
 
+    /// Token ids of `text` with what the tokenizer puts around a text by itself, such as LLaMA-2's BOS.
+    ///
+    /// # Errors
+    /// What the tokenizer reports.
+    pub fn encode_with_special(&self, text: &str) -> Result<Vec<i64>> {
+        let encoding = self.tokenizer.encode(text, true).map_err(|e| anyhow!("tokenizing: {e}"))?;
+        Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
+    }
+
     /// Token ids and the bytes of `text` each one stands for.
     ///
     /// # Errors

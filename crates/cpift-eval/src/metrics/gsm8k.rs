@@ -3,6 +3,9 @@
 use std::sync::LazyLock;
 
 use regex::Regex;
+use serde_json::{Map, Value};
+
+use super::{Answer, Grade};
 
 /// What stands for an answer without a number.
 pub const INVALID: &str = "[invalid]";
@@ -13,8 +16,9 @@ fn constant(pattern: &str) -> Regex {
 
 static STRICT: LazyLock<Regex> = LazyLock::new(|| constant(r"#### (\-?[0-9\.\,]+)"));
 static FLEXIBLE: LazyLock<Regex> = LazyLock::new(|| constant(r"(-?[$0-9.,]{2,})|(-?[0-9]+)"));
+/// The last is `\.$` in Python, whose `$` stands before a final line break too.
 static IGNORED: LazyLock<[Regex; 4]> =
-    LazyLock::new(|| [constant(","), constant(r"\$"), constant(r"(?s).*#### "), constant(r"\.$")]);
+    LazyLock::new(|| [constant(","), constant(r"\$"), constant(r"(?s).*#### "), constant(r"\.(\n?)\z")]);
 
 /// The number after the first `####`, else `[invalid]`.
 pub fn strict_match(answer: &str) -> &str {
@@ -31,9 +35,21 @@ pub fn flexible_extract(answer: &str) -> &str {
 pub fn normalise(text: &str) -> String {
     let mut out = text.to_owned();
     for pattern in IGNORED.iter() {
-        out = pattern.replace_all(&out, "").into_owned();
+        out = pattern.replace_all(&out, "$1").into_owned();
     }
     out.to_lowercase()
+}
+
+/// Strict match, and flexible extraction beside it.
+pub fn grade(answer: &Answer<'_>) -> Grade {
+    let (strict, flexible) = (strict_match(answer.output), flexible_extract(answer.output));
+    let wanted = normalise(answer.reference);
+    let same = |extracted: &str| f64::from(normalise(extracted) == wanted);
+    let extracted = [("extracted", strict), ("flexible_extract", flexible)];
+    Grade {
+        scores: vec![("exact_match", same(strict)), ("exact_match_flexible", same(flexible))],
+        extracted: Map::from_iter(extracted.map(|(key, text)| (key.to_owned(), Value::from(text)))),
+    }
 }
 
 #[cfg(test)]

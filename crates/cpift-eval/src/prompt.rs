@@ -1,0 +1,205 @@
+//! What the model is asked: the chat prompt of a row, or the plain text that lm-evaluation-harness 0.4.13 makes of it.
+
+use anyhow::Result;
+use clap::ValueEnum;
+use cpift_core::BadInput;
+use cpift_core::error::usage;
+use cpift_core::tasks::{Task, TaskMetric};
+use cpift_torch::data::{Message, Row};
+use cpift_torch::session::Session;
+use rand::SeedableRng;
+use rand::seq::IndexedRandom;
+use rand_chacha::ChaCha8Rng;
+use regex::Regex;
+use serde_json::Value;
+
+use crate::metrics::choices;
+
+/// How a row becomes a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PromptStyle {
+    /// The checkpoint's chat template with the generation prompt
+    Chat,
+    /// The plain text of lm-evaluation-harness: `Question: …` and `Answer:`, before it `Passage: …` and `Choices:` in multiple choice
+    Harness,
+}
+
+impl PromptStyle {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Harness => "harness",
+        }
+    }
+}
+
+/// Texts that end an answer to a harness prompt: those of its task `gsm8k`.
+const HARNESS_STOP: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
+
+/// The prompt of a row.
+pub struct Prompt {
+    /// As text.
+    pub text: String,
+    /// As token ids, within the model's context.
+    pub ids: Vec<i64>,
+    /// Tokens that were cut off its beginning: the end of a long prompt is what the answer continues.
+    pub cut: usize,
+}
+
+/// Makes the prompts of a task.
+pub struct Prompter<'a> {
+    session: &'a Session,
+    task: &'a Task,
+    /// How.
+    pub style: PromptStyle,
+    split: Option<Regex>,
+    /// Training rows that examples are drawn from, how many, and the seed.
+    examples: (&'a [Row], usize, u64),
+}
+
+impl<'a> Prompter<'a> {
+    /// For `task`, with `few_shot` examples of `train` before every question, drawn by `seed`.
+    ///
+    /// # Errors
+    /// [`BadInput`] for a `split` that is not a regular expression, or fewer training rows than examples.
+    pub fn new(
+        session: &'a Session,
+        task: &'a Task,
+        style: PromptStyle,
+        (train, few_shot, seed): (&'a [Row], usize, u64),
+    ) -> Result<Self> {
+        let split = task.split.as_deref().map(Regex::new).transpose().map_err(|e| {
+            BadInput::new(&task.listed_in, format!("task {}: split is not a regular expression: {e}", task.name))
+        })?;
+        // One more, in case the question itself is among them.
+        if few_shot > 0 && train.len() <= few_shot {
+            return Err(BadInput::new(&task.train, "has too few rows for the examples of a prompt")
+                .expected(format!("more than {few_shot}"))
+                .found(train.len().to_string())
+                .into());
+        }
+        Ok(Self { session, task, style, split, examples: (train, few_shot, seed) })
+    }
+
+    /// Texts that end an answer, beside the model's EOS.
+    pub fn stop(&self) -> Vec<String> {
+        match self.style {
+            PromptStyle::Chat => Vec::new(),
+            PromptStyle::Harness => HARNESS_STOP.map(str::to_owned).to_vec(),
+        }
+    }
+
+    /// The prompt of `row`, with room for `answer` tokens in the model's context.
+    ///
+    /// # Errors
+    /// What the chat template raised, or a field that the prompt needs, with the row; no room for a prompt.
+    pub fn prompt(&self, row: &Row, answer: usize) -> Result<Prompt> {
+        let text = match self.style {
+            PromptStyle::Chat => self.chat(row)?,
+            PromptStyle::Harness => self.harness(row)?,
+        };
+        let mut ids = self.encode(&text)?;
+        let context = self.session.model.config.max_position_embeddings as usize;
+        if answer >= context {
+            return Err(usage(format!(
+                "an answer of {} ({answer} tokens) leaves no room for a prompt in the model's context of {context}",
+                self.task.name
+            )));
+        }
+        let cut = ids.len().saturating_sub(context - answer);
+        ids.drain(..cut);
+        Ok(Prompt { text, ids, cut })
+    }
+
+    /// The tokens of `answer` after the prompt: the whole is encoded and cut at the prompt's length, as the harness does.
+    ///
+    /// # Errors
+    /// [`BadInput`] where no token is left for the answer.
+    pub fn continuation(&self, row: &Row, prompt: &Prompt, answer: &str) -> Result<Vec<i64>> {
+        let whole = self.encode(&format!("{}{answer}", prompt.text))?;
+        let rest = whole.get(prompt.ids.len() + prompt.cut..).filter(|rest| !rest.is_empty());
+        rest.map(<[i64]>::to_vec).ok_or_else(|| {
+            row.place
+                .bad(format!("{answer:?} merges into the prompt's last token"))
+                .hint("end the prompt so that the tokenizer keeps the answer apart")
+                .into()
+        })
+    }
+
+    /// A chat template writes special tokens itself; plain text gets those that the tokenizer puts around any text.
+    fn encode(&self, text: &str) -> Result<Vec<i64>> {
+        match self.style {
+            PromptStyle::Chat => self.session.text.encode(text),
+            PromptStyle::Harness => self.session.text.encode_with_special(text),
+        }
+    }
+
+    /// Examples are turns before the row's own, behind its system turn.
+    fn chat(&self, row: &Row) -> Result<String> {
+        let own = row.prompt();
+        let (system, turns) = own.split_at(own.iter().take_while(|m| m.role == "system").count());
+        let not_system = |m: &&Message| m.role != "system";
+        let examples = self.examples_for(row);
+        let shown = examples.iter().flat_map(|example| example.messages.iter().filter(not_system));
+        let messages: Vec<Message> = system.iter().chain(shown).chain(turns).cloned().collect();
+        self.session.text.render(&messages, true).map_err(|e| row.place.bad(format!("{e:#}")).into())
+    }
+
+    /// Question and answer of each example, a blank line between, then the row's question.
+    fn harness(&self, row: &Row) -> Result<String> {
+        let mut text = String::new();
+        for example in self.examples_for(row) {
+            let answer = match self.task.metric {
+                TaskMetric::Choice => choices(self.task, example)?.right().to_owned(),
+                _ => example.reference().to_owned(),
+            };
+            text += &format!("{} {answer}\n\n", self.harness_question(example)?);
+        }
+        Ok(text + &self.harness_question(row)?)
+    }
+
+    fn harness_question(&self, row: &Row) -> Result<String> {
+        let (passage, question) = self.parts(row)?;
+        if self.task.metric != TaskMetric::Choice {
+            return Ok(format!("Question: {question}\nAnswer:"));
+        }
+        let passage = passage.map_or(String::new(), |passage| format!("Passage: {passage}\n"));
+        let choices = choices(self.task, row)?;
+        let options: String = choices.letters().zip(&choices.options).map(|(l, o)| format!("{l}. {o}\n")).collect();
+        Ok(format!("{passage}Question: {question}\nChoices:\n{options}Answer:"))
+    }
+
+    /// Passage and question of a row: the groups of `split` in the last user turn; else its fields of these names, the question the
+    /// whole turn where there is none.
+    fn parts<'r>(&self, row: &'r Row) -> Result<(Option<&'r str>, &'r str)> {
+        let turn = row.prompt().last().map_or("", |message| message.content.as_str());
+        let field = |name: &str| row.fields.get(name).and_then(Value::as_str);
+        let Some(split) = &self.split else {
+            return Ok((field("passage"), field("question").unwrap_or(turn)));
+        };
+        let found = split.captures(turn).ok_or_else(|| {
+            row.place
+                .bad(format!("the split of task {} does not match the user's turn", self.task.name))
+                .expected(split.as_str().to_owned())
+                .found(format!("{turn:?}"))
+        })?;
+        let group = |name: &str| found.name(name).map(|m| m.as_str());
+        let question = group("question").ok_or_else(|| {
+            row.place.bad(format!("the split of task {} has no group (?P<question>…) that matches", self.task.name))
+        })?;
+        Ok((group("passage"), question))
+    }
+
+    /// Training rows by a draw of the row's own, so that --limit and --only change nothing; never the row's own question.
+    fn examples_for(&self, row: &Row) -> Vec<&'a Row> {
+        let (train, count, seed) = self.examples;
+        if count == 0 {
+            return Vec::new();
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(row.place.row as u64);
+        let drawn = train.choose_multiple(&mut rng, count + 1);
+        drawn.filter(|example| example.prompt() != row.prompt()).take(count).collect()
+    }
+}
