@@ -154,6 +154,8 @@ impl Evaluation {
         for (place, text) in texts.chain([("stdout".into(), run.stdout.clone()), ("stderr".into(), run.stderr.clone())])
         {
             assert!(!text.contains(KEY), "the key is in {place}:\n{text}");
+            // A dump of the request, which may hold the key in another form.
+            assert!(!text.to_lowercase().contains("authorization"), "a header is in {place}:\n{text}");
         }
         run
     }
