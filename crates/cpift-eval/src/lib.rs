@@ -1,14 +1,15 @@
 //! The last stage of CPI-FT: what a checkpoint scores on every task, and tables of several checkpoints.
 
+mod answers;
 mod args;
 mod compare;
-mod gsm8k;
 mod metrics;
+mod prompt;
 mod run;
 
 pub use args::{Args, Command, CompareArgs, RunArgs};
 pub use compare::{Table, average_normalised_score};
-pub use gsm8k::{flexible_extract, normalise, strict_match};
+pub use metrics::{flexible_extract, normalise, strict_match};
 
 use anyhow::Result;
 

@@ -100,7 +100,9 @@ fn score_task(
         max_new_tokens: args.max_new_tokens.unwrap_or(task.max_new_tokens),
         max_length: session.context_of(task, None),
     };
-    let Loss { nll, truncated, dropped } = metrics::loss(session, task, rows, &settings)?;
+    let loss = metrics::loss(session, task, rows, &settings)?;
+    let perplexity = loss.perplexity();
+    let Loss { nll, truncated, dropped } = loss;
     if truncated > 0 {
         warn!(
             "{}: {truncated} rows are longer than {} tokens: their loss is over the first ones, and {dropped} have none",
@@ -117,7 +119,7 @@ fn score_task(
         task: task.name.clone(),
         eval_digest: eval_digest.clone(),
         metric: scored.metric,
-        also: scored.also.into_iter().map(|figure| (figure.name.clone(), figure)).collect(),
+        also: scored.also.into_iter().chain([perplexity]).map(|figure| (figure.name.clone(), figure)).collect(),
         nll,
         settings: BTreeMap::from([
             ("rows".to_owned(), json!(rows.len())),

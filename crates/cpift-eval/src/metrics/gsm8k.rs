@@ -3,6 +3,9 @@
 use std::sync::LazyLock;
 
 use regex::Regex;
+use serde_json::{Map, Value};
+
+use super::{Answer, Grade};
 
 /// What stands for an answer without a number.
 pub const INVALID: &str = "[invalid]";
@@ -34,6 +37,18 @@ pub fn normalise(text: &str) -> String {
         out = pattern.replace_all(&out, "").into_owned();
     }
     out.to_lowercase()
+}
+
+/// Strict match, and flexible extraction beside it.
+pub fn grade(answer: &Answer<'_>) -> Grade {
+    let (strict, flexible) = (strict_match(answer.output), flexible_extract(answer.output));
+    let wanted = normalise(answer.reference);
+    let same = |extracted: &str| f64::from(normalise(extracted) == wanted);
+    let extracted = [("extracted", strict), ("flexible_extract", flexible)];
+    Grade {
+        scores: vec![("exact_match", same(strict)), ("exact_match_flexible", same(flexible))],
+        extracted: Map::from_iter(extracted.map(|(key, text)| (key.to_owned(), Value::from(text)))),
+    }
 }
 
 #[cfg(test)]

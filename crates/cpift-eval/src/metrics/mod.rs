@@ -1,0 +1,143 @@
+//! Scoring the rows of one task: the loss always, and the task's own metric, one file each.
+//!
+//! A metric of generated answers is a [`Grader`]; one of likelihoods runs the model itself, as [`choice`] does.
+
+mod choice;
+mod exact_match;
+mod gsm8k;
+mod loss;
+
+pub use gsm8k::{flexible_extract, normalise, strict_match};
+pub use loss::{Loss, loss};
+
+use anyhow::Result;
+use cpift_core::BadInput;
+use cpift_core::scores::Figure;
+use cpift_core::tasks::{Task, TaskMetric};
+use cpift_torch::data::Row;
+use cpift_torch::session::Session;
+use serde_json::{Map, Value, json};
+
+use crate::answers::answers;
+
+/// Settings that the figures of a task depend on.
+pub struct Settings {
+    /// Rows in a batch.
+    pub batch_size: usize,
+    /// Longest generated answer in tokens.
+    pub max_new_tokens: usize,
+    /// Longest example in tokens.
+    pub max_length: usize,
+}
+
+/// The task's own metric over its rows.
+pub struct Scored {
+    /// The main figure; `None` for tasks scored by their loss.
+    pub metric: Option<Figure>,
+    /// Further figures of the same outputs.
+    pub also: Vec<Figure>,
+    /// Prompts that lost their beginning, because the model's context holds no more.
+    pub prompts_cut: usize,
+    /// One JSON object for each row: prompt, output, what was extracted, reference, score.
+    pub outputs: Vec<Value>,
+}
+
+/// A generated answer to be graded.
+pub struct Answer<'a> {
+    /// The row it answers.
+    pub row: &'a Row,
+    /// What the model wrote.
+    pub output: &'a str,
+    /// What it should have written.
+    pub reference: &'a str,
+}
+
+/// What one row scores.
+pub struct Grade {
+    /// The figures by name, the task's main one first; every row has the same names in the same order.
+    pub scores: Vec<(&'static str, f64)>,
+    /// What the score was taken from, such as `extracted`; joins the row's line of outputs.jsonl.
+    pub extracted: Map<String, Value>,
+}
+
+impl Grade {
+    /// A grade by one figure.
+    pub fn one(name: &'static str, score: f64) -> Self {
+        Self { scores: vec![(name, score)], extracted: Map::new() }
+    }
+}
+
+/// Grades one answer.
+pub type Grader = fn(&Answer<'_>) -> Grade;
+
+/// Scores the task's own metric.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] naming the line of a row without the fields its metric needs.
+pub fn score(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Scored> {
+    match task.metric {
+        TaskMetric::Nll => Ok(Scored { metric: None, also: Vec::new(), prompts_cut: 0, outputs: Vec::new() }),
+        TaskMetric::ExactMatch => graded(session, task, rows, settings, exact_match::grade),
+        TaskMetric::Gsm8k => graded(session, task, rows, settings, gsm8k::grade),
+        TaskMetric::Choice => choice::score(session, task, rows),
+    }
+}
+
+/// Generates the answers and grades each.
+fn graded(session: &Session, task: &Task, rows: &[Row], settings: &Settings, grader: Grader) -> Result<Scored> {
+    let references: Vec<String> = rows.iter().map(|row| reference(task, row)).collect::<Result<_>>()?;
+    let answers = answers(session, task, rows, settings)?;
+    let mut lines = Lines::default();
+    for ((row, answer), reference) in rows.iter().zip(&answers.list).zip(&references) {
+        let grade = grader(&Answer { row, output: &answer.output, reference });
+        lines.add(row, grade, json!({"prompt": answer.prompt, "output": answer.output, "reference": reference}));
+    }
+    Ok(lines.scored(answers.prompts_cut))
+}
+
+/// The lines of outputs.jsonl as rows are graded, and the scores by name.
+#[derive(Default)]
+struct Lines {
+    names: Vec<&'static str>,
+    scores: Vec<Vec<f64>>,
+    outputs: Vec<Value>,
+}
+
+impl Lines {
+    /// `line` is an object; row, grade and what was extracted join it.
+    fn add(&mut self, row: &Row, grade: Grade, mut line: Value) {
+        if self.names.is_empty() {
+            self.names = grade.scores.iter().map(|(name, _)| *name).collect();
+            self.scores = vec![Vec::new(); self.names.len()];
+        }
+        self.scores.iter_mut().zip(&grade.scores).for_each(|(all, (_, score))| all.push(*score));
+        let object = line.as_object_mut().expect("a line is an object");
+        object.insert("row".into(), json!(row.place.row));
+        object.extend(grade.extracted);
+        object.insert("score".into(), json!(grade.scores[0].1));
+        object.extend(grade.scores.iter().map(|(name, score)| ((*name).to_owned(), json!(score))));
+        self.outputs.push(line);
+    }
+
+    fn scored(self, prompts_cut: usize) -> Scored {
+        let mut figures = self.names.iter().zip(&self.scores).map(|(name, scores)| Figure::mean(name, scores));
+        let metric = figures.next();
+        Scored { metric, also: figures.collect(), prompts_cut, outputs: self.outputs }
+    }
+}
+
+/// `answer` of the row, or its last message.
+fn reference(task: &Task, row: &Row) -> Result<String> {
+    match row.fields.get("answer") {
+        None => Ok(row.reference().to_owned()),
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(other) => Err(field_error(task, row, "answer", "a string", other).into()),
+    }
+}
+
+fn field_error(task: &Task, row: &Row, field: &str, expected: &str, found: &Value) -> BadInput {
+    row.place
+        .bad(format!("the field {field} does not fit the metric of {}", task.name))
+        .expected(expected)
+        .found(found.to_string())
+}
