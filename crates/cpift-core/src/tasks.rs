@@ -9,7 +9,7 @@
 //! prompt = "{{ question }}"        # instead of a format: Jinja over the row's columns that writes the user's turn
 //! completion = "{{ answer }}"      # the assistant's turn; goes with prompt
 //! system = "Work step by step."    # the system turn before them; none where it comes out empty
-//! metric = "gsm8k"                 # exact-match, gsm8k, choice or nll (default: the loss alone)
+//! metric = "gsm8k"                 # exact-match, gsm8k, choice, judge or nll (default: the loss alone)
 //! kind = "reasoning"               # for grouping by hand
 //! template = "chatml"              # for a base without a chat template: chatml, or a path to a Jinja file
 //! few_shot = 0                     # examples before the question (only 0 yet)
@@ -120,6 +120,8 @@ pub enum TaskMetric {
     Gsm8k,
     /// The letter of `choices` with the highest log-likelihood is the one of `answer`.
     Choice,
+    /// A judge's grade of the generated answer, by `cpift-eval judge`.
+    Judge,
 }
 
 fn default_max_new_tokens() -> usize {

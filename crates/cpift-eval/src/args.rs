@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use cpift_core::cli::Common;
+use cpift_judge::JudgeArgs;
 use cpift_torch::device::DeviceChoice;
 
 /// Scores a checkpoint on every task of a task list, and compares the scores of several checkpoints.
@@ -27,8 +28,14 @@ pub enum Command {
     ///
     /// Writes scores.json, outputs.jsonl (what was generated for each row, what was extracted, the score) and cpift.json. Metrics of
     /// tasks.toml: `exact-match` and `gsm8k` generate greedily from the chat prompt; `choice` takes the letter with the highest
-    /// log-likelihood; `nll` is the loss alone, in nats a target token.
+    /// log-likelihood; `judge` generates for `cpift-eval judge`; `nll` is the loss alone, in nats a target token.
     Run(RunArgs),
+    /// Grade the answers to tasks with metric = "judge" from 1 to 10 by an OpenAI-compatible chat endpoint
+    ///
+    /// Asks the judge for one answer at a time, at temperature 0, reads `[[rating]]` in its reply, and writes mean, standard error and
+    /// counts of what has no grade into RUN/scores.json. Until then such a task is `not judged`.
+    #[command(after_help = JudgeArgs::EXAMPLES)]
+    Judge(JudgeArgs),
     /// Print a table of several scores.json: checkpoints by tasks, with the Average Normalised Score
     Compare(CompareArgs),
 }

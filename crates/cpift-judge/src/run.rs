@@ -104,9 +104,10 @@ impl Outputs {
                 continue;
             };
             let fields = || {
-                bad("not an answer to grade".into()).expected("prompt (a text or a list of {role, content}) and output")
+                bad("not an answer to grade".into())
+                    .expected("output, and messages (a list of {role, content}) or prompt (a text)")
             };
-            let conversation = conversation(&row["prompt"]).ok_or_else(fields)?;
+            let conversation = conversation(&row).ok_or_else(fields)?;
             let output = row["output"].as_str().ok_or_else(fields)?;
             let key = verdicts::key(&scores.model_digest.to_string(), &conversation, output, judge);
             let question = Question { key, messages: prompt::messages(&conversation, output) };
@@ -139,11 +140,11 @@ impl Outputs {
     }
 }
 
-/// A prompt as a conversation: a text is the user's one turn.
-fn conversation(prompt: &Value) -> Option<Vec<Message>> {
-    match prompt {
-        Value::String(text) => Some(vec![Message { role: "user".into(), content: text.clone() }]),
-        list => serde_json::from_value(list.clone()).ok().filter(|turns: &Vec<Message>| !turns.is_empty()),
+/// What the answer answers: the turns, or a prompt as the user's one turn.
+fn conversation(row: &Value) -> Option<Vec<Message>> {
+    match row.get("messages") {
+        Some(turns) => serde_json::from_value(turns.clone()).ok().filter(|turns: &Vec<Message>| !turns.is_empty()),
+        None => Some(vec![Message { role: "user".into(), content: row["prompt"].as_str()?.to_owned() }]),
     }
 }
 

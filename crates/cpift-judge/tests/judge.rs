@@ -148,7 +148,7 @@ fn folders_and_arguments_that_cannot_be_judged() {
     let none = cpift_testkit::run_with(env!("CARGO_BIN_EXE_cpift-judge"), fixed, &[("OPENAI_BASE_URL", "")]);
     none.usage_error(&["--base-url", "OPENAI_BASE_URL"]);
     fs::write(e.path().join("outputs.jsonl"), "{\"task\": \"alpaca\", \"output\": \"x\"}\n").unwrap();
-    e.judge(&server, &[]).bad_input(&["outputs.jsonl", "line 1", "expected: prompt"]);
+    e.judge(&server, &[]).bad_input(&["outputs.jsonl", "line 1", "expected: output, and messages"]);
     fs::write(e.path().join("scores.json"), e.read("scores.json").replace("\"judge\": null", "")).unwrap();
     e.judge(&server, &[]).bad_input(&["no answers to grade", "metric = \"judge\""]);
     fs::remove_file(e.path().join("scores.json")).unwrap();

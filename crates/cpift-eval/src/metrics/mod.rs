@@ -5,6 +5,7 @@
 mod choice;
 mod exact_match;
 mod gsm8k;
+mod judge;
 mod loss;
 
 pub use gsm8k::{flexible_extract, normalise, strict_match};
@@ -80,6 +81,7 @@ pub fn score(session: &Session, task: &Task, rows: &[Row], settings: &Settings) 
         TaskMetric::ExactMatch => graded(session, task, rows, settings, exact_match::grade),
         TaskMetric::Gsm8k => graded(session, task, rows, settings, gsm8k::grade),
         TaskMetric::Choice => choice::score(session, task, rows),
+        TaskMetric::Judge => judge::score(session, task, rows, settings),
     }
 }
 

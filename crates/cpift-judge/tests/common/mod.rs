@@ -132,8 +132,10 @@ impl Evaluation {
             let turn = |role: &str, content: &str| json!({"role": role, "content": content});
             let turns =
                 json!([turn("user", "Hello"), turn("assistant", "Hi"), turn("user", &format!("Question {row}"))]);
-            for (task, prompt) in [("alpaca", json!(format!("Ask {row}"))), ("ultrachat", turns)] {
-                let line = json!({"row": row + 1, "prompt": prompt, "output": answer, "reference": "r", "task": task});
+            let more = [json!({"prompt": format!("Ask {row}")}), json!({"messages": turns, "prompt": "as rendered"})];
+            for (task, mut line) in ["alpaca", "ultrachat"].into_iter().zip(more) {
+                let rest = json!({"output": answer, "reference": "r", "row": row + 1, "task": task});
+                line.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
                 lines.push(line.to_string());
             }
         }
