@@ -20,8 +20,10 @@ use crate::prompt::{self, Message, WORDING};
 use crate::rating::{self, Rating};
 use crate::verdicts::{self, Verdict, Verdicts};
 
-/// The setting of a task's scores that marks it as one for a judge: null until it is judged.
+/// The setting of a task's scores that marks it as one for a judge: null until it is judged, then who judged it and how.
 pub const SETTING: &str = "judge";
+/// The setting that counts the verdicts: it differs between runs that are comparable.
+const COUNTS: &str = "verdicts";
 
 /// Grades what is not graded yet and brings scores.json and the scores in outputs.jsonl up to date.
 ///
@@ -178,13 +180,13 @@ impl Grades {
         grades
     }
 
-    /// The mean becomes the task's metric, and the counts a setting. Without a single grade there is no metric.
+    /// The mean becomes the task's metric; judge and counts become settings. Without a single grade there is no metric.
     fn write_to(&self, task: &mut TaskScore, judge: &str) {
         task.metric = (!self.ratings.is_empty()).then(|| Figure::mean("judge", &self.ratings));
-        let counts = json!({"model": judge, "wording": WORDING, "rated": self.ratings.len(), "unrated": self.unrated,
-            "out_of_range": self.out_of_range, "failed": self.failed, "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens});
-        task.settings.insert(SETTING.to_owned(), counts);
+        let counts = json!({"rated": self.ratings.len(), "unrated": self.unrated, "out_of_range": self.out_of_range,
+            "failed": self.failed, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens});
+        task.settings.insert(SETTING.to_owned(), json!({"model": judge, "wording": WORDING}));
+        task.settings.insert(COUNTS.to_owned(), counts);
     }
 
     fn summary(&self, metric: Option<&Figure>) -> String {

@@ -57,12 +57,12 @@ fn what_does_not_pass_is_counted_and_only_that_is_asked_again() {
     ]);
     assert_eq!(broken.requests().len(), 6, "each bad one twice");
     let task = e.task(0);
-    assert_eq!((&task["metric"]["n"], &task["settings"]["judge"]["failed"]), (&json!(1), &json!(1)));
+    assert_eq!((&task["metric"]["n"], &task["settings"]["verdicts"]["failed"]), (&json!(1), &json!(1)));
     let mended = Server::start(|_, _| says("[[8]]"));
     e.judge(&mended, &[]).ok();
     assert_eq!(mended.requests().len(), 2);
     let task = e.task(0);
-    assert_eq!((&task["metric"]["value"], &task["settings"]["judge"]["failed"]), (&json!(7.0), &json!(0)));
+    assert_eq!((&task["metric"]["value"], &task["settings"]["verdicts"]["failed"]), (&json!(7.0), &json!(0)));
 }
 
 #[test]
@@ -82,7 +82,10 @@ fn bodies_that_are_no_completion_are_shown_by_their_beginning() {
         let run = run.says(&[&server.url, "no chat completion", "choices[0].message.content", shown]);
         assert!(run.stderr.len() < 3000, "{}", run.stderr);
         assert_eq!(server.requests().len(), 2, "asked again: {shown}");
-        assert_eq!((e.task(0)["metric"].is_null(), e.task(0)["settings"]["judge"]["failed"].clone()), (true, json!(1)));
+        assert_eq!(
+            (e.task(0)["metric"].is_null(), e.task(0)["settings"]["verdicts"]["failed"].clone()),
+            (true, json!(1))
+        );
         assert_eq!(e.read("verdicts.jsonl"), "");
     }
 }
@@ -92,7 +95,7 @@ fn a_reply_of_null_is_unrated_and_one_without_usage_has_no_tokens() {
     let e = Evaluation::new(&["a"]);
     let server = Server::start(|_, _| respond(200, "{\"choices\": [{\"message\": {\"content\": null}}]}"));
     e.judge(&server, &[]).ok();
-    let counts = e.task(0)["settings"]["judge"].clone();
+    let counts = e.task(0)["settings"]["verdicts"].clone();
     assert_eq!((&counts["unrated"], &counts["prompt_tokens"]), (&json!(1), &json!(0)));
     assert!(e.task(0)["metric"].is_null(), "no grade is not a grade of zero");
 }

@@ -29,9 +29,9 @@ fn grades_become_the_metric_and_what_is_no_grade_is_counted_apart() {
         assert_eq!((&metric["name"], &metric["n"]), (&json!("judge"), &json!(3)));
         assert!((metric["value"].as_f64().unwrap() - 19.0 / 3.0).abs() < 1e-12, "{metric}");
         assert!((metric["stderr"].as_f64().unwrap() - (13.0f64 / 9.0).sqrt()).abs() < 1e-12, "{metric}");
-        let counts = json!({"model": "j", "wording": 1, "rated": 3, "unrated": 1, "out_of_range": 1, "failed": 0,
-            "prompt_tokens": 55, "completion_tokens": 35});
-        assert_eq!(task["settings"]["judge"], counts);
+        let counts = json!({"rated": 3, "unrated": 1, "out_of_range": 1, "failed": 0, "prompt_tokens": 55,
+            "completion_tokens": 35});
+        assert_eq!(task["settings"], json!({"judge": {"model": "j", "wording": 1}, "verdicts": counts}));
     }
     assert_eq!((e.task(1)["metric"].clone(), e.task(1)["settings"].clone()), (Value::Null, json!({})));
     let printed: Value = serde_json::from_str(&run.stdout).unwrap();
@@ -85,8 +85,8 @@ fn a_rerun_asks_nothing_and_an_interrupted_one_only_what_is_missing() {
     assert_eq!(server.requests().len(), 7);
     assert_eq!((e.read("scores.json"), e.read("outputs.jsonl"), e.read("verdicts.jsonl")), (scores, outputs, verdicts));
     // Another judge is asked everything.
-    e.judge(&server, &["--judge-model", "k"]).usage_error(&["--judge-model"]);
-    assert_eq!(server.requests().len(), 7);
+    e.judge_as("k", &server).ok();
+    assert_eq!((server.requests().len(), &e.task(0)["settings"]["judge"]["model"]), (13, &json!("k")));
 }
 
 #[test]

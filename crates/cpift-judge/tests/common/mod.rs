@@ -164,7 +164,16 @@ impl Evaluation {
 
     /// As [`Evaluation::judge`] with another environment.
     pub fn judge_env(&self, server: &Server, more: &[&str], env: &[(&str, &str)]) -> Run {
-        let fixed = [self.path().to_str().unwrap(), "--base-url", &server.url, "--judge-model", "j"];
+        self.run(server, "j", more, env)
+    }
+
+    /// As [`Evaluation::judge`] by another judge.
+    pub fn judge_as(&self, model: &str, server: &Server) -> Run {
+        self.run(server, model, &[], &[("OPENAI_API_KEY", KEY)])
+    }
+
+    fn run(&self, server: &Server, model: &str, more: &[&str], env: &[(&str, &str)]) -> Run {
+        let fixed = [self.path().to_str().unwrap(), "--base-url", &server.url, "--judge-model", model];
         let args = fixed.into_iter().chain(more.iter().copied());
         let env: Vec<(&str, &str)> = [("CPIFT_LOG", "trace")].into_iter().chain(env.iter().copied()).collect();
         run_with(env!("CARGO_BIN_EXE_cpift-judge"), args, &env)
