@@ -9,7 +9,7 @@
 //! prompt = "{{ question }}"        # instead of a format: Jinja over the row's columns that writes the user's turn
 //! completion = "{{ answer }}"      # the assistant's turn; goes with prompt
 //! system = "Work step by step."    # the system turn before them; none where it comes out empty
-//! metric = "gsm8k"                 # exact-match, contains, rouge-l, gsm8k, choice or nll (default: the loss alone)
+//! metric = "gsm8k"                 # exact-match, contains, rouge-l, gsm8k, choice, judge or nll (default: the loss alone)
 //! split = "(?s)(?P<question>.*)"   # regex over the last user turn whose groups passage and question cpift-eval --prompt harness asks
 //! kind = "reasoning"               # for grouping by hand
 //! template = "chatml"              # for a base without a chat template: chatml, or a path to a Jinja file
@@ -128,6 +128,8 @@ pub enum TaskMetric {
     Gsm8k,
     /// The one of `choices` with the highest log-likelihood is the one of `answer`.
     Choice,
+    /// A judge's grade of the generated answer, by `cpift-eval judge`.
+    Judge,
 }
 
 fn default_max_new_tokens() -> usize {

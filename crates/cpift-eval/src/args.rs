@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use cpift_core::Dtype;
 use cpift_core::cli::Common;
 use cpift_core::error::usage;
+use cpift_judge::JudgeArgs;
 use cpift_torch::device::DeviceChoice;
 use cpift_torch::generate::Sampling;
 use cpift_torch::weights::kind_of;
@@ -36,11 +37,17 @@ pub enum Command {
     ///
     /// The loss on the reference answers, in nats a target token, and its perplexity are always there. `metric` of a task in tasks.toml
     /// adds: `exact-match`, `contains`, `rouge-l` and `gsm8k` generate an answer; `choice` takes the option with the highest
-    /// log-likelihood.
+    /// log-likelihood; `judge` generates for `cpift-eval judge`.
     ///
     /// The numbers of lm-evaluation-harness, 5-shot: cpift-eval run --model DIR --tasks tasks.toml --out scores --prompt harness
     /// --few-shot 5
     Run(RunArgs),
+    /// Grade the answers to tasks with metric = "judge" from 1 to 10 by an OpenAI-compatible chat endpoint
+    ///
+    /// Asks the judge for one answer at a time, at temperature 0, reads `[[rating]]` in its reply, and writes mean, standard error and
+    /// counts of what has no grade into RUN/scores.json. Until then such a task is `not judged`.
+    #[command(after_help = JudgeArgs::EXAMPLES)]
+    Judge(JudgeArgs),
     /// Print a table of several scores.json: checkpoints by tasks, with the Average Normalised Score
     Compare(CompareArgs),
 }

@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use crate::args::CompareArgs;
 
 /// The formula under every table. The paper publishes none, so none is claimed to match its column.
-const FORMULA: &str = "ANS (Average Normalised Score): the mean over the tasks with a metric of 10 x metric (0 to 10). \
+const FORMULA: &str = "ANS (Average Normalised Score): the mean over the tasks with a metric of 10 x metric (0 to 10), \
+                       or of a judge's grade as it is. \
                        Tasks without one are not in it. No parity with the paper's column is claimed: its formula is not published.";
 
 /// Checkpoints by tasks.
@@ -47,6 +48,7 @@ impl Table {
         let tasks = &self.rows[0].1.tasks;
         let mut header = vec!["model".to_owned()];
         header.extend(tasks.iter().map(|t| match &t.metric {
+            _ if is_for_judge(t) => format!("{} judge 1-10", t.task),
             Some(metric) => format!("{} {} %", t.task, metric.name),
             None => format!("{} nll", t.task),
         }));
@@ -55,7 +57,11 @@ impl Table {
         for (name, scores) in &self.rows {
             let mut line = vec![name.clone()];
             let of = |task: &str| scores.tasks.iter().find(|s| s.task == task);
-            line.extend(tasks.iter().map(|t| of(&t.task).map_or("-".into(), |s| cell(s, t.metric.is_some()))));
+            line.extend(
+                tasks
+                    .iter()
+                    .map(|t| of(&t.task).map_or("-".into(), |s| cell(s, t.metric.is_some() || is_for_judge(t)))),
+            );
             line.push(average_normalised_score(scores).map_or("-".into(), |v| format!("{v:.2}")));
             line.push(format!("{:.4}", mean_nll(scores)));
             lines.push(line);
@@ -91,9 +97,9 @@ pub fn run(args: &CompareArgs, common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// The mean over the tasks with a metric of ten times the metric; `None` when no task has one.
+/// The mean over the tasks with a metric of ten times the metric, or of a judge's grade; `None` when no task has one.
 pub fn average_normalised_score(scores: &Scores) -> Option<f64> {
-    let values: Vec<f64> = scores.tasks.iter().filter_map(|t| Some(10.0 * t.metric.as_ref()?.value)).collect();
+    let values: Vec<f64> = scores.tasks.iter().filter_map(|t| Some(out_of_ten(t) * t.metric.as_ref()?.value)).collect();
     if values.is_empty() { None } else { Some(values.iter().sum::<f64>() / values.len() as f64) }
 }
 
@@ -101,9 +107,21 @@ fn mean_nll(scores: &Scores) -> f64 {
     scores.tasks.iter().map(|t| t.nll.value).sum::<f64>() / scores.tasks.len() as f64
 }
 
+/// Whether a judge grades the task, now or later.
+fn is_for_judge(score: &TaskScore) -> bool {
+    score.settings.contains_key(cpift_judge::run::SETTING)
+}
+
+/// What a task's metric is multiplied by to lie on a scale to 10.
+fn out_of_ten(score: &TaskScore) -> f64 {
+    if is_for_judge(score) { 1.0 } else { 10.0 }
+}
+
 /// A task's metric where its column shows one, else its loss.
 fn cell(score: &TaskScore, metric_column: bool) -> String {
     match &score.metric {
+        Some(metric) if is_for_judge(score) => format!("{:.2} ± {:.2}", metric.value, metric.stderr),
+        None if is_for_judge(score) => "not judged".into(),
         Some(metric) if metric_column => format!("{:.1} ± {:.1}", 100.0 * metric.value, 100.0 * metric.stderr),
         None if metric_column => "-".into(),
         _ => format!("{:.4} ± {:.4}", score.nll.value, score.nll.stderr),

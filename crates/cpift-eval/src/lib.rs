@@ -21,6 +21,7 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
         Command::Run(run_args) => run::run(&run_args, &args.common),
+        Command::Judge(judge_args) => cpift_judge::run(&judge_args, &args.common),
         Command::Compare(compare_args) => compare::run(&compare_args, &args.common),
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use cpift_core::checkpoint::Digest;
@@ -10,7 +11,8 @@ use cpift_core::cli::Common;
 use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::{FILE_NAME, Recorder};
 use cpift_core::scores::{FORMAT_VERSION, Scores, TaskScore};
-use cpift_core::tasks::{Task, Tasks};
+use cpift_core::tasks::{Task, TaskMetric, Tasks};
+use cpift_judge::verdicts;
 use cpift_torch::data::{self, Layout, Row};
 use cpift_torch::session::Session;
 use log::{info, warn};
@@ -53,9 +55,20 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let staged = StagedDir::create(&args.out, common.force)?;
     scores.write(&staged.path().join("scores.json"), false)?;
     fs::write(staged.path().join("outputs.jsonl"), outputs).context("writing outputs.jsonl")?;
+    keep_verdicts(&args.out, staged.path())?;
     recorder.write_to(&staged.path().join(FILE_NAME))?;
     staged.commit()?;
     common.print_json(&json!(scores));
+    Ok(())
+}
+
+/// A judge's verdicts stay when a folder is scored again: they are paid for, and each is known by the very answer it is on.
+fn keep_verdicts(old: &Path, new: &Path) -> Result<()> {
+    let verdicts = old.join(verdicts::FILE_NAME);
+    if verdicts.is_file() {
+        fs::copy(&verdicts, new.join(verdicts::FILE_NAME))
+            .with_context(|| format!("copying {}", verdicts.display()))?;
+    }
     Ok(())
 }
 
@@ -122,7 +135,7 @@ fn score_task(args: &RunArgs, session: &Session, of: &TaskRows) -> Result<(TaskS
     }
     let main = scored.metric.as_ref().map_or(String::new(), |m| format!("{} {:.3}, ", m.name, m.value));
     info!("{}: {main}nll {:.4} ± {:.4} ({} rows)", task.name, nll.value, nll.stderr, nll.n);
-    let score = TaskScore {
+    let mut score = TaskScore {
         task: task.name.clone(),
         eval_digest: digest.clone(),
         metric: scored.metric,
@@ -151,5 +164,8 @@ fn score_task(args: &RunArgs, session: &Session, of: &TaskRows) -> Result<(TaskS
             ("prompts_cut".to_owned(), json!(scored.prompts_cut)),
         ]),
     };
+    if task.metric == TaskMetric::Judge {
+        score.settings.insert(cpift_judge::run::SETTING.to_owned(), Value::Null);
+    }
     Ok((score, scored.outputs))
 }

@@ -7,7 +7,7 @@ pub fn exact_match(answer: &Answer<'_>) -> Grade {
     Grade::one("exact_match", f64::from(answer.output.trim() == answer.reference.trim()))
 }
 
-/// 1 where the answer holds the reference, upper and lower case apart.
+/// 1 where the answer holds the reference; case matters.
 pub fn contains(answer: &Answer<'_>) -> Grade {
     Grade::one("contains", f64::from(answer.output.contains(answer.reference.trim())))
 }

@@ -5,6 +5,7 @@
 mod choice;
 mod exact_match;
 mod gsm8k;
+mod judge;
 mod loss;
 mod rouge;
 
@@ -90,6 +91,7 @@ pub fn score(
             return Ok(Scored { metric: None, also: Vec::new(), prompts_cut: 0, outputs: Vec::new() });
         }
         TaskMetric::Choice => return choice::score(session, prompter, task, rows, settings),
+        TaskMetric::Judge => return judge::score(session, prompter, rows, settings),
         TaskMetric::ExactMatch => exact_match::exact_match,
         TaskMetric::Contains => exact_match::contains,
         TaskMetric::RougeL => rouge::rouge_l,

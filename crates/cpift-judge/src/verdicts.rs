@@ -1,0 +1,154 @@
+//! The file of verdicts: one line each, only ever appended to, so that a killed run loses no reply it has paid for.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cpift_core::BadInput;
+use serde::{Deserialize, Serialize};
+
+use crate::prompt::{Message, WORDING};
+use crate::rating;
+
+/// The file's name in an evaluation's folder.
+pub const FILE_NAME: &str = "verdicts.jsonl";
+
+/// A judge's reply to one question.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verdict {
+    /// The question, by [`key`].
+    pub key: String,
+    /// The judge's name.
+    pub judge: String,
+    /// Version of the question's words.
+    pub wording: u32,
+    /// The grade in the text, for readers of the file: the text is what counts.
+    pub rating: Option<f64>,
+    /// The reply.
+    pub text: String,
+    /// Tokens of the question, as the endpoint counts them.
+    pub prompt_tokens: u64,
+    /// Tokens of the reply, as the endpoint counts them.
+    pub completion_tokens: u64,
+}
+
+impl Verdict {
+    /// A reply of `judge` to the question `key`.
+    pub fn new(key: &str, judge: &str, text: String, prompt_tokens: u64, completion_tokens: u64) -> Self {
+        let rating = rating::parse(&text).value();
+        Self { key: key.into(), judge: judge.into(), wording: WORDING, rating, text, prompt_tokens, completion_tokens }
+    }
+}
+
+/// What makes a question the same: the scored model, its prompt, its answer, the judge and the wording.
+pub fn key(model: &str, conversation: &[Message], answer: &str, judge: &str) -> String {
+    let question = serde_json::json!([model, conversation, answer, judge, WORDING]);
+    blake3::hash(question.to_string().as_bytes()).to_hex().to_string()
+}
+
+/// The verdicts of a file, which is locked against other runs.
+pub struct Verdicts {
+    path: PathBuf,
+    file: File,
+    known: HashMap<String, Verdict>,
+}
+
+impl Verdicts {
+    /// Opens or creates the file; a last line that was cut short goes.
+    ///
+    /// # Errors
+    /// [`BadInput`] when another run has it, or a line is no verdict.
+    pub fn open(path: &Path) -> Result<Self> {
+        let opened = OpenOptions::new().read(true).append(true).create(true).open(path);
+        let mut file = opened.map_err(|e| BadInput::new(path, format!("cannot be opened: {e}")))?;
+        // Where a file system has no locks, nothing keeps a second run away.
+        if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+            return Err(BadInput::new(path, "another run is adding to it").hint("wait until it has ended").into());
+        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
+        let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+        file.set_len(whole as u64).with_context(|| format!("mending {}", path.display()))?;
+        let mut known = HashMap::new();
+        for (i, line) in bytes[..whole].split(|b| *b == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+            let verdict: Verdict = serde_json::from_slice(line).map_err(|e| {
+                BadInput::new(path, format!("line {}: not a verdict: {e}", i + 1))
+                    .hint("delete the line: it is asked again")
+            })?;
+            known.insert(verdict.key.clone(), verdict);
+        }
+        Ok(Self { path: path.to_owned(), file, known })
+    }
+
+    /// The verdict on a question, if it was asked before.
+    pub fn get(&self, key: &str) -> Option<&Verdict> {
+        self.known.get(key)
+    }
+
+    /// Adds a verdict, in one write.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn add(&mut self, verdict: Verdict) -> Result<()> {
+        let line = serde_json::to_string(&verdict)? + "\n";
+        self.file.write_all(line.as_bytes()).with_context(|| format!("writing {}", self.path.display()))?;
+        self.known.insert(verdict.key.clone(), verdict);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(key: &str) -> Verdict {
+        Verdict::new(key, "j", "Rating: [[7]]".into(), 5, 3)
+    }
+
+    #[test]
+    fn a_torn_last_line_goes_and_the_next_verdict_takes_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let mut verdicts = Verdicts::open(&path).unwrap();
+        verdicts.add(verdict("a")).unwrap();
+        verdicts.add(verdict("b")).unwrap();
+        drop(verdicts);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, &text[..text.len() - 5]).unwrap();
+        let mut verdicts = Verdicts::open(&path).unwrap();
+        assert!(verdicts.get("a").is_some() && verdicts.get("b").is_none());
+        verdicts.add(verdict("b")).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn a_broken_line_within_is_refused_by_its_number_and_a_second_run_by_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let first = Verdicts::open(&path).unwrap();
+        let error = Verdicts::open(&path).err().unwrap().to_string();
+        assert!(error.contains("another run"), "{error}");
+        drop(first);
+        std::fs::write(&path, "{\"key\":\n{}\n").unwrap();
+        let error = Verdicts::open(&path).err().unwrap().to_string();
+        assert!(error.contains("line 1: not a verdict"), "{error}");
+    }
+
+    #[test]
+    fn the_key_tells_apart_all_that_makes_a_question() {
+        let turn = |text: &str| vec![Message { role: "user".into(), content: text.into() }];
+        let keys = [
+            key("m", &turn("p"), "a", "j"),
+            key("n", &turn("p"), "a", "j"),
+            key("m", &turn("q"), "a", "j"),
+            key("m", &turn("p"), "b", "j"),
+            key("m", &turn("p"), "a", "k"),
+        ];
+        let distinct: std::collections::HashSet<&String> = keys.iter().collect();
+        assert_eq!(distinct.len(), keys.len());
+        assert_eq!(keys[0], key("m", &turn("p"), "a", "j"));
+    }
+}
