@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use cpift_core::cli::Common;
+use cpift_report::{CompareArgs, ReportArgs};
 use cpift_torch::device::DeviceChoice;
 
-/// Scores a checkpoint on every task of a task list, and compares the scores of several checkpoints.
+/// Scores a checkpoint on every task of a task list, compares several checkpoints, and shows a whole run as one page.
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
 #[derive(Parser, Debug)]
@@ -29,8 +30,22 @@ pub enum Command {
     /// tasks.toml: `exact-match` and `gsm8k` generate greedily from the chat prompt; `choice` takes the letter with the highest
     /// log-likelihood; `nll` is the loss alone, in nats a target token.
     Run(RunArgs),
-    /// Print a table of several scores.json: checkpoints by tasks, with the Average Normalised Score
+    /// Compare several scores.json: checkpoints by tasks, the best in bold, with the Average Normalised Score
+    ///
+    /// Values are shown with one standard error; metrics in percent (more is better), losses in nats a token (less is better). With
+    /// --baseline every difference is shown too, with a 95 % interval: rows of both outputs.jsonl are matched by task and row, and
+    /// their differences drawn with replacement. Where rows cannot be matched the table says why. A task that waits for a judge shows
+    /// "not judged". Runs on other evaluation files, templates or settings, or a scores.json of another version, are refused unless
+    /// --force is given.
+    ///
+    /// For example: cpift-eval compare base=runs/mine/scores/base runs/mine/scores/cpi-ft --baseline base
     Compare(CompareArgs),
+    /// Write all of a run on one HTML page: scores, gains and losses, cores, losses, samples, provenance
+    ///
+    /// Reads scores/NAME (scores.json, outputs.jsonl), groups.json, masks/NAME.safetensors, metrics.jsonl of probes/NAME and of every
+    /// model folder, and each cpift.json under RUN_DIR. What is not there is said on the page. The page is one file without scripts that
+    /// opens from disk and loads nothing; the same files give the same bytes. Model outputs on it are shown as text, whatever they hold.
+    Report(ReportArgs),
 }
 
 /// Arguments of `run`.
@@ -60,12 +75,4 @@ pub struct RunArgs {
     /// cpu, cuda, cuda:N, or auto: CUDA where there is one
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
-}
-
-/// Arguments of `compare`.
-#[derive(clap::Args, Debug)]
-pub struct CompareArgs {
-    /// Folders with a scores.json (or such files); NAME=DIR names the row
-    #[arg(required = true, value_name = "[NAME=]DIR")]
-    pub runs: Vec<String>,
 }
