@@ -74,21 +74,17 @@ pub fn details(summary: &str, body: &str) -> String {
 
 /// A table with a caption; the first column names the rows.
 pub struct Table {
-    html: String,
+    header: Vec<String>,
+    rows: String,
     caption: String,
     text_columns: Vec<usize>,
 }
 
 impl Table {
-    /// A table with these column names. Columns are of numbers unless [`Table::text_column`] says otherwise.
+    /// A table with these column names; what follows a line break in one is set small. Columns are of numbers unless
+    /// [`Table::text_column`] says otherwise.
     pub fn new(caption: &str, header: &[String]) -> Self {
-        let mut table = Self { html: String::new(), caption: caption.to_owned(), text_columns: vec![0] };
-        table.html.push_str("<thead><tr>");
-        for name in header {
-            let _ = write!(table.html, "<th scope=\"col\">{}</th>", escape(name));
-        }
-        table.html.push_str("</tr></thead>\n<tbody>\n");
-        table
+        Self { header: header.to_vec(), rows: String::new(), caption: caption.to_owned(), text_columns: Vec::new() }
     }
 
     /// Makes a column flush left.
@@ -98,6 +94,10 @@ impl Table {
         self
     }
 
+    fn class(&self, column: usize) -> &'static str {
+        if self.text_columns.contains(&column) { " class=\"text\"" } else { "" }
+    }
+
     /// Adds a row of plain text.
     pub fn row(&mut self, cells: &[String]) {
         self.html_row(cells.iter().map(|text| escape(text)));
@@ -105,23 +105,28 @@ impl Table {
 
     /// Adds a row of HTML.
     pub fn html_row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.html.push_str("<tr>");
+        self.rows.push_str("<tr>");
         for (i, cell) in cells.into_iter().enumerate() {
             let _ = match i {
-                0 => write!(self.html, "<th scope=\"row\">{cell}</th>"),
-                i if self.text_columns.contains(&i) => write!(self.html, "<td class=\"text\">{cell}</td>"),
-                _ => write!(self.html, "<td>{cell}</td>"),
+                0 => write!(self.rows, "<th scope=\"row\">{cell}</th>"),
+                i => write!(self.rows, "<td{}>{cell}</td>", self.class(i)),
             };
         }
-        self.html.push_str("</tr>\n");
+        self.rows.push_str("</tr>\n");
     }
 
     /// The table, in a box that scrolls by itself (and by keyboard) where the window is narrow.
     pub fn finish(self) -> String {
-        let (caption, html) = (escape(&self.caption), self.html);
+        let name = |(i, name): (usize, &String)| {
+            let name = escape(name).replacen('\n', "<small>", 1);
+            let end = if name.contains("<small>") { "</small>" } else { "" };
+            format!("<th scope=\"col\"{}>{name}{end}</th>", self.class(i))
+        };
+        let header: String = self.header.iter().enumerate().map(name).collect();
+        let (caption, rows) = (escape(&self.caption), &self.rows);
         format!(
             "<div class=\"scroll\" role=\"region\" aria-label=\"{caption}\" tabindex=\"0\">\n<table>\n\
-             <caption>{caption}</caption>\n{html}</tbody>\n</table>\n</div>\n"
+             <caption><span>{caption}</span></caption>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n</div>\n"
         )
     }
 }

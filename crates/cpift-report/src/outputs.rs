@@ -50,8 +50,10 @@ pub fn read(scores: &Path) -> Result<Option<BTreeMap<String, Vec<Output>>>> {
     let mut tasks: BTreeMap<String, Vec<Output>> = BTreeMap::new();
     let mut seen = std::collections::BTreeSet::new();
     for (i, line) in files::read_text(&path)?.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let output: Output = serde_json::from_str(line)
-            .map_err(|e| BadInput::new(&path, format!("line {} is no row of outputs: {e}", i + 1)))?;
+        let output: Output = serde_json::from_str(line).map_err(|e| {
+            BadInput::new(&path, format!("line {} is no row of outputs: {e}", i + 1))
+                .hint("score the model again with this version")
+        })?;
         if !seen.insert((output.task.clone(), output.row)) {
             return Err(BadInput::new(&path, format!("line {}: this row was there before", i + 1))
                 .found(format!("task {}, row {}", output.task, output.row))

@@ -55,7 +55,7 @@ impl Unit {
     pub fn signed(self, value: f64) -> String {
         let text = format!("{:+.*}", self.digits(), self.shown(value));
         let zero = text.trim_start_matches(['+', '-']).trim_matches(['0', '.']).is_empty();
-        if zero { text.replace(['+', '-'], "±") } else { text.replace('-', "−") }
+        if zero { text.replace(['+', '-'], "") } else { text.replace('-', "−") }
     }
 
     fn digits(self) -> usize {
@@ -80,7 +80,7 @@ mod tests {
     fn values_are_shown_in_their_unit_and_differences_with_a_sign() {
         assert_eq!((Unit::of("acc").text(0.755), Unit::of("nll").text(0.755)), ("75.5".into(), "0.7550".into()));
         assert_eq!(Unit::Percent.signed(-0.05), "−5.0");
-        assert_eq!(Unit::Percent.signed(0.0001), "±0.0");
+        assert_eq!(Unit::Percent.signed(0.0001), "0.0");
         assert_eq!(Unit::Percent.signed(1.0), "+100.0");
         assert_eq!(Unit::of("judge").normalised(7.5), 7.5);
         assert_eq!(Unit::of("codebleu").normalised(0.75), 7.5);

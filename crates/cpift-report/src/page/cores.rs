@@ -106,15 +106,16 @@ pub fn density(folder: &Path) -> Result<String> {
     }
     let reach = all.iter().map(|(_, stats)| reach(stats)).fold(1.0, f64::max);
     let pictures: Vec<String> = all.iter().map(|(task, stats)| tile(task, stats, reach)).collect();
-    let shared: Vec<String> = all.iter().map(|(task, s)| format!("{task} {} %", s.mask.percent)).collect();
+    let mut percents: Vec<String> = all.iter().map(|(_, stats)| format!("{} %", stats.mask.percent)).collect();
+    percents.dedup();
     let times = |power: f64| format!("{} times", power.exp2());
     let caption = format!(
         "{}<br>{}",
         legend('d', [&format!("1/{} or less", reach.exp2()), "middle: as dense as an even spread", &times(reach)]),
         escape(&format!(
             "How dense each task's core region is, for every layer (down) and role (across), over what an even spread would give: \
-             orange where the task changed more than its share, blue where less. p: {}.",
-            shared.join(", ")
+             orange where the task changed more than its share, blue where less. p = {}.",
+            percents.join(", ")
         ))
     );
     Ok(figure(&pictures, &caption, all.iter().map(|(task, stats)| numbers(task, stats)).collect()))
@@ -133,7 +134,7 @@ fn reach(stats: &Stats) -> f64 {
 
 fn tile(task: &str, stats: &Stats, reach: f64) -> String {
     let matrix = &stats.matrix;
-    let (left, top, width) = (58.0, 44.0, 29.0);
+    let (left, top, width) = (58.0, 44.0, 34.0);
     let height = if matrix.layers.len() > 12 { 11.0 } else { 20.0 };
     let size = (left + width * matrix.roles.len() as f64, top + height * matrix.layers.len() as f64);
     let mut svg = Svg::new(size.0.max(220.0), size.1 + 2.0);

@@ -3,7 +3,7 @@
 use crate::chart::{Axis, Svg};
 use crate::comparison::{Cell, Column, Comparison};
 use crate::html::{Table, escape, figure, missing, page, paragraph};
-use crate::text::{cell_text, delta_text, title};
+use crate::text::{cell_text, delta_text};
 use crate::unit::{ANS_FORMULA, Unit};
 
 /// The tables of scores and losses, with notes and formula.
@@ -30,7 +30,7 @@ pub fn tables(comparison: &Comparison) -> String {
 }
 
 fn table(caption: &str, columns: &[&Column], comparison: &Comparison) -> String {
-    let header: Vec<String> = ["model".to_owned()].into_iter().chain(columns.iter().map(|c| title(c))).collect();
+    let header: Vec<String> = ["model".to_owned()].into_iter().chain(columns.iter().map(|c| heading(c))).collect();
     let mut table = Table::new(caption, &header);
     for (i, run) in comparison.runs.iter().enumerate() {
         let cells = columns.iter().map(|column| {
@@ -43,6 +43,14 @@ fn table(caption: &str, columns: &[&Column], comparison: &Comparison) -> String 
         table.html_row([escape(&run.name)].into_iter().chain(cells));
     }
     table.finish()
+}
+
+/// The name of a column: the task, and under it what is measured.
+fn heading(column: &Column) -> String {
+    match &column.task {
+        Some(task) => format!("{task}\n{} {}", column.figure, column.unit.symbol()),
+        None => column.figure.clone(),
+    }
 }
 
 /// `cpift-eval compare --format html`.
