@@ -1,7 +1,7 @@
 # Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-files test check bench-files check-disk-full check-formats fuzz demo smollm2 smollm2-check pipeline install clean-probes clean
+.PHONY: help setup build build-files test check bench-files check-disk-full check-formats check-report fuzz demo smollm2 smollm2-check pipeline install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -48,6 +48,11 @@ check-disk-full: build-files ## Masks and merges onto a full disk: a small tmpfs
 
 check-formats: build ## Every file of DATA/raw loads in the layout its source publishes (DATA=)
 	@BIN=$(BIN) scripts/check-formats.sh $(DATA)
+
+REPORT ?= runs/demo/report.html
+
+check-report: ## A report in headless Chromium: no message, no request, its sections; screenshots (REPORT=runs/demo/report.html)
+	@scripts/check-report.sh $(REPORT) $(SHOTS)
 
 # Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs.
 TARGET ?= header index mask groups recipe

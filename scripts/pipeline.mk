@@ -64,7 +64,7 @@ FINAL_SET := $(call stamp,final,$(FINAL_TOKENS) $(SEED) $(TRAIN_FLAGS) $(FINAL_F
 BASELINE_SET := $(call stamp,baselines,$(BASE) $(TOTAL_TOKENS) $(SEED) $(TRAIN_FLAGS))
 EVAL_SET := $(call stamp,eval,$(BASE) $(EVAL_FLAGS))
 
-all: $(RUN)/table.md
+all: $(RUN)/report.html
 
 # Probes may be deleted once masks and the fused model are made (make clean-probes) without being made again.
 .SECONDARY: $(PROBES)
@@ -112,4 +112,8 @@ $(RUN)/scores/%/scores.json: $(RUN)/%/cpift.json $(EVAL) $(TASKS) $(EVAL_SET)
 	$(call score,$*,$(RUN)/$*)
 
 $(RUN)/table.md: $(SCORES)
-	@$(BIN)/cpift-eval compare $(foreach m,base $(MODELS),$(m)=$(RUN)/scores/$(m)) > $@
+	@$(BIN)/cpift-eval compare --format markdown $(foreach m,base $(MODELS),$(m)=$(RUN)/scores/$(m)) > $@
+
+# All of it on one page. What it shows was made before the table was.
+$(RUN)/report.html: $(RUN)/table.md
+	@$(BIN)/cpift-eval report $(RUN) --out $@ --force --quiet

@@ -20,5 +20,5 @@ echo
 cat "$RUN/table.md"
 echo
 printf '%-22s%s\n' \
-    "finished model" "$RUN/cpi-ft" "fused model" "$RUN/fused" "baselines" "$RUN/full-sft, $RUN/multi-stage" \
+    "report" "$RUN/report.html" "finished model" "$RUN/cpi-ft" "fused model" "$RUN/fused" "baselines" "$RUN/full-sft, $RUN/multi-stage" \
     "groups, heat map" "$RUN/groups.json, $RUN/groups.svg" "masks" "$RUN/masks" "scores" "$RUN/scores" "logs" "$RUN/logs"

@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod cli;
+pub mod density;
 pub mod error;
 pub mod files;
 pub mod groups;

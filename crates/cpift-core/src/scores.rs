@@ -1,7 +1,7 @@
 //! scores.json: what a checkpoint scored on every task.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -81,13 +81,25 @@ impl Scores {
     /// # Errors
     /// [`BadInput`] when it cannot be read or is of another version.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = if path.is_dir() { path.join("scores.json") } else { path.to_owned() };
-        let value: serde_json::Value = json::read(&file)?;
+        let (file, value) = open(path)?;
         json::check_version(&file, "a scores file", json::version_of(&value), FORMAT_VERSION)?;
+        Self::parse(&file, value)
+    }
+
+    /// As [`Scores::read`], for a file of any version: what cannot be understood as this one's is still refused.
+    ///
+    /// # Errors
+    /// [`BadInput`] when it cannot be read.
+    pub fn read_any_version(path: &Path) -> Result<Self> {
+        let (file, value) = open(path)?;
+        Self::parse(&file, value)
+    }
+
+    fn parse(file: &Path, value: serde_json::Value) -> Result<Self> {
         let scores: Self =
-            serde_json::from_value(value).map_err(|e| BadInput::new(&file, format!("not a scores file: {e}")))?;
+            serde_json::from_value(value).map_err(|e| BadInput::new(file, format!("not a scores file: {e}")))?;
         if scores.tasks.is_empty() {
-            return Err(BadInput::new(&file, "holds no scores").expected("at least one task").into());
+            return Err(BadInput::new(file, "holds no scores").expected("at least one task").into());
         }
         Ok(scores)
     }
@@ -104,6 +116,12 @@ impl Scores {
     pub fn nll(&self, task: &str) -> Option<f64> {
         self.tasks.iter().find(|t| t.task == task).map(|t| t.nll.value)
     }
+}
+
+fn open(path: &Path) -> Result<(PathBuf, serde_json::Value)> {
+    let file = if path.is_dir() { path.join("scores.json") } else { path.to_owned() };
+    let value = json::read(&file)?;
+    Ok((file, value))
 }
 
 #[cfg(test)]

@@ -245,7 +245,7 @@ pub fn shortened(text: &str, longest: usize) -> String {
 }
 
 /// Width of 13-pixel text, on the safe side: scripts like Chinese have characters as wide as they are high.
-fn text_width(text: &str) -> usize {
+pub fn text_width(text: &str) -> usize {
     let width = |c: char| match c {
         c if u32::from(c) >= 0x1100 => 14,
         'm' | 'w' | 'M' | 'W' | '—' | '@' | '%' => 12,

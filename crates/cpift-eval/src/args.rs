@@ -7,6 +7,7 @@ use cpift_core::Dtype;
 use cpift_core::cli::Common;
 use cpift_core::error::usage;
 use cpift_judge::JudgeArgs;
+use cpift_report::{CompareArgs, ReportArgs};
 use cpift_torch::device::DeviceChoice;
 use cpift_torch::generate::Sampling;
 use cpift_torch::weights::kind_of;
@@ -14,7 +15,7 @@ use tch::{Device, Kind};
 
 use crate::prompt::PromptStyle;
 
-/// Scores a checkpoint on every task of a task list, and compares the scores of several checkpoints.
+/// Scores a checkpoint on every task of a task list, compares several checkpoints, and shows a whole run as one page.
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
 #[derive(Parser, Debug)]
@@ -48,8 +49,22 @@ pub enum Command {
     /// counts of what has no grade into RUN/scores.json. Until then such a task is `not judged`.
     #[command(after_help = JudgeArgs::EXAMPLES)]
     Judge(JudgeArgs),
-    /// Print a table of several scores.json: checkpoints by tasks, with the Average Normalised Score
+    /// Compare several scores.json: checkpoints by tasks, the best in bold, with the Average Normalised Score
+    ///
+    /// Values are shown with one standard error; metrics in percent (more is better), losses in nats a token (less is better). With
+    /// --baseline every difference is shown too, with a 95 % interval: rows of both outputs.jsonl are matched by task and row, and
+    /// their differences drawn with replacement. Where rows cannot be matched the table says why. A task that waits for a judge shows
+    /// "not judged". Runs on other evaluation files, templates or settings, or a scores.json of another version, are refused unless
+    /// --force is given.
+    ///
+    /// For example: cpift-eval compare base=runs/mine/scores/base runs/mine/scores/cpi-ft --baseline base
     Compare(CompareArgs),
+    /// Write all of a run on one HTML page: scores, gains and losses, cores, losses, samples, provenance
+    ///
+    /// Reads scores/NAME (scores.json, outputs.jsonl), groups.json, masks/NAME.safetensors, metrics.jsonl of probes/NAME and of every
+    /// model folder, and each cpift.json under RUN_DIR. What is not there is said on the page. The page is one file without scripts that
+    /// opens from disk and loads nothing; the same files give the same bytes. Model outputs on it are shown as text, whatever they hold.
+    Report(ReportArgs),
 }
 
 /// Arguments of `run`.
@@ -134,12 +149,4 @@ impl RunArgs {
             None => Kind::Float,
         }
     }
-}
-
-/// Arguments of `compare`.
-#[derive(clap::Args, Debug)]
-pub struct CompareArgs {
-    /// Folders with a scores.json (or such files); NAME=DIR names the row
-    #[arg(required = true, value_name = "[NAME=]DIR")]
-    pub runs: Vec<String>,
 }

@@ -1,14 +1,12 @@
-//! The last stage of CPI-FT: what a checkpoint scores on every task, and tables of several checkpoints.
+//! The last stage of CPI-FT: what a checkpoint scores on every task. Comparisons and the report are cpift-report.
 
 mod answers;
 mod args;
-mod compare;
 mod metrics;
 mod prompt;
 mod run;
 
-pub use args::{Args, Command, CompareArgs, RunArgs};
-pub use compare::{Table, average_normalised_score};
+pub use args::{Args, Command, RunArgs};
 pub use metrics::{flexible_extract, normalise, strict_match};
 
 use anyhow::Result;
@@ -22,6 +20,7 @@ pub fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Run(run_args) => run::run(&run_args, &args.common),
         Command::Judge(judge_args) => cpift_judge::run(&judge_args, &args.common),
-        Command::Compare(compare_args) => compare::run(&compare_args, &args.common),
+        Command::Compare(compare_args) => cpift_report::compare(&compare_args, &args.common),
+        Command::Report(report_args) => cpift_report::report(&report_args, &args.common),
     }
 }

@@ -114,6 +114,22 @@ fn the_table_has_every_run_and_the_score_with_its_formula() {
 }
 
 #[test]
+fn the_report_shows_what_was_scored_here() {
+    let f = Fixture::new();
+    for name in ["base", "tuned"] {
+        f.eval(&format!("r/scores/{name}"), &[]).ok();
+    }
+    let folder = f.out("r");
+    run(env!("CARGO_BIN_EXE_cpift-eval"), ["report", folder.to_str().unwrap(), "--resamples", "100"]).ok();
+    let page = fs::read_to_string(folder.join("report.html")).unwrap();
+    for part in ["copy", "pick", "100 resamples", "scores/tuned", "cpift-eval run --model", "No masks"] {
+        assert!(page.contains(part), "{part}");
+    }
+    // One model twice: rows are paired, and no difference has any doubt.
+    assert!(page.contains("0.0 [0.0, 0.0]") && !page.contains("no paired interval"), "{page}");
+}
+
+#[test]
 fn runs_on_other_rows_are_not_compared() {
     let f = Fixture::new();
     f.eval("a", &[]).ok();

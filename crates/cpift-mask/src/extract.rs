@@ -195,7 +195,7 @@ impl Plan {
 
     fn stage_stats(&self, mask: &Path) -> Result<Vec<StagedFile>> {
         let Some([json, svg]) = &self.stats else { return Ok(Vec::new()) };
-        stats::stage(&stats::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
+        stats::stage(&cpift_core::density::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
     }
 
     fn record(&self, mut recorder: Recorder, header: &MaskHeader) -> Result<()> {

@@ -5,79 +5,15 @@ use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::checkpoint::TensorKind;
-use cpift_core::checkpoint::names::{LayerRows, ROLES, role};
 use cpift_core::cli::Common;
+use cpift_core::density::{Stats, stats};
 use cpift_core::error::usage;
 use cpift_core::files::{StagedFile, check_not_input, check_output};
-use cpift_core::mask::{MaskHeader, count_ones};
+use cpift_core::mask::MaskHeader;
 use cpift_core::{Mask, json};
-use rayon::prelude::*;
-use serde::Serialize;
 
 use crate::args::StatsArgs;
 use crate::picture;
-
-/// What a mask says of itself and where its bits are.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Stats {
-    /// p in percent, D, scope, ties, digests.
-    pub mask: MaskHeader,
-    /// By decoder layer; the last row is what lies outside the layers.
-    pub layers: Vec<Row>,
-    /// By role, in the order of [`ROLES`]; roles the model does not have are left out.
-    pub roles: Vec<Row>,
-    /// Every layer by every role.
-    pub matrix: Matrix,
-}
-
-/// One line of a table.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Row {
-    /// The layer's number, `outside`, or the role.
-    pub name: String,
-    /// Elements, those left out of D included.
-    pub elements: u64,
-    /// Bits set.
-    pub selected: u64,
-    /// `selected / elements`; 0 where there are no elements.
-    pub density: f64,
-    /// `selected` over all bits set.
-    pub share: f64,
-}
-
-/// Counts for every layer and role, [layers × roles].
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Matrix {
-    /// Names of the rows, those of [`Stats::layers`].
-    pub layers: Vec<String>,
-    /// Names of the columns, those of [`Stats::roles`].
-    pub roles: Vec<&'static str>,
-    /// Elements, those left out of D included.
-    pub elements: Vec<Vec<u64>>,
-    /// Bits set.
-    pub selected: Vec<Vec<u64>>,
-    /// `selected / elements`; none where there is nothing, or nothing but what is left out of D.
-    pub density: Vec<Vec<Option<f64>>>,
-}
-
-/// Elements, those of them in D, and bits set.
-#[derive(Clone, Copy, Default)]
-struct Sums {
-    elements: u64,
-    ranked: u64,
-    selected: u64,
-}
-
-impl Sums {
-    fn of(cells: impl Iterator<Item = Self>) -> Self {
-        cells.fold(Self::default(), |a, b| Self {
-            elements: a.elements + b.elements,
-            ranked: a.ranked + b.ranked,
-            selected: a.selected + b.selected,
-        })
-    }
-}
 
 /// Runs `cpift-mask stats`.
 ///
@@ -99,7 +35,7 @@ pub(crate) fn run(args: &StatsArgs, common: &Common) -> Result<()> {
         .into_iter()
         .try_for_each(StagedFile::commit)?;
     if !common.json && args.out.is_none() && args.svg.is_none() {
-        std::io::stdout().write_all(stats.table().as_bytes())?;
+        std::io::stdout().write_all(table(&stats).as_bytes())?;
     }
     common.print_json(&serde_json::to_value(stats)?);
     Ok(())
@@ -114,75 +50,24 @@ pub fn stage(stats: &Stats, json: Option<&Path>, svg: Option<&Path>, force: bool
     texts.iter().filter_map(|(path, text)| Some(StagedFile::of_text((*path)?, text, force))).collect()
 }
 
-/// Counts the bits of `mask` by layer and by role.
-pub fn stats(mask: &Mask) -> Stats {
-    let excluded: Vec<TensorKind> = mask.header.excluded.iter().filter_map(|kind| kind.parse().ok()).collect();
-    let rows = LayerRows::new(mask.header.numel.keys().map(String::as_str));
-    let tensors: Vec<(&str, &[u8])> = mask.tensors().collect();
-    let counted: Vec<(&str, u64)> = tensors.par_iter().map(|(name, bits)| (*name, count_ones(bits))).collect();
-    let roles: Vec<&'static str> =
-        ROLES.into_iter().filter(|r| counted.iter().any(|(name, _)| role(name) == *r)).collect();
-    let mut cells = vec![vec![Sums::default(); roles.len()]; rows.labels.len()];
-    for (name, selected) in counted {
-        let column = roles.iter().position(|r| *r == role(name)).expect("all roles that occur are columns");
-        let elements = mask.header.numel[name];
-        let ranked = if excluded.iter().any(|kind| kind.matches(name)) { 0 } else { elements };
-        let cell = &mut cells[rows.row(name)][column];
-        *cell = Sums::of([*cell, Sums { elements, ranked, selected }].into_iter());
+/// The tables as text.
+fn table(stats: &Stats) -> String {
+    let MaskHeader { percent, scope, d, selected, ties, excluded, .. } = &stats.mask;
+    let scope = format!("{scope:?}").to_lowercase();
+    let mut out = format!(
+        "p = {percent} % of D = {d} by {scope} scope: {selected} elements, {} of them decided by position\n",
+        ties.decided_by_position
+    );
+    if !excluded.is_empty() {
+        let _ = writeln!(out, "left out of D: {}", excluded.join(", "));
     }
-    let total = mask.header.selected;
-    let layer = |(name, cells): (&String, &Vec<Sums>)| row(name, Sums::of(cells.iter().copied()), total);
-    let role = |(i, name): (usize, &&str)| row(name, Sums::of(cells.iter().map(|cells| cells[i])), total);
-    Stats {
-        mask: mask.header.clone(),
-        layers: rows.labels.iter().zip(&cells).map(layer).collect(),
-        roles: roles.iter().enumerate().map(role).collect(),
-        matrix: matrix(rows.labels.clone(), roles.clone(), &cells),
-    }
-}
-
-fn matrix(layers: Vec<String>, roles: Vec<&'static str>, cells: &[Vec<Sums>]) -> Matrix {
-    fn each<T>(cells: &[Vec<Sums>], value: impl Fn(&Sums) -> T) -> Vec<Vec<T>> {
-        cells.iter().map(|row| row.iter().map(&value).collect()).collect()
-    }
-    Matrix {
-        layers,
-        roles,
-        elements: each(cells, |c| c.elements),
-        selected: each(cells, |c| c.selected),
-        density: each(cells, |c| (c.ranked > 0).then(|| c.selected as f64 / c.elements as f64)),
-    }
-}
-
-fn row(name: &str, Sums { elements, selected, .. }: Sums, total: u64) -> Row {
-    let over = |whole: u64| if whole == 0 { 0.0 } else { selected as f64 / whole as f64 };
-    Row { name: name.to_owned(), elements, selected, density: over(elements), share: over(total) }
-}
-
-impl Stats {
-    /// The tables as text.
-    pub fn table(&self) -> String {
-        let MaskHeader { percent, scope, d, selected, ties, excluded, .. } = &self.mask;
-        let scope = format!("{scope:?}").to_lowercase();
-        let mut out = format!(
-            "p = {percent} % of D = {d} by {scope} scope: {selected} elements, {} of them decided by position\n",
-            ties.decided_by_position
-        );
-        if !excluded.is_empty() {
-            let _ = writeln!(out, "left out of D: {}", excluded.join(", "));
-        }
-        for (title, rows) in [("layer", &self.layers), ("role", &self.roles)] {
+    for (title, rows) in [("layer", &stats.layers), ("role", &stats.roles)] {
+        let _ = writeln!(out, "\n{title:<8} {:>14} {:>12} {:>10} {:>9}", "elements", "selected", "density", "share");
+        for r in rows {
+            let (density, share) = (100.0 * r.density, 100.0 * r.share);
             let _ =
-                writeln!(out, "\n{title:<8} {:>14} {:>12} {:>10} {:>9}", "elements", "selected", "density", "share");
-            for r in rows {
-                let (density, share) = (100.0 * r.density, 100.0 * r.share);
-                let _ = writeln!(
-                    out,
-                    "{:<8} {:>14} {:>12} {density:>8.3} % {share:>7.2} %",
-                    r.name, r.elements, r.selected
-                );
-            }
+                writeln!(out, "{:<8} {:>14} {:>12} {density:>8.3} % {share:>7.2} %", r.name, r.elements, r.selected);
         }
-        out
     }
+    out
 }

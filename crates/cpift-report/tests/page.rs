@@ -1,0 +1,165 @@
+//! report.html by a parser: what is on it, that every picture has its numbers, and that nothing on it can act.
+
+mod support;
+
+use std::fs;
+
+use clap::Parser;
+use cpift_report::{ReportArgs, report};
+use scraper::{ElementRef, Html, Selector};
+use support::{Folder, HOSTILE, common, read};
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    args: ReportArgs,
+}
+
+fn text_of(f: &Folder, more: &[&str]) -> String {
+    let run = f.dir.path().to_str().unwrap();
+    let line = Line::parse_from(["report", run, "--resamples", "200"].iter().chain(more));
+    report(&line.args, &common(true)).unwrap();
+    read(&f.path("report.html"))
+}
+
+fn select<'a>(html: &'a Html, css: &str) -> Vec<ElementRef<'a>> {
+    html.select(&Selector::parse(css).unwrap()).collect()
+}
+
+fn text(element: ElementRef<'_>) -> String {
+    element.text().collect()
+}
+
+/// The section with this id on its heading.
+fn section<'a>(html: &'a Html, id: &str) -> ElementRef<'a> {
+    select(html, &format!("section[aria-labelledby='{id}']"))[0]
+}
+
+#[test]
+fn every_picture_has_a_name_and_its_numbers_in_a_table() {
+    let page = text_of(&Folder::whole(), &[]);
+    let html = Html::parse_document(&page);
+    for (id, pictures) in [("seesaw", 2), ("overlap", 1), ("density", 2), ("training", 2), ("forgetting", 1)] {
+        let svg = Selector::parse("figure svg[role=img]").unwrap();
+        assert_eq!(section(&html, id).select(&svg).count(), pictures, "{id}");
+    }
+    assert_eq!(select(&html, "svg").len(), select(&html, "figure svg").len());
+    for svg in select(&html, "svg") {
+        assert!(!svg.value().attr("aria-label").unwrap().is_empty());
+    }
+    let table = Selector::parse("details table caption").unwrap();
+    for figure in select(&html, "figure") {
+        assert!(figure.select(&table).next().is_some(), "{}", figure.html());
+    }
+    assert_eq!(select(&html, "table").len(), select(&html, "table caption").len());
+}
+
+#[test]
+fn the_sections_are_landmarks_that_the_navigation_leads_to() {
+    let page = text_of(&Folder::whole(), &[]);
+    let html = Html::parse_document(&page);
+    assert!(html.errors.is_empty(), "{:?}", html.errors);
+    let links: Vec<&str> = select(&html, "nav[aria-label] a").iter().map(|a| a.value().attr("href").unwrap()).collect();
+    let ids: Vec<String> =
+        select(&html, "main section h2").iter().map(|h| format!("#{}", h.value().attr("id").unwrap())).collect();
+    assert_eq!(links, ids);
+    assert_eq!(ids.len(), 8);
+    assert_eq!((select(&html, "h1").len(), select(&html, "html[lang=en]").len()), (1, 1));
+    assert_eq!(select(&html, "a.skip[href='#content']").len(), 1);
+    // Boxes that scroll are reached by keyboard and have a name.
+    for region in select(&html, ".scroll") {
+        assert_eq!(region.value().attr("tabindex"), Some("0"));
+        assert!(region.value().attr("aria-label").is_some());
+    }
+}
+
+#[test]
+fn what_a_model_wrote_is_text_and_nothing_else() {
+    let page = text_of(&Folder::whole(), &[]);
+    let html = Html::parse_document(&page);
+    assert_eq!(select(&html, "script, img, iframe, link, object, embed, form, base, style ~ style").len(), 0);
+    for element in html.tree.nodes().filter_map(|node| node.value().as_element()) {
+        for (name, value) in element.attrs() {
+            assert!(!name.starts_with("on"), "{name}={value}");
+            assert!(!matches!(name, "src" | "style" | "srcset" | "action"), "{name}={value}");
+            assert!(name != "href" || value.starts_with('#'), "{name}={value}");
+        }
+    }
+    let policy = select(&html, "meta[http-equiv='Content-Security-Policy']")[0].value().attr("content").unwrap();
+    assert!(
+        policy.starts_with("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+            && !policy.contains("script")
+    );
+    // The markup of the page itself names no other place; the hostile row's address is text.
+    assert!(!include_str!("../src/style.css").contains("url(") && !page.contains("@import"));
+    let outputs: Vec<String> =
+        section(&html, "outputs").select(&Selector::parse("td pre").unwrap()).map(text).collect();
+    let shown = HOSTILE.replace('\u{1b}', "␛").replace('\0', "␀").replace('\u{202e}', "⟨U+202E⟩");
+    assert!(outputs.len() >= 4 && outputs.iter().all(|o| *o == shown), "{outputs:?}");
+    assert!(!page.chars().any(|c| c.is_control() && c != '\n'), "no control character is left");
+}
+
+#[test]
+fn figures_stand_where_they_belong() {
+    let page = text_of(&Folder::whole(), &[]);
+    let html = Html::parse_document(&page);
+    let scores = text(section(&html, "scores"));
+    for part in ["75.0 ± 25.0", "+50.0 [", "10 x metric", "200 resamples, seed 0", "outputs.jsonl holds no losses"] {
+        assert!(scores.contains(part) || part.starts_with("outputs"), "{part}: {scores}");
+    }
+    // The best of copy is cpi-ft's, of pick the base's.
+    let best: Vec<String> = section(&html, "scores").select(&Selector::parse("td strong").unwrap()).map(text).collect();
+    assert_eq!(best, ["75.0 ± 25.0", "75.0 ± 25.0", "6.25"]);
+    let seesaw = section(&html, "seesaw");
+    let bars = |class: &str| seesaw.select(&Selector::parse(&format!("rect.{class}")).unwrap()).count();
+    assert_eq!((bars("gain"), bars("loss")), (1, 1));
+    let overlap = text(section(&html, "overlap"));
+    assert!(overlap.contains("2 groups of 2 tasks"), "{overlap}");
+    let density = text(section(&html, "density"));
+    assert!(density.contains("share of the elements") && density.contains("20.0"), "{density}");
+    // pick was at 1.0 after its own stage and at 2.25 after copy's: 1.25 is forgotten.
+    let row = section(&html, "forgetting").select(&Selector::parse("tbody tr").unwrap()).map(text).nth(1).unwrap();
+    assert_eq!(row, "pick1.00002.25001.2500");
+    let commands = Selector::parse("#provenance ~ details pre").unwrap();
+    let commands: Vec<String> = html.select(&commands).map(text).collect();
+    assert_eq!(commands, [r"cpift-train run --note 'it'\''s <b>'"; 2]);
+}
+
+#[test]
+fn what_is_missing_is_said() {
+    let f = Folder::new();
+    f.score("base", &[("copy", &[0.0, 1.0])]);
+    let page = text_of(&f, &[]);
+    let html = Html::parse_document(&page);
+    let said: Vec<String> = select(&html, ".missing").into_iter().map(text).collect();
+    for part in
+        ["Only base was scored", "No groups.json", "No masks", "No metrics.jsonl", "over two stages", "No cpift.json"]
+    {
+        assert!(said.iter().any(|s| s.contains(part)), "{part}: {said:?}");
+    }
+    fs::remove_dir_all(f.path("scores/base")).unwrap();
+    assert!(text_of(&f, &[]).contains("No scores"));
+    fs::write(f.path("groups.json"), "{}").unwrap();
+    let page = text_of(&f, &[]);
+    assert!(page.contains("This part could not be made") && page.contains("groups.json"), "{page}");
+}
+
+#[test]
+fn the_same_files_give_the_same_bytes() {
+    let f = Folder::whole();
+    let first = text_of(&f, &[]);
+    assert!(first == text_of(&f, &[]));
+    assert!(first != text_of(&f, &["--seed", "1"]));
+}
+
+#[test]
+fn an_existing_page_and_a_folder_of_something_else_are_refused() {
+    let f = Folder::whole();
+    text_of(&f, &[]);
+    let parse = |path: &str| Line::parse_from(["report", path]).args;
+    let error = report(&parse(f.dir.path().to_str().unwrap()), &common(false)).unwrap_err().to_string();
+    assert!(error.contains("report.html") && error.contains("--force"), "{error}");
+    let other = tempfile::tempdir().unwrap();
+    let error = report(&parse(other.path().to_str().unwrap()), &common(false)).unwrap_err().to_string();
+    assert!(error.contains("no folder of a run") && error.contains("RUN="), "{error}");
+}
