@@ -87,12 +87,12 @@ def run_ours(args):
 
 def compare_gsm8k(harness, ours):
     """Rows whose extracted answers agree, by filter, and whose whole outputs do."""
-    fields = {"strict-match": "strict_match", "flexible-extract": "flexible_extract"}
+    fields = {"strict-match": "extracted", "flexible-extract": "flexible_extract"}
     ok = True
     by_row = {o["row"]: o for o in ours}
     for name, field in fields.items():
         samples = [s for s in harness if s["filter"] == name]
-        same = sum(s["extracted"] == by_row[s["row"]]["extracted"][field] for s in samples)
+        same = sum(s["extracted"] == by_row[s["row"]][field] for s in samples)
         outputs = sum(s["output"] == by_row[s["row"]]["output"] for s in samples)
         print(f"gsm8k {name}: {same} of {len(samples)} extracted answers the same; {outputs} outputs the same byte for byte")
         ok &= same >= SAME_ANSWERS * len(samples)

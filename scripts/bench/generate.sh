@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Greedy generation of ours and of transformers on one thread of the CPU, side by side; scripts/bench/generate.py has the options.
+#
+#   scripts/bench/generate.sh [--rounds N] [--batch-size N …] [--new-tokens N]
+#   VENV=DIR     Python with torch 2.11 and transformers; made where missing [.cache/oracle-venv]
+#   MODEL=DIR    the checkpoint; fetched where missing [.cache/smollm2-135m]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+venv=${VENV:-.cache/oracle-venv}
+model=${MODEL:-.cache/smollm2-135m}
+
+scripts/oracle/setup.sh "$venv" >&2
+scripts/smollm2/fetch.sh "$model" "$venv" >&2
+cargo build --release -p cpift-torch --example bench_generate
+exec "$venv/bin/python" scripts/bench/generate.py --model "$model" --ours target/release/examples/bench_generate "$@"
