@@ -1,4 +1,5 @@
 //! A chat endpoint of the test's own, and an evaluation's folder to judge.
+#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -1,4 +1,5 @@
 //! A small run folder as the pipeline lays it out, with rows that would act on a careless page.
+#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::collections::BTreeMap;
 use std::fs;
