@@ -9,8 +9,9 @@
 //! prompt = "{{ question }}"        # instead of a format: Jinja over the row's columns that writes the user's turn
 //! completion = "{{ answer }}"      # the assistant's turn; goes with prompt
 //! system = "Work step by step."    # the system turn before them; none where it comes out empty
-//! metric = "gsm8k"                 # exact-match, contains, rouge-l, gsm8k, choice, judge or nll (default: the loss alone)
+//! metric = "gsm8k"                 # exact-match, contains, rouge-l, gsm8k, choice, codebleu, judge or nll (default: the loss alone)
 //! split = "(?s)(?P<question>.*)"   # regex over the last user turn whose groups passage and question cpift-eval --prompt harness asks
+//! language = "python"              # of the code that metric = "codebleu" compares; default: each row's field language
 //! kind = "reasoning"               # for grouping by hand
 //! template = "chatml"              # for a base without a chat template: chatml, or a path to a Jinja file
 //! few_shot = 0                     # examples of train before the question in cpift-eval; default 0
@@ -67,6 +68,9 @@ pub struct Task {
     /// Regular expression over the last user turn whose groups `passage` and `question` are the parts of a harness prompt.
     #[serde(default)]
     pub split: Option<String>,
+    /// The programming language of the answers; where there is none, each row's field `language` says it.
+    #[serde(default)]
+    pub language: Option<String>,
     /// Free label of similar tasks.
     #[serde(default)]
     pub kind: Option<String>,
@@ -128,6 +132,8 @@ pub enum TaskMetric {
     Gsm8k,
     /// The one of `choices` with the highest log-likelihood is the one of `answer`.
     Choice,
+    /// CodeBLEU of the code in the generated answer.
+    Codebleu,
     /// A judge's grade of the generated answer, by `cpift-eval judge`.
     Judge,
 }
@@ -288,7 +294,7 @@ mod tests {
         let tasks = read(&toml).unwrap();
         let task = tasks.named("gsm8k").unwrap();
         assert_eq!((task.metric, task.sample, task.max_length), (TaskMetric::Gsm8k, Some(500), 1024));
-        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 15, "a key without documentation");
+        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 16, "a key without documentation");
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub enum Command {
     /// Writes scores.json, outputs.jsonl (prompt, output, what was extracted and score of each row) and cpift.json.
     ///
     /// The loss on the reference answers, in nats a target token, and its perplexity are always there. `metric` of a task in tasks.toml
-    /// adds: `exact-match`, `contains`, `rouge-l` and `gsm8k` generate an answer; `choice` takes the option with the highest
+    /// adds: `exact-match`, `contains`, `rouge-l`, `gsm8k` and `codebleu` generate an answer; `choice` takes the option with the highest
     /// log-likelihood; `judge` generates for `cpift-eval judge`.
     ///
     /// The numbers of lm-evaluation-harness, 5-shot: cpift-eval run --model DIR --tasks tasks.toml --out scores --prompt harness

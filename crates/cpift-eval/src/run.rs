@@ -162,8 +162,12 @@ fn score_task(args: &RunArgs, session: &Session, of: &TaskRows) -> Result<(TaskS
             ("dropped".to_owned(), json!(dropped)),
             ("templates".to_owned(), templates(task)),
             ("prompts_cut".to_owned(), json!(scored.prompts_cut)),
+            ("skipped".to_owned(), json!(scored.skipped)),
         ]),
     };
+    if task.metric == TaskMetric::Codebleu {
+        score.settings.insert("language".to_owned(), json!(task.language));
+    }
     if task.metric == TaskMetric::Judge {
         score.settings.insert(cpift_judge::run::SETTING.to_owned(), Value::Null);
     }

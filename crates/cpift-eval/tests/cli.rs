@@ -1,45 +1,14 @@
 //! cpift-eval through the real binary.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod common;
 
-use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
-use cpift_testkit::{Run, expect_entries, run};
+use std::fs;
+
+use cpift_testkit::model::{row, write_rows};
+use cpift_testkit::{expect_entries, run};
 use serde_json::{Value, json};
 
-struct Fixture {
-    dir: tempfile::TempDir,
-    model: PathBuf,
-    tasks: PathBuf,
-}
-
-impl Fixture {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let model = write_tiny_model(&dir.path().join("model"), 1);
-        let tasks = write_tasks(&dir.path().join("data"));
-        Self { dir, model, tasks }
-    }
-
-    fn out(&self, name: &str) -> PathBuf {
-        self.dir.path().join("runs").join(name)
-    }
-
-    fn eval(&self, out: &str, more: &[&str]) -> Run {
-        let out = self.out(out);
-        let fixed = ["run", "--model", self.model.to_str().unwrap(), "--tasks", self.tasks.to_str().unwrap()];
-        let fixed = fixed.into_iter().chain(["--out", out.to_str().unwrap(), "--device", "cpu", "--threads", "1"]);
-        run(env!("CARGO_BIN_EXE_cpift-eval"), fixed.chain(more.iter().copied()))
-    }
-
-    fn compare(&self, args: &[&str]) -> Run {
-        run(env!("CARGO_BIN_EXE_cpift-eval"), ["compare"].iter().chain(args))
-    }
-}
-
-fn read_json(path: &Path) -> Value {
-    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
-}
+use common::{Fixture, outputs, read_json};
 
 #[test]
 fn every_task_has_its_loss_and_its_metric() {
@@ -207,128 +176,6 @@ fn bad_arguments_and_outputs() {
     f.compare(&[f.dir.path().to_str().unwrap()]).bad_input(&["scores.json"]);
     fs::remove_file(f.model.join("config.json")).unwrap();
     f.eval("out2", &[]).bad_input(&["config.json"]);
-}
-
-/// Rows of outputs.jsonl.
-fn outputs(folder: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(folder.join("outputs.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-fn task(name: &str, more: &str) -> String {
-    format!("[[task]]\nname = '{name}'\ntrain = '{name}/train.jsonl'\neval = '{name}/eval.jsonl'\n{more}\n")
-}
-
-fn question(user: &str, choices: Value, answer: usize) -> Value {
-    let mut r = row(user, ["A", "B"][answer]);
-    (r["choices"], r["answer"]) = (choices, json!(answer));
-    r
-}
-
-const SPLIT: &str = r"split = '(?s)^(?P<passage>.*)\n\n(?P<question>.*)\n\nA\. '";
-
-#[test]
-fn the_harness_prompt_of_multiple_choice_scores_the_options_text() {
-    let f = Fixture::new();
-    let user = "All birds fly.\nSo they say.\n\nWho flies?\n\nA. birds\nB. é";
-    let rows = [question(user, json!(["birds", "é"]), 0), question(user, json!(["é", "birds"]), 0)];
-    write_rows(&f.dir.path().join("data/pick/eval.jsonl"), &rows);
-    fs::write(&f.tasks, task("pick", &format!("metric = 'choice'\n{SPLIT}"))).unwrap();
-    f.eval("a", &["--prompt", "harness"]).ok();
-    let outputs = outputs(&f.out("a"));
-    let prompt = "Passage: All birds fly.\nSo they say.\nQuestion: Who flies?\nChoices:\nA. birds\nB. é\nAnswer:";
-    assert_eq!(outputs[0]["prompt"], prompt);
-    for output in &outputs {
-        let ll: Vec<f64> = output["log_likelihoods"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
-        let lengths = if output["row"] == 1 { [5.0, 1.0] } else { [1.0, 5.0] };
-        let score = |first: bool| json!(f64::from(u8::from(first)));
-        assert_eq!(output["acc"], score(ll[0] >= ll[1]), "{output}");
-        assert_eq!(output["acc_norm"], score(ll[0] / lengths[0] >= ll[1] / lengths[1]), "code points: {output}");
-    }
-    let scores = read_json(&f.out("a").join("scores.json"));
-    assert_eq!(scores["tasks"][0]["settings"]["prompt"], "harness");
-    assert_eq!(scores["tasks"][0]["also"]["acc_norm"]["n"], 2);
-    write_rows(
-        &f.dir.path().join("data/pick/eval.jsonl"),
-        &[rows[0].clone(), question("no parts", json!(["x", "y"]), 0)],
-    );
-    f.eval("b", &["--prompt", "harness"]).bad_input(&["pick/eval.jsonl", "line 2", "split", "no parts"]);
-    fs::write(&f.tasks, task("pick", "metric = 'choice'\nsplit = '('")).unwrap();
-    f.eval("b", &[]).bad_input(&["tasks.toml", "split", "regular expression"]);
-}
-
-#[test]
-fn equal_options_tie_and_the_first_is_taken() {
-    let f = Fixture::new();
-    write_rows(&f.dir.path().join("data/pick/eval.jsonl"), &[question("q", json!(["same", "same"]), 1)]);
-    fs::write(&f.tasks, task("pick", "metric = 'choice'")).unwrap();
-    f.eval("a", &["--prompt", "harness"]).ok();
-    let output = &outputs(&f.out("a"))[0];
-    assert_eq!((&output["extracted"], &output["acc"], &output["acc_norm"]), (&json!("A"), &json!(0.0), &json!(0.0)));
-    assert_eq!(output["prompt"], "Question: q\nChoices:\nA. same\nB. same\nAnswer:", "no passage, no such line");
-}
-
-#[test]
-fn examples_come_from_the_training_file_by_the_seed() {
-    let f = Fixture::new();
-    let train: Vec<Value> =
-        (0..9).map(|i| json!({"question": format!("q{i}"), "answer": format!("#### {i}")})).collect();
-    write_rows(&f.dir.path().join("data/count/train.jsonl"), &train);
-    // The first question is one of the training file's too.
-    let eval: Vec<Value> =
-        (3..5).map(|i| json!({"question": format!("q{i}"), "answer": format!("#### {i}")})).collect();
-    write_rows(&f.dir.path().join("data/count/eval.jsonl"), &eval);
-    fs::write(&f.tasks, task("count", "metric = 'gsm8k'\nmax_new_tokens = 4")).unwrap();
-    let prompts = |out: &str, more: &[&str]| -> Vec<String> {
-        f.eval(out, &[&["--few-shot", "2"], more].concat()).ok();
-        outputs(&f.out(out)).iter().map(|o| o["prompt"].as_str().unwrap().to_owned()).collect()
-    };
-    let harness = prompts("a", &["--prompt", "harness"]);
-    for (prompt, own) in harness.iter().zip(["q3", "q4"]) {
-        let parts: Vec<&str> = prompt.split("\n\n").collect();
-        assert_eq!((parts.len(), parts[2]), (3, format!("Question: {own}\nAnswer:").as_str()), "{prompt}");
-        for example in &parts[..2] {
-            let number = example.strip_prefix("Question: q").unwrap().chars().next().unwrap();
-            assert_eq!(*example, format!("Question: q{number}\nAnswer: #### {number}"));
-            assert_ne!(format!("q{number}"), own, "the row's own question");
-        }
-    }
-    assert_eq!(harness, prompts("b", &["--prompt", "harness", "--batch-size", "1"]));
-    assert_ne!(harness, prompts("c", &["--prompt", "harness", "--seed", "5"]));
-    assert_eq!(prompts("d", &[])[0].matches("<|im_start|>assistant").count(), 3, "turns of a chat prompt");
-    f.eval("e", &["--few-shot", "9"]).bad_input(&["count/train.jsonl", "more than 9", "found: 9"]);
-}
-
-#[test]
-fn contains_and_rouge_l_grade_the_generated_answer() {
-    let f = Fixture::new();
-    fs::write(&f.tasks, task("copy", "metric = 'exact-match'\nmax_new_tokens = 8")).unwrap();
-    f.eval("a", &[]).ok();
-    let output = outputs(&f.out("a"))[0]["output"].as_str().unwrap().trim().to_owned();
-    let mut rows = [row("say w100", "x"), row("say w100", "never this one")];
-    // A part of the answer is contained, and is not the answer.
-    rows[0]["answer"] = json!(output.chars().skip(1).take(3).collect::<String>());
-    rows[0]["messages"][0]["content"] = outputs_user(&f);
-    rows[1]["messages"][0]["content"] = outputs_user(&f);
-    write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &rows);
-    for (metric, name) in [("contains", "contains"), ("rouge-l", "rouge_l")] {
-        fs::write(&f.tasks, task("copy", &format!("metric = '{metric}'\nmax_new_tokens = 8"))).unwrap();
-        f.eval(metric, &[]).ok();
-        let scores = read_json(&f.out(metric).join("scores.json"));
-        assert_eq!(scores["tasks"][0]["metric"]["name"], name);
-        let second = outputs(&f.out(metric))[1]["score"].as_f64().unwrap();
-        assert!(second < 1.0);
-        if metric == "contains" {
-            assert_eq!(scores["tasks"][0]["metric"]["value"], 0.5);
-        }
-    }
-}
-
-/// The first user turn of the task `copy`.
-fn outputs_user(f: &Fixture) -> Value {
-    let text = fs::read_to_string(f.dir.path().join("data/copy/eval.jsonl")).unwrap();
-    let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
-    first["messages"][0]["content"].clone()
 }
 
 #[test]

@@ -200,6 +200,6 @@ mod tests {
         let mut svg = Svg::new(10.0, 10.0);
         svg.name(0.0, 0.0, "end", 60.0, "a-name-that-is-far-too-long");
         let svg = svg.finish("x");
-        assert!(svg.contains("<title>a-name-that-is-far-too-long</title>a-name") && svg.contains('…'), "{svg}");
+        assert!(svg.contains("<title>a-name-that-is-far-too-long</title>a-nam…</text>"), "{svg}");
     }
 }

@@ -248,8 +248,8 @@ fn paired(
         match differences(&runs[base], &runs[i], task, column.unit) {
             Ok(rows) => {
                 let means = bootstrap::means(&rows, question.resamples, question.seed, stream);
-                let all = column.cells[i].figure().map_or(0, |f| f.n);
-                if rows.len() as u64 != all {
+                let all = [base, i].map(|run| column.cells[run].figure().map_or(0, |f| f.n)).into_iter().max();
+                if Some(rows.len() as u64) != all {
                     delta.value = rows.iter().sum::<f64>() / rows.len() as f64;
                     notes.push(format!(
                         "{}, {task}: the difference is over the {} rows both have.",

@@ -22,5 +22,5 @@ pub fn score(session: &Session, prompter: &Prompter<'_>, rows: &[Row], settings:
             "row": row.place.row})
     };
     let outputs = rows.iter().zip(&answers.list).map(line).collect();
-    Ok(Scored { metric: None, also: Vec::new(), prompts_cut: answers.prompts_cut, outputs })
+    Ok(Scored { metric: None, also: Vec::new(), prompts_cut: answers.prompts_cut, skipped: 0, outputs })
 }

@@ -3,6 +3,7 @@
 //! A metric of generated answers is a [`Grader`]; one of likelihoods runs the model itself, as [`choice`] does.
 
 mod choice;
+mod codebleu;
 mod exact_match;
 mod gsm8k;
 mod judge;
@@ -45,6 +46,8 @@ pub struct Scored {
     pub also: Vec<Figure>,
     /// Prompts that lost their beginning, because the model's context holds no more.
     pub prompts_cut: usize,
+    /// Rows that the metric is not computed for; they are in no figure of it.
+    pub skipped: usize,
     /// One JSON object for each row: prompt, output, what was extracted, reference, score.
     pub outputs: Vec<Value>,
 }
@@ -88,9 +91,10 @@ pub fn score(
 ) -> Result<Scored> {
     let grader: Grader = match task.metric {
         TaskMetric::Nll => {
-            return Ok(Scored { metric: None, also: Vec::new(), prompts_cut: 0, outputs: Vec::new() });
+            return Ok(Scored { metric: None, also: Vec::new(), prompts_cut: 0, skipped: 0, outputs: Vec::new() });
         }
         TaskMetric::Choice => return choice::score(session, prompter, task, rows, settings),
+        TaskMetric::Codebleu => return codebleu::score(session, prompter, task, rows, settings),
         TaskMetric::Judge => return judge::score(session, prompter, rows, settings),
         TaskMetric::ExactMatch => exact_match::exact_match,
         TaskMetric::Contains => exact_match::contains,
@@ -142,10 +146,16 @@ impl Lines {
         self.outputs.push(line);
     }
 
+    /// A row without a score.
+    fn skip(&mut self, row: &Row, mut line: Value) {
+        line["row"] = json!(row.place.row);
+        self.outputs.push(line);
+    }
+
     fn scored(self, prompts_cut: usize) -> Scored {
         let mut figures = self.names.iter().zip(&self.scores).map(|(name, scores)| Figure::mean(name, scores));
         let metric = figures.next();
-        Scored { metric, also: figures.collect(), prompts_cut, outputs: self.outputs }
+        Scored { metric, also: figures.collect(), prompts_cut, skipped: 0, outputs: self.outputs }
     }
 }
 

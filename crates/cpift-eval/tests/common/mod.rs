@@ -1,0 +1,60 @@
+//! A tiny model, its tasks, and cpift-eval on them.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cpift_testkit::model::{row, write_tasks, write_tiny_model};
+use cpift_testkit::{Run, run};
+use serde_json::{Value, json};
+
+/// A model and three tasks: copy, count and pick.
+pub struct Fixture {
+    pub dir: tempfile::TempDir,
+    pub model: PathBuf,
+    pub tasks: PathBuf,
+}
+
+impl Fixture {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let model = write_tiny_model(&dir.path().join("model"), 1);
+        let tasks = write_tasks(&dir.path().join("data"));
+        Self { dir, model, tasks }
+    }
+
+    pub fn out(&self, name: &str) -> PathBuf {
+        self.dir.path().join("runs").join(name)
+    }
+
+    pub fn eval(&self, out: &str, more: &[&str]) -> Run {
+        let out = self.out(out);
+        let fixed = ["run", "--model", self.model.to_str().unwrap(), "--tasks", self.tasks.to_str().unwrap()];
+        let fixed = fixed.into_iter().chain(["--out", out.to_str().unwrap(), "--device", "cpu", "--threads", "1"]);
+        run(env!("CARGO_BIN_EXE_cpift-eval"), fixed.chain(more.iter().copied()))
+    }
+
+    pub fn compare(&self, args: &[&str]) -> Run {
+        run(env!("CARGO_BIN_EXE_cpift-eval"), ["compare"].iter().chain(args))
+    }
+}
+
+pub fn read_json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// Rows of outputs.jsonl.
+pub fn outputs(folder: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(folder.join("outputs.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+pub fn task(name: &str, more: &str) -> String {
+    format!("[[task]]\nname = '{name}'\ntrain = '{name}/train.jsonl'\neval = '{name}/eval.jsonl'\n{more}\n")
+}
+
+pub fn question(user: &str, choices: Value, answer: usize) -> Value {
+    let mut r = row(user, ["A", "B"][answer]);
+    (r["choices"], r["answer"]) = (choices, json!(answer));
+    r
+}

@@ -1,0 +1,84 @@
+//! What cpift-eval asks: harness prompts and examples.
+
+mod common;
+
+use std::fs;
+
+use cpift_testkit::model::write_rows;
+use serde_json::{Value, json};
+
+use common::{Fixture, outputs, question, read_json, task};
+
+const SPLIT: &str = r"split = '(?s)^(?P<passage>.*)\n\n(?P<question>.*)\n\nA\. '";
+
+#[test]
+fn the_harness_prompt_of_multiple_choice_scores_the_options_text() {
+    let f = Fixture::new();
+    let user = "All birds fly.\nSo they say.\n\nWho flies?\n\nA. birds\nB. é";
+    let rows = [question(user, json!(["birds", "é"]), 0), question(user, json!(["é", "birds"]), 0)];
+    write_rows(&f.dir.path().join("data/pick/eval.jsonl"), &rows);
+    fs::write(&f.tasks, task("pick", &format!("metric = 'choice'\n{SPLIT}"))).unwrap();
+    f.eval("a", &["--prompt", "harness"]).ok();
+    let outputs = outputs(&f.out("a"));
+    let prompt = "Passage: All birds fly.\nSo they say.\nQuestion: Who flies?\nChoices:\nA. birds\nB. é\nAnswer:";
+    assert_eq!(outputs[0]["prompt"], prompt);
+    for output in &outputs {
+        let ll: Vec<f64> = output["log_likelihoods"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+        let lengths = if output["row"] == 1 { [5.0, 1.0] } else { [1.0, 5.0] };
+        let score = |first: bool| json!(f64::from(u8::from(first)));
+        assert_eq!(output["acc"], score(ll[0] >= ll[1]), "{output}");
+        assert_eq!(output["acc_norm"], score(ll[0] / lengths[0] >= ll[1] / lengths[1]), "code points: {output}");
+    }
+    let scores = read_json(&f.out("a").join("scores.json"));
+    assert_eq!(scores["tasks"][0]["settings"]["prompt"], "harness");
+    assert_eq!(scores["tasks"][0]["also"]["acc_norm"]["n"], 2);
+    write_rows(
+        &f.dir.path().join("data/pick/eval.jsonl"),
+        &[rows[0].clone(), question("no parts", json!(["x", "y"]), 0)],
+    );
+    f.eval("b", &["--prompt", "harness"]).bad_input(&["pick/eval.jsonl", "line 2", "split", "no parts"]);
+    fs::write(&f.tasks, task("pick", "metric = 'choice'\nsplit = '('")).unwrap();
+    f.eval("b", &[]).bad_input(&["tasks.toml", "split", "regular expression"]);
+}
+
+#[test]
+fn equal_options_tie_and_the_first_is_taken() {
+    let f = Fixture::new();
+    write_rows(&f.dir.path().join("data/pick/eval.jsonl"), &[question("q", json!(["same", "same"]), 1)]);
+    fs::write(&f.tasks, task("pick", "metric = 'choice'")).unwrap();
+    f.eval("a", &["--prompt", "harness"]).ok();
+    let output = &outputs(&f.out("a"))[0];
+    assert_eq!((&output["extracted"], &output["acc"], &output["acc_norm"]), (&json!("A"), &json!(0.0), &json!(0.0)));
+    assert_eq!(output["prompt"], "Question: q\nChoices:\nA. same\nB. same\nAnswer:", "no passage, no such line");
+}
+
+#[test]
+fn examples_come_from_the_training_file_by_the_seed() {
+    let f = Fixture::new();
+    let train: Vec<Value> =
+        (0..9).map(|i| json!({"question": format!("q{i}"), "answer": format!("#### {i}")})).collect();
+    write_rows(&f.dir.path().join("data/count/train.jsonl"), &train);
+    // The first question is one of the training file's too.
+    let eval: Vec<Value> =
+        (3..5).map(|i| json!({"question": format!("q{i}"), "answer": format!("#### {i}")})).collect();
+    write_rows(&f.dir.path().join("data/count/eval.jsonl"), &eval);
+    fs::write(&f.tasks, task("count", "metric = 'gsm8k'\nmax_new_tokens = 4")).unwrap();
+    let prompts = |out: &str, more: &[&str]| -> Vec<String> {
+        f.eval(out, &[&["--few-shot", "2"], more].concat()).ok();
+        outputs(&f.out(out)).iter().map(|o| o["prompt"].as_str().unwrap().to_owned()).collect()
+    };
+    let harness = prompts("a", &["--prompt", "harness"]);
+    for (prompt, own) in harness.iter().zip(["q3", "q4"]) {
+        let parts: Vec<&str> = prompt.split("\n\n").collect();
+        assert_eq!((parts.len(), parts[2]), (3, format!("Question: {own}\nAnswer:").as_str()), "{prompt}");
+        for example in &parts[..2] {
+            let number = example.strip_prefix("Question: q").unwrap().chars().next().unwrap();
+            assert_eq!(*example, format!("Question: q{number}\nAnswer: #### {number}"));
+            assert_ne!(format!("q{number}"), own, "the row's own question");
+        }
+    }
+    assert_eq!(harness, prompts("b", &["--prompt", "harness", "--batch-size", "1"]));
+    assert_ne!(harness, prompts("c", &["--prompt", "harness", "--seed", "5"]));
+    assert_eq!(prompts("d", &[])[0].matches("<|im_start|>assistant").count(), 3, "turns of a chat prompt");
+    f.eval("e", &["--few-shot", "9"]).bad_input(&["count/train.jsonl", "more than 9", "found: 9"]);
+}
