@@ -18,7 +18,8 @@ fn fails_once(act: fn() -> Act) -> Server {
 
 #[test]
 fn what_passes_is_asked_again() {
-    let cases: [(fn() -> Act, &str); 5] = [
+    type Failing = fn() -> Act;
+    let cases: [(Failing, &str); 5] = [
         (|| respond(429, "{\"error\": \"slow down\"}"), "429"),
         (|| respond(500, "oops"), "500"),
         (|| respond(503, ""), "503"),

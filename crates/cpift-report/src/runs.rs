@@ -11,7 +11,7 @@ use cpift_core::scores::{Scores, TaskScore};
 use crate::outputs::{self, Output};
 
 /// What scoring counted, as opposed to what it was told: runs may differ in these.
-const COUNTS: [&str; 6] = ["batch_size", "dropped", "flagged", "prompts_cut", "truncated", "unrated"];
+const COUNTS: [&str; 5] = ["dropped", "prompts_cut", "skipped", "truncated", "verdicts"];
 
 /// A scored checkpoint.
 #[derive(Debug, Clone)]

@@ -125,6 +125,23 @@ fn a_task_that_waits_for_a_judge_says_so() {
 }
 
 #[test]
+fn grades_of_one_judge_are_compared_whatever_was_counted_and_those_of_two_are_not() {
+    let f = Folder::new();
+    let judged = |judge: &str, tokens: u32| {
+        let mut score = task_score("chat", Some(Figure { name: "judge".into(), value: 7.5, stderr: 0.5, n: 4 }));
+        score.settings.insert("judge".into(), json!({"model": judge, "wording": 1}));
+        score.settings.insert("verdicts".into(), json!({"rated": 4, "prompt_tokens": tokens}));
+        vec![score]
+    };
+    f.write_scores("a", judged("j", 10));
+    f.write_scores("b", judged("j", 20));
+    compared(&f, &["a", "b"], &[]);
+    f.write_scores("b", judged("k", 10));
+    let error = try_compare(&f, &["a", "b"], &[], false).unwrap_err().to_string();
+    assert!(error.contains("the setting judge of chat") && error.contains("\"k\""), "{error}");
+}
+
+#[test]
 fn csv_has_every_figure_unrounded() {
     let f = two();
     let csv = compared(&f, &["a", "b"], &["--format", "csv", "--baseline", "a"]);
