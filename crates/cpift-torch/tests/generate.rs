@@ -1,5 +1,9 @@
 //! Generation with cache and left padding gives what the plain forward pass gives, token for token; scoring agrees with it too.
 
+mod golden;
+
+use std::collections::BTreeMap;
+
 use cpift_testkit::model::write_tiny_model;
 use cpift_torch::generate::{GenerationOptions, Sampling, generate};
 use cpift_torch::score::{self, Alternatives};
@@ -46,6 +50,25 @@ fn batches_of_unequal_prompts_equal_one_at_a_time() {
     for batch_size in [1, 4, 9] {
         let options = GenerationOptions { batch_size, ..greedy(&eos, 12) };
         assert_eq!(ids(&session, &prompts, &options), expected, "batch size {batch_size}");
+    }
+}
+
+#[test]
+fn answers_are_those_of_transformers_in_every_family() {
+    let dir = tempfile::tempdir().unwrap();
+    // Ids alone are compared: any tokenizer will do.
+    let text = session(dir.path()).text;
+    let file = include_str!("../../../fixtures/golden/generate.json");
+    let cases: BTreeMap<String, BTreeMap<String, Vec<Vec<i64>>>> = serde_json::from_str(file).unwrap();
+    assert_eq!(cases.len(), 5);
+    for (name, case) in cases {
+        let (model, _) = golden::Golden::named(&name).open_f32();
+        for batch_size in [1, 4] {
+            let options = GenerationOptions { batch_size, ..greedy(&[], case["answers"][0].len()) };
+            let answers = generate(&model, &text, &case["prompts"], &options, || ()).unwrap();
+            let ids: Vec<Vec<i64>> = answers.into_iter().map(|answer| answer.ids).collect();
+            assert_eq!(ids, case["answers"], "{name}, batch size {batch_size}");
+        }
     }
 }
 
