@@ -41,6 +41,8 @@ pub enum Cell {
     Value(Figure, bool),
     /// The task wants a judge, and none has read this run.
     NotJudged,
+    /// A judge has read the run, and no reply of it held a grade.
+    NoGrade,
     /// The run has no such figure.
     Missing,
 }
@@ -142,12 +144,17 @@ impl Comparison {
         format!("95 % paired bootstrap over rows, {} resamples, seed {}", self.question.resamples, self.question.seed)
     }
 
-    /// The number of rows behind each task's score.
+    /// The number of rows behind each task's score; empty where nothing was scored. Runs differ in it where a judge gave no grade.
     pub fn rows_words(&self) -> String {
-        let count = |column: &Column| column.cells.iter().find_map(|cell| Some(cell.figure()?.n));
-        let counts: Vec<(&str, u64)> =
+        let count = |column: &Column| {
+            let counts = column.cells.iter().filter_map(|cell| Some(cell.figure()?.n));
+            let (low, high) = (counts.clone().min()?, counts.max()?);
+            Some(if low == high { low.to_string() } else { format!("{low} to {high}") })
+        };
+        let counts: Vec<(&str, String)> =
             self.scores.iter().filter_map(|c| Some((c.task.as_deref()?, count(c)?))).collect();
         match counts.first() {
+            None => String::new(),
             Some((_, n)) if counts.iter().all(|(_, m)| m == n) => format!("Rows (n): {n} for each task."),
             _ => {
                 let list: Vec<String> = counts.iter().map(|(task, n)| format!("{task} {n}")).collect();
@@ -186,7 +193,11 @@ fn score_column(runs: &[Run], task: &str) -> Column {
     let unit = Unit::of(&figure);
     let cell = |run: &Run| match run.task(task) {
         Some(TaskScore { metric: Some(metric), .. }) => Cell::Value(metric.clone(), false),
-        Some(_) if unit == Unit::Rating => Cell::NotJudged,
+        // Null until a judge has read the run.
+        Some(task) if unit == Unit::Rating => match task.settings.get("judge") {
+            None | Some(serde_json::Value::Null) => Cell::NotJudged,
+            Some(_) => Cell::NoGrade,
+        },
         _ => Cell::Missing,
     };
     Column { task: Some(task.to_owned()), unit, figure, cells: runs.iter().map(cell).collect(), deltas: Vec::new() }

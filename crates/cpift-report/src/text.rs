@@ -28,7 +28,8 @@ impl Bold {
 /// The tables, their notes and the formula.
 pub fn markdown(comparison: &Comparison, bold: Bold) -> String {
     let mut out = aligned(&score_lines(comparison), bold);
-    let _ = writeln!(out, "{} ± is one standard error. Best in bold.", comparison.rows_words());
+    let _ =
+        writeln!(out, "{}", format!("{} ± is one standard error. Best in bold.", comparison.rows_words()).trim_start());
     if let Some(name) = &comparison.question.baseline {
         let _ = writeln!(out, "\nDifference to {name} ({}):\n", comparison.interval_words());
         out.push_str(&aligned(&delta_lines(comparison), bold));
@@ -71,6 +72,7 @@ pub fn cell_text(column: &Column, run: usize) -> String {
         Cell::Value(f, _) if column.task.is_none() => column.unit.text(f.value),
         Cell::Value(f, _) => format!("{} ± {}", column.unit.text(f.value), column.unit.text(f.stderr)),
         Cell::NotJudged => "not judged".into(),
+        Cell::NoGrade => "no grade".into(),
         Cell::Missing => "-".into(),
     }
 }
@@ -133,6 +135,7 @@ pub fn csv(comparison: &Comparison) -> String {
                 Cell::Value(f, best) if column.task.is_some() => format!("{},{},{},{best}", f.value, f.stderr, f.n),
                 Cell::Value(f, best) => format!("{},,{},{best}", f.value, f.n),
                 Cell::NotJudged => "not judged,,,".to_owned(),
+                Cell::NoGrade => "no grade,,,".to_owned(),
                 Cell::Missing => ",,,".to_owned(),
             };
             let delta = match column.deltas.get(i).and_then(Option::as_ref) {

@@ -115,6 +115,11 @@ fn a_task_that_waits_for_a_judge_says_so() {
         assert!(row.contains("not judged") && row.contains("2.0000 ± 0.1000"), "{table}");
         assert!(table.contains("chat judge of 10") && table.contains("plain nll"), "{table}");
     }
+    let mut ungraded = task_score("chat", None);
+    ungraded.settings.insert("judge".into(), json!({"model": "j", "wording": 1}));
+    f.write_scores("c", vec![ungraded]);
+    let table = compared(&f, &["c"], &[]);
+    assert!(table.contains("no grade") && table.contains("\n± is one"), "a judge has read it: {table}");
     let table = compared(&f, &["a", "b"], &[]);
     assert!(table.contains("7.50 ± 0.50") && table.contains("ANS of b leaves out chat"), "{table}");
     assert_eq!(
