@@ -76,6 +76,8 @@ fn the_sections_are_landmarks_that_the_navigation_leads_to() {
 #[test]
 fn what_a_model_wrote_is_text_and_nothing_else() {
     let page = text_of(&Folder::whole(), &[]);
+    // For scripts/check-report.sh, which opens it in a browser.
+    std::fs::write(concat!(env!("CARGO_TARGET_TMPDIR"), "/report.html"), &page).unwrap();
     let html = Html::parse_document(&page);
     assert_eq!(select(&html, "script, img, iframe, link, object, embed, form, base, style ~ style").len(), 0);
     for element in html.tree.nodes().filter_map(|node| node.value().as_element()) {
