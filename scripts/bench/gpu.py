@@ -17,15 +17,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from generate import prompts
 from runs import DEVICE, HERE, PEER, ROOT, Failed, run_json
 
 LLAMA = HERE / "llama-2-7b.json"
 # SmolLM2's kind of model, small enough for seconds on one core.
 TINY = dict(json.loads(LLAMA.read_text()), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
-            num_key_value_heads=2, vocab_size=512, max_position_embeddings=256, tie_word_embeddings=True)
+            num_key_value_heads=2, vocab_size=2048, max_position_embeddings=256, tie_word_embeddings=True)
 WHAT = ("LLaMA-2-7B at random weights, 1 x 4096 tokens; a step is forward, backward with gradient checkpointing, and update. "
         "MFU is 6 x parameters x tokens per second over the rate of a square bf16 product in the same run. No gradient is "
-        "clipped: ours updates in the backward pass, before their norm is known. Targets are those for one H200.")
+        "clipped: ours updates in the backward pass, before their norm is known. Generation: 16 "
+        "prompts of 24 to 96 tokens, 128 new ones each, bf16. Targets are those for one H200.")
 NO_GPU = "No CUDA device: all ran at tiny size on the CPU, to show that it runs. Nothing here is a figure of a GPU."
 DEVICE_LIMIT_S = 300
 F32_MASTER = ["--master", "f32", "--optim-state", "f32"]
@@ -33,13 +35,15 @@ BF16_MASTER = ["--master", "bf16", "--optim-state", "bf16"]
 # What the reports must hold.
 PARITY = {"passed", "max_logits_difference", "max_loss_difference"}
 TRAINING = {"tokens_per_step", "wall_seconds", "peak_memory_mib"}
+GENERATION = {"ids", "wall_seconds"}
+BATCH, NEW_TOKENS = 16, 128
 
 
 class Plan:
     """What runs where: the commands of all steps for this device."""
 
-    def __init__(self, args, device, tiny):
-        self.args, self.device = args, device
+    def __init__(self, args, device, tiny, scratch):
+        self.args, self.device, self.scratch = args, device, scratch
         self.config, self.shape = (LLAMA, "1x4096") if device == "cuda" else (tiny, "2x64")
 
     def program(self, name):
@@ -48,10 +52,12 @@ class Plan:
             raise Failed(f"{name} is not in {self.args.bin} (hint: BIN=DIR names the folder)")
         return found
 
+    def where(self):
+        return ["--device", self.device, "--compute-dtype", "bf16" if self.device == "cuda" else "f32"]
+
     def common(self):
-        compute = "bf16" if self.device == "cuda" else "f32"
-        return ["--config", self.config, "--shape", self.shape, "--steps", self.args.steps, "--device", self.device,
-                "--compute-dtype", compute, "--gradient-checkpointing"]
+        return ["--config", self.config, "--shape", self.shape, "--steps", self.args.steps, *self.where(),
+                "--gradient-checkpointing"]
 
     def parity(self):
         return [self.program("check_parity"), "--device", self.device, ROOT / "fixtures/golden", "--json"]
@@ -62,6 +68,16 @@ class Plan:
     def peer(self, master):
         return [sys.executable, PEER, *self.common(), "--master", master, "--max-grad-norm", 0]
 
+    def generation(self, *program):
+        """The command of a program that continues the prompts; the first call makes checkpoint and prompts."""
+        model, file = self.scratch / "model", self.scratch / "prompts.json"
+        if not file.exists():
+            maker = [sys.executable, HERE / "random_checkpoint.py", self.config, ROOT / "fixtures/demo/base", model]
+            run_json(maker, self.args.limit)
+            file.write_text(json.dumps(prompts(BATCH, json.loads(self.config.read_text())["vocab_size"])))
+        return [*program, "--model", model, "--prompts", file, "--batch-size", BATCH, "--new-tokens", NEW_TOKENS,
+                "--repeat", 2, *self.where()]
+
 
 STEPS = {
     "parity": Plan.parity,
@@ -71,6 +87,8 @@ STEPS = {
     "train_bf16_frozen": lambda plan: plan.ours(*BF16_MASTER, "--frozen-percent", 5),
     "peer_f32": lambda plan: plan.peer("f32"),
     "peer_bf16": lambda plan: plan.peer("bf16"),
+    "generate": lambda plan: plan.generation(plan.program("bench_generate")),
+    "peer_generate": lambda plan: plan.generation(sys.executable, HERE / "generate_peer.py"),
 }
 
 
@@ -81,8 +99,11 @@ def run_step(name, plan):
         command = STEPS[name](plan)
         record["command"] = " ".join(map(str, command)).replace(sys.executable, "python3").replace(f"{ROOT}/", "")
         record["report"] = report = run_json(command, plan.args.limit)
-        if missing := (PARITY if name == "parity" else TRAINING) - report.keys():
+        needed = PARITY if name == "parity" else GENERATION if name.endswith("generate") else TRAINING
+        if missing := needed - report.keys():
             raise Failed(f"the report lacks {', '.join(sorted(missing))}", report)
+        # Ids of random weights say nothing, and are many.
+        report.pop("ids", None)
         record["state"] = "done"
     except Failed as error:
         record["error"], record["report"] = str(error), error.report
@@ -133,6 +154,11 @@ class Reports:
         a, b = self.rate(step), self.rate(other)
         return a / b if a and b else None
 
+    def generation(self, step):
+        """New tokens per second; the first repetition is warm-up."""
+        report = self.of(step)
+        return report and BATCH * NEW_TOKENS / report["wall_seconds"][-1]
+
     def frozen_cost(self, step):
         ratio = self.ratio(step, f"{step}_frozen")
         return ratio and 100 * (ratio - 1)
@@ -163,7 +189,11 @@ def figures(results):
                  figure(f"{peer_label}: tokens per second", "tokens/s", got.rate(peer)),
                  figure(f"{peer_label}: MFU", "%", got.utilisation(peer)),
                  figure(f"{peer_label}: peak memory", "GB", got.memory(peer)),
-                 figure(f"{label}: ours over transformers", "x", got.ratio(ours, peer))]
+                 figure(f"{label}: ours over transformers", "x", got.ratio(ours, peer), at_least=1.3 if kind == "f32" else None)]
+    ours, peer = got.generation("generate"), got.generation("peer_generate")
+    rows += [figure("greedy generation: new tokens per second", "tokens/s", ours),
+             figure("transformers.generate: new tokens per second", "tokens/s", peer),
+             figure("generation: ours over transformers", "x", ours and peer and ours / peer, at_least=3)]
     return rows
 
 
@@ -199,7 +229,7 @@ def show(results):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", required=True, metavar="DIR[:DIR]", help="where check_parity and bench_train are")
+    parser.add_argument("--bin", required=True, metavar="DIR[:DIR]", help="where check_parity, bench_train and bench_generate are")
     parser.add_argument("--only", action="append", choices=STEPS, metavar="STEP", help=f"any of {', '.join(STEPS)}")
     parser.add_argument("--steps", type=int, default=6, help="training steps of a run; the first is warm-up")
     parser.add_argument("--limit", type=int, default=600, metavar="SECONDS", help="the most that a step may take")
@@ -222,7 +252,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         tiny = Path(scratch) / "config.json"
         tiny.write_text(json.dumps(TINY))
-        plan = Plan(args, machine["device"], tiny)
+        plan = Plan(args, machine["device"], tiny, Path(scratch))
         for name in args.only or STEPS:
             print(f"gpu: {name} …", file=sys.stderr, flush=True)
             record = results["steps"][name] = run_step(name, plan)
