@@ -1,6 +1,6 @@
 //! Signals: what is staged goes, and a stage that can stop in an orderly way is asked to first.
 
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
@@ -8,13 +8,35 @@ use signal_hook::iterator::Signals;
 
 use crate::files;
 
-/// Whether the stage saves its state when asked to stop.
-static ORDERLY: AtomicBool = AtomicBool::new(false);
-/// The signal that asked it to; 0 for none.
+/// What the stage is at, as a [`Work`].
+static WORK: AtomicU8 = AtomicU8::new(0);
+/// The signal that asked it to stop; 0 for none.
 static ASKED: AtomicI32 = AtomicI32::new(0);
 
+/// What a signal meets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Work {
+    /// Steps that can stop after any of them: the stage asks [`stop_asked`] and saves its state.
+    Steps = 1,
+    /// A state that is being saved.
+    State = 2,
+    /// The output that is being written, when all the work is done.
+    Output = 3,
+}
+
+/// What a signal leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// What is staged goes, and the program ends.
+    End,
+    /// It is noted, and this said.
+    Wait(&'static str),
+}
+
 /// Listens for signals from here on. Each removes what is staged and ends the program with 128 + its number, as a shell reports it;
-/// except that while an [`Orderly`] lives the first SIGTERM or SIGUSR1 (Slurm's warnings) is only noted.
+/// except that while an [`Orderly`] lives the first SIGTERM or SIGUSR1 (Slurm's warnings) is only noted, that none of these two cuts
+/// short the writing of a state or of the output, and that the first signal of any kind does not cut short the output.
 ///
 /// # Errors
 /// When the handlers cannot be set.
@@ -22,33 +44,47 @@ pub(crate) fn listen() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).context("listening for signals")?;
     std::thread::spawn(move || {
         for signal in signals.forever() {
-            let first = matches!(signal, SIGTERM | SIGUSR1)
-                && ORDERLY.load(Ordering::SeqCst)
-                && ASKED.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst).is_ok();
-            if first {
-                log::info!("{}: saving and stopping after this step; a second signal stops at once", name(signal));
-            } else {
-                files::discard_unfinished(|| std::process::exit(128 + signal));
+            let first = ASKED.load(Ordering::SeqCst) == 0;
+            match answer(signal, WORK.load(Ordering::SeqCst), first) {
+                Answer::Wait(what) => {
+                    let _ = ASKED.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
+                    log::info!("{}: {what}", name(signal));
+                }
+                // Without destructors: other threads are still at work with what they would destroy.
+                Answer::End => files::discard_unfinished(|| signal_hook::low_level::exit(128 + signal)),
             }
         }
     });
     Ok(())
 }
 
-/// While it lives, the stage asks [`stop_asked`] after every step and saves its state when it must stop.
-pub struct Orderly(());
+fn answer(signal: i32, work: u8, first: bool) -> Answer {
+    let warning = matches!(signal, SIGTERM | SIGUSR1);
+    match work {
+        w if w == Work::Steps as u8 && warning && first => {
+            Answer::Wait("saving and stopping after this step; a second signal stops at once")
+        }
+        w if w == Work::State as u8 && warning => Answer::Wait("stopping when the state is saved"),
+        w if w == Work::Output as u8 && (warning || first) => {
+            Answer::Wait("training is done, the output is being written first; another SIGINT stops at once")
+        }
+        _ => Answer::End,
+    }
+}
+
+/// While it lives, signals meet the work it was begun for; then what they met before.
+pub struct Orderly(u8);
 
 impl Orderly {
-    /// From here on a first SIGTERM or SIGUSR1 does not end the program.
-    pub fn begin() -> Self {
-        ORDERLY.store(true, Ordering::SeqCst);
-        Self(())
+    /// From here on signals meet `work`.
+    pub fn begin(work: Work) -> Self {
+        Self(WORK.swap(work as u8, Ordering::SeqCst))
     }
 }
 
 impl Drop for Orderly {
     fn drop(&mut self) {
-        ORDERLY.store(false, Ordering::SeqCst);
+        WORK.store(self.0, Ordering::SeqCst);
     }
 }
 
@@ -62,4 +98,26 @@ pub fn stop_asked() -> Option<&'static str> {
 
 fn name(signal: i32) -> &'static str {
     signal_hook::low_level::signal_name(signal).unwrap_or("a signal")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_being_written_is_not_cut_short_by_a_warning() {
+        let ends = |signal, work, first| answer(signal, work, first) == Answer::End;
+        let [steps, state, output] = [Work::Steps, Work::State, Work::Output].map(|w| w as u8);
+        for warning in [SIGTERM, SIGUSR1] {
+            assert!(ends(warning, 0, true), "no orderly stage");
+            assert!(!ends(warning, steps, true) && ends(warning, steps, false));
+            for first in [true, false] {
+                assert!(!ends(warning, state, first) && !ends(warning, output, first));
+            }
+        }
+        for other in [SIGINT, SIGHUP] {
+            assert!(ends(other, steps, true) && ends(other, state, true));
+            assert!(!ends(other, output, true) && ends(other, output, false));
+        }
+    }
 }

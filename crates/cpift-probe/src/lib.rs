@@ -3,18 +3,18 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
 use cpift_core::error::usage;
-use cpift_core::files::{StagedDir, check_output};
+use cpift_core::files::{check_not_input, check_output};
 use cpift_core::provenance::Recorder;
 use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
 use cpift_torch::data::{self, Encoded, Layout};
-use cpift_torch::session::Session;
-use cpift_torch::train::{HeldOut, RUN, Run, Stage, States};
+use cpift_torch::session::{Described, Session};
+use cpift_torch::train::{HeldOut, Run, Stage, States};
 use cpift_torch::{memory, oom};
 use log::{info, warn};
 use serde_json::json;
@@ -31,7 +31,7 @@ use serde_json::json;
 #[command(name = "cpift-probe", version)]
 pub struct Args {
     /// The base checkpoint θ⁽⁰⁾: a Hugging Face folder
-    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR", required_unless_present = "list")]
     pub base: Option<PathBuf>,
     /// The task list, tasks.toml
     #[arg(long, value_name = "FILE")]
@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, value_name = "I")]
     pub task_index: Option<usize>,
     /// The folder to write
-    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    #[arg(long, aliases = ["output_dir", "output-dir"], value_name = "DIR", required_unless_present = "list")]
     pub out: Option<PathBuf>,
     /// Only print the tasks, a line each: index, name, training file, evaluation file, separated by tabs
     #[arg(long, conflicts_with_all = ["base", "out", "task", "task_index"])]
@@ -62,6 +62,7 @@ struct Plan {
     tasks_digest: Digest,
     train_digest: Digest,
     encoded: Encoded,
+    held_out: Vec<HeldOut>,
     session: Session,
 }
 
@@ -87,32 +88,22 @@ fn list(args: &Args) -> Result<()> {
 }
 
 fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
-    let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
-    let plan = plan(args, base, out)?;
-    let run = training_run(args, &plan, out)?;
-    if args.training.resume && !args.common.force && run.states.finished(out)? {
-        info!("{} is finished already", out.display());
-        return Ok(());
-    }
-    let staged = StagedDir::create(out, args.common.force)?;
-    let report = run
-        .train(staged.path(), args.common.force)
-        .with_context(|| format!("training on {}", plan.task.train.display()))?
-        .remove(0);
-    plan.session.save(staged.path(), args.training.save_dtype)?;
-    recorder.seed(args.training.seed);
-    recorder.input("base", base, plan.session.digest.clone());
-    recorder.input("tasks", &args.tasks, plan.tasks_digest.clone());
-    recorder.input("train", &plan.task.train, plan.train_digest.clone());
-    recorder.fact("task", plan.task.name.as_str());
-    recorder.fact("steps", report.steps);
-    recorder.fact("tokens", report.tokens);
-    recorder.fact("examples", plan.encoded.examples.len());
-    recorder.fact("truncated", plan.encoded.truncated);
-    recorder.fact(RUN, run.states.run());
-    recorder.write_into(staged.path())?;
-    staged.commit()?;
-    run.states.remove()?;
+    let recorder = Recorder::start(env!("CARGO_PKG_NAME"));
+    let mut plan = plan(args, base, out)?;
+    warn_of_rounding(args, &plan.session);
+    let held_out = std::mem::take(&mut plan.held_out);
+    let written =
+        training_run(args, &plan, held_out, out).write(out, &args.common, recorder, |recorder, reports| {
+            recorder.input("base", base, plan.session.digest.clone());
+            recorder.input("tasks", &args.tasks, plan.tasks_digest.clone());
+            recorder.input("train", &plan.task.train, plan.train_digest.clone());
+            recorder.fact("task", plan.task.name.as_str());
+            recorder.fact("steps", reports[0].steps);
+            recorder.fact("tokens", reports[0].tokens);
+            recorder.fact("examples", plan.encoded.examples.len());
+            recorder.fact("truncated", plan.encoded.truncated);
+        })?;
+    let Some(report) = written.map(|mut reports| reports.remove(0)) else { return Ok(()) };
     info!("{}: loss {:.4} -> {:.4}; wrote {}", plan.task.name, report.first_loss, report.final_loss, out.display());
     args.common.print_json(&json!({"task": plan.task.name, "steps": report.steps, "tokens": report.tokens,
         "first_loss": report.first_loss, "final_loss": report.final_loss, "out": out.display().to_string()}));
@@ -131,16 +122,38 @@ fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
         None => tasks.indexed(task_index(args.task_index)?)?,
     }
     .clone();
+    let inputs = [base, &args.tasks, &task.train, &task.eval];
+    check_not_input("--out", out, inputs)?;
+    check_not_input("--out's states", &States::folder(out), inputs)?;
     // Its templates and lengths decide what the rows become.
     let tasks_digest = Digest::of_file(&args.tasks)?;
     let train_digest = Digest::of_file(&task.train)?;
     let rows = data::read_rows(&task.train, &Layout::of(&task)?)?;
     let device = args.training.device.open(args.common.threads)?;
-    let session = Session::open(base, tasks.template()?, device, args.training.precision(device))?;
-    let max_length = session.context_of(&task, args.training.max_length);
-    let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
+    let model = Described::open(base, tasks.template()?)?;
+    let max_length = model.context_of(&task, args.training.max_length);
+    let encoded = data::encode_rows(&task.train, &rows, &model.text, max_length, args.training.overlong())?;
     data::report(&task.name, &encoded, max_length);
-    Ok(Plan { task, tasks_digest, train_digest, encoded, session })
+    let held_out = match args.training.eval_every {
+        Some(_) => vec![HeldOut::read(&task, args.training.eval_rows, &model.text, max_length)?],
+        None => Vec::new(),
+    };
+    let session = model.load(device, args.training.precision(device))?;
+    Ok(Plan { task, tasks_digest, train_digest, encoded, held_out, session })
+}
+
+/// What a narrow dtype does to the difference from the base, of which cpift-mask makes the core.
+fn warn_of_rounding(args: &Args, session: &Session) {
+    let training = &args.training;
+    if let Some(stored) = session.rounded_by(training.master) {
+        warn!(
+            "--master {} rounds the base's {stored} weights: what cpift-mask ranks will hold the rounding as well as the updates",
+            training.master
+        );
+    }
+    if training.save_dtype != cpift_core::Dtype::F32 {
+        warn!("saving as {}: updates smaller than its resolution are lost to cpift-mask", training.save_dtype);
+    }
 }
 
 /// The index that was typed, or that of the Slurm array.
@@ -153,11 +166,8 @@ fn task_index(typed: Option<usize>) -> Result<usize> {
     }
 }
 
-fn training_run<'a>(args: &'a Args, plan: &'a Plan, out: &Path) -> Result<Run<'a>> {
+fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, out: &Path) -> Run<'a> {
     let training = &args.training;
-    if training.save_dtype != cpift_core::Dtype::F32 {
-        warn!("saving as {}: updates smaller than its resolution are lost to cpift-mask", training.save_dtype);
-    }
     let stage = Stage {
         label: plan.task.name.clone(),
         examples: &plan.encoded.examples,
@@ -166,16 +176,12 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, out: &Path) -> Result<Run<'a
         seed: training.seed,
         lr: training.lr,
     };
-    let max_length = plan.session.context_of(&plan.task, training.max_length);
-    let held_out = match training.eval_every {
-        Some(_) => vec![HeldOut::read(&plan.task, training.eval_rows, &plan.session.text, max_length)?],
-        None => Vec::new(),
-    };
-    let mut description = training.describe();
+    let mut description = training.describe(plan.session.model.device());
     description.insert("base".into(), json!(plan.session.digest));
     description.insert("task".into(), json!(plan.task.name));
     description.insert("tasks".into(), json!(plan.tasks_digest));
     description.insert("train".into(), json!(plan.train_digest));
-    let states = States::new(out, description, training.keep);
-    Ok(Run { session: &plan.session, args: training, stages: vec![stage], held_out, states })
+    description.insert("examples".into(), json!(data::digest(&plan.encoded.examples)));
+    let states = States::new(out, description, training);
+    Run { session: &plan.session, args: training, stages: vec![stage], held_out, states }
 }

@@ -154,11 +154,21 @@ pub(crate) fn flash_varlen(
     Ok(owned(out))
 }
 
-/// Whether `device` runs flash attention over documents of unequal length, for heads of this width: tried once, on two tokens.
-pub(crate) fn has_flash_varlen(device: Device, head_dim: i64) -> bool {
-    let heads = Tensor::zeros([2, 1, head_dim], (Kind::BFloat16, device));
+/// Whether `device` runs flash attention over documents of unequal length, and its backward pass, for `heads` query and `kv_heads` key
+/// heads of this width and each of `windows`: tried once, on two tokens.
+pub(crate) fn has_flash_varlen(
+    device: Device,
+    [heads, kv_heads, head_dim]: [i64; 3],
+    windows: impl IntoIterator<Item = Option<i64>>,
+) -> bool {
+    let input = |n: i64| Tensor::zeros([2, n, head_dim], (Kind::BFloat16, device)).set_requires_grad(true);
+    let (q, k, v) = (input(heads), input(kv_heads), input(kv_heads));
     let ends = Tensor::from_slice(&[0i32, 2]).to_device(device);
-    flash_varlen((&heads, &heads, &heads), &ends, 2, 1.0, None).is_ok()
+    let tried = |window| {
+        let out = flash_varlen((&q, &k, &v), &ends, 2, 1.0, window)?;
+        grad(&out, Some(&out.detach()), &[&q, &k, &v])
+    };
+    tch::with_grad(|| windows.into_iter().all(|window| tried(window).is_ok()))
 }
 
 /// Bytes that tensors take on the CUDA device `index`: now, and at most so far.

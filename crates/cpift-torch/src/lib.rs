@@ -16,6 +16,7 @@ pub mod oom;
 pub mod optim;
 pub mod schedule;
 pub mod score;
+pub mod seed;
 pub mod session;
 pub mod tensorboard;
 pub mod text;

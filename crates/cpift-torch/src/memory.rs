@@ -20,7 +20,7 @@ use tch::{Device, Kind};
 
 use crate::args::TrainingArgs;
 use crate::model::ModelConfig;
-use activations::{Block, F32, Head};
+use activations::{Block, F32, Head, windows};
 
 pub use advice::{Advice, advice, after_failure, verdict};
 pub use device::available;
@@ -106,7 +106,7 @@ impl Job {
 
     /// Whether attention runs over all documents in one kernel.
     fn flash_varlen(&self) -> bool {
-        self.cuda && self.compute_bytes() == 2
+        self.cuda && self.compute_bytes() == 2 && self.config.attention_softcap.is_none()
     }
 
     /// The same job with batches of `size` examples.
@@ -128,6 +128,10 @@ impl Job {
         let cast = if weight == self.compute_bytes() { 0 } else { self.compute_bytes() };
         let kept = if recompute { 0 } else { layers };
         let inputs = (layers + 1) * block.input;
+        let windowed = self.config.windows.iter().flatten().count() as u64;
+        // Of the blocks whose activations are there: all, or the one that is computed again, which may be one with a window.
+        let masks =
+            |kept: u64| windows(self) + block.window * if kept == layers { windowed } else { kept.min(windowed) };
         let moment = |name, gradients, activations, loss, casts, update| Moment {
             name,
             bytes: [
@@ -147,7 +151,7 @@ impl Job {
             moment(
                 "loss",
                 g.at_loss,
-                inputs + kept * block.saved,
+                inputs + kept * block.saved + masks(kept),
                 head.hidden + head.chunk,
                 cast * (kept * s.block + s.embedding),
                 0,
@@ -155,17 +159,24 @@ impl Job {
             moment(
                 "first block",
                 g.first_block,
-                inputs + kept.max(1) * block.saved + block.transient,
+                inputs + kept.max(1) * block.saved + block.transient + masks(kept.max(1)),
                 0,
                 cast * kept.max(1) * s.block,
                 0,
             ),
-            moment("last block", g.last_block, block.input + block.saved + block.transient, 0, cast * s.block, 0),
-            moment("embedding", g.embedding, 2 * block.input, 0, 0, 0),
+            moment(
+                "last block",
+                g.last_block,
+                block.input + block.saved + block.transient + masks(1),
+                0,
+                cast * s.block,
+                0,
+            ),
+            moment("embedding", g.embedding, 2 * block.input + masks(0), 0, 0, 0),
         ];
         // In the backward pass the head's parameters are updated first, with all activations still there.
         all.push(if self.args.optimizer_in_backward {
-            moment("update", g.update, inputs + kept * block.saved, 0, cast * kept * s.block, update)
+            moment("update", g.update, inputs + kept * block.saved + masks(kept), 0, cast * kept * s.block, update)
         } else {
             moment("update", g.update, 0, 0, 0, update)
         });

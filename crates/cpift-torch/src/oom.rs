@@ -15,6 +15,11 @@ thread_local! {
     static CATCHING: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Says that a panic of this thread is handed to one that tells it by [`explain`].
+pub(crate) fn told_by_another_thread() {
+    CATCHING.set(true);
+}
+
 /// Runs `work`. Where memory runs out, the error says what could not be allocated, followed by `table`: what the work takes and how it
 /// would take less. Another panic becomes an error with its first line; the panic hook has printed where it was.
 ///

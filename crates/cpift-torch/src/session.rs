@@ -52,6 +52,8 @@ pub struct Session {
 
 /// What a checkpoint folder says without its weights: enough to turn rows into examples.
 pub struct Described {
+    /// The folder.
+    pub folder: PathBuf,
     /// config.json.
     pub config: Value,
     /// What the model reads from it.
@@ -75,7 +77,20 @@ impl Described {
                 .found(text.vocab_size().to_string())
                 .into());
         }
-        Ok(Self { config, numbers, text })
+        Ok(Self { folder: folder.to_owned(), config, numbers, text })
+    }
+
+    /// Loads the weights onto `device`.
+    ///
+    /// # Errors
+    /// [`BadInput`] for weights that cannot be used.
+    pub fn load(self, device: Device, precision: Precision) -> Result<Session> {
+        let Self { folder, config, numbers, text } = self;
+        let checkpoint = Checkpoint::open(&folder)?;
+        let digest = checkpoint.digest()?;
+        let parameters = weights::load(&checkpoint, precision.master, device)?;
+        let model = CausalLM::new(numbers, &parameters, &folder, precision.compute)?;
+        Ok(Session { folder, digest, checkpoint, parameters, model, text, config })
     }
 
     /// As [`Session::context_of`].
@@ -94,12 +109,12 @@ impl Session {
     /// # Errors
     /// [`BadInput`] for anything in the folder that cannot be used.
     pub fn open(folder: &Path, template: Option<&str>, device: Device, precision: Precision) -> Result<Self> {
-        let checkpoint = Checkpoint::open(folder)?;
-        let Described { config, numbers, text } = Described::open(folder, template)?;
-        let digest = checkpoint.digest()?;
-        let parameters = weights::load(&checkpoint, precision.master, device)?;
-        let model = CausalLM::new(numbers, &parameters, folder, precision.compute)?;
-        Ok(Self { folder: folder.to_owned(), digest, checkpoint, parameters, model, text, config })
+        Described::open(folder, template)?.load(device, precision)
+    }
+
+    /// A dtype of the checkpoint's weights with values that `dtype` does not have.
+    pub fn rounded_by(&self, dtype: Dtype) -> Option<Dtype> {
+        self.checkpoint.parameters().map(|view| view.dtype).find(|stored| !dtype.holds(*stored))
     }
 
     /// As [`Session::open`], to generate and score only, all in `kind`.

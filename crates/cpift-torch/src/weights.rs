@@ -40,9 +40,7 @@ pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Param
 fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
     let shape: Vec<i64> = view.shape.iter().map(|&n| n as i64).collect();
     let tensor = Tensor::from_data_size(view.bytes, &shape, kind_of(view.dtype));
-    let finite = tensor.isfinite();
-    if finite.all().int64_value(&[]) != 1 {
-        let index = finite.flatten(0, -1).to_kind(Kind::Int).argmin(0, false).int64_value(&[]);
+    if let Some(index) = first_not_finite(&tensor) {
         return Err(BadInput::new(view.file, "a weight is not finite")
             .tensor(view.name)
             .expected("finite numbers")
@@ -50,6 +48,13 @@ fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
             .into());
     }
     Ok(tensor)
+}
+
+/// The flat index of the first element that is not finite.
+fn first_not_finite(tensor: &Tensor) -> Option<i64> {
+    let finite = tensor.isfinite();
+    let whole = finite.all().int64_value(&[]) == 1;
+    (!whole).then(|| finite.flatten(0, -1).to_kind(Kind::Int).argmin(0, false).int64_value(&[]))
 }
 
 /// Copies the tensors of `checkpoint` over `parameters`, in place.
@@ -77,7 +82,7 @@ pub(crate) fn overwrite(parameters: &Parameters, checkpoint: &Checkpoint) -> Res
 /// Writes `parameters` as `dtype` safetensors files into a staged folder.
 ///
 /// # Errors
-/// I/O errors.
+/// An element that is not finite, or not as `dtype`, with its tensor; I/O errors.
 pub fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> {
     let specs: Vec<TensorSpec> = parameters
         .iter()
@@ -90,6 +95,12 @@ pub fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> 
     let writer = CheckpointWriter::create(folder, &specs, CheckpointWriter::SHARD_SIZE)?;
     for (spec, tensor) in specs.iter().zip(parameters.values()) {
         let host = tensor.detach().to_device(Device::Cpu).to_kind(kind_of(dtype)).contiguous();
+        if let Some(index) = first_not_finite(&host) {
+            let (trained, saved) =
+                (tensor.flatten(0, -1).double_value(&[index]), host.flatten(0, -1).double_value(&[index]));
+            let hint = if trained.is_finite() { "--save-dtype f32 or bf16 has room for it" } else { "lower --lr" };
+            bail!("{}: element {index} is {trained:e}, which as {dtype} is {saved}\n  hint: {hint}", spec.name);
+        }
         let mut bytes = vec![0u8; spec.nbytes()];
         host.f_copy_data_u8(&mut bytes, spec.numel())?;
         writer.write(&spec.name, 0, &bytes)?;

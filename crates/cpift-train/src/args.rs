@@ -29,7 +29,7 @@ pub enum Command {
     /// SFT without --groups
     ///
     /// With groups there is one stage for each group, in the order of groups.json, and the budget (--steps or --tokens) is shared
-    /// equally. In stage k every element that is core to a task of an earlier group keeps its bits. The optimizer starts afresh in every
+    /// equally. In stage k every element that is core to a task of an earlier group keeps its bits (as --master and --save-dtype have it). The optimizer starts afresh in every
     /// stage. The output is a Hugging Face folder with metrics.jsonl and cpift.json.
     Run(Box<RunArgs>),
     /// Print the memory and the disk that training takes, computed before anything is loaded, and what would make it fit
@@ -77,7 +77,7 @@ pub struct PreviewArgs {
 #[derive(clap::Args, Debug)]
 pub struct RunArgs {
     /// The checkpoint to start from: a Hugging Face folder
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR")]
     pub model: PathBuf,
     /// The task list, tasks.toml
     #[arg(long, value_name = "FILE")]
@@ -108,7 +108,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "F,…", value_delimiter = ',', requires = "groups", allow_negative_numbers = true)]
     pub stage_lr: Vec<f64>,
     /// The folder to write
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, aliases = ["output_dir", "output-dir"], value_name = "DIR")]
     pub out: PathBuf,
     /// How to fine-tune.
     #[command(flatten)]

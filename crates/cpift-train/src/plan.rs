@@ -1,21 +1,23 @@
 //! What a run will do, complete before it starts: stages, their examples, the masks each one freezes.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::Result;
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
 use cpift_core::error::usage;
-use cpift_core::files::check_output;
+use cpift_core::files::{check_not_input, check_output};
 use cpift_core::groups::Groups;
 use cpift_core::mask::{self, Mask};
 use cpift_core::tasks::{DEFAULT_SAMPLE, Task, Tasks};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_torch::args::Budget;
 use cpift_torch::data::{self, Example, Layout, balanced_sample};
-use cpift_torch::session::Session;
-use cpift_torch::train::HeldOut;
+use cpift_torch::seed::mix_name;
+use cpift_torch::session::{Described, Session};
+use cpift_torch::train::{HeldOut, States};
 
 use crate::args::{RunArgs, SampleRows, StageData};
 
@@ -37,8 +39,8 @@ pub struct Plan {
 pub struct StagePlan {
     /// Name in logs and metrics.
     pub label: String,
-    /// What it trains on.
-    pub examples: Vec<Example>,
+    /// What it trains on; stages over all tasks share it.
+    pub examples: Rc<[Example]>,
     /// Tasks whose cores are frozen in it: those of earlier groups.
     pub frozen_tasks: Vec<String>,
     /// How long.
@@ -67,15 +69,27 @@ impl Plan {
         if groups.is_some() && args.masks.is_empty() && !args.no_freeze {
             return Err(usage("--groups needs a --mask NAME=FILE for every task, or --no-freeze"));
         }
+        check_inputs(args, &chosen)?;
         let device = args.training.device.open(common.threads)?;
-        let session = Session::open(&args.model, tasks.template()?, device, args.training.precision(device))?;
-        let masks = open_masks(args, groups.as_ref(), &session)?;
-        let examples = read_examples(args, &chosen, &session)?;
-        let stages = plan_stages(args, groups.as_ref(), &chosen, &examples)?;
+        let model = Described::open(&args.model, tasks.template()?)?;
+        let examples = read_examples(args, &chosen, &model)?;
+        let stages = plan_stages(args, groups.as_ref(), &chosen, examples)?;
+        let held_out = read_held_out(args, &chosen, &model)?;
         let inputs = digest_inputs(args, &chosen)?;
-        let held_out = read_held_out(args, &chosen, &session)?;
+        let session = model.load(device, args.training.precision(device))?;
+        let masks = open_masks(args, groups.as_ref(), &session)?;
         Ok(Self { session, stages, masks, held_out, inputs })
     }
+}
+
+/// Refuses an output that would take an input with it.
+fn check_inputs(args: &RunArgs, tasks: &[Task]) -> Result<()> {
+    let mut inputs: Vec<&Path> = vec![&args.model, &args.tasks];
+    inputs.extend(args.base.iter().chain(&args.groups).map(PathBuf::as_path));
+    inputs.extend(args.masks.iter().map(|mask| mask.path.as_path()));
+    inputs.extend(tasks.iter().flat_map(|task| [task.train.as_path(), task.eval.as_path()]));
+    check_not_input("--out", &args.out, inputs.iter().copied())?;
+    check_not_input("--out's states", &States::folder(&args.out), inputs)
 }
 
 fn chosen_tasks(args: &RunArgs, tasks: &Tasks, groups: Option<&Groups>) -> Result<Vec<Task>> {
@@ -84,6 +98,10 @@ fn chosen_tasks(args: &RunArgs, tasks: &Tasks, groups: Option<&Groups>) -> Resul
         None if args.only.is_empty() => return Ok(tasks.list.clone()),
         None => args.only.iter().map(String::as_str).collect(),
     };
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = names.iter().find(|name| !seen.insert(**name)) {
+        return Err(usage(format!("--only names {twice} twice")));
+    }
     names.into_iter().map(|name| tasks.named(name).cloned()).collect()
 }
 
@@ -115,38 +133,37 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
 }
 
 /// Each task's examples, sampled.
-fn read_examples(args: &RunArgs, tasks: &[Task], session: &Session) -> Result<BTreeMap<String, Vec<Example>>> {
+fn read_examples(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<BTreeMap<String, Vec<Example>>> {
     let mut all = BTreeMap::new();
     for task in tasks {
         let rows = data::read_rows(&task.train, &Layout::of(task)?)?;
-        let max_length = session.context_of(task, args.training.max_length);
-        let encoded = data::encode_rows(&task.train, &rows, &session.text, max_length, args.training.overlong())?;
+        let max_length = model.context_of(task, args.training.max_length);
+        let encoded = data::encode_rows(&task.train, &rows, &model.text, max_length, args.training.overlong())?;
         data::report(&task.name, &encoded, max_length);
         all.insert(task.name.clone(), encoded.examples);
     }
     let default = if args.masks.is_empty() { SampleRows::All } else { SampleRows::Balanced };
     let smallest = all.values().map(Vec::len).min().unwrap_or(0).min(DEFAULT_SAMPLE);
-    for (i, task) in tasks.iter().enumerate() {
+    for task in tasks {
         let rows = match args.sample.unwrap_or(default) {
             SampleRows::All => continue,
             SampleRows::Balanced => task.sample.unwrap_or(smallest),
             SampleRows::Count(n) => n,
         };
-        let seed = args.training.seed.wrapping_add(i as u64);
         let examples = all.get_mut(&task.name).expect("every task was read above");
-        *examples = balanced_sample(examples, rows, seed);
+        *examples = balanced_sample(examples, rows, mix_name(args.training.seed, &task.name));
     }
     Ok(all)
 }
 
 /// The held-out rows of every task, where the arguments ask for their loss.
-fn read_held_out(args: &RunArgs, tasks: &[Task], session: &Session) -> Result<Vec<HeldOut>> {
+fn read_held_out(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<Vec<HeldOut>> {
     if args.training.eval_every.is_none() {
         return Ok(Vec::new());
     }
     let read = |task: &Task| {
-        let max_length = session.context_of(task, args.training.max_length);
-        HeldOut::read(task, args.training.eval_rows, &session.text, max_length)
+        let max_length = model.context_of(task, args.training.max_length);
+        HeldOut::read(task, args.training.eval_rows, &model.text, max_length)
     };
     tasks.iter().map(read).collect()
 }
@@ -155,19 +172,22 @@ fn plan_stages(
     args: &RunArgs,
     groups: Option<&Groups>,
     tasks: &[Task],
-    examples: &BTreeMap<String, Vec<Example>>,
+    mut examples: BTreeMap<String, Vec<Example>>,
 ) -> Result<Vec<StagePlan>> {
     let every: Vec<String> = tasks.iter().map(|t| t.name.clone()).collect();
     let groups: Vec<Vec<String>> = groups.map_or_else(|| vec![every.clone()], |g| g.groups.clone());
     if !args.stage_lr.is_empty() && args.stage_lr.len() != groups.len() {
         return Err(usage(format!("--stage-lr has {} rates for {} stages", args.stage_lr.len(), groups.len())));
     }
+    let mut of = |names: &[String]| -> Rc<[Example]> {
+        names.iter().flat_map(|name| examples.remove(name).expect("a task is in one group")).collect()
+    };
+    let mixed = (args.stage_data == StageData::Mixed).then(|| of(&every));
     let mut stages = Vec::new();
     for (k, group) in groups.iter().enumerate() {
-        let sources = if args.stage_data == StageData::Mixed { &every } else { group };
         stages.push(StagePlan {
             label: format!("stage {}/{} ({})", k + 1, groups.len(), group.join(" ")),
-            examples: sources.iter().flat_map(|name| examples[name].iter().cloned()).collect(),
+            examples: mixed.clone().unwrap_or_else(|| of(group)),
             frozen_tasks: if args.masks.is_empty() { Vec::new() } else { groups[..k].concat() },
             budget: args.training.budget().part(k, groups.len())?,
             lr: args.stage_lr.get(k).copied().unwrap_or(args.training.lr),

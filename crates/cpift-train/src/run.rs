@@ -2,10 +2,11 @@
 
 use anyhow::Result;
 use cpift_core::cli::Common;
-use cpift_core::files::StagedDir;
 use cpift_core::provenance::Recorder;
-use cpift_torch::train::{RUN, Run, Stage, StageReport, States};
-use log::info;
+use cpift_torch::data;
+use cpift_torch::seed::mix;
+use cpift_torch::train::{Run, Stage, StageReport, States};
+use log::{info, warn};
 use serde_json::{Map, Value, json};
 
 use crate::args::RunArgs;
@@ -16,14 +17,10 @@ use crate::plan::{Plan, StagePlan};
 /// # Errors
 /// As [`Plan::new`] before any output; failures of training after.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
-    let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
+    let recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let mut plan = Plan::new(args, common)?;
-    let states = States::new(&args.out, describe(args, &plan), args.training.keep);
-    if args.training.resume && !common.force && states.finished(&args.out)? {
-        info!("{} is finished already", args.out.display());
-        return Ok(());
-    }
-    let staged = StagedDir::create(&args.out, common.force)?;
+    warn_of_rounding(args, &plan);
+    let states = States::new(&args.out, describe(args, &plan), &args.training);
     let held_out = std::mem::take(&mut plan.held_out);
     let training = Run {
         session: &plan.session,
@@ -32,21 +29,20 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
         held_out,
         states,
     };
-    let reports = training.train(staged.path(), common.force)?;
-    let summaries: Vec<Value> = plan.stages.iter().zip(&reports).map(|(s, r)| summary(s, r)).collect();
-    let tokens: usize = reports.iter().map(|r| r.tokens).sum();
-    plan.session.save(staged.path(), args.training.save_dtype)?;
-    recorder.seed(args.training.seed);
-    recorder.input("model", &args.model, plan.session.digest.clone());
-    for (role, path, digest) in &plan.inputs {
-        recorder.input(role.as_str(), path, digest.clone());
-    }
-    recorder.fact("tokens", tokens);
-    recorder.fact("stages", summaries.clone());
-    recorder.fact(RUN, training.states.run());
-    recorder.write_into(staged.path())?;
-    staged.commit()?;
-    training.states.remove()?;
+    let tokens = |reports: &[StageReport]| reports.iter().map(|r| r.tokens).sum::<usize>();
+    let summaries = |reports: &[StageReport]| -> Vec<Value> {
+        plan.stages.iter().zip(reports).map(|(stage, report)| summary(stage, report)).collect()
+    };
+    let written = training.write(&args.out, common, recorder, |recorder, reports| {
+        recorder.input("model", &args.model, plan.session.digest.clone());
+        for (role, path, digest) in &plan.inputs {
+            recorder.input(role.as_str(), path, digest.clone());
+        }
+        recorder.fact("tokens", tokens(reports));
+        recorder.fact("stages", summaries(reports));
+    })?;
+    let Some(reports) = written else { return Ok(()) };
+    let (summaries, tokens) = (summaries(&reports), tokens(&reports));
     info!("{} stages, {tokens} tokens; wrote {}", plan.stages.len(), args.out.display());
     common.print_json(&json!({"stages": summaries, "tokens": tokens, "out": args.out.display().to_string()}));
     Ok(())
@@ -58,21 +54,35 @@ fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) 
         examples: &stage.examples,
         masks: stage.frozen_tasks.iter().map(|task| &plan.masks[task]).collect(),
         budget: stage.budget,
-        seed: args.training.seed.wrapping_add(k as u64),
+        seed: mix(args.training.seed, k as u64),
         lr: stage.lr,
     }
 }
 
-/// All that the bytes of the result depend on.
+/// Frozen elements are those of the checkpoint only where no dtype rounds them.
+fn warn_of_rounding(args: &RunArgs, plan: &Plan) {
+    if plan.masks.is_empty() {
+        return;
+    }
+    for (flag, dtype) in [("--master", args.training.master), ("--save-dtype", args.training.save_dtype)] {
+        if let Some(stored) = plan.session.rounded_by(dtype) {
+            warn!(
+                "{flag} {dtype} rounds the checkpoint's {stored} weights: frozen elements stay as rounded, not as they were"
+            );
+        }
+    }
+}
+
+/// All that the weights depend on.
 fn describe(args: &RunArgs, plan: &Plan) -> Map<String, Value> {
-    let mut run = args.training.describe();
+    let mut run = args.training.describe(plan.session.model.device());
     run.insert("model".into(), json!(plan.session.digest));
     for (role, _, digest) in &plan.inputs {
         run.insert(role.clone(), json!(digest));
     }
     let stages = plan.stages.iter().map(|s| json!({"stage": s.label, "frozen": s.frozen_tasks, "lr": s.lr}));
     run.insert("stages".into(), stages.collect());
-    run.insert("rows".into(), plan.stages.iter().map(|s| s.examples.len()).collect());
+    run.insert("examples".into(), plan.stages.iter().map(|s| json!(data::digest(s.examples.iter()))).collect());
     run
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
+use cpift_testkit::model::{row, write_json, write_rows, write_tasks, write_tiny_model};
 use cpift_testkit::{Run, run};
 use serde_json::Value;
 
@@ -80,6 +80,31 @@ fn what_is_computed_is_what_a_run_takes() {
         let ratio = plan as f64 / taken as f64;
         assert!(taken > 40 << 20 && (0.9..1.1).contains(&ratio), "{more}: computed {plan}, measured {taken}");
     }
+}
+
+#[test]
+fn masks_of_windows_are_in_the_sum() {
+    let f = Fixture::new();
+    let path = f.base.join("config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    config["architectures"][0] = "MistralForCausalLM".into();
+    config["model_type"] = "mistral".into();
+    let mut peaks = Vec::new();
+    for window in [None, Some(8)] {
+        config["sliding_window"] = window.into();
+        write_json(&path, &config);
+        let computed = |more: &str| f.plan(more)["memory"]["peak"].as_u64().unwrap();
+        let (small, none) = (computed("--batch-size 1"), f.measured("--batch-size 1"));
+        for more in ["--batch-size 256", "--batch-size 256 --gradient-checkpointing"] {
+            let (plan, taken) = (computed(more) - small, f.measured(more) - none);
+            let ratio = plan as f64 / taken as f64;
+            assert!((0.9..1.1).contains(&ratio), "window {window:?}, {more}: computed {plan}, measured {taken}");
+            peaks.push(plan);
+        }
+    }
+    // 256 documents of 96 tokens less one: a byte a pair for the batch, and four in each of the two blocks, or in one.
+    let pair = 96 * 96;
+    assert_eq!((peaks[2] - peaks[0], peaks[3] - peaks[1]), ((256 - 1) * pair * 9, (256 * 5 - 9) * pair));
 }
 
 #[test]

@@ -3,11 +3,12 @@
 mod common;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Fixture, PROGRAM, read_json};
+use cpift_testkit::model::write_json;
 use cpift_testkit::{Numbers, expect_entries};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -70,12 +71,13 @@ impl Known {
     fn check_end(&self, out: &str) {
         assert!(self.weights_of(out) == self.weights, "the weights of {out} differ from those of the quiet run");
         assert!(!self.states(out).exists(), "states of a finished run are removed");
-        let steps = |out: &str| -> Vec<(String, f64, f64)> {
+        let steps = |out: &str| -> Vec<String> {
             let text = fs::read_to_string(self.fixture.path("runs").join(out).join("metrics.jsonl")).unwrap();
             let lines = text.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
-            let key =
-                |v: serde_json::Value| (format!("{} {}", v["stage"], v["step"]), v["loss"].as_f64(), v["lr"].as_f64());
-            lines.map(key).map(|(s, loss, lr)| (s, loss.unwrap(), lr.unwrap())).collect()
+            let key = |v: serde_json::Value| {
+                format!("{} {} {} {} {}", v["stage"], v["step"], v["loss"], v["lr"], v["eval_loss"])
+            };
+            lines.map(key).collect()
         };
         assert_eq!(steps(out), steps("quiet"), "every step is in metrics.jsonl once");
         let facts = |out: &str| read_json(&self.fixture.path("runs").join(out).join("cpift.json"))["facts"].clone();
@@ -145,8 +147,12 @@ fn stopped(known: &Known, out: &str, signals: &[Signal]) -> (ExitStatus, String)
         assert!(clock.elapsed() < Duration::from_secs(60), "no state was saved");
         std::thread::sleep(Duration::from_millis(2));
     }
+    // Of several the second must not find the state still being made durable.
+    std::thread::sleep(Duration::from_millis(if signals.len() > 1 { 100 } else { 0 }));
     for signal in signals {
         kill_process(Pid::from_child(&child), *signal).unwrap();
+        // Of signals that come together the program sees the order of their numbers.
+        std::thread::sleep(Duration::from_millis(10));
     }
     let output = child.wait_with_output().unwrap();
     (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
@@ -167,8 +173,8 @@ fn a_signal_saves_and_stops() {
 
 #[test]
 fn a_second_signal_stops_at_once() {
-    // Steps long enough for both signals to come within one.
-    let known = Known::run(Fixture::new(), &["--steps", "10", "--batch-size", "600"]);
+    // Steps long enough for both signals to come within one, once the state that is waited for is whole.
+    let known = Known::run(Fixture::new(), &["--steps", "10", "--batch-size", "800"]);
     let (status, said) = stopped(&known, "stopped", &[Signal::USR1, Signal::TERM]);
     assert_eq!(status.code(), Some(128 + Signal::TERM.as_raw()), "{said}");
     known.finish("stopped");
@@ -196,8 +202,15 @@ fn a_state_is_for_the_run_that_saved_it() {
     // What only watches a run may change.
     again(&["--resume", "--log-every", "7", "--keep", "3"]).ok();
     known.check_end("half");
-    // A job that is queued again after it has finished.
+    // A job that is queued again after it has finished; what is the default may be typed.
     again(&["--resume"]).ok().says(&["half is finished already"]);
+    again(&["--resume", "--compute-dtype", "f32"]).ok().says(&["half is finished already"]);
+    again(&["--resume", "--save-dtype", "bf16"]).bad_input(&[
+        "cpift.json",
+        "another save_dtype",
+        "\"BF16\"",
+        "\"F32\"",
+    ]);
     again(&["--resume", "--seed", "5"]).bad_input(&["cpift.json", "another seed"]);
     known.check_end("half");
     // Afresh over what an unfinished run left.
@@ -228,4 +241,107 @@ fn only_the_newest_states_are_kept() {
     }
     assert!(child.wait_with_output().unwrap().status.success());
     known.check_end("kept");
+}
+
+#[test]
+fn killed_with_losses_on_held_out_rows() {
+    let known =
+        Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--eval-every", "4", "--eval-rows", "3"]);
+    killed_at_random(&known, 6, 3);
+}
+
+#[test]
+fn killed_with_f32_weights_and_bf16_moments() {
+    let known = Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--optim-state", "bf16"]);
+    killed_at_random(&known, 6, 4);
+}
+
+#[test]
+fn a_state_is_for_the_tokens_it_was_trained_on() {
+    let f = Fixture::new();
+    // A template that prints the year.
+    let path = f.base.join("tokenizer_config.json");
+    let mut config = read_json(&path);
+    let template = config["chat_template"].as_str().unwrap().to_owned();
+    config["chat_template"] = format!("{{{{ strftime_now('%Y') }}}}{template}").into();
+    write_json(&path, &config);
+    let known = |seconds: &str, more: &[&str]| {
+        let args = f.arguments("out", &[&["--steps", "300", "--resume", "--save-every", "1"], more].concat());
+        let mut command = Command::new(PROGRAM);
+        command.args(args).env("SOURCE_DATE_EPOCH", seconds).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let mut child = known("1700000000", &[]);
+    let clock = Instant::now();
+    let saved = |e: fs::DirEntry| e.file_name().to_string_lossy().starts_with("step-");
+    while !fs::read_dir(f.path("runs/out.checkpoints")).into_iter().flatten().flatten().any(saved) {
+        assert!(child.try_wait().unwrap().is_none() && clock.elapsed() < Duration::from_secs(60), "no state was saved");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let said = |child: Child| {
+        let output = child.wait_with_output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, text) = said(known("1800000000", &[]));
+    assert!(code == Some(3) && text.contains("another examples"), "{text}");
+    let (code, text) = said(known("1700000000", &[]));
+    assert_eq!(code, Some(0), "{text}");
+}
+
+#[test]
+fn force_passes_over_states_that_cannot_be_used() {
+    let known = Known::run(Fixture::new(), &["--steps", "30"]);
+    let again = |more: &[&str]| {
+        let own: Vec<&str> = known.more.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        known.fixture.train("bad", &own)
+    };
+    let spoil: [(&str, fn(&Path)); 4] = [
+        ("another format version", |state| {
+            let text = fs::read_to_string(state.join("state.json")).unwrap();
+            fs::write(state.join("state.json"), text.replace("\"format_version\": 2", "\"format_version\": 1"))
+                .unwrap();
+        }),
+        ("state.json", |state| fs::write(state.join("state.json"), "{").unwrap()),
+        ("moments", |state| {
+            let path = state.join("moments/model.safetensors");
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        }),
+        ("metrics.jsonl", |state| fs::remove_file(state.join("metrics.jsonl")).unwrap()),
+    ];
+    for (part, spoil) in spoil {
+        let (status, said) = stopped(&known, "bad", &[Signal::TERM]);
+        assert_eq!(status.code(), Some(75), "{said}");
+        let newest = known.states("bad").join(known.saved("bad").pop().unwrap());
+        spoil(&newest);
+        again(&["--resume"]).bad_input(&[part, newest.file_name().unwrap().to_str().unwrap(), "--resume --force"]);
+        again(&["--resume", "--force"]).ok().says(&["passing over a state", part]);
+        known.check_end("bad");
+        fs::remove_dir_all(known.fixture.path("runs/bad")).unwrap();
+    }
+}
+
+#[test]
+fn an_older_state_serves_where_the_newest_is_damaged() {
+    let known = Known::run(Fixture::new(), &["--steps", "30"]);
+    let child = known.start("two", &["--save-every", "3", "--keep", "2"]);
+    let clock = Instant::now();
+    while known.saved("two").len() < 2 {
+        assert!(clock.elapsed() < Duration::from_secs(60), "{:?}", known.saved("two"));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(75));
+    let saved = known.saved("two");
+    fs::write(known.states("two").join(&saved[1]).join("state.json"), "").unwrap();
+    let output = known.start("two", &["--resume", "--force"]).wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success()
+            && said.contains(&format!("resuming from {}", known.states("two").join(&saved[0]).display())),
+        "{said}"
+    );
+    known.check_end("two");
 }

@@ -38,6 +38,15 @@ impl Digest {
         Ok(Self::of_hasher(&hasher))
     }
 
+    /// The digest of `chunks` one after another.
+    pub fn of_chunks(chunks: impl IntoIterator<Item = impl AsRef<[u8]>>) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        for chunk in chunks {
+            hasher.update(chunk.as_ref());
+        }
+        Self::of_hasher(&hasher)
+    }
+
     /// The digest of a checkpoint: the hash of every tensor in bytewise name order, then the side files of a folder. Where
     /// the tensors lie (shards, order in the file) does not matter.
     ///

@@ -54,6 +54,15 @@ impl Dtype {
         matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
     }
 
+    /// Whether every value of the floating-point dtype `other` is a value of this one too.
+    pub fn holds(self, other: Self) -> bool {
+        self == other
+            || matches!(
+                (self, other),
+                (Self::F64, Self::F32 | Self::F16 | Self::BF16) | (Self::F32, Self::F16 | Self::BF16)
+            )
+    }
+
     /// The name in `torch_dtype` of config.json, such as `bfloat16`; `None` for other than floats.
     pub fn torch_name(self) -> Option<&'static str> {
         match self {

@@ -2,7 +2,7 @@
 
 mod staging;
 
-pub use staging::{StagedDir, StagedFile, StagedPath, discard_unfinished, final_name, write_text};
+pub use staging::{NewFolders, StagedDir, StagedFile, StagedPath, discard_unfinished, final_name, write_text};
 
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;

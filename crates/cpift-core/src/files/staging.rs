@@ -46,7 +46,20 @@ struct Staging {
 }
 
 /// Folders made for an output, the innermost first; those that stay empty go again.
-struct NewFolders(Vec<PathBuf>);
+pub struct NewFolders(Vec<PathBuf>);
+
+impl NewFolders {
+    /// Makes `folder` and those above it that are missing.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn make(folder: &Path) -> Result<Self> {
+        let missing = folder.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists());
+        let made = Self(missing.map(Path::to_owned).collect());
+        fs::create_dir_all(folder).with_context(|| format!("creating the folder {}", folder.display()))?;
+        Ok(made)
+    }
+}
 
 impl Drop for NewFolders {
     fn drop(&mut self) {
@@ -58,9 +71,7 @@ impl Staging {
     fn create(dest: &Path, force: bool) -> Result<Self> {
         check_output(dest, force)?;
         let parent = parent_of(dest);
-        let missing = parent.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists());
-        let parents = NewFolders(missing.map(Path::to_owned).collect());
-        fs::create_dir_all(&parent).with_context(|| format!("creating the folder {}", parent.display()))?;
+        let parents = NewFolders::make(&parent)?;
         let prefix = prefix_of(dest);
         let mut folders = unfinished();
         remove_leftovers(&parent, &prefix);

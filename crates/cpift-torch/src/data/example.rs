@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::BadInput;
+use cpift_core::checkpoint::Digest;
 
 use super::place::Place;
 use super::rows::Row;
@@ -51,6 +52,16 @@ pub struct Encoded {
     pub truncated: usize,
     /// Examples left out because no assistant token remained.
     pub dropped: usize,
+}
+
+/// The digest of all that training takes from `examples`, in their order.
+pub fn digest<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Digest {
+    Digest::of_chunks(examples.into_iter().map(|example| {
+        let mut bytes = (example.ids.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(example.ids.iter().flat_map(|id| id.to_le_bytes()));
+        bytes.extend(example.target.iter().map(|&target| u8::from(target)));
+        bytes
+    }))
 }
 
 /// Encodes `rows` of the file `path`, each cut to `max_length` tokens.

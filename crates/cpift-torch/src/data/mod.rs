@@ -18,7 +18,7 @@ mod place;
 mod rows;
 
 pub use batch::{Batch, Sampler, balanced_sample};
-pub use example::{Encoded, Example, Overlong, Tokenised, encode_rows, report, tokenise};
+pub use example::{Encoded, Example, Overlong, Tokenised, digest, encode_rows, report, tokenise};
 pub use feeder::{FeedConfig, Feeder};
 pub use files::{Fields, FileKind};
 pub use layout::{Layout, Templates};

@@ -18,6 +18,8 @@ pub(super) struct Block {
     pub saved: u64,
     /// Gradients of activations that exist besides at the worst moment of its backward pass.
     pub transient: u64,
+    /// Who sees whom within a window, in the dtype of the scores, which a block with a window saves besides.
+    pub window: u64,
 }
 
 impl Block {
@@ -25,19 +27,17 @@ impl Block {
         let c = &job.config;
         let [e, f, d, h, k, _] = dimensions(c);
         let (n, b) = (job.tokens, job.compute_bytes());
-        let wide = b == F32;
-        // Rotary factors are cast in each block where hidden states are not f32.
-        let rotary = if wide { 0 } else { 2 * d * b };
         let head_norms = if c.qk_norm { norm(c, b, (h + k) * d, true) } else { 0 };
         let norms = norm(c, b, e, false) + norm(c, b, e, true) * if c.gemma_norms { 3 } else { 1 };
         let mlp = 4 * f * b;
-        let fixed = norms + head_norms + rotary + 2 * e * b + mlp;
+        let fixed = norms + head_norms + 2 * e * b + mlp;
         let scores = scores(job);
         Self {
             input: n * e * b,
             saved: n * (fixed + attention(job)) + scores.saved,
             // In the MLP's part twice its width besides what is freed; in the attention's part the MLP has been freed already.
             transient: 2 * n * e * b + (2 * n * f * b).max(scores.transient.saturating_sub(n * mlp)),
+            window: if c.attention_softcap.is_some() { 0 } else { windows(job) * b },
         }
     }
 }
@@ -62,6 +62,15 @@ fn attention(job: &Job) -> u64 {
     // Attention document by document joins the results in a copy.
     let results = if job.flash_varlen() || job.longest >= job.tokens { 1 } else { 2 };
     (h + 2 * k + results * h) * d * b + h * F32
+}
+
+/// Pairs of tokens that windows tell apart: all of each document longer than the window, s × s, where no flash kernel has windows of its
+/// own. A mask of one byte a pair is made once for a batch.
+pub(super) fn windows(job: &Job) -> u64 {
+    let longest = job.longest.min(job.tokens);
+    let window = job.config.windows.iter().copied().flatten().next();
+    let masked = window.is_some_and(|window| longest > window as u64) && !job.flash_varlen();
+    if masked { longest * job.tokens } else { 0 }
 }
 
 struct Scores {

@@ -2,7 +2,7 @@
 
 use cpift_core::Dtype;
 
-use super::{Job, Sizes, gib};
+use super::{Job, Sizes};
 
 /// What a pipeline of so many probes writes, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,8 +75,8 @@ impl Disk {
         }
         if self.states == 0 {
             text.push_str(&format!(
-                "  a signal saves one state to resume from, {:.1} GiB, until the run has ended\n",
-                gib(self.state)
+                "  a signal saves one state to resume from, {:.1} GB, until the run has ended\n",
+                gb(self.state)
             ));
         }
         text

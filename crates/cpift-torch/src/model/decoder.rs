@@ -2,6 +2,7 @@
 //!
 //! Suffixes: b batch, s sequence (queries), t keys, e embedding, v vocabulary.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::Result;
@@ -107,7 +108,12 @@ impl CausalLM {
         let rope = Rope { head_dim: config.head_dim, theta: config.rope_theta, scaling: config.rope_scaling.clone() };
         let varlen = embed_tokens.device().is_cuda()
             && compute == Kind::BFloat16
-            && ffi::has_flash_varlen(embed_tokens.device(), config.head_dim);
+            && config.attention_softcap.is_none()
+            && ffi::has_flash_varlen(
+                embed_tokens.device(),
+                [config.num_attention_heads, config.num_key_value_heads, config.head_dim],
+                config.windows.iter().copied().collect::<BTreeSet<_>>(),
+            );
         Ok(Self { config, blocks, units, embed_tokens, norm, lm_head, rope, compute, varlen })
     }
 

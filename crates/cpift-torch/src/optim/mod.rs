@@ -8,6 +8,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::ffi::{AdamWNumbers, AdamWTensors, fused_adamw};
+use crate::seed::mix;
 use crate::weights::Parameters;
 
 pub use guard::Guard;
@@ -163,12 +164,4 @@ impl AdamW {
     pub fn set_steps(&mut self, steps: usize) {
         no_grad(|| self.slots.iter_mut().for_each(|s| drop(s.step.fill_(steps as f64))));
     }
-}
-
-/// A seed made of two numbers (SplitMix64).
-pub fn mix(a: u64, b: u64) -> u64 {
-    let mut z = a.wrapping_add(b.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }

@@ -20,9 +20,10 @@ pub(crate) struct HeadLoss {
 /// The negative log-likelihood of each of `labels` [n] under the normed hidden states [n, e]: f32 [n], without a graph.
 pub fn target_losses(model: &CausalLM, normed_ne: &Tensor, labels_n: &Tensor, chunk: usize) -> Tensor {
     no_grad(|| {
+        let matrix_ve = model.matrix(normed_ne.kind());
         let parts: Vec<Tensor> = parts(labels_n, chunk)
             .map(|(start, n)| {
-                let (log_probs, _) = log_probs(model, &normed_ne.narrow(0, start, n), &model.matrix(normed_ne.kind()));
+                let (log_probs, _) = log_probs(model, &normed_ne.narrow(0, start, n), &matrix_ve);
                 -log_probs.gather(1, &labels_n.narrow(0, start, n).unsqueeze(1), false).squeeze_dim(1)
             })
             .collect();

@@ -1,27 +1,34 @@
 //! The training loop over the stages of a run.
 
+use std::fs;
+use std::panic::resume_unwind;
 use std::path::Path;
-use std::sync::mpsc::sync_channel;
-use std::thread;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{self, ScopedJoinHandle};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use cpift_core::Stopped;
+use cpift_core::cli::Common;
+use cpift_core::files::StagedDir;
 use cpift_core::mask::Mask;
-use cpift_core::signals::{Orderly, stop_asked};
+use cpift_core::provenance::Recorder;
+use cpift_core::signals::{Orderly, Work, stop_asked};
 use log::info;
 use serde::{Deserialize, Serialize};
 
+use super::METRICS;
 use super::held_out::{self, HeldOut};
 use super::pass::PassConfig;
-use super::state::{Found, Position, States};
+use super::state::{Found, Position, RUN, States};
 use super::step::{StepConfig, StepOutcome, Trainer};
 use super::watch::{StageWatch, StepFigures, Watch};
 use crate::args::{Budget, TrainingArgs};
 use crate::data::{Batch, Example, FeedConfig, Feeder};
 use crate::freeze::Freeze;
-use crate::optim::mix;
+use crate::oom;
 use crate::schedule::CosineWithWarmup;
+use crate::seed::mix;
 use crate::session::Session;
 
 /// What one stage trains on and how.
@@ -80,23 +87,53 @@ struct Pending {
 }
 
 impl Run<'_> {
-    /// Trains through all stages, writing metrics.jsonl into the staged folder. `force` starts afresh where old states are in the way.
+    /// Trains through all stages and writes the folder `out`: the model, metrics.jsonl and the provenance, to which `record` adds what is
+    /// its own. None where this very run has written `out` before. `--force` starts afresh where old states are in the way.
     ///
     /// # Errors
     /// A loss or norm that is not finite, with step and examples named; [`Stopped`] when a signal asked to stop and the state is saved;
-    /// [`cpift_core::BadInput`] for a state of another run; I/O errors.
-    pub fn train(&self, staged: &Path, force: bool) -> Result<Vec<StageReport>> {
-        let _orderly = Orderly::begin();
+    /// [`cpift_core::BadInput`] for a state of another run, or where another run is at work; I/O errors.
+    pub fn write(
+        &self,
+        out: &Path,
+        common: &Common,
+        mut recorder: Recorder,
+        record: impl FnOnce(&mut Recorder, &[StageReport]),
+    ) -> Result<Option<Vec<StageReport>>> {
+        if self.args.resume && !common.force && self.states.finished(out)? {
+            info!("{} is finished already", out.display());
+            return Ok(None);
+        }
+        let _held = self.states.hold()?;
+        let _steps = Orderly::begin(Work::Steps);
+        let staged = StagedDir::create(out, common.force)?;
+        let reports = self.train(common.force)?;
+        // What was trained is not lost to a signal that comes while it is written.
+        let _output = Orderly::begin(Work::Output);
+        self.session.save(staged.path(), self.args.save_dtype)?;
+        fs::copy(self.states.metrics(), staged.path().join(METRICS)).context("copying metrics.jsonl")?;
+        recorder.seed(self.args.seed);
+        record(&mut recorder, &reports);
+        recorder.fact(RUN, self.states.run());
+        recorder.write_into(staged.path())?;
+        staged.commit()?;
+        self.states.remove()?;
+        Ok(Some(reports))
+    }
+
+    /// Trains through all stages.
+    fn train(&self, force: bool) -> Result<Vec<StageReport>> {
         let mut found = if self.args.resume { self.states.newest(force)? } else { None };
         match &found {
             Some(state) => info!("resuming from {}", state.folder.display()),
             None => self.states.start_afresh(force || self.args.resume)?,
         }
         let mut reports = found.as_ref().map_or_else(Vec::new, |f| f.position.finished.clone());
-        let earlier = found.as_ref().map(|f| f.folder.join(super::METRICS));
+        let earlier = found.as_ref().map(|f| f.folder.join(METRICS));
         let first = steps_of(&reports) + found.as_ref().map_or(0, |f| f.position.step);
         let board = self.args.tensorboard.as_deref();
-        let mut watch = Watch::start(staged, earlier.as_deref(), board, first, self.session.model.device())?;
+        let device = self.session.model.device();
+        let mut watch = Watch::start(self.states.metrics(), earlier.as_deref(), board, first, device)?;
         for stage in &self.stages[reports.len()..] {
             let report = StageRun::new(self, stage, &reports, found.take())?.go(&mut watch)?;
             reports.push(report);
@@ -138,7 +175,7 @@ impl<'a> StageRun<'a> {
     fn new(run: &'a Run<'a>, stage: &'a Stage<'a>, finished: &[StageReport], found: Option<Found>) -> Result<Self> {
         let parameters = &run.session.parameters;
         if let Some(found) = &found {
-            found.load("weights", parameters)?;
+            found.load(parameters)?;
         }
         // Frozen elements have the values they had when the stage began, in a saved state as well.
         let freeze = if stage.masks.is_empty() { None } else { Some(Freeze::new(parameters, &stage.masks)?) };
@@ -164,7 +201,7 @@ impl<'a> StageRun<'a> {
         let freeze = self.freeze.take();
         let mut trainer = Trainer::new(&session.model, &session.parameters, freeze.as_ref(), run.step_config());
         if let Some(found) = self.found.take() {
-            found.load("moments", &trainer.optimizer.moments())?;
+            found.load_moments(&trainer.optimizer.moments())?;
             trainer.optimizer.set_steps(self.position.step);
         }
         let mut watch = watch.stage(&stage.label, self.total(), steps_of(&self.position.finished), run.args.log_every);
@@ -176,7 +213,8 @@ impl<'a> StageRun<'a> {
             // Batches are made while the device works on the ones before.
             let (sender, batches) = sync_channel(2);
             let (count, device) = (steps.len(), session.model.device());
-            scope.spawn(move || {
+            let maker = scope.spawn(move || {
+                oom::told_by_another_thread();
                 for _ in 0..count {
                     let chosen = feeder.next_step();
                     let made =
@@ -187,9 +225,9 @@ impl<'a> StageRun<'a> {
                     }
                 }
             });
-            let mut pending = Vec::new();
+            let (mut maker, mut pending) = (Some(maker), Vec::new());
             for step in steps {
-                let (chosen, host) = batches.recv().context("the thread that makes batches has ended")?;
+                let (chosen, host) = made(&batches, &mut maker)?;
                 pending.push(self.step(&mut trainer, step, chosen, &host)?);
                 self.after_step(&trainer, &mut pending, &mut watch)?;
             }
@@ -225,14 +263,14 @@ impl<'a> StageRun<'a> {
         let (args, session, step, total) = (self.run.args, self.run.session, self.position.step, self.total());
         let every = |n: Option<usize>| n.is_some_and(|n| step % n == 0);
         let evaluate = args.eval_every.is_some() && (every(args.eval_every) || step == total);
-        let stop = stop_asked();
         // The last step of the last stage is followed by the output itself.
         let last = step == total && self.position.finished.len() + 1 == self.run.stages.len();
-        let save = (every(args.save_every) && !last) || stop.is_some();
+        let save = (every(args.save_every) && !last) || stop_asked().is_some();
         // Reading figures waits for the device.
         if !session.model.device().is_cuda() || evaluate || save || step == total || step % args.log_every == 0 {
-            for done in pending.drain(..) {
-                self.read(&done, watch)?;
+            let count = pending.len();
+            for (i, done) in pending.drain(..).enumerate() {
+                self.read(&done, i + 1 == count, watch)?;
             }
         }
         if evaluate {
@@ -241,12 +279,13 @@ impl<'a> StageRun<'a> {
             watch.held_out(step, &losses, clock.elapsed())?;
         }
         if save {
-            let clock = Instant::now();
+            let (clock, _saving) = (Instant::now(), Orderly::begin(Work::State));
             let steps = steps_of(&self.position.finished) + step;
             let moments = trainer.optimizer.moments();
-            let folder = self.run.states.save(steps, &self.position, &session.parameters, &moments, watch.metrics())?;
+            let folder = self.run.states.save(steps, &self.position, &session.parameters, &moments)?;
             watch.saved(clock);
-            if let Some(signal) = stop {
+            // A signal may have come while the state was saved.
+            if let Some(signal) = stop_asked() {
                 let message = format!(
                     "stopped by {signal} after step {step} of {}; saved {}",
                     self.stage.label,
@@ -259,7 +298,7 @@ impl<'a> StageRun<'a> {
     }
 
     /// Reads a step's figures; those that are not finite end the run.
-    fn read(&mut self, done: &Pending, watch: &mut StageWatch<'_>) -> Result<()> {
+    fn read(&mut self, done: &Pending, timed: bool, watch: &mut StageWatch<'_>) -> Result<()> {
         let (loss, grad_norm) = done.outcome.read();
         if !loss.is_finite() || !grad_norm.is_finite() {
             let place = |&i: &usize| self.stage.examples[i].place.to_string();
@@ -267,8 +306,14 @@ impl<'a> StageRun<'a> {
             if done.chosen.len() > examples.len() {
                 examples.push(format!("and {} more", done.chosen.len() - examples.len()));
             }
+            // In the backward pass the head and the last blocks are updated before the gradients of the first ones are known.
+            let stopped = if self.run.args.optimizer_in_backward && loss.is_finite() {
+                "stopped there; the blocks above the first bad gradient were updated already (--optimizer-in-backward)"
+            } else {
+                "stopped before the update"
+            };
             return Err(anyhow!(
-                "{}, step {}: loss {loss}, gradient norm {grad_norm}; stopped before the update\n  batch: {}\n  hint: lower --lr, or look \
+                "{}, step {}: loss {loss}, gradient norm {grad_norm}; {stopped}\n  batch: {}\n  hint: lower --lr, or look \
                  at these rows with cpift-train preview; --resume starts from the last saved state",
                 self.stage.label,
                 done.step,
@@ -276,7 +321,7 @@ impl<'a> StageRun<'a> {
             ));
         }
         self.position.losses.push(loss);
-        watch.step(&StepFigures { step: done.step, loss, grad_norm, lr: done.lr, tokens: done.tokens })
+        watch.step(&StepFigures { step: done.step, loss, grad_norm, lr: done.lr, tokens: done.tokens, timed })
     }
 
     fn report(&self, frozen: u64) -> StageReport {
@@ -294,6 +339,14 @@ impl<'a> StageRun<'a> {
 
 fn steps_of(reports: &[StageReport]) -> usize {
     reports.iter().map(|r| r.steps).sum()
+}
+
+/// What the thread `maker` has sent next; where it has panicked, its panic.
+fn made<T>(batches: &Receiver<T>, maker: &mut Option<ScopedJoinHandle<'_, ()>>) -> Result<T> {
+    batches.recv().or_else(|_| match maker.take().map(ScopedJoinHandle::join) {
+        Some(Err(panic)) => resume_unwind(panic),
+        _ => Err(anyhow!("the thread that makes batches has ended")),
+    })
 }
 
 fn join(examples: &[Example], places: &[usize]) -> Batch {
@@ -314,5 +367,27 @@ fn plan_steps(stage: &Stage<'_>, config: FeedConfig) -> usize {
             }
             steps
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_panic_of_the_thread_that_makes_batches_is_what_the_user_sees() {
+        let failed = oom::explain(String::new, || {
+            thread::scope(|scope| {
+                let (sender, batches) = sync_channel(2);
+                let maker = scope.spawn(move || {
+                    sender.send(1).unwrap();
+                    panic!("a row that cannot be joined");
+                });
+                let mut maker = Some(maker);
+                assert_eq!(made(&batches, &mut maker)?, 1);
+                made(&batches, &mut maker)
+            })
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "a row that cannot be joined");
     }
 }

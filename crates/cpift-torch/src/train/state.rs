@@ -1,22 +1,28 @@
 //! States to resume from: OUT.checkpoints/step-N holds all that the rest of a run depends on, whole or not at all.
 //!
 //! weights/ and moments/ (safetensors, in the dtypes of training), metrics.jsonl so far, state.json. The order of the data, the learning
-//! rate and the random bits follow from the seed and the step, so that nothing else needs saving.
+//! rate and the random bits follow from the seed and the step, so that nothing else needs saving. OUT.checkpoints/metrics.jsonl is what
+//! the run at work writes its figures to; it stays where a run fails.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
-use cpift_core::files::StagedDir;
+use anyhow::{Context, Result, bail};
+use cpift_core::files::{NewFolders, StagedDir};
 use cpift_core::{BadInput, Checkpoint, Dtype, json, provenance};
+use log::warn;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::StageReport;
+use super::{METRICS, StageReport};
+use crate::args::TrainingArgs;
 use crate::weights::{self, Parameters};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const STATE: &str = "state.json";
+const WEIGHTS: &str = "weights";
+const MOMENTS: &str = "moments";
 /// The fact of cpift.json that tells what a run was started with.
 pub const RUN: &str = "run";
 
@@ -46,6 +52,8 @@ pub struct States {
     folder: PathBuf,
     /// What the run is started with: a state of a run with other arguments or inputs is refused.
     run: Map<String, Value>,
+    /// The same with what only the output depends on.
+    output: Map<String, Value>,
     keep: usize,
 }
 
@@ -53,29 +61,88 @@ pub struct States {
 pub(crate) struct Found {
     pub folder: PathBuf,
     pub position: Position,
+    weights: Checkpoint,
+    moments: Checkpoint,
+}
+
+/// The right to work in the states' folder, which is gone at the end where it is empty.
+pub(crate) struct Held {
+    folder: PathBuf,
+    /// Released when the process ends, however it ends.
+    _lock: File,
+    _parents: NewFolders,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.folder);
+    }
 }
 
 impl States {
-    /// Those of the run that will write `out`; `run` names all its arguments and inputs that the result depends on.
-    pub fn new(out: &Path, run: Map<String, Value>, keep: usize) -> Self {
-        let mut name = out.file_name().unwrap_or_default().to_owned();
-        name.push(".checkpoints");
-        Self { folder: out.with_file_name(name), run, keep }
+    /// Those of the run with `args` that will write `out`; `run` names all arguments and inputs that the weights depend on.
+    pub fn new(out: &Path, run: Map<String, Value>, args: &TrainingArgs) -> Self {
+        let mut output = run.clone();
+        output.insert("save_dtype".into(), args.save_dtype.name().into());
+        Self { folder: Self::folder(out), run, output, keep: args.keep }
     }
 
-    /// The newest state, checked to be of this very run; none where there is no state, or with `force` only one of another run.
-    pub(crate) fn newest(&self, force: bool) -> Result<Option<Found>> {
-        let Some((_, folder)) = self.list()?.pop() else { return Ok(None) };
-        let path = folder.join(STATE);
-        let value: Value = json::read(&path)?;
-        json::check_version(&path, "a training state", json::version_of(&value), VERSION)?;
-        let file: StateFile =
-            serde_json::from_value(value).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
-        match self.check(&path, &file.run) {
-            Err(_) if force => return Ok(None),
-            other => other?,
+    /// The folder of the states of the run that writes `out`.
+    pub fn folder(out: &Path) -> PathBuf {
+        let mut name = out.file_name().unwrap_or_default().to_owned();
+        name.push(".checkpoints");
+        out.with_file_name(name)
+    }
+
+    /// The file that the run at work writes its figures to.
+    pub(crate) fn metrics(&self) -> PathBuf {
+        self.folder.join(METRICS)
+    }
+
+    /// Makes the folder, for this run alone as long as what is returned lives.
+    ///
+    /// # Errors
+    /// [`BadInput`] when another run is at work in it; I/O errors.
+    pub(crate) fn hold(&self) -> Result<Held> {
+        for _ in 0..100 {
+            let parents = NewFolders::make(&self.folder)?;
+            let Ok(lock) = File::open(&self.folder) else { continue };
+            // Some network file systems have no locks: there, two runs are not told apart.
+            if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {
+                return Err(BadInput::new(&self.folder, "another run is at work here")
+                    .hint("wait until it has ended, or choose another --out")
+                    .into());
+            }
+            // A run that has just ended may have removed what was opened.
+            let opened = lock.metadata().context("asking for the folder's number")?;
+            if fs::metadata(&self.folder).is_ok_and(|now| (now.dev(), now.ino()) == (opened.dev(), opened.ino())) {
+                return Ok(Held { folder: self.folder.clone(), _lock: lock, _parents: parents });
+            }
         }
-        Ok(Some(Found { folder, position: file.position }))
+        bail!("cannot keep the folder {}: other runs remove it", self.folder.display())
+    }
+
+    /// The newest state, checked to be of this very run; none where there is no state. `force` passes over, and removes, states that are
+    /// damaged, of another version or of another run.
+    pub(crate) fn newest(&self, force: bool) -> Result<Option<Found>> {
+        for (_, folder) in self.list()?.into_iter().rev() {
+            match self.read(&folder) {
+                Err(error) if force => {
+                    warn!("passing over a state: {error:#}");
+                    discard(&folder)?;
+                }
+                other => return other.map(Some),
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&self, folder: &Path) -> Result<Found> {
+        let (file, weights, moments) = parts(folder).with_context(|| {
+            format!("{} cannot be resumed from (--resume --force passes over it)", folder.display())
+        })?;
+        self.check(&folder.join(STATE), &file.run, &self.run)?;
+        Ok(Found { folder: folder.to_owned(), position: file.position, weights, moments })
     }
 
     /// Whether this very run has written `out` already; what it left of its states goes.
@@ -91,23 +158,26 @@ impl States {
         let Some(run) = record["facts"][RUN].as_object() else {
             return Err(BadInput::new(&path, "does not say which run wrote it").hint("--force replaces it").into());
         };
-        self.check(&path, run)?;
-        self.remove()?;
+        self.check(&path, run, &self.output)?;
+        if self.folder.exists() {
+            let _held = self.hold()?;
+            self.remove()?;
+        }
         Ok(true)
     }
 
-    /// What the run is started with, as a fact for cpift.json under the name [`RUN`].
+    /// What the output is made with, as a fact for cpift.json under the name [`RUN`].
     pub fn run(&self) -> Value {
-        Value::Object(self.run.clone())
+        Value::Object(self.output.clone())
     }
 
     /// Refuses what another run has saved.
-    fn check(&self, path: &Path, saved: &Map<String, Value>) -> Result<()> {
-        let differs = |key: &&String| saved.get(*key) != self.run.get(*key);
-        let Some(key) = saved.keys().chain(self.run.keys()).find(differs) else { return Ok(()) };
+    fn check(&self, path: &Path, saved: &Map<String, Value>, own: &Map<String, Value>) -> Result<()> {
+        let differs = |key: &&String| saved.get(*key) != own.get(*key);
+        let Some(key) = saved.keys().chain(own.keys()).find(differs) else { return Ok(()) };
         let shown = |run: &Map<String, Value>| run.get(key).map_or("nothing".to_owned(), Value::to_string);
         Err(BadInput::new(path, format!("of a run with another {key}"))
-            .expected(shown(&self.run))
+            .expected(shown(own))
             .found(shown(saved))
             .hint("resume with the arguments and inputs of the first run; --force starts afresh")
             .into())
@@ -123,7 +193,7 @@ impl States {
                 .hint("--resume goes on from the newest; --force starts afresh and removes them")
                 .into());
         }
-        self.remove()
+        self.clear()
     }
 
     /// Saves one more state and removes the oldest beyond those to keep; returns its folder.
@@ -133,17 +203,16 @@ impl States {
         position: &Position,
         parameters: &Parameters,
         moments: &Parameters,
-        metrics: &Path,
     ) -> Result<PathBuf> {
         let dest = self.folder.join(format!("step-{total_steps:07}"));
         if !dest.exists() {
             let staged = StagedDir::create(&dest, false)?;
-            for (name, tensors) in [("weights", parameters), ("moments", moments)] {
+            for (name, tensors) in [(WEIGHTS, parameters), (MOMENTS, moments)] {
                 let folder = staged.path().join(name);
                 fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
                 weights::save(tensors, &folder, dtype_of(tensors))?;
             }
-            fs::copy(metrics, staged.path().join(super::METRICS)).context("copying metrics.jsonl")?;
+            fs::copy(self.metrics(), staged.path().join(METRICS)).context("copying metrics.jsonl")?;
             let file = StateFile { format_version: VERSION, run: self.run.clone(), position: position.clone() };
             let path = staged.path().join(STATE);
             fs::write(&path, json::to_text(&file)?).with_context(|| format!("writing {}", path.display()))?;
@@ -156,11 +225,14 @@ impl States {
         Ok(dest)
     }
 
-    /// Removes all states; they are of no use once the output is there.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn remove(&self) -> Result<()> {
+    /// Removes all states and their folder; they are of no use once the output is there.
+    pub(crate) fn remove(&self) -> Result<()> {
+        self.clear()?;
+        let _ = fs::remove_dir(&self.folder);
+        Ok(())
+    }
+
+    fn clear(&self) -> Result<()> {
         self.list()?.iter().try_for_each(|(_, folder)| discard(folder))?;
         // What a killed run left half-written or half-removed.
         for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
@@ -168,7 +240,7 @@ impl States {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
-        let _ = fs::remove_dir(&self.folder);
+        let _ = fs::remove_file(self.metrics());
         Ok(())
     }
 
@@ -191,6 +263,16 @@ impl States {
     }
 }
 
+/// What a state consists of; the figures must be there too.
+fn parts(folder: &Path) -> Result<(StateFile, Checkpoint, Checkpoint)> {
+    let path = folder.join(STATE);
+    let value: Value = json::read(&path)?;
+    json::check_version(&path, "a training state", json::version_of(&value), VERSION)?;
+    let file = serde_json::from_value(value).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
+    cpift_core::files::open(&folder.join(METRICS))?;
+    Ok((file, Checkpoint::open(&folder.join(WEIGHTS))?, Checkpoint::open(&folder.join(MOMENTS))?))
+}
+
 /// Removes a state so that no half of it can be taken for one: what makes it a state goes first.
 fn discard(folder: &Path) -> Result<()> {
     let gone = folder.with_file_name(format!(".{}.old", folder.file_name().unwrap_or_default().to_string_lossy()));
@@ -205,11 +287,19 @@ fn dtype_of(tensors: &Parameters) -> Dtype {
 }
 
 impl Found {
-    /// Copies the saved weights and moments over the present ones.
+    /// Copies the saved weights over the present ones.
     ///
     /// # Errors
     /// [`BadInput`] when one is missing or of another shape.
-    pub fn load(&self, name: &str, tensors: &Parameters) -> Result<()> {
-        weights::overwrite(tensors, &Checkpoint::open(&self.folder.join(name))?)
+    pub fn load(&self, parameters: &Parameters) -> Result<()> {
+        weights::overwrite(parameters, &self.weights)
+    }
+
+    /// As [`Found::load`], for the optimizer's moments.
+    ///
+    /// # Errors
+    /// As [`Found::load`].
+    pub fn load_moments(&self, moments: &Parameters) -> Result<()> {
+        weights::overwrite(moments, &self.moments)
     }
 }

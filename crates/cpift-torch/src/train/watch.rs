@@ -12,14 +12,14 @@ use log::info;
 use serde_json::{Value, json};
 use tch::Device;
 
-use super::METRICS;
 use crate::ffi;
 use crate::tensorboard::TensorBoard;
 
 /// Where the figures of a run go.
 pub(crate) struct Watch {
+    /// metrics.jsonl, made with its first line.
     path: PathBuf,
-    metrics: File,
+    metrics: Option<File>,
     board: Option<TensorBoard>,
     device: Device,
 }
@@ -33,31 +33,25 @@ pub(crate) struct StepFigures {
     pub lr: f64,
     /// Tokens of the stage so far.
     pub tokens: usize,
+    /// Whether it is the last step of those read at once: only up to it is the time known.
+    pub timed: bool,
 }
 
 impl Watch {
-    /// Starts metrics.jsonl in the staged folder, or goes on with what `earlier` holds; the same for TensorBoard's files in `board`, from
+    /// Starts the figures at `path`, or goes on with what `earlier` holds; the same for TensorBoard's files in `board`, from
     /// step `first` of the run.
     pub fn start(
-        staged: &Path,
+        path: PathBuf,
         earlier: Option<&Path>,
         board: Option<&Path>,
         first: usize,
         device: Device,
     ) -> Result<Self> {
-        let path = staged.join(METRICS);
         if let Some(earlier) = earlier {
             fs::copy(earlier, &path).with_context(|| format!("copying {}", earlier.display()))?;
         }
-        let metrics = OpenOptions::new().create(true).append(true).open(&path);
-        let metrics = metrics.with_context(|| format!("creating {}", path.display()))?;
         let board = board.map(|folder| TensorBoard::create(folder, first as i64)).transpose()?;
-        Ok(Self { path, metrics, board, device })
-    }
-
-    /// The file of the figures.
-    pub fn metrics(&self) -> &Path {
-        &self.path
+        Ok(Self { path, metrics: None, board, device })
     }
 
     /// Watches a stage whose first step is number `before` + 1 of the run.
@@ -77,7 +71,14 @@ impl Watch {
     }
 
     fn line(&mut self, line: &Value) -> Result<()> {
-        writeln!(self.metrics, "{line}").context("writing metrics.jsonl")
+        let file = match &mut self.metrics {
+            Some(file) => file,
+            none => {
+                let made = OpenOptions::new().create(true).append(true).open(&self.path);
+                none.insert(made.with_context(|| format!("creating {}", self.path.display()))?)
+            }
+        };
+        writeln!(file, "{line}").with_context(|| format!("writing {}", self.path.display()))
     }
 
     fn scalars(&mut self, step: usize, values: &[(&str, f64)]) -> Result<()> {
@@ -87,10 +88,10 @@ impl Watch {
         }
     }
 
-    /// Memory in use in MiB: of tensors on the device where it is CUDA, else of the process.
+    /// Memory in MiB: the most that tensors have taken on the device where it is CUDA, else what the process takes now.
     fn memory_mib(&self) -> u64 {
         match self.device {
-            Device::Cuda(index) => ffi::cuda_memory(index).map_or(0, |(now, _)| now >> 20),
+            Device::Cuda(index) => ffi::cuda_memory(index).map_or(0, |(_, peak)| peak >> 20),
             _ => resident_mib(),
         }
     }
@@ -120,21 +121,21 @@ impl StageWatch<'_> {
     }
 
     pub fn step(&mut self, figures: &StepFigures) -> Result<()> {
-        let StepFigures { step, loss, grad_norm, lr, tokens } = *figures;
+        let StepFigures { step, loss, grad_norm, lr, tokens, timed } = *figures;
+        let mut line = json!({"stage": self.label, "step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
+            "tokens": tokens});
+        let mut scalars = vec![("train/loss", loss), ("train/lr", lr), ("train/grad_norm", grad_norm)];
+        if !timed {
+            self.watch.line(&line)?;
+            return self.watch.scalars(self.before + step, &scalars);
+        }
         let seconds = (self.clock.elapsed() - self.idle).as_secs_f64();
         let rate = (tokens - self.seen) as f64 / seconds;
         let memory = self.watch.memory_mib();
-        self.watch.line(&json!({"stage": self.label, "step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
-            "tokens": tokens, "tokens_per_second": rate, "memory_mib": memory}))?;
-        self.watch.scalars(
-            self.before + step,
-            &[
-                ("train/loss", loss),
-                ("train/lr", lr),
-                ("train/grad_norm", grad_norm),
-                ("train/tokens_per_second", rate),
-            ],
-        )?;
+        (line["tokens_per_second"], line["memory_mib"]) = (rate.into(), memory.into());
+        scalars.push(("train/tokens_per_second", rate));
+        self.watch.line(&line)?;
+        self.watch.scalars(self.before + step, &scalars)?;
         self.bar.set_message(format!("loss {loss:.4}, {rate:.0} tokens/s, {memory} MiB,"));
         self.bar.set_position(step as u64);
         if step % self.log_every == 0 || step == self.total {
@@ -167,14 +168,9 @@ impl StageWatch<'_> {
         Ok(())
     }
 
-    /// Makes what was written visible to readers, and takes the time since `since` off the clock.
+    /// Takes the time since `since`, in which a state was saved, off the clock.
     pub fn saved(&mut self, since: Instant) {
         self.idle += since.elapsed();
-    }
-
-    /// The file of the figures, for a state.
-    pub fn metrics(&self) -> &Path {
-        self.watch.metrics()
     }
 
     fn say(&self, line: &str) {
@@ -193,4 +189,29 @@ fn resident_mib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
     line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kib| kib / 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_read_late_have_no_rate() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut watch = Watch::start(path.clone(), None, None, 0, Device::Cpu).unwrap();
+        assert!(!path.exists(), "no line, no file");
+        let mut stage = watch.stage("s", 4, 0, 2);
+        for step in 1..=4 {
+            let figures =
+                StepFigures { step, loss: 1.0, grad_norm: 1.0, lr: 1e-3, tokens: 10 * step, timed: step % 2 == 0 };
+            stage.step(&figures).unwrap();
+        }
+        let text = fs::read_to_string(path).unwrap();
+        let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let rated: Vec<bool> =
+            lines.iter().map(|l| l["tokens_per_second"].is_f64() && l["memory_mib"].is_u64()).collect();
+        assert_eq!(rated, [false, true, false, true]);
+        assert!(lines.iter().all(|l| l["loss"] == 1.0));
+    }
 }
