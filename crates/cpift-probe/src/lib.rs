@@ -14,7 +14,7 @@ use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
 use cpift_torch::data::{self, Encoded, Layout};
 use cpift_torch::session::{Described, Session};
-use cpift_torch::train::{HeldOut, Run, Stage, States};
+use cpift_torch::train::{HeldOut, Isolation, Run, Stage, States};
 use cpift_torch::{memory, oom};
 use log::{info, warn};
 use serde_json::json;
@@ -171,7 +171,7 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, out:
     let stage = Stage {
         label: plan.task.name.clone(),
         examples: &plan.encoded.examples,
-        masks: Vec::new(),
+        isolation: Isolation::None,
         budget: training.budget(),
         seed: training.seed,
         lr: training.lr,
@@ -183,5 +183,5 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, out:
     description.insert("train".into(), json!(plan.train_digest));
     description.insert("examples".into(), json!(data::digest(&plan.encoded.examples)));
     let states = States::new(out, description, training);
-    Run { session: &plan.session, args: training, stages: vec![stage], held_out, states }
+    Run { session: &plan.session, args: training, stages: vec![stage], held_out, lora: None, states }
 }

@@ -134,8 +134,9 @@ fn main() -> Result<()> {
         pass: PassConfig { checkpointing: args.gradient_checkpointing, loss_chunk: args.loss_chunk },
         optimizer_in_backward: args.optimizer_in_backward,
         train_embeddings: true,
+        ..StepConfig::default()
     };
-    let mut trainer = Trainer::new(&model, &parameters, freeze.as_ref(), config);
+    let mut trainer = Trainer::new(&model, &parameters, freeze, config);
     let mut ids = Ids { state: 1, vocab: model.config.vocab_size as u64 };
     let (mut cpu, mut wall, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..args.steps {

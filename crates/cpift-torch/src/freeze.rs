@@ -16,17 +16,25 @@ pub struct Freeze {
     frozen: BTreeMap<String, Frozen>,
 }
 
-struct Frozen {
-    /// Flat positions, int64, ascending.
-    index: Tensor,
-    /// Their values, in the parameter's dtype.
-    saved: Tensor,
+/// What of one parameter must not move; positions are flat, int64 and ascending, values in the parameter's dtype.
+enum Frozen {
+    /// These elements.
+    Elements { index: Tensor, saved: Tensor },
+    /// All but these elements; `saved` is the whole parameter.
+    AllBut { index: Tensor, saved: Tensor },
 }
 
 impl Frozen {
-    fn new(parameter: &Tensor, index: Tensor) -> Self {
+    fn elements(parameter: &Tensor, index: Tensor) -> Self {
         let saved = no_grad(|| parameter.flatten(0, -1).index_select(0, &index));
-        Self { index, saved }
+        Self::Elements { index, saved }
+    }
+
+    fn len(&self) -> u64 {
+        match self {
+            Self::Elements { index, .. } => index.numel() as u64,
+            Self::AllBut { index, saved } => (saved.numel() - index.numel()) as u64,
+        }
     }
 }
 
@@ -39,20 +47,37 @@ impl Freeze {
     pub fn new(parameters: &Parameters, masks: &[&Mask]) -> Result<Self> {
         let mut frozen = BTreeMap::new();
         for (name, parameter) in parameters {
-            let mut union = vec![0u8; parameter.numel().div_ceil(8)];
-            for mask in masks {
-                let bits = mask
-                    .bits(name)
-                    .ok_or_else(|| cpift_core::BadInput::new(mask.path(), "a mask tensor is missing").tensor(name))?;
-                union.iter_mut().zip(bits).for_each(|(u, b)| *u |= b);
-            }
-            let positions: Vec<i64> = indices(&union).map(|i| i as i64).collect();
-            if !positions.is_empty() {
-                let index = Tensor::from_slice(&positions).to_device(parameter.device());
-                frozen.insert(name.clone(), Frozen::new(parameter, index));
+            let index = positions(&union(name, parameter, masks)?);
+            if index.numel() > 0 {
+                frozen.insert(name.clone(), Frozen::elements(parameter, index.to_device(parameter.device())));
             }
         }
         Ok(Self { frozen })
+    }
+
+    /// Freezes all but the elements that are set in any mask of `own` and in none of `earlier`; it keeps a copy of every parameter.
+    ///
+    /// # Errors
+    /// As [`Freeze::new`].
+    pub fn all_but(parameters: &Parameters, own: &[&Mask], earlier: &[&Mask]) -> Result<Self> {
+        let mut frozen = BTreeMap::new();
+        for (name, parameter) in parameters {
+            let mut free = union(name, parameter, own)?;
+            let taken = union(name, parameter, earlier)?;
+            free.iter_mut().zip(taken).for_each(|(f, t)| *f &= !t);
+            let index = positions(&free).to_device(parameter.device());
+            let saved = no_grad(|| parameter.flatten(0, -1).copy());
+            frozen.insert(name.clone(), Frozen::AllBut { index, saved });
+        }
+        Ok(Self { frozen })
+    }
+
+    /// Freezes the elements at `positions` (flat, int64, by parameter) at their present values.
+    pub fn at(parameters: &Parameters, positions: &BTreeMap<String, Tensor>) -> Self {
+        let frozen = |(name, index): (&String, &Tensor)| {
+            (name.clone(), Frozen::elements(&parameters[name], index.shallow_clone()))
+        };
+        Self { frozen: positions.iter().map(frozen).collect() }
     }
 
     /// Freezes about `percent` of the elements, evenly spread, for benchmarks.
@@ -60,36 +85,69 @@ impl Freeze {
         let gap = (100.0 / percent).round().max(1.0) as i64;
         let frozen = |(name, parameter): (&String, &Tensor)| {
             let index = Tensor::arange_start_step(0, parameter.numel() as i64, gap, (Kind::Int64, parameter.device()));
-            (name.clone(), Frozen::new(parameter, index))
+            (name.clone(), Frozen::elements(parameter, index))
         };
         Self { frozen: parameters.iter().map(frozen).collect() }
     }
 
     /// Number of frozen elements.
     pub fn len(&self) -> u64 {
-        self.frozen.values().map(|f| f.index.numel() as u64).sum()
+        self.frozen.values().map(Frozen::len).sum()
     }
 
     /// Whether nothing is frozen.
     pub fn is_empty(&self) -> bool {
-        self.frozen.is_empty()
+        self.len() == 0
     }
 
     /// Zeroes the gradients of the frozen elements of the parameter `name`, so that the clip norm counts only what may move.
     pub fn mute(&self, name: &str, grad: &mut Tensor) {
-        if let Some(frozen) = self.frozen.get(name) {
-            no_grad(|| {
-                // A gradient may come non-contiguous out of the backward pass; a view needs it flat.
-                *grad = grad.contiguous();
-                let _ = grad.view([-1]).index_fill_(0, &frozen.index, 0.0);
-            });
-        }
+        let Some(frozen) = self.frozen.get(name) else { return };
+        no_grad(|| {
+            // A gradient may come non-contiguous out of the backward pass; a view needs it flat.
+            *grad = grad.contiguous();
+            let mut flat = grad.view([-1]);
+            match frozen {
+                Frozen::Elements { index, .. } => drop(flat.index_fill_(0, index, 0.0)),
+                Frozen::AllBut { index, .. } => {
+                    let free = flat.index_select(0, index);
+                    let _ = flat.zero_();
+                    let _ = flat.index_copy_(0, index, &free);
+                }
+            }
+        });
     }
 
     /// Puts the saved values of the parameter `name` back.
     pub fn restore(&self, name: &str, parameter: &Tensor) {
-        if let Some(frozen) = self.frozen.get(name) {
-            no_grad(|| drop(parameter.view([-1]).index_copy_(0, &frozen.index, &frozen.saved)));
-        }
+        let Some(frozen) = self.frozen.get(name) else { return };
+        no_grad(|| {
+            let mut flat = parameter.view([-1]);
+            match frozen {
+                Frozen::Elements { index, saved } => drop(flat.index_copy_(0, index, saved)),
+                Frozen::AllBut { index, saved } => {
+                    let free = flat.index_select(0, index);
+                    flat.copy_(saved);
+                    let _ = flat.index_copy_(0, index, &free);
+                }
+            }
+        });
     }
+}
+
+/// The bits of the parameter `name` that any of `masks` has.
+fn union(name: &str, parameter: &Tensor, masks: &[&Mask]) -> Result<Vec<u8>> {
+    let mut union = vec![0u8; parameter.numel().div_ceil(8)];
+    for mask in masks {
+        let bits = mask
+            .bits(name)
+            .ok_or_else(|| cpift_core::BadInput::new(mask.path(), "a mask tensor is missing").tensor(name))?;
+        union.iter_mut().zip(bits).for_each(|(u, b)| *u |= b);
+    }
+    Ok(union)
+}
+
+/// The places of the bits that are set.
+fn positions(bits: &[u8]) -> Tensor {
+    Tensor::from_slice(&indices(bits).map(|i| i as i64).collect::<Vec<i64>>())
 }

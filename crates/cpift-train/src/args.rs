@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use clap::{ColorChoice, Parser, Subcommand, ValueEnum};
 use cpift_core::cli::{Common, Named};
+use cpift_core::error::usage;
 use cpift_torch::args::TrainingArgs;
 
 use crate::estimate::PlanArgs;
@@ -29,8 +31,8 @@ pub enum Command {
     /// SFT without --groups
     ///
     /// With groups there is one stage for each group, in the order of groups.json, and the budget (--steps or --tokens) is shared
-    /// equally. In stage k every element that is core to a task of an earlier group keeps its bits (as --master and --save-dtype have it). The optimizer starts afresh in every
-    /// stage. The output is a Hugging Face folder with metrics.jsonl and cpift.json.
+    /// equally. In stage k every element that is core to a task of an earlier group keeps its bits (as --master and
+    /// --save-dtype have it). The optimizer starts afresh in every stage. The output is a Hugging Face folder with metrics.jsonl and cpift.json.
     Run(Box<RunArgs>),
     /// Print the memory and the disk that training takes, computed before anything is loaded, and what would make it fit
     ///
@@ -97,6 +99,33 @@ pub struct RunArgs {
     /// Freeze nothing: plain multi-stage SFT
     #[arg(long, requires = "groups", conflicts_with = "masks")]
     pub no_freeze: bool,
+    /// What the masks do: `static`, core regions of earlier groups keep their bits; `evolving` (EPI, arXiv 2604.14010), without --mask: what
+    /// matters most to earlier groups' tasks at the moment keeps its bits
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = IsolationKind::Static, requires = "groups")]
+    pub isolation: IsolationKind,
+    /// evolving: share of the trainable parameters that is protected, in percent
+    #[arg(long, value_name = "P", default_value_t = 5.0)]
+    pub percent: f64,
+    /// evolving: β of the moving average of squared gradients of earlier tasks' rows (four batches at a time)
+    #[arg(long, value_name = "F", default_value_t = 0.9)]
+    pub ema: f64,
+    /// evolving: steps between two masks
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub mask_interval: usize,
+    /// What may move in a stage beside what is frozen: `all`, or `only-cores` (TRACE, arXiv 2605.31025), the core regions of the
+    /// group's own tasks without those of earlier groups
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Trained::All)]
+    pub train: Trained,
+    /// Add this share of each earlier task's rows to the rows of every stage, 0 to 1
+    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub replay: f64,
+    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged at the end: a method to compare with, which
+    /// saves no memory here
+    #[arg(long, value_name = "R", conflicts_with_all = ["masks", "optimizer_in_backward"])]
+    pub lora_rank: Option<u32>,
+    /// LoRA's α [default: twice the rank]
+    #[arg(long, value_name = "F", requires = "lora_rank")]
+    pub lora_alpha: Option<f64>,
     /// The rows of a stage: `group`, those of the group's own tasks; `mixed`, those of all tasks
     #[arg(long, value_enum, default_value_t = StageData::Group)]
     pub stage_data: StageData,
@@ -113,6 +142,59 @@ pub struct RunArgs {
     /// How to fine-tune.
     #[command(flatten)]
     pub training: TrainingArgs,
+}
+
+/// How the protected elements are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum IsolationKind {
+    /// By the masks that are given.
+    Static,
+    /// By importance that is followed in training.
+    Evolving,
+}
+
+/// What may move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Trained {
+    /// Everything that is not frozen.
+    All,
+    /// Of that, the own core regions.
+    OnlyCores,
+}
+
+impl RunArgs {
+    /// Checks what belongs together and what is in range.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`].
+    pub fn check(&self) -> Result<()> {
+        self.training.check()?;
+        let evolving = self.isolation == IsolationKind::Evolving;
+        let problem = if self.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
+            "--stage-lr must be positive"
+        } else if evolving && (!self.masks.is_empty() || self.no_freeze) {
+            "--isolation evolving finds its masks itself: leave out --mask and --no-freeze"
+        } else if self.groups.is_some() && self.masks.is_empty() && !self.no_freeze && !evolving {
+            "--groups needs a --mask NAME=FILE for every task, --isolation evolving, or --no-freeze"
+        } else if self.train == Trained::OnlyCores && self.masks.is_empty() {
+            "--train only-cores needs a --mask NAME=FILE for every task"
+        } else if evolving && !(self.percent > 0.0 && self.percent <= 100.0) {
+            "--percent must be above 0 and at most 100"
+        } else if !(0.0..1.0).contains(&self.ema) || self.mask_interval == 0 {
+            "--ema must be 0 or above and below 1, --mask-interval at least 1"
+        } else if !(0.0..=1.0).contains(&self.replay) {
+            "--replay must be 0 to 1"
+        } else if self.replay > 0.0 && self.groups.is_none() {
+            "--replay needs --groups: without stages no task is an earlier one"
+        } else if self.lora_rank == Some(0) || self.lora_alpha.is_some_and(|a| !(a.is_finite() && a > 0.0)) {
+            "--lora-rank and --lora-alpha must be positive"
+        } else if self.lora_rank.is_some() && evolving {
+            "--lora-rank does not go with --isolation evolving"
+        } else {
+            return Ok(());
+        };
+        Err(usage(problem))
+    }
 }
 
 /// Which tasks' rows a stage sees.

@@ -15,11 +15,11 @@ use cpift_core::tasks::{DEFAULT_SAMPLE, Task, Tasks};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_torch::args::Budget;
 use cpift_torch::data::{self, Example, Layout, balanced_sample};
-use cpift_torch::seed::mix_name;
+use cpift_torch::seed::{mix, mix_name};
 use cpift_torch::session::{Described, Session};
 use cpift_torch::train::{HeldOut, States};
 
-use crate::args::{RunArgs, SampleRows, StageData};
+use crate::args::{IsolationKind, RunArgs, SampleRows, StageData};
 
 /// A checked run.
 pub struct Plan {
@@ -41,8 +41,12 @@ pub struct StagePlan {
     pub label: String,
     /// What it trains on; stages over all tasks share it.
     pub examples: Rc<[Example]>,
-    /// Tasks whose cores are frozen in it: those of earlier groups.
-    pub frozen_tasks: Vec<String>,
+    /// The group's tasks.
+    pub tasks: Vec<String>,
+    /// Tasks of earlier groups, whose cores are frozen in it.
+    pub earlier: Vec<String>,
+    /// Rows of those, where importance is measured on them.
+    pub earlier_examples: Vec<Example>,
     /// How long.
     pub budget: Budget,
     /// Peak learning rate.
@@ -55,10 +59,7 @@ impl Plan {
     /// # Errors
     /// [`cpift_core::Usage`] and [`BadInput`].
     pub fn new(args: &RunArgs, common: &Common) -> Result<Self> {
-        args.training.check()?;
-        if args.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
-            return Err(usage("--stage-lr must be positive"));
-        }
+        args.check()?;
         // Resuming a run that is finished is no error.
         if !args.training.resume {
             check_output(&args.out, common.force)?;
@@ -66,9 +67,6 @@ impl Plan {
         let tasks = Tasks::read(&args.tasks)?;
         let groups = args.groups.as_deref().map(Groups::read).transpose()?;
         let chosen = chosen_tasks(args, &tasks, groups.as_ref())?;
-        if groups.is_some() && args.masks.is_empty() && !args.no_freeze {
-            return Err(usage("--groups needs a --mask NAME=FILE for every task, or --no-freeze"));
-        }
         check_inputs(args, &chosen)?;
         let device = args.training.device.open(common.threads)?;
         let model = Described::open(&args.model, tasks.template()?)?;
@@ -142,7 +140,8 @@ fn read_examples(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<BT
         data::report(&task.name, &encoded, max_length);
         all.insert(task.name.clone(), encoded.examples);
     }
-    let default = if args.masks.is_empty() { SampleRows::All } else { SampleRows::Balanced };
+    let plain = args.masks.is_empty() && args.isolation == IsolationKind::Static;
+    let default = if plain { SampleRows::All } else { SampleRows::Balanced };
     let smallest = all.values().map(Vec::len).min().unwrap_or(0).min(DEFAULT_SAMPLE);
     for task in tasks {
         let rows = match args.sample.unwrap_or(default) {
@@ -179,21 +178,45 @@ fn plan_stages(
     if !args.stage_lr.is_empty() && args.stage_lr.len() != groups.len() {
         return Err(usage(format!("--stage-lr has {} rates for {} stages", args.stage_lr.len(), groups.len())));
     }
-    let mut of = |names: &[String]| -> Rc<[Example]> {
-        names.iter().flat_map(|name| examples.remove(name).expect("a task is in one group")).collect()
+    // A task is in one group; its rows are copied only where a later stage sees them too.
+    let shared = args.replay > 0.0 || args.isolation == IsolationKind::Evolving;
+    let mut of = |names: &[String]| -> Vec<Example> {
+        let mut take = |name: &String| if shared { examples.get(name).cloned() } else { examples.remove(name) };
+        names.iter().flat_map(|name| take(name).expect("a task is in one group")).collect()
     };
-    let mixed = (args.stage_data == StageData::Mixed).then(|| of(&every));
+    let mixed: Option<Rc<[Example]>> = (args.stage_data == StageData::Mixed).then(|| of(&every).into());
     let mut stages = Vec::new();
     for (k, group) in groups.iter().enumerate() {
+        let earlier = groups[..k].concat();
+        let examples = match &mixed {
+            Some(mixed) => Rc::clone(mixed),
+            None => {
+                let mut rows = of(group);
+                if args.replay > 0.0 {
+                    earlier
+                        .iter()
+                        .for_each(|task| rows.extend(replayed(&of(std::slice::from_ref(task)), task, args, k)));
+                }
+                rows.into()
+            }
+        };
         stages.push(StagePlan {
             label: format!("stage {}/{} ({})", k + 1, groups.len(), group.join(" ")),
-            examples: mixed.clone().unwrap_or_else(|| of(group)),
-            frozen_tasks: if args.masks.is_empty() { Vec::new() } else { groups[..k].concat() },
+            examples,
+            earlier_examples: if args.isolation == IsolationKind::Evolving { of(&earlier) } else { Vec::new() },
+            tasks: group.clone(),
+            earlier,
             budget: args.training.budget().part(k, groups.len())?,
             lr: args.stage_lr.get(k).copied().unwrap_or(args.training.lr),
         });
     }
     Ok(stages)
+}
+
+/// The share of an earlier task's rows that stage `k` sees again, at least one.
+fn replayed(examples: &[Example], task: &str, args: &RunArgs, k: usize) -> Vec<Example> {
+    let rows = ((examples.len() as f64 * args.replay).round() as usize).max(1);
+    balanced_sample(examples, rows, mix(mix_name(args.training.seed, task), k as u64))
 }
 
 fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf, Digest)>> {

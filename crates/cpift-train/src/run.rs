@@ -5,11 +5,11 @@ use cpift_core::cli::Common;
 use cpift_core::provenance::Recorder;
 use cpift_torch::data;
 use cpift_torch::seed::mix;
-use cpift_torch::train::{Run, Stage, StageReport, States};
+use cpift_torch::train::{Evolving, Isolation, LoraConfig, Run, Stage, StageReport, States};
 use log::{info, warn};
 use serde_json::{Map, Value, json};
 
-use crate::args::RunArgs;
+use crate::args::{IsolationKind, RunArgs, Trained};
 use crate::plan::{Plan, StagePlan};
 
 /// Trains and writes the output folder.
@@ -27,11 +27,16 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
         args: &args.training,
         stages: plan.stages.iter().enumerate().map(|(k, stage)| stage_of(args, &plan, stage, k)).collect(),
         held_out,
+        lora: args.lora_rank.map(|rank| LoraConfig {
+            rank: i64::from(rank),
+            alpha: args.lora_alpha.unwrap_or(2.0 * f64::from(rank)),
+            seed: args.training.seed,
+        }),
         states,
     };
-    let tokens = |reports: &[StageReport]| reports.iter().map(|r| r.tokens).sum::<usize>();
+    let tokens = |reports: &[StageReport]| reports.iter().map(|r| r.tokens + r.importance_tokens).sum::<usize>();
     let summaries = |reports: &[StageReport]| -> Vec<Value> {
-        plan.stages.iter().zip(reports).map(|(stage, report)| summary(stage, report)).collect()
+        plan.stages.iter().zip(reports).map(|(stage, report)| summary(args, stage, report)).collect()
     };
     let written = training.write(&args.out, common, recorder, |recorder, reports| {
         recorder.input("model", &args.model, plan.session.digest.clone());
@@ -52,10 +57,26 @@ fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) 
     Stage {
         label: stage.label.clone(),
         examples: &stage.examples,
-        masks: stage.frozen_tasks.iter().map(|task| &plan.masks[task]).collect(),
+        isolation: isolation_of(args, plan, stage),
         budget: stage.budget,
         seed: mix(args.training.seed, k as u64),
         lr: stage.lr,
+    }
+}
+
+fn isolation_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan) -> Isolation<'a> {
+    let masks = |tasks: &[String]| tasks.iter().map(|task| &plan.masks[task]).collect::<Vec<_>>();
+    match (args.isolation, args.train) {
+        _ if stage.earlier.is_empty() && args.train == Trained::All => Isolation::None,
+        (IsolationKind::Evolving, _) => Isolation::Evolving(Evolving {
+            examples: &stage.earlier_examples,
+            percent: args.percent,
+            decay: args.ema,
+            interval: args.mask_interval,
+        }),
+        _ if plan.masks.is_empty() => Isolation::None,
+        (_, Trained::All) => Isolation::Static(masks(&stage.earlier)),
+        (_, Trained::OnlyCores) => Isolation::OnlyCores { own: masks(&stage.tasks), earlier: masks(&stage.earlier) },
     }
 }
 
@@ -80,14 +101,28 @@ fn describe(args: &RunArgs, plan: &Plan) -> Map<String, Value> {
     for (role, _, digest) in &plan.inputs {
         run.insert(role.clone(), json!(digest));
     }
-    let stages = plan.stages.iter().map(|s| json!({"stage": s.label, "frozen": s.frozen_tasks, "lr": s.lr}));
+    let stages = plan.stages.iter().map(|s| json!({"stage": s.label, "frozen": frozen(args, s), "lr": s.lr}));
     run.insert("stages".into(), stages.collect());
+    let isolation = match args.isolation {
+        IsolationKind::Static => json!("static"),
+        IsolationKind::Evolving => {
+            json!({"percent": args.percent, "ema": args.ema, "mask_interval": args.mask_interval})
+        }
+    };
+    run.insert("isolation".into(), isolation);
+    run.insert("only_cores".into(), json!(args.train == Trained::OnlyCores));
+    run.insert("lora".into(), json!(args.lora_rank.map(|rank| (rank, args.lora_alpha))));
     run.insert("examples".into(), plan.stages.iter().map(|s| json!(data::digest(s.examples.iter()))).collect());
     run
 }
 
-fn summary(stage: &StagePlan, report: &StageReport) -> Value {
+/// The tasks whose cores are frozen in a stage.
+fn frozen<'a>(args: &RunArgs, stage: &'a StagePlan) -> &'a [String] {
+    if args.masks.is_empty() { &[] } else { &stage.earlier }
+}
+
+fn summary(args: &RunArgs, stage: &StagePlan, report: &StageReport) -> Value {
     json!({"stage": stage.label, "examples": stage.examples.len(), "steps": report.steps, "tokens": report.tokens,
         "first_loss": report.first_loss, "final_loss": report.final_loss, "frozen_elements": report.frozen,
-        "frozen_tasks": stage.frozen_tasks})
+        "frozen_tasks": frozen(args, stage), "importance_tokens": report.importance_tokens})
 }

@@ -1,10 +1,13 @@
 //! The training core that cpift-probe and cpift-train share.
 //!
 //! [`run`](Run) goes through the stages: batches come from a thread of their own, [`step`](Trainer) makes one optimizer step out of one or
-//! more passes (`pass`: forward and backward, unit by unit; `loss`: the head), `watch` shows what happens, `state` saves what a
+//! more passes (`pass`: forward and backward, unit by unit; `loss`: the head), [`isolation`](Isolation) says what may move, `watch` shows what happens, `state` saves what a
 //! later start needs to go on.
 
 mod held_out;
+pub mod importance;
+mod isolation;
+mod lora;
 mod loss;
 mod pass;
 mod run;
@@ -13,6 +16,8 @@ mod step;
 mod watch;
 
 pub use held_out::HeldOut;
+pub use isolation::{Evolving, Isolation, REFRESH_BATCHES};
+pub use lora::LoraConfig;
 pub use loss::target_losses;
 pub use pass::{PassConfig, loss_and_gradients};
 pub use run::{Run, Stage, StageReport};

@@ -11,7 +11,6 @@ use anyhow::{Context, Result, anyhow};
 use cpift_core::Stopped;
 use cpift_core::cli::Common;
 use cpift_core::files::StagedDir;
-use cpift_core::mask::Mask;
 use cpift_core::provenance::Recorder;
 use cpift_core::signals::{Orderly, Work, stop_asked};
 use log::info;
@@ -19,6 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use super::METRICS;
 use super::held_out::{self, HeldOut};
+use super::isolation::{Isolation, MovingMask};
+use super::lora::LoraConfig;
 use super::pass::PassConfig;
 use super::state::{Found, Position, RUN, States};
 use super::step::{StepConfig, StepOutcome, Trainer};
@@ -31,14 +32,17 @@ use crate::schedule::CosineWithWarmup;
 use crate::seed::mix;
 use crate::session::Session;
 
+/// Stream of a stage's seed that draws the rows importance is measured on.
+const IMPORTANCE: u64 = u64::MAX;
+
 /// What one stage trains on and how.
 pub struct Stage<'a> {
     /// Name in logs and metrics.
     pub label: String,
     /// The examples.
     pub examples: &'a [Example],
-    /// The core regions that must not move.
-    pub masks: Vec<&'a Mask>,
+    /// What may move.
+    pub isolation: Isolation<'a>,
     /// How long.
     pub budget: Budget,
     /// Seed of the shuffle.
@@ -58,8 +62,11 @@ pub struct StageReport {
     pub first_loss: f64,
     /// Mean loss of the last tenth of the steps.
     pub final_loss: f64,
-    /// Elements that did not move because they are core.
+    /// Elements that could not move; the last mask's, where it moves.
     pub frozen: u64,
+    /// Tokens that importance was measured on, beside those trained on.
+    #[serde(default)]
+    pub importance_tokens: usize,
 }
 
 /// A run: a model trained in place through stages, from its start or from a saved state.
@@ -72,6 +79,8 @@ pub struct Run<'a> {
     pub stages: Vec<Stage<'a>>,
     /// What the loss is also taken on, where the arguments ask for it.
     pub held_out: Vec<HeldOut>,
+    /// Low-rank adapters in place of the parameters; fresh ones in each stage.
+    pub lora: Option<LoraConfig>,
     /// Where states are saved and looked for.
     pub states: States,
 }
@@ -148,6 +157,7 @@ impl Run<'_> {
             pass: PassConfig { checkpointing: self.args.gradient_checkpointing, loss_chunk: self.args.loss_chunk },
             optimizer_in_backward: self.args.optimizer_in_backward,
             train_embeddings: !self.args.freeze_embeddings,
+            lora: self.lora,
         }
     }
 
@@ -165,7 +175,6 @@ impl Run<'_> {
 struct StageRun<'a> {
     run: &'a Run<'a>,
     stage: &'a Stage<'a>,
-    freeze: Option<Freeze>,
     schedule: CosineWithWarmup,
     position: Position,
     found: Option<Found>,
@@ -177,20 +186,21 @@ impl<'a> StageRun<'a> {
         if let Some(found) = &found {
             found.load(parameters)?;
         }
-        // Frozen elements have the values they had when the stage began, in a saved state as well.
-        let freeze = if stage.masks.is_empty() { None } else { Some(Freeze::new(parameters, &stage.masks)?) };
-        let fresh = Position { finished: finished.to_vec(), step: 0, tokens: 0, losses: Vec::new() };
+        let finished = finished.to_vec();
+        let fresh = Position { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
         let position = found.as_ref().map_or(fresh, |f| f.position.clone());
         let total = plan_steps(stage, run.feed_config(stage));
         // The first step of a warm-up has rate 0, so a stage of one step has none.
         let warmup = ((run.args.warmup_ratio * total as f64).ceil() as usize).min(total - 1);
         let schedule = CosineWithWarmup { peak: stage.lr, warmup_steps: warmup, total_steps: total };
-        Ok(Self { run, stage, freeze, schedule, position, found })
+        Ok(Self { run, stage, schedule, position, found })
     }
 
     fn go(mut self, watch: &mut Watch) -> Result<StageReport> {
         let (run, stage, session) = (self.run, self.stage, self.run.session);
-        let frozen = self.freeze.as_ref().map_or(0, Freeze::len);
+        // Frozen elements have the values they had when the stage began, in a saved state as well.
+        let freeze = stage.isolation.freeze(&session.parameters)?;
+        let frozen = freeze.as_ref().map_or(0, Freeze::len);
         let attention = session.model.attention();
         info!(
             "{}: {} examples, {} steps, {frozen} elements frozen; {attention}",
@@ -198,11 +208,15 @@ impl<'a> StageRun<'a> {
             stage.examples.len(),
             self.total()
         );
-        let freeze = self.freeze.take();
-        let mut trainer = Trainer::new(&session.model, &session.parameters, freeze.as_ref(), run.step_config());
+        let mut trainer = Trainer::new(&session.model, &session.parameters, freeze, run.step_config());
+        let mut moving = match &stage.isolation {
+            Isolation::Evolving(config) => {
+                Some(MovingMask::new(config, &trainer, run.args.batch_size, mix(stage.seed, IMPORTANCE)))
+            }
+            _ => None,
+        };
         if let Some(found) = self.found.take() {
-            found.load_moments(&trainer.optimizer.moments())?;
-            trainer.optimizer.set_steps(self.position.step);
+            self.restore(&found, &mut trainer, moving.as_mut())?;
         }
         let mut watch = watch.stage(&stage.label, self.total(), steps_of(&self.position.finished), run.args.log_every);
         watch.skip_to(self.position.step, self.position.tokens);
@@ -227,13 +241,35 @@ impl<'a> StageRun<'a> {
             });
             let (mut maker, mut pending) = (Some(maker), Vec::new());
             for step in steps {
+                if let Some(mask) = moving.as_mut().filter(|mask| mask.is_due(step)) {
+                    let clock = Instant::now();
+                    let drift = mask.renew(&mut trainer, &session.parameters)?;
+                    self.position.importance_tokens = mask.tokens;
+                    watch.mask(step + 1, drift.protected, drift.jaccard, clock.elapsed())?;
+                }
                 let (chosen, host) = made(&batches, &mut maker)?;
                 pending.push(self.step(&mut trainer, step, chosen, &host)?);
-                self.after_step(&trainer, &mut pending, &mut watch)?;
+                self.after_step(&trainer, moving.as_ref(), &mut pending, &mut watch)?;
             }
             Ok::<(), anyhow::Error>(())
         })?;
-        Ok(self.report(frozen))
+        Ok(self.report(trainer.freeze.as_ref().map_or(0, Freeze::len)))
+    }
+
+    /// Goes on from a state whose weights are loaded.
+    fn restore(&self, found: &Found, trainer: &mut Trainer<'_>, moving: Option<&mut MovingMask<'_>>) -> Result<()> {
+        let (parameters, position) = (&self.run.session.parameters, &self.position);
+        found.load_moments(&trainer.optimizer.moments())?;
+        trainer.optimizer.set_steps(position.step);
+        if let Some(mask) = moving {
+            let extra = mask.blank(found.extra_names().into_iter(), parameters);
+            found.load_extra(&extra)?;
+            mask.restore(&extra, position.step, position.importance_tokens, trainer, parameters);
+        } else if self.run.lora.is_some() {
+            found.load_extra(&trainer.adapters())?;
+            trainer.merge();
+        }
+        Ok(())
     }
 
     fn total(&self) -> usize {
@@ -257,6 +293,7 @@ impl<'a> StageRun<'a> {
     fn after_step(
         &mut self,
         trainer: &Trainer<'_>,
+        moving: Option<&MovingMask<'_>>,
         pending: &mut Vec<Pending>,
         watch: &mut StageWatch<'_>,
     ) -> Result<()> {
@@ -282,7 +319,9 @@ impl<'a> StageRun<'a> {
             let (clock, _saving) = (Instant::now(), Orderly::begin(Work::State));
             let steps = steps_of(&self.position.finished) + step;
             let moments = trainer.optimizer.moments();
-            let folder = self.run.states.save(steps, &self.position, &session.parameters, &moments)?;
+            let extra = moving.map_or_else(|| trainer.adapters(), |mask| mask.state(&session.parameters));
+            let weights = trainer.stored(&session.parameters);
+            let folder = self.run.states.save(steps, &self.position, &weights, &moments, &extra)?;
             watch.saved(clock);
             // A signal may have come while the state was saved.
             if let Some(signal) = stop_asked() {
@@ -333,6 +372,7 @@ impl<'a> StageRun<'a> {
             first_loss: losses[0],
             final_loss: tail.iter().sum::<f64>() / tail.len() as f64,
             frozen,
+            importance_tokens: self.position.importance_tokens,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! States to resume from: OUT.checkpoints/step-N holds all that the rest of a run depends on, whole or not at all.
 //!
-//! weights/ and moments/ (safetensors, in the dtypes of training), metrics.jsonl so far, state.json. The order of the data, the learning
+//! weights/ and moments/ (safetensors, in the dtypes of training), extra/ where adapters train or a mask moves (f32), metrics.jsonl so
+//! far, state.json. The order of the data, the learning
 //! rate and the random bits follow from the seed and the step, so that nothing else needs saving. OUT.checkpoints/metrics.jsonl is what
 //! the run at work writes its figures to; it stays where a run fails.
 
@@ -23,6 +24,7 @@ const VERSION: u32 = 2;
 const STATE: &str = "state.json";
 const WEIGHTS: &str = "weights";
 const MOMENTS: &str = "moments";
+const EXTRA: &str = "extra";
 /// The fact of cpift.json that tells what a run was started with.
 pub const RUN: &str = "run";
 
@@ -37,6 +39,9 @@ pub(crate) struct Position {
     pub tokens: usize,
     /// Loss of each of its steps.
     pub losses: Vec<f64>,
+    /// Tokens of it that only importance was measured on.
+    #[serde(default)]
+    pub importance_tokens: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -63,6 +68,7 @@ pub(crate) struct Found {
     pub position: Position,
     weights: Checkpoint,
     moments: Checkpoint,
+    extra: Option<Checkpoint>,
 }
 
 /// The right to work in the states' folder, which is gone at the end where it is empty.
@@ -138,11 +144,11 @@ impl States {
     }
 
     fn read(&self, folder: &Path) -> Result<Found> {
-        let (file, weights, moments) = parts(folder).with_context(|| {
+        let (file, weights, moments, extra) = parts(folder).with_context(|| {
             format!("{} cannot be resumed from (--resume --force passes over it)", folder.display())
         })?;
         self.check(&folder.join(STATE), &file.run, &self.run)?;
-        Ok(Found { folder: folder.to_owned(), position: file.position, weights, moments })
+        Ok(Found { folder: folder.to_owned(), position: file.position, weights, moments, extra })
     }
 
     /// Whether this very run has written `out` already; what it left of its states goes.
@@ -196,18 +202,22 @@ impl States {
         self.clear()
     }
 
-    /// Saves one more state and removes the oldest beyond those to keep; returns its folder.
+    /// Saves one more state, with what else the stage holds in f32 in `extra`, and removes the oldest beyond those to keep; returns its folder.
     pub(crate) fn save(
         &self,
         total_steps: usize,
         position: &Position,
         parameters: &Parameters,
         moments: &Parameters,
+        extra: &Parameters,
     ) -> Result<PathBuf> {
         let dest = self.folder.join(format!("step-{total_steps:07}"));
         if !dest.exists() {
             let staged = StagedDir::create(&dest, false)?;
-            for (name, tensors) in [(WEIGHTS, parameters), (MOMENTS, moments)] {
+            for (name, tensors) in [(WEIGHTS, parameters), (MOMENTS, moments), (EXTRA, extra)] {
+                if name == EXTRA && extra.is_empty() {
+                    continue;
+                }
                 let folder = staged.path().join(name);
                 fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
                 weights::save(tensors, &folder, dtype_of(tensors))?;
@@ -264,13 +274,15 @@ impl States {
 }
 
 /// What a state consists of; the figures must be there too.
-fn parts(folder: &Path) -> Result<(StateFile, Checkpoint, Checkpoint)> {
+fn parts(folder: &Path) -> Result<(StateFile, Checkpoint, Checkpoint, Option<Checkpoint>)> {
     let path = folder.join(STATE);
     let value: Value = json::read(&path)?;
     json::check_version(&path, "a training state", json::version_of(&value), VERSION)?;
     let file = serde_json::from_value(value).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
     cpift_core::files::open(&folder.join(METRICS))?;
-    Ok((file, Checkpoint::open(&folder.join(WEIGHTS))?, Checkpoint::open(&folder.join(MOMENTS))?))
+    let extra = Some(folder.join(EXTRA)).filter(|path| path.exists());
+    let extra = extra.map(|path| Checkpoint::open(&path)).transpose()?;
+    Ok((file, Checkpoint::open(&folder.join(WEIGHTS))?, Checkpoint::open(&folder.join(MOMENTS))?, extra))
 }
 
 /// Removes a state so that no half of it can be taken for one: what makes it a state goes first.
@@ -301,5 +313,21 @@ impl Found {
     /// As [`Found::load`].
     pub fn load_moments(&self, moments: &Parameters) -> Result<()> {
         weights::overwrite(moments, &self.moments)
+    }
+
+    /// Names of what else the stage held.
+    pub fn extra_names(&self) -> Vec<String> {
+        self.extra.iter().flat_map(|c| c.tensors().map(|view| view.name.to_owned())).collect()
+    }
+
+    /// As [`Found::load`], for what else the stage held.
+    ///
+    /// # Errors
+    /// As [`Found::load`].
+    pub fn load_extra(&self, extra: &Parameters) -> Result<()> {
+        match &self.extra {
+            Some(saved) => weights::overwrite(extra, saved),
+            None => Ok(()),
+        }
     }
 }

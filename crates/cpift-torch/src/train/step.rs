@@ -3,6 +3,7 @@
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
+use super::lora::{Adapters, LoraConfig};
 use super::pass::{Forward, PassConfig, Units};
 use crate::data::Batch;
 use crate::freeze::Freeze;
@@ -23,6 +24,8 @@ pub struct StepConfig {
     pub optimizer_in_backward: bool,
     /// Whether the embedding table is trained.
     pub train_embeddings: bool,
+    /// Train low-rank adapters of the linear layers, and nothing else; with all gradients kept.
+    pub lora: Option<LoraConfig>,
 }
 
 impl Default for StepConfig {
@@ -33,6 +36,7 @@ impl Default for StepConfig {
             pass: PassConfig { checkpointing: false, loss_chunk: 1024 },
             optimizer_in_backward: false,
             train_embeddings: true,
+            lora: None,
         }
     }
 }
@@ -41,7 +45,9 @@ impl Default for StepConfig {
 pub struct Trainer<'a> {
     model: &'a CausalLM,
     units: Units,
-    freeze: Option<&'a Freeze>,
+    /// What must not move now.
+    pub freeze: Option<Freeze>,
+    adapters: Option<Adapters>,
     /// The optimizer's state.
     pub optimizer: AdamW,
     config: StepConfig,
@@ -65,15 +71,57 @@ impl StepOutcome {
 
 impl<'a> Trainer<'a> {
     /// A trainer with a fresh optimizer state.
-    pub fn new(
-        model: &'a CausalLM,
-        parameters: &'a Parameters,
-        freeze: Option<&'a Freeze>,
-        config: StepConfig,
-    ) -> Self {
+    pub fn new(model: &'a CausalLM, parameters: &'a Parameters, freeze: Option<Freeze>, config: StepConfig) -> Self {
         let units = Units::new(model, parameters, config.train_embeddings);
-        let optimizer = AdamW::new(units.list.iter().map(|(name, tensor)| (name, tensor)), config.optimizer);
-        Self { model, units, freeze, optimizer, config, guard: Guard::new(model.device()) }
+        let adapters = config.lora.map(|lora| Adapters::new(&units, lora));
+        let adapted = adapters.as_ref().map(Adapters::tensors);
+        let trained = adapted.as_ref().unwrap_or(&units.list);
+        let optimizer = AdamW::new(trained.iter().map(|(name, tensor)| (name, tensor)), config.optimizer);
+        Self { model, units, freeze, adapters, optimizer, config, guard: Guard::new(model.device()) }
+    }
+
+    /// Where it trains.
+    pub(crate) fn device(&self) -> tch::Device {
+        self.model.device()
+    }
+
+    /// The parameters that get gradients.
+    pub(crate) fn trainable(&self) -> &[(String, Tensor)] {
+        &self.units.list
+    }
+
+    /// The low-rank adapters by name; they share storage with those in training.
+    pub(crate) fn adapters(&self) -> Parameters {
+        self.adapters.iter().flat_map(Adapters::tensors).collect()
+    }
+
+    /// What a saved state holds for `parameters`.
+    pub(crate) fn stored(&self, parameters: &Parameters) -> Parameters {
+        match &self.adapters {
+            Some(adapters) => adapters.without(parameters),
+            None => parameters.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect(),
+        }
+    }
+
+    /// Says that adapters were restored from a saved state.
+    pub(crate) fn merge(&self) {
+        if let Some(adapters) = &self.adapters {
+            adapters.merge();
+        }
+    }
+
+    /// Gradients of `batch` by every trainable parameter, by name; nothing moves.
+    ///
+    /// # Errors
+    /// What libtorch reports.
+    pub(crate) fn gradients(&self, batch: &Batch) -> Result<Vec<(&str, Tensor)>> {
+        let scale = 1.0 / batch.targets() as f64;
+        let mut all = Vec::new();
+        Forward::run(self.model, &self.units, batch, scale, self.config.pass).backward(|places, grads| {
+            all.extend(places.iter().map(|&i| self.units.list[i].0.as_str()).zip(grads));
+            Ok(())
+        })?;
+        Ok(all)
     }
 
     /// One optimizer step over `batches`, whose gradients are those of one big batch. From the first loss or norm that is not
@@ -110,6 +158,9 @@ impl<'a> Trainer<'a> {
         for ((name, _), grad) in self.units.list.iter().zip(&mut grads) {
             self.mute(name, grad);
         }
+        if let Some(adapters) = &self.adapters {
+            grads = adapters.gradients(&grads);
+        }
         self.guard.require_finite(&loss);
         let max_norm = Some(self.config.max_grad_norm).filter(|max| *max > 0.0);
         let grad_norm = self.guard.watch(&grads, max_norm);
@@ -141,18 +192,22 @@ impl<'a> Trainer<'a> {
 
     fn update(&mut self, places: &[usize], grads: &[Tensor], lr: f64, seed: u64) -> Result<()> {
         self.optimizer.step(places, grads, Update { lr, seed, guard: &self.guard })?;
+        if self.adapters.is_some() {
+            self.merge();
+            return Ok(());
+        }
         self.restore(places.iter().map(|&i| &self.units.list[i]));
         Ok(())
     }
 
     fn mute(&self, name: &str, grad: &mut Tensor) {
-        if let Some(freeze) = self.freeze {
+        if let Some(freeze) = &self.freeze {
             freeze.mute(name, grad);
         }
     }
 
     fn restore<'b>(&self, parameters: impl Iterator<Item = &'b (String, Tensor)>) {
-        if let Some(freeze) = self.freeze {
+        if let Some(freeze) = &self.freeze {
             no_grad(|| parameters.for_each(|(name, tensor)| freeze.restore(name, tensor)));
         }
     }

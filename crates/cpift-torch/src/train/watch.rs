@@ -168,6 +168,19 @@ impl StageWatch<'_> {
         Ok(())
     }
 
+    /// A mask that was found again before step `step`, counted from 1.
+    pub fn mask(&mut self, step: usize, protected: u64, jaccard: f64, took: Duration) -> Result<()> {
+        self.idle += took;
+        self.watch
+            .line(&json!({"stage": self.label, "step": step, "protected": protected, "mask_jaccard": jaccard}))?;
+        self.watch.scalars(self.before + step, &[("train/mask_jaccard", jaccard)])?;
+        self.say(&format!(
+            "{} step {step}/{}: {protected} elements protected, Jaccard with the stage's first mask {jaccard:.3}",
+            self.label, self.total
+        ));
+        Ok(())
+    }
+
     /// Takes the time since `since`, in which a state was saved, off the clock.
     pub fn saved(&mut self, since: Instant) {
         self.idle += since.elapsed();

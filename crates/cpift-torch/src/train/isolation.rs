@@ -1,0 +1,161 @@
+//! What of a stage's parameters may move: everything, all but earlier cores, the own cores only, or all but what matters most to earlier
+//! tasks at the moment.
+
+use anyhow::Result;
+use cpift_core::mask::Mask;
+use tch::{Kind, Tensor, no_grad};
+
+use super::importance::{Importance, Positions, jaccard};
+use super::step::Trainer;
+use crate::data::{Batch, Example, FeedConfig, Feeder};
+use crate::freeze::Freeze;
+use crate::weights::Parameters;
+
+/// Batches of earlier tasks' rows whose gradients go into the averages each time.
+pub const REFRESH_BATCHES: usize = 4;
+/// The suffix under which a state keeps the first mask.
+const FIRST: &str = ".first";
+
+/// What of a stage's parameters may move.
+pub enum Isolation<'a> {
+    /// Everything.
+    None,
+    /// All but the core regions of earlier tasks (CPI-FT).
+    Static(Vec<&'a Mask>),
+    /// The group's own core regions, without those of earlier tasks (TRACE).
+    OnlyCores {
+        /// Of the group's tasks.
+        own: Vec<&'a Mask>,
+        /// Of the tasks before.
+        earlier: Vec<&'a Mask>,
+    },
+    /// All but what matters most to earlier tasks, found again as training goes on (EPI).
+    Evolving(Evolving<'a>),
+}
+
+/// How the protected elements are found.
+pub struct Evolving<'a> {
+    /// Rows of earlier tasks, on whose loss importance is measured.
+    pub examples: &'a [Example],
+    /// Share of the trainable elements to protect, in percent.
+    pub percent: f64,
+    /// β of the moving average.
+    pub decay: f64,
+    /// Steps between two masks.
+    pub interval: usize,
+}
+
+impl Isolation<'_> {
+    /// What is frozen from the first step to the last.
+    pub(crate) fn freeze(&self, parameters: &Parameters) -> Result<Option<Freeze>> {
+        Ok(match self {
+            Self::None | Self::Evolving(_) => None,
+            Self::Static(masks) => Some(Freeze::new(parameters, masks)?),
+            Self::OnlyCores { own, earlier } => Some(Freeze::all_but(parameters, own, earlier)?),
+        })
+    }
+}
+
+/// The moving mask of a stage.
+pub(crate) struct MovingMask<'a> {
+    config: &'a Evolving<'a>,
+    importance: Importance,
+    /// The first mask of the stage; empty before.
+    first: Positions,
+    feeder: Feeder,
+    /// Tokens of the rows that importance was measured on.
+    pub tokens: usize,
+}
+
+/// How far the mask has moved.
+pub(crate) struct Drift {
+    /// Protected elements.
+    pub protected: u64,
+    /// Jaccard similarity of the mask with the stage's first one.
+    pub jaccard: f64,
+}
+
+impl<'a> MovingMask<'a> {
+    pub fn new(config: &'a Evolving<'a>, trainer: &Trainer<'_>, batch_size: usize, seed: u64) -> Self {
+        let feed = FeedConfig { batch_size, grad_accum: 1, row: None };
+        Self {
+            config,
+            importance: Importance::new(trainer.trainable().iter(), config.decay),
+            first: Positions::new(),
+            feeder: Feeder::new(config.examples, feed, seed),
+            tokens: 0,
+        }
+    }
+
+    /// Whether a mask is due before the step counted from 0.
+    pub fn is_due(&self, step: usize) -> bool {
+        step.is_multiple_of(self.config.interval)
+    }
+
+    /// Measures importance at the present weights and freezes what is now on top; what was frozen before and is not any more may move.
+    pub fn renew(&mut self, trainer: &mut Trainer<'_>, parameters: &Parameters) -> Result<Drift> {
+        for _ in 0..REFRESH_BATCHES {
+            let places = self.feeder.next_step().concat();
+            let rows: Vec<&Example> = places.iter().map(|&i| &self.config.examples[i]).collect();
+            let batch = Batch::new(&rows).to_device(trainer.device());
+            self.tokens += batch.tokens();
+            let gradients = trainer.gradients(&batch)?;
+            self.importance.update(gradients.iter().map(|(name, grad)| (*name, grad)));
+        }
+        let now = self.freeze(trainer, parameters);
+        if self.first.is_empty() {
+            self.first = now.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
+        }
+        let protected = trainer.freeze.as_ref().map_or(0, Freeze::len);
+        Ok(Drift { protected, jaccard: jaccard(&self.first, &now)? })
+    }
+
+    fn freeze(&self, trainer: &mut Trainer<'_>, parameters: &Parameters) -> Positions {
+        let now = self.importance.top(self.config.percent);
+        trainer.freeze = Some(Freeze::at(parameters, &now));
+        now
+    }
+
+    /// What a saved state holds of it, by name.
+    pub fn state(&self, parameters: &Parameters) -> Parameters {
+        let first = |(name, index): (&String, &Tensor)| {
+            let p = &parameters[name];
+            let mut bits = Tensor::zeros([p.numel() as i64], (Kind::Float, p.device()));
+            let _ = no_grad(|| bits.index_fill_(0, index, 1.0));
+            (format!("{name}{FIRST}"), bits)
+        };
+        self.importance.state().into_iter().chain(self.first.iter().map(first)).collect()
+    }
+
+    /// Room for what a state holds.
+    pub fn blank(&self, names: impl Iterator<Item = String>, parameters: &Parameters) -> Parameters {
+        let first = names.filter_map(|name| {
+            let p = &parameters[name.strip_suffix(FIRST)?];
+            Some((name, Tensor::zeros([p.numel() as i64], (Kind::Float, p.device()))))
+        });
+        first.chain(self.importance.state()).collect()
+    }
+
+    /// Goes on from a state whose tensors are in `restored`, made by [`MovingMask::blank`], after `steps` steps.
+    pub fn restore(
+        &mut self,
+        restored: &Parameters,
+        steps: usize,
+        tokens: usize,
+        trainer: &mut Trainer<'_>,
+        parameters: &Parameters,
+    ) {
+        let renewed = steps.div_ceil(self.config.interval);
+        if renewed == 0 {
+            return;
+        }
+        self.importance.restored();
+        self.feeder.skip(renewed * REFRESH_BATCHES);
+        self.tokens = tokens;
+        let first = |(name, bits): (&String, &Tensor)| {
+            Some((name.strip_suffix(FIRST)?.to_owned(), bits.nonzero().squeeze_dim(1)))
+        };
+        self.first = restored.iter().filter_map(first).collect();
+        self.freeze(trainer, parameters);
+    }
+}

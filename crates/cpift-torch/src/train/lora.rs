@@ -1,0 +1,102 @@
+//! Low-rank adapters ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) as a method to compare with: every linear layer's weight is
+//! W = W₀ + (α/r)·B·A, and A and B are what is trained.
+//!
+//! Their gradients follow from the weight's own by the chain rule, ∂A = (α/r)·Bᵀ·∂W and ∂B = (α/r)·∂W·Aᵀ, so that the pass needs no change
+//! and the merged weight is there at every step. It trains as LoRA does but saves none of its memory.
+
+use tch::{Kind, Tensor, no_grad};
+
+use super::pass::Units;
+use crate::model::EMBEDDING;
+use crate::seed::mix;
+use crate::weights::Parameters;
+
+/// The output layer, which has no adapter, as the embedding has none.
+const HEAD: &str = "lm_head.weight";
+
+/// How adapters are made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraConfig {
+    /// Rows of A and columns of B.
+    pub rank: i64,
+    /// α: the product counts α/rank.
+    pub alpha: f64,
+    /// Seed of A.
+    pub seed: u64,
+}
+
+/// The adapters of a model.
+pub(crate) struct Adapters {
+    scale: f64,
+    list: Vec<Adapter>,
+}
+
+struct Adapter {
+    /// Of the weight in the list of trainable parameters.
+    place: usize,
+    name: String,
+    weight: Tensor,
+    /// W₀, in the weight's dtype.
+    before: Tensor,
+    a: Tensor,
+    b: Tensor,
+}
+
+impl Adapters {
+    /// Fresh ones for every linear layer among `units`: A uniform within ±1/√(inputs), as PEFT has it, and B zero.
+    pub fn new(units: &Units, config: LoraConfig) -> Self {
+        let linear =
+            |(_, (name, weight)): &(usize, &(String, Tensor))| weight.dim() == 2 && *name != EMBEDDING && *name != HEAD;
+        let adapter = |(place, (name, weight)): (usize, &(String, Tensor))| {
+            let (outputs, inputs) = weight.size2().expect("two dimensions");
+            tch::manual_seed(mix(config.seed, place as u64) as i64);
+            let bound = 1.0 / (inputs as f64).sqrt();
+            // Made on the CPU, so that the bits do not depend on the device.
+            let a = Tensor::empty([config.rank, inputs], (Kind::Float, tch::Device::Cpu)).uniform_(-bound, bound);
+            Adapter {
+                place,
+                name: name.clone(),
+                before: weight.detach().copy(),
+                a: a.to_device(weight.device()),
+                b: Tensor::zeros([outputs, config.rank], (Kind::Float, weight.device())),
+                weight: weight.shallow_clone(),
+            }
+        };
+        let list = no_grad(|| units.list.iter().enumerate().filter(linear).map(adapter).collect());
+        Self { scale: config.alpha / config.rank as f64, list }
+    }
+
+    /// A and B of each adapter by name, in the order of [`Adapters::gradients`]; they share storage.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let pair = |x: &Adapter| {
+            [(format!("{}.lora_A", x.name), x.a.shallow_clone()), (format!("{}.lora_B", x.name), x.b.shallow_clone())]
+        };
+        self.list.iter().flat_map(pair).collect()
+    }
+
+    /// The gradients of all A and B from those of the trainable parameters.
+    pub fn gradients(&self, grads: &[Tensor]) -> Vec<Tensor> {
+        let pair = |x: &Adapter| {
+            let grad = grads[x.place].to_kind(Kind::Float);
+            [x.b.tr().matmul(&grad) * self.scale, grad.matmul(&x.a.tr()) * self.scale]
+        };
+        no_grad(|| self.list.iter().flat_map(pair).collect())
+    }
+
+    /// Brings every weight up to its adapter.
+    pub fn merge(&self) {
+        no_grad(|| {
+            for x in &self.list {
+                let merged = x.before.to_kind(Kind::Float) + x.b.matmul(&x.a) * self.scale;
+                x.weight.shallow_clone().copy_(&merged);
+            }
+        });
+    }
+
+    /// What a saved state holds for `parameters`: the weights without their adapters, from which fresh adapters start.
+    pub fn without(&self, parameters: &Parameters) -> Parameters {
+        let mut all: Parameters = parameters.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
+        all.extend(self.list.iter().map(|x| (x.name.clone(), x.before.shallow_clone())));
+        all
+    }
+}
