@@ -159,3 +159,63 @@ impl<'a> MovingMask<'a> {
         self.freeze(trainer, parameters);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::{Precision, Session};
+    use crate::train::StepConfig;
+    use cpift_testkit::model::write_tiny_model;
+    use tch::Device;
+
+    fn examples(seed: i64) -> Vec<Example> {
+        let ids = |i: i64| (0..8).map(|j| (seed + 17 * i + 5 * j * j) % 250).collect::<Vec<i64>>();
+        (0..12).map(|i| Example { ids: ids(i), target: vec![true; 8], ..Example::default() }).collect()
+    }
+
+    /// Flat copies of all parameters.
+    fn values(parameters: &Parameters) -> Vec<(String, Vec<f32>)> {
+        parameters.iter().map(|(name, t)| (name.clone(), Vec::try_from(t.flatten(0, -1)).unwrap())).collect()
+    }
+
+    #[test]
+    fn protected_elements_keep_their_bits_until_the_next_mask_and_the_mask_moves() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = write_tiny_model(&dir.path().join("m"), 3);
+        let session = Session::open(&folder, None, Device::Cpu, Precision::F32).unwrap();
+        let parameters = &session.parameters;
+        let (earlier, own) = (examples(3), examples(101));
+        let config = Evolving { examples: &earlier, percent: 10.0, decay: 0.5, interval: 3 };
+        let mut trainer = Trainer::new(&session.model, parameters, None, StepConfig::default());
+        let mut mask = MovingMask::new(&config, &trainer, 4, 1);
+        let total: usize = parameters.values().map(Tensor::numel).sum();
+        let batch = Batch::new(&own.iter().collect::<Vec<_>>());
+        let (mut similarities, mut kept) = (Vec::new(), Vec::new());
+        for step in 0..9 {
+            if mask.is_due(step) {
+                let drift = mask.renew(&mut trainer, parameters).unwrap();
+                assert_eq!(drift.protected, (total as u64) / 10);
+                similarities.push(drift.jaccard);
+                kept = values(parameters);
+            }
+            trainer.step(std::slice::from_ref(&batch), 2e-2, 0).unwrap();
+            let same: usize = values(parameters)
+                .iter()
+                .zip(&kept)
+                .map(|((_, a), (_, b))| a.iter().zip(b).filter(|(a, b)| a.to_bits() == b.to_bits()).count())
+                .sum();
+            // All but the protected ones move: with decay off, every element that has ever had a gradient.
+            let frozen = mask.importance.top(10.0);
+            for (name, index) in &frozen {
+                let (now, then) = (&parameters[name].flatten(0, -1), kept.iter().find(|(n, _)| n == name).unwrap());
+                let then = Tensor::from_slice(&then.1);
+                assert!(now.index_select(0, index).equal(&then.index_select(0, index)), "{name} after step {step}");
+            }
+            assert!(same < total / 2, "{same} of {total} did not move");
+        }
+        assert_eq!(similarities[0], 1.0);
+        assert!(similarities[1..].iter().all(|s| *s < 1.0), "{similarities:?}");
+        // A batch of 4 of 8 tokens, 4 of them a mask, three masks.
+        assert_eq!(mask.tokens, 3 * REFRESH_BATCHES * 4 * 8);
+    }
+}

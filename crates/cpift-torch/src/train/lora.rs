@@ -8,7 +8,7 @@ use tch::{Kind, Tensor, no_grad};
 
 use super::pass::Units;
 use crate::model::EMBEDDING;
-use crate::seed::mix;
+use crate::seed::mix_name;
 use crate::weights::Parameters;
 
 /// The output layer, which has no adapter, as the embedding has none.
@@ -49,7 +49,7 @@ impl Adapters {
             |(_, (name, weight)): &(usize, &(String, Tensor))| weight.dim() == 2 && *name != EMBEDDING && *name != HEAD;
         let adapter = |(place, (name, weight)): (usize, &(String, Tensor))| {
             let (outputs, inputs) = weight.size2().expect("two dimensions");
-            tch::manual_seed(mix(config.seed, place as u64) as i64);
+            tch::manual_seed(mix_name(config.seed, name) as i64);
             let bound = 1.0 / (inputs as f64).sqrt();
             // Made on the CPU, so that the bits do not depend on the device.
             let a = Tensor::empty([config.rank, inputs], (Kind::Float, tch::Device::Cpu)).uniform_(-bound, bound);
