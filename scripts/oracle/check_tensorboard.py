@@ -24,7 +24,8 @@ def expected(metrics: Path) -> dict[str, list[float]]:
         if "eval_loss" in line:
             figures = {f"eval/{task}/loss": loss for task, loss in line["eval_loss"].items()}
         else:
-            figures = {f"train/{name}": line[name] for name in FIGURES}
+            # Steps that were read together with later ones have no rate.
+            figures = {f"train/{name}": line[name] for name in FIGURES if name in line}
         for tag, value in figures.items():
             curves.setdefault(tag, []).append(f32(value))
     return curves

@@ -23,8 +23,8 @@ use serde_json::json;
 ///
 /// The output is a Hugging Face folder with metrics.jsonl (one line a step) and cpift.json (provenance). Probes of different
 /// tasks are independent of one another: run them as a Slurm array, where --task-index defaults to SLURM_ARRAY_TASK_ID.
-/// Weights and optimizer are f32 whatever the base's dtype unless --master and --optim-state say otherwise, and the probe is saved as f32 unless --save-dtype says otherwise:
-/// bf16 loses most of the small updates that cpift-mask ranks.
+/// Weights and optimizer are f32 whatever the base's dtype unless --master and --optim-state say otherwise, and the probe is saved as f32
+/// unless --save-dtype says otherwise: bf16 loses most of the small updates that cpift-mask ranks. While it is at work, metrics.jsonl lies in OUT.checkpoints.
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the state saved.
 #[derive(Parser, Debug)]

@@ -181,6 +181,95 @@ fn an_existing_output_needs_force() {
 }
 
 #[test]
+fn an_output_never_replaces_an_input() {
+    let f = Fixture::new();
+    f.probe(&["--task", "copy"]).ok();
+    let weights = fs::read(f.out().join("model.safetensors")).unwrap();
+    let again = |base: PathBuf, more: &[&str]| {
+        let g = Fixture { base, dir: tempfile::tempdir().unwrap(), tasks: f.tasks.clone() };
+        let mut args = g.args(&[&["--task", "copy", "--force"], more].concat());
+        let at = args.iter().position(|a| a == "--out").unwrap() + 1;
+        args[at] = f.out().to_str().unwrap().to_owned();
+        run(env!("CARGO_BIN_EXE_cpift-probe"), args)
+    };
+    again(f.out(), &[]).usage_error(&["--out", "would replace the input"]);
+    again(f.out(), &["--resume"]).usage_error(&["--out", "would replace the input"]);
+    // The states that --force removes, too.
+    let states = f.out().with_file_name("probe.checkpoints");
+    let state = states.join("step-0000001/weights");
+    fs::create_dir_all(state.parent().unwrap()).unwrap();
+    write_tiny_model(&state, 1);
+    again(state.clone(), &[]).usage_error(&["--out's states", "probe.checkpoints", "would replace the input"]);
+    assert!(state.join("model.safetensors").exists());
+    assert_eq!(fs::read(f.out().join("model.safetensors")).unwrap(), weights);
+}
+
+#[test]
+fn dtypes_that_round_the_base_are_warned_of() {
+    const ROUNDS: &str = "--master BF16 rounds the base's";
+    let f = Fixture::new();
+    let bf16 = ["--task", "copy", "--master", "bf16", "--force"];
+    f.probe(&bf16).ok().says(&[ROUNDS, "F32", "cpift-mask"]);
+    let stored = |dtype: Dtype| {
+        let mut weights = tiny_weights(1);
+        weights.values_mut().for_each(|t| *t = Tensor::floats(dtype, &t.shape, &t.values()));
+        fs::remove_file(f.base.join("model.safetensors")).unwrap();
+        write_safetensors(&f.base.join("model.safetensors"), &weights);
+    };
+    stored(Dtype::F16);
+    f.probe(&bf16).ok().says(&[ROUNDS, "F16"]);
+    assert!(!f.probe(&["--task", "copy", "--force"]).ok().stderr.contains("rounds"));
+    stored(Dtype::BF16);
+    assert!(!f.probe(&bf16).ok().stderr.contains("rounds"));
+}
+
+#[test]
+fn a_weight_that_the_saved_dtype_cannot_hold_is_named() {
+    let f = Fixture::new();
+    let norm = "model.layers.1.input_layernorm.weight";
+    let mut weights = tiny_weights(1);
+    weights.insert(norm.into(), Tensor::f32(&[16], &[7e4; 16]));
+    for name in ["q", "k", "v"].map(|n| format!("model.layers.1.self_attn.{n}_proj.weight")) {
+        let t = &weights[&name];
+        let small = Tensor::f32(&t.shape, &t.values().iter().map(|v| v / 7e4).collect::<Vec<_>>());
+        weights.insert(name, small);
+    }
+    fs::remove_file(f.base.join("model.safetensors")).unwrap();
+    write_safetensors(&f.base.join("model.safetensors"), &weights);
+    let failed = f.probe(&["--task", "copy", "--save-dtype", "f16"]).expect_code(1);
+    failed.says(&[norm, "element 0", "7e4", "as F16 is inf", "--save-dtype f32 or bf16"]);
+    assert!(!f.out().exists());
+    f.probe(&["--task", "copy", "--save-dtype", "bf16", "--force"]).ok();
+}
+
+#[test]
+fn names_of_transformers_options_are_taken() {
+    let f = Fixture::new();
+    let weights = || fs::read(f.out().join("model.safetensors")).unwrap();
+    let without = |more: &[&str]| -> Vec<String> {
+        let args = f.args(&[&["--task", "copy", "--force"], more].concat());
+        let cut = |flag: &str| args.iter().position(|a| a == flag).unwrap();
+        let gone = [cut("--steps"), cut("--lr")];
+        args.iter()
+            .enumerate()
+            .filter(|(i, _)| !gone.iter().any(|g| i == g || *i == g + 1))
+            .map(|(_, a)| a.clone())
+            .collect()
+    };
+    let binary = env!("CARGO_BIN_EXE_cpift-probe");
+    let ours = "--steps 4 --lr 1e-3 --batch-size 2 --grad-accum 2 --max-grad-norm 0.5 --weight-decay 0.1 --save-every 2 --keep 2 \
+                --eval-every 2 --log-every 1";
+    let theirs = "--max_steps 4 --learning_rate 1e-3 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 \
+                  --max_grad_norm 0.5 --weight_decay 0.1 --save_steps 2 --save_total_limit 2 --eval_steps 2 --logging-steps 1";
+    run(binary, without(&ours.split_whitespace().collect::<Vec<_>>())).ok();
+    let expected = weights();
+    run(binary, without(&theirs.split_whitespace().collect::<Vec<_>>())).ok();
+    assert!(weights() == expected);
+    let help = run(binary, ["--help"]).ok().stdout;
+    assert!(!help.contains("max_steps"));
+}
+
+#[test]
 fn unusable_models_are_refused() {
     let f = Fixture::new();
     let config = read_json(&f.base.join("config.json"));
@@ -245,6 +334,11 @@ fn arguments_out_of_range_are_usage_errors() {
         (["--batch-size", "0"], "--batch-size"),
         (["--warmup-ratio", "1.5"], "--warmup-ratio"),
         (["--weight-decay", "-0.1"], "--weight-decay"),
+        (["--weight-decay", "inf"], "--weight-decay"),
+        (["--adam-epsilon", "inf"], "--adam-epsilon"),
+        (["--adam-epsilon", "NaN"], "--adam-epsilon"),
+        (["--max-grad-norm", "inf"], "--max-grad-norm"),
+        (["--eval-rows", "3"], "--eval-every"),
         (["--device", "tpu"], "tpu"),
         (["--save-dtype", "int8"], "int8"),
         (["--tokens", "9"], "--tokens"),

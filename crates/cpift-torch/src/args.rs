@@ -65,7 +65,7 @@ pub struct TrainingArgs {
     /// work; on the CPU the same bits
     #[arg(long, aliases = ["gradient_checkpointing"])]
     pub gradient_checkpointing: bool,
-    /// Update each block as soon as its gradients are there, so that gradients of the whole model never exist; needs
+    /// Update each block as soon as its gradients are there, so that gradients of the whole model never exist (on the CPU the same bits); needs
     /// --grad-accum 1 and --max-grad-norm 0, which both need all gradients kept
     #[arg(long)]
     pub optimizer_in_backward: bool,

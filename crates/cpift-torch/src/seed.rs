@@ -10,7 +10,8 @@ pub fn mix(a: u64, b: u64) -> u64 {
 
 /// A seed made of a number and a name.
 pub fn mix_name(seed: u64, name: &str) -> u64 {
-    name.bytes().fold(mix(seed, name.len() as u64), |mixed, byte| mix(mixed, byte.into()))
+    // Lengths counted from above: the numbers that seeds are mixed with are small.
+    name.bytes().fold(mix(seed, u64::MAX - 1 - name.len() as u64), |mixed, byte| mix(mixed, byte.into()))
 }
 
 #[cfg(test)]

@@ -68,6 +68,9 @@ impl Described {
     /// # Errors
     /// [`BadInput`] for either, or where the tokenizer has more tokens than the embedding has rows.
     pub fn open(folder: &Path, template: Option<&str>) -> Result<Self> {
+        if folder.symlink_metadata().is_err() {
+            return Err(BadInput::new(folder, "no such checkpoint").expected("a Hugging Face folder").into());
+        }
         let config = read_config(folder)?;
         let numbers = ModelConfig::from_json(folder, &config)?;
         let text = ChatText::open(folder, template)?;

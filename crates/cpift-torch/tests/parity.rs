@@ -7,6 +7,7 @@ use cpift_torch::optim::AdamWConfig;
 use cpift_torch::schedule::CosineWithWarmup;
 use cpift_torch::train::{StepConfig, Trainer, loss_and_gradients};
 use golden::{Golden, batch, list, max_abs};
+use tch::{Device, Kind, no_grad};
 
 #[test]
 fn every_family_is_there() {
@@ -31,6 +32,29 @@ fn logits_equal_those_of_transformers() {
         let x = model.hidden(&all.ids_bs, &model.documents(&all.lengths), None);
         let difference = max_abs(&(model.logits(&x).squeeze_dim(0) - golden.logits()));
         assert!(difference <= 1e-4, "{}: logits differ by {difference}", golden.name);
+    }
+}
+
+/// The tolerances of examples/check_parity.rs, which holds CUDA to them.
+#[test]
+fn blocks_that_compute_in_bf16_are_as_close_as_bf16_allows() {
+    for golden in Golden::here() {
+        let (model, parameters) = golden.open(Device::Cpu, Kind::Float, Kind::BFloat16);
+        let all = batch(&golden.documents());
+        let x = no_grad(|| model.hidden(&all.ids_bs, &model.documents(&all.lengths), None));
+        assert_eq!(x.kind(), Kind::BFloat16);
+        let (logits, expected) = (model.logits(&x).squeeze_dim(0), golden.logits());
+        let relative = max_abs(&(&logits - &expected)) / max_abs(&expected);
+        assert!(relative > 1e-5 && relative <= 1e-1, "{}: logits differ by {relative} of their largest", golden.name);
+        let (loss, grads) = loss_and_gradients(&model, &parameters, &all, StepConfig::default().pass).unwrap();
+        let off = (loss - golden.get("loss").double_value(&[])).abs();
+        assert!(off <= 2e-2, "{}: the loss differs by {off}", golden.name);
+        for (name, grad) in &grads {
+            let expected = golden.get(&format!("grad.{name}"));
+            let cosine = (grad.to_kind(Kind::Float) * &expected).sum(Kind::Double).double_value(&[])
+                / (grad.norm().double_value(&[]) * expected.norm().double_value(&[]));
+            assert!(cosine > 0.98, "{}: the gradient of {name} points elsewhere, cosine {cosine}", golden.name);
+        }
     }
 }
 

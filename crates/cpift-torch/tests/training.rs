@@ -2,6 +2,7 @@
 
 mod golden;
 
+use cpift_torch::freeze::Freeze;
 use cpift_torch::optim::AdamWConfig;
 use cpift_torch::train::{PassConfig, StepConfig, Trainer, loss_and_gradients, target_losses};
 use cpift_torch::weights::Parameters;
@@ -35,15 +36,15 @@ fn train(golden: &Golden, master: Kind, config: StepConfig, split: bool) -> (Par
 
 #[test]
 fn recomputed_activations_give_the_same_bits() {
-    for golden in Golden::here() {
-        let (model, parameters) = golden.open_f32();
+    for (golden, compute) in Golden::here().iter().flat_map(|g| [(g, Kind::Float), (g, Kind::BFloat16)]) {
+        let (model, parameters) = golden.open(Device::Cpu, Kind::Float, compute);
         let all = batch(&golden.documents());
         let (kept, grads) = loss_and_gradients(&model, &parameters, &all, KEEP).unwrap();
         let pass = PassConfig { checkpointing: true, ..KEEP };
         let (recomputed, again) = loss_and_gradients(&model, &parameters, &all, pass).unwrap();
         assert_eq!(kept.to_bits(), recomputed.to_bits());
         for (name, grad) in &grads {
-            assert!(same_bits(grad, &again[name]), "{}: the gradient of {name}", golden.name);
+            assert!(same_bits(grad, &again[name]), "{}: the gradient of {name} in {compute:?}", golden.name);
         }
     }
 }
@@ -165,6 +166,41 @@ fn bf16_weights_move_on_average_as_f32_weights_do() {
     let along =
         (&wide * &narrow).sum(Kind::Double).double_value(&[]) / wide.square().sum(Kind::Double).double_value(&[]);
     assert!((along - 1.0).abs() < 0.15, "bf16 weights went {along} of the way");
+}
+
+/// The norm counts what may move alone, and what it clips is what moves.
+#[test]
+fn clipping_leaves_frozen_elements_out() {
+    const MAX_NORM: f64 = 0.01;
+    let golden = Golden::named("models/qwen2");
+    let all = batch(&golden.documents());
+    // A large epsilon, so that the update follows the gradient's size and not its sign alone.
+    let optimizer = AdamWConfig { eps: 1.0, weight_decay: 0.1, ..AdamWConfig::default() };
+    let (model, parameters) = golden.open_f32();
+    let before: Vec<Tensor> = parameters.values().map(|t| t.detach().copy()).collect();
+    let freeze = Freeze::every(&parameters, 50.0);
+    let config = StepConfig { optimizer, max_grad_norm: MAX_NORM, ..StepConfig::default() };
+    let (_, mut grads) = loss_and_gradients(&model, &parameters, &all, config.pass).unwrap();
+    let outcome = Trainer::new(&model, &parameters, Some(&freeze), config).step(&[all], 1e-2, 0).unwrap();
+
+    let whole = grads.values().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
+    grads.iter_mut().for_each(|(name, grad)| freeze.mute(name, grad));
+    let free = grads.values().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
+    let norm = outcome.read().1;
+    assert!((norm - free).abs() < 1e-5 * free && norm < 0.9 * whole, "norm {norm}; of all {whole}, of the free {free}");
+    assert!(norm > 2.0 * MAX_NORM, "nothing is clipped at {norm}");
+    for ((name, tensor), old) in parameters.iter().zip(&before) {
+        let moved = (tensor.detach() - old).view([-1]);
+        let frozen = moved.slice(0, None, None, 2);
+        assert_eq!(max_abs(&frozen), 0.0, "{name}: a frozen element moved");
+        // AdamW's first step: −lr (g / (|g| + ε) + decay · w), g clipped; every second element is free.
+        let grad = grads[name].to_kind(Kind::Double).view([-1]) * (MAX_NORM / norm);
+        let decay = if tensor.dim() > 1 { 0.1 } else { 0.0 };
+        let expected = (&grad / (grad.abs() + 1.0) + old.to_kind(Kind::Double).view([-1]) * decay) * -1e-2;
+        let free = |t: &Tensor| t.slice(0, 1, None, 2).to_kind(Kind::Double);
+        let off = max_abs(&(free(&moved) - free(&expected)));
+        assert!(off < 1e-7, "{name}: the free elements are off by {off}");
+    }
 }
 
 #[test]

@@ -79,6 +79,50 @@ fn stages_see_their_groups_rows_or_all_and_samples_are_balanced() {
 }
 
 #[test]
+fn a_tasks_sample_depends_on_its_name_and_not_on_its_place() {
+    let f = Fixture::new();
+    // The same rows under two names.
+    fs::copy(f.path("data/copy/train.jsonl"), f.path("data/count/train.jsonl")).unwrap();
+    let weights = |out: &str, only: &str| {
+        f.train(out, &["--steps", "2", "--sample", "5", "--only", only]).ok();
+        fs::read(f.path("runs").join(out).join("model.safetensors")).unwrap()
+    };
+    assert!(weights("copy", "copy") != weights("count", "count"), "two tasks share a permutation");
+    f.train("twice", &["--steps", "2", "--only", "copy,pick,copy"]).usage_error(&["--only", "copy twice"]);
+}
+
+#[test]
+fn rows_are_read_before_weights() {
+    let f = Fixture::new();
+    fs::write(f.path("data/pick/train.jsonl"), "{}\n").unwrap();
+    let mut weights = tiny_weights(1);
+    weights.insert("model.norm.weight".into(), Tensor::f32(&[16], &[f32::NAN; 16]));
+    fs::remove_file(f.base.join("model.safetensors")).unwrap();
+    write_safetensors(&f.base.join("model.safetensors"), &weights);
+    f.train("out", &["--steps", "2"]).bad_input(&["pick/train.jsonl", "line 1"]);
+}
+
+#[test]
+fn an_output_never_replaces_an_input() {
+    let f = Fixture::new();
+    f.train("out", &["--steps", "1"]).ok();
+    let weights = fs::read(f.path("runs/out/model.safetensors")).unwrap();
+    fs::rename(f.path("groups.json"), f.path("runs/out/groups.json")).unwrap();
+    let own = Fixture { base: f.path("runs/out"), tasks: f.tasks.clone(), dir: f.dir };
+    let refused = |more: &[&str]| {
+        own.train("out", &[&["--steps", "1", "--force"], more].concat())
+            .usage_error(&["--out", "would replace the input"]);
+    };
+    refused(&[]);
+    refused(&["--resume"]);
+    let base = Fixture { base: own.path("base"), tasks: own.tasks.clone(), dir: own.dir };
+    let groups = base.path("runs/out/groups.json");
+    base.train("out", &["--steps", "2", "--force", "--no-freeze", "--groups", groups.to_str().unwrap()])
+        .usage_error(&["--out", "would replace the input", "groups.json"]);
+    assert_eq!(fs::read(base.path("runs/out/model.safetensors")).unwrap(), weights);
+}
+
+#[test]
 fn masks_and_groups_must_belong_to_the_base() {
     let f = Fixture::new();
     let none_left = || assert!(!f.path("runs").exists() || fs::read_dir(f.path("runs")).unwrap().count() == 0);

@@ -6,7 +6,9 @@ use std::fs;
 
 use common::{Fixture, assert_frozen, with_negative_zeros};
 use cpift_core::Dtype;
+use cpift_testkit::Tensor;
 use cpift_testkit::masks::write_groups;
+use cpift_testkit::model::tiny_weights;
 use serde_json::Value;
 
 fn metrics(f: &Fixture, out: &str) -> Vec<Value> {
@@ -38,6 +40,23 @@ fn the_cores_of_earlier_groups_keep_their_bits_under_every_option() {
         assert!(f.facts(&format!("staged-{i}"))["stages"][1]["frozen_elements"].as_u64() > Some(0));
         assert_frozen(&f.read(&format!("first-{i}")), &f.read(&format!("staged-{i}")));
     }
+}
+
+#[test]
+fn what_rounds_frozen_elements_is_warned_of() {
+    let f = Fixture::new();
+    f.staged("master", &["--steps", "2", "--master", "bf16"]).ok().says(&[
+        "--master BF16 rounds",
+        "F32",
+        "frozen elements",
+    ]);
+    f.staged("saved", &["--steps", "2", "--save-dtype", "f16"])
+        .ok()
+        .says(&["--save-dtype F16 rounds", "frozen elements"]);
+    // Nothing is frozen, or nothing is rounded.
+    assert!(!f.train("plain", &["--steps", "2", "--master", "bf16"]).ok().stderr.contains("rounds"));
+    let f = Fixture::with_base(&with_negative_zeros(Dtype::BF16));
+    assert!(!f.staged("bf16", &["--steps", "2", "--master", "bf16"]).ok().stderr.contains("rounds"));
 }
 
 #[test]
@@ -103,6 +122,30 @@ fn each_stage_can_have_its_own_rate() {
     };
     assert_eq!((peak("stage 1/2"), peak("stage 2/2")), (1e-2, 5e-4));
     f.staged("bad", &["--steps", "8", "--stage-lr", "1e-2"]).usage_error(&["1 rates for 2 stages"]);
+}
+
+#[test]
+fn a_bad_gradient_in_the_backward_pass_says_what_has_moved() {
+    // Gradients in the first block whose squares are too large for f32, under a loss of the usual size.
+    let mut weights = tiny_weights(1);
+    for (name, tensor) in &mut weights {
+        let scale = match name.strip_prefix("model.layers.0.") {
+            Some("input_layernorm.weight") => 1e30,
+            Some("self_attn.q_proj.weight" | "self_attn.k_proj.weight" | "self_attn.v_proj.weight") => 1e-30,
+            _ => continue,
+        };
+        *tensor = Tensor::f32(&tensor.shape, &tensor.values().iter().map(|v| v * scale).collect::<Vec<_>>());
+    }
+    let f = Fixture::with_base(&weights);
+    let more = ["--steps", "3", "--only", "copy", "--max-grad-norm", "0"];
+    let failed =
+        f.train("after", &more).expect_code(1).says(&["step 1: loss 5.", "norm inf; stopped before the update"]);
+    assert!(!failed.stderr.contains("already"));
+    f.train("during", &[&more[..], &["--optimizer-in-backward"]].concat()).expect_code(1).says(&[
+        "step 1: loss 5.",
+        "norm inf",
+        "blocks above the first bad gradient were updated already",
+    ]);
 }
 
 #[test]
