@@ -31,8 +31,9 @@ pub enum Command {
     /// SFT without --groups
     ///
     /// With groups there is one stage for each group, in the order of groups.json, and the budget (--steps or --tokens) is shared
-    /// equally. In stage k every element that is core to a task of an earlier group keeps its bits (as --master and --save-dtype have it). The optimizer starts afresh in every
-    /// stage. The output is a Hugging Face folder with metrics.jsonl (while it is at work, in OUT.checkpoints) and cpift.json.
+    /// equally. In stage k every element that is core to a task of an earlier group keeps its bits (as --master
+    /// and --save-dtype have it). The optimizer starts afresh in every stage. The output is a Hugging Face folder with metrics.jsonl
+    /// (while it is at work, in OUT.checkpoints) and cpift.json.
     Run(Box<RunArgs>),
     /// Print the memory and the disk that training takes, computed before anything is loaded, and what would make it fit
     ///

@@ -4,6 +4,7 @@
 //! more passes (`pass`: forward and backward, unit by unit; `loss`: the head), [`isolation`](Isolation) says what may move, `watch` shows what happens, `state` saves what a
 //! later start needs to go on.
 
+mod batches;
 mod held_out;
 pub mod importance;
 mod isolation;
