@@ -290,6 +290,9 @@ fn a_state_is_for_the_tokens_it_was_trained_on() {
     assert_eq!(code, Some(0), "{text}");
 }
 
+/// What the message names, and how a state is spoilt.
+type Spoil = (&'static str, fn(&Path));
+
 #[test]
 fn force_passes_over_states_that_cannot_be_used() {
     let known = Known::run(Fixture::new(), &["--steps", "30"]);
@@ -297,7 +300,7 @@ fn force_passes_over_states_that_cannot_be_used() {
         let own: Vec<&str> = known.more.iter().map(String::as_str).chain(more.iter().copied()).collect();
         known.fixture.train("bad", &own)
     };
-    let spoil: [(&str, fn(&Path)); 4] = [
+    let spoil: [Spoil; 4] = [
         ("another format version", |state| {
             let text = fs::read_to_string(state.join("state.json")).unwrap();
             fs::write(state.join("state.json"), text.replace("\"format_version\": 2", "\"format_version\": 1"))

@@ -121,10 +121,10 @@ fn the_figures_of_a_run_show_while_it_is_at_work() {
 #[test]
 fn two_runs_do_not_share_their_states() {
     let f = Fixture::new();
-    let child = start(&f, "out", &["--steps", "100000", "--save-every", "1"]);
+    let child = start(&f, "out", &["--steps", "3000", "--save-every", "1"]);
     wait_for(|| f.path("runs/out.checkpoints/step-0000001").exists().then_some(()));
     for more in [&["--resume"][..], &["--force"], &["--resume", "--force"]] {
-        let (status, said) = end(start(&f, "out", &[&["--steps", "100000", "--save-every", "1"], more].concat()), &[]);
+        let (status, said) = end(start(&f, "out", &[&["--steps", "3000", "--save-every", "1"], more].concat()), &[]);
         assert!(status.code() == Some(3) && said.contains("another run is at work"), "{more:?}: {said}");
     }
     let (status, said) = end(child, &[Signal::TERM]);
