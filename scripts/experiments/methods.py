@@ -4,7 +4,7 @@ All get the same budget in tokens: that of the probes, the backbone and the last
 one seed; `Lab.method(NAME)` is the step whose output is the model of that name.
 """
 
-from store import Named, Source, Step
+from store import Gathered, Named, Source, Step, Written
 
 
 class Lab:
@@ -18,9 +18,14 @@ class Lab:
 
     # The stages.
 
-    def train(self, name, model, tokens, *more, tasks=None, flags=None):
+    def train(self, name, model, tokens, *more, tasks=None):
         return Step(self.store, name, "cpift-train", "run", "--model", model, "--tasks", self.tasks.part("train", tasks),
-                    "--tokens", tokens, "--seed", self.seed, *(flags or self.suite["train"]), *more)
+                    "--tokens", tokens, "--seed", self.seed, *self.flags(more), *more)
+
+    def flags(self, more):
+        """The suite's arguments of training, but for those that `more` has too."""
+        flags = self.suite["train"]
+        return [part for pair in zip(flags[::2], flags[1::2]) if pair[0] not in more for part in pair]
 
     def probe(self, task, *more):
         return Step(self.store, f"probe-{task}-s{self.seed}", "cpift-probe", "--base", self.base, "--tasks",
@@ -46,13 +51,19 @@ class Lab:
     def mask_arguments(masks):
         return [part for name, mask in masks.items() for part in ("--mask", Named(name, mask))]
 
-    def groups(self, masks, *more, order=None, tau=None):
+    def groups(self, masks, *more, order=None):
+        order, more = order or self.suite["order"], list(more)
+        if order in ("difficulty", "dependency"):
+            more += ["--scores", self.scores(self.base)]
+        if order == "dependency":
+            scores = {task: self.scores(self.probe(task)) for task in self.tasks.names}
+            more += ["--probe-scores", Gathered(self.store, f"probe-scores-s{self.seed}", scores)]
         return Step(self.store, f"groups-s{self.seed}", "cpift-group", *self.mask_arguments(masks), "--seed", self.seed,
-                    "--order", order or self.suite["order"], "--tau", tau or self.suite["tau"], *more, suffix=".json")
+                    "--order", order, "--tau", self.suite["tau"], *more, suffix=".json")
 
-    def staged(self, name, groups, tokens, *more, model=None):
+    def staged(self, name, groups, tokens, *more, model=None, tasks=None):
         """Plain training through the groups."""
-        return self.train(name, model or self.base, tokens, "--groups", groups, "--no-freeze", *more)
+        return self.train(name, model or self.base, tokens, "--groups", groups, "--no-freeze", *more, tasks=tasks)
 
     def fused(self, masks, groups, backbone, *more):
         tasks = [part for name in self.tasks.names for part in ("--task", Named(name, self.probe(name)))]
@@ -60,10 +71,9 @@ class Lab:
         arguments += ["--backbone", backbone] if backbone is not self.base else []
         return Step(self.store, f"fused-s{self.seed}", "cpift-merge", *arguments, *more)
 
-    def isolated(self, name, model, masks, groups, tokens, *more, flags=None):
+    def isolated(self, name, model, masks, groups, tokens, *more, tasks=None):
         """Stages in which earlier cores are frozen."""
-        return self.train(name, model, tokens, "--base", self.base, "--groups", groups, *self.mask_arguments(masks), *more,
-                          flags=flags)
+        return self.train(name, model, tokens, "--base", self.base, "--groups", groups, *self.mask_arguments(masks), *more, tasks=tasks)
 
     # The methods.
 
@@ -76,20 +86,88 @@ class Lab:
         groups = self.groups(self.masks(), *more, order="random")
         return self.staged(f"multi-stage-{partition}-s{self.seed}", groups, self.total)
 
-    def cpi_ft(self, name="cpi-ft", masks="core", order=None, tau=None, backbone="multi-stage", merge=(), final=(), how=None):
-        """CPI-FT as published: probes, groups, fusion into the backbone, stages with earlier cores frozen."""
-        how = how or {}
-        core = self.masks(**how)
-        groups = self.groups(core, order=order, tau=tau)
-        used = self.masks(masks, **how)
-        if masks == "random":
-            groups = self.groups(used, "--partition", "like", "--groups-of", groups)
-        back = self.backbone(groups) if backbone == "multi-stage" else self.base
-        fused = self.fused(used, groups, back, *merge)
-        return self.isolated(f"{name}-s{self.seed}", fused, used, groups, self.budget["final"], *final)
+    def lora(self):
+        return self.full_sft("--lora-rank", 16, *self.suite.get("lora", []), name="lora")
 
-    def backbone(self, groups):
-        return self.staged(f"backbone-s{self.seed}", groups, self.budget["backbone"])
+    def cpi_ft(self, name="cpi-ft", masks="core", order=None, backbone="multi-stage", transplant=True, freeze=True, merge=(),
+               final=(), how=None):
+        """CPI-FT as published: probes, groups, fusion into the backbone, stages with earlier cores frozen."""
+        core = self.masks(**(how or {}))
+        groups = self.groups(core, order=order)
+        back = self.backbone(groups, backbone)
+        if masks == "random":
+            core = {task: self.random_mask(task) for task in self.tasks.names}
+            groups = self.groups(core, "--partition", "like", "--like", groups)
+        fused = self.fused(core, groups, back, *merge) if transplant else self.blended(back)
+        if not freeze:
+            return self.staged(f"{name}-s{self.seed}", groups, self.budget["final"], "--sample", "balanced", *final, model=fused)
+        return self.isolated(f"{name}-s{self.seed}", fused, core, groups, self.budget["final"], *final)
+
+    def backbone(self, groups, kind):
+        tokens = self.budget["backbone"]
+        if kind == "base":
+            return self.base
+        if kind == "full-sft":
+            return self.train(f"backbone-sft-s{self.seed}", self.base, tokens, "--sample", "balanced")
+        return self.staged(f"backbone-s{self.seed}", groups, tokens)
+
+    def blended(self, backbone):
+        """Backbone and probes in equal parts, no core apart."""
+        models = [part for model in [backbone, *map(self.probe, self.tasks.names)] for part in ("--model", model)]
+        return Step(self.store, f"blended-s{self.seed}", "cpift-merge", "linear", *models)
+
+    def evolving(self):
+        """EPI: stages in which what matters most to earlier tasks is protected, found again as training goes on."""
+        groups = self.groups(self.masks())
+        tokens = self.budget["backbone"] + self.budget["final"]
+        return self.train(f"epi-s{self.seed}", self.base, tokens, "--groups", groups, "--isolation", "evolving",
+                          *self.suite.get("epi", []))
+
+    def own_cores(self, tensors=False):
+        """TRACE: in each stage the group's own core alone moves; the probes' tokens are part of the budget."""
+        core = {task: self.tensor_mask(task) for task in self.tasks.names} if tensors else self.masks(p=self.suite.get("own_p", 20))
+        groups = self.groups(core, "--partition", "like", "--like", self.groups(self.masks()))
+        name, tokens = "trace" if tensors else "own-cores", self.budget["backbone"] + self.budget["final"]
+        return self.isolated(f"{name}-s{self.seed}", self.base, core, groups, tokens, "--train", "only-cores", "--sample", "all")
+
+    def tensor_mask(self, task):
+        return Step(self.store, f"tensors-{task}-s{self.seed}", "cpift-mask", "tensors", "--base", self.base, "--tuned",
+                    self.probe(task), "--percent", 10, suffix=".safetensors")
+
+    def ours(self):
+        return self.cpi_ft()
+
+    # One task after another.
+
+    def pair(self, a, b, how):
+        """The model after `a` alone, and the one after `a` and then `b` by a method; both tasks get as many tokens."""
+        tokens, stem = self.budget["pair"], f"{a}-{b}-s{self.seed}"
+        first = self.train(f"then-{a}-s{self.seed}", self.base, tokens, "--only", a, tasks=[a])
+        masks = {task: self.mask(task) for task in (a, b)}
+        edges = Written(self.store, f"edges-{a}-{b}.toml", f'[[edge]]\nbefore = "{a}"\nafter = "{b}"\n')
+        groups = Step(self.store, f"groups-{stem}", "cpift-group", *self.mask_arguments(masks), "--tau", 2, "--order", "dependency",
+                      "--edges", edges, suffix=".json")
+        rest = 2 * (tokens - self.budget["probe"])
+        if how == "full-sft":
+            return first, self.staged(f"then-{stem}", groups, 2 * tokens, tasks=[a, b])
+        if how == "replay":
+            return first, self.staged(f"then-replay-{stem}", groups, 2 * tokens, "--replay", 0.05, tasks=[a, b])
+        if how == "epi":
+            flags = ["--groups", groups, "--isolation", "evolving", "--sample", "all", *self.suite.get("epi", [])]
+            return first, self.train(f"then-epi-{stem}", self.base, 2 * tokens, *flags, tasks=[a, b])
+        if how == "freeze":
+            return first, self.isolated(f"then-freeze-{stem}", self.base, masks, groups, rest, "--sample", "all", tasks=[a, b])
+        if how == "own-cores":
+            masks = {task: self.mask(task, p=self.suite["own_p"]) for task in (a, b)}
+            groups = Step(self.store, f"groups-own-{stem}", "cpift-group", *self.mask_arguments(masks), "--tau", 2, "--order",
+                          "dependency", "--edges", edges, suffix=".json")
+            more = ["--train", "only-cores", "--sample", "all"]
+            return first, self.isolated(f"then-own-{stem}", self.base, masks, groups, rest, *more, tasks=[a, b])
+        backbone = self.staged(f"then-backbone-{stem}", groups, rest // 2, tasks=[a, b])
+        names = [part for task in (a, b) for part in ("--task", Named(task, self.probe(task)))]
+        fused = Step(self.store, f"then-fused-{stem}", "cpift-merge", "cpi", "--base", self.base, "--groups", groups, *names,
+                     *self.mask_arguments(masks), "--backbone", backbone)
+        return first, self.isolated(f"then-cpi-ft-{stem}", fused, masks, groups, rest - rest // 2, tasks=[a, b])
 
     def scores(self, model, tasks=None):
         """The evaluation of a model, or of the base."""

@@ -9,6 +9,7 @@ import concurrent.futures as futures
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +37,15 @@ class Source:
         return []
 
 
+class Written:
+    """A small file that the experiment itself writes."""
+
+    def __init__(self, store, name, text):
+        self.path, self.key = store.folder / name, digest(text)
+        if not self.path.exists() or self.path.read_text(encoding="utf-8") != text:
+            self.path.write_text(text, encoding="utf-8")
+
+
 class Named:
     """The argument NAME=PATH of an input."""
 
@@ -56,12 +66,13 @@ class Step:
     def code(argument):
         if isinstance(argument, Named):
             return f"{argument.name}={Step.code(argument.value)}"
-        return f"@{argument.key}" if isinstance(argument, (Step, Source)) else str(argument)
+        return f"@{argument.key}" if hasattr(argument, "key") else str(argument)
 
-    def text(self, argument):
+    @staticmethod
+    def text(argument):
         if isinstance(argument, Named):
-            return f"{argument.name}={self.text(argument.value)}"
-        return str(argument.path if isinstance(argument, (Step, Source)) else argument)
+            return f"{argument.name}={Step.text(argument.value)}"
+        return str(argument.path if hasattr(argument, "key") else argument)
 
     def inputs(self):
         values = [a.value if isinstance(a, Named) else a for a in self.arguments]
@@ -77,6 +88,26 @@ class Step:
         """What the program wrote of the run, from cpift.json."""
         beside = self.path / "cpift.json" if self.path.is_dir() else self.path.with_name(self.path.name + ".cpift.json")
         return json.loads(beside.read_text())["facts"]
+
+
+class Gathered(Step):
+    """A folder in which the outputs of steps lie under names."""
+
+    def __init__(self, store, name, parts):
+        self.store, self.name, self.program, self.parts = store, name, None, parts
+        self.key = digest(json.dumps({n: step.key for n, step in parts.items()}))
+        self.path = store.folder / f"{name}-{self.key}"
+
+    def inputs(self):
+        return list(self.parts.values())
+
+    def gather(self):
+        staged = self.path.with_name(self.path.name + ".part")
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        for name, step in self.parts.items():
+            (staged / name).symlink_to(step.path.resolve())
+        staged.rename(self.path)
 
 
 class Store:
@@ -125,6 +156,9 @@ class Store:
                     print(f"[{count}/{len(order)}] {step.path.name}  {seconds:.0f} s", file=sys.stderr, flush=True)
 
     def run(self, step):
+        if isinstance(step, Gathered):
+            step.gather()
+            return 0
         start, log = time.monotonic(), self.folder / "logs" / f"{step.path.name}.log"
         command = [str(self.bin / step.program), *step.command()[1:], "--threads", str(self.threads)]
         with log.open("w", encoding="utf-8") as out:

@@ -1,0 +1,200 @@
+"""What is compared in each experiment: rows of methods, or pairs of tasks one after the other."""
+
+from dataclasses import dataclass
+from itertools import permutations
+
+from methods import Lab
+from store import Source, Step
+
+
+@dataclass
+class Setting:
+    """Where, on what, and over which seeds."""
+
+    store: object
+    suite: dict
+    tasks: object
+    seeds: list
+    args: object
+
+    def labs(self, tasks=None, **changes):
+        return [Lab(self.store, self.suite | changes, tasks or self.tasks, seed) for seed in self.seeds]
+
+
+def tokens(model):
+    """Tokens that all training behind a model has seen; what is used twice counts once."""
+    seen = {}
+
+    def visit(step):
+        if isinstance(step, Step) and step.key not in seen:
+            seen[step.key] = step.facts()["tokens"] if step.program in ("cpift-probe", "cpift-train") else 0
+            for other in step.inputs():
+                visit(other)
+
+    visit(model)
+    return sum(seen.values())
+
+
+class Table:
+    """Methods by tasks, over seeds."""
+
+    kind = "scores"
+
+    def __init__(self, title, question, rows, baseline=None, axis=None, tasks=None):
+        """`rows`: (name, models by seed, more fields)."""
+        self.title, self.question, self.baseline, self.axis = title, question, baseline, axis
+        self.rows = [(name, models, [lab.scores(model, tasks) for lab, model in models], more) for name, models, more in rows]
+
+    def steps(self):
+        return [score for *_, scores, _ in self.rows for score in scores]
+
+    def json(self, name, path):
+        rows = []
+        for row, models, scores, more in self.rows:
+            counts = [tokens(model) for _, model in models]
+            rows.append({"name": row, "tokens": sum(counts) // len(counts), "runs": [path(s) for s in scores]} | more)
+        known = {"baseline": self.baseline, "axis": self.axis}
+        return {"format_version": 1, "name": name, "title": self.title, "question": self.question, "kind": self.kind,
+                **{key: value for key, value in known.items() if value is not None}, "rows": rows}
+
+
+class Forgetting:
+    """Two tasks one after the other, in every order: what the first loses, what the second gains."""
+
+    kind = "forgetting"
+
+    def __init__(self, title, question, methods, labs, pairs):
+        self.title, self.question = title, question
+        self.rows = []
+        for method, make in methods.items():
+            found = []
+            for lab in labs:
+                for first, second in pairs:
+                    both = make(lab, first, second)
+                    found.append((first, second, lab.scores(both[0]), lab.scores(both[1])))
+            self.rows.append((method, found))
+
+    def steps(self):
+        return [score for _, found in self.rows for *_, a, b in found for score in (a, b)]
+
+    def json(self, name, path):
+        pairs = lambda found: [{"first": f, "second": s, "after_first": path(a), "after_second": path(b)} for f, s, a, b in found]
+        rows = [{"name": method, "pairs": pairs(found)} for method, found in self.rows]
+        return {"format_version": 1, "name": name, "title": self.title, "question": self.question, "kind": self.kind,
+                "baseline": rows[0]["name"], "rows": rows}
+
+
+def over(labs, make):
+    return [(lab, make(lab)) for lab in labs]
+
+
+def rows(labs, methods):
+    return [(name, over(labs, make), {}) for name, make in methods.items()]
+
+
+BASELINES = {
+    "base": lambda lab: lab.base,
+    "full SFT": lambda lab: lab.full_sft(),
+    "multi-stage, random": lambda lab: lab.multi_stage("random"),
+    "multi-stage, by kind": lambda lab: lab.multi_stage("kind"),
+    "LoRA": lambda lab: lab.lora(),
+}
+AFTER = {
+    "EPI": lambda lab: lab.evolving(),
+    "own cores": lambda lab: lab.own_cores(),
+    "TRACE": lambda lab: lab.own_cores(tensors=True),
+}
+CONTROLS = {
+    "CPI-FT, random masks": lambda lab: lab.cpi_ft("random-masks", masks="random"),
+    "CPI-FT, no freezing": lambda lab: lab.cpi_ft("no-freeze", freeze=False),
+    "replay alone": lambda lab: lab.full_sft("--sample", "balanced", name="replay-alone"),
+}
+CPI_FT = {"CPI-FT": lambda lab: lab.cpi_ft()}
+OURS = {"CPI-FT+": lambda lab: lab.ours()}
+
+
+PAIRED = {"full SFT": "full-sft", "core frozen": "freeze", "CPI-FT": "cpi-ft", "EPI": "epi", "own cores": "own-cores",
+          "replay of 5 %": "replay"}
+
+
+def reproduce(s):
+    methods = BASELINES | CPI_FT | CONTROLS | AFTER | OURS
+    return Table("Methods at one budget", "Does CPI-FT beat full and multi-stage SFT that see as many tokens?",
+                 rows(s.labs(), methods), "full SFT")
+
+
+def forgetting(s):
+    pairs = [tuple(pair.split(",")) for pair in s.args.pair or []] or list(permutations(s.tasks.names, 2))
+    methods = {name: lambda lab, a, b, how=how: lab.pair(a, b, how) for name, how in PAIRED.items()}
+    labs = s.labs()[:1] if len(pairs) > 1 and not s.args.seeds else s.labs()
+    return Forgetting("One task after another", "How much of the first task does training on the second destroy?", methods, labs, pairs)
+
+
+def sweep(title, question, label, log, labs_of, methods):
+    """`labs_of`: x -> labs; one line a method."""
+    found = [(f"{method}, {x:g}", over(labs, make), {"series": method, "x": x})
+             for x, labs in labs_of.items() for method, make in methods.items()]
+    return Table(title, question, found, axis={"label": label, "log": log})
+
+
+def sweep_p(s):
+    return sweep("Size of the core regions", "How does p change the result?", "p (%)", True,
+                 {p: s.labs(p=p) for p in (0.1, 0.5, 1, 2, 5, 10)}, CPI_FT)
+
+
+def sweep_tau(s):
+    labs = {tau: s.labs(tau=tau) for tau in s.suite["taus"]}
+    return sweep("The threshold of similarity", "How does τ change the result?", "τ", False, labs, CPI_FT)
+
+
+def imbalance(s):
+    name = s.tasks.names[0]
+    count = len(s.tasks.file(name, "train").read_text(encoding="utf-8").splitlines())
+
+    def labs(share):
+        folder = s.store.folder / f"tasks-{name}-{share:g}"
+        return s.labs(s.tasks.with_rows(folder, {name: max(1, count * share // 100)}))
+
+    return sweep("A task with little data", f"What is left of the result when {name} has a share of its rows?", f"rows of {name} (%)", True,
+                 {share: labs(share) for share in (1, 5, 20, 100)}, {"full SFT": BASELINES["full SFT"]} | CPI_FT | OURS)
+
+
+def low_data(s):
+    def labs(share):
+        counts = {n: len(s.tasks.file(n, "train").read_text(encoding="utf-8").splitlines()) for n in s.tasks.names}
+        return s.labs(s.tasks.with_rows(s.store.folder / f"tasks-all-{share:g}", {n: max(1, c * share // 100) for n, c in counts.items()}))
+
+    return sweep("Little data for all", "Who does best when every task has a share of its rows?", "rows (%)", True,
+                 {share: labs(share) for share in (10, 30, 100)}, {"full SFT": BASELINES["full SFT"]} | CPI_FT | OURS)
+
+
+def stages(s):
+    methods = CPI_FT | {"CPI-FT, one mixed stage": lambda lab: lab.cpi_ft("mixed", final=["--stage-data", "mixed"])}
+    return Table("Stages against one mixed stage", "Do the stages of the last step beat a mixed one?", rows(s.labs(), methods), "CPI-FT")
+
+
+def schedules(s):
+    methods = {f"CPI-FT, {order}": lambda lab, order=order: lab.cpi_ft(f"order-{order}", order=order)
+               for order in ("random", "overlap", "difficulty", "dependency")}
+    return Table("Order of the groups", "Does the order matter?", rows(s.labs(), methods), "CPI-FT, random")
+
+
+def ablate(s):
+    methods = CPI_FT | {
+        "no transplant": lambda lab: lab.cpi_ft("no-transplant", transplant=False),
+        "no SLERP": lambda lab: lab.cpi_ft("no-slerp", merge=["--omega", "0"]),
+        "no freezing": CONTROLS["CPI-FT, no freezing"],
+        "random masks": CONTROLS["CPI-FT, random masks"],
+        "replay alone": CONTROLS["replay alone"],
+        **{f"conflict {c}": lambda lab, c=c: lab.cpi_ft(f"conflict-{c}", merge=["--conflict", c]) for c in ("last", "first", "mean")},
+        "backbone: base": lambda lab: lab.cpi_ft("backbone-base", backbone="base"),
+        "backbone: full SFT": lambda lab: lab.cpi_ft("backbone-sft", backbone="full-sft"),
+        "N-way spherical mean": lambda lab: lab.cpi_ft("spherical-mean", merge=["--weights", "spherical-mean"]),
+        "task vectors": lambda lab: lab.cpi_ft("delta", merge=["--space", "delta"]),
+        "without embeddings and norms": lambda lab: lab.cpi_ft("exclude", how={"exclude": "embeddings,norms"}),
+    }
+    return Table("What each part is worth", "What happens when a part of CPI-FT is left out or changed?", rows(s.labs(), methods), "CPI-FT")
+
+
+ALL = {"reproduce": reproduce, "forgetting": forgetting, "sweep-tau": sweep_tau, "sweep-p": sweep_p, "imbalance": imbalance,
+       "low-data": low_data, "stages": stages, "schedules": schedules, "ablate": ablate}
