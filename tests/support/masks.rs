@@ -53,6 +53,7 @@ pub fn write_groups(path: &Path, base: &Path, groups: &[&[&str]], masks: &[(&str
     Groups {
         format_version: groups::FORMAT_VERSION,
         tau: 0.1,
+        partition: None,
         tau_mode: TauMode::Fixed,
         jaccard: square.clone(),
         chance: square,

@@ -130,6 +130,7 @@ impl World {
         let groups = Groups {
             format_version: cpift_core::groups::FORMAT_VERSION,
             tau: 2.0,
+            partition: None,
             tau_mode: TauMode::Fixed,
             tasks: tasks.iter().map(|t| (*t).to_owned()).collect(),
             jaccard: vec![vec![0.0; n]; n],
