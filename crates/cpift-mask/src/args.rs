@@ -52,6 +52,10 @@ pub struct ExtractArgs {
     /// The quantity that is ranked
     #[arg(long, value_enum, default_value_t = Metric::Magnitude)]
     pub score: Metric,
+    /// Sums of squared gradients that a probe saved, for --score fisher and blend: a .safetensors file or a folder with the names
+    /// and shapes of the parameters
+    #[arg(long, value_name = "FILE")]
+    pub fisher: Option<PathBuf>,
     /// Kinds of tensors to leave out of D: embeddings, norms
     #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
     pub exclude: Vec<TensorKind>,

@@ -9,16 +9,19 @@ mod args;
 pub mod bracket;
 pub mod emit;
 mod extract;
+pub mod inputs;
 pub mod parts;
 mod percent;
 mod picture;
 pub mod scores;
 pub mod stats;
+mod summary;
 pub mod sweep;
 
 pub use args::Args;
-pub use extract::{Summary, extract};
+pub use extract::extract;
 pub use percent::Percent;
+pub use summary::Summary;
 
 use anyhow::Result;
 use cpift_core::Mask;

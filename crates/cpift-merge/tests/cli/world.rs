@@ -106,6 +106,7 @@ impl World {
             percent: 100.0 * selected as f64 / d as f64,
             scope: Scope::Global,
             metric: Metric::Magnitude,
+            seed: None,
             d,
             selected,
             ties: Ties::default(),
