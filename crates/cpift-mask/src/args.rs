@@ -26,11 +26,18 @@ pub struct Args {
 
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
-    /// Write the mask of the elements that moved most between two checkpoints
+    /// Write the mask of the elements that moved most between two checkpoints, or that --score ranks highest
     Extract(ExtractArgs),
     /// Write the mask of the most important tensors, each whole (the selection of TRACE)
+    ///
+    /// The importance of a tensor is ½·minmax(root mean square of its update) + ½·minmax(mean of its squared gradients), where
+    /// minmax scales the figures of all tensors to 0..1; without --fisher it is the root mean square alone. Equally important
+    /// tensors are chosen in bytewise name order. The mask is one like any other.
     Tensors(TensorsArgs),
     /// Write a control: as many elements as another mask has, drawn uniformly at random from the same parameters
+    ///
+    /// What a core region is worth shows beside a control of its size: give the control to cpift-group, cpift-merge or cpift-train
+    /// in place of the mask.
     Random(RandomArgs),
     /// Show the density of a mask by layer and by role: tables, JSON, a picture
     Stats(StatsArgs),
@@ -72,9 +79,6 @@ pub struct ExtractArgs {
 }
 
 /// Arguments of `tensors`.
-///
-/// The importance of a tensor is ½·minmax(root mean square of its update) + ½·minmax(mean of its squared gradients), where minmax
-/// scales the figures of all tensors to 0..1; without --fisher it is the root mean square alone.
 #[derive(clap::Args, Debug, Clone)]
 pub struct TensorsArgs {
     /// Checkpoint before fine-tuning: a Hugging Face folder or a .safetensors file
