@@ -30,6 +30,7 @@ pub fn write_mask(path: &Path, base: &Path, chosen: impl Fn(&str, usize) -> bool
         percent: 100.0 * selected as f64 / d as f64,
         scope: Scope::Global,
         metric: Metric::Magnitude,
+        seed: None,
         d,
         selected,
         ties: Ties::default(),
@@ -53,6 +54,7 @@ pub fn write_groups(path: &Path, base: &Path, groups: &[&[&str]], masks: &[(&str
     Groups {
         format_version: groups::FORMAT_VERSION,
         tau: 0.1,
+        partition: None,
         tau_mode: TauMode::Fixed,
         jaccard: square.clone(),
         chance: square,

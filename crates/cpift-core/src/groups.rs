@@ -21,6 +21,9 @@ pub struct Groups {
     pub format_version: u32,
     /// The similarity threshold τ.
     pub tau: f64,
+    /// How the groups were made; none where τ made them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partition: Option<Parting>,
     /// Whether τ was given (`fixed`) or chosen from the data (`auto`).
     pub tau_mode: TauMode,
     /// Task names; rows and columns of the matrices.
@@ -41,6 +44,21 @@ pub struct Groups {
     pub base: Digest,
     /// Digest of each task's mask file.
     pub masks: BTreeMap<String, Digest>,
+}
+
+/// How groups were made that do not come from the overlap of core regions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "method", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Parting {
+    /// Tasks of one `kind` in tasks.toml are a group.
+    Kind {},
+    /// A shuffle of the tasks, cut into groups of nearly equal size.
+    Random {
+        /// Of the shuffle.
+        seed: u64,
+        /// Their number.
+        groups: usize,
+    },
 }
 
 /// Where τ came from.

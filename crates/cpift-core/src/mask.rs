@@ -24,18 +24,21 @@ pub const METADATA_KEY: &str = "cpift";
 pub struct MaskHeader {
     /// Form of the file.
     pub format_version: u32,
-    /// p, in percent of D.
+    /// p, in percent of D; of the number of tensors where [`Scope::Whole`]; of the mask it is like where [`Metric::Random`].
     pub percent: f64,
     /// Over what the top p % is taken.
     pub scope: Scope,
     /// The quantity that is ranked.
     pub metric: Metric,
+    /// The seed of [`Metric::Random`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
     /// D: the number of parameters that were ranked.
     #[serde(rename = "D")]
     pub d: u64,
     /// Number of bits set.
     pub selected: u64,
-    /// How the ties at the threshold fell.
+    /// How the ties at the threshold fell; all zero where no element has a threshold to reach.
     pub ties: Ties,
     /// Kinds of tensors left out of D (`embeddings`, `norms`); their bits are all zero.
     pub excluded: Vec<String>,
@@ -57,6 +60,9 @@ pub enum Scope {
     Layer,
     /// Each tensor by itself.
     Tensor,
+    /// Tensors are ranked, not elements, and chosen whole (cpift-mask tensors).
+    #[value(skip)]
+    Whole,
 }
 
 /// The quantity that is ranked.
@@ -67,6 +73,19 @@ pub enum Metric {
     Magnitude,
     /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| / (|θ⁽⁰⁾| + 10⁻⁸): how far a weight moved for its size.
     Relative,
+    /// F, the sum of squared gradients that a probe saved (--fisher): how strongly the loss responds to a weight.
+    Fisher,
+    /// ½·minmax(|θ⁽ⁱ⁾ − θ⁽⁰⁾|) + ½·minmax(F), each scaled to 0..1 over the elements that compete (--fisher).
+    Blend,
+    /// Of a whole tensor: the root mean square of θ⁽ⁱ⁾ − θ⁽⁰⁾.
+    #[value(skip)]
+    Rms,
+    /// Of a whole tensor: ½·minmax(root mean square of θ⁽ⁱ⁾ − θ⁽⁰⁾) + ½·minmax(mean of F), scaled over the tensors (TRACE).
+    #[value(skip)]
+    Trace,
+    /// None: a control chosen at random by the seed (cpift-mask random).
+    #[value(skip)]
+    Random,
 }
 
 /// Ties at the threshold, summed over the scope's parts.

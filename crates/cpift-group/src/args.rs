@@ -11,7 +11,8 @@ use cpift_core::cli::{Common, Named};
 /// Groups tasks whose core regions overlap, and puts the groups in training order.
 ///
 /// Tasks are joined where the Jaccard similarity of their core regions is at least τ; the groups are the connected
-/// components. Writes groups.json with a heat map of the similarities, and the similarities of each layer with a heat map.
+/// components. `--partition kind` and `random` make the groups of the multi-stage baselines instead; the masks are read
+/// and compared all the same. Writes groups.json with a heat map of the similarities, and the similarities of each layer with a heat map.
 ///
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 bad input.
 #[derive(Parser, Debug)]
@@ -25,10 +26,19 @@ pub struct Args {
     /// is alone
     #[arg(long, value_name = "TAU", default_value = "0.1", allow_negative_numbers = true)]
     pub tau: Tau,
+    /// How the groups are made
+    #[arg(long, value_enum, default_value_t = Parts::Overlap)]
+    pub partition: Parts,
+    /// tasks.toml in which every task has a `kind` (--partition kind)
+    #[arg(long, value_name = "FILE")]
+    pub tasks: Option<PathBuf>,
+    /// Number of groups, 1 to the number of tasks (--partition random)
+    #[arg(long, value_name = "K")]
+    pub groups: Option<usize>,
     /// Order of the groups
     #[arg(long, value_enum, default_value_t = Method::Random)]
     pub order: Method,
-    /// Seed of --order random
+    /// Seed of --order random and of --partition random
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// groups.json to write
@@ -84,6 +94,28 @@ impl FromStr for Tau {
             Ok(tau) if tau >= 0.0 && tau.is_finite() => Ok(Self::Fixed(tau)),
             Ok(_) => Err("τ must be a finite number, 0 or above".to_owned()),
             Err(_) => Err(format!("expected a number or auto, found {text:?}")),
+        }
+    }
+}
+
+/// How the groups are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Parts {
+    /// Tasks whose core regions overlap, by --tau (the paper)
+    Overlap,
+    /// Tasks of one `kind` in tasks.toml (--tasks): the multi-stage baseline by hand
+    Kind,
+    /// A shuffle of the tasks by --seed, cut into --groups groups of nearly equal size: the random multi-stage baseline
+    Random,
+}
+
+impl Parts {
+    /// The name as typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Overlap => "overlap",
+            Self::Kind => "kind",
+            Self::Random => "random",
         }
     }
 }

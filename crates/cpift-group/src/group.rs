@@ -8,7 +8,7 @@ use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::checkpoint::Digest;
 use cpift_core::files::StagedFile;
-use cpift_core::groups::{FORMAT_VERSION, Groups, Order, TauMode};
+use cpift_core::groups::{FORMAT_VERSION, Groups, Order, Parting, TauMode};
 use cpift_core::json;
 use cpift_core::provenance::{self, Recorder};
 
@@ -62,7 +62,8 @@ pub fn group(args: &Args) -> Result<Outcome> {
         sweep: rows(&intervals, &plan.tasks, tau),
     });
     let Some(outputs) = &plan.outputs else { return Ok(Outcome { groups: None, sweep }) };
-    let ordered = plan.order(components(&jaccard, tau), &regions)?;
+    let parts = plan.parting.as_ref().map_or_else(|| components(&jaccard, tau), |(_, groups)| groups.clone());
+    let ordered = plan.order(parts, &regions)?;
     let groups = plan.groups(&overlap.total, (tau, tau_mode), &ordered, &digests);
     for ((task, mask), digest) in plan.tasks.iter().zip(&plan.masks).zip(digests) {
         recorder.input(format!("mask:{task}"), mask.path(), digest);
@@ -125,6 +126,7 @@ impl Plan {
         Groups {
             format_version: FORMAT_VERSION,
             tau: tau.0,
+            partition: self.parting.as_ref().map(|(how, _)| how.clone()),
             tau_mode: tau.1,
             tasks: self.tasks.clone(),
             jaccard: counts.matrix(Counts::jaccard),
@@ -163,18 +165,30 @@ fn report(groups: &Groups, order: &Partition) {
         TauMode::Auto => format!("{:.6} (auto)", groups.tau),
     };
     let plural = if order.len() == 1 { "" } else { "s" };
-    log::info!("τ = {tau}: {} group{plural}, in {} order", order.len(), groups.order.method);
+    let how = match &groups.partition {
+        None => format!("τ = {tau}"),
+        Some(Parting::Kind {}) => "by kind".to_owned(),
+        Some(Parting::Random { seed, .. }) => format!("at random, seed {seed}"),
+    };
+    log::info!("{how}: {} group{plural}, in {} order", order.len(), groups.order.method);
     for (k, group) in order.iter().enumerate() {
         let figure = groups.order.scores.get(k).map_or(String::new(), |f| format!("  [{f:.4}]"));
         log::info!("  {}. {}{figure}", k + 1, named(group, &groups.tasks));
     }
     if groups.trivial {
-        let what = if order.len() == 1 {
-            "all tasks are in one group: nothing is frozen while it trains, which is plain multi-task training"
-        } else {
-            "every task is a group of its own: no two core regions are similar enough to train together"
+        let what = match (order.len(), &groups.partition) {
+            (1, _) => {
+                "all tasks are in one group: nothing is frozen while it trains, which is plain multi-task training"
+            }
+            (_, None) => "every task is a group of its own: no two core regions are similar enough to train together",
+            (_, Some(_)) => "every task is a group of its own: no two are trained together",
         };
-        log::warn!("{what}\n  hint: try --tau auto, another --tau (see the matrix), or --exclude embeddings,norms");
+        let hint = match &groups.partition {
+            None => "try --tau auto, another --tau (see the matrix), or --exclude embeddings,norms",
+            Some(Parting::Kind {}) => "give some tasks of tasks.toml, but not all, the same kind",
+            Some(Parting::Random { .. }) => "give another number of --groups",
+        };
+        log::warn!("{what}\n  hint: {hint}");
     }
 }
 

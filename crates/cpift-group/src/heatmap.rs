@@ -1,6 +1,6 @@
 //! The heat map of groups.json.
 
-use cpift_core::groups::{Groups, TauMode};
+use cpift_core::groups::{Groups, Parting, TauMode};
 use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
 
 /// Side of a cell, in pixels.
@@ -63,12 +63,16 @@ fn notes(groups: &Groups) -> Vec<String> {
         (_, low, high) if low == high => format!("chance: {low} for every pair"),
         (_, low, high) => format!("chance: {low} to {high}"),
     };
-    let mode = if groups.tau_mode == TauMode::Auto { ", chosen as the most stable" } else { "" };
+    let how = match (&groups.partition, groups.tau_mode) {
+        (Some(Parting::Kind {}), _) => "by kind".to_owned(),
+        (Some(Parting::Random { seed, .. }), _) => format!("at random, seed {seed}"),
+        (None, TauMode::Auto) => format!("τ = {:.4}, chosen as the most stable", groups.tau),
+        (None, TauMode::Fixed) => format!("τ = {:.4}", groups.tau),
+    };
     vec![
         chance,
         format!(
-            "τ = {:.4}{mode}: {} group{} (framed), {} order, first to last",
-            groups.tau,
+            "{how}: {} group{} (framed), {} order, first to last",
             groups.groups.len(),
             if groups.groups.len() == 1 { "" } else { "s" },
             groups.order.method

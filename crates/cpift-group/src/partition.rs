@@ -1,4 +1,8 @@
-//! Cutting tasks into groups: connected components of the graph of similar pairs, and the choice of τ.
+//! Cutting tasks into groups: connected components of the graph of similar pairs, and the choice of τ; by kind; at random.
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 
 /// Groups of task indices: each in ascending order, groups by their first task.
 pub type Partition = Vec<Vec<usize>>;
@@ -28,6 +32,29 @@ pub fn components(similarity: &[Vec<f64>], tau: f64) -> Partition {
         groups.push(reached);
     }
     groups
+}
+
+/// Tasks of one kind are a group.
+pub fn by_kind(kinds: &[String]) -> Partition {
+    let mut groups = Partition::new();
+    for (task, kind) in kinds.iter().enumerate() {
+        match groups.iter_mut().find(|group| kinds[group[0]] == *kind) {
+            Some(group) => group.push(task),
+            None => groups.push(vec![task]),
+        }
+    }
+    groups
+}
+
+/// A shuffle of `tasks` tasks that depends on the seed alone, cut into `groups` groups whose sizes differ by one at most.
+pub fn shuffled(tasks: usize, groups: usize, seed: u64) -> Partition {
+    let mut order: Vec<usize> = (0..tasks).collect();
+    order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    let end = |group: usize| group * tasks / groups;
+    let mut parts: Partition = (0..groups).map(|group| order[end(group)..end(group + 1)].to_vec()).collect();
+    parts.iter_mut().for_each(|group| group.sort_unstable());
+    parts.sort_unstable();
+    parts
 }
 
 /// Whether a partition of `n` tasks is one group, or every task alone.

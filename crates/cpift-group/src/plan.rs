@@ -6,12 +6,15 @@ use anyhow::Result;
 use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
+use cpift_core::groups::Parting;
 use cpift_core::provenance::Recorder;
+use cpift_core::tasks::Tasks;
 use cpift_core::{BadInput, Mask, cli};
 
-use crate::args::{Args, Method, Tau};
+use crate::args::{Args, Method, Parts, Tau};
 use crate::dependency::{help, read_edges, read_probes};
 use crate::order::read_losses;
+use crate::partition::{Partition, by_kind, shuffled};
 
 /// A grouping to make, its masks opened and its order inputs read.
 pub struct Plan {
@@ -19,6 +22,8 @@ pub struct Plan {
     pub masks: Vec<Mask>,
     pub excluded: Vec<TensorKind>,
     pub tau: Tau,
+    /// The groups and how they were made, where τ does not make them.
+    pub parting: Option<(Parting, Partition)>,
     pub method: Method,
     pub seed: u64,
     pub input: OrderInput,
@@ -59,7 +64,8 @@ impl Plan {
         masks[1..].iter().try_for_each(|mask| check_same_layout(&masks[0], mask))?;
         let tasks: Vec<String> = args.masks.iter().map(|m| m.name.clone()).collect();
         let input = read_order_input(args, &tasks, &masks[0].header.base, recorder)?;
-        if args.order == Method::Random {
+        let parting = parting(args, &tasks, recorder)?;
+        if args.order == Method::Random || args.partition == Parts::Random {
             recorder.seed(args.seed);
         }
         Ok(Self {
@@ -67,6 +73,7 @@ impl Plan {
             tasks,
             masks,
             tau: args.tau,
+            parting,
             method: args.order,
             seed: args.seed,
             input,
@@ -93,7 +100,7 @@ impl Outputs {
             }
             check_output(path, outputs.force)?;
             let masks = args.masks.iter().map(|mask| mask.path.as_path());
-            let others = [&args.scores, &args.edges].into_iter().flatten().map(PathBuf::as_path);
+            let others = [&args.scores, &args.edges, &args.tasks].into_iter().flatten().map(PathBuf::as_path);
             check_not_input(flag, path, masks.chain(others))?;
         }
         Ok(outputs)
@@ -106,6 +113,7 @@ impl Outputs {
 
 /// Refuses order inputs that the chosen order lacks or would ignore.
 fn check_flags(args: &Args) -> Result<()> {
+    check_partition_flags(args)?;
     let (edges, probes) = (args.edges.is_some(), args.probe_scores.is_some());
     let order = args.order.name();
     let lacks = match args.order {
@@ -123,6 +131,52 @@ fn check_flags(args: &Args) -> Result<()> {
         Some(((flag, _), _)) => Err(usage(format!("{flag} has no part in --order {order}"))),
         None => Ok(()),
     }
+}
+
+/// Refuses what the way to make groups lacks or would ignore.
+fn check_partition_flags(args: &Args) -> Result<()> {
+    let name = args.partition.name();
+    for (flag, what, given, of) in [
+        ("--tasks", " with a tasks.toml", args.tasks.is_some(), Parts::Kind),
+        ("--groups", "", args.groups.is_some(), Parts::Random),
+    ] {
+        match (given, args.partition == of) {
+            (false, true) => return Err(usage(format!("--partition {name} needs {flag}{what}"))),
+            (true, false) => return Err(usage(format!("{flag} has no part in --partition {name}"))),
+            _ => {}
+        }
+    }
+    let (tasks, groups) = (args.masks.len(), args.groups.unwrap_or(1));
+    if !(1..=tasks).contains(&groups) {
+        return Err(usage(format!("--groups must be 1 to {tasks}, the number of tasks: found {groups}")));
+    }
+    Ok(())
+}
+
+/// The groups that τ does not make.
+fn parting(args: &Args, tasks: &[String], recorder: &mut Recorder) -> Result<Option<(Parting, Partition)>> {
+    if let Some(path) = &args.tasks {
+        let kinds = read_kinds(path, tasks)?;
+        recorder.input("tasks", path, Digest::of_file(path)?);
+        return Ok(Some((Parting::Kind {}, by_kind(&kinds))));
+    }
+    Ok(args
+        .groups
+        .map(|groups| (Parting::Random { seed: args.seed, groups }, shuffled(tasks.len(), groups, args.seed))))
+}
+
+/// The kind of each task.
+fn read_kinds(path: &Path, tasks: &[String]) -> Result<Vec<String>> {
+    let listed = Tasks::read(path)?;
+    let kind = |name: &String| {
+        listed.named(name)?.kind.clone().ok_or_else(|| {
+            BadInput::new(path, format!("the task {name} has no kind"))
+                .expected("kind = \"…\" for every task that is grouped")
+                .hint("tasks of one kind are trained together: give the task a kind, of its own if it is like no other")
+                .into()
+        })
+    };
+    tasks.iter().map(kind).collect()
 }
 
 fn check_same_layout(first: &Mask, other: &Mask) -> Result<()> {
@@ -149,9 +203,9 @@ fn check_same_layout(first: &Mask, other: &Mask) -> Result<()> {
             .hint("extract all masks with the same --exclude")
             .into());
     }
-    if (a.scope, a.percent) != (b.scope, b.percent) {
+    if (a.scope, a.percent, a.metric) != (b.scope, b.percent, b.metric) {
         log::warn!(
-            "{} and {} were extracted with different --scope or --percent: their similarity compares unlike regions",
+            "{} and {} were chosen with different --scope, --percent or --score: their similarity compares unlike regions",
             first.path().display(),
             other.path().display()
         );

@@ -67,7 +67,7 @@ pub fn guess<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64, lim
     // Positions in descending order of score.
     let at = |sample: &mut [T], position: f64| {
         let place = sample.len() - 1 - (position as usize).min(sample.len() - 1);
-        *sample.select_nth_unstable_by(place, |a, b| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal)).1
+        *sample.select_nth_unstable_by_key(place, |score| score.key()).1
     };
     let high = if rank - slack < 0.0 { T::from_f64(f64::INFINITY) } else { at(&mut sample, rank - slack) };
     let low = if rank + slack > size - 1.0 { T::from_f64(0.0) } else { at(&mut sample, rank + slack) };
@@ -89,8 +89,7 @@ fn sample<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric) -> Vec<T> {
         let random = scramble(run as u64);
         let Chunk { pair, start, len } = part.chunks[from + random as usize % (to - from).max(1)];
         let offset = (random >> 32) as usize % (len.saturating_sub(RUN) + 1);
-        let pair = &part.pairs[pair];
-        dispatch!(block.scores(pair, metric, start + offset, RUN.min(len)).to_vec())
+        dispatch!(block.scores(part, pair, metric, start + offset, RUN.min(len)).to_vec())
     });
     scores.flatten_iter().collect()
 }

@@ -3,22 +3,30 @@
 //! The order of work: [`Percent`] says how many elements are chosen, [`parts`] cuts the parameters into the parts they
 //! compete in, [`bracket`] guesses each part's threshold from a sample, [`sweep`] reads the part once, writes the bits that
 //! are beyond doubt and settles the rest. Where the guess was wrong, the exact search of [`cpift_core::select`] finds the
-//! threshold and [`emit`] writes the bits.
+//! threshold and [`emit`] writes the bits. `tensors` chooses whole tensors instead, `random` draws a control.
 
 mod args;
 pub mod bracket;
 pub mod emit;
 mod extract;
+pub mod inputs;
+mod output;
 pub mod parts;
 mod percent;
 mod picture;
+mod random;
 pub mod scores;
 pub mod stats;
+mod summary;
 pub mod sweep;
+mod tensors;
 
 pub use args::Args;
-pub use extract::{Summary, extract};
+pub use extract::extract;
 pub use percent::Percent;
+pub use random::random;
+pub use summary::Summary;
+pub use tensors::tensors;
 
 use anyhow::Result;
 use cpift_core::Mask;
@@ -38,6 +46,8 @@ pub fn run(args: Args) -> Result<()> {
             let summary = extract(&args, common.force)?;
             common.print_json(&serde_json::to_value(summary)?);
         }
+        Command::Tensors(args) => common.print_json(&tensors(&args, common.force)?),
+        Command::Random(args) => common.print_json(&random(&args, common.force)?),
         Command::Stats(args) => stats::run(&args, &common)?,
         Command::Verify(MaskArg { file }) => {
             let mask = Mask::open(&file)?;

@@ -1,4 +1,4 @@
-//! What competes with what: the parameters of a checkpoint pair cut into the parts of a scope, and those into chunks.
+//! What competes with what: the parameters of the inputs cut into the parts of a scope, and those into chunks.
 
 use std::collections::BTreeMap;
 
@@ -7,21 +7,32 @@ use cpift_core::checkpoint::names::layer;
 use cpift_core::mask::Scope;
 use cpift_core::{Checkpoint, TensorView};
 
-use crate::scores::BLOCK;
+use crate::inputs::Inputs;
+use crate::scores::{BLOCK, Extent};
 
 /// Elements of a chunk: a multiple of 8, so that chunks end on whole bytes of a mask; a power of two, so that each can be
 /// hashed by itself; and places in it fit 16 bits.
 pub const CHUNK: usize = 64 * 1024;
 
-/// One parameter in both checkpoints; same shape, floating-point in both.
+/// One parameter in all inputs; same shape, floating-point in all.
 #[derive(Clone, Copy)]
 pub struct Pair<'a> {
     /// The parameter before.
     pub base: TensorView<'a>,
     /// The parameter after.
     pub tuned: TensorView<'a>,
-    /// Its place among all tensors of base and of tuned.
-    pub places: [usize; 2],
+    /// Its squared gradients, where they are given.
+    pub fisher: Option<TensorView<'a>>,
+    /// Its place among all tensors of base, of tuned and of fisher.
+    pub places: [usize; 3],
+}
+
+impl<'a> Pair<'a> {
+    /// Base, tuned, and fisher where it is given.
+    #[inline(always)]
+    pub fn views(&self) -> impl Iterator<Item = &TensorView<'a>> {
+        [&self.base, &self.tuned].into_iter().chain(&self.fisher)
+    }
 }
 
 /// A run of elements of one pair.
@@ -51,6 +62,8 @@ pub struct Part<'a> {
     pub pairs: Vec<Pair<'a>>,
     /// All their elements, in order.
     pub chunks: Vec<Chunk>,
+    /// Where |Δ| and F lie among them, for a score that scales both.
+    pub extents: [Extent; 2],
 }
 
 impl<'a> Part<'a> {
@@ -64,7 +77,7 @@ impl<'a> Part<'a> {
                 (0..n).step_by(CHUNK).map(move |start| Chunk { pair, start, len: CHUNK.min(n - start) })
             })
             .collect();
-        Self { label: label.into(), pairs, chunks }
+        Self { label: label.into(), pairs, chunks, extents: Default::default() }
     }
 
     /// Number of elements.
@@ -72,19 +85,18 @@ impl<'a> Part<'a> {
         self.pairs.iter().map(|p| p.base.numel() as u64).sum()
     }
 
-    /// Bytes of both checkpoints that hold its elements.
+    /// Bytes of the inputs that hold its elements.
     pub fn nbytes(&self) -> u64 {
-        self.pairs.iter().map(|p| (p.base.bytes.len() + p.tuned.bytes.len()) as u64).sum()
+        self.pairs.iter().flat_map(Pair::views).map(|view| view.bytes.len() as u64).sum()
     }
 
-    /// Bytes of both checkpoints that hold the elements of `chunk`.
+    /// Bytes of the inputs that hold the elements of `chunk`.
     pub fn chunk_bytes(&self, chunk: Chunk) -> u64 {
-        let pair = &self.pairs[chunk.pair];
-        (chunk.len * (pair.base.dtype.size() + pair.tuned.dtype.size())) as u64
+        self.pairs[chunk.pair].views().map(|view| (chunk.len * view.dtype.size()) as u64).sum()
     }
 }
 
-/// The parameters of a pair of checkpoints, cut by scope; those of excluded kinds apart.
+/// The parameters of the inputs, cut by scope; those of excluded kinds apart.
 pub struct Parts<'a> {
     /// Where elements are chosen: parts in bytewise order of their first tensor's name.
     pub ranked: Vec<Part<'a>>,
@@ -92,14 +104,20 @@ pub struct Parts<'a> {
     pub excluded: Part<'a>,
 }
 
-/// Cuts the parameters of `base`, which `tuned` has too.
-pub fn cut<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint, scope: Scope, excluded: &[TensorKind]) -> Parts<'a> {
+/// Cuts the parameters of the base, which the other inputs have too.
+pub fn cut<'a>(inputs: &'a Inputs, scope: Scope, excluded: &[TensorKind]) -> Parts<'a> {
     let mut ranked: BTreeMap<String, Vec<Pair<'a>>> = BTreeMap::new();
     let mut out = Vec::new();
-    let [in_base, in_tuned] = [base, tuned].map(places);
-    for view in base.parameters() {
-        let other = tuned.get(view.name).expect("both have the same parameters");
-        let pair = Pair { base: view, tuned: other, places: [in_base[view.name], in_tuned[view.name]] };
+    let [in_base, in_tuned] = [&inputs.base, &inputs.tuned].map(places);
+    let in_fisher = inputs.fisher.as_ref().map(places).unwrap_or_default();
+    for view in inputs.base.parameters() {
+        let other = |checkpoint: &'a Checkpoint| checkpoint.get(view.name).expect("all have the same parameters");
+        let pair = Pair {
+            base: view,
+            tuned: other(&inputs.tuned),
+            fisher: inputs.fisher.as_ref().map(other),
+            places: [in_base[view.name], in_tuned[view.name], in_fisher.get(view.name).copied().unwrap_or(0)],
+        };
         if excluded.iter().any(|kind| kind.matches(view.name)) {
             out.push(pair);
         } else {
@@ -116,7 +134,7 @@ fn places(checkpoint: &Checkpoint) -> BTreeMap<&str, usize> {
 
 fn label(scope: Scope, name: &str) -> String {
     match scope {
-        Scope::Global => "all parameters".to_owned(),
+        Scope::Global | Scope::Whole => "all parameters".to_owned(),
         Scope::Layer => layer(name).map_or("outside the layers", |(prefix, _)| prefix).to_owned(),
         Scope::Tensor => name.to_owned(),
     }

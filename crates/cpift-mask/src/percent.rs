@@ -19,6 +19,11 @@ impl Percent {
         (self.numerator * u128::from(d) / (self.denominator * 100)) as u64
     }
 
+    /// ⌈p·n/100⌉, exactly.
+    pub fn up_of(self, n: u64) -> u64 {
+        (self.numerator * u128::from(n)).div_ceil(self.denominator * 100) as u64
+    }
+
     /// p as a float, for records.
     pub fn value(self) -> f64 {
         self.value
@@ -88,6 +93,14 @@ mod tests {
         assert_eq!(of(".5", 1000), 5);
         assert_eq!(of("1e2", 7), 7);
         assert_eq!(of("2.5e-3", 1_000_000), 25);
+    }
+
+    #[test]
+    fn rounded_up_it_is_one_more_where_something_is_left() {
+        let up = |text: &str, n: u64| text.parse::<Percent>().unwrap().up_of(n);
+        assert_eq!((up("10", 290), up("10", 291), up("0.001", 3), up("100", 7), up("10", 0)), (29, 30, 1, 7, 0));
+        assert_eq!((0.07f64 * 100.0).ceil(), 8.0, "which is why p is not a float");
+        assert_eq!(up("7", 100), 7);
     }
 
     #[test]

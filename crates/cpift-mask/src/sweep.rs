@@ -12,8 +12,8 @@ use rayon::prelude::*;
 
 use crate::bracket::Guess;
 use crate::emit::Packer;
-use crate::parts::{Chunk, Part};
-use crate::scores::{Arithmetic, Block, refuse_non_finite};
+use crate::parts::{Chunk, Pair, Part};
+use crate::scores::{Arithmetic, Block, refuse_unusable};
 
 /// [`Pass::limit`] of the program: for f32, 6 bytes each and 4 more while they are settled.
 pub const LIMIT: usize = 32 << 20;
@@ -24,8 +24,8 @@ pub struct Pass<'a> {
     pub metric: Metric,
     /// The mask under construction.
     pub writer: &'a MaskWriter,
-    /// Where the pieces of base and tuned are hashed, where no digest of theirs is recorded.
-    pub hashers: [Option<&'a PieceHasher>; 2],
+    /// Where the pieces of base, tuned and fisher are hashed, where no digest of theirs is recorded.
+    pub hashers: [Option<&'a PieceHasher>; 3],
     /// Most candidates of a part that are kept.
     pub limit: usize,
     /// Told the number of bytes read.
@@ -85,10 +85,19 @@ pub fn each<S: Send>(n: usize, init: impl Fn() -> S + Sync, step: impl Fn(&mut S
     })
 }
 
+/// Adds a chunk of every input to its hasher.
+pub fn hash(hashers: [Option<&PieceHasher>; 3], pair: &Pair<'_>, chunk: Chunk) {
+    for ((hasher, view), index) in hashers.iter().zip(pair.views()).zip(pair.places) {
+        if let Some(hasher) = hasher {
+            hasher.add(index, chunk.start, view.slice(chunk.start, chunk.len));
+        }
+    }
+}
+
 /// Sweeps `part`.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite; I/O errors.
+/// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite, or a negative square; I/O errors.
 pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pass<'_>) -> Result<Swept<T>> {
     let chunks = part.chunks.len();
     let taken = match guess {
@@ -103,7 +112,7 @@ pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pas
     });
     if let Some(first) = workers.iter().filter_map(|w| w.odd).min() {
         // Distances can overflow although both values are finite, so the chunks from the first odd one on are read again.
-        part.chunks[first..].iter().try_for_each(|chunk| refuse_non_finite::<T>(&part.pairs[chunk.pair], *chunk))?;
+        part.chunks[first..].iter().try_for_each(|chunk| refuse_unusable::<T>(&part.pairs[chunk.pair], *chunk))?;
     }
     let (mut above, mut candidates, mut counts) = (0, Vec::new(), vec![0; chunks]);
     for worker in workers {
@@ -147,11 +156,7 @@ impl<T: Score + Arithmetic> Worker<T> {
     ) -> Result<()> {
         let chunk = part.chunks[i];
         let pair = &part.pairs[chunk.pair];
-        for ((hasher, view), index) in pass.hashers.iter().zip([&pair.base, &pair.tuned]).zip(pair.places) {
-            if let Some(hasher) = hasher {
-                hasher.add(index, chunk.start, view.slice(chunk.start, chunk.len));
-            }
-        }
+        hash(pass.hashers, pair, chunk);
         let (above, inside, finite) = dispatch!(self.classify(part, chunk, guess, take, pass.metric));
         if !finite {
             self.odd = Some(self.odd.map_or(i, |o| o.min(i)));
@@ -190,7 +195,7 @@ impl<T: Score + Arithmetic> Worker<T> {
         self.index.clear();
         self.score.clear();
         for (start, len) in chunk.blocks() {
-            let scores = self.block.scores(&part.pairs[chunk.pair], metric, start, len);
+            let scores = self.block.scores(part, chunk.pair, metric, start, len);
             finite &= scores.iter().fold(true, |all, s| all & s.is_finite());
             for (group, values) in scores.chunks(64).enumerate() {
                 let count = values.len().div_ceil(8);

@@ -1,14 +1,15 @@
 //! `cpift-mask extract` against a brute-force sort, through the real binary.
 
+mod common;
+
 use std::path::Path;
 
+use common::{BIN, chosen, model};
 use cpift_core::checkpoint::names::layer;
-use cpift_core::mask::{Metric, Scope, indices};
+use cpift_core::mask::{Metric, Scope};
 use cpift_core::{Dtype, Mask};
 use cpift_testkit::{Numbers, Tensor, Tensors, run, write_checkpoint, write_sharded};
 use serde_json::Value;
-
-const BIN: &str = env!("CARGO_BIN_EXE_cpift-mask");
 
 /// Every element as (part, score, name, index), by the rules of the format's documentation.
 fn ranked(base: &Tensors, tuned: &Tensors, scope: Scope, metric: Metric) -> Vec<(String, f64, String, usize)> {
@@ -16,28 +17,22 @@ fn ranked(base: &Tensors, tuned: &Tensors, scope: Scope, metric: Metric) -> Vec<
     let mut all = Vec::new();
     for (name, before) in base {
         let part = match scope {
-            Scope::Global => String::new(),
+            Scope::Global | Scope::Whole => String::new(),
             Scope::Layer => layer(name).map_or(String::new(), |(prefix, _)| prefix.to_owned()),
             Scope::Tensor => name.clone(),
         };
-        for (i, (b, t)) in numbers(before).into_iter().zip(numbers(&tuned[name])).enumerate() {
+        for (i, (b, t)) in before.numbers().into_iter().zip(tuned[name].numbers()).enumerate() {
             let score = match (metric, wide) {
                 (Metric::Magnitude, true) => (t - b).abs(),
                 (Metric::Magnitude, false) => f64::from((t as f32 - b as f32).abs()),
                 (Metric::Relative, true) => (t - b).abs() / (b.abs() + 1e-8),
                 (Metric::Relative, false) => f64::from((t as f32 - b as f32).abs() / ((b as f32).abs() + 1e-8)),
+                (other, _) => panic!("{other:?} has tests of its own"),
             };
             all.push((part.clone(), score, name.clone(), i));
         }
     }
     all
-}
-
-fn numbers(tensor: &Tensor) -> Vec<f64> {
-    match tensor.dtype {
-        Dtype::F64 => tensor.bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
-        _ => tensor.values().into_iter().map(f64::from).collect(),
-    }
 }
 
 /// The elements a full sort chooses; `per_mille` is ten times p.
@@ -62,34 +57,11 @@ fn brute_force(
     chosen
 }
 
-fn chosen(mask: &Mask) -> Vec<(String, usize)> {
-    mask.tensors().flat_map(|(name, bits)| indices(bits).map(move |i| (name.to_owned(), i))).collect()
-}
-
 fn extract(base: &Path, tuned: &Path, out: &Path, more: &[&str]) -> Value {
     let mut args = vec!["extract", "--base", base.to_str().unwrap(), "--tuned", tuned.to_str().unwrap()];
     args.extend(["--out", out.to_str().unwrap(), "--json"]);
     args.extend(more);
     serde_json::from_str(&run(BIN, args).ok().stdout).unwrap()
-}
-
-/// A small model of two layers with one tensor of several chunks; `next` draws its values.
-fn model(dtypes: &[Dtype], mut next: impl FnMut() -> f32) -> Tensors {
-    let shapes: [(&str, &[usize]); 8] = [
-        ("lm_head.weight", &[100_003]),
-        ("model.embed_tokens.weight", &[50, 7]),
-        ("model.layers.0.mlp.up_proj.weight", &[64, 33]),
-        ("model.layers.0.self_attn.q_proj.weight", &[31, 31]),
-        ("model.layers.1.mlp.up_proj.weight", &[64, 33]),
-        ("model.layers.10.input_layernorm.weight", &[3]),
-        ("model.norm.weight", &[13]),
-        ("scalar", &[]),
-    ];
-    let tensor = |(i, (name, shape)): (usize, (&str, &[usize]))| {
-        let values: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
-        (name.to_owned(), Tensor::floats(dtypes[i % dtypes.len()], shape, &values))
-    };
-    shapes.into_iter().enumerate().map(tensor).collect()
 }
 
 fn check(base: &Tensors, tuned: &Tensors) {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::Parser;
-use cpift_core::mask::{Scope, indices};
+use cpift_core::mask::{Metric, Scope, indices};
 use cpift_core::{Dtype, Mask};
 use cpift_mask::Args;
 use cpift_testkit::layout::{memory_dir, silence, with_threads, write_anyhow};
@@ -46,7 +46,7 @@ struct Case {
     values: Values,
     seed: u64,
     scope: Scope,
-    relative: bool,
+    score: Metric,
     /// Ten times p.
     per_mille: usize,
     threads: usize,
@@ -65,13 +65,14 @@ fn case(sizes: impl Strategy<Value = usize>) -> impl Strategy<Value = Case> {
     let scope = prop_oneof![Just(Scope::Global), Just(Scope::Layer), Just(Scope::Tensor)];
     let tensors = prop::collection::vec((sizes, dtype(), dtype()), 1..=NAMES.len());
     let per_mille = prop_oneof![1..=1000usize, Just(1), Just(10), Just(1000)];
-    (tensors, values, any::<u64>(), scope, any::<bool>(), per_mille, 2..=4usize).prop_map(
-        |(tensors, values, seed, scope, relative, per_mille, threads)| Case {
+    let score = prop_oneof![Just(Metric::Magnitude), Just(Metric::Relative), Just(Metric::Fisher), Just(Metric::Blend)];
+    (tensors, values, any::<u64>(), scope, score, per_mille, 2..=4usize).prop_map(
+        |(tensors, values, seed, scope, score, per_mille, threads)| Case {
             tensors,
             values,
             seed,
             scope,
-            relative,
+            score,
             per_mille,
             threads,
         },
@@ -105,9 +106,10 @@ impl Values {
 }
 
 impl Case {
-    fn checkpoints(&self) -> (Tensors, Tensors) {
+    /// Base, tuned and squared gradients, the last as F32 alone.
+    fn checkpoints(&self) -> [Tensors; 3] {
         let mut numbers = Numbers(self.seed);
-        let (mut base, mut tuned) = (Tensors::new(), Tensors::new());
+        let [mut base, mut tuned, mut fisher] = [(); 3].map(|()| Tensors::new());
         for (name, &(n, before, after)) in NAMES.iter().zip(&self.tensors) {
             let (b, t) = self.values.draw(n, &mut numbers);
             let shape = if n == 1 {
@@ -119,33 +121,59 @@ impl Case {
             };
             base.insert((*name).into(), Tensor::of_numbers(before, &shape, &b));
             tuned.insert((*name).into(), Tensor::of_numbers(after, &shape, &t));
+            // As many equal, zero and tiny squares as the values have distances of these.
+            let (x, y) = self.values.draw(n, &mut numbers);
+            let squares: Vec<f64> = x.iter().zip(y).map(|(x, y)| (x - y) * (x - y)).collect();
+            fisher.insert((*name).into(), Tensor::of_numbers(Dtype::F32, &shape, &squares));
         }
-        (base, tuned)
+        [base, tuned, fisher]
     }
 
     /// The elements that a full sort chooses, as (name, index).
-    fn sorted(&self, base: &Tensors, tuned: &Tensors) -> Vec<(String, usize)> {
+    fn sorted(&self, [base, tuned, fisher]: [&Tensors; 3]) -> Vec<(String, usize)> {
         let wide = self.tensors.iter().any(|(_, b, t)| [b, t].contains(&&Dtype::F64));
-        let score = |b: f64, t: f64| match (wide, self.relative) {
+        let relative = self.score == Metric::Relative;
+        let moved = |b: f64, t: f64| match (wide, relative) {
             (true, false) => (t - b).abs(),
             (true, true) => (t - b).abs() / (b.abs() + 1e-8),
             (false, false) => f64::from((t as f32 - b as f32).abs()),
             (false, true) => f64::from((t as f32 - b as f32).abs() / ((b as f32).abs() + 1e-8)),
         };
-        let mut parts: std::collections::BTreeMap<String, Vec<(f64, &str, usize)>> = Default::default();
+        let scaled = |x: f64, low: f64, high: f64| match (low < high, wide) {
+            (false, _) => 0.0,
+            (true, true) => (x - low) / (high - low),
+            (true, false) => f64::from((x as f32 - low as f32) / (high as f32 - low as f32)),
+        };
+        type Scores<'a> = Vec<([f64; 2], &'a str, usize)>;
+        let mut parts: std::collections::BTreeMap<String, Scores<'_>> = Default::default();
         for (name, before) in base {
             let part = match self.scope {
-                Scope::Global => "",
+                Scope::Global | Scope::Whole => "",
                 // Up to the number of the layer.
                 Scope::Layer => name.match_indices('.').nth(2).map_or("", |(end, _)| &name[..end]),
                 Scope::Tensor => name,
             };
             let scores = before.numbers().into_iter().zip(tuned[name].numbers()).enumerate();
-            let list = scores.map(|(i, (b, t))| (score(b, t), name.as_str(), i));
+            let squares = fisher[name].numbers();
+            let list = scores.map(|(i, (b, t))| ([moved(b, t), squares[i]], name.as_str(), i));
             parts.entry(part.to_owned()).or_default().extend(list);
         }
         let mut chosen = Vec::new();
-        for mut part in parts.into_values() {
+        for part in parts.into_values() {
+            let ends = |which: usize| {
+                let values = || part.iter().map(|e| e.0[which]);
+                (values().fold(f64::MAX, f64::min), values().fold(0.0, f64::max))
+            };
+            let (ends_moved, ends_felt) = (ends(0), ends(1));
+            let score = |[moved, felt]: [f64; 2]| match (self.score, wide) {
+                (Metric::Fisher, _) => felt,
+                (Metric::Blend, _) => {
+                    let (m, f) = (scaled(moved, ends_moved.0, ends_moved.1), scaled(felt, ends_felt.0, ends_felt.1));
+                    if wide { 0.5 * m + 0.5 * f } else { f64::from(0.5 * m as f32 + 0.5 * f as f32) }
+                }
+                _ => moved,
+            };
+            let mut part: Vec<_> = part.iter().map(|(values, name, i)| (score(*values), *name, *i)).collect();
             part.sort_by(|x, y| y.0.partial_cmp(&x.0).unwrap().then_with(|| (x.1, x.2).cmp(&(y.1, y.2))));
             part.truncate(part.len() * self.per_mille / 1000);
             chosen.extend(part.into_iter().map(|(_, name, i)| (name.to_owned(), i)));
@@ -154,13 +182,15 @@ impl Case {
         chosen
     }
 
-    fn extract(&self, base: &Path, tuned: &Path, out: &Path, threads: usize) -> anyhow::Result<()> {
+    fn extract(&self, [base, tuned, fisher]: [&Path; 3], out: &Path, threads: usize) -> anyhow::Result<()> {
         let percent = format!("{}.{}", self.per_mille / 10, self.per_mille % 10);
         let scope = format!("{:?}", self.scope).to_lowercase();
-        let score = if self.relative { "relative" } else { "magnitude" };
-        let line = ["cpift-mask", "extract", "--percent", &percent, "--scope", &scope, "--score", score];
-        let paths = [("--base", base), ("--tuned", tuned), ("--out", out)].map(|(f, p)| [f.into(), p.to_owned()]);
-        let words = line.iter().map(Into::into).chain(paths.into_iter().flatten());
+        let score = format!("{:?}", self.score).to_lowercase();
+        let line = ["cpift-mask", "extract", "--percent", &percent, "--scope", &scope, "--score", &score];
+        let needs_fisher = matches!(self.score, Metric::Fisher | Metric::Blend);
+        let paths = [("--base", base), ("--tuned", tuned), ("--out", out), ("--fisher", fisher)];
+        let paths = paths[..3 + usize::from(needs_fisher)].iter().map(|(f, p)| [f.into(), p.to_path_buf()]);
+        let words = line.iter().map(Into::into).chain(paths.flatten());
         let args = Args::try_parse_from(words.map(std::path::PathBuf::into_os_string))?;
         with_threads(threads, || cpift_mask::run(args))
     }
@@ -168,8 +198,8 @@ impl Case {
     fn check(&self) -> Result<(), TestCaseError> {
         silence();
         let dir = memory_dir();
-        let (base, tuned) = self.checkpoints();
-        let chosen = self.sorted(&base, &tuned);
+        let [base, tuned, fisher] = self.checkpoints();
+        let chosen = self.sorted([&base, &tuned, &fisher]);
         // Two layouts of the same tensors, at one thread and at several.
         let runs: Vec<_> = [(1, 1), (2, self.threads)]
             .into_iter()
@@ -177,7 +207,8 @@ impl Case {
                 let path = |name: &str| dir.path().join(format!("{name}{layout}"));
                 let b = write_anyhow(&path("base"), &base, self.seed ^ layout);
                 let t = write_anyhow(&path("tuned"), &tuned, self.seed ^ layout << 8);
-                (self.extract(&b, &t, &path("mask"), threads), path("mask"))
+                let f = write_anyhow(&path("fisher"), &fisher, self.seed ^ layout << 16);
+                (self.extract([&b, &t, &f], &path("mask"), threads), path("mask"))
             })
             .collect();
         if chosen.is_empty() {

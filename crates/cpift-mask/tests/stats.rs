@@ -52,6 +52,7 @@ impl Setting {
             percent: 2.0,
             scope: Scope::Layer,
             metric: Metric::Magnitude,
+            seed: None,
             d: counts.iter().filter(|((_, role), _)| !left_out(role)).map(|(_, (n, _))| n).sum(),
             selected: counts.values().map(|(_, selected)| selected).sum(),
             ties: Ties::default(),

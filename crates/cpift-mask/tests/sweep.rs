@@ -7,6 +7,7 @@ use cpift_core::select::find_cut;
 use cpift_core::{Checkpoint, Mask};
 use cpift_mask::bracket::{Guess, guess};
 use cpift_mask::emit::emit;
+use cpift_mask::inputs::Inputs;
 use cpift_mask::parts::{Part, cut};
 use cpift_mask::scores::PartScores;
 use cpift_mask::sweep::{LIMIT, Pass, sweep};
@@ -23,24 +24,26 @@ fn bits(dir: &Path, levels: u64, choose: impl FnOnce(&Part<'_>, &Pass<'_>)) -> V
     };
     let [base, tuned] = [("base", 1), ("tuned", levels)]
         .map(|(name, level)| Checkpoint::open(&write_checkpoint(&dir.join(name), &tensors(level))).unwrap());
-    let parts = cut(&base, &tuned, Scope::Global, &[]);
+    let inputs = Inputs { base, tuned, fisher: None };
+    let parts = cut(&inputs, Scope::Global, &[]);
     let header = MaskHeader {
         format_version: FORMAT_VERSION,
         percent: 1.0,
         scope: Scope::Global,
         metric: Metric::Magnitude,
+        seed: None,
         d: N as u64,
         selected: 0,
         ties: Ties::default(),
         excluded: Vec::new(),
-        base: base.digest().unwrap(),
-        tuned: tuned.digest().unwrap(),
+        base: inputs.base.digest().unwrap(),
+        tuned: inputs.tuned.digest().unwrap(),
         numel: [("w".to_owned(), N as u64)].into(),
     };
     let path = dir.join("mask");
     let writer = MaskWriter::create(&path, &header).unwrap();
     let done = |_| ();
-    let pass = Pass { metric: Metric::Magnitude, writer: &writer, hashers: [None, None], limit: LIMIT, done: &done };
+    let pass = Pass { metric: Metric::Magnitude, writer: &writer, hashers: [None; 3], limit: LIMIT, done: &done };
     choose(&parts.ranked[0], &pass);
     Mask::open(&path).unwrap().bits("w").unwrap().to_vec()
 }

@@ -27,6 +27,7 @@ fn mask(dir: &Path, name: &str, seed: u64) -> Mask {
         percent: 20.0,
         scope: Scope::Global,
         metric: Metric::Magnitude,
+        seed: None,
         d: n,
         selected: indices(&bits).count() as u64,
         ties: Ties::default(),

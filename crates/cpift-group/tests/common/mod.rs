@@ -34,6 +34,7 @@ pub fn header(selected: usize) -> MaskHeader {
         percent: 1.0,
         scope: Scope::Global,
         metric: Metric::Magnitude,
+        seed: None,
         d: MODEL.iter().map(|(_, n)| *n as u64).sum(),
         selected: selected as u64,
         ties: Ties::default(),

@@ -106,6 +106,7 @@ impl World {
             percent: 100.0 * selected as f64 / d as f64,
             scope: Scope::Global,
             metric: Metric::Magnitude,
+            seed: None,
             d,
             selected,
             ties: Ties::default(),
@@ -130,6 +131,7 @@ impl World {
         let groups = Groups {
             format_version: cpift_core::groups::FORMAT_VERSION,
             tau: 2.0,
+            partition: None,
             tau_mode: TauMode::Fixed,
             tasks: tasks.iter().map(|t| (*t).to_owned()).collect(),
             jaccard: vec![vec![0.0; n]; n],
