@@ -133,6 +133,7 @@ mod tests {
         let near = |value: f64| drawn.iter().filter(|m| (*m - value).abs() < 1e-12).count() as f64 / 8000.0;
         assert!((near(0.0) - 0.25).abs() < 0.02 && (near(1.0) - 0.5).abs() < 0.02, "{} {}", near(0.0), near(1.0));
         assert_eq!(near(0.0) + near(1.0) + near(2.0), 1.0);
+        assert!(shares(2, 99, 3) == draws[..99] && shares(2, 99, 4) != draws[..99], "the seed sets them");
         // Seeds alike, rows 0 and 2: the same chances, for the rows are the same for both seeds.
         let drawn = two_way(&[vec![0.0, 0.0], vec![2.0, 2.0]], &draws, 3, 0);
         let middle = drawn.iter().filter(|m| (*m - 1.0).abs() < 1e-12).count() as f64 / 8000.0;
@@ -144,5 +145,7 @@ mod tests {
         assert_eq!(ratios(&[(-1.0, -2.0), (-2.0, -4.0)], 50, 1), vec![Some(0.5); 50]);
         let some = ratios(&[(-1.0, -2.0), (-1.0, 3.0)], 50, 1);
         assert!(some.contains(&None) && some.contains(&Some(0.5)), "{some:?}");
+        let of = |seed| ratios(&[(-1.0, -2.0), (-3.0, -2.0)], 50, seed);
+        assert!(of(1) == of(1) && of(1) != of(2));
     }
 }
