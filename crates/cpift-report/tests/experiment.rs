@@ -57,7 +57,7 @@ fn delta<'a>(json: &'a Value, figure: &str) -> &'a Value {
 
 /// The cells of the lines of a Markdown table that start with one of `names`.
 fn cells<'a>(text: &'a str, names: &[&str]) -> Vec<Vec<&'a str>> {
-    let lines = text.lines().filter_map(|line| Some(line.strip_prefix("| ")?.strip_suffix(" |")?));
+    let lines = text.lines().filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |"));
     let lines = lines.map(|line| line.split(" | ").map(str::trim).collect::<Vec<_>>());
     lines.filter(|cells| names.contains(&cells[0].trim_matches('*'))).collect()
 }
