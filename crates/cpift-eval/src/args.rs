@@ -7,7 +7,7 @@ use cpift_core::Dtype;
 use cpift_core::cli::Common;
 use cpift_core::error::usage;
 use cpift_judge::JudgeArgs;
-use cpift_report::{CompareArgs, ReportArgs};
+use cpift_report::{CompareArgs, ExperimentArgs, ReportArgs};
 use cpift_torch::device::DeviceChoice;
 use cpift_torch::generate::Sampling;
 use cpift_torch::weights::kind_of;
@@ -59,11 +59,21 @@ pub enum Command {
     ///
     /// For example: cpift-eval compare base=runs/mine/scores/base runs/mine/scores/cpi-ft --baseline base
     Compare(CompareArgs),
-    /// Write all of a run on one HTML page: scores, gains and losses, cores, losses, samples, provenance
+    /// Show an experiment over seeds: methods' means and standard deviations, or what they forget, with bootstrap intervals
     ///
-    /// Reads scores/NAME (scores.json, outputs.jsonl), groups.json, masks/NAME.safetensors, metrics.jsonl of probes/NAME and of every
-    /// model folder, and each cpift.json under RUN_DIR. What is not there is said on the page. The page is one file without scripts that
-    /// opens from disk and loads nothing; the same files give the same bytes. Model outputs on it are shown as text, whatever they hold.
+    /// FILE lists, for each method, one scores folder a seed (kind scores), or pairs of tasks with the scores after the first and
+    /// after the second (kind forgetting). Differences to its baseline have 95 % intervals: seeds, and for each task its rows, are
+    /// drawn with replacement, the same for both methods. Scores on other evaluation files, templates or settings are refused unless
+    /// --force is given. `report` shows all of RUN_DIR/experiments on its page.
+    ///
+    /// For example: cpift-eval experiment runs/mine/experiments/reproduce.json
+    Experiment(ExperimentArgs),
+    /// Write all of a run on one HTML page: experiments, scores, gains and losses, cores, losses, samples, provenance
+    ///
+    /// Reads experiments/NAME.json, scores/NAME (scores.json, outputs.jsonl), groups.json, masks/NAME.safetensors, metrics.jsonl of
+    /// probes/NAME and of every model folder, and each cpift.json under RUN_DIR. What is not there is said on the page, which has
+    /// experiments only where there are some. It is one file without scripts that opens from disk and loads nothing; the same files
+    /// give the same bytes. Model outputs on it are shown as text, whatever they hold.
     Report(ReportArgs),
 }
 

@@ -1,4 +1,4 @@
-//! The last stage of CPI-FT: what a checkpoint scores on every task. Comparisons and the report are cpift-report.
+//! The last stage of CPI-FT: what a checkpoint scores on every task. Comparisons, experiments and the report are cpift-report.
 
 mod answers;
 mod args;
@@ -21,6 +21,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Run(run_args) => run::run(&run_args, &args.common),
         Command::Judge(judge_args) => cpift_judge::run(&judge_args, &args.common),
         Command::Compare(compare_args) => cpift_report::compare(&compare_args, &args.common),
+        Command::Experiment(experiment_args) => cpift_report::experiment(&experiment_args, &args.common),
         Command::Report(report_args) => cpift_report::report(&report_args, &args.common),
     }
 }

@@ -1,4 +1,4 @@
-//! The arguments of `cpift-eval compare` and `cpift-eval report`.
+//! The arguments of `cpift-eval compare`, `experiment` and `report`.
 
 use std::path::PathBuf;
 
@@ -26,7 +26,7 @@ pub struct CompareArgs {
     pub out: Option<PathBuf>,
 }
 
-/// The form of a comparison.
+/// The form of a comparison or an experiment.
 #[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// A Markdown table that lines up as text; bold where stdout is a terminal.
@@ -41,10 +41,32 @@ pub enum Format {
     Html,
 }
 
+/// Arguments of `experiment`.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ExperimentArgs {
+    /// The experiment: RUN_DIR/experiments/NAME.json; the scores folders it names are under RUN_DIR
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Resamples of the bootstrap
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub resamples: usize,
+    /// Seed of the bootstrap
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// How to write it: terminal (Markdown, with bold type instead of asterisks where stdout is a terminal), markdown, csv (one
+    /// line a row and figure, unrounded), json (with the values of every seed), or html (one file, nothing loaded from elsewhere)
+    #[arg(long, value_name = "FORMAT", default_value = "terminal", hide_possible_values = true)]
+    pub format: Format,
+    /// Write to this file instead of stdout
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
 /// Arguments of `report`.
 #[derive(clap::Args, Debug, Clone)]
 pub struct ReportArgs {
-    /// The folder of a run as `make pipeline` lays it out: scores/, masks/, probes/, groups.json, and the models' folders
+    /// The folder of a run as `make pipeline` lays it out: scores/, masks/, probes/, groups.json, the models' folders, and
+    /// experiments/ where there are some
     #[arg(value_name = "RUN_DIR")]
     pub run: PathBuf,
     /// The page [default: RUN_DIR/report.html]

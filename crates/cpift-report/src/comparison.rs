@@ -19,6 +19,17 @@ pub struct Question {
     pub seed: u64,
 }
 
+impl Question {
+    /// # Errors
+    /// [`cpift_core::Usage`] for a number of resamples out of range.
+    pub fn check(&self) -> Result<()> {
+        match self.resamples {
+            1..=1_000_000 => Ok(()),
+            _ => Err(usage("--resamples must be 1 to 1000000")),
+        }
+    }
+}
+
 /// The figures of one task, or of all: one cell a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Column {
@@ -64,7 +75,7 @@ pub struct Delta {
     /// Rows that were paired.
     pub rows: usize,
     /// Means of the resamples, for the interval of a mean over tasks.
-    means: Vec<f64>,
+    pub(crate) means: Vec<f64>,
 }
 
 /// A whole comparison.
@@ -102,9 +113,7 @@ impl Comparison {
                     .ok_or_else(|| usage(format!("--baseline {name} is none of the runs: {}", names.join(", "))))?,
             ),
         };
-        if !(1..=1_000_000).contains(&question.resamples) {
-            return Err(usage("--resamples must be 1 to 1000000"));
-        }
+        question.check()?;
         let mut notes = Vec::new();
         let mut tasks: Vec<&str> = Vec::new();
         for task in runs.iter().flat_map(|run| &run.scores.tasks) {
@@ -288,7 +297,7 @@ fn differences(base: &Run, run: &Run, task: &str, unit: Unit) -> Result<Vec<f64>
 }
 
 /// The scores of a run's rows: checked to be what its figure was made from.
-fn row_scores(run: &Run, task: &str) -> Result<std::collections::BTreeMap<u64, f64>, String> {
+pub(crate) fn row_scores(run: &Run, task: &str) -> Result<std::collections::BTreeMap<u64, f64>, String> {
     let outputs = run.outputs.as_ref().ok_or_else(|| format!("{} has no outputs.jsonl", run.name))?;
     let rows: std::collections::BTreeMap<u64, f64> =
         outputs.get(task).into_iter().flatten().filter_map(|output| Some((output.row, output.score?))).collect();

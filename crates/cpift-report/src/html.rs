@@ -7,17 +7,28 @@ const POLICY: &str =
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
 const STYLE: &str = include_str!("style.css");
 
-/// Text as it may stand in HTML, in elements and in quoted attributes. Control characters are shown as their pictures, and those that
-/// turn the direction of writing by their code: what a model wrote cannot rearrange what stands around it.
+/// Text as it may stand in HTML, in elements and in quoted attributes, its control characters as [`symbols`].
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
+    for c in symbols(text).chars() {
         match c {
             '&' => out.push_str("&amp;"),
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
             '"' => out.push_str("&quot;"),
             '\'' => out.push_str("&#39;"),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// Text whose control characters are shown as their pictures, and those that turn the direction of writing by their code: what a model
+/// wrote cannot rearrange what stands around it.
+pub fn symbols(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
             '\n' | '\t' => out.push(c),
             '\u{7f}' => out.push('\u{2421}'),
             c if c < ' ' => out.push(char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}')),
@@ -78,13 +89,15 @@ pub struct Table {
     rows: String,
     caption: String,
     text_columns: Vec<usize>,
+    name_columns: Vec<usize>,
 }
 
 impl Table {
     /// A table with these column names; what follows a line break in one is set small. Columns are of numbers unless
     /// [`Table::text_column`] says otherwise.
     pub fn new(caption: &str, header: &[String]) -> Self {
-        Self { header: header.to_vec(), rows: String::new(), caption: caption.to_owned(), text_columns: Vec::new() }
+        let (header, caption) = (header.to_vec(), caption.to_owned());
+        Self { header, rows: String::new(), caption, text_columns: Vec::new(), name_columns: Vec::new() }
     }
 
     /// Makes a column flush left.
@@ -94,8 +107,19 @@ impl Table {
         self
     }
 
+    /// Makes a column of short names flush left.
+    #[must_use]
+    pub fn name_column(mut self, column: usize) -> Self {
+        self.name_columns.push(column);
+        self
+    }
+
     fn class(&self, column: usize) -> &'static str {
-        if self.text_columns.contains(&column) { " class=\"text\"" } else { "" }
+        match () {
+            () if self.text_columns.contains(&column) => " class=\"text\"",
+            () if self.name_columns.contains(&column) => " class=\"name\"",
+            () => "",
+        }
     }
 
     /// Adds a row of plain text.

@@ -1,9 +1,10 @@
-//! Scores compared, and a whole run as one page: what `cpift-eval compare` and `cpift-eval report` do. Without libtorch.
+//! Scores compared, and a whole run as one page: what `cpift-eval compare`, `experiment` and `report` do. Without libtorch.
 
 mod args;
 mod bootstrap;
 mod chart;
 mod comparison;
+mod experiment;
 mod html;
 mod outputs;
 mod page;
@@ -11,17 +12,19 @@ mod runs;
 mod text;
 mod unit;
 
-pub use args::{CompareArgs, Format, ReportArgs};
+pub use args::{CompareArgs, ExperimentArgs, Format, ReportArgs};
 pub use comparison::{Comparison, Question, average_normalised_score};
 pub use unit::{ANS_FORMULA, Unit};
 
 use std::io::IsTerminal;
+use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::cli::{Common, print};
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output, write_text};
 
+use experiment::Experiment;
 use text::Bold;
 
 /// Runs `cpift-eval compare`.
@@ -42,19 +45,53 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
     }
     let question = Question { baseline: args.baseline.clone(), resamples: args.resamples, seed: args.seed };
     let comparison = Comparison::new(runs, question)?;
-    let colors = args.out.is_none() && std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let text = match args.format {
         _ if common.json => format!("{}\n", text::json(&comparison)),
-        Format::Terminal if colors => text::markdown(&comparison, Bold::Terminal),
-        Format::Terminal | Format::Markdown => text::markdown(&comparison, Bold::Markdown),
+        Format::Terminal => text::markdown(&comparison, bold(args.out.as_deref())),
+        Format::Markdown => text::markdown(&comparison, Bold::Markdown),
         Format::Csv => text::csv(&comparison),
         Format::Json => format!("{}\n", text::json(&comparison)),
         Format::Html => page::compared(&comparison),
     };
-    match &args.out {
-        Some(out) => write_text(out, &text, common.force),
+    show(args.out.as_deref(), &text, common)
+}
+
+/// Runs `cpift-eval experiment`.
+///
+/// # Errors
+/// As [`compare`].
+pub fn experiment(args: &ExperimentArgs, common: &Common) -> Result<()> {
+    if common.json && !matches!(args.format, Format::Terminal | Format::Json) {
+        return Err(usage("--json and --format name different forms"));
+    }
+    if let Some(out) = &args.out {
+        check_output(out, common.force)?;
+        check_not_input("--out", out, [args.file.as_path()])?;
+    }
+    let question = Question { baseline: None, resamples: args.resamples, seed: args.seed };
+    let experiment = Experiment::read(&args.file, question, common.force)?;
+    let text = match args.format {
+        _ if common.json => format!("{}\n", experiment::json(&experiment)),
+        Format::Terminal => experiment::markdown(&experiment, bold(args.out.as_deref())),
+        Format::Markdown => experiment::markdown(&experiment, Bold::Markdown),
+        Format::Csv => experiment::csv(&experiment),
+        Format::Json => format!("{}\n", experiment::json(&experiment)),
+        Format::Html => page::experiment(&experiment),
+    };
+    show(args.out.as_deref(), &text, common)
+}
+
+/// Bold type where a person reads it from a terminal.
+fn bold(out: Option<&Path>) -> Bold {
+    let terminal = out.is_none() && std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    if terminal { Bold::Terminal } else { Bold::Markdown }
+}
+
+fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
+    match out {
+        Some(out) => write_text(out, text, common.force),
         None => {
-            print(&text);
+            print(text);
             Ok(())
         }
     }

@@ -32,8 +32,25 @@ impl Run {
     /// # Errors
     /// [`BadInput`] when scores or outputs cannot be read; another version of scores.json is read as far as it can be with `force`.
     pub fn read(name: &str, path: &Path, force: bool) -> Result<Self> {
+        Ok(Self { outputs: outputs::read(path)?, ..Self::read_scores(name, path, force)? })
+    }
+
+    /// Reads one run's scores and nothing else.
+    ///
+    /// # Errors
+    /// As [`Run::read`].
+    pub fn read_scores(name: &str, path: &Path, force: bool) -> Result<Self> {
         let scores = if force { Scores::read_any_version(path)? } else { Scores::read(path)? };
-        Ok(Self { name: name.to_owned(), path: path.to_owned(), scores, outputs: outputs::read(path)? })
+        Ok(Self { name: name.to_owned(), path: path.to_owned(), scores, outputs: None })
+    }
+
+    /// The run without what was said on its rows, which may be long; their scores stay.
+    #[must_use]
+    pub fn without_texts(mut self) -> Self {
+        for output in self.outputs.iter_mut().flat_map(BTreeMap::values_mut).flatten() {
+            (output.prompt, output.output, output.reference, output.extracted) = (None, None, None, None);
+        }
+        self
     }
 
     /// The score of one task.
@@ -77,27 +94,41 @@ fn default_name(path: &Path) -> String {
 pub fn check_comparable(runs: &[Run]) -> Result<()> {
     let Some((first, others)) = runs.split_first() else { return Ok(()) };
     for other in others {
-        if let Some((what, expected, found)) = difference(&first.scores.tasks, &other.scores.tasks) {
-            return Err(BadInput::new(
-                &other.path,
-                format!(
-                    "{} was scored on other tasks or rows than {} ({}): {what}",
-                    other.name,
-                    first.name,
-                    first.path.display()
-                ),
-            )
-            .expected(expected)
-            .found(found)
-            .hint("score both on the same tasks.toml with the same --limit and lengths; --force compares all the same")
-            .into());
+        if let Some(difference) = difference(&first.scores.tasks, &other.scores.tasks) {
+            return Err(refusal(first, other, difference));
         }
     }
     Ok(())
 }
 
+/// As [`check_comparable`], for runs that need not have the same tasks: those that two of them have must be the same ones.
+///
+/// # Errors
+/// [`BadInput`] that names both runs and the first difference.
+pub fn check_shared_tasks(runs: &[Run]) -> Result<()> {
+    let mut first: BTreeMap<&str, (&Run, &TaskScore)> = BTreeMap::new();
+    for (run, task) in runs.iter().flat_map(|run| run.scores.tasks.iter().map(move |task| (run, task))) {
+        let (other, known) = *first.entry(&task.task).or_insert((run, task));
+        if let Some(difference) = task_difference(known, task) {
+            return Err(refusal(other, run, difference));
+        }
+    }
+    Ok(())
+}
+
+fn refusal(first: &Run, other: &Run, (what, expected, found): Difference) -> anyhow::Error {
+    let (name, first_name, path) = (&other.name, &first.name, first.path.display());
+    BadInput::new(&other.path, format!("{name} was scored on other tasks or rows than {first_name} ({path}): {what}"))
+        .expected(expected)
+        .found(found)
+        .hint("score both on the same tasks.toml with the same --limit and lengths; --force compares all the same")
+        .into()
+}
+
 /// What differs, and both sides of it.
-fn difference(a: &[TaskScore], b: &[TaskScore]) -> Option<(String, String, String)> {
+type Difference = (String, String, String);
+
+fn difference(a: &[TaskScore], b: &[TaskScore]) -> Option<Difference> {
     let names = |tasks: &[TaskScore]| tasks.iter().map(|t| t.task.clone()).collect::<Vec<_>>().join(", ");
     if names(a) != names(b) {
         return Some(("the tasks".into(), names(a), names(b)));
@@ -105,7 +136,7 @@ fn difference(a: &[TaskScore], b: &[TaskScore]) -> Option<(String, String, Strin
     a.iter().zip(b).find_map(|(a, b)| task_difference(a, b))
 }
 
-fn task_difference(a: &TaskScore, b: &TaskScore) -> Option<(String, String, String)> {
+fn task_difference(a: &TaskScore, b: &TaskScore) -> Option<Difference> {
     let named = |what: &str| format!("{what} of {}", a.task);
     if a.eval_digest != b.eval_digest {
         return Some((named("the evaluation file"), a.eval_digest.to_string(), b.eval_digest.to_string()));

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use crate::comparison::{Cell, Column, Comparison, Delta};
+use crate::html::symbols;
 use crate::unit::{ANS_FORMULA, Unit};
 
 /// How the best of a column stands out.
@@ -42,10 +43,15 @@ pub fn markdown(comparison: &Comparison, bold: Bold) -> String {
 }
 
 /// A cell of a table and whether it stands out.
-type Text = (String, bool);
+pub type Text = (String, bool);
 
-fn plain(text: impl Into<String>) -> Text {
-    (text.into(), false)
+fn plain(text: impl AsRef<str>) -> Text {
+    (visible(text.as_ref()), false)
+}
+
+/// Text from outside on one line of a table: it moves no cursor and ends no cell.
+pub fn visible(text: &str) -> String {
+    symbols(text).replace(['\n', '\t'], " ").replace('|', "\\|")
 }
 
 /// The name of a column.
@@ -97,7 +103,7 @@ pub fn delta_text(unit: Unit, delta: &Delta) -> String {
 }
 
 /// A Markdown table whose columns line up as plain text too; the first column is flush left.
-fn aligned(lines: &[Vec<Text>], bold: Bold) -> String {
+pub fn aligned(lines: &[Vec<Text>], bold: Bold) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let (open, close) = bold.marks();
     // A terminal's marks take no room.
@@ -150,7 +156,7 @@ pub fn csv(comparison: &Comparison) -> String {
 }
 
 /// A field of CSV (RFC 4180).
-fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
     if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_owned() }
 }
 

@@ -37,9 +37,14 @@ fn section<'a>(html: &'a Html, id: &str) -> ElementRef<'a> {
 
 #[test]
 fn every_picture_has_a_name_and_its_numbers_in_a_table() {
-    let page = text_of(&Folder::whole(), &[]);
+    let f = Folder::whole();
+    f.add_experiments();
+    let page = text_of(&f, &[]);
     let html = Html::parse_document(&page);
-    for (id, pictures) in [("seesaw", 2), ("overlap", 1), ("density", 2), ("training", 2), ("forgetting", 1)] {
+    // All tasks and each of two; a sweep; losses and gains.
+    for (id, pictures) in
+        [("experiments", 3 + 1 + 1), ("seesaw", 2), ("overlap", 1), ("density", 2), ("training", 2), ("forgetting", 1)]
+    {
         let svg = Selector::parse("figure svg[role=img]").unwrap();
         assert_eq!(section(&html, id).select(&svg).count(), pictures, "{id}");
     }
@@ -63,7 +68,7 @@ fn the_sections_are_landmarks_that_the_navigation_leads_to() {
     let ids: Vec<String> =
         select(&html, "main section h2").iter().map(|h| format!("#{}", h.value().attr("id").unwrap())).collect();
     assert_eq!(links, ids);
-    assert_eq!(ids.len(), 8);
+    assert_eq!(ids.len(), 8, "no experiments, no section of them");
     assert_eq!((select(&html, "h1").len(), select(&html, "html[lang=en]").len()), (1, 1));
     assert_eq!(select(&html, "a.skip[href='#content']").len(), 1);
     // Boxes that scroll are reached by keyboard and have a name.
@@ -75,7 +80,9 @@ fn the_sections_are_landmarks_that_the_navigation_leads_to() {
 
 #[test]
 fn what_a_model_wrote_is_text_and_nothing_else() {
-    let page = text_of(&Folder::whole(), &[]);
+    let f = Folder::whole();
+    f.add_experiments();
+    let page = text_of(&f, &[]);
     // For scripts/check-report.sh, which opens it in a browser.
     std::fs::write(concat!(env!("CARGO_TARGET_TMPDIR"), "/report.html"), &page).unwrap();
     let html = Html::parse_document(&page);
@@ -164,4 +171,46 @@ fn an_existing_page_and_a_folder_of_something_else_are_refused() {
     let other = tempfile::tempdir().unwrap();
     let error = report(&parse(other.path().to_str().unwrap()), &common(false)).unwrap_err().to_string();
     assert!(error.contains("no folder of a run") && error.contains("RUN="), "{error}");
+}
+
+#[test]
+fn experiments_are_a_section_of_their_own() {
+    let f = Folder::whole();
+    f.add_experiments();
+    f.write("experiments/4-broken.json", "{}");
+    f.write("experiments/notes.txt", "no experiment");
+    let page = text_of(&f, &[]);
+    let html = Html::parse_document(&page);
+    assert!(html.errors.is_empty(), "{:?}", html.errors);
+    let links: Vec<&str> = select(&html, "nav[aria-label] a").iter().map(|a| a.value().attr("href").unwrap()).collect();
+    assert_eq!((links[0], links.len()), ("#experiments", 9));
+    let part = section(&html, "experiments");
+    let of = |css: &str| part.select(&Selector::parse(css).unwrap()).map(text).collect::<Vec<String>>();
+    let titles = ["The 1-methods experiment", "The 2-sweep experiment", "The 3-forgetting experiment", "4-broken.json"];
+    assert_eq!(of("h3"), titles);
+    assert!(of(".missing")[0].contains("4-broken.json") && of(".missing").len() == 1, "{:?}", of(".missing"));
+    // cpi-ft on copy: 24, 22 and 22 rows of 40.
+    let best = of("td strong");
+    assert!(best.contains(&"56.7 ± 2.9".to_owned()), "{best:?}");
+    // Two methods besides the baseline, for all tasks and each; three places on two lines.
+    assert_eq!((of("svg circle[class=s0]").len(), of("svg path[class^=s]").len()), (2 * 3, 2));
+    assert_eq!((of("svg circle").len(), of("svg rect").len()), (2 * 3 + 2 * 3, 2 * 2));
+    let svg = Selector::parse("svg").unwrap();
+    let labels: Vec<&str> = part.select(&svg).map(|svg| svg.value().attr("aria-label").unwrap()).collect();
+    assert!(labels[0].starts_with("mean of the tasks, mean against full-sft: cpi-ft +"), "{labels:?}");
+    assert!(labels[3].contains("by p (%). cpi-ft: ") && labels[3].contains(" at 0.1, "), "{labels:?}");
+    assert!(labels[4].contains("full-sft ΔA −"), "{labels:?}");
+}
+
+#[test]
+fn a_run_of_experiments_alone_is_a_run() {
+    let f = Folder::new();
+    f.add_experiments();
+    let page = text_of(&f, &[]);
+    let html = Html::parse_document(&page);
+    assert_eq!(select(&html, "main section").len(), 9);
+    let said: Vec<String> = select(&html, ".missing").into_iter().map(text).collect();
+    for part in ["No scores", "No groups.json", "No masks", "No metrics.jsonl", "over two stages", "No cpift.json"] {
+        assert!(said.iter().any(|s| s.contains(part)), "{part}: {said:?}");
+    }
 }

@@ -1,6 +1,8 @@
 //! report.html: all that a run came to, on one page that opens from disk.
 
 mod cores;
+mod experiments;
+mod plots;
 mod records;
 mod samples;
 mod scores;
@@ -17,6 +19,7 @@ use crate::comparison::{Comparison, Question};
 use crate::html::{escape, missing, page};
 use crate::runs::{Run, check_comparable};
 
+pub use experiments::alone as experiment;
 pub use scores::compared;
 
 /// The methods as the pipeline names them, in the order a reader expects; others stand between these by name.
@@ -46,9 +49,10 @@ impl Section {
 pub fn render(args: &ReportArgs) -> Result<String> {
     let folder = &args.run;
     let records = records::find(folder)?;
-    if records.is_empty() && !folder.join("scores").is_dir() {
+    let experiments = experiments::files(folder)?;
+    if records.is_empty() && experiments.is_empty() && !folder.join("scores").is_dir() {
         return Err(BadInput::new(folder, "is no folder of a run")
-            .expected("scores/, groups.json, or outputs with their cpift.json")
+            .expected("scores/, groups.json, experiments/, or outputs with their cpift.json")
             .hint("give the RUN= folder of make pipeline")
             .into());
     }
@@ -65,7 +69,7 @@ pub fn render(args: &ReportArgs) -> Result<String> {
             (Err(anyhow::anyhow!("{e:#}")), again(), again())
         }
     };
-    let sections = [
+    let mut sections = vec![
         Section::new("scores", "Scores", table),
         Section::new("seesaw", "Gain and loss by task", seesaw),
         Section::new("overlap", "Overlap of the core regions", cores::overlap(folder)),
@@ -75,6 +79,10 @@ pub fn render(args: &ReportArgs) -> Result<String> {
         Section::new("outputs", "Sample outputs", outputs),
         Section::new("provenance", "Provenance", Ok(records::section(folder, &records))),
     ];
+    if !experiments.is_empty() {
+        let body = experiments::section(args, &experiments);
+        sections.insert(0, Section::new("experiments", "Experiments", Ok(body)));
+    }
     let name = folder.canonicalize().unwrap_or_else(|_| folder.clone());
     let name = name.file_name().map_or_else(|| folder.display().to_string(), |n| n.to_string_lossy().into_owned());
     Ok(page(&format!("CPI-FT run {name}"), &body(&name, &sections, comparison.ok().flatten().as_ref())))

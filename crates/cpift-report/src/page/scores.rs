@@ -127,7 +127,8 @@ pub fn seesaw(comparison: &Comparison) -> String {
     figure(&pictures, &caption, vec![table])
 }
 
-fn unit_words(unit: Unit) -> &'static str {
+/// What differences are measured in.
+pub fn unit_words(unit: Unit) -> &'static str {
     match unit {
         Unit::Percent => "percentage points",
         Unit::Rating => "points of 10",

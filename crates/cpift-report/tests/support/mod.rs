@@ -34,6 +34,11 @@ impl Folder {
 
     /// The scores of a model and its outputs: per task the score of every row.
     pub fn score(&self, name: &str, tasks: &[(&str, &[f64])]) -> PathBuf {
+        self.score_at(&format!("scores/{name}"), tasks)
+    }
+
+    /// As [`Folder::score`], in any folder of the run.
+    pub fn score_at(&self, folder: &str, tasks: &[(&str, &[f64])]) -> PathBuf {
         let lines = tasks.iter().flat_map(|(task, scores)| {
             scores.iter().enumerate().map(move |(i, score)| {
                 json!({"task": task, "row": i + 1, "prompt": format!("{task} question {}", i + 1), "output": HOSTILE,
@@ -42,23 +47,89 @@ impl Folder {
                     + "\n"
             })
         });
-        self.write(&format!("scores/{name}/outputs.jsonl"), &lines.collect::<String>());
+        self.write(&format!("{folder}/outputs.jsonl"), &lines.collect::<String>());
         let tasks = tasks.iter().map(|(task, scores)| task_score(task, Some(Figure::mean("acc", scores))));
-        self.write_scores(name, tasks.collect())
+        self.write_scores_at(folder, tasks.collect())
     }
 
     pub fn write_scores(&self, name: &str, tasks: Vec<TaskScore>) -> PathBuf {
-        let scores = Scores { format_version: 1, model: name.into(), model_digest: Digest::blank(), tasks };
-        self.write(&format!("scores/{name}/scores.json"), &serde_json::to_string(&scores).unwrap());
-        self.path(&format!("scores/{name}"))
+        self.write_scores_at(&format!("scores/{name}"), tasks)
+    }
+
+    pub fn write_scores_at(&self, folder: &str, tasks: Vec<TaskScore>) -> PathBuf {
+        let scores = Scores { format_version: 1, model: folder.into(), model_digest: Digest::blank(), tasks };
+        self.write(&format!("{folder}/scores.json"), &serde_json::to_string(&scores).unwrap());
+        self.path(folder)
+    }
+
+    /// Writes experiments/NAME.json: `more` over the fields that every experiment has. Its path.
+    pub fn experiment(&self, name: &str, kind: &str, more: &Value) -> PathBuf {
+        let mut value = json!({"format_version": 1, "name": name, "title": format!("The {name} experiment"),
+            "question": "Does it hold?", "kind": kind});
+        more.as_object().unwrap().iter().for_each(|(key, field)| value[key] = field.clone());
+        self.write(&format!("experiments/{name}.json"), &value.to_string());
+        self.path(&format!("experiments/{name}.json"))
     }
 
     /// Changes a scores.json.
     pub fn edit(&self, name: &str, edit: impl FnOnce(&mut Value)) {
-        let path = self.path(&format!("scores/{name}/scores.json"));
+        self.edit_at(&format!("scores/{name}"), edit);
+    }
+
+    /// As [`Folder::edit`], in any folder of the run.
+    pub fn edit_at(&self, folder: &str, edit: impl FnOnce(&mut Value)) {
+        let path = self.path(&format!("{folder}/scores.json"));
         let mut value: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
         edit(&mut value);
         fs::write(path, value.to_string()).unwrap();
+    }
+
+    /// Three experiments over seeds: methods at one budget, a sweep, and forgetting.
+    pub fn add_experiments(&self) {
+        let seeds = |method: &str, shift: usize| -> Vec<String> {
+            let folder = |seed: usize| format!("store/{method}-{seed}");
+            for seed in 0..3 {
+                let right = |row: usize, task: usize| ((row * 7 + task) % 10 < 4 + shift) != (row < seed * (2 + shift));
+                let rows = |task| -> Vec<f64> { (0..40).map(|row| f64::from(u8::from(right(row, task)))).collect() };
+                self.score_at(&folder(seed), &[("copy", &rows(0)), ("pick", &rows(5))]);
+            }
+            (0..3).map(folder).collect()
+        };
+        let (full, cpi, tuned) = (seeds("full-sft", 0), seeds("cpi-ft", 2), seeds("tuned", 1));
+        let named = |name: &str, runs: &[String]| json!({"name": name, "tokens": 801514, "runs": runs});
+        self.experiment(
+            "1-methods",
+            "scores",
+            &json!({"baseline": "full-sft", "rows": [named("full-sft", &full), named("cpi-ft", &cpi), named(HOSTILE, &tuned)]}),
+        );
+        let at =
+            |series: &str, x: f64, runs: &[String]| json!({"name": series, "series": series, "x": x, "runs": runs});
+        let rows = [
+            at("cpi-ft", 0.1, &tuned),
+            at("cpi-ft", 1.0, &cpi),
+            at("cpi-ft", 10.0, &tuned),
+            at("full-sft", 0.1, &full),
+            at("full-sft", 1.0, &full),
+            at("full-sft", 10.0, &tuned),
+        ];
+        self.experiment(
+            "2-sweep",
+            "scores",
+            &json!({"axis": {"label": "p (%)", "log": true}, "baseline": "full-sft", "rows": rows}),
+        );
+        let pair = |a: &str, b: &str, first: &str, second: &str| json!({"first": a, "second": b, "after_first": first, "after_second": second});
+        let ones = |n: usize| -> Vec<f64> { (0..40).map(|row| f64::from(u8::from(row < n))).collect() };
+        self.score_at("store/copied", &[("copy", &ones(32)), ("pick", &ones(8))]);
+        self.score_at("store/picked", &[("copy", &ones(4)), ("pick", &ones(28))]);
+        let pairs = |after: &[String]| {
+            let both = |i: usize| {
+                [pair("copy", "pick", "store/copied", &after[i]), pair("pick", "copy", "store/picked", &after[i])]
+            };
+            (0..3).flat_map(both).collect::<Vec<_>>()
+        };
+        let rows =
+            [json!({"name": "full-sft", "pairs": pairs(&full)}), json!({"name": "cpi-ft", "pairs": pairs(&tuned)})];
+        self.experiment("3-forgetting", "forgetting", &json!({"baseline": "full-sft", "rows": rows}));
     }
 
     /// Everything a finished pipeline leaves.

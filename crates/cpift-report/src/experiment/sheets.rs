@@ -1,0 +1,202 @@
+//! An experiment's tables and the words under them, the same for text and page.
+
+use super::{Cell, Column, Experiment, Forgetting, Method, Outcome, Seeds, counted};
+use crate::comparison::Question;
+use crate::text::{Text, delta_text};
+use crate::unit::{ANS_FORMULA, Unit};
+
+/// A table: cells and whether they stand out.
+#[derive(Debug, Clone)]
+pub struct Sheet {
+    /// What it shows.
+    pub caption: String,
+    /// Names of the columns; what follows a line break may be set small.
+    pub header: Vec<String>,
+    /// Its lines; the first cell names one.
+    pub lines: Vec<Vec<Text>>,
+    /// How many columns from the left are names.
+    pub names: usize,
+}
+
+impl Experiment {
+    /// The tables.
+    pub fn sheets(&self) -> Vec<Sheet> {
+        match &self.outcome {
+            Outcome::Scores(seeds) => {
+                let base = self.head.baseline.as_deref().filter(|_| seeds.compared());
+                [scores(seeds)].into_iter().chain(base.map(|name| differences(seeds, name))).collect()
+            }
+            Outcome::Forgetting(forgetting) => vec![changes(forgetting), by_pair(forgetting)],
+        }
+    }
+
+    /// What was done, and what the reader must know.
+    pub fn words(&self) -> Vec<String> {
+        match &self.outcome {
+            Outcome::Scores(seeds) => seeds_words(seeds, &self.head.baseline, &self.question),
+            Outcome::Forgetting(forgetting) => forgetting_words(forgetting, &self.question),
+        }
+    }
+}
+
+fn plain(text: impl Into<String>) -> Text {
+    (text.into(), false)
+}
+
+fn heading(column: &Column) -> String {
+    match (&column.task, column.unit) {
+        (Some(task), Unit::Nats) => format!("{task}\nnll"),
+        (Some(task), unit) => format!("{task}\n{} {}", column.figure, unit.symbol()),
+        (None, Unit::Percent) => format!("{}\n%", column.figure),
+        (None, _) => column.figure.clone(),
+    }
+}
+
+/// The cells that tell a row from others: its name, and its place on the axis.
+fn named(seeds: &Seeds, row: usize) -> impl Iterator<Item = Text> {
+    let row = &seeds.rows[row];
+    [plain(&row.name)].into_iter().chain(row.x.map(|x| plain(x.to_string())))
+}
+
+fn name_columns(seeds: &Seeds) -> impl Iterator<Item = String> {
+    ["method".to_owned()].into_iter().chain(seeds.axis.as_ref().map(|axis| axis.label.clone()))
+}
+
+fn scores(seeds: &Seeds) -> Sheet {
+    let tokens = seeds.rows.iter().any(|row| row.tokens.is_some());
+    let more = tokens.then(|| "tokens".to_owned());
+    let header = name_columns(seeds).chain(more).chain(seeds.columns().map(heading)).collect();
+    let line = |row: usize| {
+        let known = seeds.rows[row].tokens.map_or("-".to_owned(), |n| n.to_string());
+        let cells = seeds.columns().map(|column| column.cells[row].text(column.unit));
+        named(seeds, row).chain(tokens.then(|| plain(known))).chain(cells).collect()
+    };
+    let caption = match seeds.seeds {
+        1 => "Scores of every method".to_owned(),
+        n => format!("Scores of every method: mean ± standard deviation over {n} seeds"),
+    };
+    Sheet { caption, header, lines: (0..seeds.rows.len()).map(line).collect(), names: 1 }
+}
+
+fn differences(seeds: &Seeds, baseline: &str) -> Sheet {
+    let header = name_columns(seeds).chain(seeds.columns().map(heading)).collect();
+    let line = |row: usize| {
+        let cell = |column: &Column| {
+            plain(column.deltas[row].as_ref().map_or("-".into(), |delta| delta_text(column.unit, delta)))
+        };
+        named(seeds, row).chain(seeds.columns().map(cell)).collect()
+    };
+    let rows = (0..seeds.rows.len()).filter(|row| seeds.baselines[*row].is_some());
+    let alone = seeds.rows.iter().filter(|row| row.name == baseline).count() == 1;
+    let place = seeds.axis.as_ref().filter(|_| !alone);
+    let place = place.map_or(String::new(), |axis| format!(" at the same {}", axis.label));
+    Sheet { caption: format!("Difference to {baseline}{place}"), header, lines: rows.map(line).collect(), names: 1 }
+}
+
+fn seeds_words(seeds: &Seeds, baseline: &Option<String>, question: &Question) -> Vec<String> {
+    let mut words = vec![format!("{} Best in bold.", seeds.spread_words())];
+    if let Some(name) = baseline.as_ref().filter(|_| seeds.compared()) {
+        words.push(format!("Differences to {name}: {}.", seeds.interval_words(question)));
+        if seeds.seeds > 1 {
+            let n = seeds.seeds;
+            words.push(format!(
+                "The seeds' part of such an interval is narrow: {n} draws of {n} have {}/{n} of their variance.",
+                n - 1
+            ));
+        }
+    }
+    words.extend(seeds.notes.iter().cloned());
+    let ans = seeds.ans.cells.iter().any(|cell| matches!(cell, Cell::Value(..)));
+    words.extend(ans.then(|| ANS_FORMULA.to_owned()));
+    words
+}
+
+/// Which of `values` are the best, where they differ.
+fn best(values: &[Option<f64>]) -> Vec<bool> {
+    let known = values.iter().flatten();
+    let (low, high) = known.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
+    values.iter().map(|value| low < high && *value == Some(high)).collect()
+}
+
+fn changes(forgetting: &Forgetting) -> Sheet {
+    let (unit, methods, seeds) = (forgetting.unit, &forgetting.methods, forgetting.has_seeds());
+    let cuts = methods.iter().any(|method| method.cut.is_some());
+    let symbol = unit.symbol();
+    let header = ["method".to_owned(), format!("ΔA\n{symbol}"), format!("ΔB\n{symbol}"), "pairs".to_owned()];
+    let more = [seeds.then(|| "pairs and seeds".to_owned()), cuts.then(|| "loss avoided\n%".to_owned())];
+    let of = |value: fn(&Method) -> Option<f64>| best(&methods.iter().map(value).collect::<Vec<_>>());
+    let (first, second) = (of(|m| Some(m.first.mean())), of(|m| Some(m.second.mean())));
+    let cut = of(|m| m.cut.as_ref().map(|cut| cut.value));
+    let line = |(i, method): (usize, &Method)| {
+        let cells = [
+            plain(&method.name),
+            (method.first.signed(unit), first[i]),
+            (method.second.signed(unit), second[i]),
+            plain(method.pairs().to_string()),
+        ];
+        let more = [seeds.then(|| plain(method.changes.len().to_string())), cuts.then(|| (cut_text(method), cut[i]))];
+        cells.into_iter().chain(more.into_iter().flatten()).collect()
+    };
+    Sheet {
+        caption: "What training on a second task did to the first (ΔA) and to the second itself (ΔB)".to_owned(),
+        header: header.into_iter().chain(more.into_iter().flatten()).collect(),
+        lines: methods.iter().enumerate().map(line).collect(),
+        names: 1,
+    }
+}
+
+/// The share of the baseline's loss that a method avoids, in percent, with its interval.
+pub fn cut_text(method: &Method) -> String {
+    let percent = |share: f64| Unit::Percent.text(share).replace('-', "−");
+    method.cut.as_ref().map_or("-".to_owned(), |cut| match cut.interval {
+        Some((low, high)) => format!("{} [{}, {}]", percent(cut.value), percent(low), percent(high)),
+        None => percent(cut.value),
+    })
+}
+
+fn by_pair(forgetting: &Forgetting) -> Sheet {
+    let methods = &forgetting.methods;
+    let names = methods.iter().map(|method| method.name.clone());
+    let header = ["first", "second"].map(str::to_owned).into_iter().chain(names).collect();
+    let line = |pair: &(String, String)| {
+        let spreads: Vec<Option<super::Spread>> = methods
+            .iter()
+            .map(|method| {
+                let values: Vec<f64> = method.of_pair(pair).map(|change| change.first).collect();
+                (!values.is_empty()).then_some(super::Spread { values })
+            })
+            .collect();
+        let best = best(&spreads.iter().map(|s| s.as_ref().map(super::Spread::mean)).collect::<Vec<_>>());
+        let cell = |(spread, best): (&Option<super::Spread>, bool)| {
+            (spread.as_ref().map_or("-".to_owned(), |s| s.signed(forgetting.unit)), best)
+        };
+        [plain(&pair.0), plain(&pair.1)].into_iter().chain(spreads.iter().zip(best).map(cell)).collect()
+    };
+    Sheet {
+        caption: format!("ΔA of every pair of tasks ({})", forgetting.unit.symbol()),
+        header,
+        lines: forgetting.pairs.iter().map(line).collect(),
+        names: 2,
+    }
+}
+
+fn forgetting_words(forgetting: &Forgetting, question: &Question) -> Vec<String> {
+    let over = if forgetting.has_seeds() { "pairs and seeds" } else { "pairs" };
+    let unit = match forgetting.unit {
+        Unit::Percent => "percentage points",
+        _ => "points of 10, fractions times 10",
+    };
+    let mut words = vec![format!(
+        "ΔA: the metric of the first task after the second, less that after the first (below zero: forgotten); ΔB: the same of the \
+         second task. Both in {unit}; mean ± sample standard deviation over {over} ({} in all). Best in bold.",
+        counted(forgetting.pairs.len(), "pair")
+    )];
+    if let Some(base) = forgetting.baseline.map(|base| &forgetting.methods[base].name) {
+        words.push(format!(
+            "Loss avoided: 1 − ΔA/ΔA of {base}, in percent, with its interval ({}).",
+            forgetting.interval_words(question)
+        ));
+    }
+    words.extend(forgetting.notes.iter().cloned());
+    words
+}
