@@ -3,6 +3,7 @@
 mod answers;
 mod args;
 mod metrics;
+mod plan;
 mod prompt;
 mod run;
 
