@@ -20,7 +20,7 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
         Command::Run(run_args) => run::run(&run_args, &args.common),
-        Command::Judge(judge_args) => cpift_judge::run(&judge_args, &args.common),
+        Command::Judge(judge_args) => cpift_judge::run(env!("CARGO_PKG_NAME"), &judge_args, &args.common),
         Command::Compare(compare_args) => cpift_report::compare(&compare_args, &args.common),
         Command::Report(report_args) => cpift_report::report(&report_args, &args.common),
     }
