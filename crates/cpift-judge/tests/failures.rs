@@ -11,14 +11,16 @@ fn respond(status: u16, body: &str) -> Act {
     Act::Respond(status, "", body.to_owned())
 }
 
+/// How an endpoint fails.
+type Failing = fn() -> Act;
+
 /// The first request for each question fails by `act`, the second is answered.
-fn fails_once(act: fn() -> Act) -> Server {
+fn fails_once(act: Failing) -> Server {
     Server::start(move |_, before| if before == 0 { act() } else { says("[[6]]") })
 }
 
 #[test]
 fn what_passes_is_asked_again() {
-    type Failing = fn() -> Act;
     let cases: [(Failing, &str); 5] = [
         (|| respond(429, "{\"error\": \"slow down\"}"), "429"),
         (|| respond(500, "oops"), "500"),
@@ -119,7 +121,7 @@ fn a_judge_that_fails_throughout_leaves_the_grades_that_were_there() {
 
 #[test]
 fn a_reply_without_use_is_no_verdict_and_is_asked_again() {
-    let cases: [(fn() -> Act, &str); 4] = [
+    let cases: [(Failing, &str); 4] = [
         (|| ends("null", "stop"), "the reply is empty"),
         (|| ends("\" \\n\"", "stop"), "the reply is empty"),
         (|| ends("\"Let me think\"", "length"), "cut off at 64 tokens, before its rating: raise --max-tokens"),
@@ -232,7 +234,7 @@ fn a_refused_key_stops_everything_at_once_and_is_not_repeated() {
 
 #[test]
 fn the_key_is_taken_out_of_whatever_comes_back() {
-    let cases: [fn() -> Act; 4] = [
+    let cases: [Failing; 4] = [
         || says(&format!("You sent {KEY}. [[6]]")),
         || respond(200, &format!("<html>{KEY}</html>")),
         || respond(500, KEY),
@@ -249,7 +251,7 @@ fn the_key_is_taken_out_of_whatever_comes_back() {
 
 #[test]
 fn a_wrong_address_stops_everything_at_once() {
-    let cases: [fn() -> Act; 2] =
+    let cases: [Failing; 2] =
         [|| respond(404, "no such page"), || Act::Respond(307, "location: http://127.0.0.1:9/\r\n", "moved".into())];
     for act in cases {
         let e = Evaluation::new(&["a", "b"]);

@@ -155,7 +155,7 @@ mod tests {
         let text = |i: i64, n: i64| -> Vec<i64> { (0..n).map(|j| (17 * i + 5 * j * j) % 250).collect() };
         let items: Vec<Alternatives> =
             (0..24).map(|i| Alternatives { context: text(i, 20), continuations: vec![text(i + 9, 100 - i)] }).collect();
-        assert!(24 * 99 > 2 * LOSS_CHUNK);
+        const { assert!(24 * 99 > 2 * LOSS_CHUNK) };
         let all = alternatives(&model, &items, 24, || ()).unwrap();
         for (item, found) in items.iter().zip(all) {
             let ids: Vec<i64> = item.context.iter().chain(&item.continuations[0]).copied().collect();
