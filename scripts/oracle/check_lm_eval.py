@@ -4,9 +4,11 @@
 DATA has gsm8k/eval.jsonl and logiqa/eval.jsonl with `messages` (GSM8K: question and worked solution; LogiQA: passage, question and
 lettered options in the user's turn; `choices`, `answer`). The harness reads them through its own task files, dataset aside.
 
-Demanded: the same extracted answers on at least 99 of 100 rows, log-likelihoods within 1e-3 nats, the same acc and acc_norm.
+Demanded: the same extracted answers on at least 99 of 100 rows, log-likelihoods within 1e-3 nats, the same acc and acc_norm; where all
+answers are the same, the same means and standard errors of GSM8K.
 """
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -42,11 +44,22 @@ def harness_task(name, work, count):
     return f"local_{name}"
 
 
+def inputs(args):
+    """What the harness's part depends on: weights (by path, size and time), the rows themselves, how many, and the task list."""
+    weights = sorted(args.model.resolve().glob("*.safetensors"))
+    text = "".join(json.dumps(rows(args.data / name / "eval.jsonl", args.limit)) for name in ("gsm8k", "logiqa"))
+    return {"model": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in weights], "limit": args.limit,
+            "data": hashlib.sha256(text.encode()).hexdigest(), "tasks": hashlib.sha256(TASKS.read_bytes()).hexdigest()}
+
+
 def run_harness(args):
-    """One list of samples a task, kept in the work folder: what the harness takes minutes for is not asked twice."""
-    kept = args.work / "harness.json"
+    """One list of samples a task, kept in the work folder: what the harness takes minutes for is not asked twice of the same inputs."""
+    kept, asked = args.work / "harness.json", inputs(args)
     if kept.is_file():
-        return json.loads(kept.read_text())
+        found = json.loads(kept.read_text())
+        if found.get("inputs") == asked:
+            return found
+        print(f"{kept} is of another model, other rows or another limit: the harness runs again")
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -61,6 +74,7 @@ def run_harness(args):
                             device="cpu", batch_size=args.batch_size, task_manager=TaskManager(include_path=str(args.work)))
     gsm8k, logiqa = (found["samples"][name] for name in names)
     result = {
+        "inputs": asked,
         "gsm8k": [{"row": s["doc_id"] + 1, "filter": s["filter"], "extracted": s["filtered_resps"][0] if
                    isinstance(s["filtered_resps"], list) else s["filtered_resps"], "output": s["resps"][0][0],
                    "score": s["exact_match"]} for s in gsm8k],
@@ -86,9 +100,9 @@ def run_ours(args):
 
 
 def compare_gsm8k(harness, ours):
-    """Rows whose extracted answers agree, by filter, and whose whole outputs do."""
+    """Rows whose extracted answers agree, by filter, and whose whole outputs do: whether enough do, and the filters where all do."""
     fields = {"strict-match": "extracted", "flexible-extract": "flexible_extract"}
-    ok = True
+    ok, alike = True, set()
     by_row = {o["row"]: o for o in ours}
     for name, field in fields.items():
         samples = [s for s in harness if s["filter"] == name]
@@ -96,7 +110,9 @@ def compare_gsm8k(harness, ours):
         outputs = sum(s["output"] == by_row[s["row"]]["output"] for s in samples)
         print(f"gsm8k {name}: {same} of {len(samples)} extracted answers the same; {outputs} outputs the same byte for byte")
         ok &= same >= SAME_ANSWERS * len(samples)
-    return ok
+        if same == len(samples):
+            alike.add(name)
+    return ok, alike
 
 
 def compare_logiqa(harness, ours):
@@ -109,20 +125,18 @@ def compare_logiqa(harness, ours):
     return apart <= LOG_LIKELIHOOD and judged == len(pairs)
 
 
-def compare_means(harness, scores):
-    """acc, acc_norm and their standard errors, as both report them."""
+def compare_means(harness, scores, alike):
+    """acc, acc_norm, GSM8K's exact_match and their standard errors, as both report them; GSM8K's by the filters in `alike` must agree."""
+    figure = lambda task, name: task["metric"] if task["metric"]["name"] == name else task["also"][name]
+    pairs = [("logiqa", f"{name},none", name, True) for name in ("acc", "acc_norm")]
+    pairs += [("gsm8k", "exact_match,strict-match", "exact_match", "strict-match" in alike),
+              ("gsm8k", "exact_match,flexible-extract", "exact_match_flexible", "flexible-extract" in alike)]
     ok = True
-    task = scores["logiqa"]
-    for name in ("acc", "acc_norm"):
-        figure = task["metric"] if task["metric"]["name"] == name else task["also"][name]
-        theirs, stderr = harness["logiqa"][f"{name},none"], harness["logiqa"][f"{name}_stderr,none"]
-        print(f"logiqa {name}: harness {theirs:.4f} ± {stderr:.4f}, ours {figure['value']:.4f} ± {figure['stderr']:.4f}")
-        ok &= abs(theirs - figure["value"]) < 1e-9 and abs(stderr - figure["stderr"]) < 1e-9
-    for name, theirs in harness["gsm8k"].items():
-        if name.startswith("exact_match,"):
-            task = scores["gsm8k"]
-            figure = task["metric"] if name.endswith("strict-match") else task["also"]["exact_match_flexible"]
-            print(f"gsm8k {name}: harness {theirs:.4f}, ours {figure['value']:.4f}")
+    for task, theirs, name, demanded in pairs:
+        ours = figure(scores[task], name)
+        mean, stderr = harness[task][theirs], harness[task][theirs.replace(",", "_stderr,")]
+        print(f"{task} {name}: harness {mean:.4f} ± {stderr:.4f}, ours {ours['value']:.4f} ± {ours['stderr']:.4f}")
+        ok &= not demanded or (abs(mean - ours["value"]) < 1e-9 and abs(stderr - ours["stderr"]) < 1e-9)
     return ok
 
 
@@ -141,8 +155,8 @@ def main():
     if args.ours is None:
         return 0
     outputs, scores = run_ours(args)
-    checks = [compare_gsm8k(harness["gsm8k"], outputs["gsm8k"]), compare_logiqa(harness["logiqa"], outputs["logiqa"]),
-              compare_means(harness["results"], scores)]
+    enough, alike = compare_gsm8k(harness["gsm8k"], outputs["gsm8k"])
+    checks = [enough, compare_logiqa(harness["logiqa"], outputs["logiqa"]), compare_means(harness["results"], scores, alike)]
     print("the same" if all(checks) else "NOT the same")
     return 0 if all(checks) else 1
 

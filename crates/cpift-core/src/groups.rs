@@ -89,7 +89,8 @@ impl Groups {
     /// Reads and checks a groups.json.
     ///
     /// # Errors
-    /// [`BadInput`] when it cannot be read, is of another version, or does not place every task in exactly one group.
+    /// [`BadInput`] when it cannot be read, is of another version, does not place every task in exactly one group, or has a
+    /// matrix that is not tasks × tasks.
     pub fn read(path: &Path) -> Result<Self> {
         let value: serde_json::Value = json::read(path)?;
         json::check_version(path, "a groups file", json::version_of(&value), FORMAT_VERSION)?;
@@ -106,7 +107,22 @@ impl Groups {
                 .found(format!("{:?}", groups.groups))
                 .into());
         }
+        groups.check_square(path, "jaccard", &groups.jaccard)?;
+        groups.check_square(path, "chance", &groups.chance)?;
         Ok(groups)
+    }
+
+    fn check_square(&self, path: &Path, name: &str, matrix: &[Vec<f64>]) -> Result<()> {
+        let n = self.tasks.len();
+        if matrix.len() == n && matrix.iter().all(|row| row.len() == n) {
+            return Ok(());
+        }
+        let columns: Vec<usize> = matrix.iter().map(Vec::len).collect();
+        Err(BadInput::new(path, format!("{name} does not have a row and a column for each task"))
+            .expected(format!("{n} rows of {n}"))
+            .found(format!("{} rows of {columns:?}", matrix.len()))
+            .hint("group the masks again")
+            .into())
     }
 
     /// Writes the file, whole or not at all.
@@ -157,5 +173,32 @@ impl Groups {
                 .into());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn matrices_have_a_row_and_a_column_for_each_task() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("groups.json");
+        let read = |jaccard: serde_json::Value, chance: serde_json::Value| {
+            let file = json!({"format_version": 1, "tau": 0.5, "tau_mode": "fixed", "tasks": ["a", "b"], "jaccard": jaccard,
+                "chance": chance, "excluded": [], "groups": [["a"], ["b"]], "order": {"method": "overlap"}, "trivial": true,
+                "base": "0", "masks": {}});
+            std::fs::write(&path, file.to_string()).unwrap();
+            Groups::read(&path).map_err(|e| e.to_string())
+        };
+        let good = json!([[1.0, 0.5], [0.5, 1.0]]);
+        read(good.clone(), good.clone()).unwrap();
+        for bad in [json!([]), json!([[1.0, 0.5]]), json!([[1.0, 0.5], [0.5]]), json!([[1.0, 0.5], [0.5, 1.0, 0.0]])] {
+            let error = read(bad.clone(), good.clone()).unwrap_err();
+            assert!(error.contains("jaccard") && error.contains("expected: 2 rows of 2"), "{error}");
+            assert!(read(good.clone(), bad).unwrap_err().contains("chance"));
+        }
     }
 }

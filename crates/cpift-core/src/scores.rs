@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Digest;
@@ -12,6 +12,11 @@ use crate::{files, json};
 
 /// The form of scores.json this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
+
+/// The setting of a task's scores that marks it as one for a judge: null until it is judged, then who judged it and how.
+pub const JUDGE: &str = "judge";
+/// The setting that counts a judge's verdicts: it differs between runs that are comparable.
+pub const VERDICTS: &str = "verdicts";
 
 /// The content of scores.json.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -107,8 +112,15 @@ impl Scores {
     /// Writes the file, whole or not at all.
     ///
     /// # Errors
-    /// As [`files::write_text`].
+    /// A figure that is not finite, which JSON has no number for; as [`files::write_text`].
     pub fn write(&self, path: &Path, force: bool) -> Result<()> {
+        for task in &self.tasks {
+            let figures = task.metric.iter().chain(task.also.values()).chain([&task.nll]);
+            if let Some(figure) = figures.into_iter().find(|f| !(f.value.is_finite() && f.stderr.is_finite())) {
+                let Figure { name, value, stderr, .. } = figure;
+                bail!("{}: {name} of {} is not finite ({value} ± {stderr})", path.display(), task.task);
+            }
+        }
         files::write_text(path, &json::to_text(self)?, force)
     }
 
@@ -135,5 +147,37 @@ mod tests {
         // numpy.std([1, 0, 1, 1], ddof=1) / 2
         assert!((figure.stderr - 0.25).abs() < 1e-15);
         assert_eq!(Figure::mean("acc", &[1.0]).stderr, 0.0);
+    }
+
+    #[test]
+    fn figures_that_are_not_finite_are_named_and_not_written() {
+        let figure = |name: &str, value, stderr| Figure { name: name.to_owned(), value, stderr, n: 2 };
+        let scores = |metric, also, nll| Scores {
+            format_version: FORMAT_VERSION,
+            model: "m".into(),
+            model_digest: Digest::blank(),
+            tasks: vec![TaskScore {
+                task: "pick".into(),
+                eval_digest: Digest::blank(),
+                metric: Some(metric),
+                also: BTreeMap::from([("perplexity".to_owned(), also)]),
+                nll,
+                settings: BTreeMap::new(),
+            }],
+        };
+        let good = |name| figure(name, 1.0, 0.5);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scores.json");
+        for (scores, named) in [
+            (scores(figure("acc", f64::NAN, 0.0), good("perplexity"), good("nll")), "acc of pick"),
+            (scores(good("acc"), figure("perplexity", f64::INFINITY, 0.5), good("nll")), "perplexity of pick"),
+            (scores(good("acc"), good("perplexity"), figure("nll", 1.0, f64::NAN)), "nll of pick"),
+        ] {
+            let error = scores.write(&path, false).unwrap_err().to_string();
+            assert!(error.contains(named) && !path.exists(), "{error}");
+        }
+        let scores = scores(good("acc"), good("perplexity"), good("nll"));
+        scores.write(&path, false).unwrap();
+        assert_eq!(Scores::read(&path).unwrap(), scores);
     }
 }

@@ -34,14 +34,16 @@ pub struct Args {
 pub enum Command {
     /// Score one checkpoint: loss on every task, and each task's own metric
     ///
-    /// Writes scores.json, outputs.jsonl (prompt, output, what was extracted and score of each row) and cpift.json.
+    /// Writes scores.json, outputs.jsonl (prompt, output, what was extracted, score and loss of each row) and cpift.json. All rows and
+    /// settings of all tasks are checked before anything is scored.
     ///
     /// The loss on the reference answers, in nats a target token, and its perplexity are always there. `metric` of a task in tasks.toml
     /// adds: `exact-match`, `contains`, `rouge-l`, `gsm8k` and `codebleu` generate an answer; `choice` takes the option with the highest
     /// log-likelihood; `judge` generates for `cpift-eval judge`.
     ///
-    /// The numbers of lm-evaluation-harness, 5-shot: cpift-eval run --model DIR --tasks tasks.toml --out scores --prompt harness
-    /// --few-shot 5
+    /// The numbers of lm-evaluation-harness, 0-shot: cpift-eval run --model DIR --tasks tasks.toml --out scores --prompt harness
+    ///
+    /// With --few-shot the examples are others than the harness draws: such numbers are like its own, not the same.
     Run(RunArgs),
     /// Grade the answers to tasks with metric = "judge" from 1 to 10 by an OpenAI-compatible chat endpoint
     ///
@@ -89,7 +91,7 @@ pub struct RunArgs {
     /// The folder to write
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// Score these tasks only (names, separated by commas) [default: all]
+    /// Score these tasks only (names, separated by commas), in the order of tasks.toml [default: all]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub only: Vec<String>,
     /// Score the first N rows of each task only
@@ -101,7 +103,7 @@ pub struct RunArgs {
     /// How a row becomes a prompt
     #[arg(long, value_name = "STYLE", value_enum, default_value_t = PromptStyle::Chat)]
     pub prompt: PromptStyle,
-    /// Examples of the training file before every question, over the tasks' own few_shot
+    /// Examples of the training file before every question, over the tasks' own few_shot; each row's are drawn by --seed
     #[arg(long, visible_alias = "fewshot", value_name = "N")]
     pub few_shot: Option<usize>,
     /// Sample with the logits divided by this; 0 takes the likeliest token

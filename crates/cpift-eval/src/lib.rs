@@ -3,6 +3,7 @@
 mod answers;
 mod args;
 mod metrics;
+mod plan;
 mod prompt;
 mod run;
 
@@ -19,7 +20,7 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
         Command::Run(run_args) => run::run(&run_args, &args.common),
-        Command::Judge(judge_args) => cpift_judge::run(&judge_args, &args.common),
+        Command::Judge(judge_args) => cpift_judge::run(env!("CARGO_PKG_NAME"), &judge_args, &args.common),
         Command::Compare(compare_args) => cpift_report::compare(&compare_args, &args.common),
         Command::Experiment(experiment_args) => cpift_report::experiment(&experiment_args, &args.common),
         Command::Report(report_args) => cpift_report::report(&report_args, &args.common),

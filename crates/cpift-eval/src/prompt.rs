@@ -6,7 +6,7 @@ use cpift_core::BadInput;
 use cpift_core::error::usage;
 use cpift_core::tasks::{Task, TaskMetric};
 use cpift_torch::data::{Message, Row};
-use cpift_torch::session::Session;
+use cpift_torch::text::ChatText;
 use rand::SeedableRng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
@@ -49,7 +49,9 @@ pub struct Prompt {
 
 /// Makes the prompts of a task.
 pub struct Prompter<'a> {
-    session: &'a Session,
+    text: &'a ChatText,
+    /// The model's context in tokens.
+    context: usize,
     task: &'a Task,
     /// How.
     pub style: PromptStyle,
@@ -59,12 +61,13 @@ pub struct Prompter<'a> {
 }
 
 impl<'a> Prompter<'a> {
-    /// For `task`, with `few_shot` examples of `train` before every question, drawn by `seed`.
+    /// For `task` and a model with this tokenizer and `context`; with `few_shot` examples of `train` before every question, drawn by
+    /// `seed`.
     ///
     /// # Errors
     /// [`BadInput`] for a `split` that is not a regular expression, or fewer training rows than examples.
     pub fn new(
-        session: &'a Session,
+        (text, context): (&'a ChatText, usize),
         task: &'a Task,
         style: PromptStyle,
         (train, few_shot, seed): (&'a [Row], usize, u64),
@@ -79,7 +82,7 @@ impl<'a> Prompter<'a> {
                 .found(train.len().to_string())
                 .into());
         }
-        Ok(Self { session, task, style, split, examples: (train, few_shot, seed) })
+        Ok(Self { text, context, task, style, split, examples: (train, few_shot, seed) })
     }
 
     /// Texts that end an answer, beside the model's EOS.
@@ -100,7 +103,7 @@ impl<'a> Prompter<'a> {
             PromptStyle::Harness => self.harness(row)?,
         };
         let mut ids = self.encode(&text)?;
-        let context = self.session.model.config.max_position_embeddings as usize;
+        let context = self.context;
         if answer >= context {
             return Err(usage(format!(
                 "an answer of {} ({answer} tokens) leaves no room for a prompt in the model's context of {context}",
@@ -110,6 +113,24 @@ impl<'a> Prompter<'a> {
         let cut = ids.len().saturating_sub(context - answer);
         ids.drain(..cut);
         Ok(Prompt { text, ids, cut })
+    }
+
+    /// What comes before the last answer of `row`, as the loss on it sees it: by the chat template, without examples.
+    ///
+    /// # Errors
+    /// What the chat template raised, with the row.
+    pub fn before_the_answer(&self, row: &Row) -> Result<String> {
+        self.text.render(row.prompt(), true).map_err(|e| row.place.bad(format!("{e:#}")).into())
+    }
+
+    /// Whether a harness prompt of `row`, a multiple choice, has its options twice: in the user's turn, which is taken for the question
+    /// for want of `split` and of a field `question`, and under `Choices:`.
+    pub fn doubles_options(&self, row: &Row) -> bool {
+        let apart = self.split.is_some() || row.fields.get("question").is_some_and(Value::is_string);
+        let turn = row.prompt().last().map_or("", |message| message.content.as_str());
+        let listed =
+            || choices(self.task, row).is_ok_and(|c| c.letters().zip(&c.options).all(|(l, o)| lists(turn, l, o)));
+        self.style == PromptStyle::Harness && !apart && listed()
     }
 
     /// The tokens of `answer` after the prompt: the whole is encoded and cut at the prompt's length, as the harness does.
@@ -130,8 +151,8 @@ impl<'a> Prompter<'a> {
     /// A chat template writes special tokens itself; plain text gets those that the tokenizer puts around any text.
     fn encode(&self, text: &str) -> Result<Vec<i64>> {
         match self.style {
-            PromptStyle::Chat => self.session.text.encode(text),
-            PromptStyle::Harness => self.session.text.encode_with_special(text),
+            PromptStyle::Chat => self.text.encode(text),
+            PromptStyle::Harness => self.text.encode_with_special(text),
         }
     }
 
@@ -143,7 +164,7 @@ impl<'a> Prompter<'a> {
         let examples = self.examples_for(row);
         let shown = examples.iter().flat_map(|example| example.messages.iter().filter(not_system));
         let messages: Vec<Message> = system.iter().chain(shown).chain(turns).cloned().collect();
-        self.session.text.render(&messages, true).map_err(|e| row.place.bad(format!("{e:#}")).into())
+        self.text.render(&messages, true).map_err(|e| row.place.bad(format!("{e:#}")).into())
     }
 
     /// Question and answer of each example, a blank line between, then the row's question.
@@ -201,5 +222,31 @@ impl<'a> Prompter<'a> {
         rng.set_stream(row.place.row as u64);
         let drawn = train.choose_multiple(&mut rng, count + 1);
         drawn.filter(|example| example.prompt() != row.prompt()).take(count).collect()
+    }
+}
+
+/// Whether `option` stands in a line of `turn` alone, or behind its letter or a bullet.
+fn lists(turn: &str, letter: char, option: &str) -> bool {
+    let letter = letter.to_string();
+    let marked = |line: &str, at: usize| {
+        let before = line[..at].split_whitespace().last().unwrap_or_default();
+        let mark = before.trim_matches(|c: char| !c.is_alphanumeric());
+        mark.is_empty() || mark.eq_ignore_ascii_case(&letter)
+    };
+    turn.lines().any(|line| line.match_indices(option.trim()).any(|(at, _)| marked(line, at)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listed_options_are_told_from_words_of_the_question() {
+        for turn in ["Who?\n\nA. x\nB. some birds", "Who? (A) x (B) some birds", "- x\n- some birds", "x\nsome birds"] {
+            assert!(lists(turn, 'B', "some birds"), "{turn}");
+        }
+        for turn in ["Do some birds fly?", "", "C. some birds"] {
+            assert!(!lists(turn, 'B', "some birds"), "{turn}");
+        }
     }
 }

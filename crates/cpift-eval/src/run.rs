@@ -1,60 +1,58 @@
 //! `cpift-eval run`: one checkpoint on every task.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
 use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::{FILE_NAME, Recorder};
-use cpift_core::scores::{FORMAT_VERSION, Scores, TaskScore};
+use cpift_core::scores::{FORMAT_VERSION, JUDGE, Scores, TaskScore};
 use cpift_core::tasks::{Task, TaskMetric, Tasks};
 use cpift_judge::verdicts;
-use cpift_torch::data::{self, Layout, Row};
-use cpift_torch::session::Session;
+use cpift_torch::data::Row;
+use cpift_torch::score::ExampleLoss;
+use cpift_torch::session::{Described, Session};
 use log::{info, warn};
 use serde_json::{Value, json};
 use tch::Kind;
 
 use crate::args::RunArgs;
 use crate::metrics::{self, Loss, Settings};
+use crate::plan::TaskPlan;
 use crate::prompt::Prompter;
 
 /// Scores and writes the output folder.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`cpift_core::BadInput`]; nothing is written then.
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before anything is scored; figures that are not finite. Nothing is written then.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     args.check()?;
     check_output(&args.out, common.force)?;
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let list = Tasks::read(&args.tasks)?;
-    let tasks = read_rows(args, &list)?;
     let device = args.device.open(common.threads)?;
+    let plans = TaskPlan::read(args, &list, &Described::open(&args.model, list.template()?)?)?;
     let session = Session::for_inference(&args.model, list.template()?, device, args.kind(device))?;
     recorder.input("model", &args.model, session.digest.clone());
-    let (mut scores, mut outputs) = (Vec::new(), String::new());
-    for task_rows in &tasks {
-        let (task, (score, rows)) = (&task_rows.task, score_task(args, &session, task_rows)?);
-        recorder.input(format!("eval:{}", task.name), &task.eval, score.eval_digest.clone());
-        for mut row in rows {
-            row["task"] = Value::from(task.name.as_str());
-            writeln!(outputs, "{row}")?;
-        }
-        scores.push(score);
+    let staged = StagedDir::create(&args.out, common.force)?;
+    let mut outputs =
+        BufWriter::new(File::create(staged.path().join("outputs.jsonl")).context("creating outputs.jsonl")?);
+    let mut scores = Vec::new();
+    for plan in &plans {
+        recorder.input(format!("eval:{}", plan.task.name), &plan.task.eval, plan.digest.clone());
+        scores.push(score_task(args, &session, plan, &mut outputs)?);
     }
+    outputs.into_inner().context("writing outputs.jsonl")?;
     let scores = Scores {
         format_version: FORMAT_VERSION,
         model: args.model.display().to_string(),
         model_digest: session.digest.clone(),
         tasks: scores,
     };
-    let staged = StagedDir::create(&args.out, common.force)?;
     scores.write(&staged.path().join("scores.json"), false)?;
-    fs::write(staged.path().join("outputs.jsonl"), outputs).context("writing outputs.jsonl")?;
     keep_verdicts(&args.out, staged.path())?;
     recorder.write_to(&staged.path().join(FILE_NAME))?;
     staged.commit()?;
@@ -72,37 +70,6 @@ fn keep_verdicts(old: &Path, new: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A task to score.
-struct TaskRows {
-    task: Task,
-    rows: Vec<Row>,
-    /// Of the file they came from.
-    digest: Digest,
-    /// Examples before every question, and the training rows they are drawn from; none are read where there are to be none.
-    few_shot: usize,
-    train: Vec<Row>,
-}
-
-fn read_rows(args: &RunArgs, tasks: &Tasks) -> Result<Vec<TaskRows>> {
-    let chosen: Vec<Task> = if args.only.is_empty() {
-        tasks.list.clone()
-    } else {
-        args.only.iter().map(|name| tasks.named(name).cloned()).collect::<Result<_>>()?
-    };
-    chosen
-        .into_iter()
-        .map(|task| {
-            let digest = Digest::of_file(&task.eval)?;
-            let layout = Layout::of(&task)?;
-            let mut rows = data::read_rows(&task.eval, &layout)?;
-            rows.truncate(args.limit.unwrap_or(usize::MAX));
-            let few_shot = args.few_shot.unwrap_or(task.few_shot);
-            let train = if few_shot > 0 { data::read_rows(&task.train, &layout)? } else { Vec::new() };
-            Ok(TaskRows { task, rows, digest, few_shot, train })
-        })
-        .collect()
-}
-
 /// The templates by which rows become conversations, null where there are none: other templates are another test on the same file.
 fn templates(task: &Task) -> Value {
     match &task.prompt {
@@ -111,39 +78,33 @@ fn templates(task: &Task) -> Value {
     }
 }
 
-fn score_task(args: &RunArgs, session: &Session, of: &TaskRows) -> Result<(TaskScore, Vec<Value>)> {
-    let TaskRows { task, rows, digest, few_shot, train } = of;
-    let prompter = Prompter::new(session, task, args.prompt, (train, *few_shot, args.seed))?;
-    let settings = Settings {
-        batch_size: args.batch_size,
-        max_new_tokens: args.max_new_tokens.unwrap_or(task.max_new_tokens),
-        max_length: session.context_of(task, None),
-        sampling: args.sampling(),
-    };
-    let loss = metrics::loss(session, task, rows, &settings)?;
-    let perplexity = loss.perplexity();
-    let Loss { nll, truncated, dropped } = loss;
-    if truncated > 0 {
-        warn!(
-            "{}: {truncated} rows are longer than {} tokens: their loss is over the first ones, and {dropped} have none",
-            task.name, settings.max_length
-        );
-    }
-    let scored = metrics::score(session, &prompter, task, rows, &settings)?;
+/// Scores a task and adds its rows to `outputs`.
+fn score_task(args: &RunArgs, session: &Session, plan: &TaskPlan, outputs: &mut impl Write) -> Result<TaskScore> {
+    let TaskPlan { task, rows, digest, few_shot, settings, .. } = plan;
+    let prompter = plan.prompter(&session.text, session.model.config.max_position_embeddings as usize)?;
+    let loss = metrics::loss(session, task, rows, settings)?;
+    warn_of_loss(task, &loss, settings);
+    let scored = metrics::score(session, &prompter, task, rows, settings)?;
     if scored.prompts_cut > 0 {
         warn!("{}: {} prompts lost their beginning to the model's context", task.name, scored.prompts_cut);
     }
+    if task.metric == TaskMetric::Nll {
+        write_lines(outputs, task, &loss, rows.iter().map(|row| line_of_loss(&prompter, row)))?;
+    } else {
+        write_lines(outputs, task, &loss, scored.outputs.into_iter().map(Ok))?;
+    }
+    let (perplexity, Loss { nll, truncated, dropped, .. }) = (loss.perplexity(), loss);
     let main = scored.metric.as_ref().map_or(String::new(), |m| format!("{} {:.3}, ", m.name, m.value));
     info!("{}: {main}nll {:.4} ± {:.4} ({} rows)", task.name, nll.value, nll.stderr, nll.n);
     let mut score = TaskScore {
         task: task.name.clone(),
         eval_digest: digest.clone(),
         metric: scored.metric,
-        also: scored.also.into_iter().chain([perplexity]).map(|figure| (figure.name.clone(), figure)).collect(),
+        also: scored.also.into_iter().chain(perplexity).map(|figure| (figure.name.clone(), figure)).collect(),
         nll,
         settings: BTreeMap::from([
             ("rows".to_owned(), json!(rows.len())),
-            ("prompt".to_owned(), json!(args.prompt.name())),
+            ("prompt".to_owned(), json!(plan.style.name())),
             ("few_shot".to_owned(), json!(few_shot)),
             (
                 "compute_dtype".to_owned(),
@@ -169,7 +130,45 @@ fn score_task(args: &RunArgs, session: &Session, of: &TaskRows) -> Result<(TaskS
         score.settings.insert("language".to_owned(), json!(task.language));
     }
     if task.metric == TaskMetric::Judge {
-        score.settings.insert(cpift_judge::run::SETTING.to_owned(), Value::Null);
+        score.settings.insert(JUDGE.to_owned(), Value::Null);
     }
-    Ok((score, scored.outputs))
+    Ok(score)
+}
+
+fn warn_of_loss(task: &Task, loss: &Loss, settings: &Settings) {
+    let Loss { nll, truncated, dropped, .. } = loss;
+    if *truncated > 0 {
+        warn!(
+            "{}: {truncated} rows are longer than {} tokens: their loss is over the first ones, and {dropped} have none",
+            task.name, settings.max_length
+        );
+    }
+    if loss.perplexity().is_none() {
+        warn!(
+            "{}: a loss of {:.1} nats has no perplexity that a number could hold: it is left out",
+            task.name, nll.value
+        );
+    }
+}
+
+/// A row of a task that is scored by its loss alone.
+fn line_of_loss(prompter: &Prompter<'_>, row: &Row) -> Result<Value> {
+    Ok(json!({"prompt": prompter.before_the_answer(row)?, "reference": row.reference(), "row": row.place.row}))
+}
+
+/// Writes each row with its loss and task.
+fn write_lines(
+    outputs: &mut impl Write,
+    task: &Task,
+    loss: &Loss,
+    lines: impl Iterator<Item = Result<Value>>,
+) -> Result<()> {
+    for line in lines {
+        let mut line = line?;
+        let row = line["row"].as_u64().and_then(|row| loss.rows.get(&(row as usize)));
+        let ExampleLoss { nll, targets } = row.copied().unwrap_or(ExampleLoss { nll: 0.0, targets: 0 });
+        (line["nll"], line["targets"], line["task"]) = (json!(nll), json!(targets), json!(task.name));
+        writeln!(outputs, "{line}").context("writing outputs.jsonl")?;
+    }
+    Ok(())
 }

@@ -8,7 +8,7 @@ use cpift_testkit::model::{row, write_rows};
 use cpift_testkit::{expect_entries, run};
 use serde_json::{Value, json};
 
-use common::{Fixture, outputs, read_json};
+use common::{Fixture, outputs, question, read_json, task};
 
 #[test]
 fn every_task_has_its_loss_and_its_metric() {
@@ -136,6 +136,59 @@ fn rows_without_the_fields_their_metric_needs_are_refused() {
     numeric["answer"] = json!(5);
     write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &[numeric]);
     f.eval("out", &[]).bad_input(&["copy/eval.jsonl", "line 1", "a string"]);
+}
+
+/// Whatever is wrong with the last task is told before the first one is scored, which leaves a line with its loss.
+#[test]
+fn all_tasks_are_checked_before_any_is_scored() {
+    let f = Fixture::new();
+    let file = f.dir.path().join("data/pick/eval.jsonl");
+    let good = question("pick 0", json!(["x", "y"]), 0);
+    let mut empty = row("say x", "x");
+    empty["answer"] = json!(" ");
+    let cases = [
+        ("choice", "", [good.clone(), row("pick 0", "A")], 3, "line 2: the field choices"),
+        ("choice", "split = '('", [good.clone(), good.clone()], 3, "split is not a regular expression"),
+        ("choice", "few_shot = 12", [good.clone(), good.clone()], 3, "pick/train.jsonl"),
+        ("codebleu", "language = 'cobol'", [row("q", "a"), row("q", "a")], 3, "found: cobol"),
+        ("codebleu", "max_new_tokens = 4", [row("q", "a"), row("q", "a")], 3, "language"),
+        ("contains", "max_new_tokens = 4", [row("q", "a"), empty], 3, "line 2: the field answer"),
+        ("exact-match", "max_new_tokens = 4", [row("q", "a"), good], 3, "line 2: the field answer"),
+        ("judge", "max_new_tokens = 128", [row("q", "a"), row("q", "a")], 2, "leaves no room"),
+        ("nll", "max_length = 4", [row("q", "a"), row("q", "a")], 3, "no example has an assistant token"),
+    ];
+    let first = task("copy", "metric = 'exact-match'\nmax_new_tokens = 4");
+    for (metric, more, rows, code, named) in cases {
+        write_rows(&file, &rows);
+        fs::write(&f.tasks, format!("{first}{}", task("pick", &format!("metric = '{metric}'\n{more}")))).unwrap();
+        let run = f.eval("out", &["--prompt", "harness"]).expect_code(code).says(&[named]);
+        assert!(!run.stderr.contains("copy: ") && !f.out("out").exists(), "{}", run.stderr);
+    }
+    f.eval("out", &["--only", "copy"]).ok().says(&["copy: exact_match"]);
+}
+
+#[test]
+fn tasks_are_scored_once_and_in_their_order_however_they_are_named() {
+    let f = Fixture::new();
+    f.eval("a", &["--only", "pick,copy", "--only", "copy"]).ok();
+    let scores = read_json(&f.out("a").join("scores.json"));
+    let names: Vec<&str> = scores["tasks"].as_array().unwrap().iter().map(|t| t["task"].as_str().unwrap()).collect();
+    assert_eq!(names, ["copy", "pick"]);
+    assert_eq!(outputs(&f.out("a")).len(), 8);
+}
+
+#[test]
+fn a_grouping_with_a_short_matrix_is_told_on_the_page() {
+    let f = Fixture::new();
+    f.eval("r/scores/base", &["--only", "copy"]).ok();
+    let groups = json!({"format_version": 1, "tau": 0.5, "tau_mode": "fixed", "tasks": ["a", "b"],
+        "jaccard": [[1.0, 0.5]], "chance": [[1.0, 0.5], [0.5, 1.0]], "excluded": [], "groups": [["a"], ["b"]],
+        "order": {"method": "overlap"}, "trivial": true, "base": "0", "masks": {}});
+    fs::write(f.out("r").join("groups.json"), groups.to_string()).unwrap();
+    let folder = f.out("r");
+    run(env!("CARGO_BIN_EXE_cpift-eval"), ["report", folder.to_str().unwrap()]).ok();
+    let page = fs::read_to_string(folder.join("report.html")).unwrap();
+    assert!(page.contains("jaccard does not have a row and a column for each task"), "{page}");
 }
 
 #[test]

@@ -82,3 +82,27 @@ fn examples_come_from_the_training_file_by_the_seed() {
     assert_eq!(prompts("d", &[])[0].matches("<|im_start|>assistant").count(), 3, "turns of a chat prompt");
     f.eval("e", &["--few-shot", "9"]).bad_input(&["count/train.jsonl", "more than 9", "found: 9"]);
 }
+
+#[test]
+fn options_that_stand_in_a_prompt_twice_are_warned_of_once() {
+    let f = Fixture::new();
+    let file = f.dir.path().join("data/pick/eval.jsonl");
+    let user = "All birds fly.\n\nWho flies?\n\nA. birds\nB. cats";
+    let rows = [question(user, json!(["birds", "cats"]), 0), question(user, json!(["birds", "cats"]), 1)];
+    write_rows(&file, &rows);
+    let warnings = |out: &str, split: &str, style: &str| {
+        fs::write(&f.tasks, task("pick", &format!("metric = 'choice'\n{split}"))).unwrap();
+        let stderr = f.eval(out, &["--prompt", style]).ok().stderr;
+        assert_eq!(stderr.contains("split"), stderr.contains("options stand in the prompt twice"), "{stderr}");
+        stderr.matches("options stand in the prompt twice").count()
+    };
+    assert_eq!(warnings("a", "", "harness"), 1);
+    assert_eq!(warnings("b", SPLIT, "harness"), 0);
+    assert_eq!(warnings("c", "", "chat"), 0);
+    let mut apart = rows.clone();
+    apart.iter_mut().for_each(|row| row["question"] = json!("Who flies?"));
+    write_rows(&file, &apart);
+    assert_eq!(warnings("d", "", "harness"), 0);
+    write_rows(&file, &[question("Do birds eat cats?", json!(["birds", "cats"]), 0)]);
+    assert_eq!(warnings("e", "", "harness"), 0, "words of the question are no options");
+}

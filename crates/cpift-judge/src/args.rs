@@ -24,11 +24,14 @@ pub struct JudgeArgs {
     /// Longest wait for one reply, in seconds
     #[arg(long, value_name = "S", default_value_t = 120)]
     pub timeout: u64,
+    /// Longest reply in tokens. One that is cut off before its rating is no verdict and is asked again by the next run
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub max_tokens: u32,
     /// How often a request is repeated after a time-out, a lost connection, 429 or 5xx: after half a second at first, then twice as long
     /// each time, or when Retry-After says
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub retries: u32,
-    /// Grade the first N answers of each task only [default: all]
+    /// Ask about the first N answers of each task only; earlier verdicts on others still count [default: all]
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
 }

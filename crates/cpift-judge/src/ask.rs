@@ -24,6 +24,10 @@ const GIVE_UP_AFTER: usize = 10;
 pub struct Question {
     /// What it is known by; it also seeds the jitter.
     pub key: String,
+    /// The task that the graded answer is to.
+    pub task: String,
+    /// The task's row, where the answer says.
+    pub row: Option<u64>,
     /// The messages to send.
     pub messages: Vec<Message>,
 }

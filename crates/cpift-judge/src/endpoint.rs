@@ -1,68 +1,39 @@
 //! One request to a chat endpoint, and what its failure means for the next.
 
-use std::time::Duration;
+mod key;
+mod reply;
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, anyhow};
 use cpift_core::BadInput;
 use cpift_core::error::usage;
-use serde::Deserialize;
+use log::{info, warn};
 use serde_json::json;
 use ureq::Agent;
 use ureq::http::{StatusCode, Uri};
 
+pub use key::Key;
+use reply::Body;
+
 use crate::prompt::Message;
+use crate::rating::{self, Rating};
 
 /// Longest reply that is read.
 const MAX_BODY: u64 = 4 << 20;
-/// Longest graded answer asked for, in tokens.
-const MAX_TOKENS: u32 = 1024;
 /// Characters of a body that are shown.
 const SHOWN: usize = 200;
-/// What stands for the key in whatever an endpoint sends back.
-const REDACTED: &str = "(key)";
-
-/// A secret that is sent and otherwise goes nowhere: it has no `Debug` and no `Display`.
-pub struct Key(String);
-
-impl Key {
-    /// Reads the key from the variable called `name`, or from OPENAI_API_KEY where that is set.
-    ///
-    /// # Errors
-    /// [`cpift_core::Usage`], which never repeats `name`: the key itself may stand there by mistake.
-    pub fn from_env(name: Option<&str>) -> Result<Option<Self>> {
-        let variable = name.unwrap_or("OPENAI_API_KEY");
-        let named = variable.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') && !variable.is_empty();
-        let value = if named { std::env::var(variable).unwrap_or_default() } else { String::new() };
-        match value.trim() {
-            "" if name.is_some() => Err(usage(
-                "--key-env takes the NAME of an environment variable that holds the key; there is none of this name",
-            )),
-            "" => Ok(None),
-            key => Self::new(key).map(Some),
-        }
-    }
-
-    /// A key given by the caller.
-    ///
-    /// # Errors
-    /// [`cpift_core::Usage`] for what cannot be a key.
-    pub fn new(key: &str) -> Result<Self> {
-        // Shorter ones could not be told from ordinary text when they are taken out of messages.
-        if key.len() < 4 || !key.chars().all(|c| c.is_ascii_graphic()) {
-            return Err(usage(
-                "the key in the environment cannot be one: expected 4 or more printable ASCII characters",
-            ));
-        }
-        Ok(Self(key.to_owned()))
-    }
-}
 
 /// A chat endpoint and the model asked there.
 pub struct Endpoint {
+    base: String,
     url: String,
     model: String,
+    max_tokens: u32,
     key: Option<Key>,
     agent: Agent,
+    form: Mutex<Form>,
 }
 
 /// What a judge replied.
@@ -92,41 +63,43 @@ pub enum Failure {
     Lasting(anyhow::Error),
 }
 
-#[derive(Deserialize)]
-struct Completion {
-    choices: Vec<Choice>,
-    #[serde(default)]
-    usage: Option<Tokens>,
+/// How a request is put, as far as the endpoint has refused another way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Form {
+    /// The field that limits the reply's length.
+    limit: &'static str,
+    /// Whether the temperature is said.
+    temperature: bool,
 }
 
-#[derive(Deserialize)]
-struct Choice {
-    message: Content,
+impl Form {
+    const FIRST: Self = Self { limit: "max_tokens", temperature: true };
+
+    /// Another way, where `refusal` names what it would leave out.
+    fn instead(self, refusal: &str) -> Option<Self> {
+        if self.limit == Self::FIRST.limit && refusal.contains(Self::FIRST.limit) {
+            return Some(Self { limit: "max_completion_tokens", ..self });
+        }
+        (self.temperature && refusal.contains("temperature")).then_some(Self { temperature: false, ..self })
+    }
 }
 
-#[derive(Deserialize)]
-struct Content {
-    /// Null where a model says nothing.
-    content: Option<String>,
-}
-
-#[derive(Deserialize, Default)]
-struct Tokens {
-    #[serde(default)]
-    prompt_tokens: u64,
-    #[serde(default)]
-    completion_tokens: u64,
+/// A response, read whole.
+struct Response {
+    status: StatusCode,
+    retry_after: Option<Duration>,
+    body: Vec<u8>,
 }
 
 impl Endpoint {
-    /// The endpoint under `base_url`, asked with at most `timeout` for each reply.
+    /// The endpoint under `base_url`, asked for replies of at most `max_tokens`, each within `timeout`.
     ///
     /// # Errors
     /// [`cpift_core::Usage`] for an address that cannot be one.
-    pub fn new(base_url: &str, model: &str, key: Option<Key>, timeout: Duration) -> Result<Self> {
+    pub fn new(base_url: &str, model: &str, key: Option<Key>, timeout: Duration, max_tokens: u32) -> Result<Self> {
         let base = base_url.trim_end_matches('/');
         // The address is in messages, so that it must hold no secret; refused, it is not repeated.
-        if base.contains(['@', '?', '#']) || key.as_ref().is_some_and(|key| base.contains(&key.0)) {
+        if base.contains(['@', '?', '#']) || key.as_ref().is_some_and(|key| key.is_in(base)) {
             return Err(usage(
                 "the base URL must not hold a user, a key or a query: the key comes from the environment",
             ));
@@ -143,8 +116,25 @@ impl Endpoint {
             .max_redirects_will_error(false);
         // A proxy does not reach what runs on this machine.
         let config = if is_loopback(uri.host().unwrap_or_default()) { config.proxy(None) } else { config };
-        let url = format!("{base}/chat/completions");
-        Ok(Self { url, model: model.to_owned(), key, agent: config.build().into() })
+        Ok(Self {
+            base: base.to_owned(),
+            url: format!("{base}/chat/completions"),
+            model: model.to_owned(),
+            max_tokens,
+            key,
+            agent: config.build().into(),
+            form: Mutex::new(Form::FIRST),
+        })
+    }
+
+    /// The address, without a secret.
+    pub fn base_url(&self) -> &str {
+        &self.base
+    }
+
+    /// Whether the judge is asked at temperature 0; not where it refused that.
+    pub fn at_temperature_0(&self) -> bool {
+        self.form().temperature
     }
 
     /// The model asked.
@@ -152,41 +142,97 @@ impl Endpoint {
         &self.model
     }
 
-    /// Sends `messages` and reads the reply, once.
+    /// Sends `messages` and reads the reply, once; again, in another form, where the endpoint refuses a field of the first.
     ///
     /// # Errors
     /// A [`Failure`] whose text names the endpoint and never holds the key.
     pub fn ask(&self, messages: &[Message]) -> Result<Reply, Failure> {
-        let body = json!({"model": self.model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS});
-        let mut request = self.agent.post(&self.url).content_type("application/json");
-        if let Some(Key(key)) = &self.key {
-            request = request.header("authorization", format!("Bearer {key}"));
+        let mut form = self.form();
+        loop {
+            let response = self.send(messages, form)?;
+            if response.status.is_success() {
+                self.remember(form);
+                return self.reply(&response);
+            }
+            let refusal = String::from_utf8_lossy(&response.body);
+            match form.instead(&refusal).filter(|_| response.status == StatusCode::BAD_REQUEST) {
+                Some(other) => form = other,
+                None => return Err(self.refused(response.status, &response.body, response.retry_after)),
+            }
         }
-        let mut response = request.send(body.to_string()).map_err(|e| self.unanswered(&e))?;
-        let retry_after = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.trim().parse().ok());
-        let body = response.body_mut().with_config().limit(MAX_BODY).read_to_vec().map_err(|e| self.unanswered(&e))?;
-        if response.status().is_success() {
-            return self.reply(&body).map_err(Failure::Lasting);
-        }
-        Err(self.refused(response.status(), &body, retry_after.map(Duration::from_secs)))
     }
 
-    fn reply(&self, body: &[u8]) -> Result<Reply> {
-        let malformed = |found: String| {
-            BadInput::new(&self.url, "the reply is no chat completion")
+    fn send(&self, messages: &[Message], form: Form) -> Result<Response, Failure> {
+        let mut body = json!({"model": self.model, "messages": messages, form.limit: self.max_tokens});
+        if form.temperature {
+            body["temperature"] = json!(0);
+        }
+        let mut request = self.agent.post(&self.url).content_type("application/json");
+        if let Some(key) = &self.key {
+            request = request.header("authorization", key.header());
+        }
+        let mut response = request.send(body.to_string()).map_err(|e| self.unanswered(&e))?;
+        let wanted = response.headers().get("retry-after").and_then(|value| value.to_str().ok());
+        let retry_after = wanted.and_then(|value| reply::retry_after(value, SystemTime::now()));
+        let body = response.body_mut().with_config().limit(MAX_BODY).read_to_vec().map_err(|e| self.unanswered(&e))?;
+        Ok(Response { status: response.status(), retry_after, body })
+    }
+
+    fn form(&self) -> Form {
+        *self.form.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps the form that was understood for the questions to come.
+    fn remember(&self, form: Form) {
+        let mut kept = self.form.lock().unwrap_or_else(PoisonError::into_inner);
+        if form.limit != kept.limit && form.limit != Form::FIRST.limit {
+            info!("{}: takes {} for {}", self.url, form.limit, Form::FIRST.limit);
+            kept.limit = form.limit;
+        }
+        if kept.temperature && !form.temperature {
+            warn!("{}: refuses temperature 0: another run may grade otherwise", self.url);
+            kept.temperature = false;
+        }
+    }
+
+    fn reply(&self, response: &Response) -> Result<Reply, Failure> {
+        let body = &response.body;
+        let parsed = Body::parse(body).map_err(|e| {
+            let error = BadInput::new(&self.url, "the reply is no chat completion")
                 .expected("JSON with choices[0].message.content")
-                .found(found)
-                .hint("the base URL usually ends in /v1")
+                .found(format!("{} ({e})", self.excerpt(body)))
+                .hint("the base URL usually ends in /v1");
+            Failure::Lasting(error.into())
+        })?;
+        let (text, cut_off, prompt_tokens, completion_tokens) = match parsed {
+            Body::Error { code, message } => return Err(self.error(code, &message, response.retry_after)),
+            Body::Completion { text, cut_off, prompt_tokens, completion_tokens } => {
+                (text, cut_off, prompt_tokens, completion_tokens)
+            }
         };
-        let completion: Completion =
-            serde_json::from_slice(body).map_err(|e| malformed(format!("{} ({e})", self.excerpt(body))))?;
-        let choice = completion.choices.into_iter().next().ok_or_else(|| malformed(self.excerpt(body)))?;
-        let tokens = completion.usage.unwrap_or_default();
-        Ok(Reply {
-            text: self.redact(&choice.message.content.unwrap_or_default()),
-            prompt_tokens: tokens.prompt_tokens,
-            completion_tokens: tokens.completion_tokens,
-        })
+        let useless = |what: &str| Failure::Lasting(BadInput::new(&self.url, what).found(self.excerpt(body)).into());
+        if cut_off && rating::parse(&text) == Rating::Unrated {
+            let limit = self.max_tokens;
+            return Err(useless(&format!(
+                "the reply was cut off at {limit} tokens, before its rating: raise --max-tokens"
+            )));
+        }
+        if text.trim().is_empty() {
+            return Err(useless("the reply is empty"));
+        }
+        Ok(Reply { text: self.redact(&text), prompt_tokens, completion_tokens })
+    }
+
+    /// What an error under a status of success means.
+    fn error(&self, code: Option<u16>, message: &str, retry_after: Option<Duration>) -> Failure {
+        let name = code.map_or("an error without a code".into(), |code| format!("error {code}"));
+        let said = |what: &str| {
+            BadInput::new(&self.url, format!("{what} ({name})")).found(self.excerpt(message.as_bytes())).into()
+        };
+        match code {
+            Some(429 | 500..=599) => Failure::Passing { error: said("the endpoint cannot answer now"), retry_after },
+            _ => Failure::Lasting(said("the question is refused")),
+        }
     }
 
     /// What a status other than success means.
@@ -236,14 +282,7 @@ impl Endpoint {
     }
 
     fn redact(&self, text: &str) -> String {
-        match &self.key {
-            None => text.to_owned(),
-            Some(Key(key)) => {
-                // As it is, and as JSON writes it.
-                let quoted = json!(key).to_string();
-                text.replace(key, REDACTED).replace(&quoted[1..quoted.len() - 1], REDACTED)
-            }
-        }
+        self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.redact(text))
     }
 }
 
@@ -257,7 +296,7 @@ mod tests {
     use super::*;
 
     fn endpoint(url: &str, key: Option<&str>) -> Result<Endpoint> {
-        Endpoint::new(url, "m", key.map(Key::new).transpose()?, Duration::from_secs(1))
+        Endpoint::new(url, "m", key.map(Key::new).transpose()?, Duration::from_secs(1), 1024)
     }
 
     #[test]
@@ -295,6 +334,16 @@ mod tests {
         assert!([401, 403, 404, 307].iter().all(|s| kind(*s) == "fatal"));
         assert!([408, 429, 500, 502, 503, 529].iter().all(|s| kind(*s) == "passing"));
         assert!([400, 413, 422].iter().all(|s| kind(*s) == "lasting"));
+    }
+
+    #[test]
+    fn a_refusal_changes_what_it_names_and_nothing_twice() {
+        let plain = Form { limit: "max_completion_tokens", temperature: true };
+        assert_eq!(Form::FIRST.instead("'max_tokens' is not supported. Use 'max_completion_tokens'."), Some(plain));
+        let bare = Form { temperature: false, ..plain };
+        assert_eq!(plain.instead("'temperature' does not support 0"), Some(bare));
+        assert_eq!(plain.instead("max_completion_tokens is too large"), None);
+        assert_eq!(bare.instead("max_tokens and temperature"), None);
     }
 
     #[test]

@@ -2,11 +2,13 @@
 //! single-answer grading.
 //!
 //! [`prompt`] words the question, [`endpoint`] asks it once, [`ask`] asks many with retries and a limit on concurrency, [`rating`] reads
-//! the grade, [`verdicts`] keeps every answer so that nothing is asked twice, and [`run`] does all this for an evaluation's folder.
+//! the grade, [`verdicts`] keeps every answer so that nothing is asked twice, and [`run()`] does all this for an evaluation's folder.
 
 mod args;
 pub mod ask;
 pub mod endpoint;
+mod grades;
+mod outputs;
 pub mod prompt;
 pub mod rating;
 pub mod run;

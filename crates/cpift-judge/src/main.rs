@@ -21,6 +21,6 @@ struct Args {
 fn main() -> ExitCode {
     run_stage(|args: Args| {
         args.common.start()?;
-        cpift_judge::run(&args.judge, &args.common)
+        cpift_judge::run(env!("CARGO_PKG_NAME"), &args.judge, &args.common)
     })
 }

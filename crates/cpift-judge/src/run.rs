@@ -1,68 +1,70 @@
-//! The judging of an evaluation's folder: outputs.jsonl in, verdicts.jsonl, outputs.jsonl and scores.json out.
+//! The judging of an evaluation's folder: outputs.jsonl in, verdicts.jsonl, outputs.jsonl, scores.json and judge.cpift.json out.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use cpift_core::cli::Common;
+use cpift_core::checkpoint::Digest;
+use cpift_core::cli::{self, Common};
 use cpift_core::error::usage;
-use cpift_core::scores::{Figure, Scores, TaskScore};
-use cpift_core::{BadInput, files, progress};
+use cpift_core::progress;
+use cpift_core::provenance::Recorder;
+use cpift_core::scores::{JUDGE, Scores};
 use log::info;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::args::JudgeArgs;
-use crate::ask::{Limits, Question, ask_all};
+use crate::ask::{Limits, ask_all};
 use crate::endpoint::{Endpoint, Key};
-use crate::prompt::{self, Message, WORDING};
-use crate::rating::{self, Rating};
+use crate::grades::Grades;
+use crate::outputs::Outputs;
+use crate::prompt::WORDING;
 use crate::verdicts::{self, Verdict, Verdicts};
 
-/// The setting of a task's scores that marks it as one for a judge: null until it is judged, then who judged it and how.
-pub const SETTING: &str = "judge";
-/// The setting that counts the verdicts: it differs between runs that are comparable.
-const COUNTS: &str = "verdicts";
+/// The record of the judging, beside cpift.json of what was judged.
+pub const RECORD: &str = "judge.cpift.json";
 
-/// Grades what is not graded yet and brings scores.json and the scores in outputs.jsonl up to date.
+/// Grades what is not graded yet and brings scores.json and the scores in outputs.jsonl up to date. A task without a single verdict of
+/// this judge stays as it was. `stage` is the program that does so, for the record.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`BadInput`] before anything is asked; an endpoint that cannot be used; answers without a verdict, after the
-/// others' are written.
-pub fn run(args: &JudgeArgs, common: &Common) -> Result<()> {
-    if args.concurrency == 0 || args.concurrency > 1024 || args.timeout == 0 || args.limit == Some(0) {
-        return Err(usage("--concurrency must be 1 to 1024, --timeout and --limit at least 1"));
-    }
-    let base_url =
-        args.base_url.clone().or_else(|| std::env::var("OPENAI_BASE_URL").ok().filter(|url| !url.is_empty()));
-    let base_url = base_url.ok_or_else(|| usage("no endpoint to ask: give --base-url, or set OPENAI_BASE_URL"))?;
-    let key = Key::from_env(args.key_env.as_deref())?;
-    let endpoint = Endpoint::new(&base_url, &args.judge_model, key, Duration::from_secs(args.timeout))?;
-    let endpoint = Arc::new(endpoint);
-
-    let scores_file = args.run.join("scores.json");
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before anything is asked; an endpoint that cannot be used; answers without a
+/// verdict, after the others' are written.
+pub fn run(stage: &str, args: &JudgeArgs, common: &Common) -> Result<()> {
+    let mut recorder = Recorder::start(stage);
+    let endpoint = Arc::new(endpoint(args)?);
+    let (scores_file, outputs_file) = (args.run.join("scores.json"), args.run.join("outputs.jsonl"));
     let mut scores = Scores::read(&scores_file)?;
-    let mut outputs = Outputs::read(&args.run.join("outputs.jsonl"), &scores, endpoint.model(), args.limit)?;
+    let mut outputs = Outputs::read(&outputs_file, &scores, endpoint.model(), args.limit)?;
+    recorder.input("scores", &scores_file, Digest::of_file(&scores_file)?);
+    recorder.input("outputs", &outputs_file, Digest::of_file(&outputs_file)?);
     let mut verdicts = Verdicts::open(&args.run.join(verdicts::FILE_NAME))?;
     let questions = outputs.unasked(&verdicts);
-    info!("{} answers to grade, {} questions to ask", outputs.chosen().count(), questions.len());
-    let bar = progress::items("verdicts", questions.len() as u64);
+    let asked = questions.len();
+    info!("{} answers to grade, {asked} questions to ask", outputs.chosen().count());
+    let bar = progress::items("verdicts", asked as u64);
     let limits = Limits { concurrency: args.concurrency, retries: args.retries };
     let failed = ask_all(&endpoint, questions, limits, |question, reply| {
         bar.inc(1);
-        let (prompt_tokens, completion_tokens) = (reply.prompt_tokens, reply.completion_tokens);
-        verdicts.add(Verdict::new(&question.key, endpoint.model(), reply.text, prompt_tokens, completion_tokens))
+        verdicts.add(Verdict::new(question, endpoint.model(), reply))
     })?;
     bar.finish_and_clear();
 
-    for task in scores.tasks.iter_mut().filter(|task| task.settings.contains_key(SETTING)) {
-        let graded = Grades::of(&outputs, &task.task, &verdicts);
-        graded.write_to(task, endpoint.model());
-        info!("{}: {}", task.task, graded.summary(task.metric.as_ref()));
+    for task in scores.tasks.iter_mut().filter(|task| task.settings.contains_key(JUDGE)) {
+        let grades = Grades::of(&outputs, &task.task, &verdicts);
+        grades.write_to(task, endpoint.model());
+        info!("{}: {}", task.task, grades.summary());
     }
     outputs.write(&verdicts)?;
     scores.write(&scores_file, true)?;
+    let record = args.run.join(RECORD);
+    // A rerun that asked nothing leaves the record of the run that did.
+    if asked > failed.len() || (failed.is_empty() && !record.is_file()) {
+        for (name, value) in facts(args, &endpoint, &outputs, (asked, failed.len())) {
+            recorder.fact(name, value);
+        }
+        recorder.write_to(&record)?;
+    }
     common.print_json(&json!(scores));
     if let Some(first) = failed.first() {
         bail!("{} questions have no answer; run it again to ask them alone. The first: {first:#}", failed.len());
@@ -70,135 +72,36 @@ pub fn run(args: &JudgeArgs, common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// outputs.jsonl, and the answers in it that a judge grades.
-struct Outputs {
-    path: PathBuf,
-    lines: Vec<String>,
-    answers: Vec<Answer>,
+fn endpoint(args: &JudgeArgs) -> Result<Endpoint> {
+    if args.concurrency == 0 || args.concurrency > 1024 {
+        return Err(usage("--concurrency must be 1 to 1024"));
+    }
+    if args.timeout == 0 || args.limit == Some(0) || args.max_tokens == 0 {
+        return Err(usage("--timeout, --limit and --max-tokens must be at least 1"));
+    }
+    let base_url =
+        args.base_url.clone().or_else(|| std::env::var("OPENAI_BASE_URL").ok().filter(|url| !url.is_empty()));
+    let base_url = base_url.ok_or_else(|| usage("no endpoint to ask: give --base-url, or set OPENAI_BASE_URL"))?;
+    let key = Key::from_env(args.key_env.as_deref())?;
+    key.iter().try_for_each(|key| key.check_arguments(&cli::argv()))?;
+    Endpoint::new(&base_url, &args.judge_model, key, Duration::from_secs(args.timeout), args.max_tokens)
 }
 
-struct Answer {
-    /// Index of its line.
-    line: usize,
-    task: String,
-    row: Value,
-    question: Question,
-    /// Whether it is among the first ones that --limit chooses.
-    chosen: bool,
-}
-
-impl Outputs {
-    /// Reads the answers to the tasks for a judge, and chooses the first `limit` of each.
-    fn read(path: &Path, scores: &Scores, judge: &str, limit: Option<usize>) -> Result<Self> {
-        let judged: BTreeSet<&str> =
-            scores.tasks.iter().filter(|t| t.settings.contains_key(SETTING)).map(|t| t.task.as_str()).collect();
-        if judged.is_empty() {
-            return Err(BadInput::new(path, "holds no answers to grade")
-                .hint("cpift-eval run writes them for tasks with metric = \"judge\" in tasks.toml")
-                .into());
-        }
-        let lines: Vec<String> = files::read_text(path)?.lines().map(str::to_owned).collect();
-        let (mut answers, mut counts) = (Vec::new(), BTreeMap::<String, usize>::new());
-        for (line, text) in lines.iter().enumerate() {
-            let bad = |what: String| BadInput::new(path, format!("line {}: {what}", line + 1));
-            let row: Value = serde_json::from_str(text).map_err(|e| bad(format!("not JSON: {e}")))?;
-            let Some(task) = row["task"].as_str().filter(|task| judged.contains(task)).map(str::to_owned) else {
-                continue;
-            };
-            let fields = || {
-                bad("not an answer to grade".into())
-                    .expected("output, and messages (a list of {role, content}) or prompt (a text)")
-            };
-            let conversation = conversation(&row).ok_or_else(fields)?;
-            let output = row["output"].as_str().ok_or_else(fields)?;
-            let key = verdicts::key(&scores.model_digest.to_string(), &conversation, output, judge);
-            let question = Question { key, messages: prompt::messages(&conversation, output) };
-            let count = counts.entry(task.clone()).or_default();
-            *count += 1;
-            answers.push(Answer { line, task, row, question, chosen: *count <= limit.unwrap_or(usize::MAX) });
-        }
-        Ok(Self { path: path.to_owned(), lines, answers })
-    }
-
-    fn chosen(&self) -> impl Iterator<Item = &Answer> {
-        self.answers.iter().filter(|answer| answer.chosen)
-    }
-
-    /// Questions without a verdict, each once.
-    fn unasked(&self, verdicts: &Verdicts) -> Vec<Question> {
-        let mut seen = BTreeSet::new();
-        let questions = self.chosen().map(|answer| &answer.question);
-        questions.filter(|q| verdicts.get(&q.key).is_none() && seen.insert(&q.key)).cloned().collect()
-    }
-
-    /// Writes the file again with each answer's grade as its score; null where there is none.
-    fn write(&mut self, verdicts: &Verdicts) -> Result<()> {
-        for answer in &mut self.answers {
-            let verdict = verdicts.get(&answer.question.key).filter(|_| answer.chosen);
-            answer.row["score"] = json!(verdict.and_then(|v| rating::parse(&v.text).value()));
-            self.lines[answer.line] = answer.row.to_string();
-        }
-        files::write_text(&self.path, &(self.lines.join("\n") + "\n"), true)
-    }
-}
-
-/// What the answer answers: the turns, or a prompt as the user's one turn.
-fn conversation(row: &Value) -> Option<Vec<Message>> {
-    match row.get("messages") {
-        Some(turns) => serde_json::from_value(turns.clone()).ok().filter(|turns: &Vec<Message>| !turns.is_empty()),
-        None => Some(vec![Message { role: "user".into(), content: row["prompt"].as_str()?.to_owned() }]),
-    }
-}
-
-/// The grades of one task in the order of its rows.
-#[derive(Default)]
-struct Grades {
-    ratings: Vec<f64>,
-    unrated: usize,
-    out_of_range: usize,
-    failed: usize,
-    prompt_tokens: u64,
-    completion_tokens: u64,
-}
-
-impl Grades {
-    fn of(outputs: &Outputs, task: &str, verdicts: &Verdicts) -> Self {
-        let mut grades = Self::default();
-        for answer in outputs.chosen().filter(|answer| answer.task == task) {
-            let Some(verdict) = verdicts.get(&answer.question.key) else {
-                grades.failed += 1;
-                continue;
-            };
-            grades.prompt_tokens += verdict.prompt_tokens;
-            grades.completion_tokens += verdict.completion_tokens;
-            match rating::parse(&verdict.text) {
-                Rating::Rated(value) => grades.ratings.push(value),
-                Rating::OutOfRange(_) => grades.out_of_range += 1,
-                Rating::Unrated => grades.unrated += 1,
-            }
-        }
-        grades
-    }
-
-    /// The mean becomes the task's metric; judge and counts become settings. Without a single grade there is no metric.
-    fn write_to(&self, task: &mut TaskScore, judge: &str) {
-        task.metric = (!self.ratings.is_empty()).then(|| Figure::mean("judge", &self.ratings));
-        let counts = json!({"rated": self.ratings.len(), "unrated": self.unrated, "out_of_range": self.out_of_range,
-            "failed": self.failed, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens});
-        task.settings.insert(SETTING.to_owned(), json!({"model": judge, "wording": WORDING}));
-        task.settings.insert(COUNTS.to_owned(), counts);
-    }
-
-    fn summary(&self, metric: Option<&Figure>) -> String {
-        let mean = metric.map_or("no grade".into(), |m| format!("{:.2} ± {:.2}", m.value, m.stderr));
-        format!(
-            "{mean} ({} rated, {} unrated, {} out of range, {} failed; {} + {} tokens)",
-            self.ratings.len(),
-            self.unrated,
-            self.out_of_range,
-            self.failed,
-            self.prompt_tokens,
-            self.completion_tokens
-        )
-    }
+/// What the record says of the judging.
+fn facts(
+    args: &JudgeArgs,
+    endpoint: &Endpoint,
+    outputs: &Outputs,
+    (asked, failed): (usize, usize),
+) -> [(&'static str, serde_json::Value); 8] {
+    [
+        ("judge", json!(endpoint.model())),
+        ("base_url", json!(endpoint.base_url())),
+        ("wording", json!(WORDING)),
+        ("max_tokens", json!(args.max_tokens)),
+        ("temperature", json!(endpoint.at_temperature_0().then_some(0))),
+        ("questions", json!(outputs.digest_of_questions())),
+        ("asked", json!(asked)),
+        ("failed", json!(failed)),
+    ]
 }

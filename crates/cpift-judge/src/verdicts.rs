@@ -9,6 +9,8 @@ use anyhow::{Context, Result};
 use cpift_core::BadInput;
 use serde::{Deserialize, Serialize};
 
+use crate::ask::Question;
+use crate::endpoint::Reply;
 use crate::prompt::{Message, WORDING};
 use crate::rating;
 
@@ -21,6 +23,12 @@ pub const FILE_NAME: &str = "verdicts.jsonl";
 pub struct Verdict {
     /// The question, by [`key`].
     pub key: String,
+    /// The task it is on; older files do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<String>,
+    /// The row of the task; the first of several with the same question.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub row: Option<u64>,
     /// The judge's name.
     pub judge: String,
     /// Version of the question's words.
@@ -36,10 +44,20 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    /// A reply of `judge` to the question `key`.
-    pub fn new(key: &str, judge: &str, text: String, prompt_tokens: u64, completion_tokens: u64) -> Self {
-        let rating = rating::parse(&text).value();
-        Self { key: key.into(), judge: judge.into(), wording: WORDING, rating, text, prompt_tokens, completion_tokens }
+    /// A reply of `judge` to `question`.
+    pub fn new(question: &Question, judge: &str, reply: Reply) -> Self {
+        let Reply { text, prompt_tokens, completion_tokens } = reply;
+        Self {
+            key: question.key.clone(),
+            task: Some(question.task.clone()),
+            row: question.row,
+            judge: judge.into(),
+            wording: WORDING,
+            rating: rating::parse(&text).value(),
+            text,
+            prompt_tokens,
+            completion_tokens,
+        }
     }
 }
 
@@ -105,7 +123,8 @@ mod tests {
     use super::*;
 
     fn verdict(key: &str) -> Verdict {
-        Verdict::new(key, "j", "Rating: [[7]]".into(), 5, 3)
+        let question = Question { key: key.into(), task: "t".into(), row: Some(4), messages: Vec::new() };
+        Verdict::new(&question, "j", Reply { text: "Rating: [[7]]".into(), prompt_tokens: 5, completion_tokens: 3 })
     }
 
     #[test]
@@ -122,6 +141,22 @@ mod tests {
         assert!(verdicts.get("a").is_some() && verdicts.get("b").is_none());
         verdicts.add(verdict("b")).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn lines_say_their_row_and_older_ones_without_it_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let old = "{\"key\":\"old\",\"judge\":\"j\",\"wording\":1,\"rating\":7.0,\"text\":\"[[7]]\",\"prompt_tokens\":5,\
+                   \"completion_tokens\":3}\n";
+        std::fs::write(&path, old).unwrap();
+        let mut verdicts = Verdicts::open(&path).unwrap();
+        verdicts.add(verdict("new")).unwrap();
+        drop(verdicts);
+        assert!(std::fs::read_to_string(&path).unwrap().contains("{\"key\":\"new\",\"task\":\"t\",\"row\":4,"));
+        let verdicts = Verdicts::open(&path).unwrap();
+        let (old, new) = (verdicts.get("old").unwrap(), verdicts.get("new").unwrap());
+        assert_eq!((&old.task, old.row, new.row), (&None, None, Some(4)));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use common::{Act, Evaluation, KEY, Server, says};
 use serde_json::json;
@@ -11,14 +11,16 @@ fn respond(status: u16, body: &str) -> Act {
     Act::Respond(status, "", body.to_owned())
 }
 
+/// How an endpoint fails.
+type Failing = fn() -> Act;
+
 /// The first request for each question fails by `act`, the second is answered.
-fn fails_once(act: fn() -> Act) -> Server {
+fn fails_once(act: Failing) -> Server {
     Server::start(move |_, before| if before == 0 { act() } else { says("[[6]]") })
 }
 
 #[test]
 fn what_passes_is_asked_again() {
-    type Failing = fn() -> Act;
     let cases: [(Failing, &str); 5] = [
         (|| respond(429, "{\"error\": \"slow down\"}"), "429"),
         (|| respond(500, "oops"), "500"),
@@ -37,13 +39,21 @@ fn what_passes_is_asked_again() {
 
 #[test]
 fn a_retry_waits_as_long_as_the_endpoint_asks_for() {
-    let e = Evaluation::new(&["a"]);
-    let server = fails_once(|| Act::Respond(429, "retry-after: 2\r\n", "{}".into()));
-    e.judge(&server, &["--limit", "1", "--concurrency", "1"]).ok();
-    let requests = server.requests();
-    assert_eq!(requests[0].body, requests[1].body);
     // Without Retry-After the first wait is half a second at most.
-    assert!(requests[1].at - requests[0].at >= Duration::from_secs(2));
+    let date = || httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(4));
+    let cases: [(&dyn Fn() -> String, f64); 3] = [(&|| "2".into(), 2.0), (&|| "1.5".into(), 1.5), (&date, 1.0)];
+    for (value, least) in cases {
+        let value = value();
+        let e = Evaluation::new(&["a"]);
+        let headers: &'static str = format!("retry-after: {value}\r\n").leak();
+        let server =
+            Server::start(move |_, n| if n == 0 { Act::Respond(429, headers, "{}".into()) } else { says("[[6]]") });
+        e.judge(&server, &["--limit", "1", "--concurrency", "1"]).ok();
+        let requests = server.requests();
+        assert_eq!(requests[0].body, requests[1].body);
+        let waited = (requests[1].at - requests[0].at).as_secs_f64();
+        assert!(waited >= least, "{value}: {waited}");
+    }
 }
 
 #[test]
@@ -83,22 +93,121 @@ fn bodies_that_are_no_completion_are_shown_by_their_beginning() {
         let run = run.says(&[&server.url, "no chat completion", "choices[0].message.content", shown]);
         assert!(run.stderr.len() < 3000, "{}", run.stderr);
         assert_eq!(server.requests().len(), 2, "asked again: {shown}");
-        assert_eq!(
-            (e.task(0)["metric"].is_null(), e.task(0)["settings"]["verdicts"]["failed"].clone()),
-            (true, json!(1))
-        );
+        // No verdict: the task still waits for a judge.
+        assert_eq!((e.task(0)["metric"].is_null(), &e.task(0)["settings"]), (true, &json!({"judge": null})));
         assert_eq!(e.read("verdicts.jsonl"), "");
     }
 }
 
+/// A completion that ended for `reason`.
+fn ends(content: &str, reason: &str) -> Act {
+    respond(
+        200,
+        &format!("{{\"choices\": [{{\"message\": {{\"content\": {content}}}, \"finish_reason\": \"{reason}\"}}]}}"),
+    )
+}
+
 #[test]
-fn a_reply_of_null_is_unrated_and_one_without_usage_has_no_tokens() {
+fn a_judge_that_fails_throughout_leaves_the_grades_that_were_there() {
+    let e = Evaluation::new(&["a", "b"]);
+    let good = Server::start(|_, _| says("[[6]]"));
+    e.judge(&good, &[]).ok();
+    let all = ["scores.json", "outputs.jsonl", "verdicts.jsonl", "judge.cpift.json"].map(|name| e.read(name));
+    let down = Server::start(|_, _| respond(500, "oops"));
+    e.judge_more("k", &down, &["--retries", "0"]).expect_code(1).says(&["4 questions have no answer"]);
+    assert_eq!(down.requests().len(), 4);
+    assert_eq!(all, ["scores.json", "outputs.jsonl", "verdicts.jsonl", "judge.cpift.json"].map(|name| e.read(name)));
+}
+
+#[test]
+fn a_reply_without_use_is_no_verdict_and_is_asked_again() {
+    let cases: [(Failing, &str); 4] = [
+        (|| ends("null", "stop"), "the reply is empty"),
+        (|| ends("\" \\n\"", "stop"), "the reply is empty"),
+        (|| ends("\"Let me think\"", "length"), "cut off at 64 tokens, before its rating: raise --max-tokens"),
+        (|| ends("\"\"", "length"), "cut off at 64 tokens"),
+    ];
+    for (act, named) in cases {
+        let e = Evaluation::new(&["a"]);
+        let server = Server::start(move |_, before| if before == 0 { act() } else { says("[[6]]") });
+        e.judge(&server, &["--max-tokens", "64"]).expect_code(1).says(&["2 questions have no answer", named]);
+        assert_eq!((e.read("verdicts.jsonl"), &e.task(0)["settings"]), (String::new(), &json!({"judge": null})));
+        assert_eq!((server.requests().len(), &server.requests()[0].body["max_tokens"]), (2, &json!(64)));
+        e.judge(&server, &["--max-tokens", "64"]).ok();
+        assert_eq!((server.requests().len(), &e.task(0)["metric"]["value"]), (4, &json!(6.0)), "{named}");
+    }
+    // One that was cut off behind its rating has said what was asked for.
     let e = Evaluation::new(&["a"]);
-    let server = Server::start(|_, _| respond(200, "{\"choices\": [{\"message\": {\"content\": null}}]}"));
+    let server = Server::start(|_, _| ends("\"[[7]] because\"", "length"));
     e.judge(&server, &[]).ok();
-    let counts = e.task(0)["settings"]["verdicts"].clone();
-    assert_eq!((&counts["unrated"], &counts["prompt_tokens"]), (&json!(1), &json!(0)));
-    assert!(e.task(0)["metric"].is_null(), "no grade is not a grade of zero");
+    assert_eq!((&e.task(0)["metric"]["value"], &server.requests()[0].body["max_tokens"]), (&json!(7.0), &json!(1024)));
+}
+
+#[test]
+fn texts_in_parts_and_replies_without_counts_are_read() {
+    let bodies = [
+        r#"{"choices": [{"message": {"content": "[[7]]"}}]}"#,
+        r#"{"choices": [{"message": {"content": [{"type": "text", "text": "[["}, {"type": "text", "text": "7]]"}]}}],
+            "usage": {"prompt_tokens": null}, "error": null}"#,
+        r#"{"choices": [{"message": {"content": "[[7]]"}}], "usage": null}"#,
+    ];
+    for body in bodies {
+        let e = Evaluation::new(&["a"]);
+        let server = Server::start(move |_, _| respond(200, body));
+        e.judge(&server, &[]).ok();
+        let task = e.task(0);
+        assert_eq!(
+            (&task["metric"]["value"], &task["settings"]["verdicts"]["prompt_tokens"]),
+            (&json!(7.0), &json!(0))
+        );
+    }
+}
+
+/// As the newer models of OpenAI refuse two fields that all others take.
+#[test]
+fn fields_that_are_refused_are_asked_for_otherwise_once_for_all() {
+    let e = Evaluation::new(&["a", "b", "c"]);
+    let server = Server::start(|r, _| {
+        let refuse = |what: &str| respond(400, &format!("{{\"error\": {{\"message\": \"{what}\"}}}}"));
+        if r.body.get("max_tokens").is_some() {
+            refuse("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        } else if r.body.get("temperature").is_some() {
+            refuse("Unsupported value: 'temperature' does not support 0 with this model.")
+        } else {
+            says("[[6]]")
+        }
+    });
+    e.judge(&server, &["--concurrency", "1"]).ok().says(&["max_completion_tokens", "refuses temperature 0"]);
+    let requests = server.requests();
+    assert_eq!(requests.len(), 8, "two refusals, six answers");
+    for request in &requests[2..] {
+        assert_eq!(request.body["max_completion_tokens"], json!(1024), "{}", request.body);
+    }
+    let record: serde_json::Value = serde_json::from_str(&e.read("judge.cpift.json")).unwrap();
+    assert!(record["facts"]["temperature"].is_null());
+    // A refusal that stays is shown, and asked about three times at most.
+    let e = Evaluation::new(&["a"]);
+    let server = Server::start(|_, _| respond(400, "max_tokens and temperature are bad"));
+    e.judge(&server, &["--limit", "1", "--concurrency", "1"]).expect_code(1).says(&["the question is refused"]);
+    assert_eq!(server.requests().len(), 6);
+    // With another status nothing is asked otherwise.
+    let e = Evaluation::new(&["a"]);
+    let server = Server::start(|_, _| respond(422, "max_tokens"));
+    e.judge(&server, &[]).expect_code(1);
+    assert_eq!(server.requests().len(), 2);
+}
+
+#[test]
+fn an_error_under_a_status_of_success_is_treated_by_its_code() {
+    let e = Evaluation::new(&["a"]);
+    let server = fails_once(|| respond(200, "{\"error\": {\"code\": 429, \"message\": \"slow down\"}}"));
+    e.judge(&server, &[]).ok().says(&["error 429", "slow down", "asked again"]);
+    assert_eq!((server.requests().len(), &e.task(0)["metric"]["value"]), (4, &json!(6.0)));
+    let e = Evaluation::new(&["a"]);
+    let server =
+        Server::start(|_, _| respond(200, &format!("{{\"error\": {{\"code\": 400, \"message\": \"bad {KEY}\"}}}}")));
+    e.judge(&server, &[]).expect_code(1).says(&["error 400", "found: \"bad (key)\"", "2 questions have no answer"]);
+    assert_eq!(server.requests().len(), 2, "asked again");
 }
 
 #[test]
@@ -125,7 +234,7 @@ fn a_refused_key_stops_everything_at_once_and_is_not_repeated() {
 
 #[test]
 fn the_key_is_taken_out_of_whatever_comes_back() {
-    let cases: [fn() -> Act; 4] = [
+    let cases: [Failing; 4] = [
         || says(&format!("You sent {KEY}. [[6]]")),
         || respond(200, &format!("<html>{KEY}</html>")),
         || respond(500, KEY),
@@ -142,7 +251,7 @@ fn the_key_is_taken_out_of_whatever_comes_back() {
 
 #[test]
 fn a_wrong_address_stops_everything_at_once() {
-    let cases: [fn() -> Act; 2] =
+    let cases: [Failing; 2] =
         [|| respond(404, "no such page"), || Act::Respond(307, "location: http://127.0.0.1:9/\r\n", "moved".into())];
     for act in cases {
         let e = Evaluation::new(&["a", "b"]);

@@ -44,6 +44,20 @@ fn grades_become_the_metric_and_what_is_no_grade_is_counted_apart() {
         .map(|row| row["score"].clone())
         .collect();
     assert_eq!(scores, [json!(4.0), json!(7.0), Value::Null, Value::Null, json!(8.0)]);
+    // What was said, and what was read in it.
+    let rows: Vec<Value> = e.read("outputs.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((&rows[1]["verdict"], &rows[1]["extracted"]), (&json!("So so. Rating: [[4]]"), &json!(4.0)));
+    assert_eq!((&rows[7]["verdict"], &rows[7]["extracted"]), (&json!("I would rather not say."), &Value::Null));
+    let mut places: Vec<(String, u64)> = e
+        .read("verdicts.jsonl")
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .map(|verdict| (verdict["task"].as_str().unwrap().to_owned(), verdict["row"].as_u64().unwrap()))
+        .collect();
+    places.sort();
+    let expected: Vec<(String, u64)> =
+        ["alpaca", "ultrachat"].iter().flat_map(|task| (1..=5).map(|row| ((*task).to_owned(), row))).collect();
+    assert_eq!(places, expected);
     assert!(e.read("outputs.jsonl").starts_with("{\"row\":1,\"output\":\"18\",\"score\":1.0,\"task\":\"plain\"}\n"));
 }
 
@@ -101,9 +115,47 @@ fn equal_questions_are_asked_once_and_a_limit_chooses_the_first() {
     e.judge(&server, &[]).ok();
     assert_eq!(server.requests().len(), 5);
     assert_eq!(e.task(0)["metric"]["n"], 3);
+    // What is known already counts, whatever the limit; only the unasked ones among the first would be failures.
+    let (scores, outputs) = (e.read("scores.json"), e.read("outputs.jsonl"));
     e.judge(&server, &["--limit", "1"]).ok();
-    assert_eq!((server.requests().len(), e.task(0)["metric"]["n"].clone()), (5, json!(1)));
-    assert!(e.read("outputs.jsonl").lines().last().unwrap().contains("\"score\":null"), "a grade of another run");
+    assert_eq!((server.requests().len(), e.read("scores.json"), e.read("outputs.jsonl")), (5, scores, outputs));
+    assert!(e.read("outputs.jsonl").lines().last().unwrap().contains("\"score\":8.0"));
+}
+
+#[test]
+fn a_limit_by_another_judge_shows_its_grades_alone() {
+    let e = Evaluation::new(&["4", "7"]);
+    let server = Server::start(|r, _| by_digits(&r.answer()));
+    e.judge(&server, &[]).ok();
+    e.judge_more("k", &server, &["--limit", "1"]).ok().says(&["the grades by {\"model\":\"j\"", "give way"]);
+    let task = e.task(0);
+    assert_eq!((&task["metric"]["n"], &task["settings"]["verdicts"]["failed"]), (&json!(1), &json!(0)));
+    let last: Value = serde_json::from_str(e.read("outputs.jsonl").lines().last().unwrap()).unwrap();
+    assert!(last["score"].is_null() && last.get("verdict").is_none() && last.get("extracted").is_none(), "{last}");
+}
+
+#[test]
+fn the_judging_leaves_a_record_that_a_rerun_without_questions_keeps() {
+    let e = Evaluation::new(&["4", "7"]);
+    let before = cpift_core::checkpoint::Digest::of_file(&e.path().join("scores.json")).unwrap().to_string();
+    let server = Server::start(|r, _| by_digits(&r.answer()));
+    e.judge(&server, &["--max-tokens", "300"]).ok();
+    let text = e.read("judge.cpift.json");
+    let record: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&record["stage"], &record["inputs"]["scores"]["digest"]), (&json!("cpift-judge"), &json!(before)));
+    let arguments = record["arguments"].as_array().unwrap();
+    assert!(arguments.contains(&json!("--judge-model")) && arguments.contains(&json!(server.url)), "{record}");
+    let facts = &record["facts"];
+    let named = ["judge", "base_url", "wording", "max_tokens", "temperature", "asked", "failed"].map(|n| &facts[n]);
+    assert_eq!(named, [&json!("j"), &json!(server.url), &json!(1), &json!(300), &json!(0), &json!(4), &json!(0)]);
+    let questions = facts["questions"].as_str().unwrap().to_owned();
+    e.judge(&server, &[]).ok();
+    assert_eq!(e.read("judge.cpift.json"), text);
+    // Other questions have another digest.
+    std::fs::write(e.path().join("outputs.jsonl"), e.read("outputs.jsonl").replace("Ask 1", "Ask 9")).unwrap();
+    e.judge(&server, &[]).ok();
+    let facts = serde_json::from_str::<Value>(&e.read("judge.cpift.json")).unwrap()["facts"].clone();
+    assert!(facts["asked"] == 1 && facts["questions"] != json!(questions), "{facts}");
 }
 
 /// Three requests wait for each other, so that fewer at a time would end in a time-out; more would be counted.
@@ -142,6 +194,8 @@ fn folders_and_arguments_that_cannot_be_judged() {
     let server = Server::start(|_, _| says("[[5]]"));
     let e = Evaluation::new(&["a"]);
     e.judge(&server, &["--concurrency", "0"]).usage_error(&["--concurrency"]);
+    e.judge(&server, &["--max-tokens", "0"]).usage_error(&["--max-tokens"]);
+    e.judge_as(&format!("x{KEY}"), &server).usage_error(&["the key stands in an argument"]);
     e.judge(&server, &["--key-env", KEY]).usage_error(&["NAME of an environment variable"]);
     e.judge(&server, &["--key-env", "CPIFT_NOT_SET"]).usage_error(&["NAME of an environment variable"]);
     let fixed = [e.path().to_str().unwrap(), "--judge-model", "j"];

@@ -20,10 +20,9 @@ pub struct ExampleLoss {
     pub targets: usize,
 }
 
-/// The loss of every example, in order; batches are made of examples of similar length.
+/// The loss of every example, in order; batches are made of examples of similar length, the longest first.
 pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tick: impl FnMut()) -> Vec<ExampleLoss> {
-    let mut order: Vec<usize> = (0..examples.len()).collect();
-    order.sort_by_key(|&i| (examples[i].ids.len(), i));
+    let order = longest_first(examples.iter().map(|example| example.ids.len()));
     let mut out = vec![ExampleLoss { nll: 0.0, targets: 0 }; examples.len()];
     for chunk in order.chunks(batch_size) {
         let rows: Vec<&Example> = chunk.iter().map(|&i| &examples[i]).collect();
@@ -35,6 +34,14 @@ pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tic
         }
     }
     out
+}
+
+/// The order of work: a batch that does not fit fails at once.
+fn longest_first(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
+    let lengths: Vec<usize> = lengths.collect();
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(lengths[i]), i));
+    order
 }
 
 /// Summed negative log-likelihood of each example of a batch.
@@ -71,8 +78,7 @@ pub fn alternatives(
 ) -> Result<Vec<Vec<f64>>> {
     let whole = |item: &Alternatives| !item.context.is_empty() && item.continuations.iter().all(|c| !c.is_empty());
     anyhow::ensure!(items.iter().all(whole), "a context or continuation without tokens cannot be scored");
-    let mut order: Vec<usize> = (0..items.len()).collect();
-    order.sort_by_key(|&i| (std::cmp::Reverse(items[i].context.len()), i));
+    let order = longest_first(items.iter().map(|item| item.context.len()));
     let mut out = vec![Vec::new(); items.len()];
     for chunk in order.chunks(batch_size.max(1)) {
         let batch: Vec<&Alternatives> = chunk.iter().map(|&i| &items[i]).collect();
@@ -121,10 +127,42 @@ fn continuation_scores(model: &CausalLM, state: &mut Prefilled, first_bv: &Tenso
     if s > 0 {
         let attended = state.attended(model, s);
         let x_bse = model.hidden(&ids_bs.narrow(1, 0, s), &attended, Some(&mut state.cache));
-        let log_probs_bsv = model.logits(&x_bse).log_softmax(-1, Kind::Float);
-        let rest_bs = log_probs_bsv.gather(2, &ids_bs.narrow(1, 1, s).unsqueeze(-1), false).squeeze_dim(-1);
-        each_bs = Tensor::cat(&[each_bs, rest_bs], 1);
+        // All positions of all rows as one list, of which a part has logits at a time.
+        let normed_ne = model.final_norm(&x_bse).flatten(0, 1);
+        let rest_n = -target_losses(model, &normed_ne, &ids_bs.narrow(1, 1, s).flatten(0, 1), LOSS_CHUNK);
+        each_bs = Tensor::cat(&[each_bs, rest_n.view([b, s])], 1);
     }
     let sums_b = (each_bs.to_kind(Kind::Double) * counted_bs).sum_dim_intlist([1i64].as_slice(), false, Kind::Double);
     Vec::try_from(sums_b.to_device(Device::Cpu)).expect("one sum for each row")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::{Precision, Session};
+
+    #[test]
+    fn the_longest_go_first_and_equal_ones_in_order() {
+        assert_eq!(longest_first([3, 9, 3, 12].into_iter()), [3, 1, 0, 2]);
+    }
+
+    #[test]
+    fn more_positions_than_have_logits_at_a_time_score_as_one_context_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = cpift_testkit::model::write_tiny_model(dir.path(), 7);
+        let model = Session::open(&folder, None, Device::Cpu, Precision::F32).unwrap().model;
+        // 24 rows of up to 99 positions after the first token.
+        let text = |i: i64, n: i64| -> Vec<i64> { (0..n).map(|j| (17 * i + 5 * j * j) % 250).collect() };
+        let items: Vec<Alternatives> =
+            (0..24).map(|i| Alternatives { context: text(i, 20), continuations: vec![text(i + 9, 100 - i)] }).collect();
+        const { assert!(24 * 99 > 2 * LOSS_CHUNK) };
+        let all = alternatives(&model, &items, 24, || ()).unwrap();
+        for (item, found) in items.iter().zip(all) {
+            let ids: Vec<i64> = item.context.iter().chain(&item.continuations[0]).copied().collect();
+            let target = (0..ids.len()).map(|i| i >= item.context.len()).collect();
+            let alone = losses(&model, &[Example { ids, target, ..Example::default() }], 1, || ())[0].nll;
+            // Sums of up to a hundred log-likelihoods in f32.
+            assert!((found[0] + alone).abs() < 1e-6 * alone, "{found:?} {alone}");
+        }
+    }
 }

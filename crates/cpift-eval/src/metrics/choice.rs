@@ -1,14 +1,15 @@
 //! `choice`: multiple choice by log-likelihood, of the letter after a chat prompt, of the option's text after a harness prompt.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use cpift_core::progress;
 use cpift_core::tasks::Task;
 use cpift_torch::data::Row;
 use cpift_torch::score::{Alternatives, alternatives};
 use cpift_torch::session::Session;
+use log::warn;
 use serde_json::{Map, Value, json};
 
-use super::{Grade, Lines, Scored, Settings, field_error};
+use super::{Grade, Lines, NOT_FINITE, Scored, Settings, field_error};
 use crate::prompt::{Prompt, PromptStyle, Prompter};
 
 /// The options of a row.
@@ -53,7 +54,28 @@ pub fn choices(task: &Task, row: &Row) -> Result<Choices> {
     }
 }
 
+/// Checks that every row can be asked, and warns where its prompt has the options twice.
+///
+/// # Errors
+/// As [`choices`] and [`Prompter::prompt`].
+pub fn check(prompter: &Prompter<'_>, task: &Task, rows: &[Row]) -> Result<()> {
+    rows.iter().try_for_each(|row| Asked::new(prompter, task, row).map(drop))?;
+    if let Some(row) = rows.iter().find(|row| prompter.doubles_options(row)) {
+        warn!(
+            "{}: the options stand in the prompt twice, in the user's turn ({}) and under `Choices:`\n  hint: give the task a `split` in \
+             {}, or the rows a field `question`",
+            task.name,
+            row.place,
+            task.listed_in.display()
+        );
+    }
+    Ok(())
+}
+
 /// acc by the sum of log-likelihoods; for a harness prompt also acc_norm, by the sum over the option's length in code points.
+///
+/// # Errors
+/// As [`check`]; a log-likelihood that is not finite, with its row.
 pub fn score(
     session: &Session,
     prompter: &Prompter<'_>,
@@ -68,6 +90,10 @@ pub fn score(
     bar.finish_and_clear();
     let mut lines = Lines::default();
     for ((row, asked), log_likelihoods) in rows.iter().zip(&asked).zip(scores) {
+        if let Some(which) = log_likelihoods.iter().position(|value| !value.is_finite()) {
+            let (letter, value) = (asked.choices.letters().nth(which).unwrap_or('?'), log_likelihoods[which]);
+            bail!("{}: {}: the log-likelihood of option {letter} is {value}\n  {NOT_FINITE}", task.name, row.place);
+        }
         let (grade, line) = asked.grade(prompter.style, &log_likelihoods);
         lines.add(row, grade, line);
     }
@@ -114,7 +140,7 @@ impl Asked {
     }
 }
 
-/// Ties go to the first.
+/// Ties go to the first; no value is NaN.
 fn first_of_the_largest(values: &[f64]) -> usize {
     (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
 }

@@ -14,10 +14,21 @@ use super::{Grade, Lines, Scored, Settings, field_error, reference};
 use crate::answers::answers;
 use crate::prompt::Prompter;
 
-/// Generates an answer to each row of a known language and grades it. `skipped` counts the others.
+/// Checks that languages are named and every row of a known one can be asked.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] when no row says which language it is in, or tasks.toml names one that is not known.
+pub fn check(prompter: &Prompter<'_>, task: &Task, rows: &[Row], settings: &Settings) -> Result<()> {
+    let references: Vec<String> = rows.iter().map(|row| reference(task, row)).collect::<Result<_>>()?;
+    let names = names(task, rows, &references)?;
+    let known = rows.iter().zip(names).filter(|(_, name)| name.and_then(Language::named).is_some());
+    known.into_iter().try_for_each(|(row, _)| prompter.prompt(row, settings.max_new_tokens).map(drop))
+}
+
+/// Generates an answer to each row of a known language and grades it. `skipped` counts the others.
+///
+/// # Errors
+/// As [`check`].
 pub fn score(
     session: &Session,
     prompter: &Prompter<'_>,
@@ -25,23 +36,8 @@ pub fn score(
     rows: &[Row],
     settings: &Settings,
 ) -> Result<Scored> {
-    let all = || Language::ALL.map(Language::name).join(", ");
-    if let Some(name) = task.language.as_deref().filter(|name| Language::named(name).is_none()) {
-        return Err(BadInput::new(
-            &task.listed_in,
-            format!("codebleu knows no such language, which task {} has", task.name),
-        )
-        .expected(all())
-        .found(name)
-        .into());
-    }
     let references: Vec<String> = rows.iter().map(|row| reference(task, row)).collect::<Result<_>>()?;
-    let names: Vec<Option<&str>> = rows.iter().zip(&references).map(|(row, r)| language_name(task, row, r)).collect();
-    if names.iter().all(Option::is_none) {
-        let found = rows[0].fields.get("language").unwrap_or(&Value::Null);
-        let expected = "a language's name in the rows, or language = \"python\" for the task in tasks.toml";
-        return Err(field_error(task, &rows[0], "language", expected, found).into());
-    }
+    let names = names(task, rows, &references)?;
     let languages: Vec<Option<Language>> = names.iter().map(|name| name.and_then(Language::named)).collect();
     let known: Vec<Row> =
         rows.iter().zip(&languages).filter(|(_, l)| l.is_some()).map(|(row, _)| row.clone()).collect();
@@ -60,12 +56,31 @@ pub fn score(
     }
     let skipped = rows.len() - known.len();
     if skipped > 0 {
-        warn!("{}: {skipped} of {} rows are in no language of codebleu ({})", task.name, rows.len(), all());
+        warn!("{}: {skipped} of {} rows are in no language of codebleu ({})", task.name, rows.len(), all_languages());
     }
     let mut scored = lines.scored(answers.prompts_cut);
     scored.skipped = skipped;
     scored.also.extend(corpus(&counts));
     Ok(scored)
+}
+
+fn all_languages() -> String {
+    Language::ALL.map(Language::name).join(", ")
+}
+
+/// The name of each row's language, known or not.
+fn names<'a>(task: &'a Task, rows: &'a [Row], references: &'a [String]) -> Result<Vec<Option<&'a str>>> {
+    if let Some(name) = task.language.as_deref().filter(|name| Language::named(name).is_none()) {
+        let message = format!("codebleu knows no such language, which task {} has", task.name);
+        return Err(BadInput::new(&task.listed_in, message).expected(all_languages()).found(name).into());
+    }
+    let names: Vec<Option<&str>> = rows.iter().zip(references).map(|(row, r)| language_name(task, row, r)).collect();
+    if names.iter().all(Option::is_none) {
+        let found = rows[0].fields.get("language").unwrap_or(&Value::Null);
+        let expected = "a language's name in the rows, or language = \"python\" for the task in tasks.toml";
+        return Err(field_error(task, &rows[0], "language", expected, found).into());
+    }
+    Ok(names)
 }
 
 /// The task's language, else the row's field, else what the reference's fence is marked with.

@@ -1,19 +1,24 @@
 //! The mean negative log-likelihood of the reference answers, and its perplexity.
 
-use anyhow::Result;
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
 use cpift_core::progress;
 use cpift_core::scores::Figure;
 use cpift_core::tasks::Task;
-use cpift_torch::data::{Overlong, Row, encode_rows};
+use cpift_torch::data::{Encoded, Overlong, Row, encode_rows};
 use cpift_torch::score::{self, ExampleLoss};
 use cpift_torch::session::Session;
+use cpift_torch::text::ChatText;
 
-use super::Settings;
+use super::{NOT_FINITE, Settings};
 
 /// The loss on a task's reference answers.
 pub struct Loss {
     /// The mean in nats a target token, with the standard error of a ratio of sums.
     pub nll: Figure,
+    /// The loss of each row by its number, without those that were left out.
+    pub rows: BTreeMap<usize, ExampleLoss>,
     /// Rows scored on their first tokens only.
     pub truncated: usize,
     /// Rows left out: no assistant token within the context.
@@ -21,23 +26,38 @@ pub struct Loss {
 }
 
 impl Loss {
-    /// exp(nll); its standard error by the delta method, exp(nll) · stderr.
-    pub fn perplexity(&self) -> Figure {
+    /// exp(nll); its standard error by the delta method, exp(nll) · stderr. None where that is more than a number can hold.
+    pub fn perplexity(&self) -> Option<Figure> {
         let value = self.nll.value.exp();
-        Figure { name: "perplexity".into(), value, stderr: value * self.nll.stderr, n: self.nll.n }
+        let stderr = value * self.nll.stderr;
+        let finite = value.is_finite() && stderr.is_finite();
+        finite.then(|| Figure { name: "perplexity".into(), value, stderr, n: self.nll.n })
     }
+}
+
+/// The reference answers as tokens.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] where a row cannot be encoded, or none has a token to be scored.
+pub fn encoded(text: &ChatText, task: &Task, rows: &[Row], settings: &Settings) -> Result<Encoded> {
+    encode_rows(&task.eval, rows, text, settings.max_length, Overlong::Truncate)
 }
 
 /// Scores the reference answers.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] where a row cannot be encoded.
+/// As [`encoded`]; a loss that is not finite, with its row.
 pub fn loss(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -> Result<Loss> {
-    let encoded = encode_rows(&task.eval, rows, &session.text, settings.max_length, Overlong::Truncate)?;
+    let encoded = encoded(&session.text, task, rows, settings)?;
     let bar = progress::items("loss", encoded.examples.len() as u64);
     let losses = score::losses(&session.model, &encoded.examples, settings.batch_size, || bar.inc(1));
     bar.finish_and_clear();
-    Ok(Loss { nll: ratio(&losses), truncated: encoded.truncated, dropped: encoded.dropped })
+    let places = encoded.examples.iter().map(|example| &example.place);
+    if let Some((place, loss)) = places.clone().zip(&losses).find(|(_, loss)| !loss.nll.is_finite()) {
+        bail!("{}: {place}: the loss of the reference answer is {}\n  {NOT_FINITE}", task.name, loss.nll);
+    }
+    let rows = places.map(|place| place.row).zip(losses.iter().copied()).collect();
+    Ok(Loss { nll: ratio(&losses), rows, truncated: encoded.truncated, dropped: encoded.dropped })
 }
 
 fn ratio(losses: &[ExampleLoss]) -> Figure {

@@ -12,7 +12,7 @@ mod rouge;
 
 pub use choice::choices;
 pub use gsm8k::{flexible_extract, normalise, strict_match};
-pub use loss::{Loss, loss};
+pub use loss::{Loss, encoded, loss};
 
 use anyhow::Result;
 use cpift_core::BadInput;
@@ -21,10 +21,15 @@ use cpift_core::tasks::{Task, TaskMetric};
 use cpift_torch::data::Row;
 use cpift_torch::generate::Sampling;
 use cpift_torch::session::Session;
+use cpift_torch::text::ChatText;
 use serde_json::{Map, Value, json};
 
 use crate::answers::answers;
 use crate::prompt::Prompter;
+
+/// What a figure that is not finite means.
+const NOT_FINITE: &str =
+    "hint: the model overflows on this row, and no figure of it would mean anything: see how it was made";
 
 /// Settings that the figures of a task depend on.
 pub struct Settings {
@@ -78,7 +83,26 @@ impl Grade {
 /// Grades one answer.
 pub type Grader = fn(&Answer<'_>) -> Grade;
 
-/// Scores the task's own metric.
+/// Checks all that [`loss`] and [`score`] take from rows and settings, so that nothing of a task list is scored before all of it can be.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] naming the row that cannot be encoded, or has not the fields its metric needs; [`cpift_core::Usage`] for an
+/// answer longer than the model's context.
+pub fn check(text: &ChatText, prompter: &Prompter<'_>, task: &Task, rows: &[Row], settings: &Settings) -> Result<()> {
+    encoded(text, task, rows, settings)?;
+    let ask = |row: &Row| prompter.prompt(row, settings.max_new_tokens).map(drop);
+    match task.metric {
+        TaskMetric::Nll => rows.iter().try_for_each(|row| prompter.before_the_answer(row).map(drop)),
+        TaskMetric::Choice => choice::check(prompter, task, rows),
+        TaskMetric::Codebleu => codebleu::check(prompter, task, rows, settings),
+        TaskMetric::Judge => rows.iter().try_for_each(ask),
+        TaskMetric::ExactMatch | TaskMetric::Contains | TaskMetric::RougeL | TaskMetric::Gsm8k => {
+            rows.iter().try_for_each(|row| reference(task, row).and_then(|_| ask(row)))
+        }
+    }
+}
+
+/// Scores the task's own metric. One scored by its loss alone has no outputs.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the line of a row without the fields its metric needs.
@@ -159,13 +183,17 @@ impl Lines {
     }
 }
 
-/// `answer` of the row, or its last message.
+/// `answer` of the row, or its last message. Every answer would hold an empty one.
 fn reference(task: &Task, row: &Row) -> Result<String> {
-    match row.fields.get("answer") {
-        None => Ok(row.reference().to_owned()),
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(other) => Err(field_error(task, row, "answer", "a string", other).into()),
+    let text = match row.fields.get("answer") {
+        None => row.reference().to_owned(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => return Err(field_error(task, row, "answer", "a string", other).into()),
+    };
+    if task.metric == TaskMetric::Contains && text.trim().is_empty() {
+        return Err(field_error(task, row, "answer", "a text to look for", &json!(text)).into());
     }
+    Ok(text)
 }
 
 fn field_error(task: &Task, row: &Row, field: &str, expected: &str, found: &Value) -> BadInput {

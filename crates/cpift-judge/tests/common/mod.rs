@@ -173,6 +173,11 @@ impl Evaluation {
         self.run(server, model, &[], &[("OPENAI_API_KEY", KEY)])
     }
 
+    /// As [`Evaluation::judge_as`] with more arguments.
+    pub fn judge_more(&self, model: &str, server: &Server, more: &[&str]) -> Run {
+        self.run(server, model, more, &[("OPENAI_API_KEY", KEY)])
+    }
+
     fn run(&self, server: &Server, model: &str, more: &[&str], env: &[(&str, &str)]) -> Run {
         let fixed = [self.path().to_str().unwrap(), "--base-url", &server.url, "--judge-model", model];
         let args = fixed.into_iter().chain(more.iter().copied());
