@@ -52,6 +52,8 @@ pub struct Groups {
 pub enum Parting {
     /// Tasks of one `kind` in tasks.toml are a group.
     Kind {},
+    /// Those of another groups.json, in its order.
+    Like {},
     /// A shuffle of the tasks, cut into groups of nearly equal size.
     Random {
         /// Of the shuffle.
@@ -75,7 +77,7 @@ pub enum TauMode {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Order {
-    /// `random`, `difficulty`, `dependency` or `overlap`.
+    /// `random`, `difficulty`, `dependency`, `overlap`, or `like` another groups.json's.
     pub method: String,
     /// The seed of `random`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

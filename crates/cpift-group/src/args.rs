@@ -35,7 +35,10 @@ pub struct Args {
     /// Number of groups, 1 to the number of tasks (--partition random)
     #[arg(long, value_name = "K")]
     pub groups: Option<usize>,
-    /// Order of the groups
+    /// Another groups.json of the same tasks, whose groups and order are taken over (--partition like)
+    #[arg(long, value_name = "FILE")]
+    pub like: Option<PathBuf>,
+    /// Order of the groups; --partition like has its own
     #[arg(long, value_enum, default_value_t = Method::Random)]
     pub order: Method,
     /// Seed of --order random and of --partition random
@@ -107,6 +110,8 @@ pub enum Parts {
     Kind,
     /// A shuffle of the tasks by --seed, cut into --groups groups of nearly equal size: the random multi-stage baseline
     Random,
+    /// The groups of another groups.json (--like), for other masks: a control that differs in the masks alone
+    Like,
 }
 
 impl Parts {
@@ -116,6 +121,7 @@ impl Parts {
             Self::Overlap => "overlap",
             Self::Kind => "kind",
             Self::Random => "random",
+            Self::Like => "like",
         }
     }
 }

@@ -101,6 +101,9 @@ impl Plan {
     }
 
     fn order(&self, groups: Partition, regions: &Regions<'_>) -> Result<Ordered> {
+        if self.is_like() {
+            return Ok(Ordered { groups, figures: Vec::new() });
+        }
         Ok(match (&self.input, self.method) {
             (OrderInput::Losses(losses), _) => {
                 let figures = mean_loss(&groups, losses);
@@ -116,7 +119,14 @@ impl Plan {
         })
     }
 
+    fn is_like(&self) -> bool {
+        matches!(self.parting, Some((Parting::Like {}, _)))
+    }
+
     fn order_record(&self, scores: Vec<f64>) -> Order {
+        if self.is_like() {
+            return Order { method: "like".to_owned(), seed: None, scores };
+        }
         let seed = (self.method == Method::Random).then_some(self.seed);
         Order { method: self.method.name().to_owned(), seed, scores }
     }
@@ -168,6 +178,7 @@ fn report(groups: &Groups, order: &Partition) {
     let how = match &groups.partition {
         None => format!("τ = {tau}"),
         Some(Parting::Kind {}) => "by kind".to_owned(),
+        Some(Parting::Like {}) => "as given".to_owned(),
         Some(Parting::Random { seed, .. }) => format!("at random, seed {seed}"),
     };
     log::info!("{how}: {} group{plural}, in {} order", order.len(), groups.order.method);
@@ -186,6 +197,7 @@ fn report(groups: &Groups, order: &Partition) {
         let hint = match &groups.partition {
             None => "try --tau auto, another --tau (see the matrix), or --exclude embeddings,norms",
             Some(Parting::Kind {}) => "give some tasks of tasks.toml, but not all, the same kind",
+            Some(Parting::Like {}) => "so it is in the groups.json that --like names",
             Some(Parting::Random { .. }) => "give another number of --groups",
         };
         log::warn!("{what}\n  hint: {hint}");

@@ -65,6 +65,7 @@ fn notes(groups: &Groups) -> Vec<String> {
     };
     let how = match (&groups.partition, groups.tau_mode) {
         (Some(Parting::Kind {}), _) => "by kind".to_owned(),
+        (Some(Parting::Like {}), _) => "as given".to_owned(),
         (Some(Parting::Random { seed, .. }), _) => format!("at random, seed {seed}"),
         (None, TauMode::Auto) => format!("τ = {:.4}, chosen as the most stable", groups.tau),
         (None, TauMode::Fixed) => format!("τ = {:.4}", groups.tau),

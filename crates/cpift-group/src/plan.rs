@@ -6,7 +6,7 @@ use anyhow::Result;
 use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::groups::Parting;
+use cpift_core::groups::{Groups, Parting};
 use cpift_core::provenance::Recorder;
 use cpift_core::tasks::Tasks;
 use cpift_core::{BadInput, Mask, cli};
@@ -100,7 +100,8 @@ impl Outputs {
             }
             check_output(path, outputs.force)?;
             let masks = args.masks.iter().map(|mask| mask.path.as_path());
-            let others = [&args.scores, &args.edges, &args.tasks].into_iter().flatten().map(PathBuf::as_path);
+            let others =
+                [&args.scores, &args.edges, &args.tasks, &args.like].into_iter().flatten().map(PathBuf::as_path);
             check_not_input(flag, path, masks.chain(others))?;
         }
         Ok(outputs)
@@ -139,6 +140,7 @@ fn check_partition_flags(args: &Args) -> Result<()> {
     for (flag, what, given, of) in [
         ("--tasks", " with a tasks.toml", args.tasks.is_some(), Parts::Kind),
         ("--groups", "", args.groups.is_some(), Parts::Random),
+        ("--like", " with a groups.json", args.like.is_some(), Parts::Like),
     ] {
         match (given, args.partition == of) {
             (false, true) => return Err(usage(format!("--partition {name} needs {flag}{what}"))),
@@ -160,9 +162,27 @@ fn parting(args: &Args, tasks: &[String], recorder: &mut Recorder) -> Result<Opt
         recorder.input("tasks", path, Digest::of_file(path)?);
         return Ok(Some((Parting::Kind {}, by_kind(&kinds))));
     }
+    if let Some(path) = &args.like {
+        recorder.input("like", path, Digest::of_file(path)?);
+        return read_groups(path, tasks).map(|groups| Some((Parting::Like {}, groups)));
+    }
     Ok(args
         .groups
         .map(|groups| (Parting::Random { seed: args.seed, groups }, shuffled(tasks.len(), groups, args.seed))))
+}
+
+/// The groups of another groups.json, in its order, as places in `tasks`.
+fn read_groups(path: &Path, tasks: &[String]) -> Result<Partition> {
+    let other = Groups::read(path)?;
+    let place = |name: &String| tasks.iter().position(|task| task == name);
+    let places = |group: &Vec<String>| group.iter().map(place).collect::<Option<Vec<usize>>>();
+    match other.groups.iter().map(places).collect::<Option<Partition>>() {
+        Some(groups) if other.tasks.len() == tasks.len() => Ok(groups),
+        _ => Err(BadInput::new(path, "groups other tasks than the masks are for")
+            .expected(tasks.join(", "))
+            .found(other.tasks.join(", "))
+            .into()),
+    }
 }
 
 /// The kind of each task.

@@ -163,6 +163,22 @@ fn the_seed_alone_makes_the_random_groups() {
 }
 
 #[test]
+fn the_groups_of_another_file_are_taken_over_in_its_order() {
+    let s = setting(5);
+    let first = s.groups(&["--partition", "random", "--groups", "3", "--seed", "2"]);
+    let other = s.path("other.json");
+    fs::rename(s.out.join("groups.json"), &other).unwrap();
+    let like = ["--partition", "like", "--like", other.to_str().unwrap()];
+    let second = s.groups(&like);
+    assert_eq!((&second.groups, second.order.method.as_str()), (&first.groups, "like"));
+    assert_eq!((second.partition, second.masks), (Some(Parting::Like {}), first.masks));
+    let few = setting(4);
+    few.run(&like).bad_input(&["other.json", "other tasks", "expected: a, b, c, d", "found: a, b, c, d, e"]);
+    s.run(&["--partition", "like"]).usage_error(&["--partition like needs --like"]);
+    s.run(&["--like", like[3]]).usage_error(&["--like has no part in --partition overlap"]);
+}
+
+#[test]
 fn overlap_is_the_default_and_writes_what_it_always_did() {
     let s = setting(5);
     let groups = s.groups(&[]);
