@@ -28,7 +28,9 @@ def tokens(model):
     def visit(step):
         if isinstance(step, Step) and step.key not in seen:
             seen[step.key] = step.facts()["tokens"] if step.program in ("cpift-probe", "cpift-train") else 0
-            for other in step.inputs():
+            # Groups by kind or at random are read beside masks that tell nothing about them.
+            blind = "--partition" in step.arguments and "like" not in step.arguments
+            for other in [] if blind else step.inputs():
                 visit(other)
 
     visit(model)
@@ -108,13 +110,15 @@ CONTROLS = {
     "CPI-FT, random masks": lambda lab: lab.cpi_ft("random-masks", masks="random"),
     "CPI-FT, no freezing": lambda lab: lab.cpi_ft("no-freeze", freeze=False),
     "replay alone": lambda lab: lab.full_sft("--sample", "balanced", name="replay-alone"),
+    "capped mixture": lambda lab: lab.capped(),
 }
 CPI_FT = {"CPI-FT": lambda lab: lab.cpi_ft()}
 OURS = {"CPI-FT+": lambda lab: lab.ours()}
 
 
 PAIRED = {"full SFT": "full-sft", "core frozen": "freeze", "CPI-FT": "cpi-ft", "EPI": "epi", "own cores": "own-cores",
-          "replay of 5 %": "replay"}
+          "replay of 5 %": "replay", "core frozen, replay": "freeze-replay", "EPI, replay": "epi-replay",
+          "own cores, replay": "own-cores-replay"}
 
 
 def reproduce(s):

@@ -135,7 +135,18 @@ class Lab:
                     self.probe(task), "--percent", 10, suffix=".safetensors")
 
     def ours(self):
-        return self.cpi_ft()
+        """CPI-FT+: a capped mixture instead of stages, short probes, no fusion; last, only the groups' own cores move, at a low rate."""
+        plus = self.suite["plus"]
+        lab = Lab(self.store, self.suite | {"budget": self.budget | plus["budget"]}, self.tasks, self.seed)
+        sample, core = ["--sample", plus["rows"]], lab.masks(p=plus["p"])
+        groups = lab.groups(core, "--partition", "like", "--like", lab.groups(lab.masks()))
+        mixture = lab.train(f"mixture-s{self.seed}", lab.base, lab.budget["backbone"], *sample)
+        return lab.isolated(f"plus-s{self.seed}", mixture, core, groups, lab.budget["final"], "--train", "only-cores", *sample,
+                            "--lr", plus["lr"])
+
+    def capped(self):
+        """One mixed stage in which no task has more than so many rows: what CPI-FT+ is without isolation."""
+        return self.full_sft("--sample", self.suite["plus"]["rows"], name="capped")
 
     # One task after another.
 
@@ -150,19 +161,22 @@ class Lab:
         rest = 2 * (tokens - self.budget["probe"])
         if how == "full-sft":
             return first, self.staged(f"then-{stem}", groups, 2 * tokens, tasks=[a, b])
+        # A little of the first task's rows again.
+        again = ["--replay", 0.05] if how.endswith("replay") else []
         if how == "replay":
-            return first, self.staged(f"then-replay-{stem}", groups, 2 * tokens, "--replay", 0.05, tasks=[a, b])
-        if how == "epi":
-            flags = ["--groups", groups, "--isolation", "evolving", "--sample", "all", *self.suite.get("epi", [])]
-            return first, self.train(f"then-epi-{stem}", self.base, 2 * tokens, *flags, tasks=[a, b])
-        if how == "freeze":
-            return first, self.isolated(f"then-freeze-{stem}", self.base, masks, groups, rest, "--sample", "all", tasks=[a, b])
-        if how == "own-cores":
+            return first, self.staged(f"then-replay-{stem}", groups, 2 * tokens, *again, tasks=[a, b])
+        if how.startswith("epi"):
+            flags = ["--groups", groups, "--isolation", "evolving", "--sample", "all", *self.suite.get("epi", []), *again]
+            return first, self.train(f"then-{how}-{stem}", self.base, 2 * tokens, *flags, tasks=[a, b])
+        if how.startswith("freeze"):
+            more = ["--sample", "all", *again]
+            return first, self.isolated(f"then-{how}-{stem}", self.base, masks, groups, rest, *more, tasks=[a, b])
+        if how.startswith("own-cores"):
             masks = {task: self.mask(task, p=self.suite["own_p"]) for task in (a, b)}
             groups = Step(self.store, f"groups-own-{stem}", "cpift-group", *self.mask_arguments(masks), "--tau", 2, "--order",
                           "dependency", "--edges", edges, suffix=".json")
-            more = ["--train", "only-cores", "--sample", "all"]
-            return first, self.isolated(f"then-own-{stem}", self.base, masks, groups, rest, *more, tasks=[a, b])
+            more = ["--train", "only-cores", "--sample", "all", *again]
+            return first, self.isolated(f"then-{how}-{stem}", self.base, masks, groups, rest, *more, tasks=[a, b])
         backbone = self.staged(f"then-backbone-{stem}", groups, rest // 2, tasks=[a, b])
         names = [part for task in (a, b) for part in ("--task", Named(task, self.probe(task)))]
         fused = Step(self.store, f"then-fused-{stem}", "cpift-merge", "cpi", "--base", self.base, "--groups", groups, *names,

@@ -21,7 +21,7 @@ RANK, ALPHA, SEED, MASK = 4, 12.0, 7, 2**64 - 1
 
 
 def mix(a, b):
-    """SplitMix64 of two numbers, as the seeds of cpift-torch are made."""
+    """SplitMix64 of two numbers, as crates/cpift-torch/src/seed.rs makes seeds."""
     z = (a + (b + 1) * 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
@@ -29,7 +29,7 @@ def mix(a, b):
 
 
 def seed_of(name):
-    seed = mix(SEED, len(name))
+    seed = mix(SEED, MASK - 1 - len(name))
     for byte in name.encode():
         seed = mix(seed, byte)
     return seed - 2**64 if seed >= 2**63 else seed
