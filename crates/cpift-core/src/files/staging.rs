@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -29,10 +29,17 @@ fn unfinished() -> MutexGuard<'static, BTreeSet<PathBuf>> {
 /// Removes what this process has staged and runs `last` before anything else can be staged or finished.
 pub fn discard_unfinished(last: impl FnOnce()) {
     let mut folders = unfinished();
-    for folder in std::mem::take(&mut *folders) {
-        let _ = fs::remove_dir_all(folder);
-    }
+    std::mem::take(&mut *folders).iter().for_each(|folder| remove(folder));
     last();
+}
+
+/// Removes a staging folder. Another thread may just be putting a file there, and then it is not empty at once.
+fn remove(folder: &Path) {
+    for _ in 0..100 {
+        if !matches!(fs::remove_dir_all(folder), Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty) {
+            return;
+        }
+    }
 }
 
 /// A locked hidden folder beside `dest` with one entry, which will be renamed to `dest`.
@@ -118,8 +125,10 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // The folder itself goes when the field is dropped.
-        unfinished().remove(self.folder.path());
+        // While it is held: a signal between the two would leave the folder.
+        let mut folders = unfinished();
+        remove(self.folder.path());
+        folders.remove(self.folder.path());
     }
 }
 
