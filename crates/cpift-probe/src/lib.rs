@@ -1,6 +1,7 @@
 //! Stage 1 of CPI-FT, first half: the probe. A short fine-tune of the base θ⁽⁰⁾ on one task's data gives θ⁽ⁱ⁾, whose
 //! difference from the base shows which parameters the task moves most.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -13,8 +14,9 @@ use cpift_core::provenance::Recorder;
 use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
 use cpift_torch::data::{self, Encoded, Layout};
+use cpift_torch::seed::mix_name;
 use cpift_torch::session::{Described, Session};
-use cpift_torch::train::{HeldOut, Isolation, Run, Stage, States};
+use cpift_torch::train::{FISHER, FisherConfig, HeldOut, Isolation, Run, Stage, States};
 use cpift_torch::{memory, oom};
 use log::{info, warn};
 use serde_json::json;
@@ -48,6 +50,16 @@ pub struct Args {
     /// Only print the tasks, a line each: index, name, training file, evaluation file, separated by tabs
     #[arg(long, conflicts_with_all = ["base", "out", "task", "task_index"])]
     pub list: bool,
+    /// Also save OUT/fisher: sums of the squared gradients of batches of the task's rows, taken after training, in f32; for
+    /// cpift-mask --score fisher and blend, and cpift-mask tensors. The batches are counted in cpift.json as fisher_tokens
+    #[arg(long, conflicts_with = "list")]
+    pub save_fisher: bool,
+    /// Batches whose squared gradients are summed (TRACE takes 150)
+    #[arg(long, value_name = "N", default_value = "150", requires = "save_fisher")]
+    pub fisher_batches: NonZeroUsize,
+    /// Rows of each of these batches
+    #[arg(long, value_name = "N", default_value = "2", requires = "save_fisher")]
+    pub fisher_batch_size: NonZeroUsize,
     /// How to fine-tune.
     #[command(flatten)]
     pub training: TrainingArgs,
@@ -182,6 +194,12 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, out:
     description.insert("tasks".into(), json!(plan.tasks_digest));
     description.insert("train".into(), json!(plan.train_digest));
     description.insert("examples".into(), json!(data::digest(&plan.encoded.examples)));
+    let fisher = args.save_fisher.then(|| FisherConfig {
+        batches: args.fisher_batches.get(),
+        batch_size: args.fisher_batch_size.get(),
+        seed: mix_name(training.seed, FISHER),
+    });
+    description.insert("fisher".into(), json!(fisher.map(|f| (f.batches, f.batch_size))));
     let states = States::new(out, description, training);
-    Run { session: &plan.session, args: training, stages: vec![stage], held_out, lora: None, states }
+    Run { session: &plan.session, args: training, stages: vec![stage], held_out, lora: None, fisher, states }
 }

@@ -360,3 +360,27 @@ fn the_tasks_are_listed_in_array_order() {
     let names: Vec<&str> = listed.lines().map(|l| l.split('\t').nth(1).unwrap()).collect();
     assert_eq!(names, ["copy", "count", "pick"]);
 }
+
+#[test]
+fn squared_gradients_lie_in_the_probe_and_leave_it_as_it_is() {
+    let f = Fixture::new();
+    f.probe(&["--task", "copy"]).ok();
+    let plain = fs::read(f.out().join("model.safetensors")).unwrap();
+    let more = ["--task", "copy", "--save-fisher", "--fisher-batches", "2", "--force"];
+    f.probe(&more).ok();
+    assert!(fs::read(f.out().join("model.safetensors")).unwrap() == plain, "the probe itself is another");
+    let (probe, fisher) = (read_checkpoint(&f.out()), read_checkpoint(&f.out().join("fisher")));
+    assert_eq!(probe.keys().collect::<Vec<_>>(), fisher.keys().collect::<Vec<_>>());
+    for (name, sums) in &fisher {
+        assert_eq!((sums.dtype, &sums.shape), (Dtype::F32, &probe[name].shape), "{name}");
+        let values = sums.values();
+        assert!(values.iter().all(|v| *v >= 0.0 && v.is_finite()), "{name}");
+        assert!(values.iter().any(|v| *v > 0.0), "{name}: nothing but zeros");
+    }
+    let facts = read_json(&f.out().join("cpift.json"))["facts"].clone();
+    assert!(facts["fisher_tokens"].as_u64().unwrap() > 0, "{facts}");
+    let first = fs::read(f.out().join("fisher/model.safetensors")).unwrap();
+    f.probe(&more).ok();
+    assert!(fs::read(f.out().join("fisher/model.safetensors")).unwrap() == first, "a rerun gives other sums");
+    f.probe(&["--task", "copy", "--force", "--fisher-batches", "2"]).expect_code(2).says(&["--save-fisher"]);
+}

@@ -2,9 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use cpift_testkit::model::write_tiny_model;
+use cpift_torch::data::{Batch, Example};
+use cpift_torch::session::{Precision, Session};
 use cpift_torch::train::importance::{Importance, Positions, jaccard};
+use cpift_torch::train::{FisherConfig, StepConfig, loss_and_gradients, squared_gradients};
 use serde::Deserialize;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -49,4 +53,32 @@ fn similarity_counts_what_both_have() {
     assert_eq!(jaccard(&a, &b).unwrap(), 2.0 / 6.0);
     assert_eq!(jaccard(&a, &a).unwrap(), 1.0);
     assert_eq!(jaccard(&set(&[]), &set(&[])).unwrap(), 1.0);
+}
+
+#[test]
+fn squared_gradients_are_those_of_the_batches() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = write_tiny_model(&dir.path().join("m"), 3);
+    let session = Session::open(&folder, None, Device::Cpu, Precision::F32).unwrap();
+    let ids = |i: i64| (0..9).map(|j| (17 * i + 5 * j * j) % 250).collect::<Vec<i64>>();
+    let examples: Vec<Example> =
+        (0..4).map(|i| Example { ids: ids(i), target: vec![true; 9], ..Example::default() }).collect();
+    let pass = StepConfig::default().pass;
+    let config = FisherConfig { batches: 4, batch_size: 2, seed: 5 };
+    let (sums, tokens) = squared_gradients(&session, &examples, config, pass).unwrap();
+    assert_eq!(tokens, 4 * 2 * 9);
+    // Twice through the four rows, in pairs: each pass has two batches that together are all rows; whatever the pairs were, the
+    // mean of their gradients is that of all rows, and the sum of squares is no less than 2 passes x 2 x its square.
+    let all = Batch::new(&examples.iter().collect::<Vec<_>>());
+    let (_, mean) = loss_and_gradients(&session.model, &session.parameters, &all, pass).unwrap();
+    assert_eq!(sums.keys().collect::<Vec<_>>(), session.parameters.keys().collect::<Vec<_>>());
+    // Of single batches it is exactly the square.
+    let one = FisherConfig { batches: 3, batch_size: 4, seed: 5 };
+    let (squares, _) = squared_gradients(&session, &examples, one, pass).unwrap();
+    for (name, gradient) in &mean {
+        let square: Tensor = gradient.square();
+        let least: bool = (&sums[name] - &square * 4.0 * 0.999).min().double_value(&[]) >= -1e-9;
+        assert!(least, "{name}: less than the mean's square");
+        assert!(squares[name].allclose(&(square * 3.0), 1e-3, 1e-9, false), "{name}");
+    }
 }

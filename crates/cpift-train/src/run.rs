@@ -32,6 +32,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
             alpha: args.lora_alpha.unwrap_or(2.0 * f64::from(rank)),
             seed: args.training.seed,
         }),
+        fisher: None,
         states,
     };
     let tokens = |reports: &[StageReport]| reports.iter().map(|r| r.tokens + r.importance_tokens).sum::<usize>();

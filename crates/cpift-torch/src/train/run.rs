@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::METRICS;
 use super::batches::{join, made, plan_steps};
+use super::fisher::{self, FisherConfig};
 use super::held_out::{self, HeldOut};
 use super::isolation::{Isolation, MovingMask};
 use super::lora::LoraConfig;
@@ -81,6 +82,8 @@ pub struct Run<'a> {
     pub held_out: Vec<HeldOut>,
     /// Low-rank adapters in place of the parameters; fresh ones in each stage.
     pub lora: Option<LoraConfig>,
+    /// Sums of squared gradients on the last stage's examples, saved with the model.
+    pub fisher: Option<FisherConfig>,
     /// Where states are saved and looked for.
     pub states: States,
 }
@@ -120,6 +123,11 @@ impl Run<'_> {
         // What was trained is not lost to a signal that comes while it is written.
         let _output = Orderly::begin(Work::Output);
         self.session.save(staged.path(), self.args.save_dtype)?;
+        if let Some(config) = self.fisher {
+            let examples = self.stages.last().expect("a run has a stage").examples;
+            let tokens = fisher::save(self.session, examples, config, self.step_config().pass, staged.path())?;
+            recorder.fact("fisher_tokens", tokens);
+        }
         fs::copy(self.states.metrics(), staged.path().join(METRICS)).context("copying metrics.jsonl")?;
         recorder.seed(self.args.seed);
         record(&mut recorder, &reports);

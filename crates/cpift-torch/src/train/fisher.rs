@@ -1,0 +1,74 @@
+//! The diagonal of the empirical Fisher information, as TRACE ([arXiv 2605.31025](https://arxiv.org/abs/2605.31025)) takes it: squared gradients
+//! of the loss of batches at the weights after training.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use cpift_core::Dtype;
+use log::info;
+use tch::{Kind, Tensor, no_grad};
+
+use super::batches::join;
+use super::pass::{PassConfig, loss_and_gradients};
+use crate::data::{Example, FeedConfig, Feeder};
+use crate::session::Session;
+use crate::weights::{self, Parameters};
+
+/// The folder of a probe in which its sums of squared gradients lie, as a checkpoint's weights.
+pub const FISHER: &str = "fisher";
+
+/// How squared gradients are taken.
+#[derive(Debug, Clone, Copy)]
+pub struct FisherConfig {
+    /// Batches that are summed over.
+    pub batches: usize,
+    /// Rows of a batch.
+    pub batch_size: usize,
+    /// Seed of the order of the rows.
+    pub seed: u64,
+}
+
+/// Σ over batches of the squared gradient of the batch's mean loss, by parameter, in f32; and how many tokens that took.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn squared_gradients(
+    session: &Session,
+    examples: &[Example],
+    config: FisherConfig,
+    pass: PassConfig,
+) -> Result<(Parameters, usize)> {
+    let zero = |(name, p): (&String, &Tensor)| (name.clone(), Tensor::zeros(p.size(), (Kind::Float, p.device())));
+    let mut sums: Parameters = session.parameters.iter().map(zero).collect();
+    let feed = FeedConfig { batch_size: config.batch_size, grad_accum: 1, row: None };
+    let (mut feeder, mut tokens) = (Feeder::new(examples, feed, config.seed), 0);
+    for _ in 0..config.batches {
+        let batch = join(examples, &feeder.next_step().concat()).to_device(session.model.device());
+        let (_, gradients) = loss_and_gradients(&session.model, &session.parameters, &batch, pass)?;
+        no_grad(|| {
+            for (name, gradient) in gradients {
+                let sum = sums.get_mut(&name).expect("a gradient of a parameter");
+                let _ = sum.g_add_(&gradient.to_kind(Kind::Float).square());
+            }
+        });
+        tokens += batch.tokens();
+    }
+    Ok((sums, tokens))
+}
+
+/// Writes the sums into the folder [`FISHER`] of `staged`; how many tokens they took.
+pub(crate) fn save(
+    session: &Session,
+    examples: &[Example],
+    config: FisherConfig,
+    pass: PassConfig,
+    staged: &Path,
+) -> Result<usize> {
+    info!("squared gradients of {} batches of {} rows", config.batches, config.batch_size);
+    let (sums, tokens) = squared_gradients(session, examples, config, pass)?;
+    let folder = staged.join(FISHER);
+    fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
+    weights::save(&sums, &folder, Dtype::F32)?;
+    Ok(tokens)
+}
