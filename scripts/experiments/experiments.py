@@ -27,7 +27,8 @@ def tokens(model):
 
     def visit(step):
         if isinstance(step, Step) and step.key not in seen:
-            seen[step.key] = step.facts()["tokens"] if step.program in ("cpift-probe", "cpift-train") else 0
+            facts = step.facts() if step.program in ("cpift-probe", "cpift-train") else {}
+            seen[step.key] = facts.get("tokens", 0) + facts.get("fisher_tokens", 0)
             # Groups by kind or at random are read beside masks that tell nothing about them.
             blind = "--partition" in step.arguments and "like" not in step.arguments
             for other in [] if blind else step.inputs():
@@ -195,7 +196,10 @@ def ablate(s):
         "backbone: full SFT": lambda lab: lab.cpi_ft("backbone-sft", backbone="full-sft"),
         "N-way spherical mean": lambda lab: lab.cpi_ft("spherical-mean", merge=["--weights", "spherical-mean"]),
         "task vectors": lambda lab: lab.cpi_ft("delta", merge=["--space", "delta"]),
-        "without embeddings and norms": lambda lab: lab.cpi_ft("exclude", how={"exclude": "embeddings,norms"}),
+        "score: relative": lambda lab: lab.cpi_ft("score-relative", score="relative"),
+        **{f"score: {score}": lambda lab, score=score: lab.cpi_ft(f"score-{score}", score=score, fisher=True)
+           for score in ("fisher", "blend")},
+        "without embeddings and norms": lambda lab: lab.cpi_ft("exclude", exclude="embeddings,norms"),
     }
     return Table("What each part is worth", "What happens when a part of CPI-FT is left out or changed?", rows(s.labs(), methods), "CPI-FT")
 

@@ -4,7 +4,7 @@ All get the same budget in tokens: that of the probes, the backbone and the last
 one seed; `Lab.method(NAME)` is the step whose output is the model of that name.
 """
 
-from store import Gathered, Named, Source, Step, Written
+from store import Gathered, Inside, Named, Source, Step, Written
 
 
 class Lab:
@@ -27,17 +27,19 @@ class Lab:
         flags = self.suite["train"]
         return [part for pair in zip(flags[::2], flags[1::2]) if pair[0] not in more for part in pair]
 
-    def probe(self, task, *more):
+    def probe(self, task, fisher=False):
+        """With `fisher`, squared gradients are taken after a training that is shorter by as many tokens."""
+        fisher_flags, cost = self.suite["fisher"], self.budget["fisher"]
         return Step(self.store, f"probe-{task}-s{self.seed}", "cpift-probe", "--base", self.base, "--tasks",
-                    self.tasks.part("train", [task]), "--task", task, "--tokens", self.budget["probe"], "--seed", self.seed,
-                    *self.suite["train"], *more)
+                    self.tasks.part("train", [task]), "--task", task, "--tokens", self.budget["probe"] - fisher * cost,
+                    "--seed", self.seed, *self.suite["train"], *(fisher_flags if fisher else []))
 
-    def mask(self, task, p=None, exclude=None, score=None):
-        score = score or self.suite.get("score", "magnitude")
-        exclude = exclude if exclude is not None else self.suite.get("exclude")
-        return Step(self.store, f"mask-{task}-s{self.seed}", "cpift-mask", "extract", "--base", self.base, "--tuned",
-                    self.probe(task), "--percent", p or self.suite["p"], "--score", score,
-                    *(["--exclude", exclude] if exclude else []), suffix=".safetensors")
+    def mask(self, task, p=None, exclude=None, score="magnitude", fisher=False):
+        probe = self.probe(task, fisher)
+        more = ["--exclude", exclude] if exclude else []
+        more += ["--fisher", Inside(probe, "fisher")] if score in ("fisher", "blend") else []
+        return Step(self.store, f"mask-{task}-s{self.seed}", "cpift-mask", "extract", "--base", self.base, "--tuned", probe,
+                    "--percent", p or self.suite["p"], "--score", score, *more, suffix=".safetensors")
 
     def random_mask(self, task, **how):
         return Step(self.store, f"random-{task}-s{self.seed}", "cpift-mask", "random", "--like", self.mask(task, **how),
@@ -65,8 +67,8 @@ class Lab:
         """Plain training through the groups."""
         return self.train(name, model or self.base, tokens, "--groups", groups, "--no-freeze", *more, tasks=tasks)
 
-    def fused(self, masks, groups, backbone, *more):
-        tasks = [part for name in self.tasks.names for part in ("--task", Named(name, self.probe(name)))]
+    def fused(self, masks, groups, backbone, *more, fisher=False):
+        tasks = [part for name in self.tasks.names for part in ("--task", Named(name, self.probe(name, fisher)))]
         arguments = ["cpi", "--base", self.base, "--groups", groups, *tasks, *self.mask_arguments(masks)]
         arguments += ["--backbone", backbone] if backbone is not self.base else []
         return Step(self.store, f"fused-s{self.seed}", "cpift-merge", *arguments, *more)
@@ -90,15 +92,15 @@ class Lab:
         return self.full_sft("--lora-rank", 16, *self.suite.get("lora", []), name="lora")
 
     def cpi_ft(self, name="cpi-ft", masks="core", order=None, backbone="multi-stage", transplant=True, freeze=True, merge=(),
-               final=(), how=None):
-        """CPI-FT as published: probes, groups, fusion into the backbone, stages with earlier cores frozen."""
-        core = self.masks(**(how or {}))
+               final=(), **how):
+        """CPI-FT as published: probes, groups, fusion into the backbone, stages with earlier cores frozen. `how` is that of the masks."""
+        core = self.masks(**how)
         groups = self.groups(core, order=order)
         back = self.backbone(groups, backbone)
         if masks == "random":
             core = {task: self.random_mask(task) for task in self.tasks.names}
             groups = self.groups(core, "--partition", "like", "--like", groups)
-        fused = self.fused(core, groups, back, *merge) if transplant else self.blended(back)
+        fused = self.fused(core, groups, back, *merge, fisher=how.get("fisher", False)) if transplant else self.blended(back)
         if not freeze:
             return self.staged(f"{name}-s{self.seed}", groups, self.budget["final"], "--sample", "balanced", *final, model=fused)
         return self.isolated(f"{name}-s{self.seed}", fused, core, groups, self.budget["final"], *final)
@@ -124,15 +126,17 @@ class Lab:
                           *self.suite.get("epi", []))
 
     def own_cores(self, tensors=False):
-        """TRACE: in each stage the group's own core alone moves; the probes' tokens are part of the budget."""
-        core = {task: self.tensor_mask(task) for task in self.tasks.names} if tensors else self.masks(p=self.suite.get("own_p", 20))
-        groups = self.groups(core, "--partition", "like", "--like", self.groups(self.masks()))
+        """In each stage the group's own core alone moves; with `tensors` it is TRACE's, whole tensors. The probes' tokens are part of the
+        budget."""
+        core = {task: self.tensor_mask(task) for task in self.tasks.names} if tensors else self.masks(p=self.suite["own_p"])
+        groups = self.groups(core, "--partition", "like", "--like", self.groups(self.masks(fisher=tensors)))
         name, tokens = "trace" if tensors else "own-cores", self.budget["backbone"] + self.budget["final"]
         return self.isolated(f"{name}-s{self.seed}", self.base, core, groups, tokens, "--train", "only-cores", "--sample", "all")
 
     def tensor_mask(self, task):
-        return Step(self.store, f"tensors-{task}-s{self.seed}", "cpift-mask", "tensors", "--base", self.base, "--tuned",
-                    self.probe(task), "--percent", 10, suffix=".safetensors")
+        probe = self.probe(task, fisher=True)
+        return Step(self.store, f"tensors-{task}-s{self.seed}", "cpift-mask", "tensors", "--base", self.base, "--tuned", probe,
+                    "--fisher", Inside(probe, "fisher"), "--percent", 10, suffix=".safetensors")
 
     def ours(self):
         """CPI-FT+: a capped mixture instead of stages, short probes, no fusion; last, only the groups' own cores move, at a low rate."""

@@ -53,12 +53,19 @@ class Named:
         self.name, self.value = name, value
 
 
+class Inside:
+    """A file or folder in the output of a step."""
+
+    def __init__(self, step, name):
+        self.step, self.key, self.path = step, f"{step.key}/{name}", step.path / name
+
+
 class Step:
     """One call of a program. `arguments` are texts, inputs, and [`Named`] inputs; `suffix` is that of a file, empty for a folder."""
 
-    def __init__(self, store, name, program, *arguments, suffix="", out="--out", after=()):
+    def __init__(self, store, name, program, *arguments, suffix="", out="--out"):
         self.store, self.name, self.program, self.out = store, name, program, out
-        self.arguments, self.after = [a for a in arguments if a is not None], list(after)
+        self.arguments = [a for a in arguments if a is not None]
         self.key = digest(json.dumps([program, store.version(program), [self.code(a) for a in self.arguments]]))
         self.path = store.folder / f"{name}-{self.key}{suffix}"
 
@@ -76,7 +83,8 @@ class Step:
 
     def inputs(self):
         values = [a.value if isinstance(a, Named) else a for a in self.arguments]
-        return [v for v in values if isinstance(v, Step)] + self.after
+        values = [v.step if isinstance(v, Inside) else v for v in values]
+        return [v for v in values if isinstance(v, Step)]
 
     def command(self):
         return [self.program, *map(self.text, self.arguments), self.out, str(self.path)]
