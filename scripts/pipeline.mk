@@ -7,7 +7,8 @@
 #   TRAIN_FLAGS, FINAL_FLAGS, GROUP_FLAGS, MERGE_FLAGS, EVAL_FLAGS    more arguments
 #   THREADS    threads of each program; `make -j2` runs two at a time
 #   ONLY=FILES    make these files and refuse to make what they are made of, as each job on a cluster does
-#   GRAPH=1    with `make -n`: instead of commands a line for each artifact (scripts/graph.sh)
+#   GRAPH=1    with `make -n`: a line for each artifact that is to be made: name, file, what it is made of, command, separated by tabs;
+#       with -B all of them. scripts/slurm/submit.sh and scripts/status.py read it.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -62,6 +63,16 @@ stamp = $(or $(shell f=$(RUN)/settings/$(1); s='$(strip $(2))'; [ "$$(cat $$f 2>
 	$(if $(ONLY)$(GRAPH),exit 0,{ mkdir -p $(RUN)/settings; printf '%s' "$$s" > $$f.$$$$; mv $$f.$$$$ $$f; }); echo $$f),\
 	$(if $(GRAPH),changed-settings,$(error $(RUN)/settings/$(1): the settings have changed since the job was submitted)))
 .PHONY: changed-settings
+
+# What scripts/status.py needs to ask again.
+define newline
+
+
+endef
+VARIABLES := BASE TASKS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS P SCOPE TAU ORDER SEED \
+	TRAIN_FLAGS FINAL_FLAGS MASK_FLAGS GROUP_FLAGS MERGE_FLAGS EVAL_FLAGS
+$(if $(ONLY)$(GRAPH),,$(shell mkdir -p $(RUN)/settings)$(file >$(RUN)/settings/variables,$(foreach v,$(VARIABLES),$(v)=$($(v))$(newline))))
+
 PROBE_SET := $(call stamp,probe,$(BASE) $(PROBE_TOKENS) $(SEED) $(TRAIN_FLAGS))
 MASK_SET := $(call stamp,mask,$(P) $(SCOPE) $(MASK_FLAGS))
 GROUP_SET := $(call stamp,group,$(TAU) $(ORDER) $(SEED) $(GROUP_FLAGS))

@@ -1,6 +1,7 @@
 //! Signals: what is staged goes, and a stage that can stop in an orderly way is asked to first.
 
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
@@ -12,6 +13,10 @@ use crate::files;
 static WORK: AtomicU8 = AtomicU8::new(0);
 /// The signal that asked it to stop; 0 for none.
 static ASKED: AtomicI32 = AtomicI32::new(0);
+
+/// Warnings within this time of the first are the same one: a cluster warns all processes of a job, and those that started the stage
+/// pass it on.
+const ECHO: Duration = Duration::from_secs(2);
 
 /// What a signal meets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,10 +48,14 @@ enum Answer {
 pub(crate) fn listen() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).context("listening for signals")?;
     std::thread::spawn(move || {
+        let mut warned: Option<Instant> = None;
         for signal in signals.forever() {
-            let first = ASKED.load(Ordering::SeqCst) == 0;
+            let echo = is_warning(signal) && warned.is_some_and(|at| at.elapsed() < ECHO);
+            let first = echo || ASKED.load(Ordering::SeqCst) == 0;
             match answer(signal, WORK.load(Ordering::SeqCst), first) {
+                Answer::Wait(_) if echo => {}
                 Answer::Wait(what) => {
+                    warned.get_or_insert_with(Instant::now);
                     let _ = ASKED.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
                     log::info!("{}: {what}", name(signal));
                 }
@@ -58,8 +67,12 @@ pub(crate) fn listen() -> Result<()> {
     Ok(())
 }
 
+fn is_warning(signal: i32) -> bool {
+    matches!(signal, SIGTERM | SIGUSR1)
+}
+
 fn answer(signal: i32, work: u8, first: bool) -> Answer {
-    let warning = matches!(signal, SIGTERM | SIGUSR1);
+    let warning = is_warning(signal);
     match work {
         w if w == Work::Steps as u8 && warning && first => {
             Answer::Wait("saving and stopping after this step; a second signal stops at once")
