@@ -10,6 +10,8 @@ mkdir -p "${path%/*}"
 state() { printf '%s\n' "$*" > "$path.state.$$" && mv "$path.state.$$" "$path.state"; }
 
 echo "$name"
+# What an interrupted or failed attempt said is kept.
+[ "$(cat "$path.state" 2> /dev/null)" = "exit 0" ] || [ ! -e "$path.log" ] || mv -f "$path.log" "$path.before.log"
 "$@" > "$path.log" 2>&1 &
 child=$!
 trap 'kill -TERM "$child" 2> /dev/null' TERM INT

@@ -16,6 +16,7 @@ for argument in "$@"; do
     esac
 done
 [[ -n "${RUN:-}" && -n "${BASE:-}" && -n "${TASKS:-}" ]] || stop "name the inputs: BASE=DIR TASKS=FILE scripts/slurm/submit.sh RUN"
+RUN=${RUN%/}
 export RUN BASE TASKS CLUSTER=${CLUSTER:-scripts/slurm/cluster.env}
 unset MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES
 # shellcheck source=scripts/slurm/cluster.env

@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use nix::sys::signal::{SigSet, Signal};
+use signal_hook::consts::{SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use crate::files;
@@ -43,17 +44,27 @@ enum Answer {
 /// except that while an [`Orderly`] lives the first SIGTERM or SIGUSR1 (Slurm's warnings) is only noted, that none of these two cuts
 /// short the writing of a state or of the output, and that the first signal of any kind does not cut short the output.
 ///
+/// Signals come to the listening thread alone: the threads started from here on inherit that they are blocked. A handler that runs
+/// upon a thread in the midst of a matrix product of libtorch has been seen to spoil its heap.
+///
 /// # Errors
 /// When the handlers cannot be set.
 pub(crate) fn listen() -> Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).context("listening for signals")?;
+    const HEARD: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1];
+    let heard: SigSet = HEARD.into_iter().collect();
+    let mut signals = Signals::new(HEARD.map(|s| s as i32)).context("listening for signals")?;
+    heard.thread_block().context("blocking signals")?;
     std::thread::spawn(move || {
+        if let Err(error) = heard.thread_unblock() {
+            log::warn!("signals are not heard: {error}");
+        }
         let mut warned: Option<Instant> = None;
         for signal in signals.forever() {
-            let echo = is_warning(signal) && warned.is_some_and(|at| at.elapsed() < ECHO);
-            let first = echo || ASKED.load(Ordering::SeqCst) == 0;
+            if is_warning(signal) && warned.is_some_and(|at| at.elapsed() < ECHO) {
+                continue;
+            }
+            let first = ASKED.load(Ordering::SeqCst) == 0;
             match answer(signal, WORK.load(Ordering::SeqCst), first) {
-                Answer::Wait(_) if echo => {}
                 Answer::Wait(what) => {
                     warned.get_or_insert_with(Instant::now);
                     let _ = ASKED.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
@@ -115,6 +126,8 @@ fn name(signal: i32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use signal_hook::consts::{SIGHUP, SIGINT};
+
     use super::*;
 
     #[test]
