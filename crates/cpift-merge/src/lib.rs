@@ -33,8 +33,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
-use cpift_core::{Checkpoint, files};
 use cpift_core::provenance::Recorder;
+use cpift_core::{Checkpoint, files};
 
 use cli::{Args, Command, OutputArgs};
 pub use request::Request;
