@@ -39,7 +39,7 @@ wait_for() {
 has() { grep -qE -- "$2" <<< "$1" || fail "'$2' is not in: $1"; }
 job_of() { awk -v name="$2" '$1 == name { id = $2 } END { print id }' "$1/slurm/jobs"; }
 idle() { local jobs; jobs=$(squeue -h -o %j) && ! grep -q "^${1##*/}\." <<< "$jobs"; }
-state_of() { scripts/status.py "$1" | awk -v name="$2" '$1 == name { print $2 }'; }
+is() { [ "$(scripts/status.py "$rough" | awk -v name="$1" '$1 == name { print $2 }')" = "$2" ]; }
 lost() { [[ "$(sinfo -h -o %t)" == down* ]]; }
 # The program of a stage that is running (its state file), once it has made some steps.
 program() { awk '$1 == "running" { print $3 }' "$rough/logs/$1.state" 2> /dev/null; }
@@ -98,7 +98,7 @@ has "$said" '^full-sft +complete$'
 wait_for "probe-logic at work" steps probe-logic probes/logic 5
 job=$(job_of "$rough" probe-logic)
 kill -STOP "$(program probe-logic)"
-[ "$(state_of "$rough" probe-logic)" = running ] || fail "probe-logic is running"
+is probe-logic running || fail "probe-logic is not said to be running"
 scontrol requeue "$job"
 wait_for "probe-logic a second time" test -e "$rough/probes/logic/cpift.json"
 resumed probe-logic "$job"
@@ -125,7 +125,7 @@ kill -KILL "$(cat "$dir/slurmd-n1.pid")"
 dead=()
 until [[ "$(cat "/proc/$pid/comm")" == slurmstepd* ]]; do dead+=("$pid"); pid=$(awk '$1 == "PPid:" { print $2 }' "/proc/$pid/status"); done
 kill -KILL "$pid" "${dead[@]}"
-[ "$(state_of "$rough" cpi-ft)" = failed ] || fail "a dead cpi-ft is told"
+wait_for "the news of a dead cpi-ft" is cpi-ft failed
 wait_for "the loss of the node" lost
 tests/slurm/cluster.sh node "$dir"
 wait_for "cpi-ft a second time" test -e "$rough/cpi-ft/cpift.json"
