@@ -35,7 +35,8 @@ declare -A live
 jobs=$RUN/slurm/jobs
 if [ -s "$jobs" ]; then
     declare -A queue
-    while read -r id name; do queue[$id]=$name; done < <(squeue -h -r -u "$(id -un)" -o '%i %j')
+    queued=$(squeue -h -r -u "$(id -un)" -o '%i %j')
+    while read -r id name; do [ -z "$id" ] || queue[$id]=$name; done <<< "$queued"
     while read -r artifact id name; do
         [ "${queue[$id]:-}" != "$name" ] || live[$artifact]=$id
     done < "$jobs"
@@ -47,7 +48,7 @@ plan=$(pipeline GRAPH=1)
 [ -z "${live[*]}" ] || ! grep -q -w changed-settings <<< "$plan" ||
     stop "the settings have changed and jobs of $RUN with the old ones are queued: scancel ${live[*]}"
 declare -A unmade
-while IFS=$'\t' read -r name _; do unmade[$name]=1; done <<< "$plan"
+while IFS=$'\t' read -r name _; do [ -z "$name" ] || unmade[$name]=1; done <<< "$plan"
 all=$(pipeline -B GRAPH=1)
 while IFS=$'\t' read -r name file inputs _; do
     stage=$(stage_of "$name"); element=$(element_of "$name"); owner[$file]=$stage
