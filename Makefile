@@ -75,6 +75,29 @@ smollm2: build ## The whole pipeline on SmolLM2-135M-Instruct with real data (DA
 	@scripts/smollm2/fetch.sh $(SMOLLM2)
 	@DATA=$(DATA) SEQ=$(SEQ) LIMIT=$(LIMIT) MODEL=$(SMOLLM2) RUN=$(SMOLLM2_RUN) BIN=$(BIN) scripts/smollm2/run.sh
 
+# The experiments: SUITE=, SUITE_RUN=, SEEDS= (default: the suite's), JOBS=, PAIR=A,B for forgetting alone.
+EXPERIMENTS := reproduce forgetting ablate schedules stages sweep-p sweep-tau imbalance low-data
+SUITE ?= scripts/experiments/interference.toml
+SUITE_RUN ?= runs/suite
+JOBS ?= 2
+.PHONY: $(EXPERIMENTS) smollm2-suite
+
+reproduce: ## The paper's table on the interference suite: CPI-FT, its baselines and controls, and what came after, over seeds
+forgetting: ## One task after another, every ordered pair: what the first loses, by method
+ablate: ## CPI-FT with a part left out or changed
+schedules: ## The four orders of the groups
+stages: ## Stages against one mixed stage
+sweep-p: ## The size of the core regions
+sweep-tau: ## The threshold of similarity
+imbalance: ## A task with 1, 5, 20 % of its rows
+low-data: ## All tasks with 10, 30 % of their rows
+$(EXPERIMENTS): build
+	@$(PYTHON) scripts/experiments/run.py $@ --suite $(SUITE) --run $(SUITE_RUN) --bin $(BIN) --jobs $(JOBS) \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(PAIR),--pair $(PAIR))
+
+smollm2-suite: build ## `reproduce` on SmolLM2-135M with real data (DATA=, DEVICE=cpu|cuda, SEEDS=)
+	@DATA=$(DATA) MODEL=$(SMOLLM2) BIN=$(BIN) SEEDS=$(SEEDS) scripts/experiments/smollm2.sh
+
 pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
 	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all
 

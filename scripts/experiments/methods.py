@@ -4,7 +4,7 @@ All get the same budget in tokens: that of the probes, the backbone and the last
 one seed; `Lab.method(NAME)` is the step whose output is the model of that name.
 """
 
-from store import Gathered, Inside, Named, Source, Step, Written
+from store import Gathered, Inside, Named, Step, Written
 
 
 class Lab:
@@ -12,7 +12,7 @@ class Lab:
 
     def __init__(self, store, suite, tasks, seed):
         self.store, self.suite, self.tasks, self.seed = store, suite, tasks, seed
-        self.base = Source(suite["base"]) if isinstance(suite["base"], str) else suite["base"]
+        self.base = suite["base"]
         self.budget = suite["budget"]
         self.total = len(tasks.names) * self.budget["probe"] + self.budget["backbone"] + self.budget["final"]
 
