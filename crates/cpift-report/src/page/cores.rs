@@ -12,8 +12,10 @@ use super::{entries, file_name};
 use crate::chart::{Svg, diverging, legend, sequential};
 use crate::html::{Table, escape, figure, missing, paragraph};
 
-/// Side of a cell of the heat map.
-const CELL: f64 = 58.0;
+/// Sides of a cell of the heat map: of few tasks, and of so many that a telephone could show none of their numbers whole.
+const CELLS: (f64, f64) = (58.0, 46.0);
+/// The most tasks that are few.
+const FEW: usize = 6;
 
 /// The Jaccard matrix in training order, and the groups.
 pub fn overlap(folder: &Path) -> Result<String> {
@@ -54,32 +56,34 @@ fn heat_map(groups: &Groups) -> String {
     let max = pairs.clone().map(|(a, b)| groups.jaccard[a][b]).fold(0.0, f64::max);
     let chance = pairs.map(|(a, b)| groups.chance[a][b]).fold(0.0, f64::max);
     let (left, top) = (96.0, 24.0);
-    let side = CELL * order.len() as f64;
+    let many = order.len() > FEW;
+    let size = if many { CELLS.1 } else { CELLS.0 };
+    let side = size * order.len() as f64;
     let mut svg = Svg::new(left + side + 2.0, top + side + 2.0);
     let header: Vec<String> =
         ["task".to_owned()].into_iter().chain(order.iter().map(|&t| groups.tasks[t].clone())).collect();
     let mut table = Table::new("Jaccard similarity of core regions; in brackets what chance gives", &header);
     for (i, &a) in order.iter().enumerate() {
-        let (name, at) = (&groups.tasks[a], CELL * i as f64);
-        svg.name(left - 8.0, top + at + CELL / 2.0 + 4.0, "end", left - 10.0, name);
-        svg.name(left + at + CELL / 2.0, top - 8.0, "middle small", CELL + 6.0, name);
+        let (name, at) = (&groups.tasks[a], size * i as f64);
+        svg.name(left - 8.0, top + at + size / 2.0 + 4.0, "end", left - 10.0, name);
+        svg.name(left + at + size / 2.0, top - 8.0, "middle small", size + 6.0, name);
         let mut cells = vec![name.clone()];
         for (j, &b) in order.iter().enumerate() {
             let (s, by_chance) = (groups.jaccard[a][b], groups.chance[a][b]);
             let (class, text) =
                 if a == b { ("none".into(), "1".to_owned()) } else { (sequential(s, max), format!("{s:.3}")) };
             let title = format!("{name} and {}: {s:.6}, chance {by_chance:.6}", groups.tasks[b]);
-            let (x, y) = (left + CELL * j as f64, top + at);
-            svg.rect((x, y, CELL - 1.0, CELL - 1.0), &class, &title);
+            let (x, y) = (left + size * j as f64, top + at);
+            svg.rect((x, y, size - 1.0, size - 1.0), &class, &title);
             let ink = if a == b { "small middle soft".to_owned() } else { format!("{class} on small middle") };
-            svg.text(x + CELL / 2.0, y + CELL / 2.0 + 4.0, &ink, &text);
+            svg.text(x + size / 2.0, y + size / 2.0 + 4.0, &ink, &text);
             cells.push(if a == b { "1".to_owned() } else { format!("{s:.4} ({by_chance:.4})") });
         }
         table.row(&cells);
     }
     let mut start = 0.0;
     for group in &groups.groups {
-        let side = CELL * group.len() as f64;
+        let side = size * group.len() as f64;
         svg.rect((left + start - 0.5, top + start - 0.5, side, side), "frame", "");
         start += side;
     }
@@ -88,7 +92,8 @@ fn heat_map(groups: &Groups) -> String {
         "{}<br>Jaccard similarity of every two core regions, in training order; the groups are framed.",
         legend('q', ["0", &format!("chance gives up to {chance:.4}"), &format!("{max:.3}")])
     );
-    figure(&[svg.finish(&label)], &caption, vec![table])
+    let picture = if many { svg.finish_scrolling(&label) } else { svg.finish(&label) };
+    figure(&[picture], &caption, vec![table])
 }
 
 /// The density of every mask by layer and role. Counting maps the files and reads them once.
