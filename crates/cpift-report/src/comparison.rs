@@ -227,13 +227,14 @@ fn further_columns(runs: &[Run], task: &str) -> Vec<Column> {
         column(name, Unit::of(name), scored.iter().map(cell).collect())
     };
     let count = |name: &str| {
-        let cell =
-            |score: &Option<&TaskScore>| match score.and_then(|s| Some((s.settings.get(name)?.as_u64()?, s.nll.n))) {
-                Some((count, n)) => {
-                    Cell::Value(Figure { name: name.to_owned(), value: count as f64, stderr: 0.0, n }, false)
-                }
-                None => Cell::Missing,
-            };
+        let number = |score: &TaskScore, name: &str| score.settings.get(name)?.as_u64();
+        let cell = |score: &Option<&TaskScore>| match score.and_then(|s| Some((s, number(s, name)?))) {
+            Some((score, count)) => {
+                let n = number(score, "rows").unwrap_or(score.nll.n);
+                Cell::Value(Figure { name: name.to_owned(), value: count as f64, stderr: 0.0, n }, false)
+            }
+            None => Cell::Missing,
+        };
         column(name, Unit::Count, scored.iter().map(cell).collect())
     };
     let names: BTreeSet<&String> = scored.iter().flatten().flat_map(|score| score.also.keys()).collect();

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use cpift_core::scores::TaskScore;
+
 use crate::bootstrap::{self, Pair};
 use crate::comparison::Question;
 use crate::runs::Run;
@@ -101,10 +103,13 @@ impl Draws {
 
 /// The rows that all runs of both sides have, in order of row, seed by seed; or why there are none.
 fn pairs(sides: &Sides<'_>, drawn: &Drawn<'_>) -> Result<Vec<Vec<Pair>>, String> {
-    let mut scored = sides.base.iter().chain(sides.run).filter_map(|run| run.task(drawn.task));
-    let first = scored.next();
-    if scored.any(|task| first.is_some_and(|first| first.eval_digest != task.eval_digest)) {
+    let scored: Vec<&TaskScore> = sides.base.iter().chain(sides.run).filter_map(|run| run.task(drawn.task)).collect();
+    if scored.windows(2).any(|two| two[0].eval_digest != two[1].eval_digest) {
         return Err("their evaluation files differ".into());
+    }
+    let metric = |score: &TaskScore| score.metric.as_ref().map(|metric| metric.name.clone());
+    if !drawn.unit.is_loss() && scored.windows(2).any(|two| metric(two[0]) != metric(two[1])) {
+        return Err("their metrics differ".into());
     }
     let of = |runs: &[Run]| runs.iter().map(|run| rows(run, drawn)).collect::<Result<Vec<_>, _>>();
     let (base, run) = (of(sides.base)?, of(sides.run)?);
@@ -112,7 +117,12 @@ fn pairs(sides: &Sides<'_>, drawn: &Drawn<'_>) -> Result<Vec<Vec<Pair>>, String>
         base.iter().zip(&run).map(|(a, b)| Some(Pair { base: *a.get(row)?, run: *b.get(row)? })).collect::<Option<_>>()
     };
     let all: Vec<Vec<Pair>> = base[0].keys().filter_map(pair).collect();
-    if all.is_empty() { Err("the runs have no row in common".into()) } else { Ok(all) }
+    match all.len() {
+        0 => Err("the runs have no row in common".into()),
+        // Drawn again and again it is always the same: no doubt would be left.
+        1 => Err("the runs have one row in common".into()),
+        _ => Ok(all),
+    }
 }
 
 /// What each row of a run adds to its figure, as a sum and a weight: checked to be what the figure was made from.

@@ -70,6 +70,9 @@ fn losses_that_are_not_those_of_the_rows_have_no_interval() {
     let table = compared(&f, &["a", "b"], "markdown", false);
     assert!(table.contains("b, copy: no paired interval: the loss of b is not that of its rows"), "{table}");
     let f = Folder::new();
+    ["a", "b"].iter().for_each(|name| drop(f.score(name, &[("copy", &[1.0])])));
+    let table = compared(&f, &["a", "b"], "markdown", false);
+    assert!(table.contains("b, copy: no paired interval: the runs have one row in common."), "{table}");
     ["a", "b"].iter().for_each(|name| drop(f.score(name, &[("copy", &[0.0, 1.0])])));
     let table = compared(&f, &["a", "b"], "markdown", false);
     assert_eq!(table.matches("outputs.jsonl of a has no losses of this task's rows").count(), 1, "{table}");
@@ -83,7 +86,7 @@ fn further_figures_and_counts_are_in_every_form() {
         scores["tasks"][0]["settings"]["skipped"] = json!(3);
     });
     let csv = compared(&f, &["a", "b"], "csv", false);
-    for line in ["b,copy,flexible,0.75,0.25,4,false,,,,", "a,copy,flexible,,,,,,,,", "b,copy,skipped,3,,3,,,,,"] {
+    for line in ["b,copy,flexible,0.75,0.25,4,false,,,,", "a,copy,flexible,,,,,,,,", "b,copy,skipped,3,,4,,,,,"] {
         assert!(csv.lines().any(|l| l == line), "{line}: {csv}");
     }
     assert!(csv.contains("a,copy,perplexity,2.718281828459045,0.1,3,true,,,,"), "{csv}");
@@ -144,6 +147,8 @@ fn what_force_compares_is_said_and_not_paired() {
     let name = |scores: &mut Value| {
         scores["tasks"][0]["metric"] = json!({"name": "judge", "value": 7.0, "stderr": 0.1, "n": 2})
     };
+    f.edit("b", |scores| scores["tasks"][1]["metric"]["name"] = json!("exact_match"));
+    assert!(compared(&f, &["a", "b"], "markdown", true).contains("b, pick: no paired interval: their metrics differ."));
     f.edit("b", name);
     let table = compared(&f, &["a", "b"], "markdown", true);
     assert!(!table.contains("700.0"), "a rating is no percentage: {table}");

@@ -55,11 +55,10 @@ pub fn compare(args: &ReportArgs) -> Result<Compared> {
     }
     runs.sort_by_key(|run| rank(&run.name));
     let chosen = chosen(&runs, args.baseline.as_deref());
-    let set: Vec<Run> = chosen.iter().map(|i| runs[*i].clone()).collect();
-    for (_, run) in runs.iter().enumerate().filter(|(i, _)| !chosen.contains(i)) {
-        let reason = conflict(&set, run).map(|(other, difference)| difference.words(other));
-        left_out.extend(reason.map(|reason| (run.name.clone(), reason)));
-    }
+    let (set, others): (Vec<_>, Vec<_>) = runs.into_iter().enumerate().partition(|(i, _)| chosen.contains(i));
+    let set: Vec<Run> = set.into_iter().map(|(_, run)| run).collect();
+    let reason = |run: Run| conflict(&set, &run).map(|(other, difference)| (run.name.clone(), difference.words(other)));
+    left_out.extend(others.into_iter().filter_map(|(_, run)| reason(run)));
     if set.is_empty() {
         return Ok(Compared { comparison: None, left_out });
     }

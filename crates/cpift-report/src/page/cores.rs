@@ -10,6 +10,7 @@ use cpift_core::groups::{Groups, TauMode};
 
 use super::{entries, file_name};
 use crate::chart::{Svg, diverging, legend, sequential};
+use crate::experiment::counted;
 use crate::html::{Table, escape, figure, missing, paragraph};
 
 /// Sides of a cell of the heat map: of few tasks, and of so many that a telephone could show none of their numbers whole.
@@ -43,10 +44,6 @@ pub fn overlap(folder: &Path) -> Result<String> {
         groups.order.seed.map_or(String::new(), |seed| format!(", seed {seed}"))
     );
     Ok(format!("{}<ol>\n{items}</ol>\n{}", paragraph(&words), heat_map(&groups)))
-}
-
-fn counted(n: usize, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 fn heat_map(groups: &Groups) -> String {
@@ -111,8 +108,11 @@ pub fn density(folder: &Path) -> Result<String> {
     }
     let reach = all.iter().map(|(_, stats)| reach(stats)).fold(1.0, f64::max);
     let pictures: Vec<String> = all.iter().map(|(task, stats)| tile(task, stats, reach)).collect();
-    let mut percents: Vec<String> = all.iter().map(|(_, stats)| format!("{} %", stats.mask.percent)).collect();
-    percents.dedup();
+    let mut percents: Vec<String> = Vec::new();
+    for (_, stats) in &all {
+        let percent = format!("{} %", short(stats.mask.percent));
+        percents.extend((!percents.contains(&percent)).then_some(percent));
+    }
     let times = |power: f64| format!("{} times", power.exp2());
     let caption = format!(
         "{}<br>{}",
@@ -192,7 +192,25 @@ fn numbers(task: &str, stats: &Stats) -> Table {
     table
 }
 
+/// A number as it was likely typed: to four places, without the zeros at its end; smaller ones whole.
+fn short(value: f64) -> String {
+    let text = format!("{value:.4}");
+    let text = text.trim_end_matches('0').trim_end_matches('.');
+    if value < 1e-3 { value.to_string() } else { text.to_owned() }
+}
+
 /// A share in percent.
 fn percent(share: f64) -> String {
     format!("{:.3} %", 100.0 * share)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::short;
+
+    #[test]
+    fn percents_have_no_more_places_than_a_reader_needs() {
+        let found = [1.0, 0.1, 10.0, 9.386322463768115, 0.0005].map(short);
+        assert_eq!(found, ["1", "0.1", "10", "9.3863", "0.0005"]);
+    }
 }

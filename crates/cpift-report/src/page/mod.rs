@@ -17,6 +17,7 @@ use cpift_core::provenance::FILE_NAME;
 
 use crate::args::ReportArgs;
 use crate::comparison::{Comparison, Question};
+use crate::experiment::counted;
 use crate::html::{escape, missing, page};
 
 pub use experiments::alone as experiment;
@@ -108,8 +109,13 @@ fn body(name: &str, sections: &[Section], comparison: Option<&Comparison>) -> St
     let lead = comparison.map_or(String::new(), |c| {
         let models: Vec<&str> = c.runs.iter().map(|run| run.name.as_str()).collect();
         let tasks: Vec<&str> = c.scores.iter().filter_map(|column| column.task.as_deref()).collect();
-        let text =
-            format!("{} models ({}) on {} tasks ({}).", models.len(), models.join(", "), tasks.len(), tasks.join(", "));
+        let text = format!(
+            "{} ({}) on {} ({}).",
+            counted(models.len(), "model"),
+            models.join(", "),
+            counted(tasks.len(), "task"),
+            tasks.join(", ")
+        );
         format!("<p class=\"lead\">{}</p>\n", escape(&text))
     });
     format!(

@@ -181,9 +181,13 @@ fn tile(column: &Column, gains: &[Gain], (low, high): (f64, f64), baseline: &str
     for (i, gain) in gains.iter().enumerate() {
         let middle = top + ROW * (i as f64 + 0.5);
         let (zero, end) = (axis.at(0.0), axis.at(gain.value));
-        let (kind, words) = if gain.value < 0.0 { ("loss", "loss") } else { ("gain", "gain") };
+        let (kind, words) = match gain.value {
+            v if v < 0.0 => ("loss", "a loss"),
+            v if v > 0.0 => ("gain", "a gain"),
+            _ => ("gain", "no difference"),
+        };
         svg.name(0.0, middle + 4.0, "", 92.0, &gain.model);
-        let title = format!("{} on {task}: {} against {baseline}, a {words}", gain.model, gain.text);
+        let title = format!("{} on {task}: {} against {baseline}, {words}", gain.model, gain.text);
         svg.rect((zero.min(end), middle - 7.0, (end - zero).abs().max(0.5), 14.0), kind, &title);
         if let Some((low, high)) = gain.interval {
             svg.line((axis.at(low), middle), (axis.at(high), middle), "whisker");
