@@ -327,6 +327,11 @@ fn other_rows_and_missing_folders_are_refused_by_both_names() {
     f.edit_at("store/c2", |s| s["tasks"][1]["settings"]["rows"] = json!(9));
     let error = try_show(&f, &file, &[]).unwrap_err().to_string();
     assert!(["store/c2", "store/copied", "rows = 9"].iter().all(|part| error.contains(part)), "{error}");
+    let out = f.path("forced");
+    let line = Line::parse_from(["experiment", file.to_str().unwrap(), "--out", out.to_str().unwrap()]);
+    experiment(&line.args, &common(true)).unwrap();
+    let words = "cpi-ft after copy and pick differs from full-sft after copy in the setting rows of pick: rows = 9 against rows = 4.";
+    assert!(read(&out).contains(words), "{}", read(&out));
     f.edit_at("store/c2", |s| s["tasks"].as_array_mut().unwrap().truncate(1));
     let error = try_show(&f, &file, &[]).unwrap_err().to_string();
     assert!(["store/c2", "no metric of pick", "experiments/x.json"].iter().all(|part| error.contains(part)), "{error}");
