@@ -51,7 +51,7 @@ check-formats: build ## Every file of DATA/raw loads in the layout its source pu
 
 REPORT ?= runs/demo/report.html
 
-check-report: ## A report in headless Chromium: no message, no request, its sections; screenshots (REPORT=runs/demo/report.html)
+check-report: ## A report in headless Chromium: no message, no request, its sections and scores; screenshots (REPORT=runs/demo/report.html)
 	@scripts/check-report.sh $(REPORT) $(SHOTS)
 
 # Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs.

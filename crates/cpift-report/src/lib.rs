@@ -8,12 +8,13 @@ mod experiment;
 mod html;
 mod outputs;
 mod page;
+mod pairing;
 mod runs;
 mod text;
 mod unit;
 
 pub use args::{CompareArgs, ExperimentArgs, Format, ReportArgs};
-pub use comparison::{Comparison, Question, average_normalised_score};
+pub use comparison::{Comparison, Question};
 pub use unit::{ANS_FORMULA, Unit};
 
 use std::io::IsTerminal;
