@@ -101,9 +101,11 @@ class Lab:
             core = {task: self.random_mask(task) for task in self.tasks.names}
             groups = self.groups(core, "--partition", "like", "--like", groups)
         fused = self.fused(core, groups, back, *merge, fisher=how.get("fisher", False)) if transplant else self.blended(back)
+        # Without a backbone to train, the last stage has its tokens.
+        tokens = self.budget["final"] + (self.budget["backbone"] if back is self.base else 0)
         if not freeze:
-            return self.staged(f"{name}-s{self.seed}", groups, self.budget["final"], "--sample", "balanced", *final, model=fused)
-        return self.isolated(f"{name}-s{self.seed}", fused, core, groups, self.budget["final"], *final)
+            return self.staged(f"{name}-s{self.seed}", groups, tokens, "--sample", "balanced", *final, model=fused)
+        return self.isolated(f"{name}-s{self.seed}", fused, core, groups, tokens, *final)
 
     def backbone(self, groups, kind):
         tokens = self.budget["backbone"]
