@@ -78,8 +78,11 @@ impl Verdicts {
     /// Opens or creates the file; a last line that was cut short goes.
     ///
     /// # Errors
-    /// [`BadInput`] when another run has it, or a line is no verdict.
+    /// [`BadInput`] when another run has it, it is a link, or a line is no verdict.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.is_symlink() {
+            return Err(BadInput::new(path, "is a symbolic link, which is not followed for writing").into());
+        }
         let opened = OpenOptions::new().read(true).append(true).create(true).open(path);
         let mut file = opened.map_err(|e| BadInput::new(path, format!("cannot be opened: {e}")))?;
         // Where a file system has no locks, nothing keeps a second run away.

@@ -1,10 +1,13 @@
 //! The one module that opens, maps, stages and renames files.
 
+mod naming;
 mod staging;
 
-pub use staging::{NewFolders, StagedDir, StagedFile, StagedPath, discard_unfinished, final_name, write_text};
+pub use naming::NewFolders;
+pub use staging::{StagedDir, StagedFile, StagedPath, discard_unfinished, final_name, write_text};
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -28,8 +31,25 @@ pub fn open(path: &Path) -> Result<File> {
 /// # Errors
 /// [`BadInput`] when it is missing or not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
-    open(path)?;
-    fs::read_to_string(path).map_err(|e| BadInput::new(path, format!("cannot be read as UTF-8 text: {e}")).into())
+    read_text_of(path, u64::MAX)
+}
+
+/// Reads a whole UTF-8 file of at most `limit` bytes; one without end, such as a device, is no trap.
+///
+/// # Errors
+/// [`BadInput`] when it is missing, longer or not UTF-8.
+pub fn read_text_of(path: &Path, limit: u64) -> Result<String> {
+    let mut text = String::new();
+    let file = open(path)?;
+    let len = file.metadata().map_or(0, |meta| meta.len()).min(limit);
+    let room = text.try_reserve_exact(usize::try_from(len).unwrap_or(usize::MAX));
+    room.map_err(|e| BadInput::new(path, format!("cannot be read: {e}")))?;
+    let read = file.take(limit.saturating_add(1)).read_to_string(&mut text);
+    read.map_err(|e| BadInput::new(path, format!("cannot be read as UTF-8 text: {e}")))?;
+    if text.len() as u64 > limit {
+        return Err(BadInput::new(path, "is too long").expected(format!("at most {limit} bytes")).into());
+    }
+    Ok(text)
 }
 
 /// Maps `path` read-only; an empty file gives an empty map.
