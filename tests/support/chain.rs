@@ -54,7 +54,7 @@ impl Chain {
     pub fn links(prefix: &str) -> Vec<Link> {
         let at = |path: &str| format!("{prefix}{path}");
         let tasks = at("data/tasks.toml");
-        let train = "--batch-size 4 --lr 1e-2 --steps 12 --save-every 2 --device cpu --threads 1 --resume";
+        let train = "--batch-size 4 --lr 1e-2 --steps 8 --save-every 2 --device cpu --threads 1 --resume";
         let link = |name: String, program, line: String, out: String| {
             let args = format!("{line} --out {} --if-stale", at(&out));
             Link { name, program, args: args.split_whitespace().map(str::to_owned).collect(), out }

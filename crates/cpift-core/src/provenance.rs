@@ -116,14 +116,15 @@ impl Recorder {
         self.write_to(&staged.join(FILE_NAME))
     }
 
-    /// Gives a `staged` output file its name, and with it the record `DEST.cpift.json` with the digest of that file.
+    /// Gives a `staged` output file its name, with it the record `DEST.cpift.json` with the digest of that file, and before it what is
+    /// made `also`: whoever waits for the output finds that.
     ///
     /// # Errors
     /// As [`StagedPath::commit`].
-    pub fn commit(mut self, staged: StagedPath) -> Result<()> {
+    pub fn commit(mut self, staged: StagedPath, also: &[StagedFile]) -> Result<()> {
         self.record.output = Some(DigestRecord::of_staged(&staged.path(), staged.dest())?);
         let record = StagedFile::of_text(&beside(staged.dest()), &self.text()?, true)?;
-        staged.commit_with(record)
+        staged.commit_with(record, also)
     }
 
     /// Writes the record to `path`.

@@ -162,9 +162,7 @@ fn write(outputs: &Outputs, groups: &Groups, overlap: &Overlap, recorder: Record
     let stage = |(path, text): (&PathBuf, String)| StagedFile::of_text(path, &text, outputs.force);
     let others: Vec<StagedFile> = texts.into_iter().map(stage).collect::<Result<_>>()?;
     let own = StagedFile::of_text(&outputs.groups, &json::to_text(groups)?, outputs.force)?;
-    // groups.json comes last: whoever waits for it finds the others.
-    others.into_iter().try_for_each(StagedFile::commit)?;
-    recorder.commit(own.into_path())
+    recorder.commit(own.into_path(), &others)
 }
 
 /// Tells the groups in order.

@@ -116,10 +116,9 @@ impl Plan {
             log::warn!("{base} and {tuned} are the same checkpoint");
         }
         writer.finish(&header)?;
-        // The mask comes last: whoever waits for it finds the others.
-        self.stage_stats(&staged.path())?.into_iter().try_for_each(StagedFile::commit)?;
+        let also = self.stage_stats(&staged.path())?;
         bar.finish_and_clear();
-        self.record(recorder, &header, &digests).commit(staged)?;
+        self.record(recorder, &header, &digests).commit(staged, &also)?;
         summary.log(clock.elapsed().as_secs_f64());
         Ok(summary)
     }

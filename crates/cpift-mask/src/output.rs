@@ -24,7 +24,7 @@ pub fn write_mask<'a>(
     writer.finish(header)?;
     recorder.fact("D", header.d);
     recorder.fact("selected", header.selected);
-    recorder.commit(staged)
+    recorder.commit(staged, &[])
 }
 
 /// Bits of `n` elements, all set; those past the end are zero.

@@ -131,6 +131,11 @@ impl Checkpoint {
         self.files.iter().map(|file| file.path.as_path())
     }
 
+    /// The string metadata of each safetensors file.
+    pub fn metadata(&self) -> impl Iterator<Item = (&Path, &BTreeMap<String, String>)> {
+        self.files.iter().map(|file| (file.path.as_path(), &file.metadata))
+    }
+
     /// All tensors, in bytewise name order.
     pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
         self.home.keys().map(|name| self.get(name).expect("home lists tensors that exist"))

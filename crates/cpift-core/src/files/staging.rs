@@ -92,14 +92,14 @@ impl Staging {
         sync(&parent_of(&self.dest))
     }
 
-    /// As [`Staging::rename`], together with the `record` of this output, which replaces that of an older one. A run that is killed
+    /// As [`Staging::rename`], together with what is made `also` and the `record` of this output, which replaces that of an older one. A run that is killed
     /// between the two leaves no output without its record where one was replaced.
-    fn rename_with(&self, record: &Self) -> Result<()> {
+    fn rename_with(&self, record: &Self, also: &[StagedFile]) -> Result<()> {
         let folder = parent_of(&self.dest);
         let _turn = wait_for_turn(&folder);
         let _no_signal = unfinished();
         let order = if self.force { [record, self] } else { [self, record] };
-        order.into_iter().try_for_each(Self::give_name)?;
+        also.iter().map(|file| &file.staging).chain(order).try_for_each(Self::give_name)?;
         sync(&folder)
     }
 
@@ -235,14 +235,17 @@ impl StagedPath {
         &self.staging.dest
     }
 
-    /// As [`StagedPath::commit`], together with the `record` beside it: of two runs that write one output, both are the same run's.
+    /// As [`StagedPath::commit`], together with the `record` beside it, and before it what is made `also`: of two runs that write one
+    /// output, all of it is the same run's.
     ///
     /// # Errors
     /// As [`StagedPath::commit`].
-    pub fn commit_with(self, record: StagedFile) -> Result<()> {
+    pub fn commit_with(self, record: StagedFile, also: &[StagedFile]) -> Result<()> {
         sync(&self.path())?;
-        record.file.sync_all().with_context(|| format!("writing {}", record.staging.dest.display()))?;
-        self.staging.rename_with(&record.staging)
+        for file in also.iter().chain([&record]) {
+            file.file.sync_all().with_context(|| format!("writing {}", file.staging.dest.display()))?;
+        }
+        self.staging.rename_with(&record.staging, also)
     }
 
     /// Makes the file durable and gives it its final name.
