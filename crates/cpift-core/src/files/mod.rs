@@ -10,8 +10,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use memmap2::Mmap;
+use rustix::io::Errno;
 
 use crate::error::{BadInput, usage};
 
@@ -23,7 +24,7 @@ pub fn open(path: &Path) -> Result<File> {
     if path.is_dir() {
         return Err(BadInput::new(path, "is a folder").expected("a file").into());
     }
-    File::open(path).map_err(|e| BadInput::new(path, format!("cannot be opened: {e}")).into())
+    File::open(path).map_err(|e| refuse(path, "opened", &e))
 }
 
 /// Reads a whole UTF-8 file.
@@ -61,9 +62,18 @@ pub fn map(path: &Path) -> Result<Mmap> {
     let file = open(path)?;
     // SAFETY: the mapping is read-only and we never write to inputs; a file that another process truncates while we
     // read it raises SIGBUS, which is documented as an unsupported use.
-    let map = unsafe { Mmap::map(&file) }
-        .map_err(|e| BadInput::new(path, format!("cannot be mapped: {e}")).expected("an ordinary file"))?;
-    Ok(map)
+    unsafe { Mmap::map(&file) }.map_err(|e| refuse(path, "mapped", &e))
+}
+
+/// What cannot be opened or mapped is a bad input, unless it is the system that has come to an end.
+fn refuse(path: &Path, done: &str, error: &std::io::Error) -> anyhow::Error {
+    let message = format!("cannot be {done}: {error}");
+    let (hint, what) = match Errno::from_io_error(error) {
+        Some(Errno::NOMEM) => ("a memory limit is reached (ulimit -v); files are mapped whole", "memory"),
+        Some(Errno::MFILE | Errno::NFILE) => ("a limit of open files is reached (ulimit -n)", "file handles"),
+        _ => return BadInput::new(path, message).expected("an ordinary file that can be read").into(),
+    };
+    anyhow!("{}: {message}\n  hint: {hint}", path.display()).context(format!("out of {what}"))
 }
 
 /// Refuses `dest` when it exists and `force` is not given.

@@ -1,6 +1,6 @@
 //! How a finished output gets its final name: in one step, and over another run's only where that was asked for.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -69,17 +69,11 @@ fn written_meanwhile(dest: &Path) -> BadInput {
         .hint("--force replaces it; or choose another --out")
 }
 
-/// Keeps other runs from giving names in `folder` as long as what is returned lives, so that an output and its record are of one run.
-/// None where the file system has no locks or another program holds this one for long.
-pub(super) fn wait_for_turn(folder: &Path) -> Option<File> {
-    let lock = File::open(folder).ok()?;
+/// Locks `folder`, so that no other run gives names in it while it is open and an output and its record are of one run. Where the file
+/// system has no locks, or another program holds this one for long, that is left to chance.
+pub(super) fn wait_for_turn(folder: &File) {
     let start = Instant::now();
-    while start.elapsed() < PATIENCE {
-        match lock.try_lock() {
-            Ok(()) => return Some(lock),
-            Err(fs::TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
-            Err(fs::TryLockError::Error(_)) => return None,
-        }
+    while matches!(folder.try_lock(), Err(TryLockError::WouldBlock)) && start.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(1));
     }
-    None
 }

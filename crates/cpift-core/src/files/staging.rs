@@ -38,10 +38,20 @@ pub fn discard_unfinished(last: impl FnOnce()) {
 /// Removes a staging folder. Another thread may just be putting a file there, and then it is not empty at once.
 fn remove(folder: &Path) {
     for _ in 0..100 {
-        if !matches!(fs::remove_dir_all(folder), Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty) {
+        if !matches!(remove_all(folder), Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty) {
             return;
         }
     }
+}
+
+/// As `fs::remove_dir_all`, with one file handle at a time: they may have run out.
+fn remove_all(folder: &Path) -> std::io::Result<()> {
+    let inside = |entry: std::io::Result<fs::DirEntry>| entry.and_then(|e| Ok((e.path(), e.file_type()?.is_dir())));
+    let entries = fs::read_dir(folder)?.map(inside).collect::<std::io::Result<Vec<_>>>()?;
+    for (path, is_dir) in entries {
+        if is_dir { remove_all(&path)? } else { fs::remove_file(path)? }
+    }
+    fs::remove_dir(folder)
 }
 
 /// A locked hidden folder beside `dest` with one entry, which will be renamed to `dest`.
@@ -50,7 +60,7 @@ struct Staging {
     dest: PathBuf,
     force: bool,
     /// Released when the process ends, however it ends.
-    _lock: File,
+    lock: Option<File>,
     /// After the folder, so that they are empty unless the output is there.
     _parents: NewFolders,
 }
@@ -76,7 +86,7 @@ impl Staging {
                 continue;
             }
             folders.insert(folder.path().to_owned());
-            return Ok(Self { folder, dest: dest.to_owned(), force, _lock: lock, _parents: parents });
+            return Ok(Self { folder, dest: dest.to_owned(), force, lock: Some(lock), _parents: parents });
         }
         bail!("cannot keep a folder in {}: another run of {} removes it", parent.display(), dest.display())
     }
@@ -87,20 +97,31 @@ impl Staging {
 
     /// Gives the finished entry its final name.
     fn rename(&self) -> Result<()> {
+        let folder = self.folder_of_output()?;
         let _no_signal = unfinished();
         self.give_name()?;
-        sync(&parent_of(&self.dest))
+        self.sync(&folder)
     }
 
     /// As [`Staging::rename`], together with what is made `also` and the `record` of this output, which replaces that of an older one. A run that is killed
     /// between the two leaves no output without its record where one was replaced.
     fn rename_with(&self, record: &Self, also: &[StagedFile]) -> Result<()> {
-        let folder = parent_of(&self.dest);
-        let _turn = wait_for_turn(&folder);
+        let folder = self.folder_of_output()?;
+        wait_for_turn(&folder);
         let _no_signal = unfinished();
         let order = if self.force { [record, self] } else { [self, record] };
         also.iter().map(|file| &file.staging).chain(order).try_for_each(Self::give_name)?;
-        sync(&folder)
+        self.sync(&folder)
+    }
+
+    /// Opened before the output gets its name: afterwards nothing should be lacking.
+    fn folder_of_output(&self) -> Result<File> {
+        let name = || format!("writing {} to the disk", self.dest.display());
+        File::open(parent_of(&self.dest)).with_context(name)
+    }
+
+    fn sync(&self, folder: &File) -> Result<()> {
+        folder.sync_all().with_context(|| format!("writing {} to the disk", self.dest.display()))
     }
 
     fn give_name(&self) -> Result<()> {
@@ -112,6 +133,8 @@ impl Drop for Staging {
     fn drop(&mut self) {
         // While it is held: a signal between the two would leave the folder.
         let mut folders = unfinished();
+        // Its handle may be the only one to be had.
+        self.lock = None;
         remove(self.folder.path());
         folders.remove(self.folder.path());
     }
