@@ -79,7 +79,12 @@ impl Staging {
                 .suffix(SUFFIX)
                 .tempdir_in(&parent)
                 .with_context(|| format!("creating a folder in {}", parent.display()))?;
-            let Ok(lock) = File::open(folder.path()) else { continue };
+            let lock = match File::open(folder.path()) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                // An empty folder goes without a handle.
+                other => other.inspect_err(|_| drop(fs::remove_dir(folder.path()))),
+            };
+            let lock = lock.with_context(|| format!("creating a folder in {}", parent.display()))?;
             // Another run of the same output may take the folder for a leftover before it is locked: then a new one is made.
             // Some network file systems have no locks: there, leftovers stay.
             if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) || !folder.path().exists() {
