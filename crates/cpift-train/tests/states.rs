@@ -22,7 +22,6 @@ const SPOILER: Spoiler<'_> = Spoiler { allocator: &ALLOCATOR, per_byte: 64, cons
 /// A run that was killed once it had saved a state; its arguments and the state.
 fn killed(f: &Fixture) -> (Vec<String>, PathBuf) {
     let args = f.arguments("out", &["--only", "copy", "--steps", "1000", "--save-every", "2"]);
-    let args: Vec<String> = args.iter().map(|arg| arg.as_ref().to_str().unwrap().to_owned()).collect();
     let mut child = Command::new(PROGRAM).args(&args).stderr(Stdio::null()).spawn().unwrap();
     let (states, start) = (f.path("runs/out.checkpoints"), Instant::now());
     let newest = || {

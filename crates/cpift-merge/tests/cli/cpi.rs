@@ -198,7 +198,7 @@ fn a_mask_from_another_checkpoint_than_its_task_is_refused() {
     let swapped = line.replace("a=@a ", "a=@b ").replace("b=@b ", "b=@a ");
     world.refused(
         &format!("{swapped} --out @out"),
-        &["@a.mask", "extracted from another checkpoint than", "expected: digest"],
+        &["@b.mask", "extracted from another checkpoint than", "expected: digest"],
     );
     // Known before anything is read where it is recorded.
     for task in ["a", "b"] {
@@ -207,6 +207,6 @@ fn a_mask_from_another_checkpoint_than_its_task_is_refused() {
     world.run(&format!("{line} --out @again --quiet")).ok();
     world.refused(
         &format!("{swapped} --out @out"),
-        &["@a.mask", "extracted from another checkpoint than", "expected: digest"],
+        &["@b.mask", "extracted from another checkpoint than", "expected: digest"],
     );
 }
