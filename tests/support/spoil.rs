@@ -2,7 +2,7 @@
 
 use std::alloc::System;
 use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -22,16 +22,16 @@ const BEGINNING: usize = 4 << 10;
 static ONE: Mutex<()> = Mutex::new(());
 
 /// A reader's bounds.
-pub struct Spoiler<'a> {
+pub struct Spoiler {
     /// The allocator of the test program.
-    pub allocator: &'a Cap<System>,
+    pub allocator: &'static Cap<System>,
     /// Bytes that the reader may hold for each byte of the file.
     pub per_byte: usize,
     /// Bytes that it may hold whatever the file.
     pub constant: usize,
 }
 
-impl Spoiler<'_> {
+impl Spoiler {
     /// Spoils `file` in [`TIMES`] places, one after another, and lets `read`, which says whether all was well, read it; returns how
     /// often it was. The file is whole again afterwards.
     ///
@@ -39,6 +39,12 @@ impl Spoiler<'_> {
     /// When the reader does, or the unspoilt file is not well; one that takes too long or too much memory ends the program.
     pub fn each(&self, file: &Path, read: impl Fn() -> bool) -> usize {
         let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // What tells of a panic takes memory of its own.
+        let (allocator, hook) = (self.allocator, take_hook());
+        set_hook(Box::new(move |info| {
+            let _ = allocator.set_limit(usize::MAX);
+            hook(info);
+        }));
         let (whole, mut numbers, mut well) = (fs::read(file).unwrap(), Numbers(file.as_os_str().len() as u64), 0);
         assert!(read(), "{}", file.display());
         for i in 0..TIMES {

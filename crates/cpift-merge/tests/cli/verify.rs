@@ -12,7 +12,7 @@ use crate::world::{World, w};
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 /// Room for the buffers of all threads, and for what the other tests of this program hold meanwhile.
-const SPOILER: Spoiler<'_> = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 256 << 20 };
+const SPOILER: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 256 << 20 };
 
 /// Overwrites the last four bytes of the weights.
 fn overwrite_last(world: &World, value: f32) {
