@@ -125,6 +125,16 @@ impl Verdicts {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_link_is_not_followed_for_writing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, link) = (dir.path().join("precious"), dir.path().join(FILE_NAME));
+        std::fs::write(&target, "not a verdict").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        assert!(Verdicts::open(&link).err().expect("it is refused").to_string().contains("is a symbolic link"));
+        assert_eq!(std::fs::read_to_string(target).unwrap(), "not a verdict");
+    }
+
     fn verdict(key: &str) -> Verdict {
         let question = Question { key: key.into(), task: "t".into(), row: Some(4), messages: Vec::new() };
         Verdict::new(&question, "j", Reply { text: "Rating: [[7]]".into(), prompt_tokens: 5, completion_tokens: 3 })
