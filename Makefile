@@ -1,7 +1,7 @@
 # Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-files test check bench-files check-disk-full check-formats check-report fuzz demo smollm2 smollm2-check pipeline install clean-probes clean
+.PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -43,8 +43,15 @@ bench-files: build-files ## The file stages against cat, cp and their peers (SIZ
 	@$(PYTHON) scripts/bench/files.py --size $(SIZE) --work "$(WORK)" --bin $(BIN) --rounds $(ROUNDS) \
 		--mergekit "$(MERGEKIT)" --peer-python "$(PEER_PYTHON)" --results scripts/bench/results/files-$(SIZE).md
 
-check-disk-full: build-files ## Masks and merges onto a full disk: a small tmpfs (as root, or where user namespaces are allowed)
+check-disk-full: build-files ## Masks and merges onto a full and a read-only disk: a small tmpfs (as root, or where user namespaces are allowed)
 	@BIN=$(BIN) scripts/check-disk-full.sh
+
+# The programs under test are those of the debug profile.
+KILLS ?= 100
+
+storm: setup ## All six stages killed at KILLS=100 random moments and run again: the end is that of a quiet run
+	cargo build --workspace --bins
+	KILLS=$(KILLS) cargo test -p cpift-testkit --test storm
 
 check-formats: build ## Every file of DATA/raw loads in the layout its source publishes (DATA=)
 	@BIN=$(BIN) scripts/check-formats.sh $(DATA)

@@ -47,6 +47,23 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
 }
 
+impl Command {
+    /// Where the result goes, if there is one.
+    pub(crate) fn output(&self) -> Option<&OutputArgs> {
+        Some(match self {
+            Self::Linear(a) => &a.output,
+            Self::Slerp(a) => &a.output,
+            Self::SphericalMean(a) => &a.output,
+            Self::TaskArithmetic(a) => &a.output,
+            Self::Ties(a) => &a.output,
+            Self::Dare(a) => &a.output,
+            Self::Recipe(a) => &a.output,
+            Self::Cpi(a) => &a.output,
+            Self::Verify(_) => return None,
+        })
+    }
+}
+
 /// Arguments of `cpi`.
 #[derive(clap::Args, Debug)]
 pub struct CpiArgs {
