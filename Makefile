@@ -1,7 +1,8 @@
 # Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline install clean-probes clean
+.PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline
+.PHONY: status slurm test-slurm install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -107,6 +108,15 @@ smollm2-suite: build ## `reproduce` on SmolLM2-135M with real data (DATA=, DEVIC
 
 pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
 	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all
+
+status: ## Every artifact of RUN=: done, running, queued, stopped, failed, stale or missing, and why
+	@RUN="$(RUN)" BIN=$(BIN) scripts/status.py
+
+slurm: ## Submit the pipeline to Slurm: what is not made yet (RUN=, BASE=, TASKS=; scripts/slurm/cluster.env; DRY_RUN=1 prints)
+	@RUN="$(RUN)" BIN=$(BIN) scripts/slurm/submit.sh $(if $(DRY_RUN),--dry-run)
+
+test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
+	@BIN=$(BIN) tests/slurm/test.sh
 
 clean-probes: ## Delete the probes of RUN= once all masks and the fused model are made
 	@scripts/clean-probes.sh "$(RUN)"

@@ -6,6 +6,9 @@
 #   P, SCOPE, TAU, ORDER, SEED     core regions and groups
 #   TRAIN_FLAGS, FINAL_FLAGS, GROUP_FLAGS, MERGE_FLAGS, EVAL_FLAGS    more arguments
 #   THREADS    threads of each program; `make -j2` runs two at a time
+#   ONLY=FILES    make these files and refuse to make what they are made of, as each job on a cluster does
+#   GRAPH=1    with `make -n`: a line for each artifact that is to be made: name, file, what it is made of, command, separated by tabs;
+#       with -B all of them. scripts/slurm/submit.sh and scripts/status.py read it.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -48,13 +51,28 @@ mask_args := $(foreach n,$(NAMES),--mask $(n)=$(RUN)/masks/$(n).safetensors)
 task_args := $(foreach n,$(NAMES),--task $(n)=$(RUN)/probes/$(n))
 common := --threads $(THREADS) --force
 
-# Runs a program with its log in RUN/logs; on a terminal or in a CI log the reader sees one line for each artifact.
-run = @mkdir -p $(RUN)/logs && echo "$(1)" && $(BIN)/$(2) $(common) > $(RUN)/logs/$(1).log 2>&1 \
-	|| { code=$$?; tail -n 20 $(RUN)/logs/$(1).log >&2; exit $$code; }
+# Runs a program with its log and its state in RUN/logs; on a terminal or in a CI log the reader sees one line for each artifact.
+tab := $(shell printf '\t')
+run = @$(if $(GRAPH),$(1)$(tab)$@$(tab)$^$(tab)$(strip $(2)) $(common),$(if $(ONLY),$(if $(filter $@,$(ONLY)),,$(call refuse,$@)))$(3) scripts/stage.sh \
+	$(RUN)/logs/$(1) $(BIN)/$(2) $(common))
+refuse = echo "pipeline: $(1) is missing or older than what it is made of, and not this job's to make" >&2; exit 1;
 
-# The settings of each stage are inputs too: a stamp that is rewritten only when they change.
-stamp = $(shell mkdir -p $(RUN)/settings; f=$(RUN)/settings/$(1); s='$(strip $(2))'; \
-	[ "$$(cat $$f 2>/dev/null)" = "$$s" ] || printf '%s' "$$s" > $$f; echo $$f)
+# The settings of each stage are inputs too: a stamp that is rewritten only when they change. Where nothing may be written, by ONLY
+# and GRAPH, changed settings are an error or a file that is always newer.
+stamp = $(or $(shell f=$(RUN)/settings/$(1); s='$(strip $(2))'; [ "$$(cat $$f 2>/dev/null)" = "$$s" ] || \
+	$(if $(ONLY)$(GRAPH),exit 0,{ mkdir -p $(RUN)/settings; printf '%s' "$$s" > $$f.$$$$; mv $$f.$$$$ $$f; }); echo $$f),\
+	$(if $(GRAPH),changed-settings,$(error $(RUN)/settings/$(1): the settings have changed since the job was submitted)))
+.PHONY: changed-settings
+
+# What scripts/status.py needs to ask again.
+define newline
+
+
+endef
+VARIABLES := BASE TASKS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS P SCOPE TAU ORDER SEED \
+	TRAIN_FLAGS FINAL_FLAGS MASK_FLAGS GROUP_FLAGS MERGE_FLAGS EVAL_FLAGS
+$(if $(ONLY)$(GRAPH),,$(shell mkdir -p $(RUN)/settings)$(file >$(RUN)/settings/variables,$(foreach v,$(VARIABLES),$(v)=$($(v))$(newline))))
+
 PROBE_SET := $(call stamp,probe,$(BASE) $(PROBE_TOKENS) $(SEED) $(TRAIN_FLAGS))
 MASK_SET := $(call stamp,mask,$(P) $(SCOPE) $(MASK_FLAGS))
 GROUP_SET := $(call stamp,group,$(TAU) $(ORDER) $(SEED) $(GROUP_FLAGS))
@@ -111,9 +129,11 @@ $(RUN)/scores/base/scores.json: $(BASE_FILES) $(EVAL) $(TASKS) $(EVAL_SET)
 $(RUN)/scores/%/scores.json: $(RUN)/%/cpift.json $(EVAL) $(TASKS) $(EVAL_SET)
 	$(call score,$*,$(RUN)/$*)
 
+# Without --force, so that scores of other settings are refused.
+$(RUN)/table.md: private common := --threads $(THREADS)
 $(RUN)/table.md: $(SCORES)
-	@$(BIN)/cpift-eval compare --format markdown $(foreach m,base $(MODELS),$(m)=$(RUN)/scores/$(m)) > $@
+	$(call run,table,cpift-eval compare --format markdown $(foreach m,base $(MODELS),$(m)=$(RUN)/scores/$(m)) --out $@,rm -f $@ &&)
 
 # All of it on one page. What it shows was made before the table was.
 $(RUN)/report.html: $(RUN)/table.md
-	@$(BIN)/cpift-eval report $(RUN) --out $@ --force --quiet
+	$(call run,report,cpift-eval report $(RUN) --out $@)

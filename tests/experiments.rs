@@ -88,7 +88,9 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
     let json = e.read("a/experiments/reproduce.json");
     let rows = json["rows"].as_array().unwrap();
     let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
-    for name in ["base", "full SFT", "multi-stage, random", "multi-stage, by kind", "LoRA", "CPI-FT", "CPI-FT, random masks"] {
+    for name in
+        ["base", "full SFT", "multi-stage, random", "multi-stage, by kind", "LoRA", "CPI-FT", "CPI-FT, random masks"]
+    {
         assert!(names.contains(&name) && table.contains(name), "{name}\n{table}");
     }
     for row in rows {

@@ -1,9 +1,11 @@
 //! Signals: what is staged goes, and a stage that can stop in an orderly way is asked to first.
 
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use nix::sys::signal::{SigSet, Signal};
+use signal_hook::consts::{SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use crate::files;
@@ -12,6 +14,10 @@ use crate::files;
 static WORK: AtomicU8 = AtomicU8::new(0);
 /// The signal that asked it to stop; 0 for none.
 static ASKED: AtomicI32 = AtomicI32::new(0);
+
+/// Warnings within this time of the first are the same one: a cluster warns all processes of a job, and those that started the stage
+/// pass it on.
+const ECHO: Duration = Duration::from_secs(2);
 
 /// What a signal meets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,15 +44,29 @@ enum Answer {
 /// except that while an [`Orderly`] lives the first SIGTERM or SIGUSR1 (Slurm's warnings) is only noted, that none of these two cuts
 /// short the writing of a state or of the output, and that the first signal of any kind does not cut short the output.
 ///
+/// Signals come to the listening thread alone: the threads started from here on inherit that they are blocked. A handler that runs
+/// upon a thread in the midst of a matrix product of libtorch has been seen to spoil its heap.
+///
 /// # Errors
 /// When the handlers cannot be set.
 pub(crate) fn listen() -> Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]).context("listening for signals")?;
+    const HEARD: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1];
+    let heard: SigSet = HEARD.into_iter().collect();
+    let mut signals = Signals::new(HEARD.map(|s| s as i32)).context("listening for signals")?;
+    heard.thread_block().context("blocking signals")?;
     std::thread::spawn(move || {
+        if let Err(error) = heard.thread_unblock() {
+            log::warn!("signals are not heard: {error}");
+        }
+        let mut warned: Option<Instant> = None;
         for signal in signals.forever() {
+            if is_warning(signal) && warned.is_some_and(|at| at.elapsed() < ECHO) {
+                continue;
+            }
             let first = ASKED.load(Ordering::SeqCst) == 0;
             match answer(signal, WORK.load(Ordering::SeqCst), first) {
                 Answer::Wait(what) => {
+                    warned.get_or_insert_with(Instant::now);
                     let _ = ASKED.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
                     log::info!("{}: {what}", name(signal));
                 }
@@ -58,8 +78,12 @@ pub(crate) fn listen() -> Result<()> {
     Ok(())
 }
 
+fn is_warning(signal: i32) -> bool {
+    matches!(signal, SIGTERM | SIGUSR1)
+}
+
 fn answer(signal: i32, work: u8, first: bool) -> Answer {
-    let warning = matches!(signal, SIGTERM | SIGUSR1);
+    let warning = is_warning(signal);
     match work {
         w if w == Work::Steps as u8 && warning && first => {
             Answer::Wait("saving and stopping after this step; a second signal stops at once")
@@ -102,6 +126,8 @@ fn name(signal: i32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use signal_hook::consts::{SIGHUP, SIGINT};
+
     use super::*;
 
     #[test]

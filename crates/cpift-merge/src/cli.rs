@@ -45,6 +45,8 @@ pub(crate) enum Command {
     Cpi(CpiArgs),
     /// Check a checkpoint: structure, NaN/Inf, and the digest recorded in its cpift.json
     Verify(VerifyArgs),
+    /// Print the digests of checkpoints and files, as cpift.json records them for inputs: digest and path, a line each
+    Digest(DigestArgs),
 }
 
 impl Command {
@@ -59,7 +61,7 @@ impl Command {
             Self::Dare(a) => &a.output,
             Self::Recipe(a) => &a.output,
             Self::Cpi(a) => &a.output,
-            Self::Verify(_) => return None,
+            Self::Verify(_) | Self::Digest(_) => return None,
         })
     }
 }
@@ -290,6 +292,14 @@ pub struct VerifyArgs {
     /// A Hugging Face folder or a .safetensors file
     #[arg(value_name = "DIR")]
     pub checkpoint: PathBuf,
+}
+
+/// Arguments of `digest`.
+#[derive(clap::Args, Debug)]
+pub struct DigestArgs {
+    /// Hugging Face folders (digest of tensors, config and tokenizer) or files (digest of the bytes)
+    #[arg(value_name = "PATH", required = true)]
+    pub paths: Vec<PathBuf>,
 }
 
 /// Where the result goes and in which form.

@@ -27,12 +27,15 @@ pub use request::{Method, ModelRequest};
 pub use setting::Setting;
 pub use verify::verify;
 
+use std::io::Write;
+use std::path::PathBuf;
+
 use anyhow::Result;
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
-use cpift_core::files;
 use cpift_core::provenance::Recorder;
 use cpift_core::stale::Expected;
+use cpift_core::{Checkpoint, files};
 
 use cli::{Args, Command, OutputArgs};
 pub use request::Request;
@@ -69,7 +72,18 @@ pub fn run(args: Args) -> Result<()> {
             common.print_json(&verify(&a.checkpoint)?);
             Ok(())
         }
+        Command::Digest(a) => digest(&a.paths),
     }
+}
+
+/// Prints what cpift.json would record of `paths` as inputs, computed anew.
+fn digest(paths: &[PathBuf]) -> Result<()> {
+    for path in paths {
+        let digest =
+            if path.is_dir() { Digest::of_checkpoint(&Checkpoint::open(path)?)? } else { Digest::of_file(path)? };
+        writeln!(std::io::stdout(), "{digest}  {}", path.display())?;
+    }
+    Ok(())
 }
 
 /// Plans and runs one of the plain methods; flags come before what a recipe says of the output.

@@ -97,6 +97,26 @@ fn a_second_warning_lets_a_state_be_saved() {
     expect_entries(&f.path("runs/out.checkpoints"), &["metrics.jsonl", "step-0000002"]);
 }
 
+/// A cluster warns all processes of a job, and the script around the stage passes its own warning on.
+#[test]
+fn one_warning_that_comes_from_several_sides_is_one() {
+    let f = Fixture::new();
+    let metrics = f.path("runs/out.checkpoints/metrics.jsonl");
+    let child = start(&f, "out", &["--steps", "100000"]);
+    wait_for(|| fs::read_to_string(&metrics).ok().filter(|text| text.lines().count() > 3));
+    // One thread hears it; those that compute are not interrupted.
+    let threads = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    let hears = threads.flatten().filter(|thread| {
+        let status = fs::read_to_string(thread.path().join("status")).unwrap();
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
+        u64::from_str_radix(blocked.trim(), 16).unwrap() & (1 << (Signal::TERM.as_raw() - 1)) == 0
+    });
+    assert_eq!(hears.count(), 1);
+    let (status, said) = end(child, &[Signal::TERM, Signal::USR1, Signal::TERM]);
+    assert_eq!(status.code(), Some(75), "{said}");
+    assert_eq!(said.matches("saving and stopping after this step").count(), 1, "{said}");
+}
+
 #[test]
 fn the_figures_of_a_run_show_while_it_is_at_work() {
     let f = Fixture::new();

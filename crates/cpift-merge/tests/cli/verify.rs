@@ -39,6 +39,21 @@ fn a_merge_verifies_and_so_does_a_checkpoint_without_a_record() {
 }
 
 #[test]
+fn digest_says_of_inputs_and_outputs_what_the_record_says() {
+    let world = merged();
+    let record = std::fs::read_to_string(world.path("out/cpift.json")).unwrap();
+    let printed = world.run("digest @a @b @out").ok().stdout;
+    assert_eq!(printed.lines().count(), 3, "{printed}");
+    for line in printed.lines() {
+        let (digest, path) = line.split_once("  ").unwrap();
+        assert!(digest.len() == 64 && record.contains(&format!("\"{digest}\"")), "{path}: {digest}\n{record}");
+    }
+    let file = world.run("digest @a/config.json").ok().stdout;
+    assert!(file.ends_with("/config.json\n") && !printed.contains(&file[..64]), "{file}");
+    world.refused("digest @nowhere", &["@nowhere"]);
+}
+
+#[test]
 fn one_changed_weight_is_found() {
     let world = merged();
     overwrite_last(&world, 4.5);

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# A job of scripts/slurm/submit.sh: job.sh 'FILE…' …, one argument for each element of an array. It makes the files of its own element
+# with scripts/pipeline.mk and nothing else; training that is stopped with its state saved (75) is queued again.
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+# shellcheck source=scripts/slurm/cluster.env
+source "$CLUSTER"
+read -ra files <<< "${@:${SLURM_ARRAY_TASK_ID:-0}+1:1}"
+job=$SLURM_JOB_ID
+# The first element of an array has the array's own number: named by it, all elements would be queued again.
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+echo "$(date '+%F %T') $SLURM_JOB_NAME, job $job on $(hostname), start $((${SLURM_RESTART_COUNT:-0} + 1)): ${files[*]}"
+
+eval "${SETUP:-}"
+export THREADS=${THREADS:-${SLURM_CPUS_PER_TASK:-1}} STAGE_CODE=$RUN/slurm/.code-$SLURM_JOB_ID
+rm -f "$STAGE_CODE"
+make=
+# Before the time limit this shell alone is told; make tells its stage, and the stage its program.
+trap '[ -z "$make" ] || kill -TERM "$make" 2> /dev/null || true' TERM
+# shellcheck disable=SC2086
+${CONTAINER:-} make --no-print-directory -f scripts/pipeline.mk ONLY="${files[*]}" "${files[@]}" &
+make=$!
+while kill -0 "$make" 2> /dev/null; do wait "$make" || true; done
+code=0; wait "$make" || code=$?
+stage=$(cat "$STAGE_CODE" 2> /dev/null || true)
+rm -f "$STAGE_CODE"
+[ "$code" != 0 ] || exit 0
+if [ "$stage" = 75 ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
+        echo "the state is saved, but the job has been queued again $SLURM_RESTART_COUNT times (MAX_RESTARTS in $CLUSTER)" >&2
+        exit 1
+    fi
+    echo "$(date '+%F %T') the state is saved: the job is queued again"
+    # Where Slurm itself is queueing it again there is nothing to ask for.
+    scontrol requeue "$job" || true
+    exit 75
+fi
+echo "$(date '+%F %T') failed: ${files[*]} (see $RUN/logs)" >&2
+exit "$code"
