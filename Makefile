@@ -1,7 +1,8 @@
 # Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-files test check bench-files check-disk-full check-formats check-report fuzz demo smollm2 smollm2-check pipeline status slurm test-slurm install clean-probes clean
+.PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline
+.PHONY: status slurm test-slurm install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -43,15 +44,22 @@ bench-files: build-files ## The file stages against cat, cp and their peers (SIZ
 	@$(PYTHON) scripts/bench/files.py --size $(SIZE) --work "$(WORK)" --bin $(BIN) --rounds $(ROUNDS) \
 		--mergekit "$(MERGEKIT)" --peer-python "$(PEER_PYTHON)" --results scripts/bench/results/files-$(SIZE).md
 
-check-disk-full: build-files ## Masks and merges onto a full disk: a small tmpfs (as root, or where user namespaces are allowed)
+check-disk-full: build-files ## Masks and merges onto a full and a read-only disk: a small tmpfs (as root, or where user namespaces are allowed)
 	@BIN=$(BIN) scripts/check-disk-full.sh
+
+# The programs under test are those of the debug profile.
+KILLS ?= 100
+
+storm: setup ## All six stages killed at KILLS=100 random moments and run again: the end is that of a quiet run
+	cargo build --workspace --bins
+	KILLS=$(KILLS) cargo test -p cpift-testkit --test storm
 
 check-formats: build ## Every file of DATA/raw loads in the layout its source publishes (DATA=)
 	@BIN=$(BIN) scripts/check-formats.sh $(DATA)
 
 REPORT ?= runs/demo/report.html
 
-check-report: ## A report in headless Chromium: no message, no request, its sections; screenshots (REPORT=runs/demo/report.html)
+check-report: ## A report in headless Chromium: no message, no request, its sections and scores; screenshots (REPORT=runs/demo/report.html)
 	@scripts/check-report.sh $(REPORT) $(SHOTS)
 
 # Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs.
@@ -74,6 +82,29 @@ LIMIT ?= 30
 smollm2: build ## The whole pipeline on SmolLM2-135M-Instruct with real data (DATA=, STEPS=, SEQ=, TAU=, P=, LR=, LIMIT=)
 	@scripts/smollm2/fetch.sh $(SMOLLM2)
 	@DATA=$(DATA) SEQ=$(SEQ) LIMIT=$(LIMIT) MODEL=$(SMOLLM2) RUN=$(SMOLLM2_RUN) BIN=$(BIN) scripts/smollm2/run.sh
+
+# The experiments: SUITE=, SUITE_RUN=, SEEDS= (default: the suite's), JOBS=, PAIR=A,B for forgetting alone.
+EXPERIMENTS := reproduce forgetting ablate schedules stages sweep-p sweep-tau imbalance low-data
+SUITE ?= scripts/experiments/interference.toml
+SUITE_RUN ?= runs/suite
+JOBS ?= 2
+.PHONY: $(EXPERIMENTS) smollm2-suite
+
+reproduce: ## The paper's table on the interference suite: CPI-FT, its baselines and controls, and what came after, over seeds
+forgetting: ## One task after another, every ordered pair: what the first loses, by method
+ablate: ## CPI-FT with a part left out or changed
+schedules: ## The four orders of the groups
+stages: ## Stages against one mixed stage
+sweep-p: ## The size of the core regions
+sweep-tau: ## The threshold of similarity
+imbalance: ## A task with 1, 5, 20 % of its rows
+low-data: ## All tasks with 10, 30 % of their rows
+$(EXPERIMENTS): build
+	@$(PYTHON) scripts/experiments/run.py $@ --suite $(SUITE) --run $(SUITE_RUN) --bin $(BIN) --jobs $(JOBS) \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(PAIR),--pair $(PAIR))
+
+smollm2-suite: build ## `reproduce` on SmolLM2-135M with real data (DATA=, DEVICE=cpu|cuda, SEEDS=)
+	@DATA=$(DATA) MODEL=$(SMOLLM2) BIN=$(BIN) SEEDS=$(SEEDS) scripts/experiments/smollm2.sh
 
 pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
 	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all

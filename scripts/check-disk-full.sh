@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Masks and merges onto a disk that is full, or becomes so while they are written: a small tmpfs, in a mount namespace of its own.
-# Each must end with exit code 1 or 3, say what it could not write, and leave nothing. Needs root, or user namespaces.
+# Masks and merges onto a disk that is full, becomes so while they are written, or is read-only: a small tmpfs, in a mount namespace of
+# its own. Each must end with exit code 1 or 3, say what it could not write, and leave nothing. Needs root, or user namespaces.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-target/release}
@@ -39,11 +39,11 @@ judge() { # WHAT CODE: the run's exit code, what it said, and what is left
     echo "ok  $1: exit code $2: $(grep -m1 error: "$work/said" | sed "s|$work|…|g")"
 }
 
-# Too little room from the start.
+# What cannot be written from the start.
 check_small() { # WHAT COMMAND...
     local code=0
     "${@:2}" --out "$full/out" --threads 2 2>"$work/said" || code=$?
-    judge "$1, too little room" "$code"
+    judge "$1" "$code"
 }
 
 # Room enough at the start; the run is stopped once it has begun its output, the rest of the disk filled, and the run continued.
@@ -66,9 +66,9 @@ slerp=("$BIN/cpift-merge" slerp --quiet --model "$work/a" --model "$work/b")
 linear=("$BIN/cpift-merge" linear --quiet --model "$work/a" --model "$work/b" --dtype f32)
 
 mount -t tmpfs -o size=4m tmpfs "$full"
-check_small "mask" "${mask[@]}"
-check_small "merge slerp" "${slerp[@]}"
-check_small "merge linear" "${linear[@]}"
+check_small "mask, too little room" "${mask[@]}"
+check_small "merge slerp, too little room" "${slerp[@]}"
+check_small "merge linear, too little room" "${linear[@]}"
 umount "$full"
 mount -t tmpfs -o size=16m tmpfs "$full"
 check_filled "mask" "${mask[@]}"
@@ -76,3 +76,9 @@ umount "$full"
 mount -t tmpfs -o size=400m tmpfs "$full"
 check_filled "merge slerp" "${slerp[@]}"
 check_filled "merge linear" "${linear[@]}"
+
+# Root, too, cannot write there, which permissions alone do not bring about.
+mount -o remount,ro "$full"
+check_small "mask, read-only" "${mask[@]}"
+check_small "merge slerp, read-only" "${slerp[@]}"
+check_small "merge linear, read-only" "${linear[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # check-report.sh REPORT.html [SHOTS]: opens a report in headless Chromium as a file. Fails where the page says something on the console,
-# asks for anything beyond itself, or lacks a section or all pictures. Screenshots at 1280 and 390 pixels,
-# light and dark, go to the folder SHOTS (a temporary one, whose name is printed, where none is given).
+# asks for anything beyond itself, lacks a section, its scores or all pictures, or scrolls sideways at the width of a telephone.
+# Screenshots at 1280 and 390 pixels, light and dark, go to the folder SHOTS (a temporary one, whose name is printed, where none is given).
 #
 # CHROMIUM   the browser (chromium)
 set -euo pipefail
@@ -15,7 +15,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 fail() { echo "check-report: $*" >&2; exit 1; }
 
-# browse NAME ARGUMENTS...: stdout and stderr to $work/NAME.out and .log, every request to $work/NAME.net
+# browse NAME ARGUMENTS...: the file $page; stdout and stderr to $work/NAME.out and .log, every request to $work/NAME.net
 browse() {
     local name=$1; shift
     timeout 120 "$CHROMIUM" --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
@@ -38,6 +38,16 @@ for id in scores seesaw overlap density training forgetting outputs provenance; 
 done
 pictures=$(grep -c '<svg role="img"' "$work/dom.out" || true)
 [ "$pictures" -gt 0 ] || fail "no picture is on the page"
+scores=$(sed -n '/<section aria-labelledby="scores">/,/<\/section>/p' "$work/dom.out")
+! grep 'class="missing"' <<< "$scores" >&2 || fail "the scores are missing"
+
+# A copy that may run one script, which says how much wider than the window the page is.
+sed -e 's/<meta http-equiv="Content-Security-Policy"[^>]*>//' \
+    -e 's|</body>|<script>document.body.dataset.over = document.documentElement.scrollWidth - innerWidth</script></body>|' \
+    "$page" > "$work/copy.html"
+page=$work/copy.html browse wide --window-size=390,4000 --dump-dom
+grep -q '<body data-over="0">' "$work/wide.out" || fail "at 390 pixels the page scrolls sideways: $(grep -o '<body data-over=[^>]*' "$work/wide.out")"
+
 for width in 1280 390; do
     browse "light-$width" --window-size="$width,4000" --screenshot="$shots/light-$width.png"
     browse "dark-$width" --window-size="$width,4000" --blink-settings=preferredColorScheme=0 --screenshot="$shots/dark-$width.png"

@@ -199,6 +199,8 @@ def ablate(s):
         "score: relative": lambda lab: lab.cpi_ft("score-relative", score="relative"),
         **{f"score: {score}": lambda lab, score=score: lab.cpi_ft(f"score-{score}", score=score, fisher=True)
            for score in ("fisher", "blend")},
+        "fisher, task vectors, without embeddings": lambda lab: lab.cpi_ft(
+            "best-parts", merge=["--space", "delta"], score="fisher", fisher=True, exclude="embeddings,norms"),
         "without embeddings and norms": lambda lab: lab.cpi_ft("exclude", exclude="embeddings,norms"),
     }
     return Table("What each part is worth", "What happens when a part of CPI-FT is left out or changed?", rows(s.labs(), methods), "CPI-FT")

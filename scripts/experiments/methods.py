@@ -4,7 +4,7 @@ All get the same budget in tokens: that of the probes, the backbone and the last
 one seed; `Lab.method(NAME)` is the step whose output is the model of that name.
 """
 
-from store import Gathered, Inside, Named, Source, Step, Written
+from store import Gathered, Inside, Named, Step, Written
 
 
 class Lab:
@@ -12,7 +12,7 @@ class Lab:
 
     def __init__(self, store, suite, tasks, seed):
         self.store, self.suite, self.tasks, self.seed = store, suite, tasks, seed
-        self.base = Source(suite["base"]) if isinstance(suite["base"], str) else suite["base"]
+        self.base = suite["base"]
         self.budget = suite["budget"]
         self.total = len(tasks.names) * self.budget["probe"] + self.budget["backbone"] + self.budget["final"]
 
@@ -101,9 +101,11 @@ class Lab:
             core = {task: self.random_mask(task) for task in self.tasks.names}
             groups = self.groups(core, "--partition", "like", "--like", groups)
         fused = self.fused(core, groups, back, *merge, fisher=how.get("fisher", False)) if transplant else self.blended(back)
+        # Without a backbone to train, the last stage has its tokens.
+        tokens = self.budget["final"] + (self.budget["backbone"] if back is self.base else 0)
         if not freeze:
-            return self.staged(f"{name}-s{self.seed}", groups, self.budget["final"], "--sample", "balanced", *final, model=fused)
-        return self.isolated(f"{name}-s{self.seed}", fused, core, groups, self.budget["final"], *final)
+            return self.staged(f"{name}-s{self.seed}", groups, tokens, "--sample", "balanced", *final, model=fused)
+        return self.isolated(f"{name}-s{self.seed}", fused, core, groups, tokens, *final)
 
     def backbone(self, groups, kind):
         tokens = self.budget["backbone"]

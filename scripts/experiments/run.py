@@ -16,7 +16,7 @@ import tomllib
 from pathlib import Path
 
 import experiments
-from store import Failed, Store
+from store import Failed, Source, Step, Store
 from tasks import TaskList
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,9 @@ def parse():
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 [default: the suite's]")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="programs at a time")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each program")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="another base than the suite's")
+    parser.add_argument("--tasks", type=Path, metavar="FILE", help="another task list than the suite's")
+    parser.add_argument("--small", action="store_true", help="the suite's [small] sizes, for a CPU")
     parser.add_argument("--dev", action="store_true", help="score on the rows to tune on, not on the evaluation rows")
     parser.add_argument("--pair", action="append", metavar="A,B", help="forgetting: this ordered pair only; may be repeated")
     return parser.parse_args()
@@ -53,22 +56,50 @@ def report(args):
     print(f"report: {args.run / 'report.html'}", file=sys.stderr)
 
 
+def read_suite(args):
+    """The suite, and its tasks."""
+    suite = tomllib.loads(args.suite.read_text(encoding="utf-8"))
+    if args.small:
+        suite |= suite["small"]
+    suite["base"] = Source(args.base or ROOT / suite["base"])
+    return suite, TaskList(args.tasks or ROOT / suite["dev" if args.dev else "tasks"])
+
+
+def show_in_report(lab, table, run):
+    """Names, in `run`, for what the report shows of one seed: masks, groups, models and scores, where the pipeline has them."""
+    masks = lab.masks()
+    parts = {"groups.json": lab.groups(masks)}
+    parts |= {f"masks/{task}.safetensors": mask for task, mask in masks.items()}
+    parts |= {f"probes/{task}": lab.probe(task) for task in masks}
+    for name, models, scores, _ in table.rows:
+        slug = name.lower().replace(", ", "-").replace(" ", "-")
+        parts |= {f"scores/{slug}": scores[0]} | ({slug: models[0][1]} if isinstance(models[0][1], Step) else {})
+    for name, step in parts.items():
+        for end in ("", ".cpift.json"):
+            path, target = run / (name + end), step.path.with_name(step.path.name + end)
+            if target.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                path.symlink_to(os.path.relpath(target, path.parent))
+
+
 def main():
     args = parse()
-    suite = tomllib.loads(args.suite.read_text())
-    suite["base"] = str(ROOT / suite["base"])
-    tasks = TaskList(ROOT / suite["dev" if args.dev else "tasks"])
+    suite, tasks = read_suite(args)
     store = Store(args.run / "store", args.bin, args.jobs, args.threads)
     seeds = range(args.seeds or suite["seeds"])
     folder = args.run / "experiments"
     folder.mkdir(parents=True, exist_ok=True)
     for name in args.experiment:
-        experiment = experiments.ALL[name](experiments.Setting(store, suite, tasks, list(seeds), args))
+        setting = experiments.Setting(store, suite, tasks, list(seeds), args)
+        experiment = experiments.ALL[name](setting)
         store.make(experiment.steps())
         file = folder / f"{name}.json"
         file.write_text(json.dumps(experiment.json(name, lambda step: relative(step, args.run)), indent=1, ensure_ascii=False) + "\n",
                         encoding="utf-8")
         show(args, file)
+        if name == "reproduce":
+            show_in_report(setting.labs()[0], experiment, args.run)
     report(args)
 
 

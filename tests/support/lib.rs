@@ -1,9 +1,11 @@
 //! What tests of several crates need: running a binary, and small checkpoints to run it on.
 
+pub mod chain;
 pub mod ends;
 pub mod layout;
 pub mod masks;
 pub mod model;
+pub mod spoil;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -36,6 +38,11 @@ pub fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) ->
 pub fn run_with<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>, env: &[(&str, &str)]) -> Run {
     let mut command = Command::new(program);
     command.args(args).envs(env.iter().copied());
+    run_command(command)
+}
+
+/// As [`run`], a command that is ready.
+pub fn run_command(mut command: Command) -> Run {
     let shown = format!("{command:?}");
     let Output { status, stdout, stderr } = command.output().unwrap_or_else(|e| panic!("{shown}: {e}"));
     Run {

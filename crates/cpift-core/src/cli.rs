@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 
 use crate::error::{EXIT_FAILED, Stopped, exit_code, usage};
-use crate::signals;
+use crate::{signals, stale};
 
 /// Arguments that all stages take.
 #[derive(clap::Args, Debug, Clone, Default)]
@@ -19,6 +19,10 @@ pub struct Common {
     /// Replace an existing output
     #[arg(long, global = true)]
     pub force: bool,
+    /// Leave an output alone that this version made with these arguments from the inputs as they are; otherwise make it as with
+    /// --force
+    #[arg(long, global = true)]
+    pub if_stale: bool,
     /// Print a machine-readable summary (one JSON object) on stdout
     #[arg(long, global = true)]
     pub json: bool,
@@ -43,6 +47,30 @@ impl Common {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting the thread pool")?;
         }
         Ok(())
+    }
+
+    /// Whether an existing output is replaced.
+    pub fn force(&self) -> bool {
+        self.force || self.if_stale
+    }
+
+    /// Whether `--if-stale` finds that nothing is to be done, and says so.
+    pub fn up_to_date(&self, expected: &stale::Expected<'_>) -> bool {
+        if !self.if_stale {
+            return false;
+        }
+        let out = expected.out.display();
+        match stale::reason(expected, &argv()) {
+            Some(reason) => {
+                log::info!("{out}: to be made: {reason}");
+                false
+            }
+            None => {
+                log::info!("{out}: up to date");
+                self.print_json(&serde_json::json!({"out": expected.out, "up_to_date": true}));
+                true
+            }
+        }
     }
 
     /// Prints `summary` on stdout where `--json` asks for it.

@@ -8,12 +8,15 @@ use serde::de::DeserializeOwned;
 use crate::error::BadInput;
 use crate::files;
 
+/// Longest JSON file that is read, in bytes; the tokenizers of today have 30 MB. Nesting is bounded by serde_json, at 128 levels.
+const LONGEST: u64 = 256 << 20;
+
 /// Parses the JSON file at `path` into `T`.
 ///
 /// # Errors
 /// [`BadInput`] with line and column when the text is not JSON or not a `T`.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = files::read_text(path)?;
+    let text = files::read_text_of(path, LONGEST)?;
     serde_json::from_str(&text).map_err(|e| BadInput::new(path, format!("cannot be read as JSON: {e}")).into())
 }
 

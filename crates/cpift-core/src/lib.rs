@@ -18,6 +18,7 @@ pub mod scores;
 pub mod select;
 pub mod signals;
 pub mod simd;
+pub mod stale;
 pub mod svg;
 pub mod tasks;
 

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Digest, DigestRecord};
 use crate::error::BadInput;
+use crate::files::{StagedFile, StagedPath};
 use crate::{cli, files, json};
 
 /// The form of cpift.json this program writes and reads.
@@ -115,13 +116,15 @@ impl Recorder {
         self.write_to(&staged.join(FILE_NAME))
     }
 
-    /// Writes `DEST.cpift.json` beside the finished output file `dest`, with the digest of that file.
+    /// Gives a `staged` output file its name, with it the record `DEST.cpift.json` with the digest of that file, and before it what is
+    /// made `also`: whoever waits for the output finds that.
     ///
     /// # Errors
-    /// I/O errors.
-    pub fn write_beside(mut self, dest: &Path) -> Result<()> {
-        self.record.output = Some(DigestRecord::of_file(dest)?);
-        self.write_to(&beside(dest))
+    /// As [`StagedPath::commit`].
+    pub fn commit(mut self, staged: StagedPath, also: &[StagedFile]) -> Result<()> {
+        self.record.output = Some(DigestRecord::of_staged(&staged.path(), staged.dest())?);
+        let record = StagedFile::of_text(&beside(staged.dest()), &self.text()?, true)?;
+        staged.commit_with(record, also)
     }
 
     /// Writes the record to `path`.
@@ -129,9 +132,18 @@ impl Recorder {
     /// # Errors
     /// I/O errors.
     pub fn write_to(mut self, path: &Path) -> Result<()> {
-        self.record.seconds = self.clock.elapsed().as_secs_f64();
-        files::write_text(path, &json::to_text(&self.record)?, true)
+        files::write_text(path, &self.text()?, true)
     }
+
+    fn text(&mut self) -> Result<String> {
+        self.record.seconds = self.clock.elapsed().as_secs_f64();
+        json::to_text(&self.record)
+    }
+}
+
+/// Where the record of the output `out` lies: in a folder, beside a file.
+pub fn of_output(out: &Path) -> PathBuf {
+    if out.is_dir() { out.join(FILE_NAME) } else { beside(out) }
 }
 
 /// Where the record of the output file `dest` lies.
@@ -142,26 +154,10 @@ pub fn beside(dest: &Path) -> PathBuf {
     dest.with_file_name(name)
 }
 
-/// Removes the record of an older `dest`, which is about to be replaced: a run that is killed between output and record leaves
-/// an output without a record, not one beside another's.
-///
-/// # Errors
-/// I/O errors.
-pub fn forget(dest: &Path) -> Result<()> {
-    let path = beside(dest);
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).with_context(|| format!("removing {}", path.display()))
-        }
-        _ => Ok(()),
-    }
-}
-
 impl Provenance {
     /// The digest recorded beside the output file `dest`, where there is one and size and time of the file still match it.
     pub fn recorded_file_digest(dest: &Path) -> Option<Digest> {
-        let record: Self = json::read(&beside(dest)).ok().filter(|p: &Self| p.format_version == FORMAT_VERSION)?;
-        record.output.filter(|output| output.holds_for_file(dest)).map(|output| output.blake3)
+        Self::of(dest)?.output.filter(|output| output.holds_for_file(dest)).map(|output| output.blake3)
     }
 
     /// Checks that the output file `dest` is what the record beside it says; whether there is such a record.
@@ -187,13 +183,37 @@ impl Provenance {
             .into())
     }
 
+    /// The record of the output `out`, a folder or a file, if there is one that can be read.
+    pub fn of(out: &Path) -> Option<Self> {
+        let path = of_output(out);
+        path.is_file().then(|| json::read::<Self>(&path).ok()).flatten().filter(|p| p.format_version == FORMAT_VERSION)
+    }
+
     /// The digest recorded in the cpift.json of `folder`, if there is a readable one.
     pub fn recorded_digest(folder: &Path) -> Option<DigestRecord> {
-        let path = folder.join(FILE_NAME);
-        if !path.is_file() {
-            return None;
+        Self::of(folder)?.output
+    }
+}
+
+/// Refuses the checkpoint `folder` where its record says that it was made from another `role` than `given`, whose digest is `digest`.
+/// What has no record, or was changed since, is taken as it is.
+///
+/// # Errors
+/// [`BadInput`] naming both.
+pub fn check_made_from(folder: &Path, role: &str, (given, digest): (&Path, &Digest)) -> Result<()> {
+    let Some(record) = Provenance::of(folder).filter(|p| p.output.as_ref().is_some_and(|o| o.holds_for(folder))) else {
+        return Ok(());
+    };
+    match record.inputs.get(role) {
+        Some(input) if input.digest != *digest => {
+            let kind = role.split_once(':').map_or_else(|| role.to_owned(), |(kind, of)| format!("{kind} of {of}"));
+            Err(BadInput::new(folder, format!("made from another {kind} than {}", given.display()))
+                .expected(format!("digest {digest}"))
+                .found(format!("digest {} ({} when it was made)", input.digest, input.path))
+                .hint(format!("make it again from this {kind}, or name the {kind} it was made from"))
+                .into())
         }
-        json::read::<Self>(&path).ok().filter(|p| p.format_version == FORMAT_VERSION)?.output
+        _ => Ok(()),
     }
 }
 

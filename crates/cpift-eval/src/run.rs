@@ -6,10 +6,12 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
 use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::{FILE_NAME, Recorder};
 use cpift_core::scores::{FORMAT_VERSION, JUDGE, Scores, TaskScore};
+use cpift_core::stale::Expected;
 use cpift_core::tasks::{Task, TaskMetric, Tasks};
 use cpift_judge::verdicts;
 use cpift_torch::data::Row;
@@ -24,25 +26,35 @@ use crate::metrics::{self, Loss, Settings};
 use crate::plan::TaskPlan;
 use crate::prompt::Prompter;
 
+const SCORES: &str = "scores.json";
+
 /// Scores and writes the output folder.
 ///
 /// # Errors
 /// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before anything is scored; figures that are not finite. Nothing is written then.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     args.check()?;
-    check_output(&args.out, common.force)?;
-    let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
+    const STAGE: &str = env!("CARGO_PKG_NAME");
+    let (mut recorder, scores_file) = (Recorder::start(STAGE), args.out.join(SCORES));
+    if common.up_to_date(&Expected { also: vec![&scores_file], ..Expected::new(STAGE, &args.out) }) {
+        return Ok(());
+    }
+    check_output(&args.out, common.force())?;
     let list = Tasks::read(&args.tasks)?;
     let device = args.device.open(common.threads)?;
     let plans = TaskPlan::read(args, &list, &Described::open(&args.model, list.template()?)?)?;
     let session = Session::for_inference(&args.model, list.template()?, device, args.kind(device))?;
     recorder.input("model", &args.model, session.digest.clone());
-    let staged = StagedDir::create(&args.out, common.force)?;
+    recorder.input("tasks", &args.tasks, Digest::of_file(&args.tasks)?);
+    let staged = StagedDir::create(&args.out, common.force())?;
     let mut outputs =
         BufWriter::new(File::create(staged.path().join("outputs.jsonl")).context("creating outputs.jsonl")?);
     let mut scores = Vec::new();
     for plan in &plans {
         recorder.input(format!("eval:{}", plan.task.name), &plan.task.eval, plan.digest.clone());
+        if plan.few_shot > 0 {
+            recorder.input(format!("train:{}", plan.task.name), &plan.task.train, Digest::of_file(&plan.task.train)?);
+        }
         scores.push(score_task(args, &session, plan, &mut outputs)?);
     }
     outputs.into_inner().context("writing outputs.jsonl")?;
@@ -52,7 +64,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
         model_digest: session.digest.clone(),
         tasks: scores,
     };
-    scores.write(&staged.path().join("scores.json"), false)?;
+    scores.write(&staged.path().join(SCORES), false)?;
     keep_verdicts(&args.out, staged.path())?;
     recorder.write_to(&staged.path().join(FILE_NAME))?;
     staged.commit()?;

@@ -10,7 +10,7 @@ use cpift_core::checkpoint::Digest;
 use cpift_core::files::StagedFile;
 use cpift_core::groups::{FORMAT_VERSION, Groups, Order, Parting, TauMode};
 use cpift_core::json;
-use cpift_core::provenance::{self, Recorder};
+use cpift_core::provenance::Recorder;
 
 use crate::args::{Args, Method, Tau};
 use crate::dependency::{by_edges, by_help, named};
@@ -154,18 +154,15 @@ impl Plan {
 /// All outputs are complete before any gets its name.
 fn write(outputs: &Outputs, groups: &Groups, overlap: &Overlap, recorder: Recorder) -> Result<()> {
     let by_layer = Layers::new(overlap, groups);
-    // groups.json comes last: whoever waits for it finds the others.
     let texts = [
         (&outputs.svg, heatmap::svg(groups)),
         (&outputs.layers, json::to_text(&by_layer)?),
         (&outputs.layers_svg, layers::svg(&by_layer, groups)),
-        (&outputs.groups, json::to_text(groups)?),
     ];
     let stage = |(path, text): (&PathBuf, String)| StagedFile::of_text(path, &text, outputs.force);
-    let staged: Vec<StagedFile> = texts.into_iter().map(stage).collect::<Result<_>>()?;
-    provenance::forget(&outputs.groups)?;
-    staged.into_iter().try_for_each(StagedFile::commit)?;
-    recorder.write_beside(&outputs.groups)
+    let others: Vec<StagedFile> = texts.into_iter().map(stage).collect::<Result<_>>()?;
+    let own = StagedFile::of_text(&outputs.groups, &json::to_text(groups)?, outputs.force)?;
+    recorder.commit(own.into_path(), &others)
 }
 
 /// Tells the groups in order.

@@ -59,7 +59,8 @@ impl Plan {
     pub fn new(args: &Args, recorder: &mut Recorder) -> Result<Self> {
         cli::require_unique(&args.masks, "--mask")?;
         check_flags(args)?;
-        let outputs = args.out.as_ref().map(|out| Outputs::new(out, args)).transpose()?;
+        let outputs = Outputs::named_by(args);
+        outputs.iter().try_for_each(|outputs| outputs.check(args))?;
         let masks: Vec<Mask> = args.masks.iter().map(|m| Mask::open(&m.path)).collect::<Result<_>>()?;
         masks[1..].iter().try_for_each(|mask| check_same_layout(&masks[0], mask))?;
         let tasks: Vec<String> = args.masks.iter().map(|m| m.name.clone()).collect();
@@ -84,27 +85,32 @@ impl Plan {
 }
 
 impl Outputs {
-    fn new(out: &Path, args: &Args) -> Result<Self> {
+    /// The files that the arguments name, if any.
+    pub fn named_by(args: &Args) -> Option<Self> {
+        let out = args.out.as_ref()?;
         let or = |given: &Option<PathBuf>, extension| given.clone().unwrap_or_else(|| out.with_extension(extension));
-        let outputs = Self {
-            groups: out.to_owned(),
+        Some(Self {
+            groups: out.clone(),
             svg: or(&args.svg, "svg"),
             layers: or(&args.layers, "layers.json"),
             layers_svg: or(&args.layers_svg, "layers.svg"),
-            force: args.common.force,
-        };
-        let named = outputs.named();
+            force: args.common.force(),
+        })
+    }
+
+    fn check(&self, args: &Args) -> Result<()> {
+        let named = self.named();
         for (i, (flag, path)) in named.iter().enumerate() {
             if let Some((other, _)) = named[..i].iter().find(|(_, earlier)| earlier == path) {
                 return Err(usage(format!("{other} and {flag} name the same file")));
             }
-            check_output(path, outputs.force)?;
+            check_output(path, self.force)?;
             let masks = args.masks.iter().map(|mask| mask.path.as_path());
             let others =
                 [&args.scores, &args.edges, &args.tasks, &args.like].into_iter().flatten().map(PathBuf::as_path);
             check_not_input(flag, path, masks.chain(others))?;
         }
-        Ok(outputs)
+        Ok(())
     }
 
     fn named(&self) -> [(&'static str, &Path); 4] {

@@ -78,8 +78,11 @@ impl Verdicts {
     /// Opens or creates the file; a last line that was cut short goes.
     ///
     /// # Errors
-    /// [`BadInput`] when another run has it, or a line is no verdict.
+    /// [`BadInput`] when another run has it, it is a link, or a line is no verdict.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.is_symlink() {
+            return Err(BadInput::new(path, "is a symbolic link, which is not followed for writing").into());
+        }
         let opened = OpenOptions::new().read(true).append(true).create(true).open(path);
         let mut file = opened.map_err(|e| BadInput::new(path, format!("cannot be opened: {e}")))?;
         // Where a file system has no locks, nothing keeps a second run away.
@@ -121,6 +124,16 @@ impl Verdicts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_is_not_followed_for_writing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, link) = (dir.path().join("precious"), dir.path().join(FILE_NAME));
+        std::fs::write(&target, "not a verdict").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        assert!(Verdicts::open(&link).err().expect("it is refused").to_string().contains("is a symbolic link"));
+        assert_eq!(std::fs::read_to_string(target).unwrap(), "not a verdict");
+    }
 
     fn verdict(key: &str) -> Verdict {
         let question = Question { key: key.into(), task: "t".into(), row: Some(4), messages: Vec::new() };

@@ -78,6 +78,13 @@ pub struct ExtractArgs {
     pub stats: Option<PathBuf>,
 }
 
+impl ExtractArgs {
+    /// JSON and picture of the density.
+    pub(crate) fn stats_files(&self) -> Option<[PathBuf; 2]> {
+        self.stats.as_ref().map(|json| [json.clone(), json.with_extension("svg")])
+    }
+}
+
 /// Arguments of `tensors`.
 #[derive(clap::Args, Debug, Clone)]
 pub struct TensorsArgs {

@@ -8,7 +8,7 @@ use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::error::usage;
 use cpift_core::files::{StagedFile, StagedPath, check_not_input, check_output};
 use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
-use cpift_core::provenance::{self, Recorder};
+use cpift_core::provenance::{Recorder, check_made_from};
 use cpift_core::select::{Cut, Score, find_cut};
 use cpift_core::{BadInput, Mask, progress};
 
@@ -53,7 +53,7 @@ pub fn extract(args: &ExtractArgs, force: bool) -> Result<Summary> {
 
 impl Plan {
     fn new(args: &ExtractArgs, force: bool) -> Result<Self> {
-        let stats = args.stats.as_ref().map(|json| [json.clone(), json.with_extension("svg")]);
+        let stats = args.stats_files();
         for path in stats.iter().flatten().chain([&args.out]) {
             check_output(path, force)?;
         }
@@ -109,18 +109,16 @@ impl Plan {
         }
         let summary = self.summary(&parts, &counts, &cuts);
         let digests = digests.finish()?;
+        check_made_from(self.inputs.tuned.path(), "base", (self.inputs.base.path(), &digests.0))?;
         let header = self.header(d, summary.selected, summary.ties, digests.clone());
         if header.base == header.tuned {
             let [base, tuned] = [&self.inputs.base, &self.inputs.tuned].map(|c| c.path().display());
             log::warn!("{base} and {tuned} are the same checkpoint");
         }
         writer.finish(&header)?;
-        let more = self.stage_stats(&staged.path())?;
-        provenance::forget(&self.out)?;
-        staged.commit()?;
-        more.into_iter().try_for_each(StagedFile::commit)?;
+        let also = self.stage_stats(&staged.path())?;
         bar.finish_and_clear();
-        self.record(recorder, &header, &digests)?;
+        self.record(recorder, &header, &digests).commit(staged, &also)?;
         summary.log(clock.elapsed().as_secs_f64());
         Ok(summary)
     }
@@ -166,12 +164,12 @@ impl Plan {
         stats::stage(&cpift_core::density::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
     }
 
-    fn record(&self, mut recorder: Recorder, header: &MaskHeader, digests: &Digests) -> Result<()> {
+    fn record(&self, mut recorder: Recorder, header: &MaskHeader, digests: &Digests) -> Recorder {
         self.inputs.record(&mut recorder, digests);
         recorder.fact("D", header.d);
         recorder.fact("selected", header.selected);
         recorder.fact("decided_by_position", header.ties.decided_by_position);
-        recorder.write_beside(&self.out)
+        recorder
     }
 
     fn summary<T: Score>(&self, parts: &Parts<'_>, counts: &[u64], cuts: &[Option<Cut<T>>]) -> Summary {

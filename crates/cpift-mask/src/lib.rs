@@ -28,11 +28,16 @@ pub use random::random;
 pub use summary::Summary;
 pub use tensors::tensors;
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use cpift_core::Mask;
 use cpift_core::provenance::Provenance;
+use cpift_core::stale::Expected;
 
-use args::{Command, MaskArg};
+use args::{Command, MaskArg, RandomArgs, TensorsArgs};
+
+const STAGE: &str = env!("CARGO_PKG_NAME");
 
 /// Runs what was typed.
 ///
@@ -43,11 +48,18 @@ pub fn run(args: Args) -> Result<()> {
     common.start()?;
     match args.command {
         Command::Extract(args) => {
-            let summary = extract(&args, common.force)?;
+            let stats = args.stats_files();
+            let also = stats.iter().flatten().map(PathBuf::as_path).collect();
+            if common.up_to_date(&Expected { also, ..Expected::new(STAGE, &args.out) }) {
+                return Ok(());
+            }
+            let summary = extract(&args, common.force())?;
             common.print_json(&serde_json::to_value(summary)?);
         }
-        Command::Tensors(args) => common.print_json(&tensors(&args, common.force)?),
-        Command::Random(args) => common.print_json(&random(&args, common.force)?),
+        Command::Tensors(TensorsArgs { out, .. }) | Command::Random(RandomArgs { out, .. })
+            if common.up_to_date(&Expected::new(STAGE, &out)) => {}
+        Command::Tensors(args) => common.print_json(&tensors(&args, common.force())?),
+        Command::Random(args) => common.print_json(&random(&args, common.force())?),
         Command::Stats(args) => stats::run(&args, &common)?,
         Command::Verify(MaskArg { file }) => {
             let mask = Mask::open(&file)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use cpift_core::files::StagedPath;
 use cpift_core::mask::{MaskHeader, MaskWriter};
-use cpift_core::provenance::{self, Recorder};
+use cpift_core::provenance::Recorder;
 
 /// Writes the mask `out` with these bits by tensor (all others zero) and the record beside it, whole or not at all.
 ///
@@ -22,11 +22,9 @@ pub fn write_mask<'a>(
     let writer = MaskWriter::create(&staged.path(), header)?;
     bits.into_iter().try_for_each(|(name, bits)| writer.write(name, 0, &bits))?;
     writer.finish(header)?;
-    provenance::forget(out)?;
-    staged.commit()?;
     recorder.fact("D", header.d);
     recorder.fact("selected", header.selected);
-    recorder.write_beside(out)
+    recorder.commit(staged, &[])
 }
 
 /// Bits of `n` elements, all set; those past the end are zero.

@@ -24,14 +24,14 @@ pub(crate) fn run(args: &StatsArgs, common: &Common) -> Result<()> {
     if args.out.is_some() && args.out == args.svg {
         return Err(usage("--out and --svg name the same file"));
     }
-    args.out.iter().chain(&args.svg).try_for_each(|path| check_output(path, common.force))?;
+    args.out.iter().chain(&args.svg).try_for_each(|path| check_output(path, common.force()))?;
     for (flag, path) in [("--out", &args.out), ("--svg", &args.svg)] {
         path.iter().try_for_each(|path| check_not_input(flag, path, [args.file.as_path()]))?;
     }
     let mask = Mask::open(&args.file)?;
     mask.verify()?;
     let stats = stats(&mask);
-    stage(&stats, args.out.as_deref(), args.svg.as_deref(), common.force)?
+    stage(&stats, args.out.as_deref(), args.svg.as_deref(), common.force())?
         .into_iter()
         .try_for_each(StagedFile::commit)?;
     if !common.json && args.out.is_none() && args.svg.is_none() {

@@ -49,6 +49,23 @@ pub(crate) enum Command {
     Digest(DigestArgs),
 }
 
+impl Command {
+    /// Where the result goes, if there is one.
+    pub(crate) fn output(&self) -> Option<&OutputArgs> {
+        Some(match self {
+            Self::Linear(a) => &a.output,
+            Self::Slerp(a) => &a.output,
+            Self::SphericalMean(a) => &a.output,
+            Self::TaskArithmetic(a) => &a.output,
+            Self::Ties(a) => &a.output,
+            Self::Dare(a) => &a.output,
+            Self::Recipe(a) => &a.output,
+            Self::Cpi(a) => &a.output,
+            Self::Verify(_) | Self::Digest(_) => return None,
+        })
+    }
+}
+
 /// Arguments of `cpi`.
 #[derive(clap::Args, Debug)]
 pub struct CpiArgs {

@@ -34,10 +34,13 @@ use anyhow::Result;
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
 use cpift_core::provenance::Recorder;
+use cpift_core::stale::Expected;
 use cpift_core::{Checkpoint, files};
 
 use cli::{Args, Command, OutputArgs};
 pub use request::Request;
+
+const STAGE: &str = env!("CARGO_PKG_NAME");
 
 /// Runs the command that was typed.
 ///
@@ -45,8 +48,12 @@ pub use request::Request;
 /// Everything that can go wrong, with the exit code its kind means.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
-    let record = Recorder::start(env!("CARGO_PKG_NAME"));
+    let mut record = Recorder::start(STAGE);
     let common = &args.common;
+    let output = args.command.output().filter(|output| !output.dry_run);
+    if output.is_some_and(|output| common.up_to_date(&Expected::new(STAGE, &output.out))) {
+        return Ok(());
+    }
     match &args.command {
         Command::Linear(a) => plain(a.request()?, &a.output, common, record),
         Command::Slerp(a) => plain(a.request()?, &a.output, common, record),
@@ -57,9 +64,10 @@ pub fn run(args: Args) -> Result<()> {
         Command::Recipe(a) => {
             files::check_not_input("--out", &a.output.out, [a.recipe.as_path()])?;
             let request = recipe::read(&a.recipe)?;
+            record.input("recipe", &a.recipe, Digest::of_file(&a.recipe)?);
             plain(request, &a.output, common, record)
         }
-        Command::Cpi(a) => finish(&plan::plan_cpi(a, common.force)?, &a.output, common, record),
+        Command::Cpi(a) => finish(&plan::plan_cpi(a, common.force())?, &a.output, common, record),
         Command::Verify(a) => {
             common.print_json(&verify(&a.checkpoint)?);
             Ok(())
@@ -84,7 +92,7 @@ fn plain(mut request: Request, output: &OutputArgs, common: &Common, record: Rec
     output.dtype = output.dtype.or(request.dtype);
     output.copy_from = output.copy_from.or(request.side_files.take());
     request.side_files.clone_from(&output.copy_from);
-    finish(&plan::plan(&request, &output, common.force)?, &output, common, record)
+    finish(&plan::plan(&request, &output, common.force())?, &output, common, record)
 }
 
 /// Runs a plan, or shows it.

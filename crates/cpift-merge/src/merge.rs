@@ -9,7 +9,7 @@ use cpift_core::provenance::Recorder;
 use cpift_core::{TensorSpec, files, json};
 
 use crate::engine::{self, InputHashes, Output, Settled};
-use crate::plan::cpi::warn_of_other_tasks;
+use crate::plan::cpi::check_masks_of_tasks;
 use crate::plan::{Plan, check_space};
 use crate::report::Summary;
 
@@ -19,10 +19,11 @@ use crate::report::Summary;
 /// [`cpift_core::BadInput`] where an input holds a number that is not finite; I/O errors.
 pub fn merge(plan: &Plan, mut record: Recorder) -> Result<Summary> {
     check_space(&plan.output.dir, plan.bytes_to_write(), files::available_bytes(&plan.output.dir)?)?;
+    check_masks_of_tasks(plan)?;
     let staged = StagedDir::create(&plan.output.dir, plan.output.force)?;
     let (settled, digest) = write(plan, staged.path())?;
     let summary = Summary::of(plan, &settled);
-    warn_of_other_tasks(plan)?;
+    check_masks_of_tasks(plan)?;
     record_inputs(plan, &mut record)?;
     for (name, value) in summary.facts() {
         record.fact(&name, value);

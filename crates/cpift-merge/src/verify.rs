@@ -28,6 +28,9 @@ pub fn verify(path: &Path) -> Result<Value> {
     let (scans, digest) = scan(&checkpoint, &views)?;
     let not_finite: u64 = scans.iter().flatten().map(|s| s.count).sum();
     let recorded = recorded(&checkpoint)?;
+    if recorded.is_some() {
+        check_metadata(&checkpoint)?;
+    }
     let differs = recorded.as_ref().is_some_and(|r| *r != digest);
     let problem = match (not_finite, differs) {
         (0, false) => None,
@@ -54,6 +57,19 @@ pub fn verify(path: &Path) -> Result<Value> {
         found = format!("the first at element {} of this tensor in {}; {found}", scan.first, view.file.display());
     }
     Err(error.found(found).hint("make the checkpoint again, or copy it again").into())
+}
+
+/// What we write says that it is for PyTorch, without which transformers does not load it; the digest does not cover that.
+fn check_metadata(checkpoint: &Checkpoint) -> Result<()> {
+    let written = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    match checkpoint.metadata().find(|(_, metadata)| **metadata != written) {
+        Some((file, found)) => Err(BadInput::new(file, "the metadata is not what was written")
+            .expected(format!("{written:?}"))
+            .found(format!("{found:?}"))
+            .hint("make the checkpoint again, or copy it again")
+            .into()),
+        None => Ok(()),
+    }
 }
 
 /// The digest in cpift.json, where the checkpoint is a folder that has one.

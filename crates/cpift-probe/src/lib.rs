@@ -11,6 +11,7 @@ use cpift_core::cli::Common;
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
 use cpift_core::provenance::Recorder;
+use cpift_core::stale::Expected;
 use cpift_core::tasks::{Task, Tasks};
 use cpift_torch::args::TrainingArgs;
 use cpift_torch::data::{self, Encoded, Layout};
@@ -20,6 +21,8 @@ use cpift_torch::train::{FISHER, FisherConfig, HeldOut, Isolation, Run, Stage, S
 use cpift_torch::{memory, oom};
 use log::{info, warn};
 use serde_json::json;
+
+const STAGE: &str = env!("CARGO_PKG_NAME");
 
 /// Fine-tunes a base checkpoint on one task: θ⁽⁰⁾ and the task's data give the probe θ⁽ⁱ⁾.
 ///
@@ -100,8 +103,12 @@ fn list(args: &Args) -> Result<()> {
 }
 
 fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
-    let recorder = Recorder::start(env!("CARGO_PKG_NAME"));
-    let mut plan = plan(args, base, out)?;
+    let recorder = Recorder::start(STAGE);
+    let (tasks, task) = chosen_task(args)?;
+    if args.common.up_to_date(&Expected { facts: vec![("task", &task.name)], ..Expected::new(STAGE, out) }) {
+        return Ok(());
+    }
+    let mut plan = plan(args, (&tasks, task), base, out)?;
     warn_of_rounding(args, &plan.session);
     let held_out = std::mem::take(&mut plan.held_out);
     let written =
@@ -122,18 +129,23 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn plan(args: &Args, base: &Path, out: &Path) -> Result<Plan> {
-    args.training.check()?;
-    // Resuming a run that is finished is no error.
-    if !args.training.resume {
-        check_output(out, args.common.force)?;
-    }
+/// The task list, and the task that was typed or is this array element's.
+fn chosen_task(args: &Args) -> Result<(Tasks, Task)> {
     let tasks = Tasks::read(&args.tasks)?;
     let task = match &args.task {
         Some(name) => tasks.named(name)?,
         None => tasks.indexed(task_index(args.task_index)?)?,
+    };
+    let task = task.clone();
+    Ok((tasks, task))
+}
+
+fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path) -> Result<Plan> {
+    args.training.check()?;
+    // Resuming a run that is finished is no error.
+    if !args.training.resume {
+        check_output(out, args.common.force())?;
     }
-    .clone();
     let inputs = [base, &args.tasks, &task.train, &task.eval];
     check_not_input("--out", out, inputs)?;
     check_not_input("--out's states", &States::folder(out), inputs)?;

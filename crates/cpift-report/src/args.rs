@@ -72,9 +72,9 @@ pub struct ReportArgs {
     /// The page [default: RUN_DIR/report.html]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
-    /// The run the others are compared with: a folder's name under RUN_DIR/scores
-    #[arg(long, value_name = "NAME", default_value = "base")]
-    pub baseline: String,
+    /// The run the others are compared with: a folder's name under RUN_DIR/scores [default: base, where it was scored]
+    #[arg(long, value_name = "NAME")]
+    pub baseline: Option<String>,
     /// Sample outputs shown for each task
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub samples: usize,

@@ -6,17 +6,38 @@ use rand_chacha::ChaCha8Rng;
 /// The share of resamples the interval holds.
 pub const LEVEL: f64 = 0.95;
 
-/// Means of `resamples` samples of `differences`, drawn with replacement, in the order they were drawn. Runs compared on one task
-/// (`stream`) get the same draws of rows.
-///
-/// # Panics
-/// When there are no differences.
-pub fn means(differences: &[f64], resamples: usize, seed: u64, stream: u64) -> Vec<f64> {
-    assert!(!differences.is_empty(), "nothing to draw from");
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(stream);
-    let n = differences.len();
-    (0..resamples).map(|_| (0..n).map(|_| differences[rng.random_range(0..n)]).sum::<f64>() / n as f64).collect()
+/// What one row adds to a figure of two runs that are compared: to each a sum and a weight. A figure is the sum over the weight: a score
+/// weighs 1, a loss the number of its tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Pair {
+    /// To the run that the other is compared with.
+    pub base: [f64; 2],
+    /// To the other.
+    pub run: [f64; 2],
+}
+
+impl Pair {
+    fn add(&mut self, other: &Self) {
+        for (sum, part) in [(&mut self.base, other.base), (&mut self.run, other.run)] {
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+        }
+    }
+
+    /// How the figure of the one differs from that of the other.
+    fn difference(&self, difference: Difference) -> f64 {
+        difference(self.base[0] / self.base[1], self.run[0] / self.run[1])
+    }
+}
+
+/// The difference of two figures: that of the baseline, then the other.
+pub type Difference = fn(f64, f64) -> f64;
+
+/// The difference over all rows, each with a pair a seed: the mean over the seeds.
+pub fn difference(rows: &[Vec<Pair>], difference: Difference) -> f64 {
+    let seeds = rows.first().map_or(0, Vec::len);
+    let mut sums = vec![Pair::default(); seeds];
+    rows.iter().for_each(|row| sums.iter_mut().zip(row).for_each(|(sum, pair)| sum.add(pair)));
+    sums.iter().map(|sum| sum.difference(difference)).sum::<f64>() / seeds as f64
 }
 
 /// The stream of the draws of seeds: no task's.
@@ -34,25 +55,27 @@ pub fn shares(seeds: usize, resamples: usize, seed: u64) -> Vec<Vec<f64>> {
     (0..resamples).map(|_| draw()).collect()
 }
 
-/// As [`means`], of differences by row and seed: the seeds as `shares` drew them, and rows drawn anew for each, the same for all
-/// seeds. With one seed the draws are those of [`means`].
+/// Differences over samples of `rows`, drawn with replacement, in the order they were drawn: the seeds as `shares` drew them, and rows
+/// drawn anew for each, the same for all seeds. Runs compared on one task (`stream`) get the same draws of rows.
 ///
 /// # Panics
-/// When there are no differences.
-pub fn two_way(differences: &[Vec<f64>], shares: &[Vec<f64>], seed: u64, stream: u64) -> Vec<f64> {
-    assert!(!differences.is_empty(), "nothing to draw from");
+/// When there are no rows.
+pub fn two_way(rows: &[Vec<Pair>], shares: &[Vec<f64>], seed: u64, stream: u64, difference: Difference) -> Vec<f64> {
+    assert!(!rows.is_empty(), "nothing to draw from");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(stream);
-    let n = differences.len();
-    let mean = |shares: &Vec<f64>| {
-        let mut sums = vec![0.0; shares.len()];
+    let n = rows.len();
+    let mut sums = Vec::new();
+    let mut draw = |shares: &Vec<f64>| {
+        sums.clear();
+        sums.resize(shares.len(), Pair::default());
         for _ in 0..n {
-            let row = &differences[rng.random_range(0..n)];
-            sums.iter_mut().zip(row).for_each(|(sum, difference)| *sum += difference);
+            let row = &rows[rng.random_range(0..n)];
+            sums.iter_mut().zip(row).for_each(|(sum, pair)| sum.add(pair));
         }
-        sums.iter().zip(shares).map(|(sum, share)| sum * share).sum::<f64>() / n as f64
+        sums.iter().zip(shares).map(|(sum, share)| sum.difference(difference) * share).sum()
     };
-    shares.iter().map(mean).collect()
+    shares.iter().map(&mut draw).collect()
 }
 
 /// Ratios of two sums over clusters drawn with replacement, each with its share in both; a draw whose lower sum is not below zero
@@ -100,42 +123,56 @@ mod tests {
         found.iter().zip([0.0, 1.5, 3.4, 4.0]).for_each(|(a, b)| assert!((a - b).abs() < 1e-12, "{found:?}"));
     }
 
+    /// Rows of one seed whose scores differ by these.
+    fn rows(differences: impl IntoIterator<Item = f64>) -> Vec<Vec<Pair>> {
+        differences.into_iter().map(|d| vec![Pair { base: [0.0, 1.0], run: [d, 1.0] }]).collect()
+    }
+
+    fn draw(rows: &[Vec<Pair>], resamples: usize, seed: u64, stream: u64) -> Vec<f64> {
+        let seeds = rows[0].len();
+        two_way(rows, &shares(seeds, resamples, seed), seed, stream, |base, run| run - base)
+    }
+
     #[test]
     fn the_interval_is_the_normal_one_for_many_rows() {
         // 400 rows, half of them better by one: mean 0.5, standard error 0.025, so about 0.5 ± 0.049.
-        let differences: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();
-        let (low, high) = interval(means(&differences, 10_000, 7, 0));
+        let (low, high) = interval(draw(&rows((0..400).map(|i| f64::from(i % 2))), 10_000, 7, 0));
         assert!((low - 0.451).abs() < 0.004 && (high - 0.549).abs() < 0.004, "{low} {high}");
     }
 
     #[test]
-    fn one_seed_gives_one_interval_and_another_seed_another() {
-        let differences: Vec<f64> = (0..50).map(|i| f64::from(i % 3)).collect();
-        let draw = |seed, stream| interval(means(&differences, 101, seed, stream));
-        assert_eq!(draw(1, 0), draw(1, 0));
-        assert_ne!(draw(1, 0), draw(2, 0));
-        assert_ne!(draw(1, 0), draw(1, 1));
-        assert_eq!(interval(means(&[1.0; 9], 100, 1, 0)), (1.0, 1.0), "equal differences leave no doubt");
+    fn the_interval_of_a_loss_is_that_of_a_ratio_of_sums() {
+        // 400 rows of 1 and 3 tokens, the long ones better by one nat a token: 0.75 in all. The delta method's standard error of the
+        // ratio is sqrt(sum (d - 0.75 w)^2) / sum w = sqrt(200 * 0.75^2 * 2) / 800 = 0.01875.
+        let row = |w: f64, d: f64| vec![Pair { base: [2.0 * w, w], run: [2.0 * w + d, w] }];
+        let rows: Vec<_> = (0..400).map(|i| if i % 2 == 0 { row(1.0, 0.0) } else { row(3.0, 3.0) }).collect();
+        assert_eq!(difference(&rows, |base, run| run - base), 0.75);
+        let (low, high) = interval(draw(&rows, 10_000, 7, 0));
+        assert!((low - 0.713).abs() < 0.004 && (high - 0.787).abs() < 0.004, "{low} {high}");
     }
 
     #[test]
-    fn one_seed_is_the_bootstrap_over_rows() {
-        let differences: Vec<f64> = (0..50).map(|i| f64::from(i % 3)).collect();
-        let rows: Vec<Vec<f64>> = differences.iter().map(|d| vec![*d]).collect();
-        assert_eq!(two_way(&rows, &shares(1, 99, 4), 4, 2), means(&differences, 99, 4, 2));
+    fn one_seed_gives_one_interval_and_another_seed_another() {
+        let rows_of_three = rows((0..50).map(|i| f64::from(i % 3)));
+        let ends = |seed, stream| interval(draw(&rows_of_three, 101, seed, stream));
+        assert_eq!(ends(1, 0), ends(1, 0));
+        assert_ne!(ends(1, 0), ends(2, 0));
+        assert_ne!(ends(1, 0), ends(1, 1));
+        assert_eq!(interval(draw(&rows([1.0; 9]), 100, 1, 0)), (1.0, 1.0), "equal differences leave no doubt");
     }
 
     #[test]
     fn seeds_and_rows_each_add_their_variance() {
+        let seeds = |differences: [f64; 2]| differences.map(|d| Pair { base: [0.0, 1.0], run: [d, 1.0] }).to_vec();
         // Rows alike, two seeds apart by 2: a resample's mean is 0, 1 or 2, with chances 1/4, 1/2, 1/4.
-        let draws = shares(2, 8000, 3);
-        let drawn = two_way(&[vec![0.0, 2.0], vec![0.0, 2.0]], &draws, 3, 0);
+        let drawn = draw(&[seeds([0.0, 2.0]), seeds([0.0, 2.0])], 8000, 3, 0);
         let near = |value: f64| drawn.iter().filter(|m| (*m - value).abs() < 1e-12).count() as f64 / 8000.0;
         assert!((near(0.0) - 0.25).abs() < 0.02 && (near(1.0) - 0.5).abs() < 0.02, "{} {}", near(0.0), near(1.0));
         assert_eq!(near(0.0) + near(1.0) + near(2.0), 1.0);
+        let draws = shares(2, 8000, 3);
         assert!(shares(2, 99, 3) == draws[..99] && shares(2, 99, 4) != draws[..99], "the seed sets them");
         // Seeds alike, rows 0 and 2: the same chances, for the rows are the same for both seeds.
-        let drawn = two_way(&[vec![0.0, 0.0], vec![2.0, 2.0]], &draws, 3, 0);
+        let drawn = draw(&[seeds([0.0, 0.0]), seeds([2.0, 2.0])], 8000, 3, 0);
         let middle = drawn.iter().filter(|m| (*m - 1.0).abs() < 1e-12).count() as f64 / 8000.0;
         assert!((middle - 0.5).abs() < 0.02, "{middle}");
     }

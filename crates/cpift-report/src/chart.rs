@@ -84,6 +84,13 @@ impl Svg {
         );
     }
 
+    /// As [`Svg::finish`], for a picture that scrolls in a box of its own (by keyboard too) instead of shrinking.
+    pub fn finish_scrolling(self, label: &str) -> String {
+        let svg = self.finish(label).replacen(" aria-label", " class=\"whole\" aria-label", 1);
+        let label = escape(label);
+        format!("<div class=\"scroll\" role=\"region\" aria-label=\"{label}\" tabindex=\"0\">{svg}</div>")
+    }
+
     /// The picture as an element; `label` is what a screen reader says of it.
     pub fn finish(self, label: &str) -> String {
         let (width, height) = (n(self.width), n(self.height));

@@ -1,11 +1,15 @@
 //! Runs by tasks: values, the best of each column, and differences to a baseline.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 use cpift_core::error::usage;
-use cpift_core::scores::{Figure, Scores, TaskScore};
+use cpift_core::scores::{Figure, TaskScore};
+use serde_json::Value;
 
-use crate::bootstrap;
-use crate::runs::Run;
+pub use crate::pairing::Delta;
+use crate::pairing::{Drawn, Draws, Sides};
+use crate::runs::{self, Run};
 use crate::unit::Unit;
 
 /// What a comparison is asked to show.
@@ -65,19 +69,6 @@ impl Cell {
     }
 }
 
-/// The difference of a run to the baseline.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Delta {
-    /// Run minus baseline.
-    pub value: f64,
-    /// The 95 % paired bootstrap interval, where rows can be paired.
-    pub interval: Option<(f64, f64)>,
-    /// Rows that were paired.
-    pub rows: usize,
-    /// Means of the resamples, for the interval of a mean over tasks.
-    pub(crate) means: Vec<f64>,
-}
-
 /// A whole comparison.
 #[derive(Debug, Clone)]
 pub struct Comparison {
@@ -93,6 +84,8 @@ pub struct Comparison {
     pub losses: Vec<Column>,
     /// The mean loss over the tasks.
     pub mean_loss: Column,
+    /// Further figures of the same rows: other readings of a metric, its parts, perplexity, and the rows that scoring skipped or cut.
+    pub also: Vec<Column>,
     /// What the reader must know: intervals that cannot be given, scores that leave tasks out.
     pub notes: Vec<String>,
 }
@@ -114,7 +107,7 @@ impl Comparison {
             ),
         };
         question.check()?;
-        let mut notes = Vec::new();
+        let mut notes = runs::differences(&runs);
         let mut tasks: Vec<&str> = Vec::new();
         for task in runs.iter().flat_map(|run| &run.scores.tasks) {
             if !tasks.contains(&task.task.as_str()) {
@@ -123,24 +116,34 @@ impl Comparison {
         }
         let mut scores: Vec<Column> = tasks.iter().map(|task| score_column(&runs, task)).collect();
         let mut losses: Vec<Column> = tasks.iter().map(|task| loss_column(&runs, task)).collect();
-        let mut ans = summary(&runs, "ANS", Unit::Rating, average_normalised_score);
-        let mut mean_loss = summary(&runs, "mean nll", Unit::Nats, |scores| Some(mean_nll(scores)));
+        let mut also: Vec<Column> = tasks.iter().flat_map(|task| further_columns(&runs, task)).collect();
         if let Some(base) = baseline {
-            for (stream, column) in scores.iter_mut().enumerate() {
-                column.deltas = paired(&runs, base, column, &question, stream as u64, &mut notes);
+            let draws = Draws::new(1, &question);
+            also.iter_mut().for_each(|column| column.deltas = unpaired(base, column));
+            let perplexities = also.iter_mut().filter(|column| column.unit.is_loss());
+            for column in scores.iter_mut().chain(&mut losses).chain(perplexities) {
+                column.deltas = unpaired(base, column);
+                let stream = tasks.iter().position(|task| Some(*task) == column.task.as_deref()).unwrap_or(0);
+                column.draw(&draws, &runs, base, stream as u64, &mut notes);
             }
-            losses.iter_mut().for_each(|column| column.deltas = unpaired(base, column));
-            mean_loss.deltas = unpaired(base, &mean_loss);
-            ans.deltas = ans_deltas(&scores, base, &ans);
         }
-        scores.iter_mut().chain(&mut losses).chain([&mut ans, &mut mean_loss]).for_each(mark_best);
-        notes.extend(left_out(&runs, &scores));
-        Ok(Self { runs, question, scores, ans, losses, mean_loss, notes })
+        let metrics: Vec<&Column> = scores.iter().filter(|c| !c.unit.is_loss()).collect();
+        let mut ans = over_tasks(&metrics, &runs, "ANS", Unit::Rating, &mut notes);
+        let mut mean_loss = over_tasks(&losses.iter().collect::<Vec<_>>(), &runs, "mean nll", Unit::Nats, &mut notes);
+        let summaries = [&mut ans, &mut mean_loss];
+        scores.iter_mut().chain(&mut losses).chain(&mut also).chain(summaries).for_each(mark_best);
+        Ok(Self { runs, question, scores, ans, losses, mean_loss, also, notes })
     }
 
     /// The columns of the table: a score for each task, ANS, mean loss.
     pub fn columns(&self) -> impl Iterator<Item = &Column> {
         self.scores.iter().chain([&self.ans, &self.mean_loss])
+    }
+
+    /// Every column, each once.
+    pub fn all_columns(&self) -> impl Iterator<Item = &Column> {
+        let shown = |c: &&Column| !self.scores.iter().any(|s| s.task == c.task && s.figure == c.figure);
+        self.columns().chain(self.losses.iter().filter(shown)).chain(&self.also)
     }
 
     /// The baseline's place among the runs.
@@ -173,22 +176,6 @@ impl Comparison {
     }
 }
 
-/// The mean over the tasks with a metric, each on a scale of 0 to 10; `None` when no task has one.
-pub fn average_normalised_score(scores: &Scores) -> Option<f64> {
-    let of = |task: &TaskScore| task.metric.as_ref().map(|m| Unit::of(&m.name).normalised(m.value));
-    let values: Vec<f64> = scores.tasks.iter().filter_map(of).collect();
-    mean(&values)
-}
-
-/// The mean loss over the tasks.
-pub fn mean_nll(scores: &Scores) -> f64 {
-    scores.tasks.iter().map(|t| t.nll.value).sum::<f64>() / scores.tasks.len() as f64
-}
-
-fn mean(values: &[f64]) -> Option<f64> {
-    if values.is_empty() { None } else { Some(values.iter().sum::<f64>() / values.len() as f64) }
-}
-
 /// Whether a task wants a judge that has not read the run: its settings speak of one, and there is no metric.
 fn wants_judge(task: &TaskScore) -> bool {
     let named = task.settings.get("metric").and_then(|m| m.as_str()).is_some_and(|m| Unit::of(m) == Unit::Rating);
@@ -201,7 +188,11 @@ fn score_column(runs: &[Run], task: &str) -> Column {
     let Some(figure) = runs.iter().find_map(scored).or(wanted) else { return loss_column(runs, task) };
     let unit = Unit::of(&figure);
     let cell = |run: &Run| match run.task(task) {
-        Some(TaskScore { metric: Some(metric), .. }) => Cell::Value(metric.clone(), false),
+        // By force a run of another metric is here: one on another scale has no place in this column.
+        Some(TaskScore { metric: Some(metric), .. }) if Unit::of(&metric.name) == unit => {
+            Cell::Value(metric.clone(), false)
+        }
+        Some(TaskScore { metric: Some(_), .. }) => Cell::Missing,
         // Null until a judge has read the run.
         Some(task) if unit == Unit::Rating => match task.settings.get("judge") {
             None | Some(serde_json::Value::Null) => Cell::NotJudged,
@@ -218,19 +209,79 @@ fn loss_column(runs: &[Run], task: &str) -> Column {
     Column { task: Some(task.to_owned()), figure: "nll".into(), unit: Unit::Nats, cells, deltas: Vec::new() }
 }
 
-fn summary(runs: &[Run], name: &str, unit: Unit, of: impl Fn(&Scores) -> Option<f64>) -> Column {
-    let cell = |run: &Run| match of(&run.scores) {
-        Some(value) => {
-            let n = run.scores.tasks.len() as u64;
-            Cell::Value(Figure { name: name.to_owned(), value, stderr: 0.0, n }, false)
-        }
-        None => Cell::Missing,
+/// The columns of a task's further figures, and of the counts that are not 0 everywhere.
+fn further_columns(runs: &[Run], task: &str) -> Vec<Column> {
+    let scored: Vec<Option<&TaskScore>> = runs.iter().map(|run| run.task(task)).collect();
+    let column = |name: &str, unit, cells| Column {
+        task: Some(task.to_owned()),
+        figure: name.to_owned(),
+        unit,
+        cells,
+        deltas: Vec::new(),
     };
-    Column { task: None, figure: name.to_owned(), unit, cells: runs.iter().map(cell).collect(), deltas: Vec::new() }
+    let figure = |name: &String| {
+        let cell = |score: &Option<&TaskScore>| match score.and_then(|score| score.also.get(name)) {
+            Some(figure) => Cell::Value(figure.clone(), false),
+            None => Cell::Missing,
+        };
+        column(name, Unit::of(name), scored.iter().map(cell).collect())
+    };
+    let count = |name: &str| {
+        let number = |score: &TaskScore, name: &str| score.settings.get(name)?.as_u64();
+        let cell = |score: &Option<&TaskScore>| match score.and_then(|s| Some((s, number(s, name)?))) {
+            Some((score, count)) => {
+                let n = number(score, "rows").unwrap_or(score.nll.n);
+                Cell::Value(Figure { name: name.to_owned(), value: count as f64, stderr: 0.0, n }, false)
+            }
+            None => Cell::Missing,
+        };
+        column(name, Unit::Count, scored.iter().map(cell).collect())
+    };
+    let names: BTreeSet<&String> = scored.iter().flatten().flat_map(|score| score.also.keys()).collect();
+    let counts: BTreeSet<&str> =
+        runs::COUNTS.into_iter().filter(|name| scored.iter().flatten().any(|s| is_some_rows(s, name))).collect();
+    names.into_iter().map(figure).chain(counts.into_iter().map(count)).collect()
+}
+
+fn is_some_rows(score: &TaskScore, name: &str) -> bool {
+    score.settings.get(name).and_then(Value::as_u64).is_some_and(|count| count > 0)
+}
+
+/// The mean over the tasks of `columns` that any run has, and only of runs that have all of them: a mean over other tasks is another
+/// figure. ANS brings each to a scale of 0 to 10.
+fn over_tasks(columns: &[&Column], runs: &[Run], name: &str, unit: Unit, notes: &mut Vec<String>) -> Column {
+    let named = |columns: &[&Column]| columns.iter().filter_map(|c| c.task.as_deref()).collect::<Vec<_>>().join(", ");
+    let (counted, empty): (Vec<&Column>, Vec<&Column>) =
+        columns.iter().copied().partition(|column| column.cells.iter().any(|cell| cell.figure().is_some()));
+    if !counted.is_empty() && !empty.is_empty() {
+        notes.push(format!("{name} leaves out {}: no run has a figure of it.", named(&empty)));
+    }
+    let mut cell = |(i, run): (usize, &Run)| {
+        let lacking: Vec<&Column> = counted.iter().copied().filter(|c| c.cells[i].figure().is_none()).collect();
+        if !lacking.is_empty() {
+            notes.push(format!("{name} of {} is left out: it has no figure of {}.", run.name, named(&lacking)));
+        }
+        let values = counted.iter().filter_map(|c| Some(c.unit.normalised(c.cells[i].figure()?.value)));
+        let (sum, n) = (values.sum::<f64>(), counted.len() as u64);
+        match lacking.is_empty() && n > 0 {
+            true => Cell::Value(Figure { name: name.to_owned(), value: sum / n as f64, stderr: 0.0, n }, false),
+            false => Cell::Missing,
+        }
+    };
+    let cells = runs.iter().enumerate().map(&mut cell).collect();
+    let delta = |i: usize| {
+        let deltas: Vec<_> = counted.iter().map(|c| (c.unit, c.deltas.get(i).and_then(Option::as_ref))).collect();
+        Delta::over_tasks(&deltas, Unit::normalised)
+    };
+    let deltas = (0..runs.len()).map(delta).collect();
+    Column { task: None, figure: name.to_owned(), unit, cells, deltas }
 }
 
 /// The best value of a column, where it holds different ones.
 fn mark_best(column: &mut Column) {
+    if column.unit == Unit::Count {
+        return;
+    }
     let direction = column.unit.direction();
     let values = column.cells.iter().filter_map(|cell| Some(direction * cell.figure()?.value));
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
@@ -243,102 +294,26 @@ fn mark_best(column: &mut Column) {
     }
 }
 
-/// Differences without intervals.
+/// Differences without intervals. Of a count there is none: it tells what was scored, not how well.
 fn unpaired(base: usize, column: &Column) -> Vec<Option<Delta>> {
-    let of = column.cells[base].figure();
+    let of = column.cells[base].figure().filter(|_| column.unit != Unit::Count);
     let delta = |(i, cell): (usize, &Cell)| {
         let value = cell.figure()?.value - of?.value;
-        (i != base).then(|| Delta { value, interval: None, rows: 0, means: Vec::new() })
+        (i != base).then(|| Delta::alone(value))
     };
     column.cells.iter().enumerate().map(delta).collect()
 }
 
-/// Differences with their intervals where the rows of both runs are known.
-fn paired(
-    runs: &[Run],
-    base: usize,
-    column: &Column,
-    question: &Question,
-    stream: u64,
-    notes: &mut Vec<String>,
-) -> Vec<Option<Delta>> {
-    let mut deltas = unpaired(base, column);
-    for (i, delta) in deltas.iter_mut().enumerate() {
-        let (Some(delta), Some(task)) = (delta, &column.task) else { continue };
-        match differences(&runs[base], &runs[i], task, column.unit) {
-            Ok(rows) => {
-                let means = bootstrap::means(&rows, question.resamples, question.seed, stream);
-                let all = [base, i].map(|run| column.cells[run].figure().map_or(0, |f| f.n)).into_iter().max();
-                if Some(rows.len() as u64) != all {
-                    delta.value = rows.iter().sum::<f64>() / rows.len() as f64;
-                    notes.push(format!(
-                        "{}, {task}: the difference is over the {} rows both have.",
-                        runs[i].name,
-                        rows.len()
-                    ));
-                }
-                let interval = Some(bootstrap::interval(means.clone()));
-                *delta = Delta { interval, rows: rows.len(), means, value: delta.value };
-            }
-            Err(reason) => notes.push(format!("{}, {task}: no paired interval: {reason}.", runs[i].name)),
+impl Column {
+    /// Gives the differences their intervals where the rows of both runs are known.
+    fn draw(&mut self, draws: &Draws, runs: &[Run], base: usize, stream: u64, notes: &mut Vec<String>) {
+        let (Some(task), unit) = (&self.task, self.unit) else { return };
+        for (i, delta) in self.deltas.iter_mut().enumerate() {
+            let Some(delta) = delta else { continue };
+            let rows = [base, i].map(|run| self.cells[run].figure().map_or(0, |f| f.n)).into_iter().max();
+            let sides =
+                Sides { name: &runs[i].name, base: &runs[base..=base], run: &runs[i..=i], rows: rows.unwrap_or(0) };
+            draws.draw(delta, &sides, &Drawn { task, unit, stream }, notes);
         }
     }
-    deltas
-}
-
-/// Score differences of the rows two runs have in common, in order of row; or why there are none.
-fn differences(base: &Run, run: &Run, task: &str, unit: Unit) -> Result<Vec<f64>, String> {
-    if unit == Unit::Nats {
-        return Err("outputs.jsonl holds no losses".into());
-    }
-    let (base, run) = (row_scores(base, task)?, row_scores(run, task)?);
-    let both: Vec<f64> = base.iter().filter_map(|(row, a)| Some(run.get(row)? - a)).collect();
-    if both.is_empty() { Err("the runs have no row in common".into()) } else { Ok(both) }
-}
-
-/// The scores of a run's rows: checked to be what its figure was made from.
-pub(crate) fn row_scores(run: &Run, task: &str) -> Result<std::collections::BTreeMap<u64, f64>, String> {
-    let outputs = run.outputs.as_ref().ok_or_else(|| format!("{} has no outputs.jsonl", run.name))?;
-    let rows: std::collections::BTreeMap<u64, f64> =
-        outputs.get(task).into_iter().flatten().filter_map(|output| Some((output.row, output.score?))).collect();
-    let figure = run.task(task).and_then(|t| t.metric.as_ref()).map_or(f64::NAN, |m| m.value);
-    let values: Vec<f64> = rows.values().copied().collect();
-    match mean(&values) {
-        None => Err(format!("outputs.jsonl of {} has no scored rows of this task", run.name)),
-        Some(value) if (value - figure).abs() < 1e-9 => Ok(rows),
-        Some(_) => Err(format!("the figure of {} is not the mean of its rows' scores in outputs.jsonl", run.name)),
-    }
-}
-
-/// Differences of ANS; their intervals combine the resamples of the tasks, where every task has some.
-fn ans_deltas(scores: &[Column], base: usize, ans: &Column) -> Vec<Option<Delta>> {
-    let mut deltas = unpaired(base, ans);
-    let metrics: Vec<&Column> = scores.iter().filter(|c| c.unit != Unit::Nats).collect();
-    for (i, delta) in deltas.iter_mut().enumerate() {
-        let Some(delta) = delta else { continue };
-        let of = |column: &&Column| {
-            let means = &column.deltas[i].as_ref()?.means;
-            (!means.is_empty()).then(|| means.iter().map(|m| column.unit.normalised(*m)).collect::<Vec<f64>>())
-        };
-        let Some(tasks) = metrics.iter().map(of).collect::<Option<Vec<_>>>().filter(|tasks| !tasks.is_empty()) else {
-            continue;
-        };
-        let sum = |draw: usize| tasks.iter().map(|means| means[draw]).sum::<f64>() / tasks.len() as f64;
-        let means: Vec<f64> = (0..tasks[0].len()).map(sum).collect();
-        delta.interval = Some(bootstrap::interval(means));
-    }
-    deltas
-}
-
-/// Says which runs' ANS leaves out tasks that another's counts.
-fn left_out(runs: &[Run], scores: &[Column]) -> Vec<String> {
-    let of = |(i, run): (usize, &Run)| {
-        let tasks: Vec<&str> = scores
-            .iter()
-            .filter(|c| c.unit != Unit::Nats && c.cells[i].figure().is_none())
-            .filter_map(|c| c.task.as_deref())
-            .collect();
-        (!tasks.is_empty()).then(|| format!("ANS of {} leaves out {}.", run.name, tasks.join(", ")))
-    };
-    runs.iter().enumerate().filter_map(of).collect()
 }

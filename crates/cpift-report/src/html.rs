@@ -33,6 +33,7 @@ pub fn symbols(text: &str) -> String {
             '\u{7f}' => out.push('\u{2421}'),
             c if c < ' ' => out.push(char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}')),
             '\u{80}'..='\u{9f}'
+            | '\u{61c}'
             | '\u{200e}'
             | '\u{200f}'
             | '\u{202a}'..='\u{202e}'

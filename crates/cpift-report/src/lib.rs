@@ -8,12 +8,13 @@ mod experiment;
 mod html;
 mod outputs;
 mod page;
+mod pairing;
 mod runs;
 mod text;
 mod unit;
 
 pub use args::{CompareArgs, ExperimentArgs, Format, ReportArgs};
-pub use comparison::{Comparison, Question, average_normalised_score};
+pub use comparison::{Comparison, Question};
 pub use unit::{ANS_FORMULA, Unit};
 
 use std::io::IsTerminal;
@@ -37,9 +38,9 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
         return Err(usage("--json and --format name different forms"));
     }
     if let Some(out) = &args.out {
-        check_output(out, common.force)?;
+        check_output(out, common.force())?;
     }
-    let runs = runs::read_all(&args.runs, common.force)?;
+    let runs = runs::read_all(&args.runs, common.force())?;
     if let Some(out) = &args.out {
         check_not_input("--out", out, runs.iter().map(|run| run.path.as_path()))?;
     }
@@ -65,11 +66,11 @@ pub fn experiment(args: &ExperimentArgs, common: &Common) -> Result<()> {
         return Err(usage("--json and --format name different forms"));
     }
     if let Some(out) = &args.out {
-        check_output(out, common.force)?;
+        check_output(out, common.force())?;
         check_not_input("--out", out, [args.file.as_path()])?;
     }
     let question = Question { baseline: None, resamples: args.resamples, seed: args.seed };
-    let experiment = Experiment::read(&args.file, question, common.force)?;
+    let experiment = Experiment::read(&args.file, question, common.force())?;
     let text = match args.format {
         _ if common.json => format!("{}\n", experiment::json(&experiment)),
         Format::Terminal => experiment::markdown(&experiment, bold(args.out.as_deref())),
@@ -89,7 +90,7 @@ fn bold(out: Option<&Path>) -> Bold {
 
 fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
     match out {
-        Some(out) => write_text(out, text, common.force),
+        Some(out) => write_text(out, text, common.force()),
         None => {
             print(text);
             Ok(())
@@ -104,8 +105,8 @@ fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
 /// page.
 pub fn report(args: &ReportArgs, common: &Common) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| args.run.join("report.html"));
-    check_output(&out, common.force)?;
-    write_text(&out, &page::render(args)?, common.force)?;
+    check_output(&out, common.force())?;
+    write_text(&out, &page::render(args)?, common.force())?;
     log::info!("wrote {}", out.display());
     common.print_json(&serde_json::json!({"out": out.display().to_string()}));
     Ok(())

@@ -33,6 +33,12 @@ pub struct Output {
     /// The row's score; none where it could not be scored, such as a judge's answer without a rating.
     #[serde(default)]
     pub score: Option<f64>,
+    /// The loss on the reference answer: summed over its target tokens, in nats.
+    #[serde(default)]
+    pub nll: Option<f64>,
+    /// How many target tokens those are; 0 where none fits.
+    #[serde(default)]
+    pub targets: Option<u64>,
 }
 
 /// The outputs of a run by task, in the order of the file; none where the run has no such file.

@@ -1,17 +1,17 @@
 //! The scored checkpoints that are compared: read, and checked to be answers to the same questions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::error::usage;
-use cpift_core::scores::{Scores, TaskScore};
+use cpift_core::scores::{FORMAT_VERSION, Scores, TaskScore};
 
 use crate::outputs::{self, Output};
 
 /// What scoring counted, as opposed to what it was told: runs may differ in these.
-const COUNTS: [&str; 5] = ["dropped", "prompts_cut", "skipped", "truncated", "verdicts"];
+pub const COUNTS: [&str; 5] = ["dropped", "prompts_cut", "skipped", "truncated", "verdicts"];
 
 /// A scored checkpoint.
 #[derive(Debug, Clone)]
@@ -65,10 +65,7 @@ impl Run {
 /// [`BadInput`] when a file cannot be read, or runs answer different questions (unless `force`); [`cpift_core::Usage`] when two runs
 /// have one name.
 pub fn read_all(arguments: &[String], force: bool) -> Result<Vec<Run>> {
-    let named = arguments.iter().map(|argument| match argument.split_once('=') {
-        Some((name, path)) => (name.to_owned(), PathBuf::from(path)),
-        None => (default_name(Path::new(argument)), PathBuf::from(argument)),
-    });
+    let named: Vec<(String, PathBuf)> = arguments.iter().map(|argument| named(argument)).collect::<Result<_>>()?;
     let mut runs: Vec<Run> = Vec::new();
     for (name, path) in named {
         if runs.iter().any(|run| run.name == name) {
@@ -82,23 +79,39 @@ pub fn read_all(arguments: &[String], force: bool) -> Result<Vec<Run>> {
     Ok(runs)
 }
 
+/// The name and the path of an argument. A path may hold `=` too: one that is there as it stands has no name before it, nor has one
+/// with a folder before its first `=`.
+fn named(argument: &str) -> Result<(String, PathBuf)> {
+    let path = Path::new(argument);
+    match argument.split_once('=').filter(|(name, _)| !path.exists() && !name.contains('/')) {
+        Some(("", _) | (_, "")) => Err(usage(format!("{argument} is no [NAME=]RUN: it has nothing on one side of ="))),
+        Some((name, path)) => Ok((name.to_owned(), PathBuf::from(path))),
+        None => Ok((default_name(path), path.to_owned())),
+    }
+}
+
 fn default_name(path: &Path) -> String {
     let path = if path.ends_with("scores.json") { path.parent().unwrap_or(path) } else { path };
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
 }
 
-/// Refuses runs on other tasks, rows, metrics or settings than the first one's.
+/// Refuses runs on other tasks, rows, metrics or settings than one before them.
 ///
 /// # Errors
 /// [`BadInput`] that names both runs and the first difference.
 pub fn check_comparable(runs: &[Run]) -> Result<()> {
-    let Some((first, others)) = runs.split_first() else { return Ok(()) };
-    for other in others {
-        if let Some(difference) = difference(&first.scores.tasks, &other.scores.tasks) {
+    for (i, other) in runs.iter().enumerate() {
+        if let Some((first, difference)) = conflict(&runs[..i], other) {
             return Err(refusal(first, other, difference));
         }
     }
     Ok(())
+}
+
+/// The first of `runs` that `other` differs from, and in what.
+pub fn conflict<'a>(runs: impl IntoIterator<Item = &'a Run>, other: &Run) -> Option<(&'a Run, Difference)> {
+    let of = |run: &'a Run| Some((run, task_list_differences(&run.scores.tasks, &other.scores.tasks).next()?));
+    runs.into_iter().find_map(of)
 }
 
 /// As [`check_comparable`], for runs that need not have the same tasks: those that two of them have must be the same ones.
@@ -106,51 +119,122 @@ pub fn check_comparable(runs: &[Run]) -> Result<()> {
 /// # Errors
 /// [`BadInput`] that names both runs and the first difference.
 pub fn check_shared_tasks(runs: &[Run]) -> Result<()> {
-    let mut first: BTreeMap<&str, (&Run, &TaskScore)> = BTreeMap::new();
-    for (run, task) in runs.iter().flat_map(|run| run.scores.tasks.iter().map(move |task| (run, task))) {
-        let (other, known) = *first.entry(&task.task).or_insert((run, task));
-        if let Some(difference) = task_difference(known, task) {
-            return Err(refusal(other, run, difference));
-        }
+    match shared_differences(runs).into_iter().next() {
+        Some((first, other, difference)) => Err(refusal(first, other, difference)),
+        None => Ok(()),
     }
-    Ok(())
 }
 
-fn refusal(first: &Run, other: &Run, (what, expected, found): Difference) -> anyhow::Error {
+fn shared_differences(runs: &[Run]) -> Vec<(&Run, &Run, Difference)> {
+    let mut first: BTreeMap<&str, (&Run, &TaskScore)> = BTreeMap::new();
+    let mut found = Vec::new();
+    for (run, task) in runs.iter().flat_map(|run| run.scores.tasks.iter().map(move |task| (run, task))) {
+        let (other, known) = *first.entry(&task.task).or_insert((run, task));
+        found.extend(task_differences(known, task).map(|difference| (other, run, difference)));
+    }
+    found
+}
+
+/// All that sets runs apart from the first, for those who compare them by force.
+pub fn differences(runs: &[Run]) -> Vec<String> {
+    let Some((first, others)) = runs.split_first() else { return Vec::new() };
+    let of = |other| task_list_differences(&first.scores.tasks, other).collect::<Vec<_>>();
+    let pairs = others.iter().flat_map(|other| of(&other.scores.tasks).into_iter().map(move |d| (other, d)));
+    let words = pairs.map(|(other, difference)| difference_words(first, other, &difference));
+    other_versions(runs).into_iter().chain(words).collect()
+}
+
+/// As [`differences`], for runs that need not have the same tasks.
+pub fn differences_of_shared_tasks(runs: &[Run]) -> Vec<String> {
+    let differences = shared_differences(runs);
+    let words = differences.iter().map(|(first, other, difference)| difference_words(first, other, difference));
+    other_versions(runs).into_iter().chain(words).collect()
+}
+
+fn difference_words(first: &Run, other: &Run, difference: &Difference) -> String {
+    format!("{} {}.", other.name, difference.words(first))
+}
+
+fn other_versions(runs: &[Run]) -> Vec<String> {
+    let others = runs.iter().filter(|run| run.scores.format_version != FORMAT_VERSION);
+    let words = |run: &Run| {
+        let version = run.scores.format_version;
+        format!("{}: its scores.json is of version {version}, read as version {FORMAT_VERSION}.", run.name)
+    };
+    others.map(words).collect()
+}
+
+fn refusal(first: &Run, other: &Run, difference: Difference) -> anyhow::Error {
     let (name, first_name, path) = (&other.name, &first.name, first.path.display());
+    let what = difference.what;
     BadInput::new(&other.path, format!("{name} was scored on other tasks or rows than {first_name} ({path}): {what}"))
-        .expected(expected)
-        .found(found)
+        .expected(difference.first)
+        .found(difference.other)
         .hint("score both on the same tasks.toml with the same --limit and lengths; --force compares all the same")
         .into()
 }
 
 /// What differs, and both sides of it.
-type Difference = (String, String, String);
-
-fn difference(a: &[TaskScore], b: &[TaskScore]) -> Option<Difference> {
-    let names = |tasks: &[TaskScore]| tasks.iter().map(|t| t.task.clone()).collect::<Vec<_>>().join(", ");
-    if names(a) != names(b) {
-        return Some(("the tasks".into(), names(a), names(b)));
-    }
-    a.iter().zip(b).find_map(|(a, b)| task_difference(a, b))
+pub struct Difference {
+    /// What it is.
+    pub what: String,
+    /// As the first run has it.
+    pub first: String,
+    /// As the other has it.
+    pub other: String,
 }
 
-fn task_difference(a: &TaskScore, b: &TaskScore) -> Option<Difference> {
-    let named = |what: &str| format!("{what} of {}", a.task);
-    if a.eval_digest != b.eval_digest {
-        return Some((named("the evaluation file"), a.eval_digest.to_string(), b.eval_digest.to_string()));
+impl Difference {
+    /// What is said of the other run, after its name.
+    pub fn words(&self, first: &Run) -> String {
+        format!("differs from {} in {}: {} against {}", first.name, self.what, self.other, self.first)
     }
-    if let (Some(x), Some(y)) = (&a.metric, &b.metric)
-        && x.name != y.name
-    {
-        return Some((named("the metric"), x.name.clone(), y.name.clone()));
-    }
+}
+
+fn task_list_differences<'a>(a: &'a [TaskScore], b: &'a [TaskScore]) -> impl Iterator<Item = Difference> + use<'a> {
+    let names = |tasks: &[TaskScore]| tasks.iter().map(|t| t.task.clone()).collect::<Vec<_>>().join(", ");
+    let (first, other) = (names(a), names(b));
+    let lists = (first != other).then(|| Difference { what: "the tasks".into(), first, other });
+    let shared = a.iter().filter_map(|a| Some((a, b.iter().find(|b| b.task == a.task)?)));
+    lists.into_iter().chain(shared.flat_map(|(a, b)| task_differences(a, b)))
+}
+
+fn task_differences(a: &TaskScore, b: &TaskScore) -> impl Iterator<Item = Difference> {
+    let of = |what: &str, first: String, other: String| {
+        (first != other).then(|| Difference { what: format!("{what} of {}", a.task), first, other })
+    };
+    let digests = of("the evaluation file", a.eval_digest.to_string(), b.eval_digest.to_string());
+    let metrics = a.metric.as_ref().zip(b.metric.as_ref());
+    let metrics = metrics.and_then(|(x, y)| of("the metric", x.name.clone(), y.name.clone()));
     // A run that no judge has read yet is as comparable as its loss is.
     let judged = a.metric.is_some() && b.metric.is_some();
-    let matters = |key: &str| !COUNTS.contains(&key) && (judged || !key.starts_with("judge"));
-    let keys = a.settings.keys().chain(b.settings.keys()).filter(|key| matters(key));
+    let matters = |key: &&String| !COUNTS.contains(&key.as_str()) && (judged || !key.starts_with("judge"));
+    let keys: BTreeSet<&String> = a.settings.keys().chain(b.settings.keys()).filter(matters).collect();
     let side =
         |task: &TaskScore, key: &str| task.settings.get(key).map_or("not set".to_owned(), |v| format!("{key} = {v}"));
-    keys.map(|key| (named(&format!("the setting {key}")), side(a, key), side(b, key))).find(|(_, a, b)| a != b)
+    let settings: Vec<Difference> =
+        keys.into_iter().filter_map(|key| of(&format!("the setting {key}"), side(a, key), side(b, key))).collect();
+    digests.into_iter().chain(metrics).chain(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_may_hold_an_equals_sign() {
+        let dir = tempfile::tempdir().unwrap();
+        let there = dir.path().join("p=1");
+        std::fs::create_dir(&there).unwrap();
+        let there = there.to_str().unwrap();
+        let of = |argument: &str| named(argument).unwrap();
+        assert_eq!(of(there), ("p=1".into(), PathBuf::from(there)));
+        assert_eq!(of(&format!("a={there}")), ("a".into(), PathBuf::from(there)));
+        assert_eq!(of("runs/p=1/scores/base"), ("base".into(), PathBuf::from("runs/p=1/scores/base")));
+        assert_eq!(of("a=runs/p=1/base"), ("a".into(), PathBuf::from("runs/p=1/base")));
+        assert_eq!(of("a/b/scores.json").0, "b");
+        for argument in ["=a", "a="] {
+            assert!(named(argument).unwrap_err().is::<cpift_core::Usage>(), "{argument}");
+        }
+    }
 }

@@ -29,14 +29,14 @@ impl Bold {
 /// The tables, their notes and the formula.
 pub fn markdown(comparison: &Comparison, bold: Bold) -> String {
     let mut out = aligned(&score_lines(comparison), bold);
-    let _ =
-        writeln!(out, "{}", format!("{} ± is one standard error. Best in bold.", comparison.rows_words()).trim_start());
+    let words = format!("{} ± is one standard error. Best in bold.", comparison.rows_words());
+    let _ = writeln!(out, "{}", visible(words.trim_start()));
     if let Some(name) = &comparison.question.baseline {
-        let _ = writeln!(out, "\nDifference to {name} ({}):\n", comparison.interval_words());
+        let _ = writeln!(out, "\nDifference to {} ({}):\n", visible(name), comparison.interval_words());
         out.push_str(&aligned(&delta_lines(comparison), bold));
     }
     for note in &comparison.notes {
-        let _ = writeln!(out, "{note}");
+        let _ = writeln!(out, "{}", visible(note));
     }
     let _ = writeln!(out, "{ANS_FORMULA}");
     out
@@ -75,7 +75,7 @@ fn score_lines(comparison: &Comparison) -> Vec<Vec<Text>> {
 /// A cell as the tables show it.
 pub fn cell_text(column: &Column, run: usize) -> String {
     match &column.cells[run] {
-        Cell::Value(f, _) if column.task.is_none() => column.unit.text(f.value),
+        Cell::Value(f, _) if column.task.is_none() || column.unit == Unit::Count => column.unit.text(f.value),
         Cell::Value(f, _) => format!("{} ± {}", column.unit.text(f.value), column.unit.text(f.stderr)),
         Cell::NotJudged => "not judged".into(),
         Cell::NoGrade => "no grade".into(),
@@ -133,11 +133,11 @@ pub fn aligned(lines: &[Vec<Text>], bold: Bold) -> String {
 /// One line a run and figure, values as they are in scores.json.
 pub fn csv(comparison: &Comparison) -> String {
     let mut out = "run,task,figure,value,stderr,n,best,delta,delta_low,delta_high,paired_rows\n".to_owned();
-    let all = comparison.columns().chain(comparison.losses.iter().filter(|c| !comparison.scores.contains(c)));
-    for column in all {
+    for column in comparison.all_columns() {
         for (i, run) in comparison.runs.iter().enumerate() {
             let (name, task) = (quoted(&run.name), quoted(column.task.as_deref().unwrap_or("")));
             let figure = match &column.cells[i] {
+                Cell::Value(f, _) if column.unit == Unit::Count => format!("{},,{},", f.value, f.n),
                 Cell::Value(f, best) if column.task.is_some() => format!("{},{},{},{best}", f.value, f.stderr, f.n),
                 Cell::Value(f, best) => format!("{},,{},{best}", f.value, f.n),
                 Cell::NotJudged => "not judged,,,".to_owned(),
@@ -145,7 +145,9 @@ pub fn csv(comparison: &Comparison) -> String {
                 Cell::Missing => ",,,".to_owned(),
             };
             let delta = match column.deltas.get(i).and_then(Option::as_ref) {
-                Some(Delta { value, interval: Some((low, high)), rows, .. }) => format!("{value},{low},{high},{rows}"),
+                Some(Delta { value, interval: Some((low, high)), rows, .. }) => {
+                    format!("{value},{low},{high},{}", if *rows > 0 { rows.to_string() } else { String::new() })
+                }
                 Some(Delta { value, .. }) => format!("{value},,,"),
                 None => ",,,".to_owned(),
             };
@@ -172,7 +174,7 @@ pub fn json(comparison: &Comparison) -> Value {
         let best = comparison.columns().filter(|c| matches!(c.cells[i], Cell::Value(_, true))).map(title);
         json!({"name": run.name, "ans": figure(&comparison.ans), "mean_nll": figure(&comparison.mean_loss),
             "scores": run.scores, "best": best.collect::<Vec<_>>(),
-            "deltas": comparison.columns().filter_map(delta).collect::<Vec<_>>()})
+            "deltas": comparison.all_columns().filter_map(delta).collect::<Vec<_>>()})
     };
     json!({"rows": comparison.runs.iter().enumerate().map(row).collect::<Vec<_>>(), "ans_formula": ANS_FORMULA,
         "baseline": comparison.question.baseline, "resamples": comparison.question.resamples,

@@ -14,6 +14,10 @@ pub enum Unit {
     Rating,
     /// A negative log-likelihood in nats a token; less is better.
     Nats,
+    /// A perplexity: e to the loss; less is better.
+    Perplexity,
+    /// A number of rows, neither good nor bad.
+    Count,
 }
 
 impl Unit {
@@ -21,6 +25,7 @@ impl Unit {
     pub fn of(name: &str) -> Self {
         match name {
             "nll" => Self::Nats,
+            "perplexity" => Self::Perplexity,
             name if name.starts_with("judge") => Self::Rating,
             _ => Self::Percent,
         }
@@ -32,12 +37,27 @@ impl Unit {
             Self::Percent => "%",
             Self::Rating => "of 10",
             Self::Nats => "nats",
+            Self::Perplexity | Self::Count => "",
         }
     }
 
     /// The direction that is better: 1 upwards, -1 downwards.
     pub fn direction(self) -> f64 {
-        if self == Self::Nats { -1.0 } else { 1.0 }
+        if self.is_loss() { -1.0 } else { 1.0 }
+    }
+
+    /// Whether it comes from the loss on the reference answers.
+    pub fn is_loss(self) -> bool {
+        matches!(self, Self::Nats | Self::Perplexity)
+    }
+
+    /// How a baseline's figure and another's, each as rows add up to it, make a difference in this unit. Rows of a perplexity add up to
+    /// its loss.
+    pub fn difference(self) -> fn(f64, f64) -> f64 {
+        match self {
+            Self::Perplexity => |base, run| run.exp() - base.exp(),
+            _ => |base, run| run - base,
+        }
     }
 
     /// A value in the unit that is shown.
@@ -47,22 +67,37 @@ impl Unit {
 
     /// A value as text, without its symbol.
     pub fn text(self, value: f64) -> String {
+        let text = self.rounded(value);
         // Minus zero is no other value than zero.
-        format!("{:.*}", self.digits(), self.shown(value) + 0.0)
+        if is_zero(&text) { text.replace('-', "") } else { text }
     }
 
     /// A difference as text: with its sign.
     pub fn signed(self, value: f64) -> String {
-        let text = format!("{:+.*}", self.digits(), self.shown(value));
-        let zero = text.trim_start_matches(['+', '-']).trim_matches(['0', '.']).is_empty();
-        if zero { text.replace(['+', '-'], "") } else { text.replace('-', "−") }
+        let text = self.rounded(value);
+        match text.strip_prefix('-') {
+            _ if is_zero(&text) => text.replace('-', ""),
+            Some(text) => format!("−{text}"),
+            None => format!("+{text}"),
+        }
+    }
+
+    /// A perplexity may be of any size: large ones have an exponent.
+    fn rounded(self, value: f64) -> String {
+        let shown = self.shown(value);
+        if self == Self::Perplexity && shown.abs() >= 1e6 {
+            format!("{shown:.3e}")
+        } else {
+            format!("{shown:.*}", self.digits())
+        }
     }
 
     fn digits(self) -> usize {
         match self {
             Self::Percent => 1,
-            Self::Rating => 2,
+            Self::Rating | Self::Perplexity => 2,
             Self::Nats => 4,
+            Self::Count => 0,
         }
     }
 
@@ -70,6 +105,10 @@ impl Unit {
     pub fn normalised(self, value: f64) -> f64 {
         if self == Self::Percent { 10.0 * value } else { value }
     }
+}
+
+fn is_zero(text: &str) -> bool {
+    text.chars().all(|c| matches!(c, '-' | '0' | '.'))
 }
 
 #[cfg(test)]
@@ -82,6 +121,9 @@ mod tests {
         assert_eq!(Unit::Percent.signed(-0.05), "−5.0");
         assert_eq!(Unit::Percent.signed(0.0001), "0.0");
         assert_eq!(Unit::Percent.signed(1.0), "+100.0");
+        assert_eq!((Unit::Percent.text(-0.0001), Unit::Percent.text(-0.01)), ("0.0".into(), "-1.0".into()));
+        assert_eq!((Unit::Perplexity.text(7.389), Unit::Perplexity.text(2.5e31)), ("7.39".into(), "2.500e31".into()));
+        assert_eq!((Unit::Perplexity.signed(-0.5), Unit::Count.text(3.0)), ("−0.50".into(), "3".into()));
         assert_eq!(Unit::of("judge").normalised(7.5), 7.5);
         assert_eq!(Unit::of("codebleu").normalised(0.75), 7.5);
     }

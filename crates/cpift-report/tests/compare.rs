@@ -121,7 +121,10 @@ fn a_task_that_waits_for_a_judge_says_so() {
     let table = compared(&f, &["c"], &[]);
     assert!(table.contains("no grade") && table.contains("\n± is one"), "a judge has read it: {table}");
     let table = compared(&f, &["a", "b"], &[]);
-    assert!(table.contains("7.50 ± 0.50") && table.contains("ANS of b leaves out chat"), "{table}");
+    assert!(
+        table.contains("7.50 ± 0.50") && table.contains("ANS of b is left out: it has no figure of chat."),
+        "{table}"
+    );
     assert_eq!(
         table.lines().find(|l| l.starts_with("| a")).unwrap().matches("7.50").count(),
         2,
@@ -206,12 +209,29 @@ fn another_version_is_refused_and_read_by_force() {
 }
 
 #[test]
+fn two_runs_that_a_third_goes_with_may_still_differ() {
+    let f = Folder::new();
+    let judged = |judge: Value, value: Option<f64>| {
+        let metric = value.map(|value| Figure { name: "judge".into(), value, stderr: 0.5, n: 4 });
+        let mut score = task_score("chat", metric);
+        score.settings.insert("judge".into(), judge);
+        vec![score]
+    };
+    f.write_scores("a", judged(Value::Null, None));
+    f.write_scores("b", judged(json!({"model": "j"}), Some(7.0)));
+    f.write_scores("c", judged(json!({"model": "k"}), Some(8.0)));
+    let error = try_compare(&f, &["a", "b", "c"], &[], false).unwrap_err().to_string();
+    assert!(error.contains("scores/b") && error.contains("scores/c") && error.contains("the setting judge"), "{error}");
+}
+
+#[test]
 fn arguments_that_make_no_sense_are_usage_errors() {
     let f = two();
     for (runs, more, part) in [
         (&["a", "a"][..], &[][..], "two runs are called a"),
         (&["a", "b"], &["--baseline", "c"], "none of the runs: a, b"),
         (&["a", "b"], &["--resamples", "0"], "--resamples"),
+        (&["a"], &["b="], "is no [NAME=]RUN"),
     ] {
         let error = try_compare(&f, runs, more, false).unwrap_err();
         assert!(error.is::<Usage>() && error.to_string().contains(part), "{error}");

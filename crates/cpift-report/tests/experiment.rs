@@ -174,6 +174,24 @@ fn rows_that_cannot_be_paired_are_said() {
 }
 
 #[test]
+fn losses_have_intervals_too() {
+    let f = Folder::new();
+    let file = two(&f, &[&[1.0; 2], &[1.0; 2]], &[&[1.0; 2], &[1.0; 2]]);
+    for seed in 0..2 {
+        f.losses_at(&format!("store/a-{seed}"), "copy", &[(1.0, 1), (4.0, 2)]);
+        // The second seed gains half a nat a token on every row, the first none.
+        let gain = 0.5 * f64::from(seed);
+        f.losses_at(&format!("store/b-{seed}"), "copy", &[(1.0 - gain, 1), (4.0 - 2.0 * gain, 2)]);
+    }
+    let json = json_of(&f, &file);
+    for figure in ["nll", "mean nll"] {
+        let [low, high] = [0, 1].map(|end| delta(&json, figure)["interval"][end].as_f64().unwrap());
+        assert!((low + 0.5).abs() < 1e-12 && high == 0.0, "{figure}: {low} {high}");
+    }
+    assert!(delta(&json, "perplexity")["interval"].is_array(), "{json}");
+}
+
+#[test]
 fn a_sweep_is_compared_at_the_same_place() {
     let f = Folder::new();
     let at = |name: &str, x: f64, value: f64| json!({"name": name, "series": name, "x": x, "runs": store(&f, &format!("{name}{x}"), &[&[value; 4]])});
@@ -309,6 +327,11 @@ fn other_rows_and_missing_folders_are_refused_by_both_names() {
     f.edit_at("store/c2", |s| s["tasks"][1]["settings"]["rows"] = json!(9));
     let error = try_show(&f, &file, &[]).unwrap_err().to_string();
     assert!(["store/c2", "store/copied", "rows = 9"].iter().all(|part| error.contains(part)), "{error}");
+    let out = f.path("forced");
+    let line = Line::parse_from(["experiment", file.to_str().unwrap(), "--out", out.to_str().unwrap()]);
+    experiment(&line.args, &common(true)).unwrap();
+    let words = "cpi-ft after copy and pick differs from full-sft after copy in the setting rows of pick: rows = 9 against rows = 4.";
+    assert!(read(&out).contains(words), "{}", read(&out));
     f.edit_at("store/c2", |s| s["tasks"].as_array_mut().unwrap().truncate(1));
     let error = try_show(&f, &file, &[]).unwrap_err().to_string();
     assert!(["store/c2", "no metric of pick", "experiments/x.json"].iter().all(|part| error.contains(part)), "{error}");

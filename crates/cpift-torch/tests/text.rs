@@ -40,6 +40,20 @@ fn a_template_that_never_ends_is_stopped() {
     assert!(error.contains("fuel"), "{error}");
 }
 
+#[test]
+fn a_template_opens_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let secret = dir.path().join("secret");
+    std::fs::write(&secret, "precious").unwrap();
+    for line in
+        ["{% include 'PATH' %}", "{% import 'PATH' as x %}", "{% extends 'PATH' %}", "{{ open('PATH').read() }}"]
+    {
+        let template = ChatTemplate::new(&line.replace("PATH", secret.to_str().unwrap()));
+        let rendered = template.and_then(|t| t.render(&[], &SpecialTokens::new(), false));
+        assert!(!rendered.expect_err(line).to_string().contains("precious"));
+    }
+}
+
 struct Fixture {
     _dir: tempfile::TempDir,
     text: ChatText,

@@ -51,6 +51,16 @@ pub enum Command {
     /// other control characters as their symbols. All rows are read and counted. No weights are loaded. With --json: a list of objects
     /// with ids, tokens and target, a value for each token.
     Preview(PreviewArgs),
+    /// Check saved states against the digests that were saved with them; --resume does the same before it goes on
+    Verify(VerifyArgs),
+}
+
+/// Arguments of `verify`.
+#[derive(clap::Args, Debug)]
+pub struct VerifyArgs {
+    /// OUT.checkpoints, or one step-N in it
+    #[arg(value_name = "DIR")]
+    pub states: PathBuf,
 }
 
 /// Arguments of `preview`.

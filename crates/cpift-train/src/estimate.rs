@@ -9,7 +9,7 @@ use cpift_core::files::available_bytes;
 use cpift_core::mask::Mask;
 use cpift_core::tasks::Tasks;
 use cpift_core::{BadInput, Checkpoint};
-use cpift_torch::args::TrainingArgs;
+use cpift_torch::args::{Budget, TrainingArgs};
 use cpift_torch::device::DeviceChoice;
 use cpift_torch::memory::{self, Disk, Job, Sizes};
 use serde_json::json;
@@ -40,6 +40,9 @@ pub struct PlanArgs {
     /// Probes of the pipeline [default: the number of tasks, or 5]
     #[arg(long, value_name = "N")]
     pub probes: Option<u64>,
+    /// What the device does in training, in TFLOP/s: its matmul rate times the share of it that training reaches; for the time
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub tflops: Option<f64>,
     /// Where outputs will be written, for the free space there
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub out: PathBuf,
@@ -59,6 +62,7 @@ pub fn estimate(args: &PlanArgs, common: &Common) -> Result<()> {
     let (job, limit) = job(args, tasks.as_ref())?;
     let probes = args.probes.unwrap_or(tasks.map_or(DEFAULT_PROBES, |t| t.list.len() as u64));
     let (disk, free) = (Disk::of(&job, probes), available_bytes(&args.out)?);
+    let time = args.tflops.map(|rate| Time::of(&job, &args.training, rate * 1e12));
     if common.json {
         let advice = limit.filter(|l| job.peak().total() > *l).map(|l| memory::advice(&job, l));
         let rows: serde_json::Map<String, serde_json::Value> =
@@ -66,12 +70,40 @@ pub fn estimate(args: &PlanArgs, common: &Common) -> Result<()> {
         common.print_json(&json!({"memory": job.to_json(), "device_memory": limit,
             "fits": limit.map(|l| job.peak().total() <= l),
             "options": advice.as_ref().map(|a| &a.alone), "advice": advice.as_ref().map(|a| &a.fits),
+            "time": time.as_ref().map(|t| json!({"tokens": t.tokens, "flops": t.flops, "hours": t.hours})),
             "disk": {"total": disk.total(), "free": free, "parts": rows}}));
     } else {
         let verdict = memory::verdict(&job, limit);
-        print(&format!("{}{verdict}\n{}{}", job.table(), disk.table(), free_line(&args.out, disk.total(), free)));
+        let time = time.map_or(String::new(), |t| t.line());
+        let free = free_line(&args.out, disk.total(), free);
+        print(&format!("{}{verdict}\n{time}{}{free}", job.table(), disk.table()));
     }
     Ok(())
+}
+
+/// The time of one run.
+struct Time {
+    tokens: u64,
+    flops: f64,
+    hours: f64,
+}
+
+impl Time {
+    /// 6 FLOPs a parameter and token, forward and backward (Kaplan et al., [arXiv 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds
+    /// 2. Those of attention's scores are left out.
+    fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
+        let tokens = match training.budget() {
+            Budget::Tokens(tokens) => tokens as u64,
+            Budget::Steps(steps) => steps as u64 * training.grad_accum as u64 * job.tokens,
+        };
+        let each = if training.gradient_checkpointing { 8.0 } else { 6.0 };
+        let flops = each * Sizes::of(&job.config).total() as f64 * tokens as f64;
+        Self { tokens, flops, hours: flops / flops_per_second / 3600.0 }
+    }
+
+    fn line(&self) -> String {
+        format!("time: {:.2} hours for {} tokens, {:.3e} FLOPs\n", self.hours, self.tokens, self.flops)
+    }
 }
 
 /// The paper's five tasks.
@@ -81,6 +113,7 @@ fn check(args: &PlanArgs) -> Result<()> {
     let rules = [
         ((0.0..=100.0).contains(&args.frozen_percent), "--frozen-percent must be 0 to 100"),
         (args.batch_tokens != Some(0), "--batch-tokens must be at least 1"),
+        (args.tflops.is_none_or(|f| f.is_finite() && f > 0.0), "--tflops must be positive"),
         (args.device_memory.is_none_or(|g| g.is_finite() && g > 0.0), "--device-memory must be positive"),
     ];
     match rules.iter().find(|(holds, _)| !holds) {

@@ -7,10 +7,11 @@ mod plan;
 mod preview;
 mod run;
 
-pub use args::{Args, Command, PreviewArgs, RunArgs, SampleRows, StageData};
+pub use args::{Args, Command, PreviewArgs, RunArgs, SampleRows, StageData, VerifyArgs};
 pub use estimate::PlanArgs;
 
 use anyhow::Result;
+use cpift_torch::train::verify_states;
 use cpift_torch::{memory, oom};
 
 /// Runs the stage.
@@ -26,5 +27,11 @@ pub fn run(args: Args) -> Result<()> {
         ),
         Command::Plan(plan_args) => estimate::estimate(&plan_args, &args.common),
         Command::Preview(preview_args) => preview::run(&preview_args, &args.common),
+        Command::Verify(VerifyArgs { states }) => {
+            let count = verify_states(&states)?;
+            log::info!("{}: {count} sound", states.display());
+            args.common.print_json(&serde_json::json!({"path": states, "states": count}));
+            Ok(())
+        }
     }
 }

@@ -11,6 +11,7 @@ use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
 use cpift_core::groups::Groups;
 use cpift_core::mask::{self, Mask};
+use cpift_core::provenance::check_made_from;
 use cpift_core::tasks::{DEFAULT_SAMPLE, Task, Tasks};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_torch::args::Budget;
@@ -62,7 +63,7 @@ impl Plan {
         args.check()?;
         // Resuming a run that is finished is no error.
         if !args.training.resume {
-            check_output(&args.out, common.force)?;
+            check_output(&args.out, common.force())?;
         }
         let tasks = Tasks::read(&args.tasks)?;
         let groups = args.groups.as_deref().map(Groups::read).transpose()?;
@@ -76,6 +77,7 @@ impl Plan {
         let inputs = digest_inputs(args, &chosen)?;
         let session = model.load(device, args.training.precision(device))?;
         let masks = open_masks(args, groups.as_ref(), &session)?;
+        check_model(args, &inputs)?;
         Ok(Self { session, stages, masks, held_out, inputs })
     }
 }
@@ -128,6 +130,12 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
             .into());
     }
     mask::open_all(&args.masks, base.as_ref().unwrap_or(&session.checkpoint), &digest)
+}
+
+/// Refuses a fused model that was made from another base or other masks than those given.
+fn check_model(args: &RunArgs, inputs: &[(String, PathBuf, Digest)]) -> Result<()> {
+    let given = inputs.iter().filter(|(role, ..)| role == "base" || role.starts_with("mask:"));
+    given.into_iter().try_for_each(|(role, path, digest)| check_made_from(&args.model, role, (path, digest)))
 }
 
 /// Each task's examples, sampled.

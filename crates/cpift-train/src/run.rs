@@ -3,6 +3,7 @@
 use anyhow::Result;
 use cpift_core::cli::Common;
 use cpift_core::provenance::Recorder;
+use cpift_core::stale::Expected;
 use cpift_torch::data;
 use cpift_torch::seed::mix;
 use cpift_torch::train::{Evolving, Isolation, LoraConfig, Run, Stage, StageReport, States};
@@ -17,7 +18,11 @@ use crate::plan::{Plan, StagePlan};
 /// # Errors
 /// As [`Plan::new`] before any output; failures of training after.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
-    let recorder = Recorder::start(env!("CARGO_PKG_NAME"));
+    const STAGE: &str = env!("CARGO_PKG_NAME");
+    let recorder = Recorder::start(STAGE);
+    if common.up_to_date(&Expected::new(STAGE, &args.out)) {
+        return Ok(());
+    }
     let mut plan = Plan::new(args, common)?;
     warn_of_rounding(args, &plan);
     let states = States::new(&args.out, describe(args, &plan), &args.training);

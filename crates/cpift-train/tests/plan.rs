@@ -16,7 +16,7 @@ fn root() -> PathBuf {
 }
 
 fn llama(more: &str) -> Run {
-    let config = root().join("scripts/bench/llama-2-7b.json");
+    let config = root().join("scripts/paper/llama-2-7b.json");
     let args = ["plan", "--config", config.to_str().unwrap(), "--max-length", "4096", "--device", "cuda"];
     run(PROGRAM, args.into_iter().chain(more.split_whitespace()))
 }
@@ -118,7 +118,7 @@ fn the_readme_shows_what_the_program_prints() {
             block.lines().enumerate().take_while(|(i, l)| *i == 0 || l.starts_with("    ")).map(|(_, l)| l).collect();
         let split = lines.iter().position(|l| !l.ends_with('\\')).unwrap();
         let typed = lines[..=split].join(" ").replace(['\\', '\n'], " ");
-        let typed = typed.replace("scripts/bench", root().join("scripts/bench").to_str().unwrap());
+        let typed = typed.replace("scripts/paper", root().join("scripts/paper").to_str().unwrap());
         let printed = run(PROGRAM, std::iter::once("plan").chain(typed.split_whitespace())).ok().stdout;
         let expected: String =
             lines[split + 1..].iter().map(|l| format!("{}\n", l.trim_end().get(4..).unwrap_or(""))).collect();
@@ -166,6 +166,23 @@ fn the_disk_of_a_pipeline_is_its_checkpoints_masks_and_states() {
     assert_eq!(disk("--save-every 10 --keep 2")["states, 3 at a time"].as_u64(), Some(3 * 12 * D));
     let text = llama("--device-memory 80").ok().stdout;
     assert!(text.contains("make clean-probes RUN=DIR frees 134.8 GB") && text.contains("--save-dtype bf16"), "{text}");
+}
+
+#[test]
+fn the_time_is_that_of_the_tokens_at_the_rate_that_is_given() {
+    const D: f64 = 6_738_415_616.0;
+    let time = |more: &str| -> Value {
+        let text = llama(&format!("--device-memory 131 --json --tflops 400 {more}")).ok().stdout;
+        serde_json::from_str::<Value>(&text).unwrap()["time"].clone()
+    };
+    let ten_million = time("--tokens 10000000");
+    assert_eq!(ten_million["flops"].as_f64(), Some(6.0 * D * 1e7));
+    assert_eq!(ten_million["hours"].as_f64(), Some(6.0 * D * 1e7 / 4e14 / 3600.0));
+    assert_eq!(time("--tokens 10000000 --gradient-checkpointing")["flops"].as_f64(), Some(8.0 * D * 1e7));
+    assert_eq!(time("--steps 100 --batch-size 2 --grad-accum 4")["tokens"].as_u64(), Some(100 * 4 * 2 * 4096));
+    let text = llama("--device-memory 131 --tflops 400 --tokens 10000000").ok().stdout;
+    assert!(text.contains("time: 0.28 hours for 10000000 tokens, 4.043e17 FLOPs\n"), "{text}");
+    llama("--device-memory 131 --tflops -1").usage_error(&["--tflops"]);
 }
 
 #[test]

@@ -303,7 +303,7 @@ fn force_passes_over_states_that_cannot_be_used() {
     let spoil: [Spoil; 4] = [
         ("another format version", |state| {
             let text = fs::read_to_string(state.join("state.json")).unwrap();
-            fs::write(state.join("state.json"), text.replace("\"format_version\": 2", "\"format_version\": 1"))
+            fs::write(state.join("state.json"), text.replace("\"format_version\": 3", "\"format_version\": 2"))
                 .unwrap();
         }),
         ("state.json", |state| fs::write(state.join("state.json"), "{").unwrap()),

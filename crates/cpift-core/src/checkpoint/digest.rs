@@ -102,12 +102,12 @@ impl DigestRecord {
         Ok(Self { blake3, files: stamps(folder)? })
     }
 
-    /// Computes the digest of a plain file and stamps it.
+    /// Computes the digest of a plain file that will be called `dest` and stamps it; a rename changes neither size nor time.
     ///
     /// # Errors
     /// As [`Digest::of_file`].
-    pub fn of_file(path: &Path) -> Result<Self> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    pub fn of_staged(path: &Path, dest: &Path) -> Result<Self> {
+        let name = dest.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Self { blake3: Digest::of_file(path)?, files: vec![stamp(name, path)?] })
     }
 

@@ -68,6 +68,9 @@ impl Checkpoint {
                 .expected("a Hugging Face folder or a .safetensors file")
                 .into());
         }
+        if is_pickle(path) {
+            return Err(refuse_pickle(BadInput::new(path, "is no safetensors file"), path).into());
+        }
         let file = MappedFile::open(path)?;
         Self::assemble(path, vec![file], false)
     }
@@ -126,6 +129,11 @@ impl Checkpoint {
     /// The safetensors files.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|file| file.path.as_path())
+    }
+
+    /// The string metadata of each safetensors file.
+    pub fn metadata(&self) -> impl Iterator<Item = (&Path, &BTreeMap<String, String>)> {
+        self.files.iter().map(|file| (file.path.as_path(), &file.metadata))
     }
 
     /// All tensors, in bytewise name order.
@@ -310,11 +318,25 @@ fn warn_of_strays(folder: &Path, files: &[MappedFile]) {
 fn no_weights(folder: &Path) -> BadInput {
     let error = BadInput::new(folder, "no weights in this folder")
         .expected("model.safetensors or model.safetensors.index.json");
-    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|n| folder.join(n).exists());
-    if pickled {
-        return error
-            .found("a pickled checkpoint (pytorch_model.bin)")
-            .hint("load it in transformers and call save_pretrained(dir, safe_serialization=True)");
+    let mut names: Vec<PathBuf> = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    names.sort();
+    match names.iter().find(|path| is_pickle(path)) {
+        Some(pickle) => refuse_pickle(error, pickle),
+        None => error,
     }
-    error
+}
+
+/// By its name: what PyTorch saves as a pickle, which runs code when it is read.
+fn is_pickle(path: &Path) -> bool {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let index = path.to_string_lossy().ends_with(".bin.index.json");
+    index || ["bin", "pt", "pth", "ckpt", "pkl"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+}
+
+fn refuse_pickle(error: BadInput, pickle: &Path) -> BadInput {
+    let name = pickle.file_name().unwrap_or_default().display();
+    error.found(format!("a pickled checkpoint ({name}), which is never opened: reading it could run code")).hint(
+        "where you trust it, convert it: load it in transformers and call save_pretrained(dir, \
+         safe_serialization=True), or torch.load(file, weights_only=True) and safetensors.torch.save_file",
+    )
 }

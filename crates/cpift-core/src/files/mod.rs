@@ -1,14 +1,18 @@
 //! The one module that opens, maps, stages and renames files.
 
+mod naming;
 mod staging;
 
-pub use staging::{NewFolders, StagedDir, StagedFile, StagedPath, discard_unfinished, final_name, write_text};
+pub use naming::NewFolders;
+pub use staging::{StagedDir, StagedFile, StagedPath, discard_unfinished, final_name, write_text};
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use memmap2::Mmap;
+use rustix::io::Errno;
 
 use crate::error::{BadInput, usage};
 
@@ -20,7 +24,7 @@ pub fn open(path: &Path) -> Result<File> {
     if path.is_dir() {
         return Err(BadInput::new(path, "is a folder").expected("a file").into());
     }
-    File::open(path).map_err(|e| BadInput::new(path, format!("cannot be opened: {e}")).into())
+    File::open(path).map_err(|e| refuse(path, "opened", &e))
 }
 
 /// Reads a whole UTF-8 file.
@@ -28,8 +32,25 @@ pub fn open(path: &Path) -> Result<File> {
 /// # Errors
 /// [`BadInput`] when it is missing or not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
-    open(path)?;
-    fs::read_to_string(path).map_err(|e| BadInput::new(path, format!("cannot be read as UTF-8 text: {e}")).into())
+    read_text_of(path, u64::MAX)
+}
+
+/// Reads a whole UTF-8 file of at most `limit` bytes; one without end, such as a device, is no trap.
+///
+/// # Errors
+/// [`BadInput`] when it is missing, longer or not UTF-8.
+pub fn read_text_of(path: &Path, limit: u64) -> Result<String> {
+    let mut text = String::new();
+    let file = open(path)?;
+    let len = file.metadata().map_or(0, |meta| meta.len()).min(limit);
+    let room = text.try_reserve_exact(usize::try_from(len).unwrap_or(usize::MAX));
+    room.map_err(|e| BadInput::new(path, format!("cannot be read: {e}")))?;
+    let read = file.take(limit.saturating_add(1)).read_to_string(&mut text);
+    read.map_err(|e| BadInput::new(path, format!("cannot be read as UTF-8 text: {e}")))?;
+    if text.len() as u64 > limit {
+        return Err(BadInput::new(path, "is too long").expected(format!("at most {limit} bytes")).into());
+    }
+    Ok(text)
 }
 
 /// Maps `path` read-only; an empty file gives an empty map.
@@ -41,9 +62,18 @@ pub fn map(path: &Path) -> Result<Mmap> {
     let file = open(path)?;
     // SAFETY: the mapping is read-only and we never write to inputs; a file that another process truncates while we
     // read it raises SIGBUS, which is documented as an unsupported use.
-    let map = unsafe { Mmap::map(&file) }
-        .map_err(|e| BadInput::new(path, format!("cannot be mapped: {e}")).expected("an ordinary file"))?;
-    Ok(map)
+    unsafe { Mmap::map(&file) }.map_err(|e| refuse(path, "mapped", &e))
+}
+
+/// What cannot be opened or mapped is a bad input, unless it is the system that has come to an end.
+fn refuse(path: &Path, done: &str, error: &std::io::Error) -> anyhow::Error {
+    let message = format!("cannot be {done}: {error}");
+    let (hint, what) = match Errno::from_io_error(error) {
+        Some(Errno::NOMEM) => ("a memory limit is reached (ulimit -v); files are mapped whole", "memory"),
+        Some(Errno::MFILE | Errno::NFILE) => ("a limit of open files is reached (ulimit -n)", "file handles"),
+        _ => return BadInput::new(path, message).expected("an ordinary file that can be read").into(),
+    };
+    anyhow!("{}: {message}\n  hint: {hint}", path.display()).context(format!("out of {what}"))
 }
 
 /// Refuses `dest` when it exists and `force` is not given.

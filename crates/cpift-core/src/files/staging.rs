@@ -2,7 +2,9 @@
 //!
 //! What is being written lies in a hidden folder beside its final name, `.NAME.XXXXXX.partial`, and is renamed when it is
 //! complete. The folder is locked while its program lives, so that a later run of the same output can tell, and remove, what a
-//! killed run left behind.
+//! killed run left behind, and refuses to start beside one that is at work. Locks are flock(2)'s: they die with their process, on one
+//! machine and, with NFS 4 or Lustre's -o flock, across machines. Where a file system has none, leftovers stay, and two runs of one
+//! output are told apart only when the second is finished: without --force it says so and leaves the first one's.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
@@ -11,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tempfile::TempDir;
 
+use super::naming::{NewFolders, give_name, wait_for_turn};
 use super::{check_output, check_output_dir};
 use crate::error::BadInput;
 
@@ -36,42 +38,31 @@ pub fn discard_unfinished(last: impl FnOnce()) {
 /// Removes a staging folder. Another thread may just be putting a file there, and then it is not empty at once.
 fn remove(folder: &Path) {
     for _ in 0..100 {
-        if !matches!(fs::remove_dir_all(folder), Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty) {
+        if !matches!(remove_all(folder), Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty) {
             return;
         }
     }
+}
+
+/// As `fs::remove_dir_all`, with one file handle at a time: they may have run out.
+fn remove_all(folder: &Path) -> std::io::Result<()> {
+    let inside = |entry: std::io::Result<fs::DirEntry>| entry.and_then(|e| Ok((e.path(), e.file_type()?.is_dir())));
+    let entries = fs::read_dir(folder)?.map(inside).collect::<std::io::Result<Vec<_>>>()?;
+    for (path, is_dir) in entries {
+        if is_dir { remove_all(&path)? } else { fs::remove_file(path)? }
+    }
+    fs::remove_dir(folder)
 }
 
 /// A locked hidden folder beside `dest` with one entry, which will be renamed to `dest`.
 struct Staging {
     folder: TempDir,
     dest: PathBuf,
+    force: bool,
     /// Released when the process ends, however it ends.
-    _lock: File,
+    lock: Option<File>,
     /// After the folder, so that they are empty unless the output is there.
     _parents: NewFolders,
-}
-
-/// Folders made for an output, the innermost first; those that stay empty go again.
-pub struct NewFolders(Vec<PathBuf>);
-
-impl NewFolders {
-    /// Makes `folder` and those above it that are missing.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn make(folder: &Path) -> Result<Self> {
-        let missing = folder.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists());
-        let made = Self(missing.map(Path::to_owned).collect());
-        fs::create_dir_all(folder).with_context(|| format!("creating the folder {}", folder.display()))?;
-        Ok(made)
-    }
-}
-
-impl Drop for NewFolders {
-    fn drop(&mut self) {
-        self.0.iter().for_each(|folder| drop(fs::remove_dir(folder)));
-    }
 }
 
 impl Staging {
@@ -81,21 +72,26 @@ impl Staging {
         let parents = NewFolders::make(&parent)?;
         let prefix = prefix_of(dest);
         let mut folders = unfinished();
-        remove_leftovers(&parent, &prefix);
+        remove_leftovers(dest, &parent, &prefix)?;
         for _ in 0..100 {
             let folder = tempfile::Builder::new()
                 .prefix(&prefix)
                 .suffix(SUFFIX)
                 .tempdir_in(&parent)
                 .with_context(|| format!("creating a folder in {}", parent.display()))?;
-            let Ok(lock) = File::open(folder.path()) else { continue };
+            let lock = match File::open(folder.path()) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                // An empty folder goes without a handle.
+                other => other.inspect_err(|_| drop(fs::remove_dir(folder.path()))),
+            };
+            let lock = lock.with_context(|| format!("creating a folder in {}", parent.display()))?;
             // Another run of the same output may take the folder for a leftover before it is locked: then a new one is made.
             // Some network file systems have no locks: there, leftovers stay.
             if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) || !folder.path().exists() {
                 continue;
             }
             folders.insert(folder.path().to_owned());
-            return Ok(Self { folder, dest: dest.to_owned(), _lock: lock, _parents: parents });
+            return Ok(Self { folder, dest: dest.to_owned(), force, lock: Some(lock), _parents: parents });
         }
         bail!("cannot keep a folder in {}: another run of {} removes it", parent.display(), dest.display())
     }
@@ -104,22 +100,37 @@ impl Staging {
         self.folder.path().join("new")
     }
 
-    /// Gives the finished entry its final name. What was there before changes places with it in one step.
+    /// Gives the finished entry its final name.
     fn rename(&self) -> Result<()> {
+        let folder = self.folder_of_output()?;
         let _no_signal = unfinished();
-        let (from, dest) = (self.path(), &self.dest);
-        let renamed = if from.is_dir() && dest.symlink_metadata().is_ok() {
-            renameat_with(CWD, &from, CWD, dest, RenameFlags::EXCHANGE).or_else(|_| {
-                // A file system that cannot swap: the older folder steps aside first.
-                let aside = self.folder.path().join("old");
-                fs::rename(dest, &aside)?;
-                fs::rename(&from, dest).inspect_err(|_| drop(fs::rename(&aside, dest)))
-            })
-        } else {
-            fs::rename(&from, dest)
-        };
-        renamed.with_context(|| format!("renaming to {}", dest.display()))?;
-        sync(&parent_of(dest))
+        self.give_name()?;
+        self.sync(&folder)
+    }
+
+    /// As [`Staging::rename`], together with what is made `also` and the `record` of this output, which replaces that of an older one. A run that is killed
+    /// between the two leaves no output without its record where one was replaced.
+    fn rename_with(&self, record: &Self, also: &[StagedFile]) -> Result<()> {
+        let folder = self.folder_of_output()?;
+        wait_for_turn(&folder);
+        let _no_signal = unfinished();
+        let order = if self.force { [record, self] } else { [self, record] };
+        also.iter().map(|file| &file.staging).chain(order).try_for_each(Self::give_name)?;
+        self.sync(&folder)
+    }
+
+    /// Opened before the output gets its name: afterwards nothing should be lacking.
+    fn folder_of_output(&self) -> Result<File> {
+        let name = || format!("writing {} to the disk", self.dest.display());
+        File::open(parent_of(&self.dest)).with_context(name)
+    }
+
+    fn sync(&self, folder: &File) -> Result<()> {
+        folder.sync_all().with_context(|| format!("writing {} to the disk", self.dest.display()))
+    }
+
+    fn give_name(&self) -> Result<()> {
+        give_name(&self.path(), &self.dest, self.force, &self.folder.path().join("old"))
     }
 }
 
@@ -127,6 +138,8 @@ impl Drop for Staging {
     fn drop(&mut self) {
         // While it is held: a signal between the two would leave the folder.
         let mut folders = unfinished();
+        // Its handle may be the only one to be had.
+        self.lock = None;
         remove(self.folder.path());
         folders.remove(self.folder.path());
     }
@@ -145,19 +158,34 @@ pub fn final_name(path: &Path) -> PathBuf {
     path.to_owned()
 }
 
-/// Removes the staging folders of runs that have ended without tidying up.
-fn remove_leftovers(parent: &Path, prefix: &str) {
+/// Removes the staging folders of runs of `dest` that have ended without tidying up.
+///
+/// # Errors
+/// [`BadInput`] when one of them is still at work.
+fn remove_leftovers(dest: &Path, parent: &Path, prefix: &str) -> Result<()> {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         let random = name.strip_prefix(prefix).and_then(|rest| rest.strip_suffix(SUFFIX));
-        if random.is_some_and(|r| !r.contains('.'))
-            && File::open(entry.path()).is_ok_and(|folder| folder.try_lock().is_ok())
-        {
-            log::info!("removing {}, left by a run that did not finish", entry.path().display());
-            let _ = fs::remove_dir_all(entry.path());
+        if random.is_none_or(|r| r.contains('.')) {
+            continue;
+        }
+        let Ok(folder) = File::open(entry.path()) else { continue };
+        match folder.try_lock() {
+            Ok(()) => {
+                log::info!("removing {}, left by a run that did not finish", entry.path().display());
+                let _ = fs::remove_dir_all(entry.path());
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(BadInput::new(dest, "another run is writing this output")
+                    .found(format!("{}, in use", entry.path().display()))
+                    .hint("wait until it has ended, or choose another --out")
+                    .into());
+            }
+            Err(TryLockError::Error(_)) => {}
         }
     }
+    Ok(())
 }
 
 /// A file that appears under its final name whole, or not at all.
@@ -185,6 +213,11 @@ impl StagedFile {
         let staged = Self::create(dest, force)?;
         staged.file().write_all(text.as_bytes()).with_context(|| format!("writing {}", dest.display()))?;
         Ok(staged)
+    }
+
+    /// The same as a path, when all is written.
+    pub fn into_path(self) -> StagedPath {
+        StagedPath { staging: self.staging }
     }
 
     /// The file under construction.
@@ -223,6 +256,24 @@ impl StagedPath {
     /// Where the file is to be created.
     pub fn path(&self) -> PathBuf {
         self.staging.path()
+    }
+
+    /// What it will be called.
+    pub fn dest(&self) -> &Path {
+        &self.staging.dest
+    }
+
+    /// As [`StagedPath::commit`], together with the `record` beside it, and before it what is made `also`: of two runs that write one
+    /// output, all of it is the same run's.
+    ///
+    /// # Errors
+    /// As [`StagedPath::commit`].
+    pub fn commit_with(self, record: StagedFile, also: &[StagedFile]) -> Result<()> {
+        sync(&self.path())?;
+        for file in also.iter().chain([&record]) {
+            file.file.sync_all().with_context(|| format!("writing {}", file.staging.dest.display()))?;
+        }
+        self.staging.rename_with(&record.staging, also)
     }
 
     /// Makes the file durable and gives it its final name.
@@ -303,94 +354,4 @@ fn sync(path: &Path) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_dropped_stage_leaves_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let staged = StagedDir::create(&dir.path().join("out"), false).unwrap();
-        fs::write(staged.path().join("x"), "y").unwrap();
-        drop(staged);
-        drop(StagedFile::create(&dir.path().join("f"), false).unwrap());
-        let staged = StagedPath::create(&dir.path().join("p"), false).unwrap();
-        fs::write(staged.path(), "y").unwrap();
-        drop(staged);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn an_existing_output_is_refused_and_force_replaces_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let out = dir.path().join("out");
-        fs::create_dir(&out).unwrap();
-        fs::write(out.join("stale"), "").unwrap();
-        assert!(StagedDir::create(&out, false).is_err());
-        assert!(StagedDir::create(&out, true).is_err(), "a folder that is not ours");
-        assert!(out.join("stale").exists());
-        fs::write(out.join("cpift.json"), "").unwrap();
-        let staged = StagedDir::create(&out, true).unwrap();
-        fs::write(staged.path().join("new"), "").unwrap();
-        staged.commit().unwrap();
-        assert!(out.join("new").exists() && !out.join("stale").exists());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_staged_path_becomes_its_destination_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let dest = dir.path().join("p");
-        let staged = StagedPath::create(&dest, false).unwrap();
-        fs::write(staged.path(), "y").unwrap();
-        staged.commit().unwrap();
-        assert_eq!(fs::read_to_string(&dest).unwrap(), "y");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(StagedPath::create(&dest, false).is_err());
-    }
-
-    #[test]
-    fn outputs_get_the_modes_of_the_umask() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("f");
-        write_text(&path, "x", false).unwrap();
-        let plain = dir.path().join("plain");
-        fs::write(&plain, "x").unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions(), fs::metadata(&plain).unwrap().permissions());
-    }
-
-    #[test]
-    fn folders_made_for_an_output_stay_only_with_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let dest = dir.path().join("a/b/out");
-        drop(StagedDir::create(&dest, false).unwrap());
-        assert!(!dir.path().join("a").exists());
-        StagedDir::create(&dest, false).unwrap().commit().unwrap();
-        assert!(dest.is_dir());
-    }
-
-    #[test]
-    fn what_is_staged_goes_by_its_final_name_in_messages() {
-        let dir = tempfile::tempdir().unwrap();
-        let dest = dir.path().join("a.b");
-        let folder = StagedDir::create(&dest, false).unwrap();
-        assert_eq!(final_name(&folder.path().join("x.safetensors")), dest.join("x.safetensors"));
-        let file = StagedPath::create(&dest, false).unwrap();
-        assert_eq!(final_name(&file.path()), dest);
-        assert_eq!(final_name(Path::new("/m/.a.partial/x")), Path::new("/m/.a.partial/x"));
-    }
-
-    #[test]
-    fn what_a_dead_run_left_is_removed_and_a_living_one_is_let_be() {
-        let dir = tempfile::tempdir().unwrap();
-        let dead = dir.path().join(".out.abc123.partial");
-        let other = dir.path().join(".out.more.abc123.partial");
-        for folder in [&dead, &other] {
-            fs::create_dir(folder).unwrap();
-            fs::write(folder.join("new"), "half").unwrap();
-        }
-        let first = StagedDir::create(&dir.path().join("out"), false).unwrap();
-        assert!(!dead.exists() && other.exists());
-        let second = StagedDir::create(&dir.path().join("out"), false).unwrap();
-        assert!(first.path().exists() && second.path().exists());
-    }
-}
+mod tests;

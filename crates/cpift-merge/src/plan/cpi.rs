@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use cpift_core::checkpoint::Digest;
 use cpift_core::groups::Groups;
+use cpift_core::provenance::check_made_from;
 use cpift_core::{BadInput, Mask, cli, files, mask};
 
 use super::inputs::{Source, check_alike};
@@ -40,6 +41,9 @@ pub fn plan_cpi(args: &CpiArgs, force: bool) -> Result<Plan> {
     let everything: Vec<&Source> = operands.iter().chain([&base]).map(Arc::as_ref).collect();
     let output = resolve(&args.output, force, &tasks, &operands[0], &base, &everything)?;
     check_groups_base(&args.groups, &groups, &base)?;
+    for operand in operands.iter().filter(|o| !Arc::ptr_eq(o, &base)) {
+        check_made_from(operand.path(), "base", (base.path(), base.digest()?))?;
+    }
     let (cores, mut files) = open_masks(args, &groups, &base)?;
     files.insert("groups".into(), (args.groups.clone(), Digest::of_file(&args.groups)?));
     let folders = everything.iter().map(|source| source.path());
@@ -114,15 +118,22 @@ fn open_masks(args: &CpiArgs, groups: &Groups, base: &Source) -> Result<OpenedMa
     Ok((masks, files))
 }
 
-/// Warns of masks that were extracted from another checkpoint than their task; the tasks' digests are known once they are read.
+/// Refuses masks that were extracted from another checkpoint than their task's; those whose tasks' digests are known are refused before
+/// the tasks are read.
 ///
 /// # Errors
-/// I/O errors on the side files.
-pub fn warn_of_other_tasks(plan: &Plan) -> Result<()> {
+/// [`BadInput`] naming both.
+pub fn check_masks_of_tasks(plan: &Plan) -> Result<()> {
     for (mask, task) in plan.cores.iter().zip(&plan.operands[1..]) {
-        if mask.header.tuned != *task.digest()? {
-            log::warn!("{}: extracted from another checkpoint than {}", mask.path().display(), task.path().display());
-        }
+        let Some(digest) = task.known_digest().filter(|digest| **digest != mask.header.tuned) else { continue };
+        return Err(BadInput::new(
+            mask.path(),
+            format!("extracted from another checkpoint than {}", task.path().display()),
+        )
+        .expected(format!("digest {digest}"))
+        .found(format!("digest {} of the tuned checkpoint", mask.header.tuned))
+        .hint("check that --task and --mask name the same probes, or extract the mask again")
+        .into());
     }
     Ok(())
 }

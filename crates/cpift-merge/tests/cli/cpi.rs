@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use cpift_core::Dtype;
+use cpift_core::checkpoint::Digest;
+use cpift_core::provenance::Recorder;
+use cpift_core::{Checkpoint, Dtype};
 use cpift_testkit::{Numbers, Tensor, Tensors};
 
 use crate::world::{Core, World, assert_close, bytes, cast, core, json, w};
@@ -169,10 +171,42 @@ fn provenance_names_inputs_branches_and_angles() {
 }
 
 #[test]
-fn a_mask_from_another_checkpoint_than_its_task_is_warned_of() {
+fn a_task_or_backbone_made_from_another_base_is_refused() {
+    let world = World::new();
+    let line = conflict(&world);
+    let base = Digest::of_checkpoint(&Checkpoint::open(&world.path("base")).unwrap()).unwrap();
+    let made_from = |name: &str, digest: Digest| {
+        let mut recorder = Recorder::start("cpift-probe");
+        recorder.input("base", &world.path("base"), digest);
+        recorder.write_into(&world.path(name)).unwrap();
+    };
+    made_from("a", base.clone());
+    world.run(&format!("{line} --out @right --quiet")).ok();
+    made_from("b", Digest::blank());
+    let other = Digest::blank().to_string();
+    world.refused(
+        &format!("{line} --out @out"),
+        &["@b: made from another base than @base", base.to_string().as_str(), &other],
+    );
+}
+
+#[test]
+fn a_mask_from_another_checkpoint_than_its_task_is_refused() {
     let world = World::new();
     let line = conflict(&world);
     world.run(&format!("{line} --out @right --quiet")).ok();
     let swapped = line.replace("a=@a ", "a=@b ").replace("b=@b ", "b=@a ");
-    world.run(&format!("{swapped} --out @swapped --quiet")).ok().says(&["extracted from another checkpoint", "a.mask"]);
+    world.refused(
+        &format!("{swapped} --out @out"),
+        &["@b.mask", "extracted from another checkpoint than", "expected: digest"],
+    );
+    // Known before anything is read where it is recorded.
+    for task in ["a", "b"] {
+        Recorder::start("cpift-probe").write_into(&world.path(task)).unwrap();
+    }
+    world.run(&format!("{line} --out @again --quiet")).ok();
+    world.refused(
+        &format!("{swapped} --out @out"),
+        &["@b.mask", "extracted from another checkpoint than", "expected: digest"],
+    );
 }

@@ -1,8 +1,18 @@
 //! `verify`: a sound checkpoint passes; changed content and NaN are told with their place.
 
+use std::alloc::System;
 use std::io::{Seek, SeekFrom, Write};
 
+use cap::Cap;
+use cpift_testkit::spoil::Spoiler;
+
 use crate::world::{World, w};
+
+#[global_allocator]
+static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
+
+/// Room for the buffers of all threads, and for what the other tests of this program hold meanwhile.
+const SPOILER: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 256 << 20 };
 
 /// Overwrites the last four bytes of the weights.
 fn overwrite_last(world: &World, value: f32) {
@@ -73,4 +83,14 @@ fn bad_numbers_of_many_chunks_are_all_counted_and_the_first_is_named() {
     let world = World::new();
     world.checkpoint("a", &w(&values));
     world.refused("verify @a", &["4 weights are not finite", "tensor: w", "element 131072 of this tensor"]);
+}
+
+#[test]
+fn every_spoilt_byte_is_found() {
+    let world = merged();
+    let out = world.path("out");
+    for name in ["model.safetensors", "config.json"] {
+        let well = SPOILER.each(&out.join(name), || cpift_merge::verify(&out).is_ok());
+        assert_eq!(well, 0, "{name}");
+    }
 }

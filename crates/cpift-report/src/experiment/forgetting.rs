@@ -8,7 +8,7 @@ use super::file::{Pair, PairRow};
 use super::{File, Spread, scores_folder};
 use crate::bootstrap;
 use crate::comparison::Question;
-use crate::runs::{Run, check_shared_tasks};
+use crate::runs::{Run, check_shared_tasks, differences_of_shared_tasks};
 use crate::unit::Unit;
 
 /// The losses and gains of every method.
@@ -92,7 +92,8 @@ impl Forgetting {
                 pairs.push(change.pair.clone());
             }
         }
-        let notes = rows.iter().filter_map(|row| Some(format!("{}: {}", row.name, row.note.as_ref()?))).collect();
+        let said = rows.iter().filter_map(|row| Some(format!("{}: {}", row.name, row.note.as_ref()?)));
+        let notes = said.chain(differences_of_shared_tasks(&runs)).collect();
         let baseline = rows.iter().position(|row| Some(&row.name) == file.head.baseline.as_ref());
         let mut all = Self { unit, methods, baseline, pairs, notes };
         all.take_cuts(question);

@@ -1,12 +1,10 @@
 //! Scores over seeds: mean and standard deviation by task, and differences to a baseline by a paired two-way bootstrap.
 
-use std::collections::BTreeMap;
-
 use anyhow::Result;
 
 use super::{Axis, File, ScoreRow, Spread, scored, scores_folder};
-use crate::bootstrap;
-use crate::comparison::{self, Comparison, Delta, Question, row_scores};
+use crate::comparison::{self, Comparison, Delta, Question};
+use crate::pairing::{Drawn, Draws, Sides};
 use crate::runs::{Run, check_comparable};
 use crate::text::cell_text;
 use crate::unit::Unit;
@@ -32,6 +30,8 @@ pub struct Seeds {
     pub losses: Vec<Column>,
     /// The mean loss over the tasks.
     pub mean_loss: Column,
+    /// Further figures of the same rows.
+    pub also: Vec<Column>,
     /// The number of rows behind each task's score.
     pub rows_words: String,
     /// What the reader must know.
@@ -77,15 +77,6 @@ impl Cell {
     }
 }
 
-/// Runs by row and seed, and the draws that every difference is taken over.
-struct Draws<'a> {
-    runs: Vec<&'a [Run]>,
-    names: Vec<String>,
-    baselines: &'a [Option<usize>],
-    shares: Vec<Vec<f64>>,
-    seed: u64,
-}
-
 impl Seeds {
     /// Reads the runs of `rows` and compares them.
     ///
@@ -108,30 +99,44 @@ impl Seeds {
             ans: over_seeds(&flat.ans, seeds),
             losses: flat.losses.iter().map(one).collect(),
             mean_loss: over_seeds(&flat.mean_loss, seeds),
+            also: flat.also.iter().map(one).collect(),
             rows_words: flat.rows_words(),
             notes: said.chain(flat.notes.iter().cloned()).collect(),
         };
         if all.compared() {
             all.take_differences(&flat, question);
         }
-        let Self { scores, mean, ans, losses, mean_loss, .. } = &mut all;
-        scores.iter_mut().chain(losses).chain(mean).chain([ans, mean_loss]).for_each(mark_best);
+        let Self { scores, mean, ans, losses, mean_loss, also, .. } = &mut all;
+        scores.iter_mut().chain(losses).chain(also).chain(mean).chain([ans, mean_loss]).for_each(mark_best);
         Ok(all)
     }
 
     fn take_differences(&mut self, flat: &Comparison, question: &Question) {
-        let shares = bootstrap::shares(self.seeds, question.resamples, question.seed);
-        let (names, runs) = (self.rows.iter().map(label).collect(), flat.runs.chunks(self.seeds).collect());
-        let draws = Draws { runs, names, baselines: &self.baselines, shares, seed: question.seed };
-        for (stream, (column, flat)) in self.scores.iter_mut().zip(&flat.scores).enumerate() {
-            column.deltas = draws.paired(column, flat, stream as u64, &mut self.notes);
-        }
-        for column in self.losses.iter_mut().chain([&mut self.mean_loss]) {
+        let draws = Draws::new(self.seeds, question);
+        let tasks: Vec<Option<String>> = self.losses.iter().map(|column| column.task.clone()).collect();
+        let labels: Vec<String> = self.rows.iter().map(label).collect();
+        let scored = self.scores.iter_mut().zip(&flat.scores).chain(self.losses.iter_mut().zip(&flat.losses));
+        for (column, flat_column) in scored.chain(self.also.iter_mut().zip(&flat.also)) {
             column.deltas = unpaired(&self.baselines, column);
+            // Further figures are not kept by row, but for the perplexity, which is the loss.
+            let kept = column.unit.is_loss() || !flat.also.contains(flat_column);
+            let (Some(task), true) = (&column.task, kept) else { continue };
+            let stream = tasks.iter().position(|other| *other == column.task).unwrap_or(0) as u64;
+            let drawn = Drawn { task, unit: column.unit, stream };
+            for (i, delta) in column.deltas.iter_mut().enumerate() {
+                let (Some(delta), Some(base)) = (delta, self.baselines[i]) else { continue };
+                let of = |row: usize| row * self.seeds..(row + 1) * self.seeds;
+                let cells = [base, i].into_iter().flat_map(|row| &flat_column.cells[of(row)]);
+                let rows = cells.filter_map(|cell| Some(cell.figure()?.n)).max().unwrap_or(0);
+                let sides = Sides { name: &labels[i], base: &flat.runs[of(base)], run: &flat.runs[of(i)], rows };
+                draws.draw(delta, &sides, &drawn, &mut self.notes);
+            }
         }
-        self.ans.deltas = over_tasks(&self.scores, &self.baselines, &self.ans, Unit::normalised);
+        let metrics: Vec<&Column> = self.scores.iter().filter(|c| !c.unit.is_loss()).collect();
+        self.ans.deltas = over_tasks(&metrics, &self.ans, Unit::normalised);
+        self.mean_loss.deltas = over_tasks(&self.losses.iter().collect::<Vec<_>>(), &self.mean_loss, Unit::normalised);
         if let Some(mean) = &mut self.mean {
-            mean.deltas = over_tasks(&self.scores, &self.baselines, mean, |_, value| value);
+            mean.deltas = over_tasks(&metrics, mean, |_, value| value);
         }
     }
 
@@ -143,6 +148,12 @@ impl Seeds {
     /// The columns of the table: a score for each task, their mean, ANS, mean loss.
     pub fn columns(&self) -> impl Iterator<Item = &Column> {
         self.scores.iter().chain(&self.mean).chain([&self.ans, &self.mean_loss])
+    }
+
+    /// Every column, each once.
+    pub fn all_columns(&self) -> impl Iterator<Item = &Column> {
+        let shown = |c: &&Column| !self.scores.iter().any(|s| s.task == c.task && s.figure == c.figure);
+        self.columns().chain(self.losses.iter().filter(shown)).chain(&self.also)
     }
 
     /// The one column that stands for all tasks: their mean, or ANS, or the mean loss.
@@ -231,6 +242,9 @@ fn mean_column(scores: &[Column]) -> Option<Column> {
 
 /// The best mean of a column, where it holds different ones.
 fn mark_best(column: &mut Column) {
+    if column.unit == Unit::Count {
+        return;
+    }
     let direction = column.unit.direction();
     let values = column.cells.iter().filter_map(|cell| Some(direction * cell.spread()?.mean()));
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
@@ -241,82 +255,21 @@ fn mark_best(column: &mut Column) {
     }
 }
 
-/// Differences without intervals.
+/// Differences without intervals; a count has none.
 fn unpaired(baselines: &[Option<usize>], column: &Column) -> Vec<Option<Delta>> {
     let delta = |(cell, base): (&Cell, &Option<usize>)| {
         let value = cell.spread()?.mean() - column.cells[(*base)?].spread()?.mean();
-        Some(Delta { value, interval: None, rows: 0, means: Vec::new() })
+        (column.unit != Unit::Count).then(|| Delta::alone(value))
     };
     column.cells.iter().zip(baselines).map(delta).collect()
 }
 
-impl Draws<'_> {
-    /// Differences with their intervals where the rows of both are known for every seed.
-    fn paired(
-        &self,
-        column: &Column,
-        flat: &comparison::Column,
-        stream: u64,
-        notes: &mut Vec<String>,
-    ) -> Vec<Option<Delta>> {
-        let mut deltas = unpaired(self.baselines, column);
-        for (i, delta) in deltas.iter_mut().enumerate() {
-            let (Some(delta), Some(base), Some(task)) = (delta, self.baselines[i], &column.task) else { continue };
-            match self.differences(base, i, task, column.unit) {
-                Ok(rows) => {
-                    let seeds = self.runs[i].len();
-                    let cells = [base, i].into_iter().flat_map(|row| &flat.cells[row * seeds..(row + 1) * seeds]);
-                    let all = cells.filter_map(|cell| Some(cell.figure()?.n)).max();
-                    if Some(rows.len() as u64) != all {
-                        delta.value = rows.iter().flatten().sum::<f64>() / (rows.len() * seeds) as f64;
-                        let (name, n) = (&self.names[i], rows.len());
-                        notes.push(format!("{name}, {task}: the difference is over the {n} rows that every run has."));
-                    }
-                    let means = bootstrap::two_way(&rows, &self.shares, self.seed, stream);
-                    let interval = Some(bootstrap::interval(means.clone()));
-                    *delta = Delta { interval, rows: rows.len(), means, value: delta.value };
-                }
-                Err(reason) => notes.push(format!("{}, {task}: no paired interval: {reason}.", self.names[i])),
-            }
-        }
-        deltas
-    }
-
-    /// Score differences of the rows that all runs of two methods have, seed by seed; or why there are none.
-    fn differences(&self, base: usize, row: usize, task: &str, unit: Unit) -> Result<Vec<Vec<f64>>, String> {
-        if unit == Unit::Nats {
-            return Err("outputs.jsonl holds no losses".into());
-        }
-        let of = |row: usize| self.runs[row].iter().map(|run| row_scores(run, task)).collect::<Result<Vec<_>, _>>();
-        let (base, method): (Vec<BTreeMap<u64, f64>>, Vec<_>) = (of(base)?, of(row)?);
-        let difference = |row: &u64| {
-            base.iter().zip(&method).map(|(a, b)| Some(b.get(row)? - a.get(row)?)).collect::<Option<Vec<f64>>>()
-        };
-        let all: Vec<Vec<f64>> = base[0].keys().filter_map(difference).collect();
-        if all.is_empty() { Err("the runs have no row in common".into()) } else { Ok(all) }
-    }
-}
-
-/// Differences of a mean over tasks; their intervals combine the resamples of the tasks, where every task has some.
-fn over_tasks(
-    scores: &[Column],
-    baselines: &[Option<usize>],
-    column: &Column,
-    scale: impl Fn(Unit, f64) -> f64,
-) -> Vec<Option<Delta>> {
-    let mut deltas = unpaired(baselines, column);
-    let metrics: Vec<&Column> = scores.iter().filter(|c| c.unit != Unit::Nats).collect();
-    for (i, delta) in deltas.iter_mut().enumerate() {
-        let Some(delta) = delta else { continue };
-        let of = |column: &&Column| {
-            let means = &column.deltas[i].as_ref()?.means;
-            (!means.is_empty()).then(|| means.iter().map(|m| scale(column.unit, *m)).collect::<Vec<f64>>())
-        };
-        let Some(tasks) = metrics.iter().map(of).collect::<Option<Vec<_>>>().filter(|tasks| !tasks.is_empty()) else {
-            continue;
-        };
-        let mean = |draw: usize| tasks.iter().map(|means| means[draw]).sum::<f64>() / tasks.len() as f64;
-        delta.interval = Some(bootstrap::interval((0..tasks[0].len()).map(mean).collect()));
-    }
-    deltas
+/// Differences of a mean over the tasks that any row has a figure of.
+fn over_tasks(tasks: &[&Column], mean: &Column, scale: impl Fn(Unit, f64) -> f64) -> Vec<Option<Delta>> {
+    let counted: Vec<&&Column> = tasks.iter().filter(|c| c.cells.iter().any(|cell| cell.spread().is_some())).collect();
+    let delta = |row: usize| {
+        let deltas: Vec<_> = counted.iter().map(|c| (c.unit, c.deltas[row].as_ref())).collect();
+        mean.cells[row].spread().and_then(|_| Delta::over_tasks(&deltas, &scale))
+    };
+    (0..mean.cells.len()).map(delta).collect()
 }

@@ -34,16 +34,10 @@ pub fn csv(experiment: &Experiment) -> String {
     }
 }
 
-/// The figures of a table and those beside it, each once.
-fn all_columns(seeds: &Seeds) -> impl Iterator<Item = &Column> {
-    let shown = |c: &&Column| !seeds.scores.iter().any(|s| s.task == c.task && s.figure == c.figure);
-    seeds.columns().chain(seeds.losses.iter().filter(shown))
-}
-
 fn scores_csv(seeds: &Seeds) -> String {
     let mut out =
         "method,series,x,tokens,task,figure,mean,sd,seeds,best,delta,delta_low,delta_high,paired_rows\n".to_owned();
-    for column in all_columns(seeds) {
+    for column in seeds.all_columns() {
         for (i, row) in seeds.rows.iter().enumerate() {
             let (name, series) = (quoted(&row.name), quoted(row.series.as_deref().unwrap_or("")));
             let (x, tokens) = (number(row.x), row.tokens.map_or(String::new(), |n| n.to_string()));
@@ -135,7 +129,7 @@ fn score_row(seeds: &Seeds, row: usize) -> Value {
     let of = &seeds.rows[row];
     let runs: Vec<&str> = of.runs.iter().map(|run| run.0.as_str()).collect();
     json!({"name": of.name, "series": of.series, "x": of.x, "tokens": of.tokens, "note": of.note, "runs": runs,
-        "figures": all_columns(seeds).filter_map(figure).collect::<Vec<_>>()})
+        "figures": seeds.all_columns().filter_map(figure).collect::<Vec<_>>()})
 }
 
 fn method(method: &Method) -> Value {

@@ -10,10 +10,13 @@ use cpift_core::groups::{Groups, TauMode};
 
 use super::{entries, file_name};
 use crate::chart::{Svg, diverging, legend, sequential};
+use crate::experiment::counted;
 use crate::html::{Table, escape, figure, missing, paragraph};
 
-/// Side of a cell of the heat map.
-const CELL: f64 = 58.0;
+/// Sides of a cell of the heat map: of few tasks, and of so many that a telephone could show none of their numbers whole.
+const CELLS: (f64, f64) = (58.0, 46.0);
+/// The most tasks that are few.
+const FEW: usize = 6;
 
 /// The Jaccard matrix in training order, and the groups.
 pub fn overlap(folder: &Path) -> Result<String> {
@@ -43,10 +46,6 @@ pub fn overlap(folder: &Path) -> Result<String> {
     Ok(format!("{}<ol>\n{items}</ol>\n{}", paragraph(&words), heat_map(&groups)))
 }
 
-fn counted(n: usize, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
-}
-
 fn heat_map(groups: &Groups) -> String {
     let order: Vec<usize> =
         groups.task_order().iter().filter_map(|t| groups.tasks.iter().position(|x| x == t)).collect();
@@ -54,32 +53,34 @@ fn heat_map(groups: &Groups) -> String {
     let max = pairs.clone().map(|(a, b)| groups.jaccard[a][b]).fold(0.0, f64::max);
     let chance = pairs.map(|(a, b)| groups.chance[a][b]).fold(0.0, f64::max);
     let (left, top) = (96.0, 24.0);
-    let side = CELL * order.len() as f64;
+    let many = order.len() > FEW;
+    let size = if many { CELLS.1 } else { CELLS.0 };
+    let side = size * order.len() as f64;
     let mut svg = Svg::new(left + side + 2.0, top + side + 2.0);
     let header: Vec<String> =
         ["task".to_owned()].into_iter().chain(order.iter().map(|&t| groups.tasks[t].clone())).collect();
     let mut table = Table::new("Jaccard similarity of core regions; in brackets what chance gives", &header);
     for (i, &a) in order.iter().enumerate() {
-        let (name, at) = (&groups.tasks[a], CELL * i as f64);
-        svg.name(left - 8.0, top + at + CELL / 2.0 + 4.0, "end", left - 10.0, name);
-        svg.name(left + at + CELL / 2.0, top - 8.0, "middle small", CELL + 6.0, name);
+        let (name, at) = (&groups.tasks[a], size * i as f64);
+        svg.name(left - 8.0, top + at + size / 2.0 + 4.0, "end", left - 10.0, name);
+        svg.name(left + at + size / 2.0, top - 8.0, "middle small", size + 6.0, name);
         let mut cells = vec![name.clone()];
         for (j, &b) in order.iter().enumerate() {
             let (s, by_chance) = (groups.jaccard[a][b], groups.chance[a][b]);
             let (class, text) =
                 if a == b { ("none".into(), "1".to_owned()) } else { (sequential(s, max), format!("{s:.3}")) };
             let title = format!("{name} and {}: {s:.6}, chance {by_chance:.6}", groups.tasks[b]);
-            let (x, y) = (left + CELL * j as f64, top + at);
-            svg.rect((x, y, CELL - 1.0, CELL - 1.0), &class, &title);
+            let (x, y) = (left + size * j as f64, top + at);
+            svg.rect((x, y, size - 1.0, size - 1.0), &class, &title);
             let ink = if a == b { "small middle soft".to_owned() } else { format!("{class} on small middle") };
-            svg.text(x + CELL / 2.0, y + CELL / 2.0 + 4.0, &ink, &text);
+            svg.text(x + size / 2.0, y + size / 2.0 + 4.0, &ink, &text);
             cells.push(if a == b { "1".to_owned() } else { format!("{s:.4} ({by_chance:.4})") });
         }
         table.row(&cells);
     }
     let mut start = 0.0;
     for group in &groups.groups {
-        let side = CELL * group.len() as f64;
+        let side = size * group.len() as f64;
         svg.rect((left + start - 0.5, top + start - 0.5, side, side), "frame", "");
         start += side;
     }
@@ -88,7 +89,8 @@ fn heat_map(groups: &Groups) -> String {
         "{}<br>Jaccard similarity of every two core regions, in training order; the groups are framed.",
         legend('q', ["0", &format!("chance gives up to {chance:.4}"), &format!("{max:.3}")])
     );
-    figure(&[svg.finish(&label)], &caption, vec![table])
+    let picture = if many { svg.finish_scrolling(&label) } else { svg.finish(&label) };
+    figure(&[picture], &caption, vec![table])
 }
 
 /// The density of every mask by layer and role. Counting maps the files and reads them once.
@@ -106,8 +108,11 @@ pub fn density(folder: &Path) -> Result<String> {
     }
     let reach = all.iter().map(|(_, stats)| reach(stats)).fold(1.0, f64::max);
     let pictures: Vec<String> = all.iter().map(|(task, stats)| tile(task, stats, reach)).collect();
-    let mut percents: Vec<String> = all.iter().map(|(_, stats)| format!("{} %", stats.mask.percent)).collect();
-    percents.dedup();
+    let mut percents: Vec<String> = Vec::new();
+    for (_, stats) in &all {
+        let percent = format!("{} %", short(stats.mask.percent));
+        percents.extend((!percents.contains(&percent)).then_some(percent));
+    }
     let times = |power: f64| format!("{} times", power.exp2());
     let caption = format!(
         "{}<br>{}",
@@ -187,7 +192,25 @@ fn numbers(task: &str, stats: &Stats) -> Table {
     table
 }
 
+/// A number as it was likely typed: to four places, without the zeros at its end; smaller ones whole.
+fn short(value: f64) -> String {
+    let text = format!("{value:.4}");
+    let text = text.trim_end_matches('0').trim_end_matches('.');
+    if value < 1e-3 { value.to_string() } else { text.to_owned() }
+}
+
 /// A share in percent.
 fn percent(share: f64) -> String {
     format!("{:.3} %", 100.0 * share)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::short;
+
+    #[test]
+    fn percents_have_no_more_places_than_a_reader_needs() {
+        let found = [1.0, 0.1, 10.0, 9.386322463768115, 0.0005].map(short);
+        assert_eq!(found, ["1", "0.1", "10", "9.3863", "0.0005"]);
+    }
 }

@@ -1,5 +1,6 @@
 //! report.html: all that a run came to, on one page that opens from disk.
 
+mod comparable;
 mod cores;
 mod experiments;
 mod plots;
@@ -16,8 +17,8 @@ use cpift_core::provenance::FILE_NAME;
 
 use crate::args::ReportArgs;
 use crate::comparison::{Comparison, Question};
+use crate::experiment::counted;
 use crate::html::{escape, missing, page};
-use crate::runs::{Run, check_comparable};
 
 pub use experiments::alone as experiment;
 pub use scores::compared;
@@ -45,7 +46,8 @@ impl Section {
 /// The page of the run in `args.run`.
 ///
 /// # Errors
-/// [`BadInput`] when it is no folder of a run. What is missing in it or cannot be read is said on the page.
+/// [`BadInput`] when it is no folder of a run; [`cpift_core::Usage`] for a baseline that was not scored, or a number of resamples out of
+/// range. What is missing in it or cannot be read is said on the page.
 pub fn render(args: &ReportArgs) -> Result<String> {
     let folder = &args.run;
     let records = records::find(folder)?;
@@ -56,22 +58,28 @@ pub fn render(args: &ReportArgs) -> Result<String> {
             .hint("give the RUN= folder of make pipeline")
             .into());
     }
-    let comparison = compare(args);
-    let (table, seesaw, outputs) = match &comparison {
-        Ok(Some(c)) => (Ok(scores::tables(c)), Ok(scores::seesaw(c)), samples::section(c, args.samples)),
-        Ok(None) => {
-            let none =
-                || missing("No scores: the folder scores/ holds no NAME/scores.json. cpift-eval run makes them.");
-            (Ok(none()), Ok(none()), Ok(none()))
+    Question { baseline: None, resamples: args.resamples, seed: args.seed }.check()?;
+    let compared = comparable::compare(args)?;
+    let comparison = compared.comparison.as_ref();
+    let (table, seesaw, outputs) = match comparison {
+        Some(c) => (
+            scores::tables(c) + &compared.left_out_list(),
+            scores::seesaw(c, !compared.left_out.is_empty()),
+            samples::section(c, args.samples),
+        ),
+        None if compared.left_out.is_empty() => {
+            let none = missing("No scores: the folder scores/ holds no NAME/scores.json. cpift-eval run makes them.");
+            (none.clone(), none.clone(), Ok(none))
         }
-        Err(e) => {
-            let again = || Ok(missing("The scores cannot be compared: see Scores."));
-            (Err(anyhow::anyhow!("{e:#}")), again(), again())
+        None => {
+            let table = missing("No scores: none of them can be read.") + &compared.left_out_list();
+            let again = missing("No scores can be read: see Scores.");
+            (table, again.clone(), Ok(again))
         }
     };
     let mut sections = vec![
-        Section::new("scores", "Scores", table),
-        Section::new("seesaw", "Gain and loss by task", seesaw),
+        Section::new("scores", "Scores", Ok(table)),
+        Section::new("seesaw", "Gain and loss by task", Ok(seesaw)),
         Section::new("overlap", "Overlap of the core regions", cores::overlap(folder)),
         Section::new("density", "Where the core regions lie", cores::density(folder)),
         Section::new("training", "Training", training::curves(folder)),
@@ -85,7 +93,7 @@ pub fn render(args: &ReportArgs) -> Result<String> {
     }
     let name = folder.canonicalize().unwrap_or_else(|_| folder.clone());
     let name = name.file_name().map_or_else(|| folder.display().to_string(), |n| n.to_string_lossy().into_owned());
-    Ok(page(&format!("CPI-FT run {name}"), &body(&name, &sections, comparison.ok().flatten().as_ref())))
+    Ok(page(&format!("CPI-FT run {name}"), &body(&name, &sections, comparison)))
 }
 
 fn body(name: &str, sections: &[Section], comparison: Option<&Comparison>) -> String {
@@ -101,8 +109,13 @@ fn body(name: &str, sections: &[Section], comparison: Option<&Comparison>) -> St
     let lead = comparison.map_or(String::new(), |c| {
         let models: Vec<&str> = c.runs.iter().map(|run| run.name.as_str()).collect();
         let tasks: Vec<&str> = c.scores.iter().filter_map(|column| column.task.as_deref()).collect();
-        let text =
-            format!("{} models ({}) on {} tasks ({}).", models.len(), models.join(", "), tasks.len(), tasks.join(", "));
+        let text = format!(
+            "{} ({}) on {} ({}).",
+            counted(models.len(), "model"),
+            models.join(", "),
+            counted(tasks.len(), "task"),
+            tasks.join(", ")
+        );
         format!("<p class=\"lead\">{}</p>\n", escape(&text))
     });
     format!(
@@ -110,23 +123,6 @@ fn body(name: &str, sections: &[Section], comparison: Option<&Comparison>) -> St
          <nav aria-label=\"Sections\">\n<ul>\n{links}</ul>\n</nav>\n</header>\n<main id=\"content\">\n{parts}</main>\n",
         escape(name)
     )
-}
-
-/// All scores of the run; none where it has none. `--force` replaces a page, it does not make runs comparable.
-fn compare(args: &ReportArgs) -> Result<Option<Comparison>> {
-    let mut runs: Vec<Run> = entries(&args.run.join("scores"))?
-        .into_iter()
-        .filter(|path| path.join("scores.json").is_file())
-        .map(|path| Run::read(&file_name(&path), &path, false))
-        .collect::<Result<_>>()?;
-    if runs.is_empty() {
-        return Ok(None);
-    }
-    runs.sort_by_key(|run| rank(&run.name));
-    check_comparable(&runs)?;
-    // A run without the baseline is shown without differences.
-    let baseline = runs.iter().any(|run| run.name == args.baseline).then(|| args.baseline.clone());
-    Comparison::new(runs, Question { baseline, resamples: args.resamples, seed: args.seed }).map(Some)
 }
 
 /// Where a model stands among the others.

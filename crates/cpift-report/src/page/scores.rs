@@ -2,7 +2,7 @@
 
 use crate::chart::{Axis, Svg};
 use crate::comparison::{Cell, Column, Comparison};
-use crate::html::{Table, escape, figure, missing, page, paragraph};
+use crate::html::{Table, details, escape, figure, missing, page, paragraph};
 use crate::text::{cell_text, delta_text};
 use crate::unit::{ANS_FORMULA, Unit};
 
@@ -22,6 +22,9 @@ pub fn tables(comparison: &Comparison) -> String {
     out.push_str("<h3>Loss on the reference answers</h3>\n");
     out.push_str(&paragraph("Negative log-likelihood in nats a target token; less is better."));
     out.push_str(&table("Loss of every model on every task", &columns, comparison));
+    if !comparison.also.is_empty() {
+        out.push_str(&details("Further figures of the same rows", &further(comparison)));
+    }
     if !comparison.notes.is_empty() {
         let items: String = comparison.notes.iter().map(|note| format!("<li>{}</li>\n", escape(note))).collect();
         out.push_str(&format!("<ul class=\"note\">\n{items}</ul>\n"));
@@ -33,14 +36,32 @@ fn table(caption: &str, columns: &[&Column], comparison: &Comparison) -> String 
     let header: Vec<String> = ["model".to_owned()].into_iter().chain(columns.iter().map(|c| heading(c))).collect();
     let mut table = Table::new(caption, &header);
     for (i, run) in comparison.runs.iter().enumerate() {
-        let cells = columns.iter().map(|column| {
-            let text = escape(&cell_text(column, i));
-            let text =
-                if matches!(column.cells[i], Cell::Value(_, true)) { format!("<strong>{text}</strong>") } else { text };
-            let delta = column.deltas.get(i).and_then(Option::as_ref);
-            text + &delta.map_or(String::new(), |d| format!("<small>{}</small>", escape(&delta_text(column.unit, d))))
-        });
+        let cells = columns.iter().map(|column| cell(column, i));
         table.html_row([escape(&run.name)].into_iter().chain(cells));
+    }
+    table.finish()
+}
+
+/// A value and under it its difference to the baseline.
+fn cell(column: &Column, run: usize) -> String {
+    let text = escape(&cell_text(column, run));
+    let best = matches!(column.cells[run], Cell::Value(_, true));
+    let text = if best { format!("<strong>{text}</strong>") } else { text };
+    let delta = column.deltas.get(run).and_then(Option::as_ref);
+    text + &delta.map_or(String::new(), |d| format!("<small>{}</small>", escape(&delta_text(column.unit, d))))
+}
+
+/// One line a figure, for a task may have many.
+fn further(comparison: &Comparison) -> String {
+    let models = comparison.runs.iter().map(|run| run.name.clone());
+    let header: Vec<String> = ["task".to_owned(), "figure".to_owned()].into_iter().chain(models).collect();
+    let mut table = Table::new("Further figures of every model", &header).name_column(1);
+    for column in &comparison.also {
+        let task = escape(column.task.as_deref().unwrap_or_default());
+        let symbol = if column.unit == Unit::Count { "rows" } else { column.unit.symbol() };
+        let figure = escape(format!("{} {symbol}", column.figure).trim_end());
+        let cells = (0..comparison.runs.len()).map(|run| cell(column, run));
+        table.html_row([task, figure].into_iter().chain(cells));
     }
     table.finish()
 }
@@ -58,7 +79,7 @@ pub fn compared(comparison: &Comparison) -> String {
     let seesaw = match comparison.question.baseline {
         Some(_) => format!(
             "<section aria-labelledby=\"seesaw\">\n<h2 id=\"seesaw\">Gain and loss by task</h2>\n{}</section>\n",
-            seesaw(comparison)
+            seesaw(comparison, false)
         ),
         None => String::new(),
     };
@@ -89,8 +110,9 @@ fn gains(comparison: &Comparison, column: &Column) -> Vec<Gain> {
     comparison.runs.iter().zip(&column.deltas).filter_map(of).collect()
 }
 
-/// One picture a task: bars to the right of the line are gains, to the left losses.
-pub fn seesaw(comparison: &Comparison) -> String {
+/// One picture a task: bars to the right of the line are gains, to the left losses. `others`: whether there are scores that are not in
+/// the comparison.
+pub fn seesaw(comparison: &Comparison, others: bool) -> String {
     let Some(baseline) = &comparison.question.baseline else {
         return missing("No baseline among the scores: nothing to measure gains against. --baseline names another.");
     };
@@ -101,7 +123,11 @@ pub fn seesaw(comparison: &Comparison) -> String {
         .filter(|(_, g)| !g.is_empty())
         .collect();
     if columns.is_empty() {
-        return missing(&format!("Only {baseline} was scored: there is nothing to compare it with."));
+        return missing(&match comparison.runs.len() {
+            1 if others => format!("No other scores can be compared with those of {baseline}: see Scores."),
+            1 => format!("Only {baseline} was scored: there is nothing to compare it with."),
+            _ => format!("No other model has a figure that {baseline} has too: there is nothing to compare."),
+        });
     }
     let range = |unit: Unit| {
         let all = columns.iter().filter(|(c, _)| c.unit == unit).flat_map(|(_, gains)| gains);
@@ -133,6 +159,8 @@ pub fn unit_words(unit: Unit) -> &'static str {
         Unit::Percent => "percentage points",
         Unit::Rating => "points of 10",
         Unit::Nats => "nats a token",
+        Unit::Perplexity => "perplexity",
+        Unit::Count => "rows",
     }
 }
 
@@ -153,9 +181,13 @@ fn tile(column: &Column, gains: &[Gain], (low, high): (f64, f64), baseline: &str
     for (i, gain) in gains.iter().enumerate() {
         let middle = top + ROW * (i as f64 + 0.5);
         let (zero, end) = (axis.at(0.0), axis.at(gain.value));
-        let (kind, words) = if gain.value < 0.0 { ("loss", "loss") } else { ("gain", "gain") };
+        let (kind, words) = match gain.value {
+            v if v < 0.0 => ("loss", "a loss"),
+            v if v > 0.0 => ("gain", "a gain"),
+            _ => ("gain", "no difference"),
+        };
         svg.name(0.0, middle + 4.0, "", 92.0, &gain.model);
-        let title = format!("{} on {task}: {} against {baseline}, a {words}", gain.model, gain.text);
+        let title = format!("{} on {task}: {} against {baseline}, {words}", gain.model, gain.text);
         svg.rect((zero.min(end), middle - 7.0, (end - zero).abs().max(0.5), 14.0), kind, &title);
         if let Some((low, high)) = gain.interval {
             svg.line((axis.at(low), middle), (axis.at(high), middle), "whisker");

@@ -22,8 +22,11 @@ struct Line {
     #[serde(default)]
     tokens: Option<u64>,
     #[serde(default)]
-    eval_loss: Option<BTreeMap<String, f64>>,
+    eval_loss: Option<HeldOut>,
 }
+
+/// Held-out losses by task; none where a loss was not finite, for which JSON has no number.
+type HeldOut = BTreeMap<String, Option<f64>>;
 
 /// The figures of one model.
 struct Course {
@@ -39,7 +42,7 @@ struct Stage {
     steps: u64,
     tokens: u64,
     losses: Vec<(u64, f64)>,
-    held_out: Vec<(u64, BTreeMap<String, f64>)>,
+    held_out: Vec<(u64, HeldOut)>,
 }
 
 impl Course {
@@ -71,7 +74,7 @@ impl Course {
     /// The held-out losses of one task by the model's step.
     fn held_out(&self, task: &str) -> Vec<(u64, f64)> {
         let of = |s: &Stage| -> Vec<(u64, f64)> {
-            s.held_out.iter().filter_map(|(step, map)| Some((s.before + step, *map.get(task)?))).collect()
+            s.held_out.iter().filter_map(|(step, map)| Some((s.before + step, (*map.get(task)?)?))).collect()
         };
         self.stages.iter().flat_map(of).collect()
     }
@@ -132,9 +135,13 @@ pub fn curves(folder: &Path) -> Result<String> {
 }
 
 fn held_out_words(stage: &Stage, task: &str) -> Option<String> {
-    let values: Vec<f64> = stage.held_out.iter().filter_map(|(_, map)| map.get(task).copied()).collect();
+    let values: Vec<Option<f64>> = stage.held_out.iter().filter_map(|(_, map)| map.get(task).copied()).collect();
     let (first, last) = (values.first()?, values.last()?);
-    Some(format!("{task} {first:.4} to {last:.4}"))
+    Some(format!("{task} {} to {}", loss_words(*first), loss_words(*last)))
+}
+
+fn loss_words(loss: Option<f64>) -> String {
+    loss.map_or("not finite".to_owned(), |loss| format!("{loss:.4}"))
 }
 
 const SIZE: (f64, f64) = (336.0, 196.0);
@@ -216,23 +223,26 @@ pub fn forgetting(folder: &Path) -> Result<String> {
     Ok(figure(&pictures, &caption, tables))
 }
 
-/// A task's loss at the end of every stage: stage from 1, loss.
-fn ends(course: &Course, task: &str) -> Vec<(usize, f64)> {
+/// A task's loss at the end of every stage that has one: stage from 1, loss.
+fn ends(course: &Course, task: &str) -> Vec<(usize, Option<f64>)> {
     let last = |s: &Stage| s.held_out.iter().rev().find_map(|(_, map)| map.get(task).copied());
     course.stages.iter().enumerate().filter_map(|(k, s)| Some((k + 1, last(s)?))).collect()
 }
 
 fn stage_tile(course: &Course, colors: &BTreeMap<String, usize>) -> String {
-    let all = colors.keys().flat_map(|task| ends(course, task)).map(|(_, loss)| loss);
+    let finite = |task: &String| -> Vec<(usize, f64)> {
+        ends(course, task).into_iter().filter_map(|(k, loss)| Some((k, loss?))).collect()
+    };
+    let all = colors.keys().flat_map(finite).map(|(_, loss)| loss);
     let (mut svg, _, y) = plot(&course.name, (course.stages.len() as u64, "stages"), all.fold(0.0, f64::max));
     let x = Axis::exact(1.0, course.stages.len() as f64, (PLOT.0 + 8.0, PLOT.2 - 8.0));
     for (task, color) in colors {
-        let points: Vec<(f64, f64)> = ends(course, task).into_iter().map(|(k, l)| (x.at(k as f64), y.at(l))).collect();
+        let points: Vec<(f64, f64)> = finite(task).into_iter().map(|(k, l)| (x.at(k as f64), y.at(l))).collect();
         if points.is_empty() {
             continue;
         }
         svg.curve(&points, &series(*color), task);
-        for ((k, loss), point) in ends(course, task).into_iter().zip(&points) {
+        for ((k, loss), point) in finite(task).into_iter().zip(&points) {
             svg.dot(*point, &series(*color), &format!("{task} after stage {k}: {loss:.4}"));
         }
     }
@@ -248,12 +258,12 @@ fn stage_table(course: &Course, colors: &BTreeMap<String, usize>) -> Table {
     for task in colors.keys() {
         let ends = ends(course, task);
         let Some((_, last)) = ends.last() else { continue };
-        let lowest = ends.iter().map(|(_, loss)| *loss).fold(f64::INFINITY, f64::min);
+        let lowest = ends.iter().filter_map(|(_, loss)| *loss).fold(f64::INFINITY, f64::min);
         let of =
-            |k: usize| ends.iter().find(|(stage, _)| *stage == k).map_or("–".to_owned(), |(_, l)| format!("{l:.4}"));
+            |k: usize| ends.iter().find(|(stage, _)| *stage == k).map_or("–".to_owned(), |(_, l)| loss_words(*l));
+        let forgotten = last.map_or("–".to_owned(), |last| format!("{:.4}", last - lowest));
         let cells = (1..=course.stages.len()).map(of);
-        let row: Vec<String> =
-            [task.clone()].into_iter().chain(cells).chain([format!("{:.4}", last - lowest)]).collect();
+        let row: Vec<String> = [task.clone()].into_iter().chain(cells).chain([forgotten]).collect();
         table.row(&row);
     }
     table

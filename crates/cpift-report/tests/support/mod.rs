@@ -62,6 +62,30 @@ impl Folder {
         self.path(folder)
     }
 
+    /// Gives the rows of a task in outputs.jsonl their losses, as sums and numbers of tokens, and scores.json what they come to.
+    pub fn losses_at(&self, folder: &str, task: &str, losses: &[(f64, u64)]) {
+        let path = self.path(&format!("{folder}/outputs.jsonl"));
+        let with_loss = |line: &str| {
+            let mut line: Value = serde_json::from_str(line).unwrap();
+            if line["task"] == task {
+                let (nll, targets) = losses[line["row"].as_u64().unwrap() as usize - 1];
+                (line["nll"], line["targets"]) = (json!(nll), json!(targets));
+            }
+            format!("{line}\n")
+        };
+        let lines: String = read(&path).lines().map(with_loss).collect();
+        fs::write(path, lines).unwrap();
+        let (nll, tokens) = losses.iter().fold((0.0, 0), |(nll, tokens), (n, t)| (nll + n, tokens + t));
+        let n = losses.iter().filter(|(_, tokens)| *tokens > 0).count();
+        self.edit_at(folder, |scores| {
+            let all = scores["tasks"].as_array_mut().unwrap();
+            let score = all.iter_mut().find(|score| score["task"] == task).unwrap();
+            let value = nll / tokens as f64;
+            score["nll"] = json!({"name": "nll", "value": value, "stderr": 0.1, "n": n});
+            score["also"]["perplexity"] = json!({"name": "perplexity", "value": value.exp(), "stderr": 0.1, "n": n});
+        });
+    }
+
     /// Writes experiments/NAME.json: `more` over the fields that every experiment has. Its path.
     pub fn experiment(&self, name: &str, kind: &str, more: &Value) -> PathBuf {
         let mut value = json!({"format_version": 1, "name": name, "title": format!("The {name} experiment"),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::ops::Range;
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
@@ -48,8 +49,7 @@ impl ChatText {
                 .hint("save it with AutoTokenizer.from_pretrained(dir).save_pretrained(dir)")
                 .into());
         }
-        let mut tokenizer =
-            Tokenizer::from_file(&path).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
+        let mut tokenizer = read_tokenizer(&path)?;
         // As in transformers, truncation and padding left in the file by an earlier training run do not count.
         tokenizer.with_truncation(None).map_err(|e| BadInput::new(&path, format!("cannot be used: {e}")))?;
         tokenizer.with_padding(None);
@@ -193,6 +193,16 @@ impl ChatText {
         }
         Ok(())
     }
+}
+
+/// Parses tokenizer.json.
+fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
+    // Says where the text is no JSON, and bounds its length and depth.
+    json::read::<serde::de::IgnoredAny>(path)?;
+    // On some damaged files the library panics where it could return an error.
+    let read = catch_unwind(|| Tokenizer::from_file(path));
+    let read = read.unwrap_or_else(|_| Err("its parts contradict one another".into()));
+    read.map_err(|e| BadInput::new(path, format!("cannot be read: {e}")).into())
 }
 
 /// `bos_token` and the like; each a string or an object with `content`.

@@ -24,7 +24,7 @@ pub use lora::LoraConfig;
 pub use loss::target_losses;
 pub use pass::{PassConfig, loss_and_gradients};
 pub use run::{Run, Stage, StageReport};
-pub use state::{RUN, States};
+pub use state::{RUN, States, verify_states};
 pub use step::{StepConfig, StepOutcome, Trainer};
 
 /// The file of a run's figures, one JSON object a line.

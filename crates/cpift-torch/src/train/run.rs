@@ -112,14 +112,14 @@ impl Run<'_> {
         mut recorder: Recorder,
         record: impl FnOnce(&mut Recorder, &[StageReport]),
     ) -> Result<Option<Vec<StageReport>>> {
-        if self.args.resume && !common.force && self.states.finished(out)? {
+        if self.args.resume && !common.force() && self.states.finished(out)? {
             info!("{} is finished already", out.display());
             return Ok(None);
         }
         let _held = self.states.hold()?;
         let _steps = Orderly::begin(Work::Steps);
-        let staged = StagedDir::create(out, common.force)?;
-        let reports = self.train(common.force)?;
+        let staged = StagedDir::create(out, common.force())?;
+        let reports = self.train(common.force())?;
         // What was trained is not lost to a signal that comes while it is written.
         let _output = Orderly::begin(Work::Output);
         self.session.save(staged.path(), self.args.save_dtype)?;

@@ -1,9 +1,11 @@
 //! States to resume from: OUT.checkpoints/step-N holds all that the rest of a run depends on, whole or not at all.
 //!
 //! weights/ and moments/ (safetensors, in the dtypes of training), extra/ where adapters train or a mask moves (f32), metrics.jsonl so
-//! far, state.json. The order of the data, the learning
+//! far, state.json with the digests of them all. The order of the data, the learning
 //! rate and the random bits follow from the seed and the step, so that nothing else needs saving. OUT.checkpoints/metrics.jsonl is what
 //! the run at work writes its figures to; it stays where a run fails.
+
+mod file;
 
 use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::MetadataExt;
@@ -16,12 +18,12 @@ use log::warn;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use file::{STATE, StateFile, VERSION};
+
 use super::{METRICS, StageReport};
 use crate::args::TrainingArgs;
 use crate::weights::{self, Parameters};
 
-const VERSION: u32 = 2;
-const STATE: &str = "state.json";
 const WEIGHTS: &str = "weights";
 const MOMENTS: &str = "moments";
 const EXTRA: &str = "extra";
@@ -44,12 +46,22 @@ pub(crate) struct Position {
     pub importance_tokens: usize,
 }
 
-#[derive(Serialize, Deserialize)]
-struct StateFile {
-    format_version: u32,
-    /// What the run was started with.
-    run: Map<String, Value>,
-    position: Position,
+/// Checks the state in `folder`, or all states in it, against the digests that were saved; returns how many there are.
+///
+/// # Errors
+/// [`BadInput`] naming what is damaged, or where there is no state.
+pub fn verify_states(folder: &Path) -> Result<usize> {
+    let folders = match folder.join(STATE).exists() {
+        true => vec![folder.to_owned()],
+        false => list(folder)?.into_iter().map(|(_, state)| state).collect(),
+    };
+    if folders.is_empty() {
+        return Err(BadInput::new(folder, "holds no training state")
+            .expected("OUT.checkpoints, or a step-N in it")
+            .into());
+    }
+    folders.iter().try_for_each(|state| parts(state).map(drop))?;
+    Ok(folders.len())
 }
 
 /// The states of one run.
@@ -110,6 +122,11 @@ impl States {
     /// # Errors
     /// [`BadInput`] when another run is at work in it; I/O errors.
     pub(crate) fn hold(&self) -> Result<Held> {
+        if self.folder.is_symlink() {
+            return Err(BadInput::new(&self.folder, "is a symbolic link, which is not followed for writing")
+                .hint("name the place itself with --out, or mount it there")
+                .into());
+        }
         for _ in 0..100 {
             let parents = NewFolders::make(&self.folder)?;
             let Ok(lock) = File::open(&self.folder) else { continue };
@@ -131,7 +148,7 @@ impl States {
     /// The newest state, checked to be of this very run; none where there is no state. `force` passes over, and removes, states that are
     /// damaged, of another version or of another run.
     pub(crate) fn newest(&self, force: bool) -> Result<Option<Found>> {
-        for (_, folder) in self.list()?.into_iter().rev() {
+        for (_, folder) in list(&self.folder)?.into_iter().rev() {
             match self.read(&folder) {
                 Err(error) if force => {
                     warn!("passing over a state: {error:#}");
@@ -194,7 +211,7 @@ impl States {
     /// # Errors
     /// [`BadInput`] with the way out.
     pub(crate) fn start_afresh(&self, force: bool) -> Result<()> {
-        if !force && !self.list()?.is_empty() {
+        if !force && !list(&self.folder)?.is_empty() {
             return Err(BadInput::new(&self.folder, "holds the states of a run that did not finish")
                 .hint("--resume goes on from the newest; --force starts afresh and removes them")
                 .into());
@@ -223,12 +240,12 @@ impl States {
                 weights::save(tensors, &folder, dtype_of(tensors))?;
             }
             fs::copy(self.metrics(), staged.path().join(METRICS)).context("copying metrics.jsonl")?;
-            let file = StateFile { format_version: VERSION, run: self.run.clone(), position: position.clone() };
+            let file = StateFile::new(staged.path(), self.run.clone(), position.clone())?;
             let path = staged.path().join(STATE);
             fs::write(&path, json::to_text(&file)?).with_context(|| format!("writing {}", path.display()))?;
             staged.commit()?;
         }
-        let states = self.list()?;
+        let states = list(&self.folder)?;
         for (_, old) in states.iter().rev().skip(self.keep) {
             discard(old)?;
         }
@@ -243,7 +260,7 @@ impl States {
     }
 
     fn clear(&self) -> Result<()> {
-        self.list()?.iter().try_for_each(|(_, folder)| discard(folder))?;
+        list(&self.folder)?.iter().try_for_each(|(_, folder)| discard(folder))?;
         // What a killed run left half-written or half-removed.
         for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(".step-") {
@@ -253,24 +270,24 @@ impl States {
         let _ = fs::remove_file(self.metrics());
         Ok(())
     }
+}
 
-    /// Steps and folder of each state, oldest first.
-    fn list(&self) -> Result<Vec<(usize, PathBuf)>> {
-        let entries = match fs::read_dir(&self.folder) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.with_context(|| format!("reading {}", self.folder.display()))?,
-        };
-        let mut states = Vec::new();
-        for entry in entries {
-            let entry = entry.with_context(|| format!("reading {}", self.folder.display()))?;
-            let name = entry.file_name();
-            if let Some(step) = name.to_str().and_then(|n| n.strip_prefix("step-")?.parse().ok()) {
-                states.push((step, entry.path()));
-            }
+/// Steps and folder of each state in `folder`, oldest first.
+fn list(folder: &Path) -> Result<Vec<(usize, PathBuf)>> {
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.with_context(|| format!("reading {}", folder.display()))?,
+    };
+    let mut states = Vec::new();
+    for entry in entries {
+        let entry = entry.with_context(|| format!("reading {}", folder.display()))?;
+        let name = entry.file_name();
+        if let Some(step) = name.to_str().and_then(|n| n.strip_prefix("step-")?.parse().ok()) {
+            states.push((step, entry.path()));
         }
-        states.sort();
-        Ok(states)
     }
+    states.sort();
+    Ok(states)
 }
 
 /// What a state consists of; the figures must be there too.
@@ -278,8 +295,9 @@ fn parts(folder: &Path) -> Result<(StateFile, Checkpoint, Checkpoint, Option<Che
     let path = folder.join(STATE);
     let value: Value = json::read(&path)?;
     json::check_version(&path, "a training state", json::version_of(&value), VERSION)?;
-    let file = serde_json::from_value(value).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
-    cpift_core::files::open(&folder.join(METRICS))?;
+    let file: StateFile =
+        serde_json::from_value(value).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
+    file.verify(folder)?;
     let extra = Some(folder.join(EXTRA)).filter(|path| path.exists());
     let extra = extra.map(|path| Checkpoint::open(&path)).transpose()?;
     Ok((file, Checkpoint::open(&folder.join(WEIGHTS))?, Checkpoint::open(&folder.join(MOMENTS))?, extra))

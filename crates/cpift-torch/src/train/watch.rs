@@ -47,6 +47,8 @@ impl Watch {
         first: usize,
         device: Device,
     ) -> Result<Self> {
+        // What lies there may be another run's, or a link to what is not ours.
+        let _ = fs::remove_file(&path);
         if let Some(earlier) = earlier {
             fs::copy(earlier, &path).with_context(|| format!("copying {}", earlier.display()))?;
         }

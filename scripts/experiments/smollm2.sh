@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# smollm2.sh [EXPERIMENT…]: the experiments (default: reproduce) on SmolLM2-135M-Instruct and the five tasks of DATA. On CUDA at full size,
+# on the CPU at a reduced one. Needs the programs and python3, no Rust.
+#   DATA, MODEL, RUN, BIN, DEVICE=cpu|cuda, SEQ    the data, the model, where to write, the programs, the longest example
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+: "${DATA:?names the folder of the five tasks}"
+MODEL=${MODEL:-.cache/smollm2-135m} RUN=${RUN:-runs/smollm2-suite} BIN=${BIN:-target/release} DEVICE=${DEVICE:-cpu} SEQ=${SEQ:-256}
+[ -f "$MODEL/model.safetensors" ] || scripts/smollm2/fetch.sh "$MODEL"
+mkdir -p "$RUN"
+sed -e "s|@DATA@|$(realpath "$DATA")|; s|@SEQ@|$SEQ|" scripts/smollm2/tasks.toml.in > "$RUN/tasks.toml"
+[ $# -gt 0 ] || set -- reproduce
+small=(); [ "$DEVICE" = cuda ] || small=(--small)
+exec "${PYTHON:-python3}" scripts/experiments/run.py "$@" --suite scripts/experiments/smollm2.toml --base "$MODEL" --tasks "$RUN/tasks.toml" \
+    --run "$RUN" --bin "$BIN" "${small[@]}" ${SEEDS:+--seeds "$SEEDS"}

@@ -1,0 +1,116 @@
+//! scripts/experiments/run.py over the six programs on a tiny model: every method has the same budget, the same seeds give the same
+//! table, and nothing is made twice.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cpift_testkit::model::{write_tasks, write_tiny_model};
+use serde_json::Value;
+
+const SUITE: &str = r#"
+base = "given"
+tasks = "given"
+seeds = 1
+p = 5
+tau = 2
+order = "random"
+own_p = 20
+taus = [0, 2]
+train = ["--batch-size", "1", "--lr", "1e-3", "--device", "cpu"]
+eval = ["--device", "cpu"]
+fisher = ["--save-fisher", "--fisher-batches", "4", "--fisher-batch-size", "1"]
+lora = ["--lr", "1e-2"]
+plus = { rows = 8, p = 20, lr = "1e-4", budget = { probe = 200, backbone = 1600, final = 200 } }
+budget = { probe = 400, backbone = 800, final = 400, fisher = 80, pair = 800 }
+"#;
+/// Probes, backbone and last stage.
+const TOTAL: u64 = 3 * 400 + 800 + 400;
+/// Every run of training ends with the batch that reaches its budget; the longest row has 96 tokens.
+const SLACK: u64 = 8 * 96;
+
+struct Experiment {
+    dir: tempfile::TempDir,
+}
+
+impl Experiment {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny_model(&dir.path().join("base"), 1);
+        let tasks = write_tasks(&dir.path().join("data"));
+        let text = fs::read_to_string(&tasks).unwrap().replace("[[task]]", "[[task]]\nkind = \"any\"");
+        fs::write(&tasks, text).unwrap();
+        fs::write(dir.path().join("suite.toml"), SUITE).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs experiments; the table and what was said on the way.
+    fn run(&self, names: &[&str], run: &str) -> (String, String) {
+        // Test programs lie in target/PROFILE/deps, the programs under test in target/PROFILE.
+        let test = std::env::current_exe().unwrap();
+        let bin = test.parent().and_then(Path::parent).unwrap();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let output = Command::new("python3")
+            .arg(root.join("scripts/experiments/run.py"))
+            .args(names)
+            .args(["--pair", "copy,count", "--suite"])
+            .arg(self.path("suite.toml"))
+            .arg("--base")
+            .arg(self.path("base"))
+            .arg("--tasks")
+            .arg(self.path("data/tasks.toml"))
+            .arg("--run")
+            .arg(self.path(run))
+            .arg("--bin")
+            .arg(bin)
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{said}");
+        (String::from_utf8(output.stdout).unwrap(), said)
+    }
+
+    fn read(&self, name: &str) -> Value {
+        serde_json::from_str(&fs::read_to_string(self.path(name)).unwrap()).unwrap()
+    }
+}
+
+#[test]
+fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
+    let e = Experiment::new();
+    let (table, said) = e.run(&["reproduce", "forgetting"], "a");
+    assert!(said.contains("steps to run"), "{said}");
+    let json = e.read("a/experiments/reproduce.json");
+    let rows = json["rows"].as_array().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    for name in
+        ["base", "full SFT", "multi-stage, random", "multi-stage, by kind", "LoRA", "CPI-FT", "CPI-FT, random masks"]
+    {
+        assert!(names.contains(&name) && table.contains(name), "{name}\n{table}");
+    }
+    for row in rows {
+        let (name, tokens) = (row["name"].as_str().unwrap(), row["tokens"].as_u64().unwrap());
+        let equal = (TOTAL..TOTAL + SLACK).contains(&tokens);
+        assert!(if name == "base" { tokens == 0 } else { equal }, "{name}: {tokens} tokens, expected {TOTAL}");
+    }
+    assert!(e.path("a/report.html").exists() && e.path("a/masks/copy.safetensors").exists());
+
+    // What is there is used again; what is made elsewhere is the same.
+    let (again, said) = e.run(&["reproduce", "forgetting"], "a");
+    assert_eq!(again, table);
+    assert!(!said.contains("steps to run"), "{said}");
+    let (elsewhere, _) = e.run(&["reproduce"], "b");
+    assert!(table.starts_with(elsewhere.trim_end()), "{elsewhere}\n{table}");
+
+    // Another task's rows concern what is made of them, and nothing else.
+    let rows = e.path("data/count/train.jsonl");
+    let text = fs::read_to_string(&rows).unwrap();
+    fs::write(&rows, text.lines().skip(1).map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    let (_, said) = e.run(&["reproduce"], "a");
+    assert!(said.contains("] probe-count-s0-") && !said.contains("] probe-copy-s0-"), "{said}");
+}

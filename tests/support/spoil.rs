@@ -1,0 +1,89 @@
+//! Files with one byte that is not what was written: a reader may refuse or read them, but neither panic, hang nor ask for much memory.
+
+use std::alloc::System;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use cap::Cap;
+
+use crate::Numbers;
+
+/// How often each file is spoilt.
+pub const TIMES: usize = 1_000;
+/// How long a reader may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Where half of the spoilt bytes lie: the header of a large file.
+const BEGINNING: usize = 4 << 10;
+
+/// One reader at a time: the allocator's limit is for all threads.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// A reader's bounds.
+pub struct Spoiler {
+    /// The allocator of the test program.
+    pub allocator: &'static Cap<System>,
+    /// Bytes that the reader may hold for each byte of the file.
+    pub per_byte: usize,
+    /// Bytes that it may hold whatever the file.
+    pub constant: usize,
+}
+
+impl Spoiler {
+    /// Spoils `file` in [`TIMES`] places, one after another, and lets `read`, which says whether all was well, read it; returns how
+    /// often it was. The file is whole again afterwards.
+    ///
+    /// # Panics
+    /// When the reader does, or the unspoilt file is not well; one that takes too long or too much memory ends the program.
+    pub fn each(&self, file: &Path, read: impl Fn() -> bool) -> usize {
+        let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // What tells of a panic takes memory of its own.
+        let (allocator, hook) = (self.allocator, take_hook());
+        set_hook(Box::new(move |info| {
+            let _ = allocator.set_limit(usize::MAX);
+            hook(info);
+        }));
+        let (whole, mut numbers, mut well) = (fs::read(file).unwrap(), Numbers(file.as_os_str().len() as u64), 0);
+        assert!(read(), "{}", file.display());
+        for i in 0..TIMES {
+            let end = if i % 2 == 0 { whole.len() } else { whole.len().min(BEGINNING) };
+            let (at, change) = (numbers.bits() as usize % end, 1 + (numbers.bits() % 255) as u8);
+            let mut bytes = whole.clone();
+            bytes[at] ^= change;
+            fs::write(file, &bytes).unwrap();
+            let place = format!("{}, byte {at} {:#04x} instead of {:#04x}", file.display(), bytes[at], whole[at]);
+            let (start, _watch) = (Instant::now(), Watch::start(&place));
+            self.allocator.set_limit(self.allocator.allocated() + self.constant + self.per_byte * whole.len()).unwrap();
+            let ended = catch_unwind(AssertUnwindSafe(&read));
+            self.allocator.set_limit(usize::MAX).unwrap();
+            assert!(start.elapsed() < PATIENCE, "{place}: {:?}", start.elapsed());
+            well += usize::from(ended.unwrap_or_else(|_| panic!("{place}: the reader panics")));
+        }
+        fs::write(file, whole).unwrap();
+        well
+    }
+}
+
+/// Ends the program when it lives too long.
+struct Watch(std::sync::mpsc::Sender<()>);
+
+impl Watch {
+    fn start(place: &str) -> Self {
+        let ((sender, receiver), place) = (std::sync::mpsc::channel(), place.to_owned());
+        std::thread::spawn(move || {
+            if receiver.recv_timeout(2 * PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("{place}: the reader hangs");
+                std::process::abort();
+            }
+        });
+        Self(sender)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.0.send(());
+    }
+}
