@@ -86,6 +86,7 @@ wait_for "the end of the quiet run" idle "$quiet"
 has "$(scripts/status.py "$quiet")" '^22 done$'
 made=$(make -s --no-print-directory -f scripts/pipeline.mk RUN="$quiet" all)
 [ -z "$made" ] || fail "make would make again: $made"
+has "$(P=2 scripts/status.py "$quiet")" '^mask-code +stale +argument: --percent 1, now --percent 2$'
 ok "the quiet run is at its end, and make has nothing left to do"
 
 # Submitted again, only the rest.
