@@ -4,13 +4,14 @@ stale, missing. What make would do is asked of make; whether an input or an argu
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = {"--threads": 1, "--force": 0, "--resume": 0}  # arguments (and how many values they have) that change no result
+LEFT_OUT = {"--threads": 1, "--force": 0, "--resume": 0, "--if-stale": 0}  # arguments (and how many values they have) that change no result
 
 
 def graph(*more):
@@ -115,6 +116,7 @@ def at_work(run, name, queue):
 
 
 def main():
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     run = Path(os.environ.setdefault("RUN", sys.argv[1] if len(sys.argv) > 1 else ""))
     os.chdir(ROOT)
     if not os.environ["RUN"] or not run.is_dir():
@@ -143,7 +145,7 @@ def main():
         elif name in due and not made:
             state, more = "stale", "older than what it is made of"
         else:
-            state, more = "done", "an input is newer but the same; make would make it again" if name in due else ""
+            state, more = "done", "what it is made of is newer but the same; make would make it again" if name in due else ""
         states[name] = state
         counts[state] = counts.get(state, 0) + 1
         print(f"{name:<24}{state:<10}{more}".rstrip())

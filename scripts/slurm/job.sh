@@ -14,9 +14,16 @@ echo "$(date '+%F %T') $SLURM_JOB_NAME, job $job on $(hostname), start $((${SLUR
 eval "${SETUP:-}"
 export THREADS=${THREADS:-${SLURM_CPUS_PER_TASK:-1}} STAGE_CODE=$RUN/slurm/.code-$SLURM_JOB_ID
 rm -f "$STAGE_CODE"
-make=
+make='' told=''
+# RUNNING where the time limit comes near; in a job that was cancelled, or that Slurm is queueing again by itself, COMPLETING or PENDING.
+state() { scontrol show job -o "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p'; }
 # Before the time limit this shell alone is told; make tells its stage, and the stage its program.
-trap '[ -z "$make" ] || kill -TERM "$make" 2> /dev/null || true' TERM
+# shellcheck disable=SC2317
+stop() {
+    [ -z "$make" ] || kill -TERM "$make" 2> /dev/null || true
+    told=${told:-$(state || true)}
+}
+trap stop TERM
 # shellcheck disable=SC2086
 ${CONTAINER:-} make --no-print-directory -f scripts/pipeline.mk ONLY="${files[*]}" "${files[@]}" &
 make=$!
@@ -30,9 +37,13 @@ if [ "$stage" = 75 ]; then
         echo "the state is saved, but the job has been queued again $SLURM_RESTART_COUNT times (MAX_RESTARTS in $CLUSTER)" >&2
         exit 1
     fi
-    echo "$(date '+%F %T') the state is saved: the job is queued again"
-    # Where Slurm itself is queueing it again there is nothing to ask for.
-    scontrol requeue "$job" || true
+    told=${told:-$(state)}
+    if [ "$told" != RUNNING ]; then
+        echo "$(date '+%F %T') the state is saved (the job is $told)"
+    else
+        echo "$(date '+%F %T') the state is saved: the job is queued again"
+        scontrol requeue "$job"
+    fi
     exit 75
 fi
 echo "$(date '+%F %T') failed: ${files[*]} (see $RUN/logs)" >&2

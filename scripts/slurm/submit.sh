@@ -46,7 +46,7 @@ declare -A owner elements files needs todo names
 stages=()
 plan=$(pipeline GRAPH=1)
 [ -z "${live[*]}" ] || ! grep -q -w changed-settings <<< "$plan" ||
-    stop "the settings have changed and jobs of $RUN with the old ones are queued: scancel ${live[*]}"
+    stop "the settings have changed and jobs of $RUN with the old ones are queued: scancel $(printf '%s\n' "${live[@]%_*}" | sort -un | xargs)"
 declare -A unmade
 while IFS=$'\t' read -r name _; do [ -z "$name" ] || unmade[$name]=1; done <<< "$plan"
 all=$(pipeline -B GRAPH=1)

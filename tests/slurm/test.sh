@@ -71,18 +71,22 @@ said=$(scripts/slurm/submit.sh "$quiet")
 mkdir -p "$rough/probes/logic"
 echo mine > "$rough/probes/logic/notes.txt"
 scripts/slurm/submit.sh "$rough" > /dev/null
+# What is cancelled saves its state and is not queued again.
+wait_for "full-sft at work" steps full-sft full-sft 5
+scancel "$(job_of "$rough" full-sft)"
 wait_for "the end of the failed graph" idle "$rough"
 status=$(scripts/status.py "$rough")
 has "$status" '^probe-logic +failed +exit code 3: error: .*no program of ours made'
 has "$status" '^probe-recall +done'
 has "$status" '^groups +missing +waits for mask-logic'
-has "$status" '^full-sft +done'
+has "$status" '^full-sft +stopped'
 ok "a failing element stopped what depends on it: $(grep '^probe-logic' <<< "$status" | tr -s ' ')"
 
 wait_for "the end of the quiet run" idle "$quiet"
 has "$(scripts/status.py "$quiet")" '^22 done$'
 made=$(make -s --no-print-directory -f scripts/pipeline.mk RUN="$quiet" all)
 [ -z "$made" ] || fail "make would make again: $made"
+has "$(P=2 scripts/status.py "$quiet")" '^mask-code +stale +argument: --percent 1, now --percent 2$'
 ok "the quiet run is at its end, and make has nothing left to do"
 
 # Submitted again, only the rest.
@@ -92,7 +96,8 @@ echo TIME_backbone=1 >> "$CLUSTER"
 said=$(scripts/slurm/submit.sh "$rough")
 echo "$said"
 has "$said" '^probe .* \(logic\)$'
-has "$said" '^full-sft +complete$'
+has "$said" '^full-sft +job'
+has "$said" '^score .* \(base full-sft multi-stage cpi-ft\)'
 
 # Queued again in mid-run.
 wait_for "probe-logic at work" steps probe-logic probes/logic 5
