@@ -52,8 +52,10 @@ pub(super) fn give_name(from: &Path, dest: &Path, force: bool, aside: &Path) -> 
             }
             other => other.map_err(Into::into),
         }
-    } else if from.is_dir() && dest.symlink_metadata().is_ok() {
-        renameat_with(CWD, from, CWD, dest, RenameFlags::EXCHANGE).or_else(|_| {
+    } else if from.is_dir() {
+        // Where nothing, or an empty folder, has the name. Asking first would leave another run time to take it.
+        let swap = |_| renameat_with(CWD, from, CWD, dest, RenameFlags::EXCHANGE);
+        fs::rename(from, dest).or_else(swap).or_else(|_| {
             // The older folder steps aside first.
             fs::rename(dest, aside)?;
             fs::rename(from, dest).inspect_err(|_| drop(fs::rename(aside, dest)))
