@@ -58,15 +58,17 @@ pub(crate) fn listen() -> Result<()> {
         if let Err(error) = heard.thread_unblock() {
             log::warn!("signals are not heard: {error}");
         }
-        let mut warned: Option<Instant> = None;
+        let mut warned: Option<(i32, Instant)> = None;
         for signal in signals.forever() {
-            if is_warning(signal) && warned.is_some_and(|at| at.elapsed() < ECHO) {
+            if warned.is_some_and(|(before, at)| before == signal && at.elapsed() < ECHO) {
                 continue;
             }
             let first = ASKED.load(Ordering::SeqCst) == 0;
             match answer(signal, WORK.load(Ordering::SeqCst), first) {
                 Answer::Wait(what) => {
-                    warned.get_or_insert_with(Instant::now);
+                    if is_warning(signal) {
+                        warned.get_or_insert_with(|| (signal, Instant::now()));
+                    }
                     let _ = ASKED.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
                     log::info!("{}: {what}", name(signal));
                 }
