@@ -83,7 +83,7 @@ impl Experiment {
 #[test]
 fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
     let e = Experiment::new();
-    let (table, said) = e.run(&["reproduce", "forgetting"], "a");
+    let (table, said) = e.run(&["reproduce", "forgetting", "schedules"], "a");
     assert!(said.contains("steps to run"), "{said}");
     let json = e.read("a/experiments/reproduce.json");
     let rows = json["rows"].as_array().unwrap();
@@ -101,7 +101,7 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
     assert!(e.path("a/report.html").exists() && e.path("a/masks/copy.safetensors").exists());
 
     // What is there is used again; what is made elsewhere is the same.
-    let (again, said) = e.run(&["reproduce", "forgetting"], "a");
+    let (again, said) = e.run(&["reproduce", "forgetting", "schedules"], "a");
     assert_eq!(again, table);
     assert!(!said.contains("steps to run"), "{said}");
     let (elsewhere, _) = e.run(&["reproduce"], "b");

@@ -102,7 +102,7 @@ class Gathered(Step):
     """A folder in which the outputs of steps lie under names."""
 
     def __init__(self, store, name, parts):
-        self.store, self.name, self.program, self.parts = store, name, None, parts
+        self.store, self.name, self.program, self.arguments, self.parts = store, name, None, [], parts
         self.key = digest(json.dumps({n: step.key for n, step in parts.items()}))
         self.path = store.folder / f"{name}-{self.key}"
 
