@@ -124,6 +124,7 @@ PAIRED = {"full SFT": "full-sft", "core frozen": "freeze", "CPI-FT": "cpi-ft", "
 
 def reproduce(s):
     methods = BASELINES | CPI_FT | CONTROLS | AFTER | OURS
+    methods = {name: methods[name] for name in s.suite.get("methods", methods)}
     return Table("Methods at one budget", "Does CPI-FT beat full and multi-stage SFT that see as many tokens?",
                  rows(s.labs(), methods), "full SFT")
 
