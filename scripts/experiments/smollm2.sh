@@ -8,7 +8,9 @@ cd "$(dirname "$0")/../.."
 MODEL=${MODEL:-.cache/smollm2-135m} RUN=${RUN:-runs/smollm2-suite} BIN=${BIN:-target/release} DEVICE=${DEVICE:-cpu} SEQ=${SEQ:-256}
 [ -f "$MODEL/model.safetensors" ] || scripts/smollm2/fetch.sh "$MODEL"
 mkdir -p "$RUN"
-sed -e "s|@DATA@|$(realpath "$DATA")|; s|@SEQ@|$SEQ|" scripts/smollm2/tasks.toml.in > "$RUN/tasks.toml"
+# Here code is scored as well. The rows do not say their language; most are Python.
+code='metric = "codebleu"\nlanguage = "python"\nmax_new_tokens = 128'
+sed -e "s|@DATA@|$(realpath "$DATA")|; s|@SEQ@|$SEQ|; /^name = \"codealpaca\"/a $code" scripts/smollm2/tasks.toml.in > "$RUN/tasks.toml"
 [ $# -gt 0 ] || set -- reproduce
 small=(); [ "$DEVICE" = cuda ] || small=(--small)
 exec "${PYTHON:-python3}" scripts/experiments/run.py "$@" --suite scripts/experiments/smollm2.toml --base "$MODEL" --tasks "$RUN/tasks.toml" \
