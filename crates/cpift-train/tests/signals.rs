@@ -112,7 +112,7 @@ fn one_warning_that_comes_from_several_sides_is_one() {
         u64::from_str_radix(blocked.trim(), 16).unwrap() & (1 << (Signal::TERM.as_raw() - 1)) == 0
     });
     assert_eq!(hears.count(), 1);
-    let (status, said) = end(child, &[Signal::TERM, Signal::USR1, Signal::TERM]);
+    let (status, said) = end(child, &[Signal::TERM; 3]);
     assert_eq!(status.code(), Some(75), "{said}");
     assert_eq!(said.matches("saving and stopping after this step").count(), 1, "{said}");
 }
