@@ -26,7 +26,7 @@ browse() {
     ! grep ':CONSOLE' "$work/$name.log" >&2 || fail "the page says something on the console"
     [ -s "$work/$name.net" ] || fail "the browser wrote no list of requests"
     # No name is resolved, so nothing leaves this machine; what the browser asks of its maker is not the page's.
-    local others='"url":"(file|data|chrome|about|devtools):|"url":"https?://(accounts|clients2|www)[.]google[.]com/'
+    local others='"url":"(file|data|chrome|about|devtools):|"url":"https?://((accounts|www|([a-z]+[.])*clients[0-9]*)[.]google|(update|optimizationguide-pa)[.]googleapis)[.]com/'
     if grep -oE '"url":"[a-z-]+:[^"]*"' "$work/$name.net" | grep -vE "$others" | sort -u | grep . >&2; then
         fail "the page asked for something beyond itself"
     fi
