@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use cpift_testkit::chain::programs;
 use cpift_testkit::model::{write_tasks, write_tiny_model};
 use serde_json::Value;
 
@@ -50,9 +51,7 @@ impl Experiment {
 
     /// Runs experiments; the table and what was said on the way.
     fn run(&self, names: &[&str], run: &str) -> (String, String) {
-        // Test programs lie in target/PROFILE/deps, the programs under test in target/PROFILE.
-        let test = std::env::current_exe().unwrap();
-        let bin = test.parent().and_then(Path::parent).unwrap();
+        let bin = programs();
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let output = Command::new("python3")
             .arg(root.join("scripts/experiments/run.py"))

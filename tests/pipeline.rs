@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::SystemTime;
 
 use cpift_core::mask::{Mask, bit, count_ones};
+use cpift_testkit::chain::programs;
 use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
 use cpift_testkit::{Tensors, read_checkpoint};
 use serde_json::Value;
@@ -32,15 +33,13 @@ impl Pipeline {
 
     /// Runs make and returns what it printed: the name of every artifact it made.
     fn make(&self, run: &str) -> Vec<String> {
-        // Test programs lie in target/PROFILE/deps, the programs under test in target/PROFILE.
-        let test = std::env::current_exe().unwrap();
-        let bin = test.parent().and_then(Path::parent).unwrap();
+        let bin = programs();
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
         let output = Command::new("make")
             .current_dir(root)
             .args(["--no-print-directory", "-j2", "-f", "scripts/pipeline.mk", "all"])
-            .args([variable("BIN", bin), variable("BASE", &self.path("base")), variable("RUN", &self.path(run))])
+            .args([variable("BIN", &bin), variable("BASE", &self.path("base")), variable("RUN", &self.path(run))])
             .arg(variable("TASKS", &self.path("data/tasks.toml")))
             .args(["PROBE_TOKENS=600", "BACKBONE_TOKENS=600", "FINAL_TOKENS=1200", "P=5", "ORDER=overlap"])
             // Over 1: every task is a group of its own, so that two stages have something to freeze.

@@ -131,13 +131,18 @@ impl Chain {
     }
 }
 
-/// A program of the workspace: test programs lie in target/PROFILE/deps, the programs under test in target/PROFILE.
+/// Where the programs of the workspace are: test programs lie in target/PROFILE/deps, the programs under test in target/PROFILE.
 ///
 /// # Panics
 /// When the test program does not know where it lies.
-pub fn program(name: &str) -> PathBuf {
+pub fn programs() -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    test.parent().and_then(Path::parent).unwrap().join(name)
+    test.parent().and_then(Path::parent).unwrap().to_owned()
+}
+
+/// A program of the workspace.
+pub fn program(name: &str) -> PathBuf {
+    programs().join(name)
 }
 
 /// All files below `folder` with their bytes, in order.

@@ -10,7 +10,7 @@ use log::info;
 use tch::{Kind, Tensor, no_grad};
 
 use super::batches::join;
-use super::pass::{PassConfig, loss_and_gradients};
+use super::pass::{Forward, PassConfig, Units};
 use crate::data::{Example, FeedConfig, Feeder};
 use crate::session::Session;
 use crate::weights::{self, Parameters};
@@ -43,15 +43,18 @@ pub fn squared_gradients(
     let mut sums: Parameters = session.parameters.iter().map(zero).collect();
     let feed = FeedConfig { batch_size: config.batch_size, grad_accum: 1, row: None };
     let (mut feeder, mut tokens) = (Feeder::new(examples, feed, config.seed), 0);
+    let units = Units::new(&session.model, &session.parameters, true);
     for _ in 0..config.batches {
         let batch = join(examples, &feeder.next_step().concat()).to_device(session.model.device());
-        let (_, gradients) = loss_and_gradients(&session.model, &session.parameters, &batch, pass)?;
-        no_grad(|| {
-            for (name, gradient) in gradients {
-                let sum = sums.get_mut(&name).expect("a gradient of a parameter");
-                let _ = sum.g_add_(&gradient.to_kind(Kind::Float).square());
+        let scale = 1.0 / batch.targets() as f64;
+        // Gradients of one unit exist at a time.
+        Forward::run(&session.model, &units, &batch, scale, pass).backward(|places, gradients| {
+            for (&i, gradient) in places.iter().zip(gradients) {
+                let sum = sums.get_mut(&units.list[i].0).expect("a gradient of a parameter");
+                let _ = no_grad(|| sum.g_add_(&gradient.to_kind(Kind::Float).square()));
             }
-        });
+            Ok(())
+        })?;
         tokens += batch.tokens();
     }
     Ok((sums, tokens))
