@@ -1,7 +1,7 @@
 //! Many questions: so many at a time, each with its retries, every reply handed over as it comes.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -56,7 +56,8 @@ pub fn ask_all(
         Arc::new(Queue { questions, next: AtomicUsize::new(0), stopped: Mutex::new(false), wake: Condvar::new() });
     // However this function ends, the threads end with it.
     let _stop = StopOnDrop(Arc::clone(&queue));
-    let (sender, outcomes) = channel();
+    // Handed over, not queued: no thread asks more than one question beyond an outcome that ends the run.
+    let (sender, outcomes) = sync_channel(0);
     for _ in 0..limits.concurrency.min(queue.questions.len()) {
         let (endpoint, queue, sender) = (Arc::clone(endpoint), Arc::clone(&queue), sender.clone());
         thread::spawn(move || queue.work(&endpoint, limits.retries, &sender));
@@ -102,7 +103,7 @@ impl Drop for StopOnDrop {
 
 impl Queue {
     /// Takes question after question until there are none, or nobody wants the outcome.
-    fn work(&self, endpoint: &Endpoint, retries: u32, outcomes: &Sender<(usize, Result<Reply, Failure>)>) {
+    fn work(&self, endpoint: &Endpoint, retries: u32, outcomes: &SyncSender<(usize, Result<Reply, Failure>)>) {
         while !self.stopped_within(Duration::ZERO) {
             let i = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(question) = self.questions.get(i) else { return };

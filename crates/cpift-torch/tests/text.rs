@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use cpift_core::tasks::Format;
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
 use cpift_torch::data::{Layout, Message, Overlong, encode_rows, read_rows};
+use cpift_torch::session::Described;
 use cpift_torch::text::{ChatTemplate, ChatText, SpecialTokens};
 use serde_json::{Value, json};
 
@@ -147,4 +148,21 @@ fn a_model_without_a_template_takes_the_one_named_and_saves_it() {
     text.save(&out).unwrap();
     let again = ChatText::open(&out, None).unwrap();
     assert_eq!(again.render(&[message], false).unwrap(), "<|im_start|>user\nhi<|im_end|>\n");
+}
+
+#[test]
+fn a_tokenizer_that_the_library_would_panic_on_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = write_tiny_model(dir.path(), 1);
+    let path = model.join("tokenizer.json");
+    let whole = std::fs::read_to_string(&path).unwrap();
+    let mut contradictory: Value = serde_json::from_str(&whole).unwrap();
+    contradictory["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"});
+    let no_json = whole.replacen("\"decoder\":{", "\"decoder\":z", 1);
+    assert_ne!(no_json, whole);
+    for text in [contradictory.to_string(), no_json] {
+        std::fs::write(&path, text).unwrap();
+        let message = Described::open(&model, None).map(drop).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.json: cannot be read"), "{message}");
+    }
 }
