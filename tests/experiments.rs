@@ -49,11 +49,11 @@ impl Experiment {
         self.dir.path().join(name)
     }
 
-    /// Runs experiments; the table and what was said on the way.
-    fn run(&self, names: &[&str], run: &str) -> (String, String) {
+    fn command(&self, names: &[&str], run: &str) -> Command {
         let bin = programs();
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let output = Command::new("python3")
+        let mut command = Command::new("python3");
+        command
             .arg(root.join("scripts/experiments/run.py"))
             .args(names)
             .args(["--pair", "copy,count", "--suite"])
@@ -66,9 +66,13 @@ impl Experiment {
             .arg(self.path(run))
             .arg("--bin")
             .arg(bin)
-            .env("PYTHONDONTWRITEBYTECODE", "1")
-            .output()
-            .unwrap();
+            .env("PYTHONDONTWRITEBYTECODE", "1");
+        command
+    }
+
+    /// Runs experiments; the table and what was said on the way.
+    fn run(&self, names: &[&str], run: &str) -> (String, String) {
+        let output = self.command(names, run).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.success(), "{said}");
         (String::from_utf8(output.stdout).unwrap(), said)
@@ -112,4 +116,26 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
     fs::write(&rows, text.lines().skip(1).map(|line| format!("{line}\n")).collect::<String>()).unwrap();
     let (_, said) = e.run(&["reproduce"], "a");
     assert!(said.contains("] probe-count-s0-") && !said.contains("] probe-copy-s0-"), "{said}");
+}
+
+#[test]
+fn what_cannot_be_used_is_named_and_nothing_is_begun() {
+    let e = Experiment::new();
+    let refused = |more: &[&str], parts: &[&str]| {
+        let output = e.command(&["forgetting"], "c").args(more).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{more:?}: {said}");
+        assert!(parts.iter().all(|part| said.contains(part)) && !said.contains("Traceback"), "{more:?}: {said}");
+        assert!(!e.path("c").exists());
+    };
+    refused(&["--pair", "copy"], &["--pair copy", "copy, count, pick"]);
+    refused(&["--pair", "copy,other"], &["--pair copy,other"]);
+    refused(&["--bin", "/nowhere"], &["/nowhere/cpift-probe", "make build"]);
+    refused(&["--base", "/nowhere"], &["/nowhere: no such file"]);
+    refused(&["--small"], &["suite.toml", "[small]"]);
+    refused(&["--suite", "/nowhere.toml"], &["/nowhere.toml: no such file"]);
+    fs::write(e.path("suite.toml"), "p = 1").unwrap();
+    refused(&[], &["suite.toml: lacks seeds, tau"]);
+    fs::write(e.path("suite.toml"), "p = ").unwrap();
+    refused(&[], &["suite.toml: cannot be read as TOML"]);
 }

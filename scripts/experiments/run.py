@@ -56,13 +56,35 @@ def report(args):
     print(f"report: {args.run / 'report.html'}", file=sys.stderr)
 
 
+class BadInput(Exception):
+    """What was given cannot be used; the message names it."""
+
+
+NEEDED = "seeds p tau order own_p taus train eval fisher lora plus budget".split()
+
+
 def read_suite(args):
     """The suite, and its tasks."""
-    suite = tomllib.loads(args.suite.read_text(encoding="utf-8"))
-    if args.small:
-        suite |= suite["small"]
-    suite["base"] = Source(args.base or ROOT / suite["base"])
-    return suite, TaskList(args.tasks or ROOT / suite["dev" if args.dev else "tasks"])
+    try:
+        suite = tomllib.loads(args.suite.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{args.suite}: cannot be read as TOML: {error}") from error
+    if args.small and "small" not in suite:
+        raise BadInput(f"{args.suite}: has no [small] for --small")
+    suite |= suite["small"] if args.small else {}
+    given = {"base": args.base, "dev" if args.dev else "tasks": args.tasks}
+    if missing := [key for key in NEEDED if key not in suite] + [key for key, path in given.items() if not path and key not in suite]:
+        raise BadInput(f"{args.suite}: lacks {', '.join(missing)}")
+    base, tasks = (path or ROOT / suite[key] for key, path in given.items())
+    for program in ("probe", "mask", "group", "merge", "train", "eval"):
+        if not (args.bin / f"cpift-{program}").is_file():
+            raise BadInput(f"{args.bin / f'cpift-{program}'}: no such program; hint: make build, or name the folder with --bin")
+    suite["base"], tasks = Source(base), TaskList(tasks)
+    for pair in args.pair or []:
+        names = pair.split(",")
+        if len(set(names)) != 2 or not set(names) <= set(tasks.names):
+            raise BadInput(f"--pair {pair}: expected two of {', '.join(tasks.names)}, as A,B")
+    return suite, tasks
 
 
 def show_in_report(lab, table, run):
@@ -95,8 +117,10 @@ def main():
         experiment = experiments.ALL[name](setting)
         store.make(experiment.steps())
         file = folder / f"{name}.json"
-        file.write_text(json.dumps(experiment.json(name, lambda step: relative(step, args.run)), indent=1, ensure_ascii=False) + "\n",
-                        encoding="utf-8")
+        text = json.dumps(experiment.json(name, lambda step: relative(step, args.run)), indent=1, ensure_ascii=False)
+        part = folder / f".{name}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.rename(file)
         show(args, file)
         if name == "reproduce":
             show_in_report(setting.labs()[0], experiment, args.run)
@@ -108,3 +132,7 @@ if __name__ == "__main__":
         main()
     except Failed as error:
         sys.exit(f"experiments: {error}")
+    except (BadInput, FileNotFoundError) as error:
+        what = f"{error.filename}: no such file or folder" if isinstance(error, FileNotFoundError) else error
+        print(f"experiments: {what}", file=sys.stderr)
+        sys.exit(3)
