@@ -12,9 +12,11 @@ state() { printf '%s\n' "$*" > "$path.state.$$" && mv "$path.state.$$" "$path.st
 echo "$name"
 # What an interrupted or failed attempt said is kept.
 [ "$(cat "$path.state" 2> /dev/null)" = "exit 0" ] || [ ! -e "$path.log" ] || mv -f "$path.log" "$path.before.log"
+child='' told=''
+trap 'told=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM INT
 "$@" > "$path.log" 2>&1 &
 child=$!
-trap 'kill -TERM "$child" 2> /dev/null' TERM INT
+[ -z "$told" ] || kill -TERM "$child"
 state running "$(hostname)" "$child" "${SLURM_JOB_ID:--}"
 # `wait` also returns when a signal has been passed on; of a child that has ended it gives the code again.
 while kill -0 "$child" 2> /dev/null; do wait "$child"; done

@@ -15,7 +15,8 @@ eval "${SETUP:-}"
 export THREADS=${THREADS:-${SLURM_CPUS_PER_TASK:-1}} STAGE_CODE=$RUN/slurm/.code-$SLURM_JOB_ID
 rm -f "$STAGE_CODE"
 make='' told=''
-# RUNNING where the time limit comes near; in a job that was cancelled, or that Slurm is queueing again by itself, COMPLETING or PENDING.
+# RUNNING, or SIGNALING while the warning is still on its way, where the time limit comes near; in a job that was cancelled, or that Slurm
+# is queueing again by itself, COMPLETING or PENDING.
 state() { scontrol show job -o "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p'; }
 # Before the time limit this shell alone is told; make tells its stage, and the stage its program.
 # shellcheck disable=SC2317
@@ -32,13 +33,15 @@ code=0; wait "$make" || code=$?
 stage=$(cat "$STAGE_CODE" 2> /dev/null || true)
 rm -f "$STAGE_CODE"
 [ "$code" != 0 ] || exit 0
+# Told before make had begun a stage, or before its program listened: nothing is lost, and nothing has failed.
+[ -z "$told" ] || case $stage in '' | 143) stage=75 ;; esac
 if [ "$stage" = 75 ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
         echo "the state is saved, but the job has been queued again $SLURM_RESTART_COUNT times (MAX_RESTARTS in $CLUSTER)" >&2
         exit 1
     fi
     told=${told:-$(state)}
-    if [ "$told" != RUNNING ]; then
+    if [ "$told" != RUNNING ] && [ "$told" != SIGNALING ]; then
         echo "$(date '+%F %T') the state is saved (the job is $told)"
     else
         echo "$(date '+%F %T') the state is saved: the job is queued again"

@@ -25,8 +25,8 @@ start)
     sed -e "s|@DIR@|$dir|g; s|@HOST@|$(hostname -s)|g" "$here/slurm.conf.in" > "$SLURM_CONF"
     slurmctld -f "$SLURM_CONF"
     slurmd -N n1 -f "$SLURM_CONF"
-    for _ in {1..300}; do
-        [[ "$(sinfo -h -N -o %T 2> /dev/null)" != idle ]] || exit 0
+    until [ "$SECONDS" -gt 120 ]; do
+        [[ "$(timeout 10 sinfo -h -N -o %T 2> /dev/null)" != idle ]] || exit 0
         sleep 0.1
     done
     echo "cluster: the node does not come up" >&2

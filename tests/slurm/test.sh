@@ -18,7 +18,7 @@ finish() {
 }
 trap finish EXIT
 trap 'exit 130' INT TERM
-printf '%s\n' TIME=30 CPUS=1 GPUS=0 WARN=55 MAX_RESTARTS=5 > "$CLUSTER"
+printf '%s\n' TIME=30 CPUS=1 GPUS=0 WARN=15 MAX_RESTARTS=5 > "$CLUSTER"
 quiet=$dir/quiet rough=$dir/rough
 begin=$SECONDS
 
@@ -53,6 +53,8 @@ resumed() {
     has "$(cat "$rough/logs/$1.log")" "going on|resum"
 }
 
+tests/slurm/warned.sh || exit 1
+ok "a job that is warned at any moment is queued again"
 tests/slurm/cluster.sh start "$dir"
 ok "the cluster is up"
 
@@ -91,7 +93,7 @@ ok "the quiet run is at its end, and make has nothing left to do"
 
 # Submitted again, only the rest.
 rm -r "$rough/probes/logic"
-# One minute is Slurm's shortest limit; the warning comes in the first half of it.
+# One minute is Slurm's shortest limit. Slurm looks at limits every 30 s and warns at the last look in time: 15 to 45 s after the start.
 echo TIME_backbone=1 >> "$CLUSTER"
 said=$(scripts/slurm/submit.sh "$rough")
 echo "$said"
@@ -127,8 +129,9 @@ job=$(job_of "$rough" cpi-ft)
 pid=$(program cpi-ft)
 kill -STOP "$pid"
 kill -KILL "$(cat "$dir/slurmd-n1.pid")"
+# Parents first: one whose child dies would end by itself.
 dead=()
-until [[ "$(cat "/proc/$pid/comm")" == slurmstepd* ]]; do dead+=("$pid"); pid=$(awk '$1 == "PPid:" { print $2 }' "/proc/$pid/status"); done
+until [[ "$(cat "/proc/$pid/comm")" == slurmstepd* ]]; do dead=("$pid" "${dead[@]}"); pid=$(awk '$1 == "PPid:" { print $2 }' "/proc/$pid/status"); done
 kill -KILL "$pid" "${dead[@]}"
 wait_for "the news of a dead cpi-ft" is cpi-ft failed
 wait_for "the loss of the node" lost

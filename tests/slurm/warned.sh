@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# A warning before the time limit at any moment of a job, from its first instants on, leaves it queued again and nothing at work. Of Slurm
+# there is only an scontrol that says what it is asked.
+set -euo pipefail
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+cat > "$dir/scontrol" << 'E2'
+#!/bin/sh
+case $1 in show) echo "JobId=1 JobName=x JobState=RUNNING Reason=None" ;; *) echo "$@" >> "${0%/*}/asked" ;; esac
+E2
+chmod +x "$dir/scontrol"
+echo MAX_RESTARTS=5 > "$dir/cluster.env"
+export RUN=$dir/run CLUSTER=$dir/cluster.env SLURM_SUBMIT_DIR=$PWD SLURM_JOB_ID=1 SLURM_JOB_NAME=probe PATH=$dir:$PATH
+export PROBE_TOKENS=10000000
+# The settings of the run, as submit.sh leaves them.
+make -s --no-print-directory -f scripts/pipeline.mk -n all > /dev/null
+mkdir -p "$RUN/slurm"
+for delay in 0.03 0.06 0.1 0.2 0.4 0.8 1.6 3; do
+    rm -f "$dir/asked"
+    code=0
+    bash scripts/slurm/job.sh "$RUN/probes/logic/cpift.json" > "$dir/said" 2>&1 &
+    job=$!
+    sleep "$delay"
+    kill -TERM "$job"
+    wait "$job" || code=$?
+    asked=$(cat "$dir/asked" 2> /dev/null || true)
+    if [ "$code" != 75 ] || [ "$asked" != "requeue 1" ] || pgrep -f "cpift-probe .*$dir" > /dev/null; then
+        echo "test-slurm: FAILED: warned after $delay s: exit code $code, scontrol was asked: ${asked:-nothing}" >&2
+        cat "$dir/said" >&2
+        exit 1
+    fi
+done
