@@ -181,6 +181,24 @@ fn a_damaged_parquet_file_is_an_error_or_other_text_but_no_panic() {
 }
 
 #[test]
+fn a_parquet_file_is_not_believed_to_be_larger_than_it_is() {
+    let refused = |bytes: Vec<u8>, part: &str| {
+        let error = read("d.parquet", bytes, Format::Auto).unwrap_err();
+        assert!(exit_code(&error) == 3 && format!("{error:#}").contains(part), "{error:#}");
+    };
+    // Metadata of a version and, in a field that nobody knows, 2,147,483,647 booleans: the library would count them.
+    let metadata = [0x15, 2, 0xb9, 0xf1, 0xff, 0xff, 0xff, 0xff, 7, 0];
+    let length = (metadata.len() as u32).to_le_bytes();
+    refused([b"PAR1", &metadata[..], &length, b"PAR1"].concat(), "its metadata does not end");
+    // The header of the first page, whose uncompressed size is its second field: then negative.
+    let mut bytes = fs::read(golden("zstd.parquet")).unwrap();
+    assert_eq!(bytes[4..11], [0x15, 4, 0x15, 0xdc, 1, 0x15, 0xee]);
+    bytes[8] = 0x7d;
+    bytes[7] = 0xdd;
+    refused(bytes, "a page without a size");
+}
+
+#[test]
 fn files_that_cannot_be_read_are_refused() {
     let whole = fs::read(golden("zstd.parquet")).unwrap();
     let mut wrong_codec = whole.clone();

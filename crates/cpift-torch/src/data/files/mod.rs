@@ -2,6 +2,7 @@
 
 mod json;
 mod parquet;
+mod thrift;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -7,10 +7,12 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use cpift_core::{BadInput, files};
+use parquet::file::metadata::ParquetMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
 use super::Fields;
+use super::thrift::walk;
 use crate::data::place::Place;
 
 /// Reads all row groups. Uncompressed, Snappy and Zstandard pages are known; others are errors that name the codec.
@@ -20,7 +22,12 @@ pub fn read(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
 }
 
 fn read_groups(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
+    let bytes = files::map(file)?;
+    if metadata(&bytes).is_some_and(|metadata| walk(metadata).is_none()) {
+        return Err(broken(file, "its metadata does not end where it should").into());
+    }
     let reader = SerializedFileReader::new(files::open(file)?).map_err(|e| broken(file, e))?;
+    check_sizes(&bytes, reader.metadata()).map_err(|problem| broken(file, problem))?;
     let mut rows = Vec::new();
     for row in reader.get_row_iter(None).map_err(|e| broken(file, e))? {
         let place = Place { file: file.clone(), row: rows.len() + 1 };
@@ -30,6 +37,43 @@ fn read_groups(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
         }
     }
     Ok(rows)
+}
+
+/// What lies between the last page and the eight bytes at the end, which are its length and a mark.
+fn metadata(bytes: &[u8]) -> Option<&[u8]> {
+    let (before, end) = bytes.split_last_chunk::<8>()?;
+    let length = u32::from_le_bytes([end[0], end[1], end[2], end[3]]) as usize;
+    before.get(before.len().checked_sub(length)?..)
+}
+
+/// Ids of two fields of a page's header.
+const UNCOMPRESSED_SIZE: i64 = 2;
+const COMPRESSED_SIZE: i64 = 3;
+/// The most that a page may grow, beside a constant: the library takes memory for as much as its header says.
+const GROWTH: i64 = 1024;
+const PAGE: i64 = 1 << 20;
+
+/// Refuses headers of pages that the library would not come to the end of, pages that claim to grow beyond reason, and more rows than
+/// bytes.
+fn check_sizes(bytes: &[u8], metadata: &ParquetMetaData) -> Result<(), &'static str> {
+    if metadata.file_metadata().num_rows() > bytes.len() as i64 {
+        return Err("it claims to have more rows than bytes");
+    }
+    for column in metadata.row_groups().iter().flat_map(|group| group.columns()) {
+        let (start, length) = column.byte_range();
+        let end = start.checked_add(length).ok_or("a column without an end")?;
+        let mut pages = bytes.get(start as usize..end as usize).ok_or("a column that lies outside of it")?;
+        while !pages.is_empty() {
+            let header = walk(pages).ok_or("the header of a page that does not end where it should")?;
+            let size = |id| header.integer(id).filter(|size| *size >= 0).ok_or("a page without a size");
+            let (compressed, uncompressed) = (size(COMPRESSED_SIZE)?, size(UNCOMPRESSED_SIZE)?);
+            if uncompressed > compressed.saturating_mul(GROWTH).saturating_add(PAGE) {
+                return Err("a page that claims to grow more than a thousandfold");
+            }
+            pages = pages.get(header.length + compressed as usize..).ok_or("a page that lies outside of its column")?;
+        }
+    }
+    Ok(())
 }
 
 fn broken(file: &Path, error: impl Display) -> BadInput {
