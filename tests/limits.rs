@@ -15,7 +15,8 @@ fn limited(chain: &Chain, link: &Link, limit: &str) -> Run {
     let inner = chain.command(link);
     let mut command = Command::new("bash");
     command
-        .args(["-c", &format!("ulimit {limit} && exec \"$0\" \"$@\"")])
+        // Not as the shell itself, so that a signal becomes an exit code.
+        .args(["-c", &format!("ulimit -c 0 {limit} && \"$0\" \"$@\"; exit $?")])
         .arg(inner.get_program())
         .args(inner.get_args());
     command.current_dir(chain.root());
@@ -86,5 +87,44 @@ fn out_of_memory() {
         ran.says(&["error: out of memory", "model.safetensors: cannot be mapped", "hint: a memory limit is reached"]);
         expect_entries(&chain.path("limited"), &[]);
         limited(&chain, &link, "-v 2000000").ok();
+    }
+}
+
+#[test]
+fn out_of_memory_in_libtorch() {
+    let chain = Chain::default();
+    chain.run_all();
+    for name in ["probe copy", "train", "eval"] {
+        let (link, mut told, mut succeeded) = (into_limited(name), 0, 0);
+        let version = Link { args: vec!["--version".into()], ..link.clone() };
+        // Up to enough, three times over: what it takes is not the same in each run.
+        for kib in (300_000..4_000_000).step_by(30_000) {
+            let limit = format!("-v {kib}");
+            // Too little to load libtorch.
+            if limited(&chain, &version, &limit).code != 0 {
+                continue;
+            }
+            let ran = limited(&chain, &link, &limit);
+            if ran.code == 0 {
+                succeeded += 1;
+                if succeeded == 3 {
+                    break;
+                }
+                continue;
+            }
+            assert!(
+                ran.code == 1 && ran.stderr.contains("error: "),
+                "{name} with {kib} KiB: {}\n{}",
+                ran.code,
+                ran.stderr
+            );
+            let known = ["error: out of memory", "os error 12"];
+            assert!(known.iter().any(|part| ran.stderr.contains(part)), "{name} with {kib} KiB: {}", ran.stderr);
+            let left = chain.path("limited").read_dir().unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+            let left: Vec<String> = left.filter(|name| !name.ends_with(".checkpoints")).collect();
+            assert!(left.is_empty(), "{name} with {kib} KiB: {left:?}");
+            told += 1;
+        }
+        assert!(told > 0 && succeeded == 3, "{name}: {told} times told, {succeeded} times enough");
     }
 }

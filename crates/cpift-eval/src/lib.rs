@@ -11,6 +11,7 @@ pub use args::{Args, Command, RunArgs};
 pub use metrics::{flexible_extract, normalise, strict_match};
 
 use anyhow::Result;
+use cpift_torch::oom;
 
 /// Runs the stage.
 ///
@@ -19,7 +20,10 @@ use anyhow::Result;
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
-        Command::Run(run_args) => run::run(&run_args, &args.common),
+        Command::Run(run_args) => oom::explain(
+            || "  hint: a smaller --batch-size takes less".to_owned(),
+            || run::run(&run_args, &args.common),
+        ),
         Command::Judge(judge_args) => cpift_judge::run(env!("CARGO_PKG_NAME"), &judge_args, &args.common),
         Command::Compare(compare_args) => cpift_report::compare(&compare_args, &args.common),
         Command::Experiment(experiment_args) => cpift_report::experiment(&experiment_args, &args.common),

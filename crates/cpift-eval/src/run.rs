@@ -15,6 +15,7 @@ use cpift_core::stale::Expected;
 use cpift_core::tasks::{Task, TaskMetric, Tasks};
 use cpift_judge::verdicts;
 use cpift_torch::data::Row;
+use cpift_torch::memory;
 use cpift_torch::score::ExampleLoss;
 use cpift_torch::session::{Described, Session};
 use log::{info, warn};
@@ -42,6 +43,13 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     check_output(&args.out, common.force())?;
     let list = Tasks::read(&args.tasks)?;
     let device = args.device.open(common.threads)?;
+    if !device.is_cuda() {
+        let files = fs::read_dir(&args.model).into_iter().flatten().flatten();
+        let weights = files.filter(|file| file.path().extension().is_some_and(|end| end == "safetensors"));
+        let bytes: u64 = weights.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum();
+        // Mapped, and in memory.
+        memory::check_address_space(2 * bytes)?;
+    }
     let plans = TaskPlan::read(args, &list, &Described::open(&args.model, list.template()?)?)?;
     let session = Session::for_inference(&args.model, list.template()?, device, args.kind(device))?;
     recorder.input("model", &args.model, session.digest.clone());

@@ -89,7 +89,11 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match (&args.base, &args.out) {
         (Some(base), Some(out)) => {
-            oom::explain(|| memory::of_failed_run(base, &args.tasks, &args.training, 0), || probe(&args, base, out))
+            let work = || {
+                memory::check_run(base, &args.tasks, &args.training)?;
+                probe(&args, base, out)
+            };
+            oom::explain(|| memory::of_failed_run(base, &args.tasks, &args.training, 0), work)
         }
         _ => list(&args),
     }

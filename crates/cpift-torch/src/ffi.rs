@@ -124,7 +124,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let mut out = null_mut();
     // SAFETY: every pointer is an at::Tensor that outlives the call, or null.
     let code = unsafe { cpift_linear(pointer(Some(x)), pointer(Some(w)), pointer(bias), &mut out) };
-    check(code, "linear").expect("shapes and dtypes fit");
+    check(code, "linear").unwrap_or_else(|e| panic!("{e:#}"));
     owned(out)
 }
 

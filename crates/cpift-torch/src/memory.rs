@@ -23,7 +23,7 @@ use crate::model::ModelConfig;
 use activations::{Block, F32, Head, windows};
 
 pub use advice::{Advice, advice, after_failure, verdict};
-pub use device::available;
+pub use device::{available, check_address_space};
 pub use disk::Disk;
 pub use size::Sizes;
 
@@ -299,6 +299,17 @@ pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u6
     match job {
         Ok(job) => after_failure(&job, device.ok().and_then(available)),
         Err(error) => format!("  the memory it takes cannot be computed: {error:#}"),
+    }
+}
+
+/// Refuses to train `model` on `tasks` where `ulimit -v` does not leave the memory that it takes. What cannot be computed is not refused.
+///
+/// # Errors
+/// Those of [`check_address_space`].
+pub fn check_run(model: &Path, tasks: &Path, args: &TrainingArgs) -> Result<()> {
+    match Job::of_run(model, tasks, args) {
+        Ok(job) if !job.cuda => check_address_space(job.peak().total() - PROGRAM),
+        _ => Ok(()),
     }
 }
 

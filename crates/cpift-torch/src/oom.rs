@@ -68,13 +68,17 @@ fn text_of(payload: &(dyn Any + Send)) -> String {
 
 /// Whether a message of libtorch, C++ or the system says that memory has run out.
 fn is_out_of_memory(text: &str) -> bool {
-    const SIGNS: [&str; 6] = [
+    const SIGNS: [&str; 9] = [
         "out of memory",
         "DefaultCPUAllocator",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "std::bad_alloc",
         "can't allocate memory",
         "Cannot allocate memory",
+        // oneDNN's word for it, and that of threads without room for a stack.
+        "could not create a primitive",
+        "could not execute a primitive",
+        "failed to spawn thread",
     ];
     SIGNS.iter().any(|sign| text.contains(sign))
 }
@@ -90,7 +94,7 @@ fn request(text: &str) -> String {
     let bytes = after(CPU).and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
     match bytes {
         Some(bytes) => format!("{:.1} MiB more could not be allocated", bytes / f64::from(1 << 20)),
-        None => first_line(text),
+        None => first_line(text.strip_prefix("out of memory: ").unwrap_or(text)),
     }
 }
 
@@ -112,6 +116,10 @@ mod tests {
         assert_eq!(told(|| Err(anyhow!("{CUDA}").context("stage 1, step 3"))), expected);
         assert_eq!(told(|| panic!("{CPU}")), "out of memory: 4.0 MiB more could not be allocated\nTABLE");
         assert_eq!(told(|| Err(anyhow!("std::bad_alloc"))), "out of memory: std::bad_alloc\nTABLE");
+        assert_eq!(
+            told(|| panic!("linear: could not execute a primitive\nC++ stack")),
+            "out of memory: linear: could not execute a primitive\nTABLE"
+        );
     }
 
     #[test]

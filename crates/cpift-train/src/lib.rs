@@ -23,7 +23,10 @@ pub fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Run(run_args) => oom::explain(
             || memory::of_failed_run(&run_args.model, &run_args.tasks, &run_args.training, estimate::frozen(&run_args)),
-            || run::run(&run_args, &args.common),
+            || {
+                memory::check_run(&run_args.model, &run_args.tasks, &run_args.training)?;
+                run::run(&run_args, &args.common)
+            },
         ),
         Command::Plan(plan_args) => estimate::estimate(&plan_args, &args.common),
         Command::Preview(preview_args) => preview::run(&preview_args, &args.common),

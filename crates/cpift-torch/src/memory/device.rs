@@ -2,9 +2,10 @@
 
 use std::fs;
 
+use anyhow::{Result, bail};
 use tch::Device;
 
-use super::PROGRAM;
+use super::{PROGRAM, gib};
 use crate::ffi;
 
 /// Bytes of `device`: of the card, or for the CPU of the machine, within the limits on this process (its control group's, as Slurm
@@ -34,11 +35,36 @@ fn control_group() -> Option<u64> {
     std::path::Path::new(own).ancestors().filter_map(limit).min()
 }
 
-/// What `ulimit -v` leaves beside the address space that the program takes already; its resident part is counted with the job.
+/// As [`left_by_ulimit`]; the program's resident part is counted with the job.
 fn address_space() -> Option<u64> {
+    Some(left_by_ulimit()? + PROGRAM)
+}
+
+/// What `ulimit -v` leaves beside the address space that the program takes already; none where there is no limit.
+fn left_by_ulimit() -> Option<u64> {
     let limit = first_number("/proc/self/limits", "Max address space")?;
     let taken = 1024 * first_number("/proc/self/status", "VmSize:")?;
-    Some(limit.saturating_sub(taken) + PROGRAM)
+    Some(limit.saturating_sub(taken))
+}
+
+/// Stacks of threads and what allocators reserve: addresses rather than memory.
+const RESERVED: u64 = 384 << 20;
+
+/// Refuses work on the CPU that takes `bytes` where `ulimit -v` leaves less: a library that gets no memory may end the program without
+/// a word.
+///
+/// # Errors
+/// How much there is and how much is needed.
+pub fn check_address_space(bytes: u64) -> Result<()> {
+    let needed = bytes + RESERVED;
+    match left_by_ulimit() {
+        Some(left) if left < needed => bail!(
+            "out of memory: ulimit -v leaves {:.2} GiB of addresses, and about {:.2} GiB are needed",
+            gib(left),
+            gib(needed)
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// The first number after `label` in a file of /proc; none for `unlimited`.
