@@ -22,8 +22,8 @@ static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 /// Files that are mapped; their headers become tables.
 const MAPPED: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 1 << 20 };
-/// A JSON number of two bytes becomes a value of 72 in a map.
-const JSON: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 256, constant: 512 << 10 };
+/// Small files of text.
+const JSON: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 512 << 10 };
 
 struct Files {
     chain: Chain,

@@ -15,8 +15,8 @@ use cpift_torch::session::Described;
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 /// Whatever is spoilt, the rest of the model is read as well, tokenizer and all.
-const MODEL: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 256, constant: 32 << 20 };
-const DATA: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 256, constant: 4 << 20 };
+const MODEL: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 4 << 20 };
+const DATA: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 1 << 20 };
 
 #[test]
 fn spoilt_models_do_no_harm() {

@@ -17,7 +17,7 @@ use cpift_torch::train::verify_states;
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
-const SPOILER: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 64, constant: 4 << 20 };
+const SPOILER: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 1 << 20 };
 
 /// A run that was killed once it had saved a state; its arguments and the state.
 fn killed(f: &Fixture) -> (Vec<String>, PathBuf) {
