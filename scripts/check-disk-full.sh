@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Masks and merges onto a disk that is full, becomes so while they are written, or is read-only: a small tmpfs, in a mount namespace of
-# its own. Each must end with exit code 1 or 3, say what it could not write, and leave nothing. Needs root, or user namespaces.
+# Every stage onto a disk with a random part of the room that its output takes; masks and merges also onto one that becomes full while
+# they write, and one that is read-only: a small tmpfs, in a mount namespace of its own. Each must end with exit code 1 or 3, say what it
+# could not write, and leave nothing (training its states and figures, for --resume). Needs root, or user namespaces. SEED= names the
+# random sizes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-target/release}
@@ -82,3 +84,47 @@ mount -o remount,ro "$full"
 check_small "mask, read-only" "${mask[@]}"
 check_small "merge slerp, read-only" "${slerp[@]}"
 check_small "merge linear, read-only" "${linear[@]}"
+umount "$full"
+
+# The six stages on the demo's model: so many KiB less than what the output takes.
+base=fixtures/demo/base tasks=$work/tasks.toml run=$work/run
+for task in code logic; do
+    printf '[[task]]\nname = "%s"\ntrain = "%s/train.jsonl"\neval = "%s/eval.jsonl"\n' "$task" {,}"$PWD/fixtures/demo/data/$task"
+done >"$tasks"
+seed=${SEED:-$(date +%s)}
+RANDOM=$seed
+echo "random sizes: SEED=$seed"
+train=(--tasks "$tasks" --steps 3 --save-every 1 --batch-size 4 --device cpu --threads 1 --force --resume)
+stage() { # WHAT OUTPUT COMMAND...: once with room enough, into run/OUTPUT; then with less, ROUNDS times
+    local what=$1 out=$run/$2 size code round said=none
+    shift 2
+    mkdir -p "${out%/*}"
+    "$@" --out "$out" 2>"$work/said" || fail "$what: does not run"
+    size=$(du -ck "$out"* | tail -n 1 | cut -f 1)
+    for ((round = 0; round < ${ROUNDS:-5}; round++)); do
+        mount -t tmpfs -o size=$((4 + RANDOM % size))k tmpfs "$full"
+        code=0
+        "$@" --out "$full/out" 2>"$work/said" || code=$?
+        [ "$code" = 0 ] || [ "$code" = 1 ] || fail "$what: exit code $code"
+        [ "$code" = 0 ] || grep -q "$full/.*out" "$work/said" || fail "$what: the message does not name the output"
+        [ "$code" = 0 ] || grep -qE "os error 28|not enough room" "$work/said" || fail "$what: the message does not say that the disk is full"
+        [ "$code" = 0 ] || [ -z "$(ls -A "$full" | grep -v '^out.checkpoints$')" ] || fail "$what: left $(ls -A "$full")"
+        full_disks=$((full_disks + (code == 1)))
+        [ "$code" = 0 ] || said=$(grep -m1 error: "$work/said" | sed "s|$work|…|g")
+        umount "$full"
+    done
+    echo "ok  $what: $full_disks disks were too small so far: $said"
+}
+full_disks=0
+for task in code logic; do
+    stage "probe $task" "probes/$task" "$BIN/cpift-probe" --base $base --task $task "${train[@]}"
+    stage "mask $task" "masks/$task" "$BIN/cpift-mask" extract --base $base --tuned "$run/probes/$task" --force
+done
+masks=(--mask "code=$run/masks/code" --mask "logic=$run/masks/logic")
+stage group groups.json "$BIN/cpift-group" "${masks[@]}" --tau 1.1 --force
+stage merge fused "$BIN/cpift-merge" cpi --base $base --groups "$run/groups.json" --task "code=$run/probes/code" \
+    --task "logic=$run/probes/logic" "${masks[@]}" --force
+stage train final "$BIN/cpift-train" run --model "$run/fused" --base $base --groups "$run/groups.json" "${masks[@]}" \
+    "${train[@]}"
+stage eval scores "$BIN/cpift-eval" run --model "$run/final" --tasks "$tasks" --limit 3 --device cpu --threads 1 --force
+[ "$full_disks" -ge 20 ] || fail "only $full_disks disks were too small"
