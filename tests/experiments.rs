@@ -107,8 +107,20 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
     let (again, said) = e.run(&["reproduce", "forgetting", "schedules"], "a");
     assert_eq!(again, table);
     assert!(!said.contains("steps to run"), "{said}");
-    let (elsewhere, _) = e.run(&["reproduce"], "b");
+    let (elsewhere, _) = e.run(&["reproduce", "--tidy"], "b");
     assert!(table.starts_with(elsewhere.trim_end()), "{elsewhere}\n{table}");
+    // Tidied, no weights are left; they are not made again for what is there, and made again for what is not.
+    let weights = || {
+        let folders = fs::read_dir(e.path("b/store")).unwrap().map(|entry| entry.unwrap().path());
+        folders.filter(|path| path.join("model.safetensors").exists()).count()
+    };
+    assert_eq!(weights(), 0);
+    let (_, said) = e.run(&["reproduce", "--tidy"], "b");
+    assert!(!said.contains("steps to run"), "{said}");
+    let (_, said) = e.run(&["stages"], "b");
+    assert!(said.contains("] probe-copy-s0-") && said.contains("] fused-s0-") && !said.contains("] mask-"), "{said}");
+    // Three probes, the backbone, the fused model, that of the one stage.
+    assert_eq!(weights(), 6);
 
     // Another task's rows concern what is made of them, and nothing else.
     let rows = e.path("data/count/train.jsonl");
@@ -132,7 +144,7 @@ fn what_cannot_be_used_is_named_and_nothing_is_begun() {
     refused(&["--pair", "copy,other"], &["--pair copy,other"]);
     refused(&["--bin", "/nowhere"], &["/nowhere/cpift-probe", "make build"]);
     refused(&["--base", "/nowhere"], &["/nowhere: no such file"]);
-    refused(&["--small"], &["suite.toml", "[small]"]);
+    refused(&["--with", "small"], &["suite.toml", "[small]"]);
     refused(&["--suite", "/nowhere.toml"], &["/nowhere.toml: no such file"]);
     fs::write(e.path("suite.toml"), "p = 1").unwrap();
     refused(&[], &["suite.toml: lacks seeds, tau"]);

@@ -35,8 +35,11 @@ def parse():
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each program")
     parser.add_argument("--base", type=Path, metavar="DIR", help="another base than the suite's")
     parser.add_argument("--tasks", type=Path, metavar="FILE", help="another task list than the suite's")
-    parser.add_argument("--small", action="store_true", help="the suite's [small] sizes, for a CPU")
+    parser.add_argument("--with", action="append", dest="parts", default=[], metavar="NAME",
+                        help="take [NAME] of the suite over the rest, as [small] on a CPU; may be repeated")
     parser.add_argument("--dev", action="store_true", help="score on the rows to tune on, not on the evaluation rows")
+    parser.add_argument("--tidy", action="store_true",
+                        help="remove weights once everything made of them is there: less disk; another experiment makes them again")
     parser.add_argument("--pair", action="append", metavar="A,B", help="forgetting: this ordered pair only; may be repeated")
     return parser.parse_args()
 
@@ -69,9 +72,10 @@ def read_suite(args):
         suite = tomllib.loads(args.suite.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{args.suite}: cannot be read as TOML: {error}") from error
-    if args.small and "small" not in suite:
-        raise BadInput(f"{args.suite}: has no [small] for --small")
-    suite |= suite["small"] if args.small else {}
+    for part in args.parts:
+        if part not in suite:
+            raise BadInput(f"{args.suite}: has no [{part}] for --with {part}")
+        suite |= suite[part]
     given = {"base": args.base, "dev" if args.dev else "tasks": args.tasks}
     if missing := [key for key in NEEDED if key not in suite] + [key for key, path in given.items() if not path and key not in suite]:
         raise BadInput(f"{args.suite}: lacks {', '.join(missing)}")
@@ -108,7 +112,7 @@ def show_in_report(lab, table, run):
 def main():
     args = parse()
     suite, tasks = read_suite(args)
-    store = Store(args.run / "store", args.bin, args.jobs, args.threads)
+    store = Store(args.run / "store", args.bin, args.jobs, args.threads, args.tidy)
     seeds = range(args.seeds or suite["seeds"])
     folder = args.run / "experiments"
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,10 @@ import time
 from pathlib import Path
 
 
+# In a folder whose weights were removed once nothing needed them.
+EMPTIED = "emptied"
+
+
 class Failed(Exception):
     """A program ended with an error; the message has the end of its log."""
 
@@ -90,7 +94,14 @@ class Step:
         return [self.program, *map(self.text, self.arguments), self.out, str(self.path)]
 
     def done(self):
-        return self.path.exists()
+        return self.path.exists() and not (self.path / EMPTIED).exists()
+
+    def empty(self):
+        """Removes the weights; what was written about them stays."""
+        if self.path.is_dir():
+            (self.path / EMPTIED).touch()
+            for file in self.path.rglob("*.safetensors"):
+                file.unlink()
 
     def facts(self):
         """What the program wrote of the run, from cpift.json."""
@@ -121,8 +132,8 @@ class Gathered(Step):
 class Store:
     """Where outputs lie, and how programs are run."""
 
-    def __init__(self, folder, bin_folder, jobs=2, threads=1):
-        self.folder, self.bin, self.jobs, self.threads = Path(folder), Path(bin_folder), jobs, threads
+    def __init__(self, folder, bin_folder, jobs=2, threads=1, tidy=False):
+        self.folder, self.bin, self.jobs, self.threads, self.tidy = Path(folder), Path(bin_folder), jobs, threads, tidy
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.versions = {}
 
@@ -160,6 +171,9 @@ class Store:
                 for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
                     step, seconds = running.pop(future), future.result()
                     del wanted[step.key]
+                    for used in step.inputs() if self.tidy else []:
+                        if not any(used.key == other.key for left in wanted.values() for other in left.inputs()):
+                            used.empty()
                     count += 1
                     print(f"[{count}/{len(order)}] {step.path.name}  {seconds:.0f} s", file=sys.stderr, flush=True)
 
@@ -167,6 +181,8 @@ class Store:
         if isinstance(step, Gathered):
             step.gather()
             return 0
+        if (step.path / EMPTIED).exists():
+            shutil.rmtree(step.path)
         start, log = time.monotonic(), self.folder / "logs" / f"{step.path.name}.log"
         command = [str(self.bin / step.program), *step.command()[1:], "--threads", str(self.threads)]
         with log.open("w", encoding="utf-8") as out:
