@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline
-.PHONY: status slurm test-slurm install clean-probes clean
+.PHONY: status slurm test-slurm test-full install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -27,6 +27,8 @@ test: setup ## Format, lints and all tests
 	@set -o pipefail; mkdir -p target; cargo test --workspace 2>&1 | tee target/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print passed " passed, " failed " failed" }' target/test.log
 
+test-full: test storm check-disk-full test-slurm fuzz ## All that can go wrong, at length: tests, 100 kills, full disks, a real Slurm, fuzzing
+
 check: setup ## Format and lints only
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
@@ -44,7 +46,7 @@ bench-files: build-files ## The file stages against cat, cp and their peers (SIZ
 	@$(PYTHON) scripts/bench/files.py --size $(SIZE) --work "$(WORK)" --bin $(BIN) --rounds $(ROUNDS) \
 		--mergekit "$(MERGEKIT)" --peer-python "$(PEER_PYTHON)" --results scripts/bench/results/files-$(SIZE).md
 
-check-disk-full: build-files ## Masks and merges onto a full and a read-only disk: a small tmpfs (as root, or where user namespaces are allowed)
+check-disk-full: build ## The stages onto full, filling and read-only disks: a small tmpfs (as root, or where user namespaces are allowed)
 	@BIN=$(BIN) scripts/check-disk-full.sh
 
 # The programs under test are those of the debug profile.
@@ -63,10 +65,10 @@ check-report: ## A report in headless Chromium: no message, no request, its sect
 	@scripts/check-report.sh $(REPORT) $(SHOTS)
 
 # Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs.
-TARGET ?= header index mask groups recipe
+TARGET ?= config data groups header index mask recipe scores state tasks tokenizer
 SECONDS_EACH ?= 600
 
-fuzz: ## Fuzz the readers of files (TARGET=header, SECONDS_EACH=600; needs cargo install cargo-fuzz)
+fuzz: setup ## Fuzz the readers of files (TARGET=header, SECONDS_EACH=600; needs cargo install cargo-fuzz)
 	@scripts/fuzz.sh $(SECONDS_EACH) $(TARGET)
 
 demo: build ## The whole pipeline on a tiny model and five synthetic tasks: matrix, groups, table
@@ -104,7 +106,7 @@ $(EXPERIMENTS): build
 		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(PAIR),--pair $(PAIR))
 
 smollm2-suite: build ## `reproduce` on SmolLM2-135M with real data (DATA=, DEVICE=cpu|cuda, SEEDS=)
-	@DATA=$(DATA) MODEL=$(SMOLLM2) BIN=$(BIN) SEEDS=$(SEEDS) scripts/experiments/smollm2.sh
+	@DATA=$(DATA) MODEL=$(SMOLLM2) BIN=$(BIN) scripts/experiments/smollm2.sh
 
 pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
 	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all

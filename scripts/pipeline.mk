@@ -3,6 +3,9 @@
 #   BASE=DIR TASKS=FILE RUN=DIR    the base checkpoint, the task list, the folder for everything that is made
 #   PROBE_TOKENS, BACKBONE_TOKENS, FINAL_TOKENS    budgets in tokens: of each probe, of the backbone, of the last stage.
 #       The baselines (full-sft, multi-stage) get the sum: number of tasks x PROBE + BACKBONE + FINAL.
+#   METHODS    what is compared with the base, of full-sft, multi-stage, cpi-ft and cpi-ft-plus (default: the first three)
+#   PLUS_SAMPLE, PLUS_LR    of cpi-ft-plus: the most rows of a task, in the mixture that it starts from (which has the backbone's budget) and in
+#       its last stage, where each group's own core alone moves; the rate of that stage (default: as before)
 #   P, SCOPE, TAU, ORDER, SEED     core regions and groups
 #   TRAIN_FLAGS, FINAL_FLAGS, GROUP_FLAGS, MERGE_FLAGS, EVAL_FLAGS    more arguments
 #   THREADS    threads of each program; `make -j2` runs two at a time
@@ -20,6 +23,9 @@ BIN ?= target/release
 PROBE_TOKENS ?= 200000
 BACKBONE_TOKENS ?= 400000
 FINAL_TOKENS ?= 200000
+METHODS ?= full-sft multi-stage cpi-ft
+PLUS_SAMPLE ?= 1000
+PLUS_LR ?=
 P ?= 1
 SCOPE ?= global
 TAU ?= 0.1
@@ -44,8 +50,8 @@ TOTAL_TOKENS := $(shell echo $$(($(words $(NAMES)) * $(PROBE_TOKENS) + $(BACKBON
 
 MASKS := $(NAMES:%=$(RUN)/masks/%.safetensors)
 PROBES := $(NAMES:%=$(RUN)/probes/%/cpift.json)
-MODELS := full-sft multi-stage cpi-ft
-SCORES := $(patsubst %,$(RUN)/scores/%/scores.json,base $(MODELS))
+SCORES := $(patsubst %,$(RUN)/scores/%/scores.json,base $(METHODS))
+$(foreach m,$(METHODS),$(if $(filter $(m),full-sft multi-stage cpi-ft cpi-ft-plus),,$(error METHODS: $(m) is none of full-sft, multi-stage, cpi-ft, cpi-ft-plus)))
 BASE_FILES := $(wildcard $(BASE)/config.json $(BASE)/*.safetensors)
 mask_args := $(foreach n,$(NAMES),--mask $(n)=$(RUN)/masks/$(n).safetensors)
 task_args := $(foreach n,$(NAMES),--task $(n)=$(RUN)/probes/$(n))
@@ -69,7 +75,7 @@ define newline
 
 
 endef
-VARIABLES := BASE TASKS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS P SCOPE TAU ORDER SEED \
+VARIABLES := BASE TASKS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS METHODS PLUS_SAMPLE PLUS_LR P SCOPE TAU ORDER SEED \
 	TRAIN_FLAGS FINAL_FLAGS MASK_FLAGS GROUP_FLAGS MERGE_FLAGS EVAL_FLAGS
 $(if $(ONLY)$(GRAPH),,$(shell mkdir -p $(RUN)/settings)$(file >$(RUN)/settings/variables,$(foreach v,$(VARIABLES),$(v)=$($(v))$(newline))))
 
@@ -78,6 +84,8 @@ MASK_SET := $(call stamp,mask,$(P) $(SCOPE) $(MASK_FLAGS))
 GROUP_SET := $(call stamp,group,$(TAU) $(ORDER) $(SEED) $(GROUP_FLAGS))
 BACKBONE_SET := $(call stamp,backbone,$(BASE) $(BACKBONE_TOKENS) $(SEED) $(TRAIN_FLAGS))
 FUSED_SET := $(call stamp,fused,$(BASE) $(MERGE_FLAGS))
+MIXTURE_SET := $(call stamp,mixture,$(BASE) $(BACKBONE_TOKENS) $(PLUS_SAMPLE) $(SEED) $(TRAIN_FLAGS))
+PLUS_SET := $(call stamp,plus,$(FINAL_TOKENS) $(PLUS_SAMPLE) $(PLUS_LR) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
 FINAL_SET := $(call stamp,final,$(FINAL_TOKENS) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
 BASELINE_SET := $(call stamp,baselines,$(BASE) $(TOTAL_TOKENS) $(SEED) $(TRAIN_FLAGS))
 EVAL_SET := $(call stamp,eval,$(BASE) $(EVAL_FLAGS))
@@ -114,6 +122,17 @@ $(RUN)/cpi-ft/cpift.json: $(RUN)/fused/cpift.json $(RUN)/groups.json $(MASKS) $(
 	$(call run,cpi-ft,cpift-train run --model $(RUN)/fused --base $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json \
 		$(mask_args) --out $(RUN)/cpi-ft --tokens $(FINAL_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS) $(FINAL_FLAGS))
 
+# A mixture in which no task has more than so many rows instead of stages and fusion; last, only the groups' own cores move.
+$(RUN)/mixture/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(MIXTURE_SET)
+	$(call run,mixture,cpift-train run --model $(BASE) --tasks $(TASKS) --out $(RUN)/mixture --tokens $(BACKBONE_TOKENS) \
+		--sample $(PLUS_SAMPLE) --seed $(SEED) --resume $(TRAIN_FLAGS))
+
+plus_flags := $(if $(PLUS_LR),$(shell echo '$(TRAIN_FLAGS)' | sed -E 's/--(lr|learning[-_]rate)[ =]+[^ ]+//') --lr $(PLUS_LR),$(TRAIN_FLAGS))
+$(RUN)/cpi-ft-plus/cpift.json: $(RUN)/mixture/cpift.json $(RUN)/groups.json $(MASKS) $(TRAIN) $(TASKS) $(PLUS_SET)
+	$(call run,cpi-ft-plus,cpift-train run --model $(RUN)/mixture --base $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json \
+		$(mask_args) --out $(RUN)/cpi-ft-plus --train only-cores --sample $(PLUS_SAMPLE) --tokens $(FINAL_TOKENS) --seed $(SEED) \
+		--resume $(plus_flags) $(FINAL_FLAGS))
+
 # The baselines, with the whole budget.
 $(RUN)/full-sft/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(BASELINE_SET)
 	$(call run,full-sft,cpift-train run --model $(BASE) --tasks $(TASKS) --out $(RUN)/full-sft \
@@ -132,7 +151,7 @@ $(RUN)/scores/%/scores.json: $(RUN)/%/cpift.json $(EVAL) $(TASKS) $(EVAL_SET)
 # Without --force, so that scores of other settings are refused.
 $(RUN)/table.md: private common := --threads $(THREADS)
 $(RUN)/table.md: $(SCORES)
-	$(call run,table,cpift-eval compare --format markdown $(foreach m,base $(MODELS),$(m)=$(RUN)/scores/$(m)) --out $@,rm -f $@ &&)
+	$(call run,table,cpift-eval compare --format markdown $(foreach m,base $(METHODS),$(m)=$(RUN)/scores/$(m)) --out $@,rm -f $@ &&)
 
 # All of it on one page. What it shows was made before the table was.
 $(RUN)/report.html: $(RUN)/table.md

@@ -33,6 +33,11 @@ impl Pipeline {
 
     /// Runs make and returns what it printed: the name of every artifact it made.
     fn make(&self, run: &str) -> Vec<String> {
+        self.make_with(run, &[])
+    }
+
+    /// As [`Pipeline::make`], with more settings.
+    fn make_with(&self, run: &str, more: &[&str]) -> Vec<String> {
         let bin = programs();
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
@@ -44,6 +49,7 @@ impl Pipeline {
             .args(["PROBE_TOKENS=600", "BACKBONE_TOKENS=600", "FINAL_TOKENS=1200", "P=5", "ORDER=overlap"])
             // Over 1: every task is a group of its own, so that two stages have something to freeze.
             .args(["TAU=1.1", "TRAIN_FLAGS=--device cpu --lr 1e-2 --batch-size 4", "EVAL_FLAGS=--device cpu"])
+            .args(more)
             .env_remove("MAKEFLAGS")
             .output()
             .unwrap();
@@ -148,4 +154,33 @@ fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
     let expected: Vec<String> = all.into_iter().filter(|m| !spared.contains(&m.as_str())).collect();
     assert_eq!(made, expected);
     assert_eq!(untouched.iter().map(|n| stamp(n)).collect::<Vec<_>>(), before);
+}
+
+#[test]
+fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
+    let p = Pipeline::new();
+    let made = p.make_with("run", &["METHODS=full-sft cpi-ft-plus", "PLUS_SAMPLE=8", "PLUS_LR=1e-3"]);
+    assert!(
+        ["mixture", "cpi-ft-plus", "score-cpi-ft-plus"].iter().all(|part| made.iter().any(|m| m == part)),
+        "{made:?}"
+    );
+    assert!(!made.iter().any(|m| ["backbone", "fused", "multi-stage", "cpi-ft"].contains(&m.as_str())), "{made:?}");
+    let table = fs::read_to_string(p.path("run/table.md")).unwrap();
+    assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 5, "{table}");
+    let [before, after] = ["run/mixture", "run/cpi-ft-plus"].map(|folder| p.read(folder));
+    let masks = TASKS.map(|task| Mask::open(&p.path(&format!("run/masks/{task}.safetensors"))).unwrap());
+    let mut moved = 0;
+    for (name, tensor) in &before {
+        let core = |i: usize| {
+            masks.iter().any(|mask| mask.tensors().any(|(own, bits)| own == name && bits[i / 8] >> (i % 8) & 1 == 1))
+        };
+        for i in 0..tensor.bytes.len() / 4 {
+            let differs = element(&before, name, i) != element(&after, name, i);
+            assert!(!differs || core(i), "{name}[{i}] moved");
+            moved += usize::from(differs);
+        }
+    }
+    assert!(moved > 0);
+    let log = fs::read_to_string(p.path("run/cpi-ft-plus/cpift.json")).unwrap();
+    assert!(log.contains("only-cores") && log.contains("1e-3") && !log.contains("1e-2"), "{log}");
 }
