@@ -15,11 +15,12 @@ export PROBE_TOKENS=10000000
 # The settings of the run, as submit.sh leaves them.
 make -s --no-print-directory -f scripts/pipeline.mk -n all > /dev/null
 mkdir -p "$RUN/slurm"
-for delay in 0.03 0.06 0.1 0.2 0.4 0.8 1.6 3; do
+for delay in 0 0.03 0.06 0.1 0.2 0.4 0.8 1.6 3; do
     rm -f "$dir/asked"
     code=0
     bash scripts/slurm/job.sh "$RUN/probes/logic/cpift.json" > "$dir/said" 2>&1 &
     job=$!
+    until [ -s "$dir/said" ]; do sleep 0.01; done
     sleep "$delay"
     kill -TERM "$job"
     wait "$job" || code=$?
