@@ -46,18 +46,21 @@ fn metadata(bytes: &[u8]) -> Option<&[u8]> {
     before.get(before.len().checked_sub(length)?..)
 }
 
-/// Ids of two fields of a page's header.
+/// Ids of fields of a page's header: its kind and its two sizes, integers all, before what differs between kinds of page.
+const KIND: i64 = 1;
 const UNCOMPRESSED_SIZE: i64 = 2;
 const COMPRESSED_SIZE: i64 = 3;
 /// The most that a page may grow, beside a constant: the library takes memory for as much as its header says.
 const GROWTH: i64 = 1024;
 const PAGE: i64 = 1 << 20;
+/// The most rows that a byte may stand for, beside a constant: those of few words, repeated.
+const ROWS: i64 = 64;
+const FEW: i64 = 1 << 16;
 
-/// Refuses headers of pages that the library would not come to the end of, pages that claim to grow beyond reason, and more rows than
-/// bytes.
+/// Refuses headers of pages that the library would not come to the end of, and pages and rows that claim to be beyond reason.
 fn check_sizes(bytes: &[u8], metadata: &ParquetMetaData) -> Result<(), &'static str> {
-    if metadata.file_metadata().num_rows() > bytes.len() as i64 {
-        return Err("it claims to have more rows than bytes");
+    if metadata.file_metadata().num_rows() > bytes.len() as i64 * ROWS + FEW {
+        return Err("it claims to have more rows than its bytes can hold");
     }
     for column in metadata.row_groups().iter().flat_map(|group| group.columns()) {
         let (start, length) = column.byte_range();
@@ -66,6 +69,7 @@ fn check_sizes(bytes: &[u8], metadata: &ParquetMetaData) -> Result<(), &'static 
         while !pages.is_empty() {
             let header = walk(pages).ok_or("the header of a page that does not end where it should")?;
             let size = |id| header.integer(id).filter(|size| *size >= 0).ok_or("a page without a size");
+            size(KIND)?;
             let (compressed, uncompressed) = (size(COMPRESSED_SIZE)?, size(UNCOMPRESSED_SIZE)?);
             if uncompressed > compressed.saturating_mul(GROWTH).saturating_add(PAGE) {
                 return Err("a page that claims to grow more than a thousandfold");

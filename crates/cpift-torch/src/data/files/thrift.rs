@@ -1,7 +1,8 @@
 //! A walk over a structure in Thrift's compact protocol, which holds the metadata and the page headers of a Parquet file.
 //!
 //! The library goes through as many elements as a list claims to have, and those that it does not know and that are booleans take no bytes:
-//! six bytes can claim two thousand million. Here every element takes a byte at least, so that a walk ends with its bytes.
+//! six bytes can claim two thousand million. Here every element takes a byte at least, so that a walk ends with its bytes, and the fields of
+//! a structure come in order and once, as every writer puts them.
 
 /// Deepest nesting; Parquet's own is 6.
 const DEEPEST: usize = 32;
@@ -68,11 +69,15 @@ impl Walk<'_> {
         let mut id = 0;
         loop {
             let head = self.byte()?;
-            match (head & 0xf, head >> 4) {
+            let next = match (head & 0xf, head >> 4) {
                 (0, _) => return Some(()),
-                (_, 0) => id = self.integer()?,
-                (_, step) => id += i64::from(step),
+                (_, 0) => self.integer()?,
+                (_, step) => id + i64::from(step),
+            };
+            if next <= id || next > i64::from(i16::MAX) {
+                return None;
             }
+            id = next;
             match head & 0xf {
                 // The head is the value.
                 1 | 2 => {}
@@ -120,7 +125,10 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_no_bytes_is_refused() {
+    fn what_takes_no_bytes_or_comes_twice_is_refused() {
+        // Field 2 again, by its whole id; field 65538, which is 2 in sixteen bits.
+        assert_eq!(walk(&[0x25, 2, 0x05, 4, 8, 0]), None);
+        assert_eq!(walk(&[0x25, 2, 0x05, 0x84, 0x80, 8, 8, 0]), None);
         let booleans = [0x19, 0xf1, 0xff, 0xff, 0xff, 0xff, 7, 0];
         assert_eq!(walk(&booleans), None);
         let deep = [&[0x19; 1][..], &[0x19; 40], &[0x15, 2, 0]].concat();
