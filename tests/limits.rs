@@ -118,7 +118,7 @@ fn out_of_memory_in_libtorch() {
                 ran.code,
                 ran.stderr
             );
-            let known = ["error: out of memory", "os error 12"];
+            let known = ["error: out of memory", "os error 12", "os error 11"];
             assert!(known.iter().any(|part| ran.stderr.contains(part)), "{name} with {kib} KiB: {}", ran.stderr);
             let left = chain.path("limited").read_dir().unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
             let left: Vec<String> = left.filter(|name| !name.ends_with(".checkpoints")).collect();

@@ -54,7 +54,7 @@ pub(crate) fn listen() -> Result<()> {
     let heard: SigSet = HEARD.into_iter().collect();
     let mut signals = Signals::new(HEARD.map(|s| s as i32)).context("listening for signals")?;
     heard.thread_block().context("blocking signals")?;
-    std::thread::spawn(move || {
+    let hear = move || {
         if let Err(error) = heard.thread_unblock() {
             log::warn!("signals are not heard: {error}");
         }
@@ -76,8 +76,8 @@ pub(crate) fn listen() -> Result<()> {
                 Answer::End => files::discard_unfinished(|| signal_hook::low_level::exit(128 + signal)),
             }
         }
-    });
-    Ok(())
+    };
+    std::thread::Builder::new().spawn(hear).map(drop).context("starting the thread that hears signals")
 }
 
 fn is_warning(signal: i32) -> bool {

@@ -21,7 +21,7 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
         Command::Run(run_args) => oom::explain(
-            || "  hint: a smaller --batch-size takes less".to_owned(),
+            || "  hint: a smaller --batch-size takes less; or raise the limit".to_owned(),
             || run::run(&run_args, &args.common),
         ),
         Command::Judge(judge_args) => cpift_judge::run(env!("CARGO_PKG_NAME"), &judge_args, &args.common),

@@ -46,7 +46,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     if !device.is_cuda() {
         let files = fs::read_dir(&args.model).into_iter().flatten().flatten();
         let weights = files.filter(|file| file.path().extension().is_some_and(|end| end == "safetensors"));
-        let bytes: u64 = weights.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum();
+        let bytes: u64 = weights.filter_map(|file| fs::metadata(file.path()).ok()).map(|file| file.len()).sum();
         // Mapped, and in memory.
         memory::check_address_space(2 * bytes)?;
     }

@@ -89,11 +89,7 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match (&args.base, &args.out) {
         (Some(base), Some(out)) => {
-            let work = || {
-                memory::check_run(base, &args.tasks, &args.training)?;
-                probe(&args, base, out)
-            };
-            oom::explain(|| memory::of_failed_run(base, &args.tasks, &args.training, 0), work)
+            oom::explain(|| memory::of_failed_run(base, &args.tasks, &args.training, 0), || probe(&args, base, out))
         }
         _ => list(&args),
     }
@@ -112,6 +108,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     if args.common.up_to_date(&Expected { facts: vec![("task", &task.name)], ..Expected::new(STAGE, out) }) {
         return Ok(());
     }
+    memory::check_run(base, &args.tasks, &args.training)?;
     let mut plan = plan(args, (&tasks, task), base, out)?;
     warn_of_rounding(args, &plan.session);
     let held_out = std::mem::take(&mut plan.held_out);

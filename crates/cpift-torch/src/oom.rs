@@ -75,12 +75,13 @@ fn is_out_of_memory(text: &str) -> bool {
         "std::bad_alloc",
         "can't allocate memory",
         "Cannot allocate memory",
-        // oneDNN's word for it, and that of threads without room for a stack.
+        // oneDNN's word for it, and that of threads without room for a stack (or beyond ulimit -u).
         "could not create a primitive",
         "could not execute a primitive",
         "failed to spawn thread",
     ];
-    SIGNS.iter().any(|sign| text.contains(sign))
+    // A primitive that this CPU has not is another matter.
+    SIGNS.iter().any(|sign| text.contains(sign)) && !text.contains("primitive descriptor")
 }
 
 /// What could not be allocated: the amount where the message has it, else its first line.
@@ -126,6 +127,8 @@ mod tests {
     fn other_failures_stay_what_they_are() {
         assert_eq!(told(|| panic!("shapes differ\nC++ stack")), "shapes differ");
         assert_eq!(told(|| Err(anyhow!("disk full").context("saving"))), "saving: disk full");
+        let none = "could not create a primitive descriptor for a matmul primitive";
+        assert_eq!(told(|| Err(anyhow!(none))), none);
         assert_eq!(told(|| Err(anyhow!("loss NaN\n  hint: lower --lr"))), "loss NaN\n  hint: lower --lr");
         let bad = explain(String::new, || Err::<(), _>(BadInput::new("x", "is out of memory").hint("y").into()));
         assert!(bad.unwrap_err().is::<BadInput>());

@@ -23,10 +23,7 @@ pub fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Run(run_args) => oom::explain(
             || memory::of_failed_run(&run_args.model, &run_args.tasks, &run_args.training, estimate::frozen(&run_args)),
-            || {
-                memory::check_run(&run_args.model, &run_args.tasks, &run_args.training)?;
-                run::run(&run_args, &args.common)
-            },
+            || run::run(&run_args, &args.common),
         ),
         Command::Plan(plan_args) => estimate::estimate(&plan_args, &args.common),
         Command::Preview(preview_args) => preview::run(&preview_args, &args.common),

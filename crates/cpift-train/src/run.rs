@@ -4,9 +4,9 @@ use anyhow::Result;
 use cpift_core::cli::Common;
 use cpift_core::provenance::Recorder;
 use cpift_core::stale::Expected;
-use cpift_torch::data;
 use cpift_torch::seed::mix;
 use cpift_torch::train::{Evolving, Isolation, LoraConfig, Run, Stage, StageReport, States};
+use cpift_torch::{data, memory};
 use log::{info, warn};
 use serde_json::{Map, Value, json};
 
@@ -22,6 +22,10 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let recorder = Recorder::start(STAGE);
     if common.up_to_date(&Expected::new(STAGE, &args.out)) {
         return Ok(());
+    }
+    // Adapters take less than what is computed.
+    if args.lora_rank.is_none() {
+        memory::check_run(&args.model, &args.tasks, &args.training)?;
     }
     let mut plan = Plan::new(args, common)?;
     warn_of_rounding(args, &plan);
