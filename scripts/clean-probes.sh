@@ -6,7 +6,10 @@ run=${1:-}
 stop() { echo "clean-probes: $1" >&2; exit 2; }
 [ -n "$run" ] || stop "name the run: make clean-probes RUN=DIR"
 [ -d "$run/probes" ] || stop "$run/probes is not there"
-[ -f "$run/fused/cpift.json" ] || stop "$run/fused is not there yet: the probes are still needed"
+# A run without CPI-FT (METHODS) merges nothing.
+merges=1
+! grep -q '^METHODS=' "$run/settings/variables" 2> /dev/null || grep -qE '^METHODS=(.* )?cpi-ft( |$)' "$run/settings/variables" || merges=
+[ -z "$merges" ] || [ -f "$run/fused/cpift.json" ] || stop "$run/fused is not there yet: the probes are still needed"
 shopt -s nullglob
 probes=("$run"/probes/*/cpift.json)
 for probe in "${probes[@]}"; do
@@ -15,7 +18,7 @@ for probe in "${probes[@]}"; do
     mask=$run/masks/$name.safetensors
     [ -f "$mask" ] || stop "$mask is not there yet: the probe $name is still needed"
     [ ! "$probe" -nt "$mask" ] || stop "$mask is older than its probe: run make pipeline first"
-    [ ! "$probe" -nt "$run/fused/cpift.json" ] || stop "$run/fused is older than the probe $name: run make pipeline first"
+    [ -z "$merges" ] || [ ! "$probe" -nt "$run/fused/cpift.json" ] || stop "$run/fused is older than the probe $name: run make pipeline first"
 done
 for probe in "${probes[@]}"; do
     rm -rf -- "${probe%/cpift.json}"

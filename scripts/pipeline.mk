@@ -88,6 +88,7 @@ MIXTURE_SET := $(call stamp,mixture,$(BASE) $(BACKBONE_TOKENS) $(PLUS_SAMPLE) $(
 PLUS_SET := $(call stamp,plus,$(FINAL_TOKENS) $(PLUS_SAMPLE) $(PLUS_LR) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
 FINAL_SET := $(call stamp,final,$(FINAL_TOKENS) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
 BASELINE_SET := $(call stamp,baselines,$(BASE) $(TOTAL_TOKENS) $(SEED) $(TRAIN_FLAGS))
+TABLE_SET := $(call stamp,table,$(METHODS))
 EVAL_SET := $(call stamp,eval,$(BASE) $(EVAL_FLAGS))
 
 all: $(RUN)/report.html
@@ -150,7 +151,7 @@ $(RUN)/scores/%/scores.json: $(RUN)/%/cpift.json $(EVAL) $(TASKS) $(EVAL_SET)
 
 # Without --force, so that scores of other settings are refused.
 $(RUN)/table.md: private common := --threads $(THREADS)
-$(RUN)/table.md: $(SCORES)
+$(RUN)/table.md: $(SCORES) $(TABLE_SET)
 	$(call run,table,cpift-eval compare --format markdown $(foreach m,base $(METHODS),$(m)=$(RUN)/scores/$(m)) --out $@,rm -f $@ &&)
 
 # All of it on one page. What it shows was made before the table was.

@@ -167,6 +167,9 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
     assert!(!made.iter().any(|m| ["backbone", "fused", "multi-stage", "cpi-ft"].contains(&m.as_str())), "{made:?}");
     let table = fs::read_to_string(p.path("run/table.md")).unwrap();
     assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 5, "{table}");
+    // The table follows what is compared.
+    assert_eq!(p.make_with("run", &["METHODS=full-sft", "PLUS_SAMPLE=8", "PLUS_LR=1e-3"]), ["report", "table"]);
+    assert!(!fs::read_to_string(p.path("run/table.md")).unwrap().contains("cpi-ft-plus"));
     let [before, after] = ["run/mixture", "run/cpi-ft-plus"].map(|folder| p.read(folder));
     let masks = TASKS.map(|task| Mask::open(&p.path(&format!("run/masks/{task}.safetensors"))).unwrap());
     let mut moved = 0;
