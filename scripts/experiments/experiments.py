@@ -126,7 +126,7 @@ def reproduce(s):
     methods = BASELINES | CPI_FT | CONTROLS | AFTER | OURS
     methods = {name: methods[name] for name in s.suite.get("methods", methods)}
     return Table("Methods at one budget", "Does CPI-FT beat full and multi-stage SFT that see as many tokens?",
-                 rows(s.labs(), methods), "full SFT")
+                 rows(s.labs(), methods), s.suite.get("baseline", "full SFT"))
 
 
 def forgetting(s):

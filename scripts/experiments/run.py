@@ -73,7 +73,7 @@ def read_suite(args):
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{args.suite}: cannot be read as TOML: {error}") from error
     for part in args.parts:
-        if part not in suite:
+        if not isinstance(suite.get(part), dict):
             raise BadInput(f"{args.suite}: has no [{part}] for --with {part}")
         suite |= suite[part]
     given = {"base": args.base, "dev" if args.dev else "tasks": args.tasks}

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # smollm2.sh [EXPERIMENT…]: the experiments (default: reproduce) on SmolLM2-135M-Instruct and the five tasks of DATA. On CUDA at full size,
 # on the CPU at a reduced one. Needs the programs and python3, no Rust.
-#   LOSSES=1    losses alone, over more rows (into another RUN)
+#   LOSSES=1    losses alone, over more rows
 #   DATA, MODEL, RUN, BIN, DEVICE=cpu|cuda, SEQ    the data, the model, where to write, the programs, the longest example
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${DATA:?names the folder of the five tasks}"
-MODEL=${MODEL:-.cache/smollm2-135m} RUN=${RUN:-runs/smollm2-suite} BIN=${BIN:-target/release} DEVICE=${DEVICE:-cpu} SEQ=${SEQ:-256}
+MODEL=${MODEL:-.cache/smollm2-135m} BIN=${BIN:-target/release} DEVICE=${DEVICE:-cpu} SEQ=${SEQ:-256}
+RUN=${RUN:-runs/smollm2-$([ -z "${LOSSES:-}" ] && echo suite || echo losses)}
 [ -f "$MODEL/model.safetensors" ] || scripts/smollm2/fetch.sh "$MODEL"
 mkdir -p "$RUN"
 # Here code is scored as well. The rows do not say their language; most are Python.

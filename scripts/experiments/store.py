@@ -98,10 +98,11 @@ class Step:
 
     def empty(self):
         """Removes the weights; what was written about them stays."""
-        if self.path.is_dir():
+        weights = list(self.path.rglob("*.safetensors")) if self.path.is_dir() and self.program else []
+        if weights:
             (self.path / EMPTIED).touch()
-            for file in self.path.rglob("*.safetensors"):
-                file.unlink()
+        for file in weights:
+            file.unlink()
 
     def facts(self):
         """What the program wrote of the run, from cpift.json."""
@@ -139,7 +140,9 @@ class Store:
 
     def version(self, program):
         if program not in self.versions:
-            found = subprocess.run([self.bin / program, "--version"], capture_output=True, text=True, check=True)
+            found = subprocess.run([self.bin / program, "--version"], capture_output=True, text=True, check=False)
+            if found.returncode != 0:
+                raise Failed(f"{self.bin / program}: does not start: {found.stderr.strip()}")
             self.versions[program] = found.stdout.strip()
         return self.versions[program]
 
@@ -178,11 +181,11 @@ class Store:
                     print(f"[{count}/{len(order)}] {step.path.name}  {seconds:.0f} s", file=sys.stderr, flush=True)
 
     def run(self, step):
+        if (step.path / EMPTIED).exists():
+            shutil.rmtree(step.path)
         if isinstance(step, Gathered):
             step.gather()
             return 0
-        if (step.path / EMPTIED).exists():
-            shutil.rmtree(step.path)
         start, log = time.monotonic(), self.folder / "logs" / f"{step.path.name}.log"
         command = [str(self.bin / step.program), *step.command()[1:], "--threads", str(self.threads)]
         with log.open("w", encoding="utf-8") as out:
