@@ -27,7 +27,7 @@ test: setup ## Format, lints and all tests
 	@set -o pipefail; mkdir -p target; cargo test --workspace 2>&1 | tee target/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print passed " passed, " failed " failed" }' target/test.log
 
-test-full: test storm check-disk-full test-slurm fuzz ## All that can go wrong, at length: tests, 100 kills, full disks, a real Slurm, fuzzing
+test-full: test storm check-disk-full test-slurm fuzz ## All that can go wrong, two hours long: tests, 100 kills, full disks, Slurm, fuzzing (as root; cargo-fuzz)
 
 check: setup ## Format and lints only
 	cargo fmt --all --check

@@ -108,7 +108,7 @@ stage() { # WHAT OUTPUT COMMAND...: once with room enough, into run/OUTPUT; then
         [ "$code" = 0 ] || [ "$code" = 1 ] || fail "$what: exit code $code"
         [ "$code" = 0 ] || grep -q "$full/.*out" "$work/said" || fail "$what: the message does not name the output"
         [ "$code" = 0 ] || grep -qE "os error 28|not enough room" "$work/said" || fail "$what: the message does not say that the disk is full"
-        [ "$code" = 0 ] || [ -z "$(ls -A "$full" | grep -v '^out.checkpoints$')" ] || fail "$what: left $(ls -A "$full")"
+        [ "$code" = 0 ] || [ -z "$(find "$full" -mindepth 1 -maxdepth 1 ! -name out.checkpoints)" ] || fail "$what: left $(ls -A "$full")"
         full_disks=$((full_disks + (code == 1)))
         [ "$code" = 0 ] || said=$(grep -m1 error: "$work/said" | sed "s|$work|…|g")
         umount "$full"

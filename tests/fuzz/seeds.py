@@ -1,11 +1,11 @@
-"""Writes a few valid inputs of every target into corpus/TARGET: python3 seeds.py [FOLDER]. Standard library only."""
+"""Writes a few valid inputs of every target into FOLDER/TARGET: python3 seeds.py FOLDER. Standard library only."""
 
 import json
 import struct
 import sys
 from pathlib import Path
 
-ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "corpus")
+ROOT, HERE = Path(sys.argv[1]), Path(__file__).parent
 DIGEST = "0" * 64
 
 
@@ -129,8 +129,112 @@ cpift: {space: delta, base: z, epsilon: 0.1}
 """)
 
 
-headers()
-folders()
-masks()
-groups()
-recipes()
+def models():
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 259,
+             "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+             "hidden_act": "silu", "torch_dtype": "float32"}
+    put("config", "llama", compact(llama))
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64}
+    put("config", "llama3", compact(llama | {"rope_scaling": scaled}))
+    put("config", "yarn", compact(llama | {"rope_scaling": {"type": "yarn", "factor": 4.0}}))
+    put("config", "linear", compact(llama | {"rope_scaling": {"type": "linear", "factor": 2}}))
+    put("config", "mistral", compact(llama | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}))
+    put("config", "qwen2", compact(llama | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": True,
+                                            "sliding_window": 16, "max_window_layers": 1}))
+    put("config", "qwen3", compact(llama | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
+    put("config", "gemma2", compact(llama | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2",
+                                             "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 4, "sliding_window": 16,
+                                             "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}))
+
+
+TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def tokenizers():
+    vocab = {c: i for i, c in enumerate("abcdefgh \u0120\u010a")}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": 12, "content": "<|im_end|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+           "special": True}
+    bpe = {"type": "BPE", "vocab": vocab | {"ab": 11}, "merges": [["a", "b"]], "unk_token": None}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": {"type": "NFC"},
+             "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": bpe}
+    config = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    put("tokenizer", "bpe", b"\0".join([compact(whole), compact(config), b"abc abba"]))
+    split = {"type": "Split", "pattern": {"Regex": "\\s+|[a-d]+"}, "behavior": "Isolated", "invert": False}
+    parts = {"type": "Sequence", "pretokenizers": [split, level]}
+    put("tokenizer", "sequence", b"\0".join([compact(whole | {"pre_tokenizer": parts}), b"{}", b"a\n  bcd"]))
+    pieces = dict(bpe, byte_fallback=True, fuse_unk=True, unk_token="a", vocab=vocab | {"<0x0A>": 11, "\u2581": 12})
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    back = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    put("tokenizer", "pieces", b"\0".join([compact(whole | {"pre_tokenizer": None, "normalizer": spaces, "decoder": back, "model": pieces,
+                                                            "added_tokens": []}), b"{}", b"x b"]))
+
+
+def tasks():
+    put("tasks", "two", b"""[[task]]
+name = "gsm8k"
+train = "gsm8k/train.jsonl"
+eval = "gsm8k/eval.jsonl"
+format = "gsm8k"
+metric = "gsm8k"
+kind = "reasoning"
+few_shot = 2
+max_new_tokens = 64
+max_length = 128
+sample = 50
+template = "chatml"
+
+[[task]]
+name = "own"
+train = "own.parquet"
+eval = "own.json"
+prompt = "{{ question | trim }}"
+completion = "{% if answer %}{{ answer }}{% endif %}"
+system = "Work step by step."
+metric = "choice"
+split = "(?s)(?P<passage>.*)\n(?P<question>.*)"
+language = "python"
+""")
+
+
+def rows():
+    chat = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}], "answer": "b"}
+    every = [chat, {"instruction": "i", "input": "n", "output": "o", "system": "s", "history": [["q", "a"]]},
+             {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+             {"prompt": "p", "completion": "c"}, {"prompt": chat["messages"][:1], "completion": chat["messages"][1:]},
+             {"question": "q", "answer": "a #### 1"}, {"data": ["q", "a", "q", "a"], "id": 1.5}]
+    put("data", "lines", b"l" + b"\n".join(map(compact, every)))
+    put("data", "list", b"j" + compact(every))
+    put("data", "template", b"t{% for k in data %}{{ loop.index }} {{ k | upper }}{% endfor %}{{ id }}\0" + compact(every[-1]))
+    for name in ("snappy", "zstd"):
+        put("data", name, b"p" + (HERE / "../../fixtures/golden/parquet" / f"{name}.parquet").read_bytes())
+
+
+def scores():
+    figure = {"name": "nll", "value": 1.5, "stderr": 0.25, "n": 3}
+    task = {"task": "gsm8k", "eval_digest": DIGEST, "metric": dict(figure, name="exact_match", value=0.5), "nll": figure,
+            "also": {"flexible": figure}, "settings": {"limit": None, "metric": "gsm8k", "filters": ["strict", 1, 2.5]}}
+    plain = dict(task, task="alpaca", metric=None, settings={})
+    del plain["also"]
+    value = {"format_version": 1, "model": "runs/a", "model_digest": DIGEST, "tasks": [task, plain]}
+    put("scores", "two", compact(value))
+    put("scores", "pretty", json.dumps(value, indent=2).encode())
+    put("scores", "other-version", compact(dict(value, format_version=2)))
+
+
+def states():
+    header, _ = tensors(("model.norm.weight", "F32", 4, [4]))
+    stage = {"steps": 2, "tokens": 10, "first_loss": 1.5, "final_loss": 0.5, "frozen": 0}
+    value = {"format_version": 3, "files": {"metrics.jsonl": DIGEST, "weights/model.safetensors": DIGEST}, "own": DIGEST,
+             "run": {"seed": 0, "arguments": {"--lr": 1e-3}},
+             "position": {"finished": [], "step": 1, "tokens": 5, "losses": [1.5, 0.25], "importance_tokens": 0}}
+    for name, finished in {"first": [], "second": [stage]}.items():
+        position = dict(value["position"], finished=finished)
+        put("state", name, b"\0".join([compact(dict(value, position=position)), b'{"step":1}\n', header, header]))
+
+
+for write in (headers, folders, masks, groups, recipes, models, tokenizers, tasks, rows, scores, states):
+    write()

@@ -42,7 +42,7 @@ impl Fixture {
 fn running_out_of_memory_says_what_takes_it_and_what_would_fit_and_that_fits() {
     let f = Fixture::new();
     let failed = f.limited(&["--batch-size", "2048"]).expect_code(1);
-    let failed = failed.says(&["error: out of memory: ", " MiB more could not be allocated", "196,608 tokens a batch"]);
+    let failed = failed.says(&["error: out of memory: ", "ulimit -v leaves ", "196,608 tokens a batch"]);
     let failed = failed.says(&["\nactivations ", "\n  with --gradient-checkpointing: ", "\n  hint: --batch-size "]);
     for noise in ["panicked", "RUST_BACKTRACE", "enforce fail", "frame #"] {
         assert!(!failed.stderr.contains(noise), "{}", failed.stderr);

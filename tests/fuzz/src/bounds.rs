@@ -12,17 +12,18 @@ use serde_json::Value;
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
-/// Bytes a reader may hold for each byte of its input, and those it may hold whatever the input. A JSON number of two bytes
-/// becomes a value of 72 in a map, so the factor cannot be much smaller.
-const PER_BYTE: usize = 256;
+/// Bytes a reader may hold for each byte of its input, and those it may hold whatever the input.
+const PER_BYTE: usize = 4;
 const CONSTANT: usize = 512 << 10;
 
 /// The largest file of zeros that a header is given.
 const MAX_DATA: u64 = 1 << 20;
 
+/// FUZZ_FOLDER, else one in memory; [`clean`] removes it.
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     let parent = if Path::new("/dev/shm").is_dir() { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
-    let folder = parent.join(format!("cpift-fuzz-{}", std::process::id()));
+    let own = || parent.join(format!("cpift-fuzz-{}", std::process::id()));
+    let folder = std::env::var_os("FUZZ_FOLDER").map_or_else(own, PathBuf::from);
     std::fs::create_dir_all(&folder).expect("a folder for the inputs");
     folder
 });
@@ -30,6 +31,11 @@ static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
 /// A folder of this process.
 pub fn folder() -> &'static Path {
     &FOLDER
+}
+
+/// Removes the folder, at the end of a process.
+pub fn clean() {
+    let _ = std::fs::remove_dir_all(folder());
 }
 
 /// Runs `reader`; an allocation that brings it above its share of `input` bytes ends the process, which is a finding.
@@ -44,6 +50,7 @@ pub fn bounded_by<R>(bytes: usize, reader: impl FnOnce() -> R) -> R {
     START.call_once(|| {
         let path = write("first", &[0; 1 << 20]);
         cpift_core::checkpoint::Digest::of_file(&path).expect("a file has a digest");
+        std::fs::remove_file(path).expect("it was there");
     });
     ALLOCATOR.set_limit(ALLOCATOR.allocated() + bytes).expect("the limit is above what is held");
     let result = reader();

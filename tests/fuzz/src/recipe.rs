@@ -1,27 +1,30 @@
 //! A recipe in mergekit's YAML. What is read can be written as a recipe, and reads back as the same request.
-#![no_main]
-
 use std::path::Path;
 
 use cpift_core::Dtype;
 use cpift_merge::Request;
 use cpift_merge::recipe::{parse, write};
-use libfuzzer_sys::fuzz_target;
+
+use crate::bounds;
 
 /// What the reader's bounds on nodes and on repeated aliases come to, at most.
 const BOUND: usize = 32 << 20;
 
-fuzz_target!(|data: &[u8]| {
-    let Ok(text) = std::str::from_utf8(data) else { return };
+pub fn run(data: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(data) else { return false };
     let path = Path::new("recipe.yml");
-    cpift_fuzz::bounded_by(BOUND, || {
+    bounds::bounded_by(BOUND, || {
         let request = match parse(text, path) {
             Ok(request) => request,
-            Err(error) => return assert!(format!("{error:#}").starts_with("recipe.yml: ")),
+            Err(error) => {
+                assert!(format!("{error:#}").starts_with("recipe.yml: "));
+                return false;
+            }
         };
         let dtype = request.dtype.unwrap_or(Dtype::BF16);
         let again = write(&request, dtype);
         let read = parse(&again, path).unwrap_or_else(|e| panic!("{e:#}\n{again}"));
         assert_eq!(read, Request { dtype: Some(dtype), ..request }, "\n{again}");
-    });
-});
+        true
+    })
+}

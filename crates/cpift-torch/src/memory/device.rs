@@ -35,9 +35,9 @@ fn control_group() -> Option<u64> {
     std::path::Path::new(own).ancestors().filter_map(limit).min()
 }
 
-/// As [`left_by_ulimit`]; the program's resident part is counted with the job.
+/// As [`left_by_ulimit`], less what is reserved; the program's resident part is counted with the job.
 fn address_space() -> Option<u64> {
-    Some(left_by_ulimit()? + PROGRAM)
+    Some(left_by_ulimit()?.saturating_sub(RESERVED) + PROGRAM)
 }
 
 /// What `ulimit -v` leaves beside the address space that the program takes already; none where there is no limit.

@@ -1,0 +1,41 @@
+//! Rows of a data file, JSONL (after a byte `l`), a JSON list (`j`) or Parquet (`p`); or (`t`) a template of tasks.toml over a row, a
+//! zero byte between them.
+
+use cpift_core::tasks::Format;
+use cpift_torch::data::{Layout, read_rows};
+use cpift_torch::text::RowTemplate;
+use serde_json::{Map, Value};
+
+use crate::bounds;
+
+/// What a template may write within its fuel, and Parquet's reader takes for pages that are compressed.
+const BOUND: usize = 64 << 20;
+
+pub fn run(data: &[u8]) -> bool {
+    let (name, rest) = match data.split_first() {
+        Some((b'l', rest)) => ("rows.jsonl", rest),
+        Some((b'j', rest)) => ("rows.json", rest),
+        Some((b'p', rest)) => ("rows.parquet", rest),
+        Some((b't', rest)) => return template(rest),
+        _ => return false,
+    };
+    let path = bounds::write(name, rest);
+    let read = || match read_rows(&path, &Layout::Format(Format::Auto)) {
+        Ok(rows) => {
+            rows.iter().for_each(|row| assert!(!row.prompt().is_empty() && !row.reference().is_empty()));
+            true
+        }
+        Err(error) => {
+            assert!(format!("{error:#}").contains(name), "{error:#}");
+            false
+        }
+    };
+    if name == "rows.parquet" { bounds::bounded_by(BOUND, read) } else { bounds::bounded(rest.len(), read) }
+}
+
+fn template(data: &[u8]) -> bool {
+    let [source, row] = bounds::pieces(data);
+    let Ok(source) = std::str::from_utf8(source) else { return false };
+    let row: Map<String, Value> = serde_json::from_slice(row).unwrap_or_default();
+    bounds::bounded_by(BOUND, || RowTemplate::new("prompt", source).is_ok_and(|template| template.render(&row).is_ok()))
+}

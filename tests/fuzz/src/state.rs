@@ -1,0 +1,26 @@
+//! A state to resume from: state.json, the figures, and the headers of weights and moments, zero bytes between them. No state passes
+//! unless its digests are those of its files, which no input here has by chance.
+
+use std::fs;
+
+use cpift_torch::train::verify_states;
+
+use crate::bounds;
+
+pub fn run(data: &[u8]) -> bool {
+    let [state, metrics, weights, moments] = bounds::pieces(data);
+    let folder = bounds::folder().join("step-1");
+    for part in ["weights", "moments"] {
+        fs::create_dir_all(folder.join(part)).expect("memory has room for folders");
+    }
+    bounds::write("step-1/state.json", state);
+    bounds::write("step-1/metrics.jsonl", metrics);
+    bounds::write_framed("step-1/weights/model.safetensors", weights, &[]);
+    bounds::write_framed("step-1/moments/model.safetensors", moments, &[]);
+    bounds::bounded(data.len(), || {
+        let error = verify_states(&folder).expect_err("digests of other files");
+        assert!(format!("{error:#}").contains("step-1"), "{error:#}");
+        // Of the right form, then.
+        format!("{error:#}").contains("digest")
+    })
+}

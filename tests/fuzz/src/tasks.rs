@@ -1,0 +1,31 @@
+//! tasks.toml. Every task of a list that is read can be asked for.
+
+use cpift_core::tasks::Tasks;
+use cpift_torch::data::Layout;
+
+use crate::bounds;
+
+/// What templates and their environments take.
+const BOUND: usize = 8 << 20;
+
+pub fn run(data: &[u8]) -> bool {
+    let path = bounds::write("tasks.toml", data);
+    bounds::bounded_by(BOUND, || {
+        let tasks = match Tasks::read(&path) {
+            Ok(tasks) => tasks,
+            Err(error) => {
+                assert!(format!("{error:#}").contains("tasks.toml"), "{error:#}");
+                return false;
+            }
+        };
+        for (i, task) in tasks.list.iter().enumerate() {
+            assert_eq!(
+                tasks.named(&task.name).expect("it is listed").name,
+                tasks.indexed(i).expect("so is its number").name
+            );
+            let _ = Layout::of(task);
+        }
+        let _ = tasks.template();
+        true
+    })
+}

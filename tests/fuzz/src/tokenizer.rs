@@ -1,0 +1,26 @@
+//! tokenizer.json, tokenizer_config.json and a conversation's text, zero bytes between them: what opens renders, and encodes as text.
+
+use cpift_torch::data::Message;
+use cpift_torch::text::ChatText;
+
+use crate::bounds;
+
+/// What tables for every byte and a template's fuel come to.
+const BOUND: usize = 64 << 20;
+
+pub fn run(data: &[u8]) -> bool {
+    let [tokenizer, config, words] = bounds::pieces(data);
+    let _ = std::fs::remove_file(bounds::folder().join("config.json"));
+    bounds::write("tokenizer.json", tokenizer);
+    bounds::write("tokenizer_config.json", config);
+    bounds::bounded_by(BOUND, || {
+        let Ok(text) = ChatText::open(bounds::folder(), Some("chatml")) else { return false };
+        let content = String::from_utf8_lossy(words).into_owned();
+        let turn = |role: &str| Message { role: role.to_owned(), content: content.clone() };
+        let _ = text.render_with_spans(&[turn("user"), turn("assistant")]);
+        let Ok(ids) = text.encode(&content) else { return false };
+        assert!(ids.iter().all(|id| (0..text.vocab_size() as i64).contains(id)), "an id outside the vocabulary");
+        let _ = text.decode(&ids);
+        true
+    })
+}
