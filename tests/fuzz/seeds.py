@@ -176,8 +176,8 @@ def tokenizers():
 def tasks():
     put("tasks", "two", b"""[[task]]
 name = "gsm8k"
-train = "gsm8k/train.jsonl"
-eval = "gsm8k/eval.jsonl"
+train = "a.jsonl"
+eval = "a.jsonl"
 format = "gsm8k"
 metric = "gsm8k"
 kind = "reasoning"
@@ -189,13 +189,13 @@ template = "chatml"
 
 [[task]]
 name = "own"
-train = "own.parquet"
-eval = "own.json"
+train = "a.jsonl"
+eval = "a.jsonl"
 prompt = "{{ question | trim }}"
 completion = "{% if answer %}{{ answer }}{% endif %}"
 system = "Work step by step."
 metric = "choice"
-split = "(?s)(?P<passage>.*)\n(?P<question>.*)"
+split = "(?s)(?P<passage>.*)\\\\n(?P<question>.*)"
 language = "python"
 """)
 

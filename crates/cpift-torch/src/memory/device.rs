@@ -35,9 +35,10 @@ fn control_group() -> Option<u64> {
     std::path::Path::new(own).ancestors().filter_map(limit).min()
 }
 
-/// As [`left_by_ulimit`], less what is reserved; the program's resident part is counted with the job.
+/// As [`left_by_ulimit`], less what is reserved, so that what fits passes [`check_address_space`] in another run; the program's resident part
+/// is counted with the job.
 fn address_space() -> Option<u64> {
-    Some(left_by_ulimit()?.saturating_sub(RESERVED) + PROGRAM)
+    Some(left_by_ulimit()?.saturating_sub(RESERVED + VARIES) + PROGRAM)
 }
 
 /// What `ulimit -v` leaves beside the address space that the program takes already; none where there is no limit.
@@ -49,6 +50,8 @@ fn left_by_ulimit() -> Option<u64> {
 
 /// Stacks of threads and what allocators reserve: addresses rather than memory.
 const RESERVED: u64 = 384 << 20;
+/// What one run has taken at its start and another has not: two arenas of glibc's.
+const VARIES: u64 = 128 << 20;
 
 /// Refuses work on the CPU that takes `bytes` where `ulimit -v` leaves less: a library that gets no memory may end the program without
 /// a word.
