@@ -307,6 +307,9 @@ pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u6
 /// # Errors
 /// Those of [`check_address_space`].
 pub fn check_run(model: &Path, tasks: &Path, args: &TrainingArgs) -> Result<()> {
+    if device::left_by_ulimit().is_none() {
+        return Ok(());
+    }
     match Job::of_run(model, tasks, args) {
         Ok(job) if !job.cuda => check_address_space(job.peak().total() - PROGRAM),
         _ => Ok(()),

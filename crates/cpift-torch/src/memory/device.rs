@@ -42,7 +42,7 @@ fn address_space() -> Option<u64> {
 }
 
 /// What `ulimit -v` leaves beside the address space that the program takes already; none where there is no limit.
-fn left_by_ulimit() -> Option<u64> {
+pub(super) fn left_by_ulimit() -> Option<u64> {
     let limit = first_number("/proc/self/limits", "Max address space")?;
     let taken = 1024 * first_number("/proc/self/status", "VmSize:")?;
     Some(limit.saturating_sub(taken))
