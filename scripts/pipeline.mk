@@ -1,12 +1,14 @@
 # The pipeline as file targets: a stage runs again when one of its inputs is newer or its settings have changed. Usually called through `make pipeline`.
 #
 #   BASE=DIR TASKS=FILE RUN=DIR    the base checkpoint, the task list, the folder for everything that is made
-#   PROBE_TOKENS, BACKBONE_TOKENS, FINAL_TOKENS    budgets in tokens: of each probe, of the backbone, of the last stage.
-#       The baselines (full-sft, multi-stage) get the sum: number of tasks x PROBE + BACKBONE + FINAL.
-#   METHODS    what is compared with the base, of full-sft, multi-stage, cpi-ft and cpi-ft-plus (default: the first three)
-#   PLUS_SAMPLE, PLUS_LR    of cpi-ft-plus: the most rows of a task, in the mixture that it starts from (which has the backbone's budget) and in
-#       its last stage, where each group's own core alone moves; the rate of that stage (default: as before)
+#   METHODS    what is compared with the base: by default "full-sft capped-mixture cpi-ft-plus", which did best where all were tried;
+#       "full-sft multi-stage cpi-ft" are the paper's
+#   PROBE_TOKENS, BACKBONE_TOKENS, FINAL_TOKENS    budgets in tokens: of each probe, of the backbone (of cpi-ft-plus: of the mixture that it
+#       starts from), of the last stage. All other methods get the sum: number of tasks x PROBE + BACKBONE + FINAL.
+#   CAP    the most rows of a task in capped-mixture and cpi-ft-plus
+#   PLUS_LR    the rate of the last stage of cpi-ft-plus, in which each group's own core alone moves (default: a third of that in TRAIN_FLAGS)
 #   P, SCOPE, TAU, ORDER, SEED     core regions and groups
+#   The defaults of the budgets, P and TAU are the paper's where METHODS has cpi-ft, else those of cpi-ft-plus: short probes, large cores.
 #   TRAIN_FLAGS, FINAL_FLAGS, GROUP_FLAGS, MERGE_FLAGS, EVAL_FLAGS    more arguments
 #   THREADS    threads of each program; `make -j2` runs two at a time
 #   ONLY=FILES    make these files and refuse to make what they are made of, as each job on a cluster does
@@ -20,15 +22,18 @@ SHELL := /bin/bash
 $(if $(and $(BASE),$(TASKS),$(RUN)),,$(error name the inputs: make pipeline BASE=DIR TASKS=tasks.toml RUN=DIR))
 
 BIN ?= target/release
-PROBE_TOKENS ?= 200000
-BACKBONE_TOKENS ?= 400000
-FINAL_TOKENS ?= 200000
-METHODS ?= full-sft multi-stage cpi-ft
-PLUS_SAMPLE ?= 1000
-PLUS_LR ?=
-P ?= 1
+METHODS ?= full-sft capped-mixture cpi-ft-plus
+published = $(if $(filter cpi-ft,$(METHODS)),$(1),$(2))
+PROBE_TOKENS ?= $(call published,200000,30000)
+BACKBONE_TOKENS ?= $(call published,400000,1300000)
+FINAL_TOKENS ?= $(call published,200000,150000)
+CAP ?= 1000
+# Of the --lr in TRAIN_FLAGS, or cpift-train's default.
+PLUS_LR ?= $(shell awk -v rate="$$(grep -oP -- '--(lr|learning[-_]rate)[ =]\K\S+' <<< '$(TRAIN_FLAGS)' | tail -n 1)" \
+	'BEGIN { printf "%.2g", (rate ? rate : 2e-5) / 3 }')
+P ?= $(call published,1,20)
 SCOPE ?= global
-TAU ?= 0.1
+TAU ?= $(call published,0.1,auto)
 ORDER ?= random
 SEED ?= 0
 THREADS ?= 1
@@ -51,7 +56,8 @@ TOTAL_TOKENS := $(shell echo $$(($(words $(NAMES)) * $(PROBE_TOKENS) + $(BACKBON
 MASKS := $(NAMES:%=$(RUN)/masks/%.safetensors)
 PROBES := $(NAMES:%=$(RUN)/probes/%/cpift.json)
 SCORES := $(patsubst %,$(RUN)/scores/%/scores.json,base $(METHODS))
-$(foreach m,$(METHODS),$(if $(filter $(m),full-sft multi-stage cpi-ft cpi-ft-plus),,$(error METHODS: $(m) is none of full-sft, multi-stage, cpi-ft, cpi-ft-plus)))
+KNOWN := full-sft multi-stage cpi-ft capped-mixture cpi-ft-plus
+$(foreach m,$(METHODS),$(if $(filter $(m),$(KNOWN)),,$(error METHODS: $(m) is none of $(KNOWN))))
 BASE_FILES := $(wildcard $(BASE)/config.json $(BASE)/*.safetensors)
 mask_args := $(foreach n,$(NAMES),--mask $(n)=$(RUN)/masks/$(n).safetensors)
 task_args := $(foreach n,$(NAMES),--task $(n)=$(RUN)/probes/$(n))
@@ -75,7 +81,7 @@ define newline
 
 
 endef
-VARIABLES := BASE TASKS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS METHODS PLUS_SAMPLE PLUS_LR P SCOPE TAU ORDER SEED \
+VARIABLES := BASE TASKS METHODS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS CAP PLUS_LR P SCOPE TAU ORDER SEED \
 	TRAIN_FLAGS FINAL_FLAGS MASK_FLAGS GROUP_FLAGS MERGE_FLAGS EVAL_FLAGS
 $(if $(ONLY)$(GRAPH),,$(shell mkdir -p $(RUN)/settings)$(file >$(RUN)/settings/variables,$(foreach v,$(VARIABLES),$(v)=$($(v))$(newline))))
 
@@ -84,10 +90,11 @@ MASK_SET := $(call stamp,mask,$(P) $(SCOPE) $(MASK_FLAGS))
 GROUP_SET := $(call stamp,group,$(TAU) $(ORDER) $(SEED) $(GROUP_FLAGS))
 BACKBONE_SET := $(call stamp,backbone,$(BASE) $(BACKBONE_TOKENS) $(SEED) $(TRAIN_FLAGS))
 FUSED_SET := $(call stamp,fused,$(BASE) $(MERGE_FLAGS))
-MIXTURE_SET := $(call stamp,mixture,$(BASE) $(BACKBONE_TOKENS) $(PLUS_SAMPLE) $(SEED) $(TRAIN_FLAGS))
-PLUS_SET := $(call stamp,plus,$(FINAL_TOKENS) $(PLUS_SAMPLE) $(PLUS_LR) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
+MIXTURE_SET := $(call stamp,mixture,$(BASE) $(BACKBONE_TOKENS) $(CAP) $(SEED) $(TRAIN_FLAGS))
+PLUS_SET := $(call stamp,plus,$(FINAL_TOKENS) $(CAP) $(PLUS_LR) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
 FINAL_SET := $(call stamp,final,$(FINAL_TOKENS) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
 BASELINE_SET := $(call stamp,baselines,$(BASE) $(TOTAL_TOKENS) $(SEED) $(TRAIN_FLAGS))
+CAPPED_SET := $(call stamp,capped-mixture,$(BASE) $(TOTAL_TOKENS) $(CAP) $(SEED) $(TRAIN_FLAGS))
 TABLE_SET := $(call stamp,table,$(METHODS))
 EVAL_SET := $(call stamp,eval,$(BASE) $(EVAL_FLAGS))
 
@@ -126,13 +133,12 @@ $(RUN)/cpi-ft/cpift.json: $(RUN)/fused/cpift.json $(RUN)/groups.json $(MASKS) $(
 # A mixture in which no task has more than so many rows instead of stages and fusion; last, only the groups' own cores move.
 $(RUN)/mixture/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(MIXTURE_SET)
 	$(call run,mixture,cpift-train run --model $(BASE) --tasks $(TASKS) --out $(RUN)/mixture --tokens $(BACKBONE_TOKENS) \
-		--sample $(PLUS_SAMPLE) --seed $(SEED) --resume $(TRAIN_FLAGS))
+		--sample $(CAP) --seed $(SEED) --resume $(TRAIN_FLAGS))
 
-plus_flags := $(if $(PLUS_LR),$(shell echo '$(TRAIN_FLAGS)' | sed -E 's/--(lr|learning[-_]rate)[ =]+[^ ]+//') --lr $(PLUS_LR),$(TRAIN_FLAGS))
 $(RUN)/cpi-ft-plus/cpift.json: $(RUN)/mixture/cpift.json $(RUN)/groups.json $(MASKS) $(TRAIN) $(TASKS) $(PLUS_SET)
 	$(call run,cpi-ft-plus,cpift-train run --model $(RUN)/mixture --base $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json \
-		$(mask_args) --out $(RUN)/cpi-ft-plus --train only-cores --sample $(PLUS_SAMPLE) --tokens $(FINAL_TOKENS) --seed $(SEED) \
-		--resume $(plus_flags) $(FINAL_FLAGS))
+		$(mask_args) --out $(RUN)/cpi-ft-plus --train only-cores --sample $(CAP) --tokens $(FINAL_TOKENS) --seed $(SEED) \
+		--resume $(TRAIN_FLAGS) --lr $(PLUS_LR) $(FINAL_FLAGS))
 
 # The baselines, with the whole budget.
 $(RUN)/full-sft/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(BASELINE_SET)
@@ -143,11 +149,23 @@ $(RUN)/multi-stage/cpift.json: $(RUN)/groups.json $(TRAIN) $(TASKS) $(BASE_FILES
 	$(call run,multi-stage,cpift-train run --model $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json --no-freeze \
 		--out $(RUN)/multi-stage --tokens $(TOTAL_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS))
 
-score = $(call run,score-$(1),cpift-eval run --model $(2) --tasks $(TASKS) --out $(@D) $(EVAL_FLAGS))
-$(RUN)/scores/base/scores.json: $(BASE_FILES) $(EVAL) $(TASKS) $(EVAL_SET)
-	$(call score,base,$(BASE))
-$(RUN)/scores/%/scores.json: $(RUN)/%/cpift.json $(EVAL) $(TASKS) $(EVAL_SET)
-	$(call score,$*,$(RUN)/$*)
+# As the baselines, with no more than so many rows of a task.
+$(RUN)/capped-mixture/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(CAPPED_SET)
+	$(call run,capped-mixture,cpift-train run --model $(BASE) --tasks $(TASKS) --out $(RUN)/capped-mixture \
+		--tokens $(TOTAL_TOKENS) --sample $(CAP) --seed $(SEED) --resume $(TRAIN_FLAGS))
+
+# Each model on each task, then joined: model, its folder, what that is known by, task, evaluation file.
+define score_rule
+$(RUN)/task-scores/$(1)/$(4)/scores.json: $(3) $(5) $(TASKS) $(EVAL_SET)
+	$$(call run,score-$(1)-$(4),cpift-eval run --model $(2) --tasks $(TASKS) --only $(4) --out $$(@D) $(EVAL_FLAGS))
+endef
+define model_rules
+$(foreach t,$(LIST),$(eval $(call score_rule,$(1),$(2),$(3),$(call field,$(t),2),$(call field,$(t),4))))
+$(RUN)/scores/$(1)/scores.json: $(foreach n,$(NAMES),$(RUN)/task-scores/$(1)/$(n)/scores.json)
+	$$(call run,scores-$(1),cpift-eval join $(NAMES:%=$(RUN)/task-scores/$(1)/%) --out $$(@D))
+endef
+$(eval $(call model_rules,base,$(BASE),$(BASE_FILES)))
+$(foreach m,$(METHODS),$(eval $(call model_rules,$(m),$(RUN)/$(m),$(RUN)/$(m)/cpift.json)))
 
 # Without --force, so that scores of other settings are refused.
 $(RUN)/table.md: private common := --threads $(THREADS)

@@ -48,7 +48,12 @@ impl Pipeline {
             .arg(variable("TASKS", &self.path("data/tasks.toml")))
             .args(["PROBE_TOKENS=600", "BACKBONE_TOKENS=600", "FINAL_TOKENS=1200", "P=5", "ORDER=overlap"])
             // Over 1: every task is a group of its own, so that two stages have something to freeze.
-            .args(["TAU=1.1", "TRAIN_FLAGS=--device cpu --lr 1e-2 --batch-size 4", "EVAL_FLAGS=--device cpu"])
+            .args([
+                "METHODS=full-sft multi-stage cpi-ft",
+                "TAU=1.1",
+                "TRAIN_FLAGS=--device cpu --lr 1e-2 --batch-size 4",
+                "EVAL_FLAGS=--device cpu",
+            ])
             .args(more)
             .env_remove("MAKEFLAGS")
             .output()
@@ -114,9 +119,18 @@ fn assert_frozen(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
 fn the_whole_pipeline() {
     let p = Pipeline::new();
     let made = p.make("run");
-    for part in
-        ["probe-copy", "mask-pick", "groups", "backbone", "fused", "cpi-ft", "full-sft", "multi-stage", "score-cpi-ft"]
-    {
+    for part in [
+        "probe-copy",
+        "mask-pick",
+        "groups",
+        "backbone",
+        "fused",
+        "cpi-ft",
+        "full-sft",
+        "multi-stage",
+        "score-cpi-ft-pick",
+        "scores-cpi-ft",
+    ] {
         assert!(made.iter().any(|m| m == part), "{part} in {made:?}");
     }
     let table = fs::read_to_string(p.path("run/table.md")).unwrap();
@@ -150,25 +164,37 @@ fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
         &(0..9).map(|i| row(&format!("say v{i}"), &format!("v{i}"))).collect::<Vec<_>>(),
     );
     let made = p.make("run");
-    let spared = ["mask-count", "mask-pick", "probe-count", "probe-pick", "score-base"];
-    let expected: Vec<String> = all.into_iter().filter(|m| !spared.contains(&m.as_str())).collect();
+    let spared = ["mask-count", "mask-pick", "probe-count", "probe-pick", "scores-base"];
+    let spared = |name: &String| spared.contains(&name.as_str()) || name.starts_with("score-base-");
+    let expected: Vec<String> = all.into_iter().filter(|m| !spared(m)).collect();
     assert_eq!(made, expected);
     assert_eq!(untouched.iter().map(|n| stamp(n)).collect::<Vec<_>>(), before);
+    // Rows to score on: that task of every model, and what its scores are part of.
+    let eval: Vec<Value> = (0..3).map(|i| row(&format!("say w{i}"), &format!("w{i}"))).collect();
+    write_rows(&p.path("data/copy/eval.jsonl"), &eval);
+    let models = ["base", "cpi-ft", "full-sft", "multi-stage"];
+    let mut expected: Vec<String> =
+        models.iter().flat_map(|m| [format!("score-{m}-copy"), format!("scores-{m}")]).collect();
+    expected.extend(["report".to_owned(), "table".to_owned()]);
+    expected.sort();
+    assert_eq!(p.make("run"), expected);
 }
 
 #[test]
 fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
     let p = Pipeline::new();
-    let made = p.make_with("run", &["METHODS=full-sft cpi-ft-plus", "PLUS_SAMPLE=8", "PLUS_LR=1e-3"]);
+    let made = p.make_with("run", &["METHODS=full-sft capped-mixture cpi-ft-plus", "CAP=8", "PLUS_LR=1e-3"]);
     assert!(
-        ["mixture", "cpi-ft-plus", "score-cpi-ft-plus"].iter().all(|part| made.iter().any(|m| m == part)),
+        ["mixture", "capped-mixture", "cpi-ft-plus", "scores-cpi-ft-plus"]
+            .iter()
+            .all(|part| made.iter().any(|m| m == part)),
         "{made:?}"
     );
     assert!(!made.iter().any(|m| ["backbone", "fused", "multi-stage", "cpi-ft"].contains(&m.as_str())), "{made:?}");
     let table = fs::read_to_string(p.path("run/table.md")).unwrap();
-    assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 5, "{table}");
+    assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 6, "{table}");
     // The table follows what is compared.
-    assert_eq!(p.make_with("run", &["METHODS=full-sft", "PLUS_SAMPLE=8", "PLUS_LR=1e-3"]), ["report", "table"]);
+    assert_eq!(p.make_with("run", &["METHODS=full-sft", "CAP=8", "PLUS_LR=1e-3"]), ["report", "table"]);
     assert!(!fs::read_to_string(p.path("run/table.md")).unwrap().contains("cpi-ft-plus"));
     let [before, after] = ["run/mixture", "run/cpi-ft-plus"].map(|folder| p.read(folder));
     let masks = TASKS.map(|task| Mask::open(&p.path(&format!("run/masks/{task}.safetensors"))).unwrap());
@@ -184,6 +210,55 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
         }
     }
     assert!(moved > 0);
-    let log = fs::read_to_string(p.path("run/cpi-ft-plus/cpift.json")).unwrap();
-    assert!(log.contains("only-cores") && log.contains("1e-3") && !log.contains("1e-2"), "{log}");
+    let record = fs::read_to_string(p.path("run/cpi-ft-plus/cpift.json")).unwrap();
+    assert!(record.contains("only-cores"), "{record}");
+    // The rate of its own counts over that of TRAIN_FLAGS.
+    let metrics = fs::read_to_string(p.path("run/cpi-ft-plus/metrics.jsonl")).unwrap();
+    let steps = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let rates: Vec<f64> = steps.filter_map(|step| step["lr"].as_f64()).collect();
+    assert!(rates.iter().any(|rate| *rate > 5e-4) && rates.iter().all(|rate| *rate <= 1e-3), "{rates:?}");
+}
+
+/// What would be made without any setting but METHODS: name and command of every artifact.
+fn planned(p: &Pipeline, methods: &[&str]) -> BTreeMap<String, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
+    let output = Command::new("make")
+        .current_dir(root)
+        .args(["-sn", "--no-print-directory", "-f", "scripts/pipeline.mk", "GRAPH=1", "all"])
+        .args([variable("BIN", &programs()), variable("BASE", &p.path("base")), variable("RUN", &p.path("run"))])
+        .arg(variable("TASKS", &p.path("data/tasks.toml")))
+        .args(methods)
+        .env_remove("MAKEFLAGS")
+        .output()
+        .unwrap();
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let parts = |line: &str| line.split('\t').map(str::to_owned).collect::<Vec<_>>();
+    lines.lines().map(parts).filter(|p| p.len() == 4).map(|p| (p[0].clone(), p[3].clone())).collect()
+}
+
+#[test]
+fn the_default_is_what_did_best_and_the_published_method_is_one_setting_away() {
+    let p = Pipeline::new();
+    let default = planned(&p, &[]);
+    let says = |plan: &BTreeMap<String, String>, name: &str, parts: &[&str]| {
+        let command = plan.get(name).unwrap_or_else(|| panic!("{name} is not in {plan:?}"));
+        assert!(parts.iter().all(|part| format!("{command} ").contains(&format!("{part} "))), "{parts:?} in {command}");
+    };
+    assert!(!default.contains_key("cpi-ft") && !default.contains_key("multi-stage"), "{default:?}");
+    // The same for every method: three probes, the mixture and the last stage.
+    says(&default, "full-sft", &["--tokens 1540000"]);
+    says(&default, "capped-mixture", &["--tokens 1540000", "--sample 1000"]);
+    says(&default, "probe-pick", &["--tokens 30000"]);
+    says(&default, "mixture", &["--tokens 1300000", "--sample 1000"]);
+    says(&default, "cpi-ft-plus", &["--tokens 150000", "--sample 1000", "--train only-cores", "--lr 6.7e-06"]);
+    says(&default, "mask-pick", &["--percent 20"]);
+    says(&default, "groups", &["--tau auto"]);
+    says(&default, "score-cpi-ft-plus-pick", &["--only pick"]);
+    let published = planned(&p, &["METHODS=full-sft multi-stage cpi-ft"]);
+    assert!(!published.contains_key("capped-mixture") && !published.contains_key("mixture"), "{published:?}");
+    says(&published, "full-sft", &["--tokens 1200000"]);
+    says(&published, "cpi-ft", &["--tokens 200000"]);
+    says(&published, "mask-pick", &["--percent 1"]);
+    says(&published, "groups", &["--tau 0.1"]);
 }

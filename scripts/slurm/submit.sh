@@ -27,7 +27,7 @@ pipeline() { make -sn --no-print-directory -f scripts/pipeline.mk "$@" all; }
 setting() { local own=$1_${2//-/_}; echo "${!own-${!1-}}"; }
 
 # Which job makes an artifact, and as which element of it.
-stage_of() { case $1 in probe-* | mask-*) echo probe ;; score-*) echo score ;; table | report) echo report ;; *) echo "$1" ;; esac; }
+stage_of() { case $1 in probe-* | mask-*) echo probe ;; score-*) echo score ;; scores-* | table | report) echo report ;; *) echo "$1" ;; esac; }
 element_of() { case $1 in probe-* | mask-* | score-*) echo "${1#*-}" ;; *) echo - ;; esac; }
 
 # What is queued or running already: artifact -> job.
@@ -85,10 +85,10 @@ submit() {
         index=$((index + 1))
     done
     if [ ${#list[@]} = 0 ]; then
-        printf '%-12s%s\n' "$stage" "$([ -n "${waits[$stage]:-}" ] && echo "queued already:${waits[$stage]//:/ }" || echo "complete")"
+        printf '%-16s%s\n' "$stage" "$([ -n "${waits[$stage]:-}" ] && echo "queued already:${waits[$stage]//:/ }" || echo "complete")"
         return
     fi
-    local job=${RUN##*/}.$stage
+    local what job=${RUN##*/}.$stage
     local command=(sbatch --parsable --job-name="$job" --requeue --signal="B:TERM@$WARN" --open-mode=append)
     if [ "${elements[$stage]}" = - ]; then
         command+=(--output="$RUN/slurm/$stage-%j.out")
@@ -115,7 +115,10 @@ submit() {
         done
     done
     waits[$stage]+=:$id
-    printf '%-12sjob %s%s%s\n' "$stage" "$id" "$([ "${pick[0]}" = - ] || echo " (${pick[*]})")" "${why:+ after${why#,}}"
+    what=" (${pick[*]})"
+    [ "${pick[0]}" != - ] || what=
+    [ ${#pick[@]} -le 8 ] || what=" (${#pick[@]}: ${pick[0]} … ${pick[-1]})"
+    printf '%-16sjob %s%s%s\n' "$stage" "$id" "$what" "${why:+ after${why#,}}"
 }
 
 if [ -z "$dry" ]; then

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 tests/slurm/install.sh
 export BIN=${BIN:-target/release} BASE=fixtures/demo/base TASKS=fixtures/demo/tasks.toml
-export PROBE_TOKENS=12000 BACKBONE_TOKENS=12000 FINAL_TOKENS=12000 TAU=auto ORDER=overlap P=1 SEED=0 THREADS=1
+export METHODS='full-sft multi-stage cpi-ft' PROBE_TOKENS=12000 BACKBONE_TOKENS=12000 FINAL_TOKENS=12000 TAU=auto ORDER=overlap P=1 SEED=0 THREADS=1
 export TRAIN_FLAGS='--batch-size 8 --lr 1e-3 --device cpu --save-every 10' EVAL_FLAGS='--batch-size 50 --device cpu --limit 10'
 unset MAKEFLAGS MFLAGS MAKELEVEL
 dir=$(mktemp -d "${TMPDIR:-/tmp}/cpift-slurm.XXXXXX")
@@ -85,7 +85,7 @@ has "$status" '^full-sft +stopped'
 ok "a failing element stopped what depends on it: $(grep '^probe-logic' <<< "$status" | tr -s ' ')"
 
 wait_for "the end of the quiet run" idle "$quiet"
-has "$(scripts/status.py "$quiet")" '^22 done$'
+has "$(scripts/status.py "$quiet")" '^42 done$'
 made=$(make -s --no-print-directory -f scripts/pipeline.mk RUN="$quiet" all)
 [ -z "$made" ] || fail "make would make again: $made"
 has "$(P=2 scripts/status.py "$quiet")" '^mask-code +stale +argument: --percent 1, now --percent 2$'
@@ -99,7 +99,7 @@ said=$(scripts/slurm/submit.sh "$rough")
 echo "$said"
 has "$said" '^probe .* \(logic\)$'
 has "$said" '^full-sft +job'
-has "$said" '^score .* \(base full-sft multi-stage cpi-ft\)'
+has "$said" '^score .* \(20: base-arithmetic … cpi-ft-recall\)'
 
 # Queued again in mid-run.
 wait_for "probe-logic at work" steps probe-logic probes/logic 5
@@ -141,7 +141,7 @@ resumed cpi-ft "$job"
 ok "cpi-ft (job $job) came back after its node had died"
 
 wait_for "the end of the rough run" idle "$rough"
-has "$(scripts/status.py "$rough")" '^22 done$'
+has "$(scripts/status.py "$rough")" '^42 done$'
 count=0
 for file in $(cd "$quiet" && find . -name '*.safetensors' -o -name groups.json -o -name scores.json -o -name outputs.jsonl -o -name table.md); do
     # Scores name their model's folder.
@@ -150,4 +150,10 @@ for file in $(cd "$quiet" && find . -name '*.safetensors' -o -name groups.json -
 done
 ok "$count files are the same bytes in both runs"
 [ "$(scripts/slurm/submit.sh "$rough" | grep -c ' complete$')" = 9 ] || fail "complete, and submitted again"
+# The scores on one task of one model are an element of their own.
+rm -r "$rough/task-scores/cpi-ft/recall"
+lines=$(scripts/slurm/submit.sh --dry-run "$rough" | grep '^sbatch')
+[ "$(wc -l <<< "$lines")" = 2 ] || fail "one score is missing: $lines"
+has "$lines" '^sbatch .*rough\.score .*--array=19 '
+has "$lines" '^sbatch .*rough\.report '
 ok "passed"

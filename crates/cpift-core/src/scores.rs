@@ -10,6 +10,10 @@ use crate::checkpoint::Digest;
 use crate::error::BadInput;
 use crate::{files, json};
 
+/// The name of the file in the folder of an evaluation.
+pub const FILE_NAME: &str = "scores.json";
+/// The file beside it that has a line for each row.
+pub const OUTPUTS: &str = "outputs.jsonl";
 /// The form of scores.json this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
 
@@ -131,7 +135,7 @@ impl Scores {
 }
 
 fn open(path: &Path) -> Result<(PathBuf, serde_json::Value)> {
-    let file = if path.is_dir() { path.join("scores.json") } else { path.to_owned() };
+    let file = if path.is_dir() { path.join(FILE_NAME) } else { path.to_owned() };
     let value = json::read(&file)?;
     Ok((file, value))
 }

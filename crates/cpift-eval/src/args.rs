@@ -45,6 +45,14 @@ pub enum Command {
     ///
     /// With --few-shot the examples are others than the harness draws: such numbers are like its own, not the same.
     Run(RunArgs),
+    /// Join the scores of one checkpoint on several tasks, made by several runs, into one folder
+    ///
+    /// Writes what one run over all of these tasks would have written: scores.json and outputs.jsonl with the tasks in the order of the
+    /// folders. A judge's verdicts stay. Scores of another checkpoint (by its digest) and a task that is there twice are refused.
+    ///
+    /// For example, two jobs and what joins them: cpift-eval run --model M --tasks tasks.toml --only gsm8k --out parts/gsm8k; the
+    /// same with logiqa; then cpift-eval join parts/gsm8k parts/logiqa --out scores
+    Join(JoinArgs),
     /// Grade the answers to tasks with metric = "judge" from 1 to 10 by an OpenAI-compatible chat endpoint
     ///
     /// Asks the judge for one answer at a time, at temperature 0, reads `[[rating]]` in its reply, and writes mean, standard error and
@@ -124,6 +132,17 @@ pub struct RunArgs {
     /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
     #[arg(long, value_name = "TYPE")]
     pub compute_dtype: Option<Dtype>,
+}
+
+/// Arguments of `join`.
+#[derive(clap::Args, Debug)]
+pub struct JoinArgs {
+    /// Folders that `cpift-eval run` wrote
+    #[arg(required = true, value_name = "SCORES")]
+    pub parts: Vec<PathBuf>,
+    /// The folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 impl RunArgs {

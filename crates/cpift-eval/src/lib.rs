@@ -2,12 +2,13 @@
 
 mod answers;
 mod args;
+mod join;
 mod metrics;
 mod plan;
 mod prompt;
 mod run;
 
-pub use args::{Args, Command, RunArgs};
+pub use args::{Args, Command, JoinArgs, RunArgs};
 pub use metrics::{flexible_extract, normalise, strict_match};
 
 use anyhow::Result;
@@ -24,6 +25,7 @@ pub fn run(args: Args) -> Result<()> {
             || "  hint: a smaller --batch-size takes less; or raise the limit".to_owned(),
             || run::run(&run_args, &args.common),
         ),
+        Command::Join(join_args) => join::join(&join_args, &args.common),
         Command::Judge(judge_args) => cpift_judge::run(env!("CARGO_PKG_NAME"), &judge_args, &args.common),
         Command::Compare(compare_args) => cpift_report::compare(&compare_args, &args.common),
         Command::Experiment(experiment_args) => cpift_report::experiment(&experiment_args, &args.common),

@@ -10,7 +10,7 @@ use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
 use cpift_core::files::{StagedDir, check_output};
 use cpift_core::provenance::{FILE_NAME, Recorder};
-use cpift_core::scores::{FORMAT_VERSION, JUDGE, Scores, TaskScore};
+use cpift_core::scores::{self, FORMAT_VERSION, JUDGE, OUTPUTS, Scores, TaskScore};
 use cpift_core::stale::Expected;
 use cpift_core::tasks::{Task, TaskMetric, Tasks};
 use cpift_judge::verdicts;
@@ -27,8 +27,6 @@ use crate::metrics::{self, Loss, Settings};
 use crate::plan::TaskPlan;
 use crate::prompt::Prompter;
 
-const SCORES: &str = "scores.json";
-
 /// Scores and writes the output folder.
 ///
 /// # Errors
@@ -36,7 +34,7 @@ const SCORES: &str = "scores.json";
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     args.check()?;
     const STAGE: &str = env!("CARGO_PKG_NAME");
-    let (mut recorder, scores_file) = (Recorder::start(STAGE), args.out.join(SCORES));
+    let (mut recorder, scores_file) = (Recorder::start(STAGE), args.out.join(scores::FILE_NAME));
     if common.up_to_date(&Expected { also: vec![&scores_file], ..Expected::new(STAGE, &args.out) }) {
         return Ok(());
     }
@@ -55,24 +53,23 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     recorder.input("model", &args.model, session.digest.clone());
     recorder.input("tasks", &args.tasks, Digest::of_file(&args.tasks)?);
     let staged = StagedDir::create(&args.out, common.force())?;
-    let mut outputs =
-        BufWriter::new(File::create(staged.path().join("outputs.jsonl")).context("creating outputs.jsonl")?);
-    let mut scores = Vec::new();
+    let mut outputs = BufWriter::new(File::create(staged.path().join(OUTPUTS)).context("creating outputs.jsonl")?);
+    let mut tasks = Vec::new();
     for plan in &plans {
         recorder.input(format!("eval:{}", plan.task.name), &plan.task.eval, plan.digest.clone());
         if plan.few_shot > 0 {
             recorder.input(format!("train:{}", plan.task.name), &plan.task.train, Digest::of_file(&plan.task.train)?);
         }
-        scores.push(score_task(args, &session, plan, &mut outputs)?);
+        tasks.push(score_task(args, &session, plan, &mut outputs)?);
     }
     outputs.into_inner().context("writing outputs.jsonl")?;
     let scores = Scores {
         format_version: FORMAT_VERSION,
         model: args.model.display().to_string(),
         model_digest: session.digest.clone(),
-        tasks: scores,
+        tasks,
     };
-    scores.write(&staged.path().join(SCORES), false)?;
+    scores.write(&staged.path().join(scores::FILE_NAME), false)?;
     keep_verdicts(&args.out, staged.path())?;
     recorder.write_to(&staged.path().join(FILE_NAME))?;
     staged.commit()?;

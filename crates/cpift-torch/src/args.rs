@@ -30,8 +30,8 @@ pub struct TrainingArgs {
     /// Batches whose gradients make one step
     #[arg(long, aliases = ["gradient_accumulation_steps", "gradient-accumulation-steps"], value_name = "N", default_value_t = 1)]
     pub grad_accum: usize,
-    /// Peak learning rate
-    #[arg(long, aliases = ["learning_rate", "learning-rate"], value_name = "F", allow_negative_numbers = true, default_value_t = 2e-5)]
+    /// Peak learning rate; given twice, the last one counts
+    #[arg(long, aliases = ["learning_rate", "learning-rate"], value_name = "F", overrides_with = "lr", allow_negative_numbers = true, default_value_t = 2e-5)]
     pub lr: f64,
     /// Share of the steps that warm up, rounded up (the first has rate 0); a cosine to zero follows
     #[arg(long, aliases = ["warmup_ratio"], value_name = "F", allow_negative_numbers = true, default_value_t = 0.03)]

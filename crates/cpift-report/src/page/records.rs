@@ -10,8 +10,8 @@ use cpift_core::provenance::{FILE_NAME, Provenance};
 use super::{entries, file_name};
 use crate::html::{Table, escape, missing, paragraph, verbatim};
 
-/// How deep under the run's folder records are looked for: `probes/NAME/cpift.json`.
-const DEPTH: usize = 2;
+/// How deep under the run's folder records are looked for: `task-scores/MODEL/TASK/cpift.json`.
+const DEPTH: usize = 3;
 
 /// A record: the artifact's path under the run's folder, and what its file says, or why it cannot be read.
 pub type Record = (String, Result<Provenance, String>);

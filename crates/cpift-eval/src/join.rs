@@ -1,0 +1,120 @@
+//! `cpift-eval join`: the scores of one checkpoint on several tasks, made by several runs, as one run would have written them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cpift_core::checkpoint::Digest;
+use cpift_core::cli::Common;
+use cpift_core::error::usage;
+use cpift_core::files::{self, StagedDir, check_not_input, check_output};
+use cpift_core::provenance::{FILE_NAME, Recorder};
+use cpift_core::scores::{FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
+use cpift_core::stale::Expected;
+use cpift_core::{BadInput, scores};
+use cpift_judge::verdicts;
+use serde_json::json;
+
+use crate::args::JoinArgs;
+
+/// A folder to join.
+struct Part {
+    folder: PathBuf,
+    scores: Scores,
+    outputs: String,
+}
+
+impl Part {
+    /// # Errors
+    /// [`BadInput`] where scores.json or outputs.jsonl is missing or no such file.
+    fn read(folder: &Path, recorder: &mut Recorder) -> Result<Self> {
+        let scores = Scores::read(folder)?;
+        let mut outputs = files::read_text(&folder.join(OUTPUTS))?;
+        if !outputs.is_empty() && !outputs.ends_with('\n') {
+            outputs.push('\n');
+        }
+        let tasks = scores.tasks.iter().map(|task| task.task.as_str()).collect::<Vec<_>>().join(",");
+        for name in [scores::FILE_NAME, OUTPUTS] {
+            let path = folder.join(name);
+            recorder.input(format!("{name}:{tasks}"), &path, Digest::of_file(&path)?);
+        }
+        Ok(Self { folder: folder.to_owned(), scores, outputs })
+    }
+}
+
+/// Joins the folders and writes the output folder.
+///
+/// # Errors
+/// [`cpift_core::Usage`] and [`BadInput`]: scores of another checkpoint, a task that is in two of them. Nothing is written then.
+pub fn join(args: &JoinArgs, common: &Common) -> Result<()> {
+    const STAGE: &str = env!("CARGO_PKG_NAME");
+    let (mut recorder, scores_file) = (Recorder::start(STAGE), args.out.join(scores::FILE_NAME));
+    if common.up_to_date(&Expected { also: vec![&scores_file], ..Expected::new(STAGE, &args.out) }) {
+        return Ok(());
+    }
+    check_output(&args.out, common.force())?;
+    check_not_input("--out", &args.out, args.parts.iter().map(PathBuf::as_path))?;
+    let parts: Vec<Part> = args.parts.iter().map(|folder| Part::read(folder, &mut recorder)).collect::<Result<_>>()?;
+    let first = parts.first().ok_or_else(|| usage("name the folders to join"))?;
+    for part in &parts {
+        if part.scores.model_digest != first.scores.model_digest {
+            return Err(BadInput::new(
+                &part.folder,
+                format!("scores another checkpoint than {}", first.folder.display()),
+            )
+            .expected(format!("{} ({})", first.scores.model_digest, first.scores.model))
+            .found(format!("{} ({})", part.scores.model_digest, part.scores.model))
+            .into());
+        }
+    }
+    let joined = Scores {
+        format_version: FORMAT_VERSION,
+        model: first.scores.model.clone(),
+        model_digest: first.scores.model_digest.clone(),
+        tasks: tasks(&parts)?,
+    };
+    let staged = StagedDir::create(&args.out, common.force())?;
+    let outputs: String = parts.iter().map(|part| part.outputs.as_str()).collect();
+    files::write_text(&staged.path().join(OUTPUTS), &outputs, false)?;
+    joined.write(&staged.path().join(scores::FILE_NAME), false)?;
+    let verdicts = verdicts_of([args.out.as_path()].into_iter().chain(parts.iter().map(|part| part.folder.as_path())))?;
+    if !verdicts.is_empty() {
+        files::write_text(&staged.path().join(verdicts::FILE_NAME), &verdicts, false)?;
+    }
+    recorder.write_to(&staged.path().join(FILE_NAME))?;
+    staged.commit()?;
+    common.print_json(&json!(joined));
+    Ok(())
+}
+
+/// The scores of all tasks, in the order of the folders.
+fn tasks(parts: &[Part]) -> Result<Vec<TaskScore>> {
+    let (mut owner, mut all) = (BTreeMap::new(), Vec::new());
+    for part in parts {
+        for score in &part.scores.tasks {
+            if let Some(other) = owner.insert(&score.task, &part.folder) {
+                return Err(BadInput::new(&part.folder, format!("scores the task {} too", score.task))
+                    .hint(format!("{} does: leave one of them out", other.display()))
+                    .into());
+            }
+            all.push(score.clone());
+        }
+    }
+    Ok(all)
+}
+
+/// What judges have said in any of the `folders`, each verdict once: they are paid for.
+fn verdicts_of<'a>(folders: impl Iterator<Item = &'a Path>) -> Result<String> {
+    let (mut seen, mut all) = (BTreeSet::new(), String::new());
+    for file in folders.map(|folder| folder.join(verdicts::FILE_NAME)).filter(|file| file.is_file()) {
+        let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        for line in text.lines().filter(|line| !line.trim().is_empty()) {
+            if seen.insert(line.to_owned()) {
+                all.push_str(line);
+                all.push('\n');
+            }
+        }
+    }
+    Ok(all)
+}

@@ -1,0 +1,80 @@
+//! `cpift-eval join` through the real binary.
+
+mod common;
+
+use std::fs;
+
+use cpift_testkit::model::write_tiny_model;
+use cpift_testkit::{Run, expect_entries, run};
+
+use common::{Fixture, read_json};
+
+fn join(f: &Fixture, parts: &[&str], more: &[&str]) -> Run {
+    let paths: Vec<_> = parts.iter().map(|part| f.out(part)).collect();
+    let out = f.out("joined");
+    let given = ["join", "--out", out.to_str().unwrap()].into_iter().chain(paths.iter().map(|p| p.to_str().unwrap()));
+    run(env!("CARGO_BIN_EXE_cpift-eval"), given.chain(more.iter().copied()))
+}
+
+fn read(f: &Fixture, name: &str) -> String {
+    fs::read_to_string(f.out(name)).unwrap()
+}
+
+#[test]
+fn tasks_scored_apart_are_joined_to_the_bytes_of_one_run() {
+    let f = Fixture::new();
+    f.eval("whole", &[]).ok();
+    f.eval("one", &["--only", "copy"]).ok();
+    f.eval("rest", &["--only", "count,pick"]).ok();
+    join(&f, &["one", "rest"], &[]).ok();
+    expect_entries(&f.out("joined"), &["cpift.json", "outputs.jsonl", "scores.json"]);
+    for name in ["scores.json", "outputs.jsonl"] {
+        assert_eq!(read(&f, &format!("joined/{name}")), read(&f, &format!("whole/{name}")), "{name}");
+    }
+    let record = read_json(&f.out("joined/cpift.json"));
+    let inputs: Vec<&str> = record["inputs"].as_object().unwrap().keys().map(String::as_str).collect();
+    let of = ["outputs.jsonl:copy", "outputs.jsonl:count,pick", "scores.json:copy", "scores.json:count,pick"];
+    assert_eq!(inputs, of);
+    // The order is that of the folders.
+    join(&f, &["rest", "one"], &["--force"]).ok();
+    let tasks = read_json(&f.out("joined/scores.json"))["tasks"].clone();
+    assert_eq!(tasks.as_array().unwrap().iter().map(|t| t["task"].as_str().unwrap()).last(), Some("copy"));
+    let before = fs::metadata(f.out("joined")).unwrap().modified().unwrap();
+    join(&f, &["rest", "one"], &["--if-stale"]).ok();
+    assert_eq!(fs::metadata(f.out("joined")).unwrap().modified().unwrap(), before, "nothing has changed");
+}
+
+#[test]
+fn a_judges_verdicts_stay() {
+    let f = Fixture::new();
+    f.eval("one", &["--only", "copy"]).ok();
+    f.eval("two", &["--only", "count"]).ok();
+    fs::write(f.out("one/verdicts.jsonl"), "{\"key\":\"a\"}\n{\"key\":\"b\"}\n").unwrap();
+    join(&f, &["one", "two"], &[]).ok();
+    assert_eq!(read(&f, "joined/verdicts.jsonl"), "{\"key\":\"a\"}\n{\"key\":\"b\"}\n");
+    fs::write(f.out("joined/verdicts.jsonl"), "{\"key\":\"b\"}\n{\"key\":\"c\"}\n").unwrap();
+    join(&f, &["one", "two"], &["--force"]).ok();
+    assert_eq!(read(&f, "joined/verdicts.jsonl"), "{\"key\":\"b\"}\n{\"key\":\"c\"}\n{\"key\":\"a\"}\n");
+}
+
+#[test]
+fn what_does_not_belong_together_is_refused() {
+    let f = Fixture::new();
+    f.eval("one", &["--only", "copy"]).ok();
+    f.eval("both", &["--only", "copy,count"]).ok();
+    join(&f, &["one", "both"], &[]).bad_input(&["both", "scores the task copy too", "one does", "hint"]);
+    // The same folder name, other weights.
+    fs::remove_dir_all(&f.model).unwrap();
+    write_tiny_model(&f.model, 2);
+    f.eval("other", &["--only", "pick"]).ok();
+    join(&f, &["one", "other"], &[]).bad_input(&["other", "another checkpoint than", "one", "expected", "found"]);
+    fs::remove_file(f.out("one/outputs.jsonl")).unwrap();
+    join(&f, &["one"], &[]).bad_input(&["outputs.jsonl"]);
+    join(&f, &["nowhere"], &[]).bad_input(&["nowhere"]);
+    assert!(!f.out("joined").exists(), "nothing is half-written");
+    join(&f, &[], &[]).usage_error(&["SCORES"]);
+    fs::create_dir(f.out("joined")).unwrap();
+    join(&f, &["both"], &[]).bad_input(&["joined", "exists already", "--force"]);
+    fs::write(f.out("joined/mine.txt"), "").unwrap();
+    join(&f, &["both"], &["--force"]).bad_input(&["no program of ours made"]);
+}
