@@ -127,7 +127,9 @@ def main():
             os.environ.setdefault(key, value)
     due = {name for name, *_ in graph()}
     queue, states, makers, counts = squeue(run), {}, {}, {}
-    for name, file, inputs, command in graph("-B"):
+    artifacts = graph("-B")
+    width = max(len(name) for name, *_ in artifacts) + 2
+    for name, file, inputs, command in artifacts:
         makers[file] = name
         first = [makers[i] for i in inputs.split() if i in makers]
         made, there = record(file), os.path.exists(file)
@@ -148,7 +150,7 @@ def main():
             state, more = "done", "what it is made of is newer but the same; make would make it again" if name in due else ""
         states[name] = state
         counts[state] = counts.get(state, 0) + 1
-        print(f"{name:<24}{state:<10}{more}".rstrip())
+        print(f"{name:<{width}}{state:<10}{more}".rstrip())
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
 
 

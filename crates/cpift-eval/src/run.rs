@@ -6,6 +6,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use cpift_core::Checkpoint;
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
 use cpift_core::files::{StagedDir, check_output};
@@ -42,9 +43,8 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let list = Tasks::read(&args.tasks)?;
     let device = args.device.open(common.threads)?;
     if !device.is_cuda() {
-        let files = fs::read_dir(&args.model).into_iter().flatten().flatten();
-        let weights = files.filter(|file| file.path().extension().is_some_and(|end| end == "safetensors"));
-        let bytes: u64 = weights.filter_map(|file| fs::metadata(file.path()).ok()).map(|file| file.len()).sum();
+        let size = |file: &Path| fs::metadata(file).map_or(0, |file| file.len());
+        let bytes: u64 = Checkpoint::open(&args.model)?.files().map(size).sum();
         // Mapped, and in memory.
         memory::check_address_space(2 * bytes)?;
     }

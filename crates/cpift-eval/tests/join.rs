@@ -35,6 +35,11 @@ fn tasks_scored_apart_are_joined_to_the_bytes_of_one_run() {
     let inputs: Vec<&str> = record["inputs"].as_object().unwrap().keys().map(String::as_str).collect();
     let of = ["outputs.jsonl:copy", "outputs.jsonl:count,pick", "scores.json:copy", "scores.json:count,pick"];
     assert_eq!(inputs, of);
+    // A file that was edited by hand.
+    let edited = read(&f, "one/outputs.jsonl");
+    fs::write(f.out("one/outputs.jsonl"), edited.trim_end()).unwrap();
+    join(&f, &["one", "rest"], &["--force"]).ok();
+    assert_eq!(read(&f, "joined/outputs.jsonl"), read(&f, "whole/outputs.jsonl"));
     // The order is that of the folders.
     join(&f, &["rest", "one"], &["--force"]).ok();
     let tasks = read_json(&f.out("joined/scores.json"))["tasks"].clone();
@@ -55,6 +60,7 @@ fn a_judges_verdicts_stay() {
     fs::write(f.out("joined/verdicts.jsonl"), "{\"key\":\"b\"}\n{\"key\":\"c\"}\n").unwrap();
     join(&f, &["one", "two"], &["--force"]).ok();
     assert_eq!(read(&f, "joined/verdicts.jsonl"), "{\"key\":\"b\"}\n{\"key\":\"c\"}\n{\"key\":\"a\"}\n");
+    join(&f, &["joined", "two"], &["--force"]).usage_error(&["would replace the input", "joined"]);
 }
 
 #[test]

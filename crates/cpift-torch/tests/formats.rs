@@ -191,11 +191,23 @@ fn a_parquet_file_is_not_believed_to_be_larger_than_it_is() {
     let length = (metadata.len() as u32).to_le_bytes();
     refused([b"PAR1", &metadata[..], &length, b"PAR1"].concat(), "its metadata does not end");
     // The header of the first page, whose uncompressed size is its second field: then negative.
-    let mut bytes = fs::read(golden("zstd.parquet")).unwrap();
-    assert_eq!(bytes[4..11], [0x15, 4, 0x15, 0xdc, 1, 0x15, 0xee]);
+    let whole = fs::read(golden("zstd.parquet")).unwrap();
+    assert_eq!(whole[4..11], [0x15, 4, 0x15, 0xdc, 1, 0x15, 0xee]);
+    let mut bytes = whole.clone();
     bytes[8] = 0x7d;
     bytes[7] = 0xdd;
     refused(bytes, "a page without a size");
+    // 1 GiB of some hundred bytes.
+    let mut bytes = whole.clone();
+    bytes.splice(7..9, [0x80, 0x80, 0x80, 0x80, 8]);
+    refused(bytes, "claims to grow more than a thousandfold");
+    // The third field of the metadata is the number of rows, 3, before the list of their groups: then 2^40.
+    let (length, mark) = (whole.len() - 8, whole.len() - 4);
+    let start = length - u32::from_le_bytes(whole[length..mark].try_into().unwrap()) as usize;
+    let at = start + whole[start..].windows(3).position(|part| part == [0x16, 6, 0x19]).unwrap() + 1;
+    let metadata = [&whole[start..at], &[0x80, 0x80, 0x80, 0x80, 0x80, 0x40], &whole[at + 1..length]].concat();
+    let length = (metadata.len() as u32).to_le_bytes();
+    refused([&whole[..start], &metadata[..], &length, b"PAR1"].concat(), "claims to have more rows");
 }
 
 #[test]
