@@ -27,7 +27,7 @@ test: setup ## Format, lints and all tests
 	@set -o pipefail; mkdir -p target; cargo test --workspace 2>&1 | tee target/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } END { print passed " passed, " failed " failed" }' target/test.log
 
-test-full: test storm check-disk-full test-slurm fuzz ## All that can go wrong, two hours long: tests, 100 kills, full disks, Slurm, fuzzing (as root; cargo-fuzz)
+test-full: test storm check-disk-full test-slurm fuzz ## All that can go wrong, an hour and a half on two CPUs: tests, 100 kills, full disks, Slurm, fuzzing (as root; cargo-fuzz)
 
 check: setup ## Format and lints only
 	cargo fmt --all --check
@@ -64,7 +64,7 @@ REPORT ?= runs/demo/report.html
 check-report: ## A report in headless Chromium: no message, no request, its sections and scores; screenshots (REPORT=runs/demo/report.html)
 	@scripts/check-report.sh $(REPORT) $(SHOTS)
 
-# Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs.
+# Of tests/fuzz. TARGET= one of them; SECONDS_EACH= how long each runs; JOBS= how many at a time.
 TARGET ?= config data groups header index mask recipe scores state tasks tokenizer
 SECONDS_EACH ?= 600
 
@@ -120,7 +120,7 @@ slurm: ## Submit the pipeline to Slurm: what is not made yet (RUN=, BASE=, TASKS
 test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
 	@BIN=$(BIN) tests/slurm/test.sh
 
-clean-probes: ## Delete the probes of RUN= once all masks and the fused model are made
+clean-probes: ## Delete the probes of RUN= once all masks and, of cpi-ft, the fused model are made
 	@scripts/clean-probes.sh "$(RUN)"
 
 install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# clean-probes.sh RUN: deletes the probes of a run, and only when what is made of them is there and not older: every probe's mask, and the
-# merged model. What another program keeps in RUN/probes stays.
+# clean-probes.sh RUN: deletes the probes of a run, and only when what is made of them is there and not older: every probe's mask, and, of a
+# run with CPI-FT, the merged model. What another program keeps in RUN/probes stays.
 set -euo pipefail
 run=${1:-}
 stop() { echo "clean-probes: $1" >&2; exit 2; }
@@ -8,7 +8,8 @@ stop() { echo "clean-probes: $1" >&2; exit 2; }
 [ -d "$run/probes" ] || stop "$run/probes is not there"
 # A run without CPI-FT (METHODS) merges nothing.
 merges=1
-! grep -q '^METHODS=' "$run/settings/variables" 2> /dev/null || grep -qE '^METHODS=(.* )?cpi-ft( |$)' "$run/settings/variables" || merges=
+methods=$(grep -E '^ *METHODS=' "$run/settings/variables" 2> /dev/null || true)
+[ -z "$methods" ] || grep -qE '[= ]cpi-ft( |$)' <<< "$methods" || merges=
 [ -z "$merges" ] || [ -f "$run/fused/cpift.json" ] || stop "$run/fused is not there yet: the probes are still needed"
 shopt -s nullglob
 probes=("$run"/probes/*/cpift.json)

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 export BIN=${BIN:-target/release}
 export BASE=fixtures/demo/base TASKS=fixtures/demo/tasks.toml RUN=${RUN:-runs/demo}
 # The method as published, and its baselines.
-export METHODS=${METHODS:-full-sft multi-stage cpi-ft}
+export METHODS='full-sft multi-stage cpi-ft'
 export PROBE_TOKENS=${PROBE_TOKENS:-100000} BACKBONE_TOKENS=${BACKBONE_TOKENS:-200000} FINAL_TOKENS=${FINAL_TOKENS:-100000}
 # auto: the τ whose partition is the most stable, so that the demo does not hang on one threshold.
 export TAU=${TAU:-auto} P=${P:-1} ORDER=${ORDER:-overlap} SEED=${SEED:-0} THREADS=${THREADS:-1}

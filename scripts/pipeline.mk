@@ -1,14 +1,15 @@
 # The pipeline as file targets: a stage runs again when one of its inputs is newer or its settings have changed. Usually called through `make pipeline`.
 #
 #   BASE=DIR TASKS=FILE RUN=DIR    the base checkpoint, the task list, the folder for everything that is made
-#   METHODS    what is compared with the base: by default "full-sft capped-mixture cpi-ft-plus", which did best where all were tried;
-#       "full-sft multi-stage cpi-ft" are the paper's
+#   METHODS    what is compared with the base: by default "full-sft capped-mixture cpi-ft-plus", the second of which did best where all were
+#       tried, the third of all that isolate cores; "full-sft multi-stage cpi-ft" are the paper's
 #   PROBE_TOKENS, BACKBONE_TOKENS, FINAL_TOKENS    budgets in tokens: of each probe, of the backbone (of cpi-ft-plus: of the mixture that it
 #       starts from), of the last stage. All other methods get the sum: number of tasks x PROBE + BACKBONE + FINAL.
-#   CAP    the most rows of a task in capped-mixture and cpi-ft-plus
+#   CAP    the most rows of a task in capped-mixture and cpi-ft-plus; where no task has more, capped-mixture is full-sft again
 #   PLUS_LR    the rate of the last stage of cpi-ft-plus, in which each group's own core alone moves (default: a third of that in TRAIN_FLAGS)
 #   P, SCOPE, TAU, ORDER, SEED     core regions and groups
-#   The defaults of the budgets, P and TAU are the paper's where METHODS has cpi-ft, else those of cpi-ft-plus: short probes, large cores.
+#   The defaults of the budgets, P and TAU are for CPI-FT as published where METHODS has cpi-ft, else for cpi-ft-plus: short probes, large cores.
+#       Probes and masks are shared: to compare both methods at their best, give each a run of its own, with the budgets named.
 #   TRAIN_FLAGS, FINAL_FLAGS, GROUP_FLAGS, MERGE_FLAGS, EVAL_FLAGS    more arguments
 #   THREADS    threads of each program; `make -j2` runs two at a time
 #   ONLY=FILES    make these files and refuse to make what they are made of, as each job on a cluster does
@@ -23,14 +24,17 @@ $(if $(and $(BASE),$(TASKS),$(RUN)),,$(error name the inputs: make pipeline BASE
 
 BIN ?= target/release
 METHODS ?= full-sft capped-mixture cpi-ft-plus
+# Each once.
+unique = $(if $(1),$(firstword $(1)) $(call unique,$(filter-out $(firstword $(1)),$(1))))
+override METHODS := $(strip $(call unique,$(METHODS)))
 published = $(if $(filter cpi-ft,$(METHODS)),$(1),$(2))
 PROBE_TOKENS ?= $(call published,200000,30000)
 BACKBONE_TOKENS ?= $(call published,400000,1300000)
 FINAL_TOKENS ?= $(call published,200000,150000)
 CAP ?= 1000
 # Of the --lr in TRAIN_FLAGS, or cpift-train's default.
-PLUS_LR ?= $(shell awk -v rate="$$(grep -oP -- '--(lr|learning[-_]rate)[ =]\K\S+' <<< '$(TRAIN_FLAGS)' | tail -n 1)" \
-	'BEGIN { printf "%.2g", (rate ? rate : 2e-5) / 3 }')
+PLUS_LR ?= $(shell rate=$$(grep -oP -- '--(lr|learning[-_]rate)[\s=]+"?\K[0-9.eE+-]+' <<< '$(TRAIN_FLAGS)' | tail -n 1) || true; \
+	LC_ALL=C awk -v rate="$${rate:-2e-5}" 'BEGIN { printf "%.2g", rate / 3 }')
 P ?= $(call published,1,20)
 SCOPE ?= global
 TAU ?= $(call published,0.1,auto)
@@ -57,7 +61,9 @@ MASKS := $(NAMES:%=$(RUN)/masks/%.safetensors)
 PROBES := $(NAMES:%=$(RUN)/probes/%/cpift.json)
 SCORES := $(patsubst %,$(RUN)/scores/%/scores.json,base $(METHODS))
 KNOWN := full-sft multi-stage cpi-ft capped-mixture cpi-ft-plus
+$(if $(strip $(METHODS)),,$(error METHODS is empty: name some of $(KNOWN)))
 $(foreach m,$(METHODS),$(if $(filter $(m),$(KNOWN)),,$(error METHODS: $(m) is none of $(KNOWN))))
+$(if $(filter --only --only=%,$(EVAL_FLAGS)),$(error EVAL_FLAGS: --only is set here: each task is scored on its own))
 BASE_FILES := $(wildcard $(BASE)/config.json $(BASE)/*.safetensors)
 mask_args := $(foreach n,$(NAMES),--mask $(n)=$(RUN)/masks/$(n).safetensors)
 task_args := $(foreach n,$(NAMES),--task $(n)=$(RUN)/probes/$(n))
@@ -76,14 +82,17 @@ stamp = $(or $(shell f=$(RUN)/settings/$(1); s='$(strip $(2))'; [ "$$(cat $$f 2>
 	$(if $(GRAPH),changed-settings,$(error $(RUN)/settings/$(1): the settings have changed since the job was submitted)))
 .PHONY: changed-settings
 
-# What scripts/status.py needs to ask again.
+# What scripts/status.py needs to ask again, and clean-probes.sh.
 define newline
 
 
 endef
 VARIABLES := BASE TASKS METHODS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS CAP PLUS_LR P SCOPE TAU ORDER SEED \
 	TRAIN_FLAGS FINAL_FLAGS MASK_FLAGS GROUP_FLAGS MERGE_FLAGS EVAL_FLAGS
-$(if $(ONLY)$(GRAPH),,$(shell mkdir -p $(RUN)/settings)$(file >$(RUN)/settings/variables,$(foreach v,$(VARIABLES),$(v)=$($(v))$(newline))))
+# METHODS, and what was given: the other defaults may follow from it.
+GIVEN := METHODS $(foreach v,$(filter-out METHODS,$(VARIABLES)),$(if $(filter file,$(origin $(v))),,$(v)))
+$(if $(ONLY)$(GRAPH),,$(shell mkdir -p $(RUN)/settings)$(file >$(RUN)/settings/variables,$(subst $(newline) ,$(newline),$(foreach \
+	v,$(GIVEN),$(v)=$($(v))$(newline)))))
 
 PROBE_SET := $(call stamp,probe,$(BASE) $(PROBE_TOKENS) $(SEED) $(TRAIN_FLAGS))
 MASK_SET := $(call stamp,mask,$(P) $(SCOPE) $(MASK_FLAGS))
@@ -100,17 +109,17 @@ EVAL_SET := $(call stamp,eval,$(BASE) $(EVAL_FLAGS))
 
 all: $(RUN)/report.html
 
-# Probes may be deleted once masks and the fused model are made (make clean-probes) without being made again.
+# Probes may be deleted once masks and, of cpi-ft, the fused model are made (make clean-probes) without being made again.
 .SECONDARY: $(PROBES)
 
 define task_rules
 $(RUN)/probes/$(1)/cpift.json: $(2) $(TASKS) $(BASE_FILES) $(PROBE_SET)
-	$$(call run,probe-$(1),cpift-probe --base $(BASE) --tasks $(TASKS) --task $(1) --out $(RUN)/probes/$(1) \
-		--tokens $(PROBE_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS))
+	$$(call run,probe-$(1),cpift-probe --base $$(BASE) --tasks $$(TASKS) --task $(1) --out $$(RUN)/probes/$(1) \
+		--tokens $$(PROBE_TOKENS) --seed $$(SEED) --resume $$(TRAIN_FLAGS))
 
 $(RUN)/masks/$(1).safetensors: $(RUN)/probes/$(1)/cpift.json $(MASK_SET)
-	$$(call run,mask-$(1),cpift-mask extract --base $(BASE) --tuned $(RUN)/probes/$(1) --percent $(P) --scope $(SCOPE) \
-		--out $$@ $(MASK_FLAGS))
+	$$(call run,mask-$(1),cpift-mask extract --base $$(BASE) --tuned $$(RUN)/probes/$(1) --percent $$(P) --scope $$(SCOPE) \
+		--out $$@ $$(MASK_FLAGS))
 endef
 $(foreach t,$(LIST),$(eval $(call task_rules,$(call field,$(t),2),$(call field,$(t),3))))
 
@@ -154,18 +163,19 @@ $(RUN)/capped-mixture/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(CAPPED_SET)
 	$(call run,capped-mixture,cpift-train run --model $(BASE) --tasks $(TASKS) --out $(RUN)/capped-mixture \
 		--tokens $(TOTAL_TOKENS) --sample $(CAP) --seed $(SEED) --resume $(TRAIN_FLAGS))
 
-# Each model on each task, then joined: model, its folder, what that is known by, task, evaluation file.
+# A model on a task: model, its folder (a variable in it is for the recipe), what that is known by, task, evaluation file.
 define score_rule
 $(RUN)/task-scores/$(1)/$(4)/scores.json: $(3) $(5) $(TASKS) $(EVAL_SET)
-	$$(call run,score-$(1)-$(4),cpift-eval run --model $(2) --tasks $(TASKS) --only $(4) --out $$(@D) $(EVAL_FLAGS))
+	$$(call run,score-$(1).$(4),cpift-eval run --model $(2) --tasks $$(TASKS) --only $(4) --out $$(@D) $$(EVAL_FLAGS))
 endef
+# On every task, and the scores joined: the first three.
 define model_rules
 $(foreach t,$(LIST),$(eval $(call score_rule,$(1),$(2),$(3),$(call field,$(t),2),$(call field,$(t),4))))
 $(RUN)/scores/$(1)/scores.json: $(foreach n,$(NAMES),$(RUN)/task-scores/$(1)/$(n)/scores.json)
-	$$(call run,scores-$(1),cpift-eval join $(NAMES:%=$(RUN)/task-scores/$(1)/%) --out $$(@D))
+	$$(call run,scores-$(1),cpift-eval join $$(NAMES:%=$$(RUN)/task-scores/$(1)/%) --out $$(@D))
 endef
-$(eval $(call model_rules,base,$(BASE),$(BASE_FILES)))
-$(foreach m,$(METHODS),$(eval $(call model_rules,$(m),$(RUN)/$(m),$(RUN)/$(m)/cpift.json)))
+$(eval $(call model_rules,base,$$(BASE),$(BASE_FILES)))
+$(foreach m,$(METHODS),$(eval $(call model_rules,$(m),$$(RUN)/$(m),$(RUN)/$(m)/cpift.json)))
 
 # Without --force, so that scores of other settings are refused.
 $(RUN)/table.md: private common := --threads $(THREADS)

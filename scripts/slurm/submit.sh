@@ -63,6 +63,13 @@ while IFS=$'\t' read -r name file inputs _; do
     done
 done <<< "$all"
 
+# The jobs that these, a colon before each, are or are elements of.
+numbers() {
+    local id known=''
+    for id in ${1//:/ }; do id=${id%_[0-9]*}; [[ "$known " == *" $id "* ]] || known+=" $id"; done
+    echo "$known"
+}
+
 declare -A submitted waits
 # Submits a stage after those it needs. `waits` gets the jobs that a dependent waits for.
 submit() {
@@ -71,7 +78,7 @@ submit() {
     submitted[$stage]=1
     for need in ${needs[$stage]:-}; do
         submit "$need"
-        [ -z "${waits[$need]:-}" ] || { after+=${waits[$need]}; why+=", $need${waits[$need]//:/ }"; }
+        [ -z "${waits[$need]:-}" ] || { after+=${waits[$need]}; why+=", $need$(numbers "${waits[$need]}")"; }
     done
     for element in ${elements[$stage]}; do
         arguments+=("${files[$stage/$element]}")
@@ -85,7 +92,7 @@ submit() {
         index=$((index + 1))
     done
     if [ ${#list[@]} = 0 ]; then
-        printf '%-16s%s\n' "$stage" "$([ -n "${waits[$stage]:-}" ] && echo "queued already:${waits[$stage]//:/ }" || echo "complete")"
+        printf '%-16s%s\n' "$stage" "$([ -n "${waits[$stage]:-}" ] && echo "queued already:$(numbers "${waits[$stage]}")" || echo "complete")"
         return
     fi
     local what job=${RUN##*/}.$stage

@@ -21,7 +21,7 @@ cargo run --quiet --release -p cpift-torch --example check_smollm2 -- "$MODEL" "
 BATCH=${BATCH:-4}
 STEPS=${STEPS:-8}
 export BIN BASE=$MODEL TASKS=$RUN/tasks.toml RUN
-export METHODS=${METHODS:-full-sft multi-stage cpi-ft}
+export METHODS='full-sft multi-stage cpi-ft'
 export PROBE_TOKENS=${PROBE_TOKENS:-$((STEPS * BATCH * SEQ * 3 / 4))}
 export BACKBONE_TOKENS=${BACKBONE_TOKENS:-$((2 * PROBE_TOKENS))} FINAL_TOKENS=${FINAL_TOKENS:-$((2 * PROBE_TOKENS))}
 export TAU=${TAU:-auto} P=${P:-1} ORDER=${ORDER:-random} SEED=${SEED:-0} THREADS=${THREADS:-1}

@@ -99,7 +99,7 @@ said=$(scripts/slurm/submit.sh "$rough")
 echo "$said"
 has "$said" '^probe .* \(logic\)$'
 has "$said" '^full-sft +job'
-has "$said" '^score .* \(20: base-arithmetic … cpi-ft-recall\)'
+has "$said" '^score .* \(20: base.arithmetic … cpi-ft.recall\)'
 
 # Queued again in mid-run.
 wait_for "probe-logic at work" steps probe-logic probes/logic 5

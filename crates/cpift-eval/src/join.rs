@@ -1,10 +1,9 @@
 //! `cpift-eval join`: the scores of one checkpoint on several tasks, made by several runs, as one run would have written them.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
 use cpift_core::error::usage;
@@ -13,10 +12,10 @@ use cpift_core::provenance::{FILE_NAME, Recorder};
 use cpift_core::scores::{FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
 use cpift_core::stale::Expected;
 use cpift_core::{BadInput, scores};
-use cpift_judge::verdicts;
 use serde_json::json;
 
 use crate::args::JoinArgs;
+use crate::run::{keep_verdicts, made};
 
 /// A folder to join.
 struct Part {
@@ -49,8 +48,10 @@ impl Part {
 /// [`cpift_core::Usage`] and [`BadInput`]: scores of another checkpoint, a task that is in two of them. Nothing is written then.
 pub fn join(args: &JoinArgs, common: &Common) -> Result<()> {
     const STAGE: &str = env!("CARGO_PKG_NAME");
-    let (mut recorder, scores_file) = (Recorder::start(STAGE), args.out.join(scores::FILE_NAME));
-    if common.up_to_date(&Expected { also: vec![&scores_file], ..Expected::new(STAGE, &args.out) }) {
+    let (mut recorder, made) = (Recorder::start(STAGE), made(&args.out));
+    if common
+        .up_to_date(&Expected { also: made.iter().map(PathBuf::as_path).collect(), ..Expected::new(STAGE, &args.out) })
+    {
         return Ok(());
     }
     check_output(&args.out, common.force())?;
@@ -78,10 +79,10 @@ pub fn join(args: &JoinArgs, common: &Common) -> Result<()> {
     let outputs: String = parts.iter().map(|part| part.outputs.as_str()).collect();
     files::write_text(&staged.path().join(OUTPUTS), &outputs, false)?;
     joined.write(&staged.path().join(scores::FILE_NAME), false)?;
-    let verdicts = verdicts_of([args.out.as_path()].into_iter().chain(parts.iter().map(|part| part.folder.as_path())))?;
-    if !verdicts.is_empty() {
-        files::write_text(&staged.path().join(verdicts::FILE_NAME), &verdicts, false)?;
-    }
+    keep_verdicts(
+        [args.out.as_path()].into_iter().chain(parts.iter().map(|part| part.folder.as_path())),
+        staged.path(),
+    )?;
     recorder.write_to(&staged.path().join(FILE_NAME))?;
     staged.commit()?;
     common.print_json(&json!(joined));
@@ -99,21 +100,6 @@ fn tasks(parts: &[Part]) -> Result<Vec<TaskScore>> {
                     .into());
             }
             all.push(score.clone());
-        }
-    }
-    Ok(all)
-}
-
-/// What judges have said in any of the `folders`, each verdict once: they are paid for.
-fn verdicts_of<'a>(folders: impl Iterator<Item = &'a Path>) -> Result<String> {
-    let (mut seen, mut all) = (BTreeSet::new(), String::new());
-    for file in folders.map(|folder| folder.join(verdicts::FILE_NAME)).filter(|file| file.is_file()) {
-        let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-        for line in text.lines().filter(|line| !line.trim().is_empty()) {
-            if seen.insert(line.to_owned()) {
-                all.push_str(line);
-                all.push('\n');
-            }
         }
     }
     Ok(all)

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::Checkpoint;
 use cpift_core::checkpoint::Digest;
 use cpift_core::cli::Common;
-use cpift_core::files::{StagedDir, check_output};
+use cpift_core::files::{self, StagedDir, check_output};
 use cpift_core::provenance::{FILE_NAME, Recorder};
 use cpift_core::scores::{self, FORMAT_VERSION, JUDGE, OUTPUTS, Scores, TaskScore};
 use cpift_core::stale::Expected;
@@ -35,8 +35,10 @@ use crate::prompt::Prompter;
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     args.check()?;
     const STAGE: &str = env!("CARGO_PKG_NAME");
-    let (mut recorder, scores_file) = (Recorder::start(STAGE), args.out.join(scores::FILE_NAME));
-    if common.up_to_date(&Expected { also: vec![&scores_file], ..Expected::new(STAGE, &args.out) }) {
+    let (mut recorder, made) = (Recorder::start(STAGE), made(&args.out));
+    if common
+        .up_to_date(&Expected { also: made.iter().map(PathBuf::as_path).collect(), ..Expected::new(STAGE, &args.out) })
+    {
         return Ok(());
     }
     check_output(&args.out, common.force())?;
@@ -70,21 +72,25 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
         tasks,
     };
     scores.write(&staged.path().join(scores::FILE_NAME), false)?;
-    keep_verdicts(&args.out, staged.path())?;
+    keep_verdicts([args.out.as_path()], staged.path())?;
     recorder.write_to(&staged.path().join(FILE_NAME))?;
     staged.commit()?;
     common.print_json(&json!(scores));
     Ok(())
 }
 
-/// A judge's verdicts stay when a folder is scored again: they are paid for, and each is known by the very answer it is on.
-fn keep_verdicts(old: &Path, new: &Path) -> Result<()> {
-    let verdicts = old.join(verdicts::FILE_NAME);
-    if verdicts.is_file() {
-        fs::copy(&verdicts, new.join(verdicts::FILE_NAME))
-            .with_context(|| format!("copying {}", verdicts.display()))?;
-    }
-    Ok(())
+/// What is in the folder of an evaluation, beside its record.
+pub fn made(folder: &Path) -> [PathBuf; 2] {
+    [scores::FILE_NAME, OUTPUTS].map(|name| folder.join(name))
+}
+
+/// A judge's verdicts stay when a folder is scored again or joined: they are paid for, and each is known by the very answer it is on.
+///
+/// # Errors
+/// As [`verdicts::kept`]; I/O errors.
+pub fn keep_verdicts<'a>(old: impl IntoIterator<Item = &'a Path>, new: &Path) -> Result<()> {
+    let kept = verdicts::kept(old)?;
+    if kept.is_empty() { Ok(()) } else { files::write_text(&new.join(verdicts::FILE_NAME), &kept, false) }
 }
 
 /// The templates by which rows become conversations, null where there are none: other templates are another test on the same file.

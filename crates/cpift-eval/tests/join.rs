@@ -43,10 +43,13 @@ fn tasks_scored_apart_are_joined_to_the_bytes_of_one_run() {
     // The order is that of the folders.
     join(&f, &["rest", "one"], &["--force"]).ok();
     let tasks = read_json(&f.out("joined/scores.json"))["tasks"].clone();
-    assert_eq!(tasks.as_array().unwrap().iter().map(|t| t["task"].as_str().unwrap()).last(), Some("copy"));
+    assert_eq!(tasks[2]["task"], "copy", "{tasks}");
     let before = fs::metadata(f.out("joined")).unwrap().modified().unwrap();
     join(&f, &["rest", "one"], &["--if-stale"]).ok();
     assert_eq!(fs::metadata(f.out("joined")).unwrap().modified().unwrap(), before, "nothing has changed");
+    fs::remove_file(f.out("joined/outputs.jsonl")).unwrap();
+    join(&f, &["rest", "one"], &["--if-stale"]).ok();
+    assert_eq!(read(&f, "joined/outputs.jsonl").lines().count(), 12);
 }
 
 #[test]
@@ -54,7 +57,7 @@ fn a_judges_verdicts_stay() {
     let f = Fixture::new();
     f.eval("one", &["--only", "copy"]).ok();
     f.eval("two", &["--only", "count"]).ok();
-    fs::write(f.out("one/verdicts.jsonl"), "{\"key\":\"a\"}\n{\"key\":\"b\"}\n").unwrap();
+    fs::write(f.out("one/verdicts.jsonl"), "{\"key\":\"a\"}\n{\"key\":\"b\"}\n{\"ke").unwrap();
     join(&f, &["one", "two"], &[]).ok();
     assert_eq!(read(&f, "joined/verdicts.jsonl"), "{\"key\":\"a\"}\n{\"key\":\"b\"}\n");
     fs::write(f.out("joined/verdicts.jsonl"), "{\"key\":\"b\"}\n{\"key\":\"c\"}\n").unwrap();

@@ -1,12 +1,13 @@
 //! The file of verdicts: one line each, only ever appended to, so that a killed run loses no reply it has paid for.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cpift_core::BadInput;
+use cpift_core::{BadInput, files};
+use log::info;
 use serde::{Deserialize, Serialize};
 
 use crate::ask::Question;
@@ -121,6 +122,31 @@ impl Verdicts {
     }
 }
 
+/// The verdicts in `folders` as text, each once and whole, for a folder that is made anew: they are paid for. Waits for a judge that is at
+/// work in one of them. A link is passed over: no judge wrote through it.
+///
+/// # Errors
+/// I/O errors.
+pub fn kept<'a>(folders: impl IntoIterator<Item = &'a Path>) -> Result<String> {
+    let (mut seen, mut all) = (HashSet::new(), String::new());
+    for path in folders.into_iter().map(|folder| folder.join(FILE_NAME)) {
+        if path.is_symlink() || !path.is_file() {
+            continue;
+        }
+        let mut file = files::open(&path)?;
+        // Where a file system has no locks, nothing tells of a judge.
+        if matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+            info!("waiting for the judge that adds to {}", path.display());
+            let _ = file.lock_shared();
+        }
+        let mut text = String::new();
+        file.read_to_string(&mut text).with_context(|| format!("reading {}", path.display()))?;
+        let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        whole.filter(|line| seen.insert((*line).to_owned())).for_each(|line| all.push_str(line));
+    }
+    Ok(all)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,6 +180,33 @@ mod tests {
         assert!(verdicts.get("a").is_some() && verdicts.get("b").is_none());
         verdicts.add(verdict("b")).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn what_is_kept_is_each_whole_verdict_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, two, none] = ["one", "two", "none"].map(|name| dir.path().join(name));
+        [&one, &two, &none].iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
+        // A judge was killed while it wrote.
+        std::fs::write(one.join(FILE_NAME), "a\nb\nc").unwrap();
+        std::fs::write(two.join(FILE_NAME), "b\nd\n").unwrap();
+        assert_eq!(kept([&*one, &*none, &*two]).unwrap(), "a\nb\nd\n");
+        std::os::unix::fs::symlink(one.join(FILE_NAME), none.join(FILE_NAME)).unwrap();
+        assert_eq!(kept([&*none]).unwrap(), "");
+    }
+
+    #[test]
+    fn what_is_kept_is_read_when_the_judge_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut verdicts = Verdicts::open(&dir.path().join(FILE_NAME)).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let folder = dir.path().to_owned();
+        let reader = std::thread::spawn(move || tell.send(kept([&*folder]).unwrap()).unwrap());
+        assert!(told.recv_timeout(std::time::Duration::from_millis(200)).is_err(), "it waits");
+        verdicts.add(verdict("a")).unwrap();
+        drop(verdicts);
+        assert!(told.recv().unwrap().contains("\"key\":\"a\""));
+        reader.join().unwrap();
     }
 
     #[test]

@@ -63,7 +63,10 @@ impl Disk {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         let rows = self.rows().into_iter().chain([("total".to_owned(), self.total())]);
         let lines: String = rows.map(|(name, bytes)| format!("{name:24}{:10.1}\n", gb(bytes))).collect();
-        let mut text = format!("GB on disk, computed, for a pipeline of {} tasks (make pipeline)\n{lines}", self.tasks);
+        let mut text = format!(
+            "GB on disk, computed, for CPI-FT, its baselines and {} tasks (make pipeline)\n{lines}",
+            self.tasks
+        );
         text.push_str(&format!(
             "  hint: make clean-probes RUN=DIR frees {:.1} GB once masks and merge are made\n",
             gb(self.tasks * self.checkpoint)
