@@ -1,5 +1,7 @@
 //! The tables of scores, and the seesaw: what each method gained or lost on each task.
 
+use cpift_core::svg::text_width;
+
 use crate::chart::{Axis, Svg};
 use crate::comparison::{Cell, Column, Comparison};
 use crate::html::{Table, details, escape, figure, missing, page, paragraph};
@@ -166,6 +168,8 @@ pub fn unit_words(unit: Unit) -> &'static str {
 
 const WIDTH: f64 = 336.0;
 const ROW: f64 = 26.0;
+/// What the names of models take at least and at most.
+const NAMES: (usize, usize) = (92, 132);
 
 fn tile(column: &Column, gains: &[Gain], (low, high): (f64, f64), baseline: &str) -> String {
     let task = column.task.as_deref().unwrap_or_default();
@@ -173,7 +177,8 @@ fn tile(column: &Column, gains: &[Gain], (low, high): (f64, f64), baseline: &str
     let mut svg = Svg::new(WIDTH, bottom + 42.0);
     svg.name(0.0, 14.0, "head", 200.0, task);
     svg.text(WIDTH, 14.0, "small soft end", &format!("{}, {}", column.figure, unit_words(column.unit)));
-    let axis = Axis::new(low, high, (100.0, WIDTH - 58.0), 3);
+    let names = gains.iter().map(|gain| text_width(&gain.model)).max().unwrap_or(0).clamp(NAMES.0, NAMES.1) as f64;
+    let axis = Axis::new(low, high, (names + 8.0, WIDTH - 58.0), 3);
     for (value, text) in axis.marks() {
         svg.line((axis.at(value), top), (axis.at(value), bottom), "grid");
         svg.text(axis.at(value), bottom + 16.0, "small soft middle", &text);
@@ -186,7 +191,7 @@ fn tile(column: &Column, gains: &[Gain], (low, high): (f64, f64), baseline: &str
             v if v > 0.0 => ("gain", "a gain"),
             _ => ("gain", "no difference"),
         };
-        svg.name(0.0, middle + 4.0, "", 92.0, &gain.model);
+        svg.name(0.0, middle + 4.0, "", names, &gain.model);
         let title = format!("{} on {task}: {} against {baseline}, {words}", gain.model, gain.text);
         svg.rect((zero.min(end), middle - 7.0, (end - zero).abs().max(0.5), 14.0), kind, &title);
         if let Some((low, high)) = gain.interval {
