@@ -139,8 +139,10 @@ pub fn kept<'a>(folders: impl IntoIterator<Item = &'a Path>) -> Result<String> {
             info!("waiting for the judge that adds to {}", path.display());
             let _ = file.lock_shared();
         }
-        let mut text = String::new();
-        file.read_to_string(&mut text).with_context(|| format!("reading {}", path.display()))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
+        // A damaged line is for `Verdicts::open` to tell of: scores must not be lost by it.
+        let text = String::from_utf8_lossy(&bytes);
         let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
         whole.filter(|line| seen.insert((*line).to_owned())).for_each(|line| all.push_str(line));
     }
@@ -189,8 +191,8 @@ mod tests {
         [&one, &two, &none].iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
         // A judge was killed while it wrote.
         std::fs::write(one.join(FILE_NAME), "a\nb\nc").unwrap();
-        std::fs::write(two.join(FILE_NAME), "b\nd\n").unwrap();
-        assert_eq!(kept([&*one, &*none, &*two]).unwrap(), "a\nb\nd\n");
+        std::fs::write(two.join(FILE_NAME), b"b\nd\n\xff\n").unwrap();
+        assert_eq!(kept([&*one, &*none, &*two]).unwrap(), "a\nb\nd\n\u{fffd}\n");
         std::os::unix::fs::symlink(one.join(FILE_NAME), none.join(FILE_NAME)).unwrap();
         assert_eq!(kept([&*none]).unwrap(), "");
     }
