@@ -47,8 +47,9 @@ pub enum Command {
     Run(RunArgs),
     /// Join the scores of one checkpoint on several tasks, made by several runs, into one folder
     ///
-    /// Writes what one run over all of these tasks, with the arguments that theirs had, would have written: scores.json and outputs.jsonl with the tasks in the order of the
-    /// folders. A judge's verdicts stay. Scores of another checkpoint (by its digest) and a task that is there twice are refused.
+    /// Writes what one run over all of these tasks, with the arguments that theirs had, would have written: scores.json and
+    /// outputs.jsonl with the tasks in the order of the folders. A judge's verdicts stay. Scores of another checkpoint (by its digest)
+    /// and a task that is there twice are refused.
     ///
     /// For example, two jobs and what joins them: cpift-eval run --model M --tasks tasks.toml --only gsm8k --out parts/gsm8k; the
     /// same with logiqa; then cpift-eval join parts/gsm8k parts/logiqa --out scores

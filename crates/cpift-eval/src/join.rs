@@ -10,12 +10,11 @@ use cpift_core::error::usage;
 use cpift_core::files::{self, StagedDir, check_not_input, check_output};
 use cpift_core::provenance::{FILE_NAME, Recorder};
 use cpift_core::scores::{FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
-use cpift_core::stale::Expected;
 use cpift_core::{BadInput, scores};
 use serde_json::json;
 
 use crate::args::JoinArgs;
-use crate::run::{keep_verdicts, made};
+use crate::run::{STAGE, keep_verdicts, up_to_date};
 
 /// A folder to join.
 struct Part {
@@ -47,11 +46,8 @@ impl Part {
 /// # Errors
 /// [`cpift_core::Usage`] and [`BadInput`]: scores of another checkpoint, a task that is in two of them. Nothing is written then.
 pub fn join(args: &JoinArgs, common: &Common) -> Result<()> {
-    const STAGE: &str = env!("CARGO_PKG_NAME");
-    let (mut recorder, made) = (Recorder::start(STAGE), made(&args.out));
-    if common
-        .up_to_date(&Expected { also: made.iter().map(PathBuf::as_path).collect(), ..Expected::new(STAGE, &args.out) })
-    {
+    let mut recorder = Recorder::start(STAGE);
+    if up_to_date(common, &args.out) {
         return Ok(());
     }
     check_output(&args.out, common.force())?;

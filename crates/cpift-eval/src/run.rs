@@ -28,17 +28,17 @@ use crate::metrics::{self, Loss, Settings};
 use crate::plan::TaskPlan;
 use crate::prompt::Prompter;
 
+/// The program, for its records.
+pub const STAGE: &str = env!("CARGO_PKG_NAME");
+
 /// Scores and writes the output folder.
 ///
 /// # Errors
 /// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before anything is scored; figures that are not finite. Nothing is written then.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     args.check()?;
-    const STAGE: &str = env!("CARGO_PKG_NAME");
-    let (mut recorder, made) = (Recorder::start(STAGE), made(&args.out));
-    if common
-        .up_to_date(&Expected { also: made.iter().map(PathBuf::as_path).collect(), ..Expected::new(STAGE, &args.out) })
-    {
+    let mut recorder = Recorder::start(STAGE);
+    if up_to_date(common, &args.out) {
         return Ok(());
     }
     check_output(&args.out, common.force())?;
@@ -79,9 +79,10 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// What is in the folder of an evaluation, beside its record.
-pub fn made(folder: &Path) -> [PathBuf; 2] {
-    [scores::FILE_NAME, OUTPUTS].map(|name| folder.join(name))
+/// Whether `--if-stale` finds nothing to do for the folder of an evaluation.
+pub fn up_to_date(common: &Common, out: &Path) -> bool {
+    let made = [scores::FILE_NAME, OUTPUTS].map(|name| out.join(name));
+    common.up_to_date(&Expected { also: made.iter().map(PathBuf::as_path).collect(), ..Expected::new(STAGE, out) })
 }
 
 /// A judge's verdicts stay when a folder is scored again or joined: they are paid for, and each is known by the very answer it is on.
