@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use cpift_core::progress;
-use cpift_torch::data::Row;
+use cpift_data::Row;
 use cpift_torch::generate::{Generated, GenerationOptions, generate};
 use cpift_torch::session::Session;
 

@@ -3,9 +3,9 @@
 use anyhow::Result;
 use cpift_core::checkpoint::Digest;
 use cpift_core::tasks::{Task, Tasks};
-use cpift_torch::data::{self, Layout, Row};
+use cpift_data::ChatText;
+use cpift_data::{self as data, Layout, Row};
 use cpift_torch::session::Described;
-use cpift_torch::text::ChatText;
 
 use crate::args::RunArgs;
 use crate::metrics::{self, Settings};

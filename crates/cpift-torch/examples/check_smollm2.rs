@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use cpift_core::tasks::Format;
-use cpift_torch::data::{Example, Layout, Message, Row, read_rows};
+use cpift_data::{Example, Layout, Message, Row, read_rows};
 use cpift_torch::generate::{GenerationOptions, generate};
 use cpift_torch::score;
 use cpift_torch::session::{Precision, Session};

@@ -9,11 +9,11 @@ use cpift_core::{Dtype, Usage};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind};
 
-use crate::data::Overlong;
 use crate::device::DeviceChoice;
 use crate::optim::AdamWConfig;
 use crate::session::Precision;
 use crate::weights::kind_of;
+use cpift_data::Overlong;
 
 /// How to fine-tune, as typed.
 #[derive(clap::Args, Debug, Clone)]

@@ -11,7 +11,7 @@ use sample::Sampler;
 pub use sample::Sampling;
 
 use crate::model::{Attended, CausalLM, KvCache};
-use crate::text::ChatText;
+use cpift_data::ChatText;
 
 /// Steps between two looks at the tokens on a CUDA device: each look waits for it. What a row writes after its end is dropped.
 const CUDA_LOOK: usize = 8;

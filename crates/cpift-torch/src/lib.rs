@@ -1,6 +1,6 @@
-//! libtorch for CPI-FT: models, chat text, batches, the optimizer, freezing, the training loop, generation and scoring.
+//! libtorch for CPI-FT: models, batches, the optimizer, freezing, the training loop, generation and scoring.
 //!
-//! The data flow of a training step: [`data`] rows become token examples through [`text`], examples become batches,
+//! The data flow of a training step: examples of cpift-data become batches ([`data`]),
 //! [`model`] turns a batch into a loss, [`optim`] moves the parameters and [`freeze`] puts back what must not move;
 //! [`train`] is the loop around it, [`session`] opens and saves checkpoint folders.
 
@@ -19,6 +19,5 @@ pub mod score;
 pub mod seed;
 pub mod session;
 pub mod tensorboard;
-pub mod text;
 pub mod train;
 pub mod weights;

@@ -3,10 +3,11 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::data::{Batch, Example};
+use crate::data::Batch;
 use crate::generate::Prefilled;
 use crate::model::CausalLM;
 use crate::train::target_losses;
+use cpift_data::Example;
 
 /// Targets whose logits exist at a time.
 const LOSS_CHUNK: usize = 1024;

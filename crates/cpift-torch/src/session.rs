@@ -11,8 +11,8 @@ use serde_json::Value;
 use tch::{Device, Kind};
 
 use crate::model::{CausalLM, ModelConfig};
-use crate::text::ChatText;
 use crate::weights::{self, Parameters};
+use cpift_data::ChatText;
 
 /// The dtypes of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use cap::Cap;
 use cpift_core::tasks::Format;
+use cpift_data::{Layout, read_rows};
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
 use cpift_testkit::spoil::Spoiler;
-use cpift_torch::data::{Layout, read_rows};
 use cpift_torch::session::Described;
 
 #[global_allocator]

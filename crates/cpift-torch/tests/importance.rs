@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use cpift_data::Example;
 use cpift_testkit::model::write_tiny_model;
-use cpift_torch::data::{Batch, Example};
+use cpift_torch::data::Batch;
 use cpift_torch::session::{Precision, Session};
 use cpift_torch::train::importance::{Importance, Positions, jaccard};
 use cpift_torch::train::{FisherConfig, StepConfig, loss_and_gradients, squared_gradients};

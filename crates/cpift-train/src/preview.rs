@@ -6,7 +6,7 @@ use anyhow::Result;
 use cpift_core::cli::{self, Common};
 use cpift_core::error::usage;
 use cpift_core::tasks::{Task, Tasks};
-use cpift_torch::data::{self, Layout, Overlong, Place, Tokenised};
+use cpift_data::{self as data, Layout, Overlong, Place, Tokenised};
 use cpift_torch::session::Described;
 use serde_json::{Value, json};
 

@@ -4,9 +4,10 @@ use anyhow::Result;
 use cpift_core::cli::Common;
 use cpift_core::provenance::Recorder;
 use cpift_core::stale::Expected;
+use cpift_data as data;
+use cpift_torch::memory;
 use cpift_torch::seed::mix;
 use cpift_torch::train::{Evolving, Isolation, LoraConfig, Run, Stage, StageReport, States};
-use cpift_torch::{data, memory};
 use log::{info, warn};
 use serde_json::{Map, Value, json};
 

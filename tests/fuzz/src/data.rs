@@ -2,8 +2,8 @@
 //! zero byte between them.
 
 use cpift_core::tasks::Format;
-use cpift_torch::data::{Layout, read_rows};
-use cpift_torch::text::RowTemplate;
+use cpift_data::RowTemplate;
+use cpift_data::{Layout, read_rows};
 use serde_json::{Map, Value};
 
 use crate::bounds;

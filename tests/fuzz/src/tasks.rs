@@ -1,7 +1,7 @@
 //! tasks.toml, whose tasks may name the file a.jsonl. Every task of a list that is read can be asked for.
 
 use cpift_core::tasks::Tasks;
-use cpift_torch::data::Layout;
+use cpift_data::Layout;
 
 use crate::bounds;
 

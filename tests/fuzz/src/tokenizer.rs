@@ -1,7 +1,7 @@
 //! tokenizer.json, tokenizer_config.json and a conversation's text, zero bytes between them: what opens renders, and encodes as text.
 
-use cpift_torch::data::Message;
-use cpift_torch::text::ChatText;
+use cpift_data::ChatText;
+use cpift_data::Message;
 
 use crate::bounds;
 

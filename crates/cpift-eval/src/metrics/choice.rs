@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use cpift_core::progress;
 use cpift_core::tasks::Task;
-use cpift_torch::data::Row;
+use cpift_data::Row;
 use cpift_torch::score::{Alternatives, alternatives};
 use cpift_torch::session::Session;
 use log::warn;

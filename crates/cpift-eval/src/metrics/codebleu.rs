@@ -5,7 +5,7 @@ use cpift_codebleu::{Counts, Language, NoDataFlow, parses};
 use cpift_core::BadInput;
 use cpift_core::scores::Figure;
 use cpift_core::tasks::Task;
-use cpift_torch::data::Row;
+use cpift_data::Row;
 use cpift_torch::session::Session;
 use log::warn;
 use serde_json::{Map, Value, json};

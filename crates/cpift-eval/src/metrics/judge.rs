@@ -1,7 +1,7 @@
 //! `judge`: the answers for a judge to grade, later and elsewhere (`cpift-eval judge`).
 
 use anyhow::Result;
-use cpift_torch::data::Row;
+use cpift_data::Row;
 use cpift_torch::session::Session;
 use serde_json::{Value, json};
 

@@ -6,10 +6,10 @@ use anyhow::{Result, bail};
 use cpift_core::progress;
 use cpift_core::scores::Figure;
 use cpift_core::tasks::Task;
-use cpift_torch::data::{Encoded, Overlong, Row, encode_rows};
+use cpift_data::ChatText;
+use cpift_data::{Encoded, Overlong, Row, encode_rows};
 use cpift_torch::score::{self, ExampleLoss};
 use cpift_torch::session::Session;
-use cpift_torch::text::ChatText;
 
 use super::{NOT_FINITE, Settings};
 

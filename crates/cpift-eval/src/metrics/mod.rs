@@ -18,10 +18,10 @@ use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::scores::Figure;
 use cpift_core::tasks::{Task, TaskMetric};
-use cpift_torch::data::Row;
+use cpift_data::ChatText;
+use cpift_data::Row;
 use cpift_torch::generate::Sampling;
 use cpift_torch::session::Session;
-use cpift_torch::text::ChatText;
 use serde_json::{Map, Value, json};
 
 use crate::answers::answers;

@@ -7,8 +7,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
-use super::example::Example;
 use crate::model::to_device;
+use cpift_data::Example;
 
 /// Examples one after another in a single row, without padding; each is a document that sees only itself.
 ///

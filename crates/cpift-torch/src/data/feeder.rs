@@ -1,7 +1,7 @@
 //! Which examples each optimizer step sees.
 
 use super::batch::Sampler;
-use super::example::Example;
+use cpift_data::Example;
 
 /// How examples make batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,7 +8,8 @@ use anyhow::{Result, anyhow};
 
 use super::run::Stage;
 use crate::args::Budget;
-use crate::data::{Batch, Example, FeedConfig, Feeder};
+use crate::data::{Batch, FeedConfig, Feeder};
+use cpift_data::Example;
 
 /// What the thread `maker` has sent next; where it has panicked, its panic.
 pub(crate) fn made<T>(batches: &Receiver<T>, maker: &mut Option<ScopedJoinHandle<'_, ()>>) -> Result<T> {

@@ -11,9 +11,10 @@ use tch::{Kind, Tensor, no_grad};
 
 use super::batches::join;
 use super::pass::{Forward, PassConfig, Units};
-use crate::data::{Example, FeedConfig, Feeder};
+use crate::data::{FeedConfig, Feeder};
 use crate::session::Session;
 use crate::weights::{self, Parameters};
+use cpift_data::Example;
 
 /// The folder of a probe in which its sums of squared gradients lie, as a checkpoint's weights.
 pub const FISHER: &str = "fisher";

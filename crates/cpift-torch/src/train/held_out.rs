@@ -4,10 +4,9 @@ use anyhow::Result;
 use cpift_core::tasks::Task;
 use tch::no_grad;
 
-use crate::data::{self, Example, Layout, Overlong};
 use crate::model::CausalLM;
 use crate::score;
-use crate::text::ChatText;
+use cpift_data::{self as data, ChatText, Example, Layout, Overlong};
 
 /// A task's held-out examples.
 pub struct HeldOut {

@@ -7,9 +7,10 @@ use tch::{Kind, Tensor, no_grad};
 
 use super::importance::{Importance, Positions, jaccard};
 use super::step::Trainer;
-use crate::data::{Batch, Example, FeedConfig, Feeder};
+use crate::data::{Batch, FeedConfig, Feeder};
 use crate::freeze::Freeze;
 use crate::weights::Parameters;
+use cpift_data::Example;
 
 /// Batches of earlier tasks' rows whose gradients go into the averages each time.
 pub const REFRESH_BATCHES: usize = 4;

@@ -26,12 +26,13 @@ use super::state::{Found, Position, RUN, States};
 use super::step::{StepConfig, StepOutcome, Trainer};
 use super::watch::{StageWatch, StepFigures, Watch};
 use crate::args::{Budget, TrainingArgs};
-use crate::data::{Batch, Example, FeedConfig, Feeder};
+use crate::data::{Batch, FeedConfig, Feeder};
 use crate::freeze::Freeze;
 use crate::oom;
 use crate::schedule::CosineWithWarmup;
 use crate::seed::mix;
 use crate::session::Session;
+use cpift_data::Example;
 
 /// Stream of a stage's seed that draws the rows importance is measured on.
 const IMPORTANCE: u64 = u64::MAX;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cpift_core::tasks::{Format, Tasks};
 use cpift_core::{BadInput, error::exit_code};
-use cpift_torch::data::{Layout, Row, read_rows};
+use cpift_data::{Layout, Row, read_rows};
 use serde_json::{Value, json};
 
 /// Reads a file called `name` that holds `content`.

@@ -8,7 +8,7 @@ use cpift_core::checkpoint::Digest;
 
 use super::place::Place;
 use super::rows::Row;
-use crate::text::{ChatText, Span};
+use crate::chat::{ChatText, Span};
 
 /// One conversation as tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use minijinja::{Environment, Error, ErrorKind, context};
 use regex::Regex;
 use serde::Serialize;
 
-use crate::data::Message;
+use crate::rows::Message;
 
 /// Work a template may do before it is stopped; real ones use a few thousand steps.
 const FUEL: u64 = 10_000_000;

@@ -5,8 +5,8 @@ use cpift_core::BadInput;
 use serde_json::{Map, Value};
 
 use super::{Fields, list, message, need_list, shown, take_system, text};
-use crate::data::place::Place;
-use crate::data::rows::Message;
+use crate::place::Place;
+use crate::rows::Message;
 
 /// Speakers and keys of tool use, which no target mask here is defined for.
 const TOOL_ROLES: [&str; 6] = ["tool", "tool_call", "function", "function_call", "observation", "ipython"];

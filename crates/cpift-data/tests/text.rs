@@ -4,10 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use cpift_core::tasks::Format;
+
+use cpift_data::{ChatTemplate, ChatText, Layout, Message, Overlong, SpecialTokens, encode_rows, read_rows};
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
-use cpift_torch::data::{Layout, Message, Overlong, encode_rows, read_rows};
-use cpift_torch::session::Described;
-use cpift_torch::text::{ChatTemplate, ChatText, SpecialTokens};
 use serde_json::{Value, json};
 
 #[test]
@@ -162,7 +161,7 @@ fn a_tokenizer_that_the_library_would_panic_on_is_an_error() {
     assert_ne!(no_json, whole);
     for text in [contradictory.to_string(), no_json] {
         std::fs::write(&path, text).unwrap();
-        let message = Described::open(&model, None).map(drop).unwrap_err().to_string();
+        let message = ChatText::open(&model, None).map(drop).unwrap_err().to_string();
         assert!(message.contains("tokenizer.json: cannot be read"), "{message}");
     }
 }

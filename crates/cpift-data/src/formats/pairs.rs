@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use super::turns::{chat, history};
 use super::{Fields, message, need, need_text, take, take_system, text};
-use crate::data::place::Place;
-use crate::data::rows::Message;
+use crate::place::Place;
+use crate::rows::Message;
 
 /// `instruction` with `input` after a line break, as LLaMA-Factory joins them; `output`.
 pub fn alpaca(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {

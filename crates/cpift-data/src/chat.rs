@@ -10,8 +10,8 @@ use cpift_core::{BadInput, json};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::template::{ChatTemplate, SpecialTokens};
-use crate::data::Message;
+use crate::rows::Message;
+use crate::template::{ChatTemplate, SpecialTokens};
 
 /// ChatML, for bases without a chat template (`template = "chatml"`).
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + \

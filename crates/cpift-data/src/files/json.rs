@@ -8,7 +8,7 @@ use cpift_core::{BadInput, files};
 use serde_json::Value;
 
 use super::Fields;
-use crate::data::place::Place;
+use crate::place::Place;
 
 /// Reads JSONL; blank lines are passed over.
 pub fn read_lines(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
@@ -46,6 +46,6 @@ fn without_mark(text: &str) -> &str {
 fn object(value: Value, place: &Place) -> Result<Fields> {
     match value {
         Value::Object(fields) => Ok(fields),
-        other => Err(place.bad("not a JSON object").expected("{…}").found(super::super::formats::shown(&other)).into()),
+        other => Err(place.bad("not a JSON object").expected("{…}").found(crate::formats::shown(&other)).into()),
     }
 }

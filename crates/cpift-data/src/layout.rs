@@ -8,7 +8,7 @@ use super::files::Fields;
 use super::formats;
 use super::place::Place;
 use super::rows::Message;
-use crate::text::RowTemplate;
+use crate::row_template::RowTemplate;
 
 /// How rows become conversations.
 pub enum Layout {

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::Fields;
 use super::thrift::walk;
-use crate::data::place::Place;
+use crate::place::Place;
 
 /// Reads all row groups. Uncompressed, Snappy and Zstandard pages are known; others are errors that name the codec.
 pub fn read(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
