@@ -10,6 +10,7 @@ pub mod error;
 pub mod files;
 pub mod groups;
 pub mod json;
+pub mod log_once;
 pub mod mask;
 pub mod progress;
 pub mod provenance;

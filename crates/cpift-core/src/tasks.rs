@@ -13,7 +13,8 @@
 //! split = "(?s)(?P<question>.*)"   # regex over the last user turn whose groups passage and question cpift-eval --prompt harness asks
 //! language = "python"              # of the code that metric = "codebleu" compares; default: each row's field language
 //! kind = "reasoning"               # for grouping by hand
-//! template = "chatml"              # for a base without a chat template: chatml, or a path to a Jinja file
+//! template = "chatml"              # chat template in place of the checkpoint's: chatml, or a path to a Jinja file
+//! template_args = { enable_thinking = false }  # further variables of the chat template
 //! few_shot = 0                     # examples of train before the question in cpift-eval; default 0
 //! max_new_tokens = 256             # longest generated answer; default 256
 //! max_length = 1024                # longest example in tokens; default 1024
@@ -74,9 +75,12 @@ pub struct Task {
     /// Free label of similar tasks.
     #[serde(default)]
     pub kind: Option<String>,
-    /// Chat template for a base that has none.
+    /// Chat template in place of the checkpoint's.
     #[serde(default)]
     pub template: Option<String>,
+    /// Further variables of the chat template, such as `enable_thinking`.
+    #[serde(default)]
+    pub template_args: serde_json::Map<String, serde_json::Value>,
     /// Examples before the question.
     #[serde(default)]
     pub few_shot: usize,
@@ -200,7 +204,7 @@ impl Tasks {
         })
     }
 
-    /// The one chat template that tasks.toml names for a base without its own.
+    /// The one chat template that tasks.toml names.
     ///
     /// # Errors
     /// [`BadInput`] when tasks name different ones.
@@ -239,6 +243,13 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
             .into());
     }
     check_templates(path, task)?;
+    // A call of the template sets these.
+    const TAKEN: [&str; 4] = ["messages", "add_generation_prompt", "tools", "documents"];
+    if let Some(name) = TAKEN.into_iter().find(|name| task.template_args.contains_key(*name)) {
+        return Err(BadInput::new(path, format!("task {}: template_args cannot set {name}", task.name))
+            .expected("a variable of the template's own, such as enable_thinking")
+            .into());
+    }
     task.listed_in = path.to_owned();
     if let Some(template) = &mut task.template
         && template != "chatml"
@@ -294,7 +305,7 @@ mod tests {
         let tasks = read(&toml).unwrap();
         let task = tasks.named("gsm8k").unwrap();
         assert_eq!((task.metric, task.sample, task.max_length), (TaskMetric::Gsm8k, Some(500), 1024));
-        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 16, "a key without documentation");
+        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 17, "a key without documentation");
     }
 
     #[test]
@@ -311,6 +322,7 @@ mod tests {
             (row.to_owned() + "completion='x'", "no prompt"),
             (row.to_owned() + "system='x'", "neither prompt nor completion"),
             (row.to_owned() + "prompt='x'\ncompletion='y'\nformat='alpaca'", "a format"),
+            (row.to_owned() + "template_args={messages=[]}", "cannot set messages"),
             (String::new(), "task"),
         ] {
             let error = read(&text).unwrap_err().to_string();

@@ -1,17 +1,21 @@
 //! The tokenizer of a checkpoint folder with its chat template and special tokens.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::ops::Range;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
+use cpift_core::log_once::warn_once;
 use cpift_core::{BadInput, json};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
 use crate::rows::Message;
-use crate::template::{ChatTemplate, SpecialTokens};
+use crate::template::{ChatTemplate, SpecialTokens, TemplateArgs};
+
+const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// ChatML, for bases without a chat template (`template = "chatml"`).
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + \
@@ -25,23 +29,30 @@ pub type Span = Range<usize>;
 pub struct ChatText {
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    /// Whether the template came from tasks.toml rather than the checkpoint.
+    /// True if the template came from tasks.toml rather than the checkpoint.
     added_template: bool,
     special: SpecialTokens,
-    /// Ids that end a turn, from generation_config.json, config.json and the tokenizer.
+    special_ids: BTreeSet<i64>,
+    /// Every EOS of generation_config.json, config.json and the tokenizer.
     pub eos_ids: Vec<i64>,
+    /// The special token that the template writes after an answer, be it an EOS of the files or not.
+    pub end_of_turn: Option<i64>,
+    /// The end of a prompt.
+    pub generation_prompt: GenerationPrompt,
+    /// Rows of the model's embedding, where it is known.
+    embedding_rows: Option<i64>,
     /// The id that fills batches.
     pub pad_id: i64,
     folder: PathBuf,
 }
 
 impl ChatText {
-    /// Loads the tokenizer of `folder`. A base without a chat template takes the one named `fallback`: `chatml`, or a path to a
-    /// Jinja file.
+    /// Loads the tokenizer of `folder`. The template called `named` (`chatml`, or a path to a Jinja file) takes precedence over the
+    /// checkpoint's own.
     ///
     /// # Errors
-    /// [`BadInput`] when tokenizer.json is missing or cannot be read, no template is to be had, or it does not parse.
-    pub fn open(folder: &Path, fallback: Option<&str>) -> Result<Self> {
+    /// [`BadInput`] when tokenizer.json is missing or cannot be read, no template is available, or it does not parse.
+    pub fn open(folder: &Path, named: Option<&str>) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
             return Err(BadInput::new(&path, "no such file")
@@ -56,25 +67,45 @@ impl ChatText {
         let config_path = folder.join("tokenizer_config.json");
         let config: Value = if config_path.is_file() { json::read(&config_path)? } else { Value::Null };
         let special = special_tokens(folder, &config)?;
-        let own = own_template(folder, &config)?;
-        let added_template = own.is_none();
-        let (source, origin) = match own {
-            Some(found) => found,
-            None => fallback_template(folder, fallback)?,
+        let (source, origin) = match named {
+            Some(name) => named_template(name)?,
+            None => own_template(folder, &config)?,
         };
         let template = ChatTemplate::new(&source)
             .map_err(|e| BadInput::new(&origin, format!("the chat template does not parse: {e}")))?;
         let mut text = Self {
             tokenizer,
             template,
-            added_template,
+            added_template: named.is_some(),
             special,
+            special_ids: BTreeSet::new(),
             eos_ids: Vec::new(),
+            end_of_turn: None,
+            generation_prompt: GenerationPrompt::Template(String::new()),
+            embedding_rows: None,
             pad_id: 0,
             folder: folder.to_owned(),
         };
+        text.special_ids = text
+            .tokenizer
+            .get_added_tokens_decoder()
+            .into_iter()
+            .filter(|(_, token)| token.special)
+            .map(|(id, _)| i64::from(id))
+            .collect();
         text.eos_ids = text.find_eos()?;
         text.pad_id = text.special_id("pad_token").or(text.eos_ids.first().copied()).unwrap_or(0);
+        text.probe_template();
+        if text.eos_ids.is_empty() {
+            let stop = match text.end_of_turn {
+                Some(end) => format!("generation stops at the chat template's {} only", text.tokens(&[end])[0]),
+                None => "generation goes on to its longest answer".to_owned(),
+            };
+            warn_once(format!(
+                "{}: no EOS in tokenizer_config.json, generation_config.json or config.json: {stop}",
+                folder.display()
+            ));
+        }
         Ok(text)
     }
 
@@ -86,11 +117,7 @@ impl ChatText {
                 continue;
             }
             let config: Value = json::read(&path)?;
-            match config.get("eos_token_id") {
-                Some(Value::Array(list)) => ids.extend(list.iter().filter_map(Value::as_i64)),
-                Some(value) => ids.extend(value.as_i64()),
-                None => {}
-            }
+            ids.extend(config.get("eos_token_id").map(ids_of).unwrap_or_default());
         }
         let vocabulary = self.vocab_size() as i64;
         ids.retain(|id| (0..vocabulary).contains(id));
@@ -122,7 +149,8 @@ impl ChatText {
     /// What the tokenizer reports.
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<i64>> {
         let encoding = self.tokenizer.encode(text, true).map_err(|e| anyhow!("tokenizing: {e}"))?;
-        Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
+        let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        self.check_embedded(&ids).map(|()| ids)
     }
 
     /// Token ids and the bytes of `text` each one stands for.
@@ -132,7 +160,8 @@ impl ChatText {
     pub fn encode_offsets(&self, text: &str) -> Result<(Vec<i64>, Vec<Span>)> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| anyhow!("tokenizing: {e}"))?;
         let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
-        Ok((encoding.get_ids().iter().map(|&id| i64::from(id)).collect(), spans))
+        let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        self.check_embedded(&ids).map(|()| (ids, spans))
     }
 
     /// The tokens called `ids`, as the vocabulary spells them (`Ġthe`, `▁the`); an id that it lacks is empty.
@@ -149,39 +178,104 @@ impl ChatText {
         self.tokenizer.decode(&ids, true).map_err(|e| anyhow!("decoding: {e}"))
     }
 
-    /// Renders `messages` by the chat template.
-    ///
-    /// # Errors
-    /// What the template raised.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        self.template.render(messages, &self.special, add_generation_prompt)
+    /// This text with a task's template arguments.
+    pub fn with<'a>(&'a self, args: &'a TemplateArgs) -> Chat<'a> {
+        Chat { text: self, args }
     }
 
-    /// Renders a conversation and finds the bytes that each assistant turn wrote: what rendering one turn more adds to the
-    /// rendering so far with the generation prompt.
-    ///
-    /// # Errors
-    /// When the template raises, or rewrites earlier turns so that spans cannot be told.
-    pub fn render_with_spans(&self, messages: &[Message]) -> Result<(String, Vec<Span>)> {
-        let whole = self.render(messages, false)?;
-        let mut spans = Vec::new();
-        for (i, message) in messages.iter().enumerate() {
-            if message.role != "assistant" {
-                continue;
-            }
-            let before = self.render(&messages[..i], true)?;
-            let after = if i + 1 == messages.len() { whole.clone() } else { self.render(&messages[..=i], false)? };
-            if !after.starts_with(&before) || !whole.starts_with(&after) {
-                return Err(anyhow!(
-                    "the chat template rewrites earlier turns, so the assistant's text cannot be told from the prompt"
-                ));
-            }
-            spans.push(before.len()..after.len());
+    /// Ids that end a generated answer: every EOS of the checkpoint's files, and the template's end of turn.
+    pub fn stop_ids(&self) -> Vec<i64> {
+        let mut ids = self.eos_ids.clone();
+        ids.extend(self.end_of_turn.filter(|id| !ids.contains(id)));
+        ids
+    }
+
+    /// Refuses token ids that the model has no embedding for.
+    fn check_embedded(&self, ids: &[i64]) -> Result<()> {
+        let Some(rows) = self.embedding_rows else { return Ok(()) };
+        match ids.iter().find(|id| **id >= rows) {
+            None => Ok(()),
+            Some(&id) => bail!(
+                "the token {:?} has id {id}, but the model's embedding has {rows} rows",
+                self.tokenizer.id_to_token(id as u32).unwrap_or_default()
+            ),
         }
-        Ok((whole, spans))
     }
 
-    /// Copies tokenizer and template files into a staged folder; a template that the checkpoint lacked is written too.
+    /// Bounds token ids by the rows of the model's embedding: encoding a text with a token beyond them is an error.
+    #[must_use]
+    pub fn with_embedding_rows(mut self, rows: i64) -> Self {
+        self.embedding_rows = Some(rows);
+        self.eos_ids.retain(|id| *id < rows);
+        self.end_of_turn = self.end_of_turn.filter(|id| *id < rows);
+        self
+    }
+
+    /// True if the template's `{% generation %}` blocks say what the loss counts.
+    pub(crate) fn marks_answers(&self) -> bool {
+        self.template.marks_answers
+    }
+
+    /// The text before an answer, as a prompt has it.
+    pub(crate) fn header(&self) -> &str {
+        match &self.generation_prompt {
+            GenerationPrompt::Template(header) | GenerationPrompt::Missing(Some(header)) => header,
+            GenerationPrompt::Missing(None) => "",
+        }
+    }
+
+    /// True for tokens that the tokenizer declares special, and for every EOS.
+    pub(crate) fn is_special(&self, id: i64) -> bool {
+        self.special_ids.contains(&id) || self.eos_ids.contains(&id)
+    }
+
+    /// Learns from a short conversation how the template begins and ends an answer, and warns where training or generation would
+    /// miss something.
+    fn probe_template(&mut self) {
+        let none = TemplateArgs::new();
+        let turn = |role: &str, content: &str| Message::new(role, content);
+        let question = [vec![turn("user", "1 + 1?")], vec![turn("system", "Add."), turn("user", "1 + 1?")]];
+        // A template may refuse a system turn, or insist on one.
+        let found = question.iter().find_map(|question| {
+            let chat = self.with(&none);
+            let plain = chat.render(question, false).ok()?;
+            let prompt = chat.render(question, true).ok()?;
+            let answered = [question.as_slice(), &[turn("assistant", "2")]].concat();
+            let tokens = chat.tokenise(&answered).ok()?;
+            let end = tokens.end.map(|i| tokens.ids[i]);
+            let start = tokens.answers.last()?.clone()?.start;
+            let inferred = tokens.text[..start].strip_prefix(plain.as_str()).map(|header| header.trim_end_matches(' '));
+            let header = match prompt.strip_prefix(plain.as_str()) {
+                Some("") => GenerationPrompt::Missing(inferred.map(str::to_owned)),
+                Some(header) => GenerationPrompt::Template(header.to_owned()),
+                None => GenerationPrompt::Template(String::new()),
+            };
+            Some((end, header))
+        });
+        let Some((end, header)) = found else { return };
+        self.end_of_turn = end;
+        self.generation_prompt = match header {
+            // White space before an answer belongs to the answer's first token; Mistral's templates are of this kind.
+            GenerationPrompt::Missing(Some(header)) if header.trim().is_empty() => {
+                GenerationPrompt::Template(String::new())
+            }
+            other => other,
+        };
+        let at = self.folder.display();
+        match &self.generation_prompt {
+            GenerationPrompt::Template(_) => {}
+            GenerationPrompt::Missing(Some(header)) => warn_once(format!(
+                "{at}: the chat template has no generation prompt: prompts end with {header:?}, which it writes before an answer"
+            )),
+            GenerationPrompt::Missing(None) => warn_once(format!(
+                "{at}: the chat template has no generation prompt, and the header of an answer cannot be inferred: prompts end with \
+                 the user's turn"
+            )),
+        }
+    }
+
+    /// Copies tokenizer and template files into a staged folder. A template of tasks.toml is written too, and the template's end of
+    /// turn joins the ids that generation_config.json stops at.
     ///
     /// # Errors
     /// I/O errors.
@@ -191,7 +285,110 @@ impl ChatText {
             let path = staged.join("chat_template.jinja");
             fs::write(&path, self.template.source()).with_context(|| format!("writing {}", path.display()))?;
         }
-        Ok(())
+        self.save_end_of_turn(staged)
+    }
+
+    fn save_end_of_turn(&self, staged: &Path) -> Result<()> {
+        let Some(end) = self.end_of_turn else { return Ok(()) };
+        let config = read_object(&self.folder.join("config.json"))?;
+        let path = self.folder.join(GENERATION_CONFIG);
+        let mut generation = read_object(&path)?;
+        if !path.is_file() {
+            // What transformers takes from config.json where there is no such file.
+            let ids = ["bos_token_id", "eos_token_id", "pad_token_id"];
+            generation.extend(ids.iter().filter_map(|key| Some(((*key).to_owned(), config.get(*key)?.clone()))));
+        }
+        let mut stops: Vec<i64> = generation.get("eos_token_id").map(ids_of).unwrap_or_default();
+        if stops.contains(&end) {
+            return Ok(());
+        }
+        stops.push(end);
+        generation.insert("eos_token_id".into(), json!(stops));
+        let path = staged.join(GENERATION_CONFIG);
+        fs::write(&path, json::to_text(&generation)?).with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+/// How a prompt ends so that the model answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GenerationPrompt {
+    /// The template's own words, with `add_generation_prompt`; empty where an answer follows the user's turn directly.
+    Template(String),
+    /// The template has none; the header that it writes before an answer, where that can be told.
+    Missing(Option<String>),
+}
+
+/// A checkpoint's text handling with the template arguments of a task.
+#[derive(Clone, Copy)]
+pub struct Chat<'a> {
+    pub(crate) text: &'a ChatText,
+    pub(crate) args: &'a TemplateArgs,
+}
+
+impl<'a> Chat<'a> {
+    /// The tokenizer and template.
+    pub fn text(&self) -> &'a ChatText {
+        self.text
+    }
+
+    /// Renders `messages` by the chat template.
+    ///
+    /// # Errors
+    /// The message that the template raised.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        self.text.template.render(messages, &self.text.special, self.args, add_generation_prompt)
+    }
+
+    /// As [`Chat::render`], with the bytes that the template's `{% generation %}` blocks wrote.
+    pub(crate) fn render_marked(&self, messages: &[Message]) -> Result<(String, Vec<Span>)> {
+        self.text.template.render_marked(messages, &self.text.special, self.args, false)
+    }
+
+    /// The prompt that the model answers: `messages` and the generation prompt.
+    ///
+    /// # Errors
+    /// As [`Chat::render`].
+    pub fn prompt(&self, messages: &[Message]) -> Result<String> {
+        let mut text = self.render(messages, true)?;
+        if let GenerationPrompt::Missing(Some(header)) = &self.text.generation_prompt {
+            text.push_str(header);
+        }
+        Ok(text)
+    }
+
+    /// A generated answer without the reasoning before it, and that reasoning, closing mark included. Reasoning is known by the closing
+    /// mark that the chat template has; the answer is the text after its last occurrence, as in lm-evaluation-harness.
+    ///
+    /// # Errors
+    /// As [`ChatText::decode`].
+    pub fn split_reasoning(&self, ids: &[i64], text: &str) -> Result<(String, Option<String>)> {
+        let Some(mark) = &self.text.template.reasoning_end else { return Ok((text.to_owned(), None)) };
+        // A special token does not reach the decoded text.
+        let mark_id = self.text.tokenizer.token_to_id(mark).map(i64::from);
+        if let Some(at) = mark_id.and_then(|mark| ids.iter().rposition(|id| *id == mark)) {
+            let (reasoning, answer) = (self.text.decode(&ids[..=at])?, self.text.decode(&ids[at + 1..])?);
+            return Ok((answer.trim_start().to_owned(), Some(reasoning)));
+        }
+        Ok(match text.rfind(mark.as_str()) {
+            Some(at) => {
+                let (reasoning, answer) = text.split_at(at + mark.len());
+                (answer.trim_start().to_owned(), Some(reasoning.to_owned()))
+            }
+            None => (text.to_owned(), None),
+        })
+    }
+}
+
+fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    let value: Value = if path.is_file() { json::read(path)? } else { Value::Null };
+    Ok(value.as_object().cloned().unwrap_or_default())
+}
+
+/// The ids of an `eos_token_id`: one, or a list.
+fn ids_of(value: &Value) -> Vec<i64> {
+    match value {
+        Value::Array(list) => list.iter().filter_map(Value::as_i64).collect(),
+        value => value.as_i64().into_iter().collect(),
     }
 }
 
@@ -218,31 +415,48 @@ fn special_tokens(folder: &Path, config: &Value) -> Result<SpecialTokens> {
     Ok(tokens)
 }
 
-/// chat_template.jinja, or `chat_template` of tokenizer_config.json: a string, or a list with one named `default`.
-fn own_template(folder: &Path, config: &Value) -> Result<Option<(String, PathBuf)>> {
+/// chat_template.jinja, or `chat_template` of tokenizer_config.json (a string, or a list with one named `default`) or of
+/// chat_template.json.
+fn own_template(folder: &Path, config: &Value) -> Result<(String, PathBuf)> {
     let file = folder.join("chat_template.jinja");
     if file.is_file() {
-        return Ok(Some((cpift_core::files::read_text(&file)?, file)));
+        return Ok((cpift_core::files::read_text(&file)?, file));
     }
-    let found = match config.get("chat_template") {
-        Some(Value::String(text)) => Some(text.as_str()),
-        Some(Value::Array(list)) => list
-            .iter()
-            .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
-            .and_then(|entry| entry.get("template"))
-            .and_then(Value::as_str),
-        _ => None,
+    let mut names = Vec::new();
+    for name in ["tokenizer_config.json", "chat_template.json"] {
+        let path = folder.join(name);
+        let read = if name == "chat_template.json" && path.is_file() { Some(json::read(&path)?) } else { None };
+        match read.as_ref().unwrap_or(config).get("chat_template") {
+            Some(Value::String(text)) => return Ok((text.clone(), path)),
+            Some(Value::Array(list)) => {
+                let field = |entry: &Value, key: &str| entry.get(key).and_then(Value::as_str).map(str::to_owned);
+                let default = list.iter().find(|entry| field(entry, "name").as_deref() == Some("default"));
+                if let Some(text) = default.and_then(|entry| field(entry, "template")) {
+                    return Ok((text, path));
+                }
+                names.extend(list.iter().filter_map(|entry| field(entry, "name")));
+            }
+            _ => {}
+        }
+    }
+    let more = fs::read_dir(folder.join("additional_chat_templates")).into_iter().flatten().flatten();
+    names.extend(more.filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".jinja")?.to_owned())));
+    names.sort_unstable();
+    names.dedup();
+    let error = if names.is_empty() {
+        BadInput::new(folder, "the checkpoint has no chat template")
+    } else {
+        BadInput::new(folder, "none of the checkpoint's chat templates is named default").found(names.join(", "))
     };
-    Ok(found.map(|text| (text.to_owned(), folder.join("tokenizer_config.json"))))
+    Err(error
+        .expected("chat_template.jinja, or chat_template in tokenizer_config.json")
+        .hint("name one in tasks.toml: template = \"chatml\", or a path to a Jinja file")
+        .into())
 }
 
-fn fallback_template(folder: &Path, name: Option<&str>) -> Result<(String, PathBuf)> {
+fn named_template(name: &str) -> Result<(String, PathBuf)> {
     match name {
-        Some("chatml") => Ok((CHATML.to_owned(), PathBuf::from("chatml"))),
-        Some(path) => Ok((cpift_core::files::read_text(Path::new(path))?, PathBuf::from(path))),
-        None => Err(BadInput::new(folder, "the checkpoint has no chat template")
-            .expected("chat_template.jinja, or chat_template in tokenizer_config.json")
-            .hint("name one in tasks.toml: template = \"chatml\", or a path to a Jinja file")
-            .into()),
+        "chatml" => Ok((CHATML.to_owned(), PathBuf::from("chatml"))),
+        path => Ok((cpift_core::files::read_text(Path::new(path))?, PathBuf::from(path))),
     }
 }

@@ -1,14 +1,17 @@
 //! Supervised examples: a conversation's token ids, and which of them the loss counts.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::checkpoint::Digest;
 
-use super::place::Place;
-use super::rows::Row;
-use crate::chat::{ChatText, Span};
+use crate::chat::Chat;
+use crate::place::Place;
+use crate::rows::Row;
+use crate::targets::Tokenised;
+use crate::template::Refusal;
 
 /// One conversation as tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -19,19 +22,6 @@ pub struct Example {
     pub target: Vec<bool>,
     /// The row it comes from.
     pub place: Place,
-}
-
-/// A conversation as tokens with the text they stand for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tokenised {
-    /// The whole conversation as the chat template writes it.
-    pub text: String,
-    /// Token ids.
-    pub ids: Vec<i64>,
-    /// The bytes of `text` that each token stands for.
-    pub spans: Vec<Span>,
-    /// Whether the loss counts each token.
-    pub target: Vec<bool>,
 }
 
 /// What to do with an example longer than the context.
@@ -52,6 +42,10 @@ pub struct Encoded {
     pub truncated: usize,
     /// Examples left out because no assistant token remained.
     pub dropped: usize,
+    /// Examples whose last answer ends in no token that generation stops at, and the first of them.
+    pub unended: Option<(usize, Place)>,
+    /// By role, turns whose content does not reach the text, and the first row with one.
+    pub unwritten: BTreeMap<String, (usize, Place)>,
 }
 
 /// The digest of all that training takes from `examples`, in their order.
@@ -64,6 +58,31 @@ pub fn digest<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Digest {
     }))
 }
 
+/// Longest example in tokens, and the setting that says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MaxLength {
+    /// Tokens.
+    pub tokens: usize,
+    /// True if it is the model's context rather than max_length.
+    pub of_model: bool,
+}
+
+impl MaxLength {
+    /// `asked` tokens within a model's `context`.
+    pub fn new(asked: usize, context: usize) -> Self {
+        Self { tokens: asked.min(context), of_model: context < asked }
+    }
+
+    fn hint(self) -> String {
+        match self {
+            Self { tokens, of_model: true } => {
+                format!("the model's context is {tokens} tokens (max_position_embeddings): shorten the rows")
+            }
+            Self { tokens, .. } => format!("raise max_length (now {tokens}) in tasks.toml"),
+        }
+    }
+}
+
 /// Encodes `rows` of the file `path`, each cut to `max_length` tokens.
 ///
 /// # Errors
@@ -72,26 +91,27 @@ pub fn digest<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Digest {
 pub fn encode_rows(
     path: &Path,
     rows: &[Row],
-    text: &ChatText,
-    max_length: usize,
+    chat: Chat<'_>,
+    max_length: MaxLength,
     overlong: Overlong,
 ) -> Result<Encoded> {
-    let mut out = Encoded { examples: Vec::new(), truncated: 0, dropped: 0 };
+    let mut out = Encoded { examples: Vec::new(), truncated: 0, dropped: 0, unended: None, unwritten: BTreeMap::new() };
     for row in rows {
-        let Tokenised { ids, target, .. } = tokenise(row, text)?;
-        let mut example = Example { ids, target, place: row.place.clone() };
-        if example.ids.len() > max_length {
+        let tokens = tokenise(row, chat)?;
+        out.note(row, &tokens);
+        let mut example = Example { ids: tokens.ids, target: tokens.target, place: row.place.clone() };
+        if example.ids.len() > max_length.tokens {
             if overlong == Overlong::Refuse {
                 return Err(row
                     .place
                     .bad("longer than the context")
-                    .expected(format!("at most {max_length} tokens"))
+                    .expected(format!("at most {} tokens", max_length.tokens))
                     .found(format!("{} tokens", example.ids.len()))
-                    .hint("raise max_length in tasks.toml, or leave out --strict to cut it")
+                    .hint(format!("{}, or leave out --strict to cut them", max_length.hint()))
                     .into());
             }
-            example.ids.truncate(max_length);
-            example.target.truncate(max_length);
+            example.ids.truncate(max_length.tokens);
+            example.target.truncate(max_length.tokens);
             out.truncated += 1;
         }
         if example.target.contains(&true) {
@@ -101,16 +121,48 @@ pub fn encode_rows(
         }
     }
     if out.examples.is_empty() {
-        return Err(BadInput::new(path, "no example has an assistant token within the context")
-            .hint(format!("raise max_length (now {max_length}) in tasks.toml"))
-            .into());
+        return Err(if out.truncated > 0 {
+            BadInput::new(path, "no example has an assistant token within the context").hint(max_length.hint())
+        } else {
+            BadInput::new(path, "no example has an assistant token that is trained on")
+                .hint("see the turns' keys weight and train, and whether the chat template writes the answers")
+        }
+        .into());
     }
     Ok(out)
 }
 
+impl Encoded {
+    fn note(&mut self, row: &Row, tokens: &Tokenised) {
+        let last_trained = row.messages.last().is_some_and(|message| message.train);
+        if last_trained && !tokens.end.is_some_and(|end| tokens.target[end]) {
+            self.unended.get_or_insert((0, row.place.clone())).0 += 1;
+        }
+        if let Some(message) = tokens.unwritten(&row.messages) {
+            self.unwritten.entry(message.role.clone()).or_insert((0, row.place.clone())).0 += 1;
+        }
+    }
+
+    /// Warns of what the chat template leaves out, and of answers without an end.
+    pub fn warn_of_template(&self, task: &str) {
+        if let Some((rows, first)) = &self.unended {
+            log::warn!(
+                "{task}: the chat template ends {rows} answers with no special token (first: {first}), so the model does not learn to \
+                 stop\n  hint: name another template in tasks.toml: template = \"chatml\", or a path to a Jinja file"
+            );
+        }
+        for (role, (rows, first)) in &self.unwritten {
+            log::warn!(
+                "{task}: in {rows} rows the chat template leaves out or rewrites text of a turn of the {role} (first: {first}); see \
+                 cpift-train preview"
+            );
+        }
+    }
+}
+
 /// Logs what became of a task's rows.
-pub fn report(task: &str, encoded: &Encoded, max_length: usize) {
-    let tokens: usize = encoded.examples.iter().map(|e| e.ids.len()).sum();
+pub fn report(task: &str, encoded: &Encoded, max_length: MaxLength) {
+    let (tokens, max_length) = (encoded.examples.iter().map(|e| e.ids.len()).sum::<usize>(), max_length.tokens);
     log::info!("{task}: {} examples, {tokens} tokens", encoded.examples.len());
     if encoded.truncated > 0 {
         log::warn!("{task}: {} examples were cut to {max_length} tokens", encoded.truncated);
@@ -118,33 +170,26 @@ pub fn report(task: &str, encoded: &Encoded, max_length: usize) {
     if encoded.dropped > 0 {
         log::warn!("{task}: {} examples were left out: no assistant token within {max_length} tokens", encoded.dropped);
     }
+    encoded.warn_of_template(task);
 }
 
-/// Encodes the conversation of `row`. The whole text is tokenised at once; a token is a target when it starts inside an assistant turn
-/// and does not come after the turn's last end-of-turn token (templates write a line break there that no model generates).
+/// Encodes the conversation of `row`.
 ///
 /// # Errors
-/// [`BadInput`] naming the row where the chat template raises.
-pub fn tokenise(row: &Row, text: &ChatText) -> Result<Tokenised> {
-    let encoded = text.render_with_spans(&row.messages).and_then(|(rendered, turns)| {
-        let (ids, spans) = text.encode_offsets(&rendered)?;
-        let target = targets(&ids, &spans, &turns, &text.eos_ids);
-        Ok(Tokenised { text: rendered, ids, spans, target })
-    });
-    encoded.map_err(|e| row.place.bad(format!("{e:#}")).into())
+/// [`BadInput`] naming the row, as [`Chat::tokenise`].
+pub fn tokenise(row: &Row, chat: Chat<'_>) -> Result<Tokenised> {
+    chat.tokenise(&row.messages).map_err(|e| unusable(&row.place, &e).into())
 }
 
-fn targets(ids: &[i64], spans: &[Span], turns: &[Span], eos_ids: &[i64]) -> Vec<bool> {
-    let mut target = vec![false; ids.len()];
-    for turn in turns {
-        let inside = (0..ids.len()).filter(|&i| turn.contains(&spans[i].start) && spans[i].end <= turn.end);
-        let inside: Vec<usize> = inside.collect();
-        let last = inside.iter().rposition(|&i| eos_ids.contains(&ids[i])).unwrap_or(inside.len().wrapping_sub(1));
-        inside.iter().take(last.wrapping_add(1)).for_each(|&i| target[i] = true);
+/// An error of rendering or tokenising the row at `place`.
+pub fn unusable(place: &Place, error: &anyhow::Error) -> BadInput {
+    let bad = place.bad(format!("{error:#}"));
+    if error.is::<Refusal>() {
+        bad.hint(
+            "change the row (a system text can go into the first user turn), or name another template in tasks.toml: template = \"chatml\", \
+             or a path to a Jinja file",
+        )
+    } else {
+        bad
     }
-    // The first token has nothing before it to be predicted from.
-    if let Some(first) = target.first_mut() {
-        *first = false;
-    }
-    target
 }

@@ -62,7 +62,7 @@ impl Templates {
     fn conversation(&self, fields: &Fields, place: &Place) -> Result<Vec<Message>> {
         let turn = |role: &str, template: &RowTemplate| {
             let content = template.render(fields).map_err(|problem| place.bad(problem))?;
-            anyhow::Ok(Message { role: role.to_owned(), content })
+            anyhow::Ok(Message::new(role, content))
         };
         let system = self.system.as_ref().map(|template| turn("system", template)).transpose()?;
         let mut messages: Vec<Message> = system.into_iter().filter(|system| !system.content.is_empty()).collect();

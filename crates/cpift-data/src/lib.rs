@@ -5,8 +5,9 @@
 //! | a file (.jsonl, .json, .parquet) to its rows' fields | `files` |
 //! | fields to a conversation: a known format, or templates of tasks.toml | `formats`, `layout`, `row_template` |
 //! | a checked conversation with its place in the file | `rows`, `place` |
-//! | a conversation to text by the checkpoint's chat template, and to tokens | `template`, `chat` |
-//! | tokens to an example with the loss on the assistant's | `example` |
+//! | a conversation to text by the checkpoint's chat template | `template`, `chat` |
+//! | text to tokens and the targets of the loss | `targets` |
+//! | a file's rows to examples within the context | `example` |
 
 mod chat;
 mod example;
@@ -16,13 +17,15 @@ mod layout;
 mod place;
 mod row_template;
 mod rows;
+mod targets;
 mod template;
 
-pub use chat::{ChatText, Span};
-pub use example::{Encoded, Example, Overlong, Tokenised, digest, encode_rows, report, tokenise};
+pub use chat::{Chat, ChatText, GenerationPrompt, Span};
+pub use example::{Encoded, Example, MaxLength, Overlong, digest, encode_rows, report, tokenise, unusable};
 pub use files::{Fields, FileKind};
 pub use layout::{Layout, Templates};
 pub use place::Place;
 pub use row_template::RowTemplate;
 pub use rows::{Message, Row, read_rows};
-pub use template::{ChatTemplate, SpecialTokens};
+pub use targets::Tokenised;
+pub use template::{ChatTemplate, Refusal, SpecialTokens, TemplateArgs};

@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::{Map, Value};
 
-use super::template::environment;
+use crate::template::{environment, jinja_lines};
 
 /// A parsed template; it knows the columns of a row by their names, and the functions and filters of chat templates.
 pub struct RowTemplate {
@@ -30,7 +30,7 @@ impl RowTemplate {
             }
             minijinja::escape_formatter(out, state, value)
         });
-        environment.add_template_owned(key, source.to_owned()).map_err(|e| anyhow!("{e:#}"))?;
+        environment.add_template_owned(key, jinja_lines(source)).map_err(|e| anyhow!("{e:#}"))?;
         Ok(Self { environment, key })
     }
 

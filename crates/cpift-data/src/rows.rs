@@ -18,6 +18,20 @@ pub struct Message {
     pub role: String,
     /// What was said.
     pub content: String,
+    /// False for an assistant turn that is shown and not trained on.
+    #[serde(skip_serializing, default = "trained")]
+    pub train: bool,
+}
+
+fn trained() -> bool {
+    true
+}
+
+impl Message {
+    /// A turn that, if it is the assistant's, is trained on.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), train: true }
+    }
 }
 
 /// One row of a data file.

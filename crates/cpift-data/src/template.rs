@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::ops::Range;
 
 use anyhow::{Context, Result, anyhow};
 use minijinja::value::{Kwargs, Value};
@@ -17,10 +18,34 @@ const FUEL: u64 = 10_000_000;
 /// The special tokens a template can name, such as `bos_token`.
 pub type SpecialTokens = BTreeMap<String, String>;
 
+/// Further variables of a template, such as `enable_thinking`: `template_args` of tasks.toml.
+pub type TemplateArgs = serde_json::Map<String, serde_json::Value>;
+
+/// Marks around the output of a `{% generation %}` block. Unicode reserves both code points for a program's own use, so that no
+/// text holds them.
+const BLOCK_START: char = '\u{fdd2}';
+const BLOCK_END: char = '\u{fdd3}';
+
+/// A chat template's refusal of a conversation, such as roles out of order; the message is the template's own.
+#[derive(Debug)]
+pub struct Refusal(String);
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the chat template refuses the messages: {}", self.0)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
 /// A parsed chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
+    /// The closing mark of the reasoning that comes before an answer, such as `</think>`, where the template knows one.
+    pub reasoning_end: Option<String>,
+    /// True if `{% generation %}` blocks mark the assistant's text.
+    pub marks_answers: bool,
 }
 
 impl ChatTemplate {
@@ -29,15 +54,19 @@ impl ChatTemplate {
     /// # Errors
     /// A sentence that says where the syntax breaks.
     pub fn new(source: &str) -> Result<Self> {
+        let source = jinja_lines(source);
         let mut environment = environment();
-        // transformers marks the assistant's text with this block; for rendering it is transparent.
-        let block = Regex::new(r"\{%(-?)\s*(end)?generation\s*(-?)%\}").expect("a constant that parses");
-        let plain = block.replace_all(source, |found: &regex::Captures<'_>| {
-            let body = if found.get(2).is_some() { "endif" } else { "if true" };
+        // A filter block has the white space rules of the block that it stands for.
+        let block = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a constant that parses");
+        let plain = block.replace_all(&source, |found: &regex::Captures<'_>| {
+            let body = if found.get(2).is_some() { "endfilter" } else { "filter assistant_block" };
             format!("{{%{} {body} {}%}}", &found[1], &found[3])
         });
-        environment.add_template_owned("chat", plain.into_owned()).map_err(|e| anyhow!("{e:#}"))?;
-        Ok(Self { environment, source: source.to_owned() })
+        environment.add_filter("assistant_block", |text: String| format!("{BLOCK_START}{text}{BLOCK_END}"));
+        environment.add_template_owned("chat", plain.clone().into_owned()).map_err(|e| anyhow!("{e:#}"))?;
+        let reasoning = Regex::new(r"</[\w:]*think[\w:]*>|\[/THINK\]").expect("a constant that parses");
+        let reasoning_end = reasoning.find(&source).map(|found| found.as_str().to_owned());
+        Ok(Self { environment, reasoning_end, marks_answers: block.is_match(&source), source })
     }
 
     /// The template as it was given.
@@ -48,24 +77,65 @@ impl ChatTemplate {
     /// Renders `messages`; with `add_generation_prompt` the assistant's header follows.
     ///
     /// # Errors
-    /// What the template raised, such as roles out of order.
-    pub fn render(&self, messages: &[Message], special: &SpecialTokens, add_generation_prompt: bool) -> Result<String> {
+    /// The message that the template raised, such as roles out of order.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        special: &SpecialTokens,
+        args: &TemplateArgs,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        Ok(self.render_marked(messages, special, args, add_generation_prompt)?.0)
+    }
+
+    /// As [`ChatTemplate::render`], with the bytes that `{% generation %}` blocks wrote.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_marked(
+        &self,
+        messages: &[Message],
+        special: &SpecialTokens,
+        args: &TemplateArgs,
+        add_generation_prompt: bool,
+    ) -> Result<(String, Vec<Range<usize>>)> {
         let template = self.environment.get_template("chat").context("the template was added at creation")?;
-        let extra = Value::from_serialize(special);
-        template
-            .render(context! {
-                messages => Value::from_serialize(messages),
-                add_generation_prompt => add_generation_prompt,
-                tools => Value::from(()),
-                documents => Value::from(()),
-                ..extra
-            })
-            .map_err(|e| anyhow!("the chat template refuses the messages: {}", e.detail().unwrap_or(&e.to_string())))
+        let mut extra: BTreeMap<&str, Value> =
+            special.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str()))).collect();
+        extra.extend(args.iter().map(|(name, value)| (name.as_str(), Value::from_serialize(value))));
+        let extra = Value::from_serialize(extra);
+        let rendered = template.render(context! {
+            messages => Value::from_serialize(messages),
+            add_generation_prompt => add_generation_prompt,
+            tools => Value::from(()),
+            documents => Value::from(()),
+            ..extra
+        });
+        let rendered = rendered.map_err(|e| Refusal(e.detail().map_or_else(|| e.to_string(), str::to_owned)))?;
+        Ok(if self.marks_answers { unmark(&rendered) } else { (rendered, Vec::new()) })
     }
 }
 
+/// `text` without the marks of blocks, and the bytes that each block wrote.
+fn unmark(text: &str) -> (String, Vec<Range<usize>>) {
+    let (mut plain, mut blocks, mut start) = (String::with_capacity(text.len()), Vec::new(), 0);
+    for c in text.chars() {
+        match c {
+            BLOCK_START => start = plain.len(),
+            BLOCK_END => blocks.push(start..plain.len()),
+            c => plain.push(c),
+        }
+    }
+    (plain, blocks)
+}
+
+/// `source` with the line ends that Jinja gives a template, whatever the file has.
+pub(crate) fn jinja_lines(source: &str) -> String {
+    source.replace("\r\n", "\n").replace('\r', "\n")
+}
+
 /// Jinja as transformers sets it up: its functions and filters, Python's methods, and bounded work.
-pub(super) fn environment() -> Environment<'static> {
+pub(crate) fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use cpift_core::tasks::Format;
 
-use cpift_data::{ChatTemplate, ChatText, Layout, Message, Overlong, SpecialTokens, encode_rows, read_rows};
+use cpift_data::{
+    ChatTemplate, ChatText, Layout, MaxLength, Message, Overlong, SpecialTokens, TemplateArgs, encode_rows, read_rows,
+};
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
 use serde_json::{Value, json};
 
@@ -21,7 +23,12 @@ fn templates_render_as_transformers_renders_them() {
         let conversation = case["conversation"].as_str().unwrap();
         let template = ChatTemplate::new(golden["templates"][name].as_str().unwrap()).unwrap();
         let messages: Vec<Message> = serde_json::from_value(golden["conversations"][conversation].clone()).unwrap();
-        let rendered = template.render(&messages, &special, case["add_generation_prompt"].as_bool().unwrap());
+        let rendered = template.render(
+            &messages,
+            &special,
+            &TemplateArgs::new(),
+            case["add_generation_prompt"].as_bool().unwrap(),
+        );
         match case.get("rendered").and_then(Value::as_str) {
             Some(expected) => assert_eq!(rendered.unwrap(), expected, "{name} {conversation}"),
             None => {
@@ -36,7 +43,8 @@ fn templates_render_as_transformers_renders_them() {
 #[test]
 fn a_template_that_never_ends_is_stopped() {
     let template = ChatTemplate::new("{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}");
-    let error = template.unwrap().render(&[], &SpecialTokens::new(), false).unwrap_err().to_string();
+    let error =
+        template.unwrap().render(&[], &SpecialTokens::new(), &TemplateArgs::new(), false).unwrap_err().to_string();
     assert!(error.contains("fuel"), "{error}");
 }
 
@@ -49,7 +57,7 @@ fn a_template_opens_no_file() {
         ["{% include 'PATH' %}", "{% import 'PATH' as x %}", "{% extends 'PATH' %}", "{{ open('PATH').read() }}"]
     {
         let template = ChatTemplate::new(&line.replace("PATH", secret.to_str().unwrap()));
-        let rendered = template.and_then(|t| t.render(&[], &SpecialTokens::new(), false));
+        let rendered = template.and_then(|t| t.render(&[], &SpecialTokens::new(), &TemplateArgs::new(), false));
         assert!(!rendered.expect_err(line).to_string().contains("precious"));
     }
 }
@@ -73,8 +81,8 @@ fn targets(f: &Fixture, max_length: usize) -> Vec<String> {
     let encoded = encode_rows(
         &f.file,
         &read_rows(&f.file, &Layout::Format(Format::Auto)).unwrap(),
-        &f.text,
-        max_length,
+        f.text.with(&TemplateArgs::new()),
+        MaxLength::new(max_length, 512),
         Overlong::Truncate,
     )
     .unwrap();
@@ -107,10 +115,15 @@ fn the_loss_counts_assistant_tokens_and_the_end_of_their_turn_only() {
 fn long_examples_are_cut_counted_or_refused() {
     let f = fixture(&[row("a", "short"), row("b", &"x".repeat(300)), row(&"y".repeat(300), "never reached")]);
     let rows = read_rows(&f.file, &Layout::Format(Format::Auto)).unwrap();
-    let encoded = encode_rows(&f.file, &rows, &f.text, 100, Overlong::Truncate).unwrap();
+    let encoded =
+        encode_rows(&f.file, &rows, f.text.with(&TemplateArgs::new()), MaxLength::new(100, 512), Overlong::Truncate)
+            .unwrap();
     assert_eq!((encoded.examples.len(), encoded.truncated, encoded.dropped), (2, 2, 1));
     assert_eq!(encoded.examples[1].ids.len(), 100);
-    let error = encode_rows(&f.file, &rows, &f.text, 100, Overlong::Refuse).unwrap_err().to_string();
+    let error =
+        encode_rows(&f.file, &rows, f.text.with(&TemplateArgs::new()), MaxLength::new(100, 512), Overlong::Refuse)
+            .unwrap_err()
+            .to_string();
     assert!(error.contains("line 2") && error.contains("100 tokens"), "{error}");
 }
 
@@ -137,16 +150,17 @@ fn a_model_without_a_template_takes_the_one_named_and_saves_it() {
     let error = ChatText::open(&model, None).err().unwrap().to_string();
     assert!(error.contains("no chat template") && error.contains("chatml"), "{error}");
     let text = ChatText::open(&model, Some("chatml")).unwrap();
-    let message = Message { role: "user".into(), content: "hi".into() };
+    let message = Message::new("user", "hi");
+    let none = TemplateArgs::new();
     assert_eq!(
-        text.render(std::slice::from_ref(&message), true).unwrap(),
+        text.with(&none).render(std::slice::from_ref(&message), true).unwrap(),
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     );
     let out = dir.path().join("out");
     std::fs::create_dir(&out).unwrap();
     text.save(&out).unwrap();
     let again = ChatText::open(&out, None).unwrap();
-    assert_eq!(again.render(&[message], false).unwrap(), "<|im_start|>user\nhi<|im_end|>\n");
+    assert_eq!(again.with(&none).render(&[message], false).unwrap(), "<|im_start|>user\nhi<|im_end|>\n");
 }
 
 #[test]

@@ -5,8 +5,8 @@ use clap::ValueEnum;
 use cpift_core::BadInput;
 use cpift_core::error::usage;
 use cpift_core::tasks::{Task, TaskMetric};
-use cpift_data::ChatText;
-use cpift_data::{Message, Row};
+use cpift_data::{self as data, Chat, ChatText, Message, Row, unusable};
+use cpift_torch::generate::Generated;
 use rand::SeedableRng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
@@ -49,7 +49,7 @@ pub struct Prompt {
 
 /// Makes the prompts of a task.
 pub struct Prompter<'a> {
-    text: &'a ChatText,
+    chat: Chat<'a>,
     /// The model's context in tokens.
     context: usize,
     task: &'a Task,
@@ -82,7 +82,8 @@ impl<'a> Prompter<'a> {
                 .found(train.len().to_string())
                 .into());
         }
-        Ok(Self { text, context, task, style, split, examples: (train, few_shot, seed) })
+        let chat = text.with(&task.template_args);
+        Ok(Self { chat, context, task, style, split, examples: (train, few_shot, seed) })
     }
 
     /// Texts that end an answer, beside the model's EOS.
@@ -99,10 +100,15 @@ impl<'a> Prompter<'a> {
     /// What the chat template raised, or a field that the prompt needs, with the row; no room for a prompt.
     pub fn prompt(&self, row: &Row, answer: usize) -> Result<Prompt> {
         let text = match self.style {
-            PromptStyle::Chat => self.chat(row)?,
+            PromptStyle::Chat => self.chat.prompt(&self.turns(row)).map_err(|e| unusable(&row.place, &e))?,
             PromptStyle::Harness => self.harness(row)?,
         };
-        let mut ids = self.encode(&text)?;
+        let ids = self.encode(&text).map_err(|e| unusable(&row.place, &e))?;
+        self.within_context(text, ids, answer)
+    }
+
+    /// The prompt's end that leaves room for `answer` tokens in the model's context.
+    fn within_context(&self, text: String, mut ids: Vec<i64>, answer: usize) -> Result<Prompt> {
         let context = self.context;
         if answer >= context {
             return Err(usage(format!(
@@ -115,12 +121,23 @@ impl<'a> Prompter<'a> {
         Ok(Prompt { text, ids, cut })
     }
 
-    /// What comes before the last answer of `row`, as the loss on it sees it: by the chat template, without examples.
+    /// The text before the last answer of `row`, as the loss on it sees it: by the chat template, without examples.
     ///
     /// # Errors
-    /// What the chat template raised, with the row.
+    /// The message that the chat template raised, with the row.
     pub fn before_the_answer(&self, row: &Row) -> Result<String> {
-        self.text.render(row.prompt(), true).map_err(|e| row.place.bad(format!("{e:#}")).into())
+        Ok(data::tokenise(row, self.chat)?.before_last_answer().to_owned())
+    }
+
+    /// A generated answer without the reasoning before it, and that reasoning. A harness prompt opens none.
+    ///
+    /// # Errors
+    /// As [`ChatText::decode`].
+    pub fn split_reasoning(&self, answer: Generated) -> Result<(String, Option<String>)> {
+        match self.style {
+            PromptStyle::Chat => self.chat.split_reasoning(&answer.ids, &answer.text),
+            PromptStyle::Harness => Ok((answer.text, None)),
+        }
     }
 
     /// Whether a harness prompt of `row`, a multiple choice, has its options twice: in the user's turn, which is taken for the question
@@ -133,38 +150,60 @@ impl<'a> Prompter<'a> {
         self.style == PromptStyle::Harness && !apart && listed()
     }
 
-    /// The tokens of `answer` after the prompt: the whole is encoded and cut at the prompt's length, as the harness does.
+    /// The prompt of `row` and the tokens of each of `answers` after it. What the answers' tokens have in common, such as a space that the
+    /// template writes, is the prompt's.
     ///
     /// # Errors
-    /// [`BadInput`] where no token is left for the answer.
-    pub fn continuation(&self, row: &Row, prompt: &Prompt, answer: &str) -> Result<Vec<i64>> {
-        let whole = self.encode(&format!("{}{answer}", prompt.text))?;
-        let rest = whole.get(prompt.ids.len() + prompt.cut..).filter(|rest| !rest.is_empty());
-        rest.map(<[i64]>::to_vec).ok_or_else(|| {
-            row.place
-                .bad(format!("{answer:?} merges into the prompt's last token"))
-                .hint("end the prompt so that the tokenizer keeps the answer apart")
-                .into()
-        })
+    /// [`BadInput`] as [`Prompter::prompt`], and where no token is left for an answer.
+    pub fn alternatives(&self, row: &Row, answers: &[String]) -> Result<(Prompt, Vec<Vec<i64>>)> {
+        let whole: Vec<(String, Vec<i64>, usize)> =
+            answers.iter().map(|answer| self.answered(row, answer)).collect::<Result<_>>()?;
+        let limit = whole.iter().map(|(_, _, start)| *start).min().unwrap_or(0);
+        let same = |i: &usize| whole.iter().all(|(_, ids, _)| ids[*i] == whole[0].1[*i]);
+        let shared = (0..limit).take_while(same).count();
+        let rest: Vec<Vec<i64>> = whole.iter().map(|(_, ids, _)| ids[shared..].to_vec()).collect();
+        if rest.iter().any(Vec::is_empty) || shared == 0 {
+            return Err(row.place.bad("an option has no token of its own after the prompt").into());
+        }
+        let longest = rest.iter().map(Vec::len).max().unwrap_or(1);
+        let (text, ids, _) = whole.into_iter().next().expect("at least one option");
+        Ok((self.within_context(text, ids[..shared].to_vec(), longest)?, rest))
+    }
+
+    /// The text before `answer`, the tokens up to its end, and the place of its first token. The whole is tokenised as it stands.
+    fn answered(&self, row: &Row, answer: &str) -> Result<(String, Vec<i64>, usize)> {
+        if self.style == PromptStyle::Harness {
+            // As the harness does: cut at the length of the prompt alone.
+            let text = self.harness(row)?;
+            let encode = |text: &str| self.encode(text).map_err(|e| unusable(&row.place, &e));
+            let (start, ids) = (encode(&text)?.len(), encode(&format!("{text}{answer}"))?);
+            return Ok((text, ids, start));
+        }
+        let mut messages = self.turns(row);
+        messages.push(Message::new("assistant", answer));
+        let tokens = self.chat.tokenise(&messages).map_err(|e| unusable(&row.place, &e))?;
+        let range = tokens.last_answer().ok_or_else(|| {
+            row.place.bad(format!("the chat template does not write the answer {answer:?} of the last turn"))
+        })?;
+        Ok((tokens.before_last_answer().to_owned(), tokens.ids[..range.end].to_vec(), range.start))
     }
 
     /// A chat template writes special tokens itself; plain text gets those that the tokenizer puts around any text.
     fn encode(&self, text: &str) -> Result<Vec<i64>> {
         match self.style {
-            PromptStyle::Chat => self.text.encode(text),
-            PromptStyle::Harness => self.text.encode_with_special(text),
+            PromptStyle::Chat => self.chat.text().encode(text),
+            PromptStyle::Harness => self.chat.text().encode_with_special(text),
         }
     }
 
     /// Examples are turns before the row's own, behind its system turn.
-    fn chat(&self, row: &Row) -> Result<String> {
+    fn turns(&self, row: &Row) -> Vec<Message> {
         let own = row.prompt();
         let (system, turns) = own.split_at(own.iter().take_while(|m| m.role == "system").count());
         let not_system = |m: &&Message| m.role != "system";
         let examples = self.examples_for(row);
         let shown = examples.iter().flat_map(|example| example.messages.iter().filter(not_system));
-        let messages: Vec<Message> = system.iter().chain(shown).chain(turns).cloned().collect();
-        self.text.render(&messages, true).map_err(|e| row.place.bad(format!("{e:#}")).into())
+        system.iter().chain(shown).chain(turns).cloned().collect()
     }
 
     /// Question and answer of each example, a blank line between, then the row's question.

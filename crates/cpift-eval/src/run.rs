@@ -142,10 +142,11 @@ fn score_task(args: &RunArgs, session: &Session, plan: &TaskPlan, outputs: &mut 
             ),
             ("seed".to_owned(), if *few_shot > 0 { json!(args.seed) } else { Value::Null }),
             ("max_new_tokens".to_owned(), json!(settings.max_new_tokens)),
-            ("max_length".to_owned(), json!(settings.max_length)),
+            ("max_length".to_owned(), json!(settings.max_length.tokens)),
             ("truncated".to_owned(), json!(truncated)),
             ("dropped".to_owned(), json!(dropped)),
             ("templates".to_owned(), templates(task)),
+            ("template_args".to_owned(), json!(task.template_args)),
             ("prompts_cut".to_owned(), json!(scored.prompts_cut)),
             ("skipped".to_owned(), json!(scored.skipped)),
         ]),
@@ -164,7 +165,7 @@ fn warn_of_loss(task: &Task, loss: &Loss, settings: &Settings) {
     if *truncated > 0 {
         warn!(
             "{}: {truncated} rows are longer than {} tokens: their loss is over the first ones, and {dropped} have none",
-            task.name, settings.max_length
+            task.name, settings.max_length.tokens
         );
     }
     if loss.perplexity().is_none() {

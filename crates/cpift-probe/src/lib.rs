@@ -157,7 +157,13 @@ fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path) -> 
     let device = args.training.device.open(args.common.threads)?;
     let model = Described::open(base, tasks.template()?)?;
     let max_length = model.context_of(&task, args.training.max_length);
-    let encoded = data::encode_rows(&task.train, &rows, &model.text, max_length, args.training.overlong())?;
+    let encoded = data::encode_rows(
+        &task.train,
+        &rows,
+        model.text.with(&task.template_args),
+        max_length,
+        args.training.overlong(),
+    )?;
     data::report(&task.name, &encoded, max_length);
     let held_out = match args.training.eval_every {
         Some(_) => vec![HeldOut::read(&task, args.training.eval_rows, &model.text, max_length)?],

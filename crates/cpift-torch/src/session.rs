@@ -12,7 +12,7 @@ use tch::{Device, Kind};
 
 use crate::model::{CausalLM, ModelConfig};
 use crate::weights::{self, Parameters};
-use cpift_data::ChatText;
+use cpift_data::{ChatText, MaxLength};
 
 /// The dtypes of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,23 +63,17 @@ pub struct Described {
 }
 
 impl Described {
-    /// Reads config.json and the tokenizer of `folder`; `template` is for a base without a chat template.
+    /// Reads config.json and the tokenizer of `folder`; `template` takes precedence over the checkpoint's own.
     ///
     /// # Errors
-    /// [`BadInput`] for either, or where the tokenizer has more tokens than the embedding has rows.
+    /// [`BadInput`] for either.
     pub fn open(folder: &Path, template: Option<&str>) -> Result<Self> {
         if folder.symlink_metadata().is_err() {
             return Err(BadInput::new(folder, "no such checkpoint").expected("a Hugging Face folder").into());
         }
         let config = read_config(folder)?;
         let numbers = ModelConfig::from_json(folder, &config)?;
-        let text = ChatText::open(folder, template)?;
-        if text.vocab_size() as i64 > numbers.vocab_size {
-            return Err(BadInput::new(folder, "the tokenizer has more tokens than the embedding has rows")
-                .expected(format!("at most {}", numbers.vocab_size))
-                .found(text.vocab_size().to_string())
-                .into());
-        }
+        let text = ChatText::open(folder, template)?.with_embedding_rows(numbers.vocab_size);
         Ok(Self { folder: folder.to_owned(), config, numbers, text })
     }
 
@@ -97,17 +91,17 @@ impl Described {
     }
 
     /// As [`Session::context_of`].
-    pub fn context_of(&self, task: &Task, asked: Option<usize>) -> usize {
+    pub fn context_of(&self, task: &Task, asked: Option<usize>) -> MaxLength {
         context_of(&self.numbers, task, asked)
     }
 }
 
-fn context_of(model: &ModelConfig, task: &Task, asked: Option<usize>) -> usize {
-    asked.unwrap_or(task.max_length).min(model.max_position_embeddings as usize)
+fn context_of(model: &ModelConfig, task: &Task, asked: Option<usize>) -> MaxLength {
+    MaxLength::new(asked.unwrap_or(task.max_length), model.max_position_embeddings as usize)
 }
 
 impl Session {
-    /// Opens `folder` on `device`; `template` is for a base without a chat template.
+    /// Opens `folder` on `device`; `template` takes precedence over the checkpoint's own.
     ///
     /// # Errors
     /// [`BadInput`] for anything in the folder that cannot be used.
@@ -133,7 +127,7 @@ impl Session {
     }
 
     /// The longest example of `task` in tokens: its max_length, or `asked` over it, within the model's own context.
-    pub fn context_of(&self, task: &Task, asked: Option<usize>) -> usize {
+    pub fn context_of(&self, task: &Task, asked: Option<usize>) -> MaxLength {
         context_of(&self.model.config, task, asked)
     }
 

@@ -145,7 +145,13 @@ fn read_examples(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<BT
     for task in tasks {
         let rows = data::read_rows(&task.train, &Layout::of(task)?)?;
         let max_length = model.context_of(task, args.training.max_length);
-        let encoded = data::encode_rows(&task.train, &rows, &model.text, max_length, args.training.overlong())?;
+        let encoded = data::encode_rows(
+            &task.train,
+            &rows,
+            model.text.with(&task.template_args),
+            max_length,
+            args.training.overlong(),
+        )?;
         data::report(&task.name, &encoded, max_length);
         all.insert(task.name.clone(), encoded.examples);
     }

@@ -46,10 +46,19 @@ pub fn run(args: &PreviewArgs, common: &Common) -> Result<()> {
 fn examples(args: &PreviewArgs, model: &Described, task: &Task) -> Result<Vec<Shown>> {
     let rows = data::read_rows(&task.train, &Layout::of(task)?)?;
     let max_length = model.context_of(task, args.max_length);
-    let encoded = data::encode_rows(&task.train, &rows, &model.text, max_length, Overlong::Truncate)?;
+    let encoded =
+        data::encode_rows(&task.train, &rows, model.text.with(&task.template_args), max_length, Overlong::Truncate)?;
     data::report(&task.name, &encoded, max_length);
     let first = rows.iter().take(args.rows);
-    first.map(|row| Ok(Shown::new(data::tokenise(row, &model.text)?, max_length, row.place.clone()))).collect()
+    first
+        .map(|row| {
+            Ok(Shown::new(
+                data::tokenise(row, model.text.with(&task.template_args))?,
+                max_length.tokens,
+                row.place.clone(),
+            ))
+        })
+        .collect()
 }
 
 /// Where the text of token `i` begins; a token that begins within a character has all of it.

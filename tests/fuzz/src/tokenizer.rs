@@ -1,7 +1,6 @@
 //! tokenizer.json, tokenizer_config.json and a conversation's text, zero bytes between them: what opens renders, and encodes as text.
 
-use cpift_data::ChatText;
-use cpift_data::Message;
+use cpift_data::{ChatText, Message, TemplateArgs};
 
 use crate::bounds;
 
@@ -16,8 +15,10 @@ pub fn run(data: &[u8]) -> bool {
     bounds::bounded_by(BOUND, || {
         let Ok(text) = ChatText::open(bounds::folder(), Some("chatml")) else { return false };
         let content = String::from_utf8_lossy(words).into_owned();
-        let turn = |role: &str| Message { role: role.to_owned(), content: content.clone() };
-        let _ = text.render_with_spans(&[turn("user"), turn("assistant")]);
+        let turn = |role: &str| Message::new(role, content.as_str());
+        if let Ok(tokens) = text.with(&TemplateArgs::new()).tokenise(&[turn("user"), turn("assistant")]) {
+            assert!(tokens.ids.len() == tokens.target.len() && tokens.ids.len() == tokens.spans.len());
+        }
         let Ok(ids) = text.encode(&content) else { return false };
         assert!(ids.iter().all(|id| (0..text.vocab_size() as i64).contains(id)), "an id outside the vocabulary");
         let _ = text.decode(&ids);

@@ -73,7 +73,7 @@ pub fn take_conversation(format: Format, fields: &mut Fields, place: &Place) -> 
 
 /// A turn of `role`.
 fn message(role: &str, content: String) -> Message {
-    Message { role: role.to_owned(), content }
+    Message::new(role, content)
 }
 
 /// Takes the field `name`; null counts as absent.

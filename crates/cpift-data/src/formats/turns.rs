@@ -44,7 +44,7 @@ pub fn ultrachat(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
 pub fn chat(turns: Vec<Value>, what: &str, place: &Place) -> Result<Vec<Message>> {
     let said = turns.into_iter().enumerate().map(|(i, value)| {
         let (role, content) = Turn { what, number: i + 1, place }.said(value, "role", "content")?;
-        Ok(Message { role, content })
+        Ok(Message::new(role, content))
     });
     said.collect()
 }

@@ -114,12 +114,7 @@ impl Asked {
             PromptStyle::Chat => choices.letters().map(String::from).collect(),
             PromptStyle::Harness => choices.options.iter().map(|option| format!(" {option}")).collect(),
         };
-        // The room that the longest continuation needs depends on the prompt's last token only, which is the same however it is cut.
-        let whole = prompter.prompt(row, 1)?;
-        let continuations: Vec<Vec<i64>> =
-            texts.iter().map(|text| prompter.continuation(row, &whole, text)).collect::<Result<_>>()?;
-        let longest = continuations.iter().map(Vec::len).max().unwrap_or(1);
-        let prompt = prompter.prompt(row, longest)?;
+        let (prompt, continuations) = prompter.alternatives(row, &texts)?;
         let alternatives = Alternatives { context: prompt.ids.clone(), continuations };
         Ok(Self { prompt, choices, alternatives })
     }

@@ -52,7 +52,7 @@ pub fn score(
         let answer = answered.next().expect("an answer to each row of a known language");
         let (count, grade) = grade(language, &references[i], &answer.output);
         counts.push(count);
-        lines.add(row, grade, json!({"prompt": answer.prompt, "output": answer.output, "reference": references[i]}));
+        lines.add(row, grade, answer.line(&references[i]));
     }
     let skipped = rows.len() - known.len();
     if skipped > 0 {

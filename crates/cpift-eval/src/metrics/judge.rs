@@ -18,8 +18,9 @@ pub fn score(session: &Session, prompter: &Prompter<'_>, rows: &[Row], settings:
     let line = |(row, answer): (&Row, &crate::answers::Answered)| {
         let turns: Vec<Value> =
             row.prompt().iter().map(|turn| json!({"role": turn.role, "content": turn.content})).collect();
-        json!({"messages": turns, "prompt": answer.prompt, "output": answer.output, "reference": row.reference(),
-            "row": row.place.row})
+        let mut line = answer.line(row.reference());
+        (line["messages"], line["row"]) = (json!(turns), json!(row.place.row));
+        line
     };
     let outputs = rows.iter().zip(&answers.list).map(line).collect();
     Ok(Scored { metric: None, also: Vec::new(), prompts_cut: answers.prompts_cut, skipped: 0, outputs })

@@ -40,7 +40,7 @@ impl Loss {
 /// # Errors
 /// [`cpift_core::BadInput`] where a row cannot be encoded, or none has a token to be scored.
 pub fn encoded(text: &ChatText, task: &Task, rows: &[Row], settings: &Settings) -> Result<Encoded> {
-    encode_rows(&task.eval, rows, text, settings.max_length, Overlong::Truncate)
+    encode_rows(&task.eval, rows, text.with(&task.template_args), settings.max_length, Overlong::Truncate)
 }
 
 /// Scores the reference answers.

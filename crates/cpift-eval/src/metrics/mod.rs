@@ -18,8 +18,7 @@ use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::scores::Figure;
 use cpift_core::tasks::{Task, TaskMetric};
-use cpift_data::ChatText;
-use cpift_data::Row;
+use cpift_data::{ChatText, MaxLength, Row};
 use cpift_torch::generate::Sampling;
 use cpift_torch::session::Session;
 use serde_json::{Map, Value, json};
@@ -37,8 +36,8 @@ pub struct Settings {
     pub batch_size: usize,
     /// Longest generated answer in tokens.
     pub max_new_tokens: usize,
-    /// Longest example in tokens.
-    pub max_length: usize,
+    /// Longest example.
+    pub max_length: MaxLength,
     /// How tokens are chosen; `None`: the likeliest.
     pub sampling: Option<Sampling>,
 }
@@ -89,7 +88,7 @@ pub type Grader = fn(&Answer<'_>) -> Grade;
 /// [`cpift_core::BadInput`] naming the row that cannot be encoded, or has not the fields its metric needs; [`cpift_core::Usage`] for an
 /// answer longer than the model's context.
 pub fn check(text: &ChatText, prompter: &Prompter<'_>, task: &Task, rows: &[Row], settings: &Settings) -> Result<()> {
-    encoded(text, task, rows, settings)?;
+    encoded(text, task, rows, settings)?.warn_of_template(&task.name);
     let ask = |row: &Row| prompter.prompt(row, settings.max_new_tokens).map(drop);
     match task.metric {
         TaskMetric::Nll => rows.iter().try_for_each(|row| prompter.before_the_answer(row).map(drop)),
@@ -141,7 +140,7 @@ fn graded(
     let mut lines = Lines::default();
     for ((row, answer), reference) in rows.iter().zip(&answers.list).zip(&references) {
         let grade = grader(&Answer { output: &answer.output, reference });
-        lines.add(row, grade, json!({"prompt": answer.prompt, "output": answer.output, "reference": reference}));
+        lines.add(row, grade, answer.line(reference));
     }
     Ok(lines.scored(answers.prompts_cut))
 }

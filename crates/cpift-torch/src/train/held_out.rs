@@ -6,7 +6,7 @@ use tch::no_grad;
 
 use crate::model::CausalLM;
 use crate::score;
-use cpift_data::{self as data, ChatText, Example, Layout, Overlong};
+use cpift_data::{self as data, ChatText, Example, Layout, MaxLength, Overlong};
 
 /// A task's held-out examples.
 pub struct HeldOut {
@@ -21,10 +21,11 @@ impl HeldOut {
     ///
     /// # Errors
     /// As [`data::encode_rows`].
-    pub fn read(task: &Task, rows: usize, text: &ChatText, max_length: usize) -> Result<Self> {
+    pub fn read(task: &Task, rows: usize, text: &ChatText, max_length: MaxLength) -> Result<Self> {
         let mut all = data::read_rows(&task.eval, &Layout::of(task)?)?;
         all.truncate(rows);
-        let encoded = data::encode_rows(&task.eval, &all, text, max_length, Overlong::Truncate)?;
+        let encoded =
+            data::encode_rows(&task.eval, &all, text.with(&task.template_args), max_length, Overlong::Truncate)?;
         Ok(Self { task: task.name.clone(), examples: encoded.examples })
     }
 }
