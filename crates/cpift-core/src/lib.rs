@@ -11,6 +11,7 @@ pub mod files;
 pub mod groups;
 pub mod json;
 pub mod mask;
+pub mod once;
 pub mod progress;
 pub mod provenance;
 pub mod safetensors;

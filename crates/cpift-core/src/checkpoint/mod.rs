@@ -7,6 +7,7 @@ mod kinds;
 pub mod names;
 mod pieces;
 mod reader;
+pub mod rope;
 mod sidecar;
 mod writer;
 
