@@ -120,7 +120,11 @@ impl RopeSettings {
                     return Err(reader
                         .bad("rope_scaling and rope_parameters disagree")
                         .expected("one of the two")
-                        .found(format!("rope_scaling {} and rope_parameters {}", Value::from(old.clone()), Value::from(new.clone())))
+                        .found(format!(
+                            "rope_scaling {} and rope_parameters {}",
+                            Value::from(old.clone()),
+                            Value::from(new.clone())
+                        ))
                         .hint("keep rope_parameters, with rope_type and rope_theta in it, and remove rope_scaling"));
                 }
                 parameters
@@ -266,7 +270,8 @@ impl<'a> Reader<'a> {
             .filter(|key| !HARMLESS.contains(key) && !always.contains(key) && !read.contains(key))
             .collect();
         if !ignored.is_empty() {
-            self.notes.push(format!("{name}: {} means nothing for rope_type {kind} and is ignored", ignored.join(", ")));
+            self.notes
+                .push(format!("{name}: {} means nothing for rope_type {kind} and is ignored", ignored.join(", ")));
         }
         Ok(RopeParameters { theta, scaling })
     }
@@ -276,7 +281,8 @@ impl<'a> Reader<'a> {
         let top = self.config.get("rope_theta");
         let Some(inner) = map.get("rope_theta") else {
             if top.is_none() && name.starts_with("rope_parameters") {
-                self.notes.push(format!("{name} has no rope_theta: {DEFAULT_THETA}, the default of transformers, is used"));
+                self.notes
+                    .push(format!("{name} has no rope_theta: {DEFAULT_THETA}, the default of transformers, is used"));
             }
             return self.top_theta();
         };
@@ -300,9 +306,9 @@ impl<'a> Reader<'a> {
             }
         };
         match (text("rope_type")?, text("type")?) {
-            (Some(new), Some(old)) if new != old => {
-                Err(self.bad(format!("{name}.rope_type is {new:?}, and {name}.type is {old:?}")).expected("one of the two"))
-            }
+            (Some(new), Some(old)) if new != old => Err(self
+                .bad(format!("{name}.rope_type is {new:?}, and {name}.type is {old:?}"))
+                .expected("one of the two")),
             (Some(kind), _) | (None, Some(kind)) => Ok(kind),
             (None, None) => {
                 let free = ["rope_theta", "partial_rotary_factor"];
@@ -518,24 +524,48 @@ mod tests {
             (json!({"rope_scaling": false}), "rope_scaling is not an object"),
             (json!({"rope_parameters": [1]}), "rope_parameters is not an object"),
             (json!({"rope_scaling": {"factor": 8.0}}), "rope_scaling has factor but no rope_type"),
-            (json!({"rope_parameters": {"rope_theta": 1e6, "original_max_position_embeddings": 8}}), "but no rope_type"),
+            (
+                json!({"rope_parameters": {"rope_theta": 1e6, "original_max_position_embeddings": 8}}),
+                "but no rope_type",
+            ),
             (json!({"rope_scaling": {"rope_type": "linear", "facter": 8.0}}), "rope_scaling.facter is not"),
             (json!({"rope_parameters": {"rope_type": "default", "theta": 1e6}}), "rope_parameters.theta is not"),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "linear needs factor"),
             (json!({"rope_scaling": {"rope_type": "linear", "factor": "8"}}), "rope_scaling.factor cannot be used"),
             (json!({"rope_scaling": {"rope_type": "linear", "factor": 0}}), "rope_scaling.factor cannot be used"),
             (json!({"rope_scaling": {"rope_type": 3, "factor": 8.0}}), "rope_scaling.rope_type cannot be used"),
-            (json!({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}), "\"longrope\" of rope_scaling is not implemented"),
-            (json!({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 8.0}}), "rope_scaling.type is \"dynamic\""),
+            (
+                json!({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}),
+                "\"longrope\" of rope_scaling is not implemented",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 8.0}}),
+                "rope_scaling.type is \"dynamic\"",
+            ),
             (json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}), "yarn needs factor"),
-            (json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": "no"}}), "truncate cannot be used"),
-            (json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}), "partial_rotary_factor = 0.5"),
+            (
+                json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": "no"}}),
+                "truncate cannot be used",
+            ),
+            (
+                json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+                "partial_rotary_factor = 0.5",
+            ),
             (json!({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1]}}), "mrope_section is not"),
             (json!({"rope_parameters": {"rope_theta": null}}), "rope_parameters.rope_theta cannot be used"),
             (json!({"rope_parameters": {"full_attention": null}}), "rope_parameters.full_attention cannot be used"),
-            (json!({"rope_parameters": {"full_attention": {"rope_theta": "1e6"}}}), "full_attention.rope_theta cannot be used"),
-            (json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "factor": 2.0}}), "and factor, which is for all"),
-            (json!({"rope_parameters": {"full": {"rope_theta": 1e6}}}), "rope_parameters.full is not the settings of a layer type"),
+            (
+                json!({"rope_parameters": {"full_attention": {"rope_theta": "1e6"}}}),
+                "full_attention.rope_theta cannot be used",
+            ),
+            (
+                json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "factor": 2.0}}),
+                "and factor, which is for all",
+            ),
+            (
+                json!({"rope_parameters": {"full": {"rope_theta": 1e6}}}),
+                "rope_parameters.full is not the settings of a layer type",
+            ),
             (
                 json!({"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_parameters": {"rope_theta": 1e6}}),
                 "rope_scaling and rope_parameters disagree",
@@ -549,7 +579,8 @@ mod tests {
     #[test]
     fn yarn_takes_its_numbers_as_transformers_does() {
         let yarn = |fields: Value| {
-            let mut config = json!({"max_position_embeddings": 128, "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}});
+            let mut config =
+                json!({"max_position_embeddings": 128, "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}});
             for (key, value) in fields.as_object().unwrap() {
                 config["rope_parameters"][key] = value.clone();
             }
