@@ -101,7 +101,7 @@ pub fn share_head(sources: &mut [&mut Source]) {
     }
 }
 
-/// Checks that `other` is a checkpoint of the same model as `first`: architecture, vocabulary, parameters and shapes.
+/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying, vocabulary, parameters and shapes.
 ///
 /// # Errors
 /// [`BadInput`] that names the first difference.
@@ -125,6 +125,12 @@ pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
         {
             return Err(differs(key, expected, found, "only checkpoints of one architecture can be merged").into());
         }
+    }
+    let (expected, found) = (first.checkpoint.tied(), other.checkpoint.tied());
+    if expected != found {
+        let hint =
+            "one config.json asks for an output embedding of its own that its weights do not have: save both alike";
+        return Err(differs("tie_word_embeddings", &expected.into(), &found.into(), hint).into());
     }
     check_vocabulary(first, other)?;
     check_same_parameters(&first.checkpoint, &other.checkpoint)?;
