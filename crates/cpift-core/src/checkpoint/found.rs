@@ -178,7 +178,7 @@ mod tests {
         for place in ["checkpoint-20", "snapshots/0123"] {
             let said =
                 message(&[(&format!("{place}/config.json"), "{}"), (&format!("{place}/model.safetensors"), "x")]);
-            assert!(said.contains(&format!("hint: one of them is ")) && said.contains(place), "{said}");
+            assert!(said.contains("hint: one of them is ") && said.contains(place), "{said}");
         }
     }
 

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use anyhow::Result;
 use serde_json::{Map, Value};
 
 use crate::error::BadInput;
@@ -107,7 +108,7 @@ impl RopeSettings {
     ///
     /// # Errors
     /// [`BadInput`] naming the field, for a spelling or a type that is not understood.
-    pub fn read(path: &Path, config: &Value, default_positions: f64) -> Result<Self, BadInput> {
+    pub fn read(path: &Path, config: &Value, default_positions: f64) -> Result<Self> {
         let mut reader = Reader { path, config, default_positions, notes: Vec::new() };
         let layers = match (reader.object("rope_scaling")?, reader.object("rope_parameters")?) {
             (None, None) => Layers::Alike(RopeParameters { theta: reader.top_theta()?, scaling: RopeScaling::Default }),
@@ -125,7 +126,8 @@ impl RopeSettings {
                             Value::from(old.clone()),
                             Value::from(new.clone())
                         ))
-                        .hint("keep rope_parameters, with rope_type and rope_theta in it, and remove rope_scaling"));
+                        .hint("keep rope_parameters, with rope_type and rope_theta in it, and remove rope_scaling")
+                        .into());
                 }
                 parameters
             }
@@ -183,29 +185,30 @@ impl<'a> Reader<'a> {
     }
 
     /// The object `key`; null and an empty object count as absent.
-    fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>, BadInput> {
+    fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>> {
         match self.config.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Object(map)) => Ok(Some(map).filter(|map| !map.is_empty())),
             Some(other) => Err(self
                 .bad(format!("{key} is not an object"))
                 .expected(r#"an object such as {"rope_type": "linear", "factor": 2.0}, or null"#)
-                .found(other.to_string())),
+                .found(other.to_string())
+                .into()),
         }
     }
 
     /// `rope_theta` at the top, which must be a number where it is there.
-    fn top_theta(&self) -> Result<f64, BadInput> {
+    fn top_theta(&self) -> Result<f64> {
         self.config.get("rope_theta").map_or(Ok(DEFAULT_THETA), |value| self.theta("rope_theta", value))
     }
 
-    fn theta(&self, name: &str, value: &Value) -> Result<f64, BadInput> {
+    fn theta(&self, name: &str, value: &Value) -> Result<f64> {
         self.positive(name, value)
     }
 
-    fn positive(&self, name: &str, value: &Value) -> Result<f64, BadInput> {
+    fn positive(&self, name: &str, value: &Value) -> Result<f64> {
         value.as_f64().filter(|x| *x > 0.0 && x.is_finite()).ok_or_else(|| {
-            self.bad(format!("{name} cannot be used")).expected("a positive number").found(value.to_string())
+            self.bad(format!("{name} cannot be used")).expected("a positive number").found(value.to_string()).into()
         })
     }
 
@@ -215,7 +218,7 @@ impl<'a> Reader<'a> {
         given.filter(|n| *n > 0.0).unwrap_or(self.default_positions)
     }
 
-    fn layers(&mut self, name: &str, map: &'a Map<String, Value>) -> Result<Layers, BadInput> {
+    fn layers(&mut self, name: &str, map: &'a Map<String, Value>) -> Result<Layers> {
         let is_layer_type = |key: &str| key.ends_with("_attention");
         if !map.iter().any(|(key, value)| is_layer_type(key) || value.is_object()) {
             return self.parameters(name, map).map(Layers::Alike);
@@ -232,13 +235,14 @@ impl<'a> Reader<'a> {
                     self.bad(format!("{name} has both settings of layer types and {key}, which is for all layers"))
                         .expected("one form: settings for all layers, or an object for each layer type")
                         .found(Value::from(map.clone()).to_string())
-                });
+                }.into());
             };
             if !is_layer_type(key) {
                 return Err(self
                     .bad(format!("{inner} is not the settings of a layer type"))
                     .expected("full_attention or sliding_attention")
-                    .found(value.to_string()));
+                    .found(value.to_string())
+                    .into());
             }
             types.insert(key.clone(), self.parameters(&inner, settings)?);
         }
@@ -246,18 +250,20 @@ impl<'a> Reader<'a> {
     }
 
     /// The settings of all layers or of one layer type.
-    fn parameters(&mut self, name: &str, map: &'a Map<String, Value>) -> Result<RopeParameters, BadInput> {
+    fn parameters(&mut self, name: &str, map: &'a Map<String, Value>) -> Result<RopeParameters> {
         if let Some(key) = map.keys().find(|key| !KNOWN.contains(&key.as_str()) && !HARMLESS.contains(&key.as_str())) {
             return Err(self
                 .bad(format!("{name}.{key} is not a rotary setting that is implemented"))
                 .expected(KNOWN.join(", "))
-                .found(format!("{key} = {}", map[key])));
+                .found(format!("{key} = {}", map[key]))
+                .into());
         }
         let theta = self.theta_of(name, map)?;
         if let Some(part) = map.get("partial_rotary_factor").filter(|v| !v.is_null() && v.as_f64() != Some(1.0)) {
             return Err(self
                 .bad(format!("{name}.partial_rotary_factor = {part} is not implemented"))
-                .expected("1: all of each head is rotated"));
+                .expected("1: all of each head is rotated")
+                .into());
         }
         let kind = self.kind(name, map)?;
         let fields = ScalingFields { reader: self, name, map, kind };
@@ -277,7 +283,7 @@ impl<'a> Reader<'a> {
     }
 
     /// θ inside `map`, else at the top. transformers 5 takes the inner one where both are there.
-    fn theta_of(&mut self, name: &str, map: &Map<String, Value>) -> Result<f64, BadInput> {
+    fn theta_of(&mut self, name: &str, map: &Map<String, Value>) -> Result<f64> {
         let top = self.config.get("rope_theta");
         let Some(inner) = map.get("rope_theta") else {
             if top.is_none() && name.starts_with("rope_parameters") {
@@ -297,18 +303,19 @@ impl<'a> Reader<'a> {
     }
 
     /// `rope_type`, or `type` as it was called first.
-    fn kind(&self, name: &str, map: &'a Map<String, Value>) -> Result<&'a str, BadInput> {
+    fn kind(&self, name: &str, map: &'a Map<String, Value>) -> Result<&'a str> {
         let text = |key: &str| match map.get(key) {
-            None | Some(Value::Null) => Ok(None),
+            None | Some(Value::Null) => anyhow::Ok(None),
             Some(Value::String(text)) => Ok(Some(text.as_str())),
             Some(other) => {
-                Err(self.bad(format!("{name}.{key} cannot be used")).expected("text").found(other.to_string()))
+                Err(self.bad(format!("{name}.{key} cannot be used")).expected("text").found(other.to_string()).into())
             }
         };
         match (text("rope_type")?, text("type")?) {
             (Some(new), Some(old)) if new != old => Err(self
                 .bad(format!("{name}.rope_type is {new:?}, and {name}.type is {old:?}"))
-                .expected("one of the two")),
+                .expected("one of the two")
+                .into()),
             (Some(kind), _) | (None, Some(kind)) => Ok(kind),
             (None, None) => {
                 let free = ["rope_theta", "partial_rotary_factor"];
@@ -318,7 +325,8 @@ impl<'a> Reader<'a> {
                         .bad(format!("{name} has {key} but no rope_type"))
                         .expected("rope_type: default, linear, dynamic, yarn or llama3")
                         .found(format!("{key} = {value}"))
-                        .hint("say which scaling is meant, such as \"rope_type\": \"linear\", or remove the field")),
+                        .hint("say which scaling is meant, such as \"rope_type\": \"linear\", or remove the field")
+                        .into()),
                 }
             }
         }
@@ -335,7 +343,7 @@ struct ScalingFields<'a, 'b> {
 
 impl ScalingFields<'_, '_> {
     /// The scaling, and the fields that it reads.
-    fn scaling(&self) -> Result<(RopeScaling, &'static [&'static str]), BadInput> {
+    fn scaling(&self) -> Result<(RopeScaling, &'static [&'static str])> {
         let max_positions = self.reader.max_positions();
         Ok(match self.kind {
             "default" => (RopeScaling::Default, &[]),
@@ -368,12 +376,13 @@ impl ScalingFields<'_, '_> {
                     .reader
                     .bad(format!("the rope scaling {other:?} of {} is not implemented", self.name))
                     .expected("rope_type: default, linear, dynamic, yarn or llama3")
-                    .found(Value::from(self.map.clone()).to_string()));
+                    .found(Value::from(self.map.clone()).to_string())
+                    .into());
             }
         })
     }
 
-    fn yarn(&self, max_positions: f64) -> Result<RopeScaling, BadInput> {
+    fn yarn(&self, max_positions: f64) -> Result<RopeScaling> {
         let original = self.original(max_positions)?;
         // Null stands for the growth that the two contexts tell.
         let factor = match self.map.get("factor") {
@@ -391,11 +400,11 @@ impl ScalingFields<'_, '_> {
             Some(Value::Bool(truncate)) => *truncate,
             Some(other) => {
                 let message = format!("{}.truncate cannot be used", self.name);
-                return Err(self.reader.bad(message).expected("true or false").found(other.to_string()));
+                return Err(self.reader.bad(message).expected("true or false").found(other.to_string()).into());
             }
         };
         // 0 stands for the default, as in transformers.
-        let beta = |key, default| Ok::<f64, BadInput>(self.number(key)?.filter(|b| *b != 0.0).unwrap_or(default));
+        let beta = |key, default| anyhow::Ok(self.number(key)?.filter(|b| *b != 0.0).unwrap_or(default));
         Ok(RopeScaling::Yarn {
             factor,
             original,
@@ -407,7 +416,7 @@ impl ScalingFields<'_, '_> {
     }
 
     /// The trained context: `original_max_position_embeddings` at the top, which some configs keep beside, else here, else the model's.
-    fn original(&self, max_positions: f64) -> Result<f64, BadInput> {
+    fn original(&self, max_positions: f64) -> Result<f64> {
         const KEY: &str = "original_max_position_embeddings";
         match self.reader.config.get(KEY).filter(|value| !value.is_null()) {
             Some(top) => self.reader.positive(KEY, top),
@@ -415,23 +424,27 @@ impl ScalingFields<'_, '_> {
         }
     }
 
-    fn required(&self, key: &str) -> Result<f64, BadInput> {
+    fn required(&self, key: &str) -> Result<f64> {
         let message = || format!("{}: the rope scaling {} needs {key}", self.name, self.kind);
         self.optional(key)?.ok_or_else(|| {
-            self.reader.bad(message()).expected("a positive number").found(Value::from(self.map.clone()).to_string())
+            self.reader
+                .bad(message())
+                .expected("a positive number")
+                .found(Value::from(self.map.clone()).to_string())
+                .into()
         })
     }
 
-    fn optional(&self, key: &str) -> Result<Option<f64>, BadInput> {
+    fn optional(&self, key: &str) -> Result<Option<f64>> {
         let value = self.map.get(key).filter(|value| !value.is_null());
         value.map(|value| self.reader.positive(&format!("{}.{key}", self.name), value)).transpose()
     }
 
-    fn number(&self, key: &str) -> Result<Option<f64>, BadInput> {
+    fn number(&self, key: &str) -> Result<Option<f64>> {
         let Some(value) = self.map.get(key).filter(|value| !value.is_null()) else { return Ok(None) };
         value.as_f64().map(Some).ok_or_else(|| {
             let message = format!("{}.{key} cannot be used", self.name);
-            self.reader.bad(message).expected("a number").found(value.to_string())
+            self.reader.bad(message).expected("a number").found(value.to_string()).into()
         })
     }
 }
@@ -445,7 +458,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn read(config: Value) -> Result<RopeSettings, BadInput> {
+    fn read(config: Value) -> Result<RopeSettings> {
         RopeSettings::read(Path::new("config.json"), &config, 2048.0)
     }
 

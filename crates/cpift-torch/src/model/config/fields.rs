@@ -96,7 +96,7 @@ impl Fields {
 
     /// The rotary settings; `default_positions` is what the family takes where `max_position_embeddings` is absent.
     pub(super) fn rope(&self, default_positions: i64) -> Result<RopeSettings> {
-        Ok(RopeSettings::read(&self.path, &Value::from(self.map.clone()), default_positions as f64)?)
+        RopeSettings::read(&self.path, &Value::from(self.map.clone()), default_positions as f64)
     }
 
     /// The file, for messages.
