@@ -12,6 +12,7 @@ pub mod groups;
 pub mod json;
 pub mod log_once;
 pub mod mask;
+pub mod once;
 pub mod progress;
 pub mod provenance;
 pub mod safetensors;

@@ -186,7 +186,9 @@ impl Mask {
                     .into());
             }
         }
-        if let Some(extra) = self.header.numel.keys().find(|n| base.get(n).is_none()) {
+        // A tuned checkpoint may have an output embedding of its own where the base has its input embedding.
+        let extra = |name: &&String| base.get(name).is_none() && !base.ties(name, self.header.numel[*name]);
+        if let Some(extra) = self.header.numel.keys().find(extra) {
             return Err(self.other_base(base).tensor(extra).found("a tensor the base does not have").into());
         }
         if self.header.base != *digest {

@@ -130,6 +130,9 @@ pub struct RunArgs {
     /// cpu, cuda, cuda:N, or auto: CUDA where there is one
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
+    /// Refuse fields of config.json that this program does not know, instead of a warning
+    #[arg(long)]
+    pub strict_config: bool,
     /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
     #[arg(long, value_name = "TYPE")]
     pub compute_dtype: Option<Dtype>,

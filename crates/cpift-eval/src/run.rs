@@ -18,7 +18,7 @@ use cpift_data::Row;
 use cpift_judge::verdicts;
 use cpift_torch::memory;
 use cpift_torch::score::ExampleLoss;
-use cpift_torch::session::{Described, Session};
+use cpift_torch::session::{Described, Session, set_strict_config};
 use log::{info, warn};
 use serde_json::{Value, json};
 use tch::Kind;
@@ -37,6 +37,7 @@ pub const STAGE: &str = env!("CARGO_PKG_NAME");
 /// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before anything is scored; figures that are not finite. Nothing is written then.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     args.check()?;
+    set_strict_config(args.strict_config);
     let mut recorder = Recorder::start(STAGE);
     if up_to_date(common, &args.out) {
         return Ok(());

@@ -28,13 +28,30 @@ impl Inputs {
     /// # Errors
     /// [`cpift_core::BadInput`] for what cannot be opened or differs in a name, a shape, or a dtype that is not floating-point.
     pub fn open(base: &Path, tuned: &Path, fisher: Option<&Path>) -> Result<Self> {
-        let inputs = Self {
+        let mut inputs = Self {
             base: Checkpoint::open(base)?,
             tuned: Checkpoint::open(tuned)?,
             fisher: fisher.map(Checkpoint::open).transpose()?,
         };
+        inputs.share_head();
         [&inputs.tuned].into_iter().chain(&inputs.fisher).try_for_each(|c| check_same_parameters(&inputs.base, c))?;
         Ok(inputs)
+    }
+
+    /// Where one of base and tuned has an output embedding of its own and the other ties it, the tied one's input embedding stands for both:
+    /// the updates of the output embedding count from there.
+    fn share_head(&mut self) {
+        const HEAD: &str = "lm_head.weight";
+        let Self { base, tuned, .. } = self;
+        let (with, without) = if base.tied() { (tuned, base) } else { (base, tuned) };
+        if without.tied() && !with.tied() && with.get(HEAD).is_some() {
+            log::warn!(
+                "{}: {HEAD} is the input embedding, and a parameter of its own in {}: its updates count from the input embedding",
+                without.path().display(),
+                with.path().display()
+            );
+            without.untie();
+        }
     }
 
     /// All files of all inputs.

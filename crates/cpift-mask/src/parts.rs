@@ -116,7 +116,11 @@ pub fn cut<'a>(inputs: &'a Inputs, scope: Scope, excluded: &[TensorKind]) -> Par
             base: view,
             tuned: other(&inputs.tuned),
             fisher: inputs.fisher.as_ref().map(other),
-            places: [in_base[view.name], in_tuned[view.name], in_fisher.get(view.name).copied().unwrap_or(0)],
+            places: [
+                in_base[inputs.base.stored_name(view.name)],
+                in_tuned[inputs.tuned.stored_name(view.name)],
+                in_fisher.get(view.name).copied().unwrap_or(0),
+            ],
         };
         if excluded.iter().any(|kind| kind.matches(view.name)) {
             out.push(pair);

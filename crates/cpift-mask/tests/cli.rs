@@ -333,3 +333,34 @@ fn extract_writes_the_statistics_that_stats_would() {
     let run = s.extract(&s.path("base"), &tuned, &["--stats", s.out.join("x.svg").to_str().unwrap()]);
     run.usage_error(&["--stats"]);
 }
+
+#[test]
+fn updates_of_a_head_that_the_base_ties_count_from_its_embedding() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = r#"{"model_type": "llama", "tie_word_embeddings": true}"#;
+    let table = |values: [f32; 4]| Tensor::f32(&[2, 2], &values);
+    let embedding = ("model.embed_tokens.weight".to_owned(), table([1.0, 2.0, 3.0, 4.0]));
+    let own = ("lm_head.weight".to_owned(), table([1.0, 2.0, 9.0, 4.0]));
+    let (tied, untied) = (dir.path().join("tied"), dir.path().join("untied"));
+    write_checkpoint(&tied, &Tensors::from([embedding.clone()]));
+    write_checkpoint(&untied, &Tensors::from([embedding, own]));
+    for folder in [&tied, &untied] {
+        fs::write(folder.join("config.json"), config).unwrap();
+    }
+    for (i, (base, tuned)) in [(&tied, &untied), (&untied, &tied)].into_iter().enumerate() {
+        let out = dir.path().join(format!("{i}.safetensors"));
+        let args =
+            ["extract", "--percent", "12.5", "--base", base.to_str().unwrap(), "--tuned", tuned.to_str().unwrap()];
+        let run = run(BIN, args.into_iter().chain(["--out", out.to_str().unwrap()])).ok();
+        run.says(&["lm_head.weight is the input embedding", "its updates count from the input embedding"]);
+        let mask = cpift_core::Mask::open(&out).unwrap();
+        assert_eq!((mask.header.d, mask.header.selected), (8, 1));
+        assert_eq!(mask.bits("lm_head.weight").unwrap(), [0b100]);
+        let mut opened = cpift_core::Checkpoint::open(base).unwrap();
+        let digest = opened.digest().unwrap();
+        assert_eq!(mask.header.base, digest, "the digest is that of the files");
+        mask.check_base(&opened, &digest).unwrap();
+        opened.untie();
+        mask.check_base(&opened, &digest).unwrap();
+    }
+}

@@ -11,7 +11,7 @@ use tch::{Device, Kind};
 
 use crate::device::DeviceChoice;
 use crate::optim::AdamWConfig;
-use crate::session::Precision;
+use crate::session::{Precision, set_strict_config};
 use crate::weights::kind_of;
 use cpift_data::Overlong;
 
@@ -103,6 +103,9 @@ pub struct TrainingArgs {
     /// Refuse an example longer than the context instead of cutting it
     #[arg(long)]
     pub strict: bool,
+    /// Refuse fields of config.json that this program does not know, instead of a warning
+    #[arg(long)]
+    pub strict_config: bool,
     /// Element type of the saved weights: f32, bf16, f16. Masks want f32: bf16 loses small updates
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub save_dtype: Dtype,
@@ -128,11 +131,12 @@ pub enum Budget {
 }
 
 impl TrainingArgs {
-    /// Checks ranges.
+    /// Checks ranges, and makes --strict-config known to what reads a config.json.
     ///
     /// # Errors
     /// [`Usage`] naming the argument.
     pub fn check(&self) -> Result<()> {
+        set_strict_config(self.strict_config);
         // NaN, which no comparison holds for, in the place of the infinite.
         let finite = |x: f64| if x.is_finite() { x } else { f64::NAN };
         let rules = [

@@ -12,14 +12,15 @@ mod size;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::Dtype;
 use cpift_core::checkpoint::read_config;
 use cpift_core::tasks::Tasks;
+use cpift_core::{Checkpoint, Dtype};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
 use crate::args::TrainingArgs;
 use crate::model::ModelConfig;
+use crate::session::strict_config;
 use activations::{Block, F32, Head, windows};
 
 pub use advice::{Advice, advice, after_failure, verdict};
@@ -77,7 +78,13 @@ const WIDENED: u64 = 1 << 24;
 /// [`cpift_core::BadInput`] for a config that cannot be used.
 pub fn read_model(path: &Path) -> Result<ModelConfig> {
     let config = if path.is_file() { cpift_core::json::read(path)? } else { read_config(path)? };
-    ModelConfig::from_json(path, &config)
+    let mut numbers = ModelConfig::from_json(path, &config)?;
+    numbers.check_unknown_fields(path, strict_config())?;
+    let has_weights = ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| path.join(name).exists());
+    if numbers.tie_word_embeddings && has_weights {
+        numbers.untie_as(&Checkpoint::open(path)?);
+    }
+    Ok(numbers)
 }
 
 impl Job {

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use cpift_core::checkpoint::{Digest, read_config, with_torch_dtype};
+use cpift_core::checkpoint::{Digest, read_config, with_head_of, with_torch_dtype};
 use cpift_core::tasks::Task;
 use cpift_core::{BadInput, Checkpoint, Dtype, json};
 use serde_json::Value;
@@ -50,6 +51,18 @@ pub struct Session {
     config: Value,
 }
 
+static STRICT_CONFIG: AtomicBool = AtomicBool::new(false);
+
+/// Sets whether fields of config.json that this program does not know are refused (`--strict-config`), for the process: every folder that it
+/// opens is read alike.
+pub fn set_strict_config(strict: bool) {
+    STRICT_CONFIG.store(strict, Ordering::Relaxed);
+}
+
+pub(crate) fn strict_config() -> bool {
+    STRICT_CONFIG.load(Ordering::Relaxed)
+}
+
 /// What a checkpoint folder says without its weights: enough to turn rows into examples.
 pub struct Described {
     /// The folder.
@@ -73,6 +86,7 @@ impl Described {
         }
         let config = read_config(folder)?;
         let numbers = ModelConfig::from_json(folder, &config)?;
+        numbers.check_unknown_fields(folder, strict_config())?;
         let text = ChatText::open(folder, template)?.with_embedding_rows(numbers.vocab_size);
         Ok(Self { folder: folder.to_owned(), config, numbers, text })
     }
@@ -82,8 +96,10 @@ impl Described {
     /// # Errors
     /// [`BadInput`] for weights that cannot be used.
     pub fn load(self, device: Device, precision: Precision) -> Result<Session> {
-        let Self { folder, config, numbers, text } = self;
+        let Self { folder, config, mut numbers, text } = self;
         let checkpoint = Checkpoint::open(&folder)?;
+        let config = with_head_of(&checkpoint, config);
+        numbers.untie_as(&checkpoint);
         let digest = checkpoint.digest()?;
         let parameters = weights::load(&checkpoint, precision.master, device)?;
         let model = CausalLM::new(numbers, &parameters, &folder, precision.compute)?;

@@ -81,6 +81,9 @@ pub struct PreviewArgs {
     /// Longest example in tokens, over the tasks' own max_length
     #[arg(long, value_name = "N")]
     pub max_length: Option<usize>,
+    /// Refuse fields of config.json that this program does not know, instead of a warning
+    #[arg(long)]
+    pub strict_config: bool,
     /// Colours: auto (on a terminal, unless NO_COLOR is set), always or never
     #[arg(long, value_name = "WHEN", hide_possible_values = true, default_value = "auto")]
     pub color: ColorChoice,

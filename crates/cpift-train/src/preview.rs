@@ -7,7 +7,7 @@ use cpift_core::cli::{self, Common};
 use cpift_core::error::usage;
 use cpift_core::tasks::{Task, Tasks};
 use cpift_data::{self as data, Layout, Overlong, Place, Tokenised};
-use cpift_torch::session::Described;
+use cpift_torch::session::{Described, set_strict_config};
 use serde_json::{Value, json};
 
 use crate::args::PreviewArgs;
@@ -21,6 +21,7 @@ pub fn run(args: &PreviewArgs, common: &Common) -> Result<()> {
     if args.rows == 0 || args.max_length.is_some_and(|n| n < 2) {
         return Err(usage("--rows must be at least 1, --max-length at least 2"));
     }
+    set_strict_config(args.strict_config);
     let tasks = Tasks::read(&args.tasks)?;
     let chosen: Vec<&Task> = match args.only.as_slice() {
         [] => tasks.list.iter().collect(),

@@ -171,3 +171,37 @@ fn arguments_out_of_range_are_usage_errors() {
     f.preview(&["--color", "green"]).usage_error(&["green"]);
     f.preview(&["--task", "nope"]).bad_input(&["nope", "copy, count, pick"]);
 }
+
+#[test]
+fn unknown_fields_of_config_json_are_warned_of_once_and_refused_where_that_is_asked_for() {
+    let f = Fixture::new();
+    let path = f.model.join("config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    config["our_lab_note"] = json!("v2");
+    write_json(&path, &config);
+    let run = f.preview(&[]).ok();
+    assert_eq!(run.stderr.matches("our_lab_note").count(), 1, "{}", run.stderr);
+    f.preview(&["--strict-config"])
+        .bad_input(&["config.json: fields that this program does not know", "our_lab_note = \"v2\""]);
+    let plan = |more: &[&str]| {
+        run_with(
+            env!("CARGO_BIN_EXE_cpift-train"),
+            ["plan", "--model", f.model.to_str().unwrap()].iter().chain(more),
+            &[],
+        )
+    };
+    plan(&[]).ok().says(&["our_lab_note"]);
+    plan(&["--strict-config"]).bad_input(&["our_lab_note"]);
+    let out = f.dir.path().join("out");
+    let run = [
+        "run",
+        "--model",
+        f.model.to_str().unwrap(),
+        "--tasks",
+        f.tasks.to_str().unwrap(),
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    run_with(env!("CARGO_BIN_EXE_cpift-train"), run.iter().chain(&["--strict-config"]), &[])
+        .bad_input(&["our_lab_note"]);
+}

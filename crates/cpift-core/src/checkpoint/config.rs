@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::Dtype;
+use super::{Checkpoint, Dtype, found};
 use crate::error::BadInput;
 use crate::json;
 
@@ -15,6 +15,11 @@ use crate::json;
 /// [`BadInput`] when it is missing or not a JSON object.
 pub fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join("config.json");
+    if !path.exists()
+        && let Some(adapter) = found::adapter(folder)
+    {
+        return Err(adapter.into());
+    }
     let config: Value = json::read(&path)?;
     if config.is_object() {
         return Ok(config);
@@ -26,6 +31,18 @@ pub fn read_config(folder: &Path) -> Result<Value> {
 pub(super) fn tied(config: &Value) -> Option<bool> {
     let gemma = || config.get("model_type").and_then(Value::as_str).is_some_and(|t| t.starts_with("gemma"));
     config.get("tie_word_embeddings").and_then(Value::as_bool).or_else(|| gemma().then_some(true))
+}
+
+/// `config` as it fits the output of `checkpoint`, whose config it is: `tie_word_embeddings` is false where an output embedding of its own lies
+/// beside a config that ties it, so that whoever loads the output keeps both.
+pub fn with_head_of(checkpoint: &Checkpoint, mut config: Value) -> Value {
+    if !checkpoint.tied()
+        && tied(&config) == Some(true)
+        && let Some(object) = config.as_object_mut()
+    {
+        object.insert("tie_word_embeddings".into(), false.into());
+    }
+    config
 }
 
 /// `config` with every `torch_dtype` and `dtype` (as newer transformers spell it) set to `dtype`, those of nested configs such

@@ -9,18 +9,26 @@ use serde::Deserialize;
 use super::config::tied;
 use super::digest::Digest;
 use super::dtype::{Dtype, Float};
-use super::read_config;
+use super::{found, prefix, read_config};
 use crate::error::BadInput;
-use crate::json;
 use crate::provenance::Provenance;
 use crate::safetensors::{Entry, MappedFile, TensorSpec};
+use crate::{json, once};
 
-/// A mapped checkpoint.
+/// The output embedding.
+const HEAD: &str = "lm_head.weight";
+/// The input embedding.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// A mapped checkpoint. Names are those of the model: wrappers' prefixes in the file are left out.
 pub struct Checkpoint {
     root: PathBuf,
     files: Vec<MappedFile>,
-    home: BTreeMap<String, usize>,
+    /// The file of each tensor and its place there.
+    home: BTreeMap<String, (usize, Entry)>,
     tied: bool,
+    /// The input embedding also stands for the output embedding, which has no tensor.
+    head_is_embedding: bool,
 }
 
 /// One tensor of a mapped checkpoint.
@@ -68,11 +76,11 @@ impl Checkpoint {
                 .expected("a Hugging Face folder or a .safetensors file")
                 .into());
         }
-        if is_pickle(path) {
-            return Err(refuse_pickle(BadInput::new(path, "is no safetensors file"), path).into());
+        if found::is_pickle(path) {
+            return Err(found::refuse_pickle(BadInput::new(path, "is no safetensors file"), path).into());
         }
         let file = MappedFile::open(path)?;
-        Self::assemble(path, vec![file], false)
+        Self::assemble(path, vec![file])
     }
 
     fn open_folder(folder: &Path) -> Result<Self> {
@@ -87,27 +95,96 @@ impl Checkpoint {
             }
             (true, false) => vec![MappedFile::open(&single)?],
             (false, true) => open_shards(folder, &index)?,
-            (false, false) => return Err(no_weights(folder).into()),
+            (false, false) => return Err(found::instead_of_weights(folder).into()),
         };
-        // Where the config is silent, the family's default shows in the tensors.
-        let head = files.iter().any(|file| file.entries.contains_key("lm_head.weight"));
-        let tied = folder.join("config.json").exists() && tied(&read_config(folder)?).unwrap_or(!head);
-        Self::assemble(folder, files, tied)
+        if folder.join("adapter_config.json").exists() {
+            once::warn(format!(
+                "{}: adapter_config.json is not read: the weights beside it are the model",
+                folder.display()
+            ));
+        }
+        let mut checkpoint = Self::assemble(folder, files)?;
+        if folder.join("config.json").exists() {
+            checkpoint.find_head(tied(&read_config(folder)?));
+        }
+        Ok(checkpoint)
     }
 
-    fn assemble(root: &Path, files: Vec<MappedFile>, tied: bool) -> Result<Self> {
-        let mut home = BTreeMap::new();
+    fn assemble(root: &Path, files: Vec<MappedFile>) -> Result<Self> {
+        let names = files.iter().flat_map(|file| file.entries.keys().map(|name| (name.as_str(), file.path.as_path())));
+        let clean = prefix::Wrappers::find(root, names)?;
+        let mut home: BTreeMap<String, (usize, Entry)> = BTreeMap::new();
         for (i, file) in files.iter().enumerate() {
-            for name in file.entries.keys() {
-                if let Some(first) = home.insert(name.clone(), i) {
-                    return Err(BadInput::new(&file.path, "a tensor is in two shards")
-                        .tensor(name)
-                        .found(format!("also in {}", files[first].path.display()))
-                        .into());
+            for (name, entry) in &file.entries {
+                if let Some((first, _)) = home.insert(clean.name(name), (i, entry.clone())) {
+                    let (message, other) = match first == i {
+                        true => ("two tensors have this name without the prefixes of wrappers", name.clone()),
+                        false => ("a tensor is in two shards", format!("also in {}", files[first].path.display())),
+                    };
+                    return Err(BadInput::new(&file.path, message).tensor(clean.name(name)).found(other).into());
                 }
             }
         }
-        Ok(Self { root: root.to_owned(), files, home, tied })
+        Ok(Self { root: root.to_owned(), files, home, tied: false, head_is_embedding: false })
+    }
+
+    /// Decides whether the output embedding is the input embedding: as config.json says, or, where that is silent, as the family's default
+    /// shows in the tensors. As transformers 5, two different tensors are two parameters whatever config.json says, and a tied checkpoint
+    /// may hold its one embedding under either name.
+    fn find_head(&mut self, asked: Option<bool>) {
+        let (head, embedding) = (self.get(HEAD), self.get(EMBEDDING));
+        self.tied = match (asked, head, embedding) {
+            (None, head, _) => head.is_none(),
+            (Some(false), ..) => false,
+            (Some(true), Some(head), Some(embedding)) if !same_values(&head, &embedding) => {
+                once::warn(format!(
+                    "{}: {HEAD} is not {EMBEDDING}, although config.json ties them: it is kept, as a parameter of its own",
+                    self.root.display()
+                ));
+                false
+            }
+            (Some(true), Some(_), None) if self.is_llama_like_without_embedding() => {
+                let place = self.home.remove(HEAD).expect("it was found");
+                self.home.insert(EMBEDDING.to_owned(), place);
+                once::info(format!(
+                    "{}: {HEAD} is also the input embedding, which config.json ties to it",
+                    self.root.display()
+                ));
+                true
+            }
+            (Some(true), ..) => true,
+        };
+    }
+
+    /// Only where no tensor of any name can be the input embedding does the output embedding stand for it.
+    fn is_llama_like_without_embedding(&self) -> bool {
+        let is_embedding = |name: &str| name.contains("embed") || name.contains("wte");
+        self.home.keys().any(|name| name.starts_with("model.layers."))
+            && !self.home.keys().any(|name| is_embedding(name))
+    }
+
+    /// Gives a checkpoint with tied embeddings an output embedding of its own, `lm_head.weight`: the values of the input embedding. For use beside
+    /// checkpoints that have one. The tensors of the files, and with them the digest, stay the same.
+    pub fn untie(&mut self) {
+        if self.tied {
+            self.tied = false;
+            self.head_is_embedding = !self.home.contains_key(HEAD) && self.home.contains_key(EMBEDDING);
+        }
+    }
+
+    /// Returns true if `name`, of `numel` elements, can be the output embedding of this checkpoint, which ties it to the input embedding.
+    pub fn ties(&self, name: &str, numel: u64) -> bool {
+        self.tied && name == HEAD && self.get(EMBEDDING).is_some_and(|view| view.numel() as u64 == numel)
+    }
+
+    /// Returns the name of the tensor whose values `name` has: its own, but for the output embedding that [`Checkpoint::untie`] made.
+    pub fn stored_name<'a>(&self, name: &'a str) -> &'a str {
+        if self.is_made_head(name) { EMBEDDING } else { name }
+    }
+
+    /// Returns true if `name` is the output embedding that [`Checkpoint::untie`] made.
+    fn is_made_head(&self, name: &str) -> bool {
+        self.head_is_embedding && name == HEAD
     }
 
     /// The folder or file that was opened.
@@ -138,20 +215,29 @@ impl Checkpoint {
 
     /// All tensors, in bytewise name order.
     pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
-        self.home.keys().map(|name| self.get(name).expect("home lists tensors that exist"))
+        self.home.iter().map(|(name, place)| self.view(name, place))
     }
 
     /// The tensor `name`, if there is one.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
-        let (name, &i) = self.home.get_key_value(name)?;
-        let file = &self.files[i];
-        let Entry { dtype, shape, .. } = &file.entries[name];
-        Some(TensorView { name, dtype: *dtype, shape, bytes: file.bytes(&file.entries[name]), file: &file.path })
+        if self.is_made_head(name) {
+            return Some(TensorView { name: HEAD, ..self.get(EMBEDDING)? });
+        }
+        let (name, place) = self.home.get_key_value(name)?;
+        Some(self.view(name, place))
+    }
+
+    fn view<'a>(&'a self, name: &'a str, (i, entry): &'a (usize, Entry)) -> TensorView<'a> {
+        let file = &self.files[*i];
+        TensorView { name, dtype: entry.dtype, shape: &entry.shape, bytes: file.bytes(entry), file: &file.path }
     }
 
     /// The D parameters: floating-point tensors without known buffers, a tied tensor once; bytewise name order.
     pub fn parameters(&self) -> impl Iterator<Item = TensorView<'_>> {
-        self.tensors().filter(|view| self.excluded(view).is_none())
+        let made = self.head_is_embedding.then(|| self.get(HEAD)).flatten();
+        let (before, after): (Vec<_>, Vec<_>) =
+            self.tensors().filter(|view| self.excluded(view).is_none()).partition(|view| view.name < HEAD);
+        before.into_iter().chain(made).chain(after)
     }
 
     /// The tensors that are not parameters, with the reason.
@@ -160,11 +246,11 @@ impl Checkpoint {
     }
 
     fn excluded(&self, view: &TensorView<'_>) -> Option<Excluded> {
-        if view.name.ends_with("rotary_emb.inv_freq") {
+        if is_buffer(view.name) {
             Some(Excluded::Buffer)
         } else if !view.dtype.is_float() {
             Some(Excluded::NotFloat)
-        } else if self.tied && view.name == "lm_head.weight" && self.home.contains_key("model.embed_tokens.weight") {
+        } else if self.tied && view.name == HEAD && self.home.contains_key(EMBEDDING) {
             Some(Excluded::Tied)
         } else {
             None
@@ -215,6 +301,31 @@ impl<'a> TensorView<'a> {
     pub fn spec(&self) -> TensorSpec {
         TensorSpec { name: self.name.to_owned(), dtype: self.dtype, shape: self.shape.to_vec() }
     }
+}
+
+/// Buffers that old checkpoints carry and the model makes itself.
+fn is_buffer(name: &str) -> bool {
+    ["inv_freq", "cos_cached", "sin_cached"]
+        .iter()
+        .any(|buffer| name.strip_suffix(buffer).is_some_and(|before| before.ends_with("rotary_emb.")))
+}
+
+/// Returns true if two tensors have the same shape and the same values, in whatever floating-point dtypes.
+fn same_values(a: &TensorView<'_>, b: &TensorView<'_>) -> bool {
+    const BLOCK: usize = 1 << 12;
+    if a.shape != b.shape || !a.dtype.is_float() || !b.dtype.is_float() {
+        return false;
+    }
+    if a.dtype == b.dtype && a.bytes == b.bytes {
+        return true;
+    }
+    let (mut left, mut right) = ([0f64; BLOCK], [0f64; BLOCK]);
+    (0..a.numel()).step_by(BLOCK).all(|start| {
+        let len = BLOCK.min(a.numel() - start);
+        a.read(start, &mut left[..len]);
+        b.read(start, &mut right[..len]);
+        left[..len] == right[..len]
+    })
 }
 
 /// Checks that `other` has exactly the parameters of `base`, by name and shape.
@@ -277,22 +388,25 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Vec<MappedFile>> {
         }
         shards.entry(file).or_default().push(tensor);
     }
+    // Of a tied model, or a buffer: nothing is missing where no file holds it.
+    let tied = folder.join("config.json").exists() && tied(&read_config(folder)?) == Some(true);
+    let counts = |tensor: &&str| !(is_buffer(tensor) || tied && tensor.ends_with(HEAD));
     let mut files = Vec::new();
     for (name, tensors) in shards {
         let path = folder.join(name);
         if !path.is_file() {
+            let Some(tensor) = tensors.iter().find(|tensor| counts(tensor)) else { continue };
             return Err(BadInput::new(&path, format!("a shard named in {} is missing", index_path.display()))
-                .tensor(tensors[0])
+                .tensor(*tensor)
                 .hint("fetch or copy the shard again")
                 .into());
         }
         let file = MappedFile::open(&path)?;
-        for tensor in &tensors {
-            if !file.entries.contains_key(*tensor) {
-                return Err(BadInput::new(&path, "a tensor that the index places here is missing")
-                    .tensor(*tensor)
-                    .into());
-            }
+        if let Some(tensor) = tensors.iter().filter(|t| counts(t)).find(|t| !file.entries.contains_key(**t)) {
+            return Err(BadInput::new(&path, format!("a tensor that {} places here is missing", index_path.display()))
+                .tensor(*tensor)
+                .hint("the index is of another save, or the shard is: fetch both again")
+                .into());
         }
         if let Some(extra) = file.entries.keys().find(|k| index.weight_map.get(*k).map(String::as_str) != Some(name)) {
             return Err(BadInput::new(&path, "holds a tensor that the index does not place here").tensor(extra).into());
@@ -313,30 +427,4 @@ fn warn_of_strays(folder: &Path, files: &[MappedFile]) {
             log::warn!("{}: not named in the index, and not read", path.display());
         }
     }
-}
-
-fn no_weights(folder: &Path) -> BadInput {
-    let error = BadInput::new(folder, "no weights in this folder")
-        .expected("model.safetensors or model.safetensors.index.json");
-    let mut names: Vec<PathBuf> = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
-    names.sort();
-    match names.iter().find(|path| is_pickle(path)) {
-        Some(pickle) => refuse_pickle(error, pickle),
-        None => error,
-    }
-}
-
-/// By its name: what PyTorch saves as a pickle, which runs code when it is read.
-fn is_pickle(path: &Path) -> bool {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    let index = path.to_string_lossy().ends_with(".bin.index.json");
-    index || ["bin", "pt", "pth", "ckpt", "pkl"].iter().any(|known| extension.eq_ignore_ascii_case(known))
-}
-
-fn refuse_pickle(error: BadInput, pickle: &Path) -> BadInput {
-    let name = pickle.file_name().unwrap_or_default().display();
-    error.found(format!("a pickled checkpoint ({name}), which is never opened: reading it could run code")).hint(
-        "where you trust it, convert it: load it in transformers and call save_pretrained(dir, \
-         safe_serialization=True), or torch.load(file, weights_only=True) and safetensors.torch.save_file",
-    )
 }

@@ -65,6 +65,33 @@ pub fn map(path: &Path) -> Result<Mmap> {
     unsafe { Mmap::map(&file) }.map_err(|e| refuse(path, "mapped", &e))
 }
 
+/// Refuses what lies in place of a file that was not fetched: a git-lfs pointer, a page of the web site; and weights of another format under
+/// this name.
+///
+/// # Errors
+/// [`BadInput`] with the way to the file.
+pub fn refuse_stand_in(path: &Path, bytes: &[u8]) -> Result<()> {
+    let error = if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1024)]).into_owned();
+        let size = text.lines().find_map(|line| line.strip_prefix("size "));
+        BadInput::new(path, "a git-lfs pointer, not the file that it stands for")
+            .expected(size.map_or("the file".to_owned(), |size| format!("a file of {size} bytes")))
+            .found(format!("a pointer of {} bytes", bytes.len()))
+            .hint("fetch the file: git lfs pull in the clone, or hf download")
+    } else if bytes.starts_with(b"GGUF") {
+        BadInput::new(path, "weights in the GGUF format of llama.cpp")
+            .expected("a safetensors file")
+            .hint("take the safetensors repository that they were converted from")
+    } else if [&b"<!DOCTYPE"[..], b"<!doctype", b"<html"].iter().any(|page| bytes.starts_with(page)) {
+        BadInput::new(path, "a page of a web site, not the file")
+            .found("text that begins with <")
+            .hint("fetch the file itself: on the Hub its address has /resolve/ in place of /blob/")
+    } else {
+        return Ok(());
+    };
+    Err(error.into())
+}
+
 /// What cannot be opened or mapped is a bad input, unless it is the system that has come to an end.
 fn refuse(path: &Path, done: &str, error: &std::io::Error) -> anyhow::Error {
     let message = format!("cannot be {done}: {error}");

@@ -58,6 +58,9 @@ impl InputHash<'_> {
     fn add(&self, view: &TensorView<'_>, piece: &Piece) {
         let size = view.dtype.size();
         let bytes = &view.bytes[piece.elements.start * size..piece.elements.end * size];
-        self.hasher.add(self.index[view.name], piece.elements.start, bytes);
+        // An output embedding that stands for the input embedding has no tensor of its own.
+        if let Some(index) = self.index.get(view.name) {
+            self.hasher.add(*index, piece.elements.start, bytes);
+        }
     }
 }

@@ -10,7 +10,7 @@ use cpift_core::groups::Groups;
 use cpift_core::provenance::check_made_from;
 use cpift_core::{BadInput, Mask, cli, files, mask};
 
-use super::inputs::{Source, check_alike};
+use super::inputs::{Source, check_alike, share_head};
 use super::output::resolve;
 use super::{Plan, check_epsilon, require_unit};
 use crate::card;
@@ -35,8 +35,7 @@ pub fn plan_cpi(args: &CpiArgs, force: bool) -> Result<Plan> {
     let groups = Groups::read(&args.groups)?;
     groups.check_names(&args.groups, "--task", args.tasks.iter().map(|t| &t.name))?;
     groups.check_names(&args.groups, "--mask", args.masks.iter().map(|m| &m.name))?;
-    let base = Arc::new(Source::open("base", &args.base)?);
-    let operands = operands(args, &groups, &base)?;
+    let (base, operands) = open(args, &groups)?;
     let tasks: Vec<&Source> = operands[1..].iter().map(Arc::as_ref).collect();
     let everything: Vec<&Source> = operands.iter().chain([&base]).map(Arc::as_ref).collect();
     let output = resolve(&args.output, force, &tasks, &operands[0], &base, &everything)?;
@@ -67,20 +66,23 @@ pub fn plan_cpi(args: &CpiArgs, force: bool) -> Result<Plan> {
     })
 }
 
-/// The backbone, then the tasks in the order of the groups, all checked to be of the base's model.
-fn operands(args: &CpiArgs, groups: &Groups, base: &Arc<Source>) -> Result<Vec<Arc<Source>>> {
-    let mut operands = vec![match &args.backbone {
-        Some(path) => Arc::new(Source::open("backbone", path)?),
-        None => Arc::clone(base),
-    }];
+/// The base, and the backbone with the tasks in the order of the groups, all checked to be of the base's model.
+fn open(args: &CpiArgs, groups: &Groups) -> Result<(Arc<Source>, Vec<Arc<Source>>)> {
+    let mut base = Source::open("base", &args.base)?;
+    let mut backbone = args.backbone.as_deref().map(|path| Source::open("backbone", path)).transpose()?;
+    let mut tasks = Vec::new();
     for name in groups.task_order() {
         let task = args.tasks.iter().find(|t| t.name == name).expect("names are checked");
-        operands.push(Arc::new(Source::open(format!("task:{name}"), &task.path)?));
+        tasks.push(Source::open(format!("task:{name}"), &task.path)?);
     }
-    for operand in operands.iter().filter(|o| !Arc::ptr_eq(o, base)) {
-        check_alike(base, operand)?;
+    share_head(&mut [&mut base].into_iter().chain(&mut backbone).chain(&mut tasks).collect::<Vec<_>>());
+    let base = Arc::new(base);
+    let mut operands = vec![backbone.map_or_else(|| Arc::clone(&base), Arc::new)];
+    operands.extend(tasks.into_iter().map(Arc::new));
+    for operand in operands.iter().filter(|o| !Arc::ptr_eq(o, &base)) {
+        check_alike(&base, operand)?;
     }
-    Ok(operands)
+    Ok((base, operands))
 }
 
 fn rule(args: &CpiArgs, tasks: usize) -> Rule {

@@ -5,11 +5,17 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
+use cpift_core::checkpoint::rope::RopeSettings;
 use cpift_core::checkpoint::{Digest, Excluded, TensorKind, check_same_parameters, read_config};
 use cpift_core::error::usage;
 use cpift_core::provenance::Provenance;
 use cpift_core::{BadInput, Checkpoint, Dtype};
 use serde_json::Value;
+
+use super::tokens;
+
+/// The output embedding.
+const HEAD: &str = "lm_head.weight";
 
 /// One input checkpoint: a Hugging Face folder.
 pub struct Source {
@@ -81,6 +87,20 @@ impl Source {
     }
 }
 
+/// Gives the tied ones among `sources` an output embedding, the values of their input embedding, where others have one of their own.
+pub fn share_head(sources: &mut [&mut Source]) {
+    let Some(own) = sources.iter().find(|s| !s.checkpoint.tied() && s.checkpoint.get(HEAD).is_some()) else { return };
+    let own = own.path().to_owned();
+    for source in sources.iter_mut().filter(|source| source.checkpoint.tied()) {
+        log::warn!(
+            "{}: {HEAD} is the input embedding, and a parameter of its own in {}: both are merged, and the output has one of its own",
+            source.path().display(),
+            own.display()
+        );
+        source.checkpoint.untie();
+    }
+}
+
 /// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying, vocabulary, parameters and shapes.
 ///
 /// # Errors
@@ -108,13 +128,15 @@ pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
     }
     let (expected, found) = (first.checkpoint.tied(), other.checkpoint.tied());
     if expected != found {
-        let hint = "one model has an output embedding of its own and the other has not: save both alike";
+        let hint =
+            "one config.json asks for an output embedding of its own that its weights do not have: save both alike";
         return Err(differs("tie_word_embeddings", &expected.into(), &found.into(), hint).into());
     }
     check_vocabulary(first, other)?;
     check_same_parameters(&first.checkpoint, &other.checkpoint)?;
     check_same_integers(first, other)?;
     warn_of_settings(first, other);
+    tokens::warn_of_differences(first.path(), other.path());
     Ok(())
 }
 
@@ -144,16 +166,35 @@ fn check_same_integers(first: &Source, other: &Source) -> Result<()> {
 
 /// Tells of settings that change what the weights mean and are not the same; the output takes the first model's.
 fn warn_of_settings(first: &Source, other: &Source) {
-    for key in ["rope_theta", "rope_scaling", "rms_norm_eps", "hidden_act", "head_dim", "sliding_window"] {
+    for key in ["rms_norm_eps", "hidden_act", "head_dim", "sliding_window"] {
         let (ours, theirs) = (&first.config[key], &other.config[key]);
         if ours != theirs {
-            log::warn!(
-                "{}: {key} is {theirs}, and {ours} in {}, whose config.json the output takes",
-                other.config_path().display(),
-                first.config_path().display()
-            );
+            warn_of_setting(first, other, key, ours, theirs);
         }
     }
+    // By meaning: versions of transformers spell one and the same differently.
+    let rope = |source: &Source| RopeSettings::read(&source.config_path(), &source.config, POSITIONS).ok();
+    let alike = |key: &str| first.config[key] == other.config[key];
+    let keys = ["rope_theta", "rope_scaling", "rope_parameters"];
+    let same = match (rope(first), rope(other)) {
+        (Some(ours), Some(theirs)) => ours.same_as(&theirs),
+        // Settings of architectures that this program does not train.
+        _ => keys.iter().all(|key| alike(key)),
+    };
+    for key in keys.into_iter().filter(|key| !same && !alike(key)) {
+        warn_of_setting(first, other, key, &first.config[key], &other.config[key]);
+    }
+}
+
+/// A context for configs without `max_position_embeddings`: the same for both that are compared.
+const POSITIONS: f64 = 2048.0;
+
+fn warn_of_setting(first: &Source, other: &Source, key: &str, ours: &Value, theirs: &Value) {
+    log::warn!(
+        "{}: {key} is {theirs}, and {ours} in {}, whose config.json the output takes",
+        other.config_path().display(),
+        first.config_path().display()
+    );
 }
 
 /// Refuses embeddings of another number of tokens, the usual difference between fine-tunes of one base.

@@ -5,6 +5,7 @@ mod inputs;
 mod output;
 mod plain;
 mod shard_size;
+mod tokens;
 
 pub use cpi::plan_cpi;
 pub use inputs::Source;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::checkpoint::with_torch_dtype;
+use cpift_core::checkpoint::{with_head_of, with_torch_dtype};
 use cpift_core::{BadInput, Dtype, json};
 use serde_json::Value;
 
@@ -50,7 +50,7 @@ pub fn resolve(
         force,
         dtype,
         shard_size: args.shard_size,
-        config: with_torch_dtype(backbone.config.clone(), dtype),
+        config: with_torch_dtype(with_head_of(&backbone.checkpoint, backbone.config.clone()), dtype),
         side_files,
     })
 }

@@ -9,7 +9,7 @@ use cpift_core::checkpoint::{Digest, names};
 use cpift_core::error::usage;
 use cpift_core::{Mask, files};
 
-use super::inputs::{Source, check_alike};
+use super::inputs::{Source, check_alike, share_head};
 use super::output::resolve;
 use super::{Plan, check_epsilon, require_unit};
 use crate::card;
@@ -32,11 +32,13 @@ pub fn plan(request: &Request, output: &OutputArgs, force: bool) -> Result<Plan>
     if !output.dry_run {
         files::check_output_dir(&output.out, force)?;
     }
-    let open = |(i, model): (usize, &crate::request::ModelRequest)| {
-        Ok(Arc::new(Source::open(format!("model:{}", i + 1), &model.path)?))
-    };
-    let operands: Vec<Arc<Source>> = request.models.iter().enumerate().map(open).collect::<Result<_>>()?;
-    let base = request.base.as_deref().map(|path| Source::open("base", path)).transpose()?.map(Arc::new);
+    let open =
+        |(i, model): (usize, &crate::request::ModelRequest)| Source::open(format!("model:{}", i + 1), &model.path);
+    let mut operands: Vec<Source> = request.models.iter().enumerate().map(open).collect::<Result<_>>()?;
+    let mut base = request.base.as_deref().map(|path| Source::open("base", path)).transpose()?;
+    share_head(&mut operands.iter_mut().chain(&mut base).collect::<Vec<_>>());
+    let operands: Vec<Arc<Source>> = operands.into_iter().map(Arc::new).collect();
+    let base = base.map(Arc::new);
     let backbone = base.as_ref().unwrap_or(&operands[0]);
     let everything: Vec<&Source> = base.iter().chain(&operands).map(Arc::as_ref).collect();
     for other in everything.iter().filter(|source| !std::ptr::eq(**source, backbone.as_ref())) {

@@ -4,6 +4,7 @@ mod bad_input;
 mod checks;
 mod cpi;
 mod golden;
+mod hub;
 mod masks;
 mod methods;
 mod plain;

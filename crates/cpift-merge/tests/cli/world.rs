@@ -96,7 +96,17 @@ impl World {
 
     /// Writes the mask of the task `name` for the checkpoint `base`.
     pub fn mask(&self, name: &str, core: &Core) {
-        let base = Checkpoint::open(&self.path("base")).unwrap();
+        self.mask_of(name, core, &Checkpoint::open(&self.path("base")).unwrap());
+    }
+
+    /// As [`World::mask`], for a task with an output embedding of its own where the base ties it.
+    pub fn untied_mask(&self, name: &str, core: &Core) {
+        let mut base = Checkpoint::open(&self.path("base")).unwrap();
+        base.untie();
+        self.mask_of(name, core, &base);
+    }
+
+    fn mask_of(&self, name: &str, core: &Core, base: &Checkpoint) {
         let tuned = Checkpoint::open(&self.path(name)).unwrap();
         let numel: BTreeMap<String, u64> = base.parameters().map(|v| (v.name.to_owned(), v.numel() as u64)).collect();
         let d: u64 = numel.values().sum();

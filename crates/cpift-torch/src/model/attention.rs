@@ -7,13 +7,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::ModelConfig;
 use super::layers::{Linear, Loader, RmsNorm};
-use super::rope::rotate;
+use super::rope::{distinct, rotate};
 use crate::ffi;
 
 /// What every block needs to attend: rotary factors in the dtype of the blocks, and who may see whom.
 pub struct Attended {
-    pub(super) cos: Tensor,
-    pub(super) sin: Tensor,
+    /// cos and sin of each of the model's rotary settings.
+    pub(super) rotary: Vec<(Tensor, Tensor)>,
     pub(super) pattern: Pattern,
 }
 
@@ -111,6 +111,8 @@ pub(super) struct Attention {
     kv_heads: i64,
     head_dim: i64,
     layer: usize,
+    /// Its place among the model's rotary settings.
+    rope: usize,
     scores: Scores,
 }
 
@@ -141,6 +143,7 @@ impl Attention {
             kv_heads: c.num_key_value_heads,
             head_dim: c.head_dim,
             layer,
+            rope: c.ropes.get(layer).and_then(|own| distinct(&c.ropes).iter().position(|p| *p == own)).unwrap_or(0),
             scores: Scores {
                 scale: c.attention_scale,
                 softcap: c.attention_softcap,
@@ -157,7 +160,7 @@ impl Attention {
         if let Some((q_norm, k_norm)) = &self.norms {
             (q_bshd, k_bskd) = (q_norm.forward(&q_bshd), k_norm.forward(&k_bskd));
         }
-        let Attended { cos, sin, .. } = attended;
+        let (cos, sin) = &attended.rotary[self.rope];
         let q_bhsd = rotate(&q_bshd.transpose(1, 2), cos, sin);
         let mut k_bktd = rotate(&k_bskd.transpose(1, 2), cos, sin);
         let mut v_bktd = split(self.v_proj.forward(x_bse), self.kv_heads).transpose(1, 2);

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::attention::{Attended, Attention, Documents, KvCache, Pattern, causal_window};
 use super::config::ModelConfig;
 use super::layers::{Loader, Mlp, RmsNorm};
-use super::rope::Rope;
+use super::rope::{Rope, distinct};
 use crate::ffi;
 use crate::weights::{Parameters, check_all_taken};
 
@@ -72,7 +72,8 @@ pub struct CausalLM {
     embed_tokens: Tensor,
     norm: RmsNorm,
     lm_head: Tensor,
-    rope: Rope,
+    /// Different rotary settings, in the order in which blocks first have them.
+    ropes: Vec<Rope>,
     compute: Kind,
     /// Whether the device has flash attention over documents of unequal length.
     varlen: bool,
@@ -105,7 +106,8 @@ impl CausalLM {
         };
         units.push(loader.taken);
         check_all_taken(parameters, path, &units.concat())?;
-        let rope = Rope { head_dim: config.head_dim, theta: config.rope_theta, scaling: config.rope_scaling.clone() };
+        let distinct = distinct(&config.ropes).into_iter();
+        let ropes = distinct.map(|p| Rope { head_dim: config.head_dim, parameters: p.clone() }).collect();
         let varlen = embed_tokens.device().is_cuda()
             && compute == Kind::BFloat16
             && config.attention_softcap.is_none()
@@ -114,7 +116,7 @@ impl CausalLM {
                 [config.num_attention_heads, config.num_key_value_heads, config.head_dim],
                 config.windows.iter().copied().collect::<BTreeSet<_>>(),
             );
-        Ok(Self { config, blocks, units, embed_tokens, norm, lm_head, rope, compute, varlen })
+        Ok(Self { config, blocks, units, embed_tokens, norm, lm_head, ropes, compute, varlen })
     }
 
     /// The device of the parameters.
@@ -151,7 +153,7 @@ impl CausalLM {
         let positions: Vec<i64> = lengths.iter().flat_map(|&n| 0..n).collect();
         let positions = to_device(&Tensor::from_slice(&positions), device);
         let longest = lengths.iter().copied().max().unwrap_or(0);
-        let (cos, sin) = self.cos_sin(&positions.unsqueeze(0), longest);
+        let rotary = self.rotary(&positions.unsqueeze(0), longest);
         let ends = self.varlen.then(|| {
             let sums = lengths.iter().scan(0, |sum, &n| {
                 *sum += n as i32;
@@ -161,13 +163,13 @@ impl CausalLM {
         });
         // The flash kernel has windows of its own.
         let window = if ends.is_some() { None } else { self.window() };
-        Attended { cos, sin, pattern: Pattern::Documents(Documents::new(lengths, window, ends, device)) }
+        Attended { rotary, pattern: Pattern::Documents(Documents::new(lengths, window, ends, device)) }
     }
 
     /// Attention with explicit positions [b, s] and boolean mask [b, 1, s, t], whose queries are the last s of the t tokens.
     pub fn masked(&self, positions_bs: &Tensor, mask: &Tensor) -> Attended {
         let (s, t) = (positions_bs.size()[1], mask.size()[3]);
-        let (cos, sin) = self.cos_sin(positions_bs, t);
+        let rotary = self.rotary(positions_bs, t);
         let windowed =
             self.window().filter(|w| t > *w).map(|w| mask.logical_and(&causal_window(s, t, w, self.device())));
         let form = |mask: &Tensor| {
@@ -177,12 +179,16 @@ impl CausalLM {
             Tensor::zeros(mask.size(), (self.compute, self.device()))
                 .masked_fill(&mask.logical_not(), f64::NEG_INFINITY)
         };
-        Attended { cos, sin, pattern: Pattern::Mask { full: form(mask), windowed: windowed.as_ref().map(form) } }
+        Attended { rotary, pattern: Pattern::Mask { full: form(mask), windowed: windowed.as_ref().map(form) } }
     }
 
-    fn cos_sin(&self, positions_bs: &Tensor, longest: i64) -> (Tensor, Tensor) {
-        let (cos, sin) = self.rope.cos_sin(positions_bs, longest);
-        (cos.to_kind(self.compute), sin.to_kind(self.compute))
+    /// cos and sin of each of the rotary settings.
+    fn rotary(&self, positions_bs: &Tensor, longest: i64) -> Vec<(Tensor, Tensor)> {
+        let cos_sin = |rope: &Rope| {
+            let (cos, sin) = rope.cos_sin(positions_bs, longest);
+            (cos.to_kind(self.compute), sin.to_kind(self.compute))
+        };
+        self.ropes.iter().map(cos_sin).collect()
     }
 
     /// An empty cache for `b` rows of up to `capacity` tokens.

@@ -13,4 +13,4 @@ pub use attention::{Attended, KvCache};
 pub use config::{Activation, Family, ModelConfig};
 pub(crate) use decoder::to_device;
 pub use decoder::{Block, CausalLM, EMBEDDING};
-pub use rope::{Rope, RopeScaling};
+pub use rope::Rope;

@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cpift_core::BadInput;
+use cpift_core::checkpoint::rope::RopeSettings;
 use serde_json::{Map, Value};
-
-use crate::model::rope::RopeScaling;
 
 /// The fields of one config.json; null counts as absent.
 pub(super) struct Fields {
@@ -95,24 +94,14 @@ impl Fields {
         self.typed(key, |v| v.as_array()?.iter().map(|w| w.as_str().map(str::to_owned)).collect())
     }
 
-    /// `rope_scaling`, or the `rope_parameters` of newer transformers.
-    fn rope(&self) -> Option<&Value> {
-        self.get("rope_scaling").or_else(|| self.get("rope_parameters"))
+    /// The rotary settings; `default_positions` is what the family takes where `max_position_embeddings` is absent.
+    pub(super) fn rope(&self, default_positions: i64) -> Result<RopeSettings> {
+        RopeSettings::read(&self.path, &Value::from(self.map.clone()), default_positions as f64)
     }
 
-    /// `rope_theta` inside the rope's own fields, or at the top.
-    pub(super) fn rope_theta(&self) -> Result<f64> {
-        let nested = self.rope().and_then(|r| r.get("rope_theta")).and_then(Value::as_f64);
-        Ok(nested.unwrap_or(self.float_or("rope_theta", 10_000.0)?))
-    }
-
-    pub(super) fn rope_scaling(&self, max_positions: i64) -> Result<RopeScaling> {
-        let Some(value) = self.rope() else {
-            return Ok(RopeScaling::Default);
-        };
-        let original = self.typed("original_max_position_embeddings", Value::as_f64)?;
-        RopeScaling::from_json(value, max_positions as f64, original)
-            .map_err(|message| self.bad(message).found(value.to_string()).into())
+    /// The file, for messages.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 }
 

@@ -7,9 +7,10 @@ mod shapes;
 use std::path::Path;
 
 use anyhow::Result;
+use cpift_core::checkpoint::rope::RopeParameters;
+use cpift_core::{BadInput, Checkpoint, once};
 use serde_json::Value;
 
-use super::rope::RopeScaling;
 use fields::Fields;
 
 /// The families of decoder-only models this program runs.
@@ -73,10 +74,8 @@ pub struct ModelConfig {
     pub max_position_embeddings: i64,
     /// Epsilon of the RMS norms.
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// How the frequencies are stretched.
-    pub rope_scaling: RopeScaling,
+    /// Each block's rotary settings.
+    pub ropes: Vec<RopeParameters>,
     /// Whether the output embedding is the input embedding.
     pub tie_word_embeddings: bool,
     /// Biases on q, k and v.
@@ -101,6 +100,8 @@ pub struct ModelConfig {
     pub logit_softcap: Option<f64>,
     /// For each block, how many tokens a query sees, itself included; none: all before it.
     pub windows: Vec<Option<i64>>,
+    /// Fields of config.json that this program does not know, with their values.
+    pub unknown_fields: Vec<String>,
 }
 
 impl ModelConfig {
@@ -112,7 +113,7 @@ impl ModelConfig {
     pub fn from_json(folder: &Path, config: &Value) -> Result<Self> {
         let fields = Fields::new(folder, config);
         let family = family(&fields)?;
-        known::check_fields(&fields)?;
+        let unknown_fields = known::check_fields(&fields)?;
         let heads = fields.int("num_attention_heads")?;
         let hidden = fields.int("hidden_size")?;
         let gemma = family == Family::Gemma2;
@@ -127,6 +128,7 @@ impl ModelConfig {
         let softcap = |key, default| {
             if gemma { fields.optional_float(key, default) } else { refuse(&fields, key).map(|()| None) }
         };
+        let windows = windows(family, &fields)?;
         let config = Self {
             family,
             hidden_size: hidden,
@@ -138,8 +140,7 @@ impl ModelConfig {
             vocab_size: fields.int("vocab_size")?,
             max_position_embeddings,
             rms_norm_eps: fields.float_or("rms_norm_eps", 1e-6)?,
-            rope_theta: fields.rope_theta()?,
-            rope_scaling: fields.rope_scaling(max_position_embeddings)?,
+            ropes: ropes(family, &fields, &windows)?,
             tie_word_embeddings: fields.bool_or("tie_word_embeddings", gemma)?,
             qkv_bias,
             o_bias,
@@ -151,13 +152,40 @@ impl ModelConfig {
             attention_scale: scale.powf(-0.5),
             attention_softcap: softcap("attn_logit_softcapping", 50.0)?,
             logit_softcap: softcap("final_logit_softcapping", 30.0)?,
-            windows: windows(family, &fields)?,
+            windows,
+            unknown_fields,
         };
         if !gemma {
             refuse(&fields, "query_pre_attn_scalar")?;
         }
         config.check_shapes(&fields)?;
         Ok(config)
+    }
+
+    /// Takes the output embedding for a parameter of its own where `checkpoint`, whose config this is, has one that config.json ties.
+    pub fn untie_as(&mut self, checkpoint: &Checkpoint) {
+        self.tie_word_embeddings &= checkpoint.tied();
+    }
+
+    /// Warns of the fields that this program does not know, once for each; with `strict` they are refused.
+    ///
+    /// # Errors
+    /// [`BadInput`] naming all of them, with `strict`.
+    pub fn check_unknown_fields(&self, folder: &Path, strict: bool) -> Result<()> {
+        let path = if folder.is_file() { folder.to_owned() } else { folder.join("config.json") };
+        if strict && !self.unknown_fields.is_empty() {
+            return Err(BadInput::new(path, "fields that this program does not know, which --strict-config refuses")
+                .found(self.unknown_fields.join(", "))
+                .hint("where a field has no say in the model's output, take it out of config.json or leave out --strict-config")
+                .into());
+        }
+        for field in &self.unknown_fields {
+            once::warn(format!(
+                "{}: {field} is not a field that this program knows, and is ignored; --strict-config refuses such fields",
+                path.display()
+            ));
+        }
+        Ok(())
     }
 
     fn check_shapes(&self, fields: &Fields) -> Result<()> {
@@ -275,9 +303,27 @@ fn windows(family: Family, fields: &Fields) -> Result<Vec<Option<i64>>> {
         .collect()
 }
 
+/// Each block's rotary settings, by its type of attention where config.json has settings by layer type.
+fn ropes(family: Family, fields: &Fields, windows: &[Option<i64>]) -> Result<Vec<RopeParameters>> {
+    let settings = fields.rope(default_positions(family))?;
+    for note in &settings.notes {
+        once::warn(format!("{}: {note}", fields.path().display()));
+    }
+    let of_block = |(layer, window): (usize, &Option<i64>)| {
+        let layer_type = if window.is_some() { "sliding_attention" } else { "full_attention" };
+        settings.of(layer_type).cloned().ok_or_else(|| {
+            let message =
+                format!("the rotary settings by layer type have none for {layer_type}, which layer {layer} is");
+            fields.bad(message).expected(format!("an entry {layer_type} in rope_parameters")).into()
+        })
+    };
+    windows.iter().enumerate().map(of_block).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cpift_core::checkpoint::rope::RopeScaling;
     use serde_json::json;
 
     fn config() -> Value {
@@ -297,7 +343,7 @@ mod tests {
     #[test]
     fn absent_fields_take_the_defaults_of_transformers() {
         let c = ModelConfig::from_json(Path::new("m"), &config()).unwrap();
-        assert_eq!((c.num_key_value_heads, c.head_dim, c.rope_theta), (4, 16, 10_000.0));
+        assert_eq!((c.num_key_value_heads, c.head_dim, c.ropes[1].theta), (4, 16, 10_000.0));
         assert!(!c.tie_word_embeddings);
         let gemma = read("Gemma2ForCausalLM", &json!({"num_hidden_layers": 3})).unwrap();
         assert_eq!((gemma.head_dim, gemma.attention_scale, gemma.tie_word_embeddings), (256, 1.0 / 16.0, true));
@@ -333,6 +379,22 @@ mod tests {
             ("attention_dropout", json!(0.1)),
             ("rope_scaling", json!({"rope_type": "longrope"})),
             ("some_new_multiplier", json!(0.5)),
+            ("logits_cap", json!(30.0)),
+            ("clip_qkv", json!(8.0)),
+            ("use_qk_norm", json!(true)),
+            ("num_experts", json!(8)),
+            ("no_rope_layers", json!([1, 0])),
+            ("rotary_emb_base", json!(1e6)),
+            ("rope_local_base_freq", json!(1e4)),
+            ("partial_rotary_factor", json!(0.5)),
+            ("attention_sinks", json!(4)),
+            ("is_causal", json!(false)),
+            ("use_bidirectional_attention", json!(true)),
+            ("use_rope", json!(false)),
+            ("embd_pdrop", json!(0.1)),
+            ("quantization", json!({"bits": 4})),
+            ("per_layer_config", json!({"0": {"head_dim": 8}})),
+            ("vision_config", json!({"hidden_size": 8})),
             ("architectures", json!(["MambaForCausalLM"])),
         ] {
             let mut c = config();
@@ -345,6 +407,46 @@ mod tests {
             };
             assert!(error.contains(part), "{key}: {error}");
         }
+    }
+
+    #[test]
+    fn layer_types_have_rotary_settings_of_their_own() {
+        let nested = json!({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"], "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}});
+        let ropes = read("Gemma2ForCausalLM", &nested).unwrap().ropes;
+        assert_eq!((ropes[0].theta, &ropes[0].scaling), (1e6, &RopeScaling::Linear { factor: 8.0 }));
+        assert_eq!((ropes[1].theta, &ropes[1].scaling), (1e4, &RopeScaling::Default));
+        let mut half = nested;
+        half["rope_parameters"].as_object_mut().unwrap().remove("sliding_attention");
+        let error = read("Gemma2ForCausalLM", &half).unwrap_err().to_string();
+        assert!(error.contains("none for sliding_attention, which layer 1 is"), "{error}");
+    }
+
+    #[test]
+    fn fields_of_published_configs_are_passed_over() {
+        for field in [
+            json!({"is_llama_config": true, "rope_interleaved": false}),
+            json!({"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}}),
+            json!({"unsloth_fixed": true, "unsloth_version": "2026.4.5"}),
+            json!({"max_sequence_length": 2048, "pad_token_id": -1}),
+            json!({"activation": "swiglu", "hidden_act": "silu"}),
+            json!({"neftune_noise_alpha": 5, "gradient_checkpointing": true}),
+            json!({"is_causal": true, "attention_probs_dropout_prob": 0.0, "num_experts": 0, "vision_config": null}),
+        ] {
+            let config = read("LlamaForCausalLM", &field).unwrap_or_else(|e| panic!("{field}: {e}"));
+            assert_eq!(config.unknown_fields, [""; 0], "{field}");
+        }
+    }
+
+    #[test]
+    fn unknown_fields_are_refused_only_where_that_is_asked_for() {
+        let config = read("LlamaForCausalLM", &json!({"our_lab_note": "v2", "another": 3, "off": false})).unwrap();
+        assert_eq!(config.unknown_fields, ["our_lab_note = \"v2\"", "another = 3"]);
+        assert!(config.check_unknown_fields(Path::new("m"), false).is_ok());
+        let error = config.check_unknown_fields(Path::new("m"), true).unwrap_err().to_string();
+        assert!(error.contains("m/config.json") && error.contains("our_lab_note = \"v2\""), "{error}");
+        assert!(read("LlamaForCausalLM", &json!({})).unwrap().check_unknown_fields(Path::new("m"), true).is_ok());
     }
 
     #[test]
