@@ -5,6 +5,7 @@
 //! | a file (.jsonl, .json, .parquet) to its rows' fields | `files` |
 //! | fields to a conversation: a known format, or templates of tasks.toml | `formats`, `layout`, `row_template` |
 //! | a checked conversation with its place in the file | `rows`, `place` |
+//! | a checkpoint folder's tokenizer with the tokens of all its files | `tokenizer` |
 //! | a conversation to text by the checkpoint's chat template, and to tokens | `template`, `chat` |
 //! | tokens to an example with the loss on the assistant's | `example` |
 
@@ -17,6 +18,7 @@ mod place;
 mod row_template;
 mod rows;
 mod template;
+mod tokenizer;
 
 pub use chat::{ChatText, Span};
 pub use example::{Encoded, Example, Overlong, Tokenised, digest, encode_rows, report, tokenise};
@@ -26,3 +28,4 @@ pub use place::Place;
 pub use row_template::RowTemplate;
 pub use rows::{Message, Row, read_rows};
 pub use template::{ChatTemplate, SpecialTokens};
+pub use tokenizer::FolderTokenizer;
