@@ -10,7 +10,6 @@ pub mod error;
 pub mod files;
 pub mod groups;
 pub mod json;
-pub mod log_once;
 pub mod mask;
 pub mod once;
 pub mod progress;

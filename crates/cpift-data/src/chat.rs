@@ -3,17 +3,17 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::ops::Range;
-use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use cpift_core::log_once::warn_once;
+use cpift_core::once;
 use cpift_core::{BadInput, json};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
 use crate::rows::Message;
 use crate::template::{ChatTemplate, SpecialTokens, TemplateArgs};
+use crate::tokenizer::FolderTokenizer;
 
 const GENERATION_CONFIG: &str = "generation_config.json";
 
@@ -53,20 +53,7 @@ impl ChatText {
     /// # Errors
     /// [`BadInput`] when tokenizer.json is missing or cannot be read, no template is available, or it does not parse.
     pub fn open(folder: &Path, named: Option<&str>) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        if !path.is_file() {
-            return Err(BadInput::new(&path, "no such file")
-                .expected("a tokenizer in Hugging Face's tokenizer.json form")
-                .hint("save it with AutoTokenizer.from_pretrained(dir).save_pretrained(dir)")
-                .into());
-        }
-        let mut tokenizer = read_tokenizer(&path)?;
-        // As in transformers, truncation and padding left in the file by an earlier training run do not count.
-        tokenizer.with_truncation(None).map_err(|e| BadInput::new(&path, format!("cannot be used: {e}")))?;
-        tokenizer.with_padding(None);
-        let config_path = folder.join("tokenizer_config.json");
-        let config: Value = if config_path.is_file() { json::read(&config_path)? } else { Value::Null };
-        let special = special_tokens(folder, &config)?;
+        let FolderTokenizer { tokenizer, special, config, end_ids, .. } = FolderTokenizer::open(folder)?;
         let (source, origin) = match named {
             Some(name) => named_template(name)?,
             None => own_template(folder, &config)?,
@@ -79,7 +66,7 @@ impl ChatText {
             added_template: named.is_some(),
             special,
             special_ids: BTreeSet::new(),
-            eos_ids: Vec::new(),
+            eos_ids: end_ids,
             end_of_turn: None,
             generation_prompt: GenerationPrompt::Template(String::new()),
             embedding_rows: None,
@@ -93,7 +80,6 @@ impl ChatText {
             .filter(|(_, token)| token.special)
             .map(|(id, _)| i64::from(id))
             .collect();
-        text.eos_ids = text.find_eos()?;
         text.pad_id = text.special_id("pad_token").or(text.eos_ids.first().copied()).unwrap_or(0);
         text.probe_template();
         if text.eos_ids.is_empty() {
@@ -101,29 +87,12 @@ impl ChatText {
                 Some(end) => format!("generation stops at the chat template's {} only", text.tokens(&[end])[0]),
                 None => "generation goes on to its longest answer".to_owned(),
             };
-            warn_once(format!(
+            once::warn(format!(
                 "{}: no EOS in tokenizer_config.json, generation_config.json or config.json: {stop}",
                 folder.display()
             ));
         }
         Ok(text)
-    }
-
-    fn find_eos(&self) -> Result<Vec<i64>> {
-        let mut ids: Vec<i64> = self.special_id("eos_token").into_iter().collect();
-        for name in ["generation_config.json", "config.json"] {
-            let path = self.folder.join(name);
-            if !path.is_file() {
-                continue;
-            }
-            let config: Value = json::read(&path)?;
-            ids.extend(config.get("eos_token_id").map(ids_of).unwrap_or_default());
-        }
-        let vocabulary = self.vocab_size() as i64;
-        ids.retain(|id| (0..vocabulary).contains(id));
-        ids.sort_unstable();
-        ids.dedup();
-        Ok(ids)
     }
 
     fn special_id(&self, key: &str) -> Option<i64> {
@@ -264,10 +233,10 @@ impl ChatText {
         let at = self.folder.display();
         match &self.generation_prompt {
             GenerationPrompt::Template(_) => {}
-            GenerationPrompt::Missing(Some(header)) => warn_once(format!(
+            GenerationPrompt::Missing(Some(header)) => once::warn(format!(
                 "{at}: the chat template has no generation prompt: prompts end with {header:?}, which it writes before an answer"
             )),
-            GenerationPrompt::Missing(None) => warn_once(format!(
+            GenerationPrompt::Missing(None) => once::warn(format!(
                 "{at}: the chat template has no generation prompt, and the header of an answer cannot be inferred: prompts end with \
                  the user's turn"
             )),
@@ -390,29 +359,6 @@ fn ids_of(value: &Value) -> Vec<i64> {
         Value::Array(list) => list.iter().filter_map(Value::as_i64).collect(),
         value => value.as_i64().into_iter().collect(),
     }
-}
-
-/// Parses tokenizer.json.
-fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
-    // Says where the text is no JSON, and bounds its length and depth.
-    json::read::<serde::de::IgnoredAny>(path)?;
-    // On some damaged files the library panics where it could return an error.
-    let read = catch_unwind(|| Tokenizer::from_file(path));
-    let read = read.unwrap_or_else(|_| Err("its parts contradict one another".into()));
-    read.map_err(|e| BadInput::new(path, format!("cannot be read: {e}")).into())
-}
-
-/// `bos_token` and the like; each a string or an object with `content`.
-fn special_tokens(folder: &Path, config: &Value) -> Result<SpecialTokens> {
-    let map_path = folder.join("special_tokens_map.json");
-    let map: Value = if map_path.is_file() { json::read(&map_path)? } else { Value::Null };
-    let mut tokens = SpecialTokens::new();
-    for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
-        let value = config.get(key).filter(|v| !v.is_null()).or_else(|| map.get(key));
-        let text = value.and_then(|v| v.as_str().or_else(|| v.get("content").and_then(Value::as_str)));
-        tokens.extend(text.map(|t| (key.to_owned(), t.to_owned())));
-    }
-    Ok(tokens)
 }
 
 /// chat_template.jinja, or `chat_template` of tokenizer_config.json (a string, or a list with one named `default`) or of
