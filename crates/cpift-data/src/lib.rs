@@ -21,6 +21,7 @@ mod template;
 pub use chat::{ChatText, Span};
 pub use example::{Encoded, Example, Overlong, Tokenised, digest, encode_rows, report, tokenise};
 pub use files::{Fields, FileKind};
+pub use formats::shown;
 pub use layout::{Layout, Templates};
 pub use place::Place;
 pub use row_template::RowTemplate;

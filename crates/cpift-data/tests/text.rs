@@ -137,7 +137,7 @@ fn a_model_without_a_template_takes_the_one_named_and_saves_it() {
     let error = ChatText::open(&model, None).err().unwrap().to_string();
     assert!(error.contains("no chat template") && error.contains("chatml"), "{error}");
     let text = ChatText::open(&model, Some("chatml")).unwrap();
-    let message = Message { role: "user".into(), content: "hi".into() };
+    let message = Message::new("user", "hi");
     assert_eq!(
         text.render(std::slice::from_ref(&message), true).unwrap(),
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

@@ -52,7 +52,7 @@ fn check_loss(session: &Session) -> Result<()> {
 }
 
 fn check_answer(session: &Session) -> Result<()> {
-    let message = Message { role: "user".into(), content: QUESTION.into() };
+    let message = Message::new("user", QUESTION);
     let prompt = session.text.encode(&session.text.render(&[message], true)?)?;
     let options = GenerationOptions {
         eos_ids: &session.text.eos_ids,

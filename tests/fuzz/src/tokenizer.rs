@@ -16,7 +16,7 @@ pub fn run(data: &[u8]) -> bool {
     bounds::bounded_by(BOUND, || {
         let Ok(text) = ChatText::open(bounds::folder(), Some("chatml")) else { return false };
         let content = String::from_utf8_lossy(words).into_owned();
-        let turn = |role: &str| Message { role: role.to_owned(), content: content.clone() };
+        let turn = |role: &str| Message::new(role, content.clone());
         let _ = text.render_with_spans(&[turn("user"), turn("assistant")]);
         let Ok(ids) = text.encode(&content) else { return false };
         assert!(ids.iter().all(|id| (0..text.vocab_size() as i64).contains(id)), "an id outside the vocabulary");
