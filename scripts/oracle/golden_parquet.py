@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Writes fixtures/golden/parquet: a few invented rows as JSONL, and the same rows as pyarrow writes them in Parquet, Snappy and
-Zstandard, which is what the hub's exports are made with. Two rows a row group.
+Zstandard, which is what the hub's exports are made with, two rows per row group; and binary.parquet, whose columns are bytes
+without the annotation of text, as Impala and older Spark write them.
 
     golden_parquet.py [OUT]
 """
@@ -33,6 +34,14 @@ ROWS = [
      "meta": {"source": None, "split": "train"}},
 ]
 
+BINARY = pa.schema([
+    ("question", pa.binary()), ("answer", pa.binary()), ("id", pa.binary(4)), ("score", pa.float32()), ("tags", pa.list_(pa.binary())),
+])
+BINARY_ROWS = [
+    {"question": "où ?".encode(), "answer": "là".encode(), "id": b"\xff\xfe\x00\x80", "score": float("nan"), "tags": [b"t", b"\x80"]},
+    {"question": b"q", "answer": b"a", "id": b"abcd", "score": 0.5, "tags": []},
+]
+
 
 def main() -> None:
     default = Path(__file__).resolve().parents[2] / "fixtures/golden/parquet"
@@ -43,6 +52,7 @@ def main() -> None:
     table = pa.Table.from_pylist(ROWS, schema=SCHEMA)
     for codec in ("snappy", "zstd"):
         pq.write_table(table, out / f"{codec}.parquet", compression=codec, row_group_size=2)
+    pq.write_table(pa.Table.from_pylist(BINARY_ROWS, schema=BINARY), out / "binary.parquet")
 
 
 if __name__ == "__main__":

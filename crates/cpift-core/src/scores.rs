@@ -14,8 +14,10 @@ use crate::{files, json};
 pub const FILE_NAME: &str = "scores.json";
 /// The file beside it that has a line for each row.
 pub const OUTPUTS: &str = "outputs.jsonl";
-/// The form of scores.json this program writes and reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The form of scores.json this program writes. In version 1 every figure had a standard error, 0 for one row.
+pub const FORMAT_VERSION: u32 = 2;
+/// The oldest form that this program reads.
+const OLDEST_VERSION: u32 = 1;
 
 /// The setting of a task's scores that marks it as one for a judge: null until it is judged, then who judged it and how.
 pub const JUDGE: &str = "judge";
@@ -63,8 +65,8 @@ pub struct Figure {
     pub name: String,
     /// The mean; fractions are 0 to 1.
     pub value: f64,
-    /// Standard error of the mean: sample standard deviation (n − 1) over √n; 0 for n = 1.
-    pub stderr: f64,
+    /// Standard error of the mean: sample standard deviation (n − 1) over √n. One row has none, which is null in the file.
+    pub stderr: Option<f64>,
     /// Number of rows.
     pub n: u64,
 }
@@ -79,8 +81,18 @@ impl Figure {
         let n = values.len() as f64;
         let value = values.iter().sum::<f64>() / n;
         let squares: f64 = values.iter().map(|v| (v - value).powi(2)).sum();
-        let stderr = if values.len() > 1 { (squares / (n - 1.0)).sqrt() / n.sqrt() } else { 0.0 };
+        let stderr = (values.len() > 1).then(|| (squares / (n - 1.0)).sqrt() / n.sqrt());
         Self { name: name.to_owned(), value, stderr, n: values.len() as u64 }
+    }
+
+    fn is_finite(&self) -> bool {
+        self.value.is_finite() && self.stderr.is_none_or(f64::is_finite)
+    }
+
+    /// `0.50 ± 0.10` with both numbers as `number` writes them, `0.50 ± n/a` without a standard error.
+    pub fn shown(&self, number: impl Fn(&f64) -> String) -> String {
+        let stderr = self.stderr.as_ref().map_or_else(|| "n/a".to_owned(), &number);
+        format!("{} ± {stderr}", number(&self.value))
     }
 }
 
@@ -91,7 +103,10 @@ impl Scores {
     /// [`BadInput`] when it cannot be read or is of another version.
     pub fn read(path: &Path) -> Result<Self> {
         let (file, value) = open(path)?;
-        json::check_version(&file, "a scores file", json::version_of(&value), FORMAT_VERSION)?;
+        let version = json::version_of(&value);
+        if !Self::is_readable(version) {
+            json::check_version(&file, "a scores file", version, FORMAT_VERSION)?;
+        }
         Self::parse(&file, value)
     }
 
@@ -102,6 +117,11 @@ impl Scores {
     pub fn read_any_version(path: &Path) -> Result<Self> {
         let (file, value) = open(path)?;
         Self::parse(&file, value)
+    }
+
+    /// Returns true for a version of the file that this program knows.
+    pub fn is_readable(version: u32) -> bool {
+        (OLDEST_VERSION..=FORMAT_VERSION).contains(&version)
     }
 
     fn parse(file: &Path, value: serde_json::Value) -> Result<Self> {
@@ -120,9 +140,14 @@ impl Scores {
     pub fn write(&self, path: &Path, force: bool) -> Result<()> {
         for task in &self.tasks {
             let figures = task.metric.iter().chain(task.also.values()).chain([&task.nll]);
-            if let Some(figure) = figures.into_iter().find(|f| !(f.value.is_finite() && f.stderr.is_finite())) {
-                let Figure { name, value, stderr, .. } = figure;
-                bail!("{}: {name} of {} is not finite ({value} ± {stderr})", path.display(), task.task);
+            if let Some(figure) = figures.into_iter().find(|f| !f.is_finite()) {
+                bail!(
+                    "{}: {} of {} is not finite ({})",
+                    path.display(),
+                    figure.name,
+                    task.task,
+                    figure.shown(f64::to_string)
+                );
             }
         }
         files::write_text(path, &json::to_text(self)?, force)
@@ -149,13 +174,44 @@ mod tests {
         let figure = Figure::mean("acc", &[1.0, 0.0, 1.0, 1.0]);
         assert_eq!(figure.value, 0.75);
         // numpy.std([1, 0, 1, 1], ddof=1) / 2
-        assert!((figure.stderr - 0.25).abs() < 1e-15);
-        assert_eq!(Figure::mean("acc", &[1.0]).stderr, 0.0);
+        assert!((figure.stderr.unwrap() - 0.25).abs() < 1e-15);
+    }
+
+    #[test]
+    fn one_row_has_no_standard_error() {
+        let one = Figure::mean("acc", &[1.0]);
+        assert_eq!(serde_json::to_string(&one).unwrap(), r#"{"name":"acc","value":1.0,"stderr":null,"n":1}"#);
+        let shown = |figure: &Figure| figure.shown(|x| format!("{x:.2}"));
+        assert_eq!(
+            (shown(&one), shown(&Figure::mean("acc", &[1.0, 0.0]))),
+            ("1.00 ± n/a".into(), "0.50 ± 0.50".into())
+        );
+    }
+
+    #[test]
+    fn files_of_the_first_version_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scores.json");
+        let text = |version: u32, stderr: &str| {
+            let digest = Digest::blank();
+            format!(
+                r#"{{"format_version": {version}, "model": "m", "model_digest": "{digest}", "tasks": [{{"task": "t", "eval_digest": "{digest}",
+                "metric": null, "nll": {{"name": "nll", "value": 1.5, "stderr": {stderr}, "n": 1}}, "settings": {{}}}}]}}"#
+            )
+        };
+        for (version, stderr, expected) in [(1, "0.0", Some(0.0)), (1, "0.25", Some(0.25)), (2, "null", None)] {
+            std::fs::write(&path, text(version, stderr)).unwrap();
+            assert_eq!(Scores::read(&path).unwrap().tasks[0].nll.stderr, expected);
+        }
+        for version in [0, 3] {
+            std::fs::write(&path, text(version, "0.1")).unwrap();
+            assert!(Scores::read(&path).unwrap_err().to_string().contains("another format version"));
+        }
     }
 
     #[test]
     fn figures_that_are_not_finite_are_named_and_not_written() {
-        let figure = |name: &str, value, stderr| Figure { name: name.to_owned(), value, stderr, n: 2 };
+        let figure = |name: &str, value, stderr| Figure { name: name.to_owned(), value, stderr: Some(stderr), n: 2 };
         let scores = |metric, also, nll| Scores {
             format_version: FORMAT_VERSION,
             model: "m".into(),

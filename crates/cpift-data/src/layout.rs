@@ -5,7 +5,7 @@ use cpift_core::BadInput;
 use cpift_core::tasks::{Format, Task};
 
 use super::files::Fields;
-use super::formats;
+use super::formats::{self, Notes, is_empty_system};
 use super::place::Place;
 use super::rows::Message;
 use crate::row_template::RowTemplate;
@@ -48,11 +48,15 @@ impl Layout {
     }
 
     /// Takes the conversation out of a row's fields; returns what the layout is called too. Templates leave all fields.
-    pub(super) fn take_conversation(&self, fields: &mut Fields, place: &Place) -> Result<(&'static str, Vec<Message>)> {
+    pub(super) fn take_conversation(
+        &self,
+        fields: &mut Fields,
+        place: &Place,
+        notes: &mut Notes,
+    ) -> Result<(&'static str, Vec<Message>)> {
         match self {
-            Self::Format(format) => {
-                formats::take_conversation(*format, fields, place).map(|(found, messages)| (name(found), messages))
-            }
+            Self::Format(format) => formats::take_conversation(*format, fields, place, notes)
+                .map(|(found, messages)| (name(found), messages)),
             Self::Templates(templates) => Ok(("the templates of tasks.toml", templates.conversation(fields, place)?)),
         }
     }
@@ -65,7 +69,7 @@ impl Templates {
             anyhow::Ok(Message::new(role, content))
         };
         let system = self.system.as_ref().map(|template| turn("system", template)).transpose()?;
-        let mut messages: Vec<Message> = system.into_iter().filter(|system| !system.content.is_empty()).collect();
+        let mut messages: Vec<Message> = system.into_iter().filter(|system| !is_empty_system(system)).collect();
         messages.push(turn("user", &self.prompt)?);
         messages.push(turn("assistant", &self.completion)?);
         Ok(messages)

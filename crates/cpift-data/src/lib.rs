@@ -25,6 +25,7 @@ mod tokenizer;
 pub use chat::{Chat, ChatText, GenerationPrompt, Span};
 pub use example::{Encoded, Example, MaxLength, Overlong, digest, encode_rows, report, tokenise, unusable};
 pub use files::{Fields, FileKind};
+pub use formats::shown;
 pub use layout::{Layout, Templates};
 pub use place::Place;
 pub use row_template::RowTemplate;

@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::{Map, Value};
 
+use crate::files::{has_unusable, reason};
 use crate::template::{environment, jinja_lines};
 
 /// A parsed template; it knows the columns of a row by their names, and the functions and filters of chat templates.
@@ -40,7 +41,12 @@ impl RowTemplate {
     /// A sentence: which columns the row lacks, or what the template raised.
     pub fn render(&self, fields: &Map<String, Value>) -> Result<String, String> {
         let template = self.environment.get_template(self.key).expect("the template was added at creation");
-        template.render(fields).map_err(|error| {
+        let columns = if fields.values().any(has_unusable) {
+            fields.iter().map(|(name, value)| (name.clone(), refusing(name, value))).collect()
+        } else {
+            minijinja::Value::from_serialize(fields)
+        };
+        template.render(columns).map_err(|error| {
             let mut missing: Vec<String> = template.undeclared_variables(true).into_iter().collect();
             missing.retain(|path| !resolves(fields, path) && !self.is_global(path));
             missing.sort_unstable();
@@ -57,6 +63,18 @@ impl RowTemplate {
 
     fn is_global(&self, name: &str) -> bool {
         self.environment.globals().any(|(global, _)| global == name)
+    }
+}
+
+/// `value` of the column `name` for templates: what cannot be used in it is an error where it is used, and only there.
+fn refusing(name: &str, value: &Value) -> minijinja::Value {
+    if let Some(found) = reason(value) {
+        return Error::new(ErrorKind::InvalidOperation, format!("the column {name} holds {found}")).into();
+    }
+    match value {
+        Value::Array(list) => list.iter().map(|value| refusing(name, value)).collect(),
+        Value::Object(map) => map.iter().map(|(key, value)| (key.clone(), refusing(name, value))).collect(),
+        other => minijinja::Value::from_serialize(other),
     }
 }
 

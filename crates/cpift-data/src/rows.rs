@@ -8,6 +8,7 @@ use cpift_core::BadInput;
 use serde::{Deserialize, Serialize};
 
 use super::files::{Fields, read_fields};
+use super::formats::Notes;
 use super::layout::Layout;
 use super::place::Place;
 
@@ -61,12 +62,13 @@ impl Row {
 ///
 /// # Errors
 /// [`BadInput`] naming the row: not an object, no conversation, an unknown role, roles out of order, empty content, a template that
-/// raises. Or naming the file: an unknown extension, a broken file, no row at all.
+/// raises. Or naming the file: an unknown extension, a broken file, no row at all, none with an answer that its keys let be trained.
 pub fn read_rows(path: &Path, layout: &Layout) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let mut layouts: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut notes = Notes::default();
     for (place, mut fields) in read_fields(path)? {
-        let (name, messages) = layout.take_conversation(&mut fields, &place)?;
+        let (name, messages) = layout.take_conversation(&mut fields, &place, &mut notes)?;
         check_turns(&messages).map_err(|(message, expected)| place.bad(message).expected(expected))?;
         *layouts.entry(name).or_default() += 1;
         rows.push(Row { messages, fields, place });
@@ -75,7 +77,27 @@ pub fn read_rows(path: &Path, layout: &Layout) -> Result<Vec<Row>> {
         return Err(BadInput::new(path, "no rows in this data file").expected("at least one conversation").into());
     }
     log_layouts(path, &layouts, &rows);
+    notes.log(path);
+    warn_of_untrained(path, &rows)?;
     Ok(rows)
+}
+
+/// Warns of rows whose keys leave no answer to train.
+fn warn_of_untrained(path: &Path, rows: &[Row]) -> Result<()> {
+    let is_untrained = |row: &&Row| !row.messages.iter().any(|turn| turn.role == "assistant" && turn.train);
+    let mut untrained = rows.iter().filter(is_untrained);
+    let Some(first) = untrained.next() else { return Ok(()) };
+    let count = 1 + untrained.count();
+    if count == rows.len() {
+        return Err(BadInput::new(path, "no row has an answer to train")
+            .expected("an assistant turn that no key such as weight, train or loss marks as not trained")
+            .into());
+    }
+    let (file, position) = (path.display(), first.place.position());
+    log::warn!(
+        "{file}: {count} rows, the first {position}, have no answer to train: every assistant turn is marked so"
+    );
+    Ok(())
 }
 
 /// What shows a column that was misread: the layouts that were found, and the columns that stay beside the conversation.

@@ -70,6 +70,49 @@ fn every_format_is_told_from_its_fields() {
             &["id"],
         ),
         (json!({"messages": [user[0], {"role": "assistant", "content": "a", "tool_calls": []}]}), &both, &[]),
+        // Lists of turns under either name, with either pair of keys.
+        (json!({"conversations": messages}), &three, &[]),
+        (json!({"messages": sharegpt}), &three, &[]),
+        (json!({"conversation": messages, "model": "m"}), &three, &["model"]),
+        (json!({"messages": said("role", "value", [("system", "s"), ("human", "q"), ("model", "a")])}), &three, &[]),
+        (
+            json!({"conversations": said("from", "content", [("system", "s"), ("user", "q"), ("chatgpt", "a")])}),
+            &three,
+            &[],
+        ),
+        (json!({"messages": [user[0], {"from": "bard", "value": "a", "role": null, "content": null}]}), &both, &[]),
+        (
+            json!({"messages": [user[0], {"from": "gpt", "role": "assistant", "content": "a", "value": "a"}]}),
+            &both,
+            &[],
+        ),
+        (json!({"prompt": [{"from": "human", "value": "q"}], "completion": "a"}), &both, &[]),
+        // Parts of text.
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"text": "\n"}, "r"]},
+                {"role": "assistant", "content": [{"type": "text", "text": "a", "image_url": null}]}]}),
+            &["user: q\nr", "assistant: a"],
+            &[],
+        ),
+        // System turns that say nothing.
+        (json!({"messages": said("role", "content", [("system", ""), ("user", "q"), ("assistant", "a")])}), &both, &[]),
+        (
+            json!({"conversations": said("from", "value", [("system", " \n"), ("human", "q"), ("gpt", "a")])}),
+            &both,
+            &[],
+        ),
+        (
+            json!({"conversations": said("from", "value", [("system", ""), ("human", "q"), ("gpt", "a")]), "system": "s"}),
+            &three,
+            &[],
+        ),
+        (json!({"messages": sharegpt.as_array().unwrap()[1..], "system": "s"}), &three, &[]),
+        (json!({"messages": messages, "system": "other"}), &three, &[]),
+        (json!({"messages": messages, "system": 7}), &three, &["system"]),
+        (json!({"instruction": "q", "output": "a", "system": " "}), &both, &[]),
+        // Alpaca joins what is there.
+        (json!({"instruction": "", "input": "q", "output": "a"}), &both, &[]),
+        (json!({"instruction": null, "input": "q", "output": "a"}), &both, &[]),
     ];
     for (row, expected, left) in cases {
         let rows = read("d.jsonl", row.to_string(), Format::Auto).unwrap_or_else(|e| panic!("{row}: {e}"));
@@ -117,7 +160,32 @@ fn rows_that_cannot_be_used_are_named_with_what_was_expected_and_found() {
         (json!({"conversations": [{"from": "observation", "value": "4"}]}), &["is a tool's", "from: observation"]),
         (json!({"conversations": [{"from": "function_call", "value": "4"}]}), &["is a tool's"]),
         (json!({"conversations": [{"from": "bing", "value": "4"}]}), &["turn 1, is from \"bing\"", "human or user"]),
-        (json!({"conversations": [{"role": "user", "content": "4"}]}), &["no text as its from"]),
+        (json!({"conversations": [{"role": "user", "content": "4"}]}), &["does not end with the assistant"]),
+        (json!({"conversations": [{"role": null, "value": "4"}]}), &["turn 1, has no text as its role", "found: null"]),
+        (
+            json!({"messages": [{"role": "user", "from": "gpt", "value": "4"}]}),
+            &["the role user and is from the assistant"],
+        ),
+        (json!({"messages": [{"role": "user", "content": "3", "value": "4"}]}), &["a content and another value"]),
+        (
+            json!({"messages": [user, {"role": "assistant", "content": "a", "weight": 0.5}]}),
+            &["turn 2, has a weight", "0 or 1", "found: 0.5"],
+        ),
+        (
+            json!({"messages": [user, {"role": "assistant", "content": "a", "loss": "no"}]}),
+            &["has a loss", "found: \"no\""],
+        ),
+        (
+            json!({"messages": [user, {"role": "assistant", "content": "a", "weight": 0, "train": true}]}),
+            &["weight and train", "agree"],
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}),
+            &["of the type \"image_url\"", "hint"],
+        ),
+        (json!({"prompt": "q", "completion": null}), &["no conversation", "prompt, completion (null)"]),
+        (json!({"prompt": "q", "messages": null}), &["messages (null)"]),
+        (json!({"instruction": null, "input": "", "output": "a"}), &["the field instruction is null"]),
         (json!({"instruction": "", "output": "a"}), &["turn 1, of the user, has empty content"]),
         (json!({"instruction": "q", "output": 5}), &["output is not text", "found: 5"]),
         (json!({"instruction": "q", "output": "a", "input": ["x"]}), &["input is not text"]),
@@ -226,7 +294,9 @@ fn files_that_cannot_be_read_are_refused() {
         ("d.json", b"[{\"question\": \"q\", \"answer\": \"a\"}, 3]", &["row 2", "not a JSON object", "found: 3"]),
         ("d.json", b"[{\"question\": \"q\"", &["not a list of JSON objects", "EOF"]),
         ("d.json", b"{\"question\": \"q\"}\n{\"question\": \"q\"}", &["not a list", "hint", ".jsonl"]),
-        ("d.jsonl", b"\xff\xfe", &["UTF-8"]),
+        ("d.jsonl", b"\xff\xfe", &["UTF-8", "UTF-16"]),
+        ("d.jsonl", b"{}\n\n{\"question\": \"caf\xe9\"}", &["line 3", "UTF-8", "0xE9", "character 18", "ISO-8859-1"]),
+        ("d.json", b"[\n1, nan]", &["line 2", "expected ident"]),
         ("d.csv", b"question,answer\n", &["unknown kind", ".jsonl, .json or .parquet", "hint"]),
         ("data", b"", &["unknown kind"]),
         ("d.parquet", b"PAR1 is how it begins", &["Parquet", "expected: a whole Parquet file"]),
@@ -237,6 +307,99 @@ fn files_that_cannot_be_read_are_refused() {
         assert_eq!(exit_code(&error), 3, "{error}");
         let error = error.to_string();
         assert!(parts.iter().chain([&name]).all(|part| error.contains(part)), "{name}: {parts:?}: {error}");
+    }
+}
+
+#[test]
+fn keys_say_which_answers_are_trained() {
+    let trained = |row: &Value| -> Vec<bool> {
+        let row = read("d.jsonl", row.to_string(), Format::Auto).unwrap_or_else(|e| panic!("{row}: {e}")).remove(0);
+        row.messages.iter().filter(|turn| turn.role == "assistant").map(|turn| turn.train).collect()
+    };
+    let row = |key: &str, off: Value, on: Value| {
+        json!({"messages": [{"role": "system", "content": "s", key: off}, {"role": "user", "content": "q", key: off},
+            {"role": "assistant", "content": "bad", key: off}, {"role": "user", "content": "again"},
+            {"role": "assistant", "content": "good", key: on}]})
+    };
+    for key in ["weight", "train", "trainable", "training", "loss", "loss_mask"] {
+        for (off, on) in
+            [(json!(0), json!(1)), (json!(0.0), json!(1.0)), (json!(false), json!(true)), (json!(false), Value::Null)]
+        {
+            let row = row(key, off, on);
+            assert_eq!(trained(&row), [false, true], "{row}");
+            let mut pairs = row;
+            pairs["conversations"] = pairs.as_object_mut().unwrap().shift_remove("messages").unwrap();
+            assert_eq!(trained(&pairs), [false, true], "{pairs}");
+        }
+    }
+    assert_eq!(trained(&row("id", json!(0), json!(1))), [true, true]);
+    let mut both = row("weight", json!(0), json!(1));
+    both["messages"][2]["train"] = json!(false);
+    assert_eq!(trained(&both), [false, true]);
+    // Answers within a prompt are not trained, unless they say so.
+    let both = both["messages"].as_array().unwrap();
+    let mut prompt = both[..4].to_vec();
+    ["weight", "train"].iter().for_each(|key| drop(prompt[2].as_object_mut().unwrap().shift_remove(*key)));
+    let answer = json!([{"role": "assistant", "content": "a"}]);
+    assert_eq!(trained(&json!({"prompt": prompt, "completion": answer})), [false, true]);
+    prompt[2]["train"] = json!(true);
+    assert_eq!(trained(&json!({"prompt": prompt, "completion": answer})), [true, true]);
+    let error = read("d.jsonl", row("weight", json!(0), json!(0)).to_string(), Format::Auto).unwrap_err().to_string();
+    assert!(error.contains("no row has an answer to train") && error.contains("weight"), "{error}");
+    // Chat templates see the two keys they know.
+    let row = read("d.jsonl", row("weight", json!(0), json!(1)).to_string(), Format::Auto).unwrap().remove(0);
+    assert_eq!(serde_json::to_value(&row.messages[2]).unwrap(), json!({"role": "assistant", "content": "bad"}));
+}
+
+#[test]
+fn numbers_that_json_lacks_are_no_error_in_columns_that_nobody_reads() {
+    let rows = "{\"question\": \"q\", \"answer\": \"a\"}\n\
+        {\"question\": \"NaN\", \"answer\": \"a\", \"score\": NaN, \"more\": {\"x\": [-Infinity, 1e999]}}";
+    let list = format!("[{}]", rows.replace('\n', ",\n"));
+    for (name, text) in [("d.jsonl", rows), ("d.json", &list)] {
+        let rows = read(name, text, Format::Auto).unwrap();
+        assert_eq!(turns(&rows[1]), ["user: NaN", "assistant: a"], "{name}");
+        assert_eq!(cpift_data::shown(&rows[1].fields["more"]), "{\"x\":[-Infinity,1e999]}");
+    }
+    let good = "{\"question\": \"q\", \"answer\": \"a\"}\n\n";
+    for (row, parts) in [
+        ("{\"prompt\": \"q\", \"completion\": NaN}", ["line 3", "completion is not text", "found: NaN"]),
+        ("{\"messages\": -Infinity}", ["line 3", "messages is not a list", "found: -Infinity"]),
+        ("{\"text\": NaN}", ["line 3", "no conversation", "text (NaN)"]),
+        ("{\"messages\": [{\"role\": \"user\", \"content\": NaN}]}", ["line 3", "as its content", "found: NaN"]),
+        ("{\"a\": NaN, \"b\": NaN \"c\": 1}", ["line 3", "expected `,` or `}`", "column 21: \"a\": NaN, \"b\": NaN"]),
+    ] {
+        let error = read("d.jsonl", format!("{good}{row}"), Format::Auto).unwrap_err().to_string();
+        assert!(parts.iter().all(|part| error.contains(part)) && !error.contains("unusable"), "{row}: {error}");
+        assert!(!error.contains("line 1"), "{error}");
+    }
+    // In joined data sets NaN stands in the columns of the others.
+    let joined = "{\"messages\": NaN, \"instruction\": \"q\", \"output\": \"a\"}";
+    assert_eq!(turns(&read("d.jsonl", joined, Format::Auto).unwrap()[0]), ["user: q", "assistant: a"]);
+}
+
+#[test]
+fn binary_columns_are_text_where_they_are_utf8() {
+    // scripts/oracle/golden_parquet.py: question and answer as bytes, id as bytes that are no text, score with NaN.
+    let rows = read_rows(&golden("binary.parquet"), &Layout::Format(Format::Auto)).unwrap();
+    assert_eq!(turns(&rows[0]), ["user: où ?", "assistant: là"]);
+    assert_eq!(turns(&rows[1]), ["user: q", "assistant: a"]);
+    assert_eq!(cpift_data::shown(&rows[0].fields["id"]), "bytes that are not UTF-8 text");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("d.parquet");
+    fs::copy(golden("binary.parquet"), &file).unwrap();
+    for (column, found) in
+        [("id", "bytes that are not UTF-8 text"), ("score", "NaN"), ("tags[1]", "bytes that are not UTF-8 text")]
+    {
+        let toml = dir.path().join("tasks.toml");
+        let task = format!(
+            "[[task]]\nname = 'a'\ntrain = 'd.parquet'\neval = 'd.parquet'\nprompt = '{{{{ {column} }}}}'\ncompletion = 'x'"
+        );
+        fs::write(&toml, task).unwrap();
+        let task = Tasks::read(&toml).unwrap().list.remove(0);
+        let error = read_rows(&file, &Layout::of(&task).unwrap()).unwrap_err().to_string();
+        let name = column.split('[').next().unwrap();
+        assert!(error.contains("row 1") && error.contains(&format!("the column {name} holds {found}")), "{error}");
     }
 }
 

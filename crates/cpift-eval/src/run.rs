@@ -120,7 +120,7 @@ fn score_task(args: &RunArgs, session: &Session, plan: &TaskPlan, outputs: &mut 
     }
     let (perplexity, Loss { nll, truncated, dropped, .. }) = (loss.perplexity(), loss);
     let main = scored.metric.as_ref().map_or(String::new(), |m| format!("{} {:.3}, ", m.name, m.value));
-    info!("{}: {main}nll {:.4} ± {:.4} ({} rows)", task.name, nll.value, nll.stderr, nll.n);
+    info!("{}: {main}nll {} ({} rows)", task.name, nll.shown(|x| format!("{x:.4}")), nll.n);
     let mut score = TaskScore {
         task: task.name.clone(),
         eval_digest: digest.clone(),

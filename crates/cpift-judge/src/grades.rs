@@ -65,7 +65,7 @@ impl Grades {
 
     /// One line for the log.
     pub fn summary(&self) -> String {
-        let mean = self.mean().map_or("no grade".into(), |m| format!("{:.2} ± {:.2}", m.value, m.stderr));
+        let mean = self.mean().map_or("no grade".into(), |m| m.shown(|x| format!("{x:.2}")));
         format!(
             "{mean} ({} rated, {} unrated, {} out of range, {} failed; {} + {} tokens)",
             self.ratings.len(),

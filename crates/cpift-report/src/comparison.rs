@@ -231,7 +231,7 @@ fn further_columns(runs: &[Run], task: &str) -> Vec<Column> {
         let cell = |score: &Option<&TaskScore>| match score.and_then(|s| Some((s, number(s, name)?))) {
             Some((score, count)) => {
                 let n = number(score, "rows").unwrap_or(score.nll.n);
-                Cell::Value(Figure { name: name.to_owned(), value: count as f64, stderr: 0.0, n }, false)
+                Cell::Value(Figure { name: name.to_owned(), value: count as f64, stderr: None, n }, false)
             }
             None => Cell::Missing,
         };
@@ -264,7 +264,7 @@ fn over_tasks(columns: &[&Column], runs: &[Run], name: &str, unit: Unit, notes: 
         let values = counted.iter().filter_map(|c| Some(c.unit.normalised(c.cells[i].figure()?.value)));
         let (sum, n) = (values.sum::<f64>(), counted.len() as u64);
         match lacking.is_empty() && n > 0 {
-            true => Cell::Value(Figure { name: name.to_owned(), value: sum / n as f64, stderr: 0.0, n }, false),
+            true => Cell::Value(Figure { name: name.to_owned(), value: sum / n as f64, stderr: None, n }, false),
             false => Cell::Missing,
         }
     };

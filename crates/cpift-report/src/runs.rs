@@ -156,7 +156,7 @@ fn difference_words(first: &Run, other: &Run, difference: &Difference) -> String
 }
 
 fn other_versions(runs: &[Run]) -> Vec<String> {
-    let others = runs.iter().filter(|run| run.scores.format_version != FORMAT_VERSION);
+    let others = runs.iter().filter(|run| !Scores::is_readable(run.scores.format_version));
     let words = |run: &Run| {
         let version = run.scores.format_version;
         format!("{}: its scores.json is of version {version}, read as version {FORMAT_VERSION}.", run.name)

@@ -76,7 +76,7 @@ fn score_lines(comparison: &Comparison) -> Vec<Vec<Text>> {
 pub fn cell_text(column: &Column, run: usize) -> String {
     match &column.cells[run] {
         Cell::Value(f, _) if column.task.is_none() || column.unit == Unit::Count => column.unit.text(f.value),
-        Cell::Value(f, _) => format!("{} ± {}", column.unit.text(f.value), column.unit.text(f.stderr)),
+        Cell::Value(f, _) => f.shown(|x| column.unit.text(*x)),
         Cell::NotJudged => "not judged".into(),
         Cell::NoGrade => "no grade".into(),
         Cell::Missing => "-".into(),
@@ -138,7 +138,14 @@ pub fn csv(comparison: &Comparison) -> String {
             let (name, task) = (quoted(&run.name), quoted(column.task.as_deref().unwrap_or("")));
             let figure = match &column.cells[i] {
                 Cell::Value(f, _) if column.unit == Unit::Count => format!("{},,{},", f.value, f.n),
-                Cell::Value(f, best) if column.task.is_some() => format!("{},{},{},{best}", f.value, f.stderr, f.n),
+                Cell::Value(f, best) if column.task.is_some() => {
+                    format!(
+                        "{},{},{},{best}",
+                        f.value,
+                        f.stderr.map_or_else(String::new, |stderr| stderr.to_string()),
+                        f.n
+                    )
+                }
                 Cell::Value(f, best) => format!("{},,{},{best}", f.value, f.n),
                 Cell::NotJudged => "not judged,,,".to_owned(),
                 Cell::NoGrade => "no grade,,,".to_owned(),

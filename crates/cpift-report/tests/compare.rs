@@ -104,7 +104,7 @@ fn where_rows_cannot_be_paired_the_reason_is_given() {
 #[test]
 fn a_task_that_waits_for_a_judge_says_so() {
     let f = Folder::new();
-    let rating = |value| Some(Figure { name: "judge".into(), value, stderr: 0.5, n: 4 });
+    let rating = |value| Some(Figure { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
     f.write_scores("a", vec![task_score("chat", rating(7.5)), task_score("plain", None)]);
     let mut unjudged = task_score("chat", None);
     unjudged.settings.insert("judge".into(), Value::Null);
@@ -136,7 +136,7 @@ fn a_task_that_waits_for_a_judge_says_so() {
 fn grades_of_one_judge_are_compared_whatever_was_counted_and_those_of_two_are_not() {
     let f = Folder::new();
     let judged = |judge: &str, tokens: u32| {
-        let mut score = task_score("chat", Some(Figure { name: "judge".into(), value: 7.5, stderr: 0.5, n: 4 }));
+        let mut score = task_score("chat", Some(Figure { name: "judge".into(), value: 7.5, stderr: Some(0.5), n: 4 }));
         score.settings.insert("judge".into(), json!({"model": judge, "wording": 1}));
         score.settings.insert("verdicts".into(), json!({"rated": 4, "prompt_tokens": tokens}));
         vec![score]
@@ -204,15 +204,30 @@ fn another_version_is_refused_and_read_by_force() {
     let f = two();
     f.edit("b", |s| s["format_version"] = json!(99));
     let error = try_compare(&f, &["a", "b"], &[], false).unwrap_err().to_string();
-    assert!(["scores/b", "expected: 1", "found: 99"].iter().all(|part| error.contains(part)), "{error}");
+    assert!(["scores/b", "expected: 2", "found: 99"].iter().all(|part| error.contains(part)), "{error}");
     try_compare(&f, &["a", "b"], &[], true).unwrap();
+}
+
+#[test]
+fn the_first_version_compares_with_the_second_and_one_row_has_no_standard_error() {
+    let f = two();
+    f.edit("a", |s| s["format_version"] = json!(1));
+    f.edit("b", |s| {
+        s["format_version"] = json!(2);
+        s["tasks"][0]["metric"]["stderr"] = Value::Null;
+    });
+    let table = compared(&f, &["a", "b"], &[]);
+    let row = |name: &str| table.lines().find(|l| l.starts_with(&format!("| {name}"))).unwrap().to_owned();
+    assert!(row("b").contains("± n/a") && !row("a").contains("n/a") && !table.contains("version"), "{table}");
+    let csv = compared(&f, &["b"], &["--format", "csv"]);
+    assert!(csv.lines().nth(1).unwrap().split(',').nth(4) == Some(""), "{csv}");
 }
 
 #[test]
 fn two_runs_that_a_third_goes_with_may_still_differ() {
     let f = Folder::new();
     let judged = |judge: Value, value: Option<f64>| {
-        let metric = value.map(|value| Figure { name: "judge".into(), value, stderr: 0.5, n: 4 });
+        let metric = value.map(|value| Figure { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
         let mut score = task_score("chat", metric);
         score.settings.insert("judge".into(), judge);
         vec![score]

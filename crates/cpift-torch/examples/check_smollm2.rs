@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use cpift_core::tasks::Format;
-use cpift_data::{Example, Layout, Message, Row, read_rows};
+use cpift_data::{Example, Layout, Message, Row, TemplateArgs, read_rows};
 use cpift_torch::generate::{GenerationOptions, generate};
 use cpift_torch::score;
 use cpift_torch::session::{Precision, Session};
@@ -52,8 +52,8 @@ fn check_loss(session: &Session) -> Result<()> {
 }
 
 fn check_answer(session: &Session) -> Result<()> {
-    let message = Message { role: "user".into(), content: QUESTION.into() };
-    let prompt = session.text.encode(&session.text.render(&[message], true)?)?;
+    let message = Message::new("user", QUESTION);
+    let prompt = session.text.encode(&session.text.with(&TemplateArgs::new()).prompt(&[message])?)?;
     let options = GenerationOptions {
         eos_ids: &session.text.eos_ids,
         stop: &[],
@@ -93,8 +93,8 @@ fn check_row(session: &Session, row: &Row, expected: &Golden) -> Result<()> {
     let text = &session.text;
     let found = [
         text.encode(&row.messages[0].content)?,
-        text.encode(&text.render(&row.messages, false)?)?,
-        text.encode(&text.render(row.prompt(), true)?)?,
+        text.encode(&text.with(&TemplateArgs::new()).render(&row.messages, false)?)?,
+        text.encode(&text.with(&TemplateArgs::new()).prompt(row.prompt())?)?,
     ];
     for (ids, digest) in found.iter().zip([&expected.text, &expected.chat, &expected.prompt]) {
         ensure!(sha256(ids) == *digest, "{}: token ids differ from transformers'", row.place);

@@ -38,19 +38,33 @@ pub fn read_text(path: &Path) -> Result<String> {
 /// Reads a whole UTF-8 file of at most `limit` bytes; one without end, such as a device, is no trap.
 ///
 /// # Errors
-/// [`BadInput`] when it is missing, longer or not UTF-8.
+/// [`BadInput`] when it is missing, longer or not UTF-8, with the line of the first byte that is not.
 pub fn read_text_of(path: &Path, limit: u64) -> Result<String> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     let file = open(path)?;
     let len = file.metadata().map_or(0, |meta| meta.len()).min(limit);
-    let room = text.try_reserve_exact(usize::try_from(len).unwrap_or(usize::MAX));
+    let room = bytes.try_reserve_exact(usize::try_from(len).unwrap_or(usize::MAX));
     room.map_err(|e| BadInput::new(path, format!("cannot be read: {e}")))?;
-    let read = file.take(limit.saturating_add(1)).read_to_string(&mut text);
-    read.map_err(|e| BadInput::new(path, format!("cannot be read as UTF-8 text: {e}")))?;
-    if text.len() as u64 > limit {
+    let read = file.take(limit.saturating_add(1)).read_to_end(&mut bytes);
+    read.map_err(|e| BadInput::new(path, format!("cannot be read: {e}")))?;
+    if bytes.len() as u64 > limit {
         return Err(BadInput::new(path, "is too long").expected(format!("at most {limit} bytes")).into());
     }
-    Ok(text)
+    String::from_utf8(bytes).map_err(|error| not_utf8(path, error.as_bytes(), error.utf8_error().valid_up_to()).into())
+}
+
+/// The error of a text whose byte at `at` is not UTF-8.
+fn not_utf8(path: &Path, bytes: &[u8], at: usize) -> BadInput {
+    let lines = bytes[..at].iter().filter(|byte| **byte == b'\n').count() + 1;
+    let start = bytes[..at].iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    let column = String::from_utf8_lossy(&bytes[start..at]).chars().count() + 1;
+    let from = match bytes {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "UTF-16",
+        _ => "ISO-8859-1",
+    };
+    BadInput::new(path, format!("line {lines} is not UTF-8 text"))
+        .found(format!("the byte 0x{:02X} as character {column} of the line", bytes[at]))
+        .hint(format!("if the file is in {from}: iconv -f {from} -t UTF-8 FILE > NEW"))
 }
 
 /// Maps `path` read-only; an empty file gives an empty map.

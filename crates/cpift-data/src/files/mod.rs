@@ -3,6 +3,7 @@
 mod json;
 mod parquet;
 mod thrift;
+mod unusable;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,7 +14,9 @@ use serde_json::{Map, Value};
 
 use super::place::Place;
 
-/// The columns of a row, in file order.
+pub use unusable::{has_unusable, reason, text_of, unusable};
+
+/// The columns of a row, in file order. A value that is neither text nor a JSON number is a marker, see [`reason`].
 pub type Fields = Map<String, Value>;
 
 /// How a data file holds its rows.

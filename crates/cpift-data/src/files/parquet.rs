@@ -7,12 +7,14 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use cpift_core::{BadInput, files};
+use parquet::data_type::ByteArray;
 use parquet::file::metadata::ParquetMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
 use serde_json::Value;
 
-use super::Fields;
 use super::thrift::walk;
+use super::{Fields, unusable};
 use crate::place::Place;
 
 /// Reads all row groups. Uncompressed, Snappy and Zstandard pages are known; others are errors that name the codec.
@@ -31,12 +33,56 @@ fn read_groups(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
     let mut rows = Vec::new();
     for row in reader.get_row_iter(None).map_err(|e| broken(file, e))? {
         let place = Place { file: file.clone(), row: rows.len() + 1 };
-        match row.map_err(|e| broken(file, format!("{}: {e}", place.position())))?.to_json_value() {
-            Value::Object(fields) => rows.push((place, fields)),
-            _ => unreachable!("a Parquet row is a group of columns"),
-        }
+        let row = row.map_err(|e| broken(file, format!("{}: {e}", place.position())))?;
+        rows.push((place, fields(&row)));
     }
     Ok(rows)
+}
+
+fn fields(row: &Row) -> Fields {
+    row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect()
+}
+
+/// A field as JSON. Bytes without an annotation are text where they are UTF-8, as Impala, older Spark and pandas write it.
+fn value(field: &Field) -> Value {
+    match field {
+        Field::Bytes(bytes) => text(bytes),
+        Field::Float16(number) => number_of(f64::from(*number)),
+        Field::Float(number) => number_of(f64::from(*number)),
+        Field::Double(number) => number_of(*number),
+        Field::Group(row) => Value::Object(fields(row)),
+        Field::ListInternal(list) => list.elements().iter().map(value).collect(),
+        Field::MapInternal(map) => {
+            let entry = |(key, field): &(Field, Field)| (name_of(value(key)), value(field));
+            Value::Object(map.entries().iter().map(entry).collect())
+        }
+        other => other.to_json_value(),
+    }
+}
+
+fn text(bytes: &ByteArray) -> Value {
+    match std::str::from_utf8(bytes.data()) {
+        Ok(text) => Value::from(text),
+        Err(_) => unusable("bytes that are not UTF-8 text"),
+    }
+}
+
+/// JSON has no number for NaN and the infinities.
+fn number_of(number: f64) -> Value {
+    let special = || {
+        unusable(if number.is_nan() {
+            "NaN"
+        } else if number > 0.0 {
+            "Infinity"
+        } else {
+            "-Infinity"
+        })
+    };
+    serde_json::Number::from_f64(number).map_or_else(special, Value::Number)
+}
+
+fn name_of(key: Value) -> String {
+    if let Value::String(text) = key { text } else { super::text_of(&key) }
 }
 
 /// What lies between the last page and the eight bytes at the end, which are its length and a mark.

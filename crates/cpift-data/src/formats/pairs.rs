@@ -3,38 +3,46 @@
 use anyhow::Result;
 use serde_json::Value;
 
+use super::notes::Notes;
 use super::turns::{chat, history};
-use super::{Fields, message, need, need_text, take, take_system, text};
+use super::{Fields, need, need_text, take, take_system, text};
 use crate::place::Place;
 use crate::rows::Message;
 
-/// `instruction` with `input` after a line break, as LLaMA-Factory joins them; `output`.
+/// `instruction` and `input`, those that are not empty, with a line break between, as LLaMA-Factory joins them; `output`.
 pub fn alpaca(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
-    let mut question = need_text(fields, "instruction", place)?;
     let input = take(fields, "input").map(|value| text(value, "input", place)).transpose()?;
-    if let Some(input) = input.filter(|input| !input.is_empty()) {
-        question = format!("{question}\n{input}");
-    }
+    // The instruction may be missing where the input says it all.
+    let missing = fields.get("instruction").is_none_or(Value::is_null) && input.as_ref().is_some_and(|i| !i.is_empty());
+    let instruction = if missing { None } else { Some(need_text(fields, "instruction", place)?) };
+    fields.shift_remove("instruction");
+    let parts: Vec<String> = [instruction, input].into_iter().flatten().filter(|part| !part.is_empty()).collect();
     let answer = need_text(fields, "output", place)?;
     let mut messages: Vec<Message> = take_system(fields, place)?.into_iter().collect();
     if let Some(earlier) = take(fields, "history") {
         messages.extend(history(earlier, place)?);
     }
-    messages.extend([message("user", question), message("assistant", answer)]);
+    messages.extend([Message::new("user", parts.join("\n")), Message::new("assistant", answer)]);
     Ok(messages)
 }
 
-/// `prompt` and `completion`, each a text or, as TRL's conversational form has it, a list of messages.
-pub fn prompt_completion(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
-    let mut messages = side(need(fields, "prompt", place)?, "prompt", "user", place)?;
-    messages.extend(side(need(fields, "completion", place)?, "completion", "assistant", place)?);
+/// `prompt` and `completion`, each a text or, as TRL's conversational form has it, a list of messages. As there, answers within a prompt
+/// are not trained.
+pub fn prompt_completion(fields: &mut Fields, place: &Place, notes: &mut Notes) -> Result<Vec<Message>> {
+    let mut messages = side(need(fields, "prompt", place)?, ("prompt", "user", false), place, notes)?;
+    messages.extend(side(need(fields, "completion", place)?, ("completion", "assistant", true), place, notes)?);
     Ok(messages)
 }
 
-fn side(value: Value, name: &str, role: &str, place: &Place) -> Result<Vec<Message>> {
+fn side(
+    value: Value,
+    (name, role, train): (&str, &str, bool),
+    place: &Place,
+    notes: &mut Notes,
+) -> Result<Vec<Message>> {
     match value {
-        Value::Array(turns) => chat(turns, name, place),
-        other => Ok(vec![message(role, text(other, name, place)?)]),
+        Value::Array(turns) => chat(turns, name, train, place, notes),
+        other => Ok(vec![Message::new(role, text(other, name, place)?)]),
     }
 }
 
@@ -43,5 +51,5 @@ pub fn gsm8k(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
     let question = need_text(fields, "question", place)?;
     let answer = need_text(fields, "answer", place)?;
     fields.insert("answer".into(), Value::String(answer.clone()));
-    Ok(vec![message("user", question), message("assistant", answer)])
+    Ok(vec![Message::new("user", question), Message::new("assistant", answer)])
 }

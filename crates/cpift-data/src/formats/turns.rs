@@ -4,48 +4,65 @@ use anyhow::{Result, bail};
 use cpift_core::BadInput;
 use serde_json::{Map, Value};
 
-use super::{Fields, list, message, need_list, shown, take_system, text};
+use super::notes::Notes;
+use super::{Fields, list, need_list, shown, take_system, text};
 use crate::place::Place;
 use crate::rows::Message;
 
+/// Keys that name the speaker of a turn, in any pairing with those of [`SPEECH`].
+const SPEAKER: [&str; 2] = ["role", "from"];
+/// Keys that hold what was said.
+const SPEECH: [&str; 2] = ["content", "value"];
+/// Names of speakers in data sets, and the role that each one is.
+const ROLES: [(&str, &str); 8] = [
+    ("human", "user"),
+    ("user", "user"),
+    ("gpt", "assistant"),
+    ("assistant", "assistant"),
+    ("chatgpt", "assistant"),
+    ("bard", "assistant"),
+    ("model", "assistant"),
+    ("system", "system"),
+];
+/// Keys that say whether an assistant's turn is trained: OpenAI and Mistral, axolotl, ms-swift, verl.
+const TRAINING: [&str; 6] = ["weight", "train", "trainable", "training", "loss", "loss_mask"];
 /// Speakers and keys of tool use, which no target mask here is defined for.
 const TOOL_ROLES: [&str; 6] = ["tool", "tool_call", "function", "function_call", "observation", "ipython"];
 const TOOL_KEYS: [&str; 2] = ["tool_calls", "function_call"];
+/// Types of content parts that are text: chat completions, and the two of OpenAI's Responses API.
+const TEXT_PARTS: [&str; 3] = ["text", "input_text", "output_text"];
 
-/// `messages`: [{role, content}].
-pub fn messages(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
-    chat(need_list(fields, "messages", place)?, "messages", place)
-}
-
-/// `conversations`: [{from, value}] after an optional `system`.
-pub fn sharegpt(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
-    let turns = need_list(fields, "conversations", place)?;
-    let said = turns.into_iter().enumerate().map(|(i, value)| {
-        let at = Turn { what: "conversations", number: i + 1, place };
-        let (from, content) = at.said(value, "from", "value")?;
-        match from.as_str() {
-            "human" | "user" => Ok(message("user", content)),
-            "gpt" | "assistant" => Ok(message("assistant", content)),
-            "system" => Ok(message("system", content)),
-            _ => bail!(at.bad(format!("is from {from:?}")).expected("human or user, gpt or assistant, system")),
-        }
-    });
-    take_system(fields, place)?.map(Ok).into_iter().chain(said).collect()
+/// A list of turns under the first of the columns `names` that the row has, after an optional column `system`.
+pub fn conversation(fields: &mut Fields, names: [&str; 3], place: &Place, notes: &mut Notes) -> Result<Vec<Message>> {
+    let has = |name: &&str| fields.get(*name).is_some_and(|value| !value.is_null());
+    let name = names.into_iter().find(has).unwrap_or(names[0]);
+    let mut turns = chat(need_list(fields, name, place)?, name, true, place, notes)?;
+    // Beside `messages` such a column may be something else.
+    if name == "messages" && !fields.get("system").is_some_and(Value::is_string) {
+        return Ok(turns);
+    }
+    let own = turns.iter().find(|turn| turn.role == "system" && !turn.content.trim().is_empty());
+    match (take_system(fields, place)?, own.map(|own| own.content.clone())) {
+        (Some(system), None) => turns.insert(0, system),
+        (Some(system), Some(own)) if system.content != own => notes.other_system(place),
+        _ => {}
+    }
+    Ok(turns)
 }
 
 /// `data`: texts in turn, the user's first.
 pub fn ultrachat(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
     let texts = need_list(fields, "data", place)?;
     let said = texts.into_iter().zip(["user", "assistant"].into_iter().cycle()).enumerate();
-    said.map(|(i, (value, role))| Ok(message(role, text(value, &format!("data, turn {},", i + 1), place)?))).collect()
+    said.map(|(i, (value, role))| Ok(Message::new(role, text(value, &format!("data, turn {},", i + 1), place)?)))
+        .collect()
 }
 
-/// A list of {role, content}, the value of the field `what`. Roles and their order are checked for all formats alike, later.
-pub fn chat(turns: Vec<Value>, what: &str, place: &Place) -> Result<Vec<Message>> {
-    let said = turns.into_iter().enumerate().map(|(i, value)| {
-        let (role, content) = Turn { what, number: i + 1, place }.said(value, "role", "content")?;
-        Ok(Message::new(role, content))
-    });
+/// The turns of a list, the value of the field `what`. The assistant's are trained as their keys say, or else `train`. The order of
+/// roles is checked for all formats alike, later.
+pub fn chat(turns: Vec<Value>, what: &str, train: bool, place: &Place, notes: &mut Notes) -> Result<Vec<Message>> {
+    let said =
+        turns.into_iter().enumerate().map(|(i, value)| Turn { what, number: i + 1, place }.said(value, train, notes));
     said.collect()
 }
 
@@ -61,35 +78,160 @@ impl Turn<'_> {
         self.place.bad(format!("{}, turn {}, {message}", self.what, self.number))
     }
 
-    /// Who speaks and what, from an object with the two keys.
-    fn said(&self, value: Value, speaker: &str, speech: &str) -> Result<(String, String)> {
+    fn said(&self, value: Value, train: bool, notes: &mut Notes) -> Result<Message> {
         let Value::Object(mut turn) = value else {
-            let expected = format!("{{{speaker}: …, {speech}: …}}");
+            let expected = "{role: …, content: …} or {from: …, value: …}";
             bail!(self.bad("is not an object").expected(expected).found(shown(&value)));
         };
-        self.refuse_tools(&turn, speaker)?;
-        let mut part = |key: &str| match turn.remove(key) {
-            Some(Value::String(text)) => Ok(text),
-            other => {
-                let found = other.map_or("nothing".into(), |value| shown(&value));
-                bail!(self.bad(format!("has no text as its {key}")).expected("a string").found(found))
-            }
-        };
-        Ok((part(speaker)?, part(speech)?))
+        self.refuse_tools(&turn)?;
+        let role = self.role(&mut turn)?;
+        let content = self.content(&mut turn)?;
+        let asked = self.training(&mut turn, role, notes)?;
+        for (key, _) in turn.iter().filter(|(_, value)| !is_nothing(value)) {
+            notes.unused_key(key, self.place);
+        }
+        Ok(Message { train: asked.unwrap_or(train), ..Message::new(role, content) })
     }
 
-    fn refuse_tools(&self, turn: &Map<String, Value>, speaker: &str) -> Result<()> {
-        let role = turn.get(speaker).and_then(Value::as_str).filter(|role| TOOL_ROLES.contains(role));
-        // Exports write null or an empty list where a turn calls nothing.
-        let calls =
-            |key: &&&str| turn.get(**key).is_some_and(|v| !v.is_null() && v.as_array().is_none_or(|l| !l.is_empty()));
-        let found = role.map(|role| format!("{speaker}: {role}"));
-        let Some(found) = found.or_else(|| TOOL_KEYS.iter().find(calls).map(|key| (*key).to_owned())) else {
-            return Ok(());
+    /// The role that the speaker is.
+    fn role(&self, turn: &mut Map<String, Value>) -> Result<&'static str> {
+        let named = self.take(turn, SPEAKER)?.into_iter().map(|(key, value)| {
+            let Value::String(name) = value else {
+                bail!(self.bad(format!("has no text as its {key}")).expected("a string").found(shown(&value)));
+            };
+            let role = ROLES.iter().find(|(known, _)| *known == name).map(|(_, role)| *role);
+            let verb = if key == "from" { "is from" } else { "has the role" };
+            let expected = "human or user, gpt or assistant (also chatgpt, bard, model), system";
+            role.ok_or_else(|| self.bad(format!("{verb} {name:?}")).expected(expected).into())
+        });
+        let roles: Vec<&'static str> = named.collect::<Result<_>>()?;
+        match roles[..] {
+            [role] => Ok(role),
+            [role, other] if role == other => Ok(role),
+            _ => bail!(
+                self.bad(format!("has the role {} and is from the {}", roles[0], roles[1])).expected("one speaker")
+            ),
+        }
+    }
+
+    /// The text that was said.
+    fn content(&self, turn: &mut Map<String, Value>) -> Result<String> {
+        let said = self.take(turn, SPEECH)?.into_iter().map(|(key, value)| self.text(key, value));
+        let mut texts: Vec<String> = said.collect::<Result<_>>()?;
+        if texts.len() == 2 && texts[0] != texts[1] {
+            bail!(self.bad("has a content and another value").expected("one text, under content or under value"));
+        }
+        Ok(texts.swap_remove(0))
+    }
+
+    /// Takes both of two keys out of a turn; null is absent, and one of them must be there.
+    fn take(&self, turn: &mut Map<String, Value>, keys: [&'static str; 2]) -> Result<Vec<(&'static str, Value)>> {
+        let there = keys.map(|key| (key, turn.shift_remove(key)));
+        let name = there.iter().find(|(_, value)| value.is_some()).map_or(keys[0], |(key, _)| *key);
+        let null = there.iter().any(|(_, value)| value.is_some());
+        let given: Vec<_> =
+            there.into_iter().filter_map(|(key, value)| Some((key, value.filter(|v| !v.is_null())?))).collect();
+        if given.is_empty() {
+            let found = if null { "null" } else { "nothing" };
+            bail!(self.bad(format!("has no text as its {name}")).expected("a string").found(found));
+        }
+        Ok(given)
+    }
+
+    /// A text, or the texts of a list of parts in one, as chat templates of transformers write such a list.
+    fn text(&self, key: &str, value: Value) -> Result<String> {
+        let no_text = |value: &Value| {
+            self.bad(format!("has no text as its {key}"))
+                .expected("a string, or a list of {type: text, text: …}")
+                .found(shown(value))
         };
+        let parts = match value {
+            Value::String(text) => return Ok(text),
+            Value::Array(parts) => parts,
+            other => bail!(no_text(&other)),
+        };
+        let mut text = String::new();
+        for part in &parts {
+            let kind = part.get("type").and_then(Value::as_str);
+            match part.as_str().or_else(|| part.get("text").and_then(Value::as_str)) {
+                Some(said) if kind.is_none_or(|kind| TEXT_PARTS.contains(&kind)) => text.push_str(said),
+                _ => match kind {
+                    Some(kind) if !TEXT_PARTS.contains(&kind) => bail!(
+                        self.bad(format!("has a part of the type {kind:?} in its {key}"))
+                            .expected("parts of text: {type: text, text: …}")
+                            .hint("models of text see no images, audio or files: leave such rows out, or write what matters as text")
+                    ),
+                    _ => bail!(no_text(&Value::Array(parts))),
+                },
+            }
+        }
+        Ok(text)
+    }
+
+    /// What the turn's keys say of training on it; `None` where they say nothing. On turns that are not the assistant's, which are never
+    /// trained, they are taken out alike.
+    fn training(&self, turn: &mut Map<String, Value>, role: &str, notes: &mut Notes) -> Result<Option<bool>> {
+        let mut asked: Option<(&str, bool)> = None;
+        for key in TRAINING {
+            let Some(value) = turn.shift_remove(key).filter(|value| !value.is_null()) else { continue };
+            let answer = match &value {
+                Value::Bool(answer) => Some(*answer),
+                Value::Number(number) => {
+                    let number = number.as_f64();
+                    [(0.0, false), (1.0, true)].into_iter().find(|(n, _)| number == Some(*n)).map(|(_, answer)| answer)
+                }
+                _ => None,
+            };
+            if role != "assistant" {
+                match answer {
+                    Some(false) => {}
+                    Some(true) => notes.not_trained(key, self.place),
+                    None => notes.unused_key(key, self.place),
+                }
+                continue;
+            }
+            let Some(answer) = answer else {
+                bail!(
+                    self.bad(format!("has a {key} that says neither whether the turn is trained nor that it is not"))
+                        .expected("0 or 1, false or true")
+                        .found(shown(&value))
+                        .hint("turns are trained or not, there is no share between: round it, or rename a key that means something else")
+                );
+            };
+            match asked {
+                Some((other, said)) if said != answer => bail!(
+                    self.bad(format!("is trained by one key and not by another: {other} and {key}"))
+                        .expected("keys that agree")
+                        .found(format!("{other} for {said}, {key} for {answer}"))
+                ),
+                _ => asked = Some((key, answer)),
+            }
+        }
+        Ok(asked.map(|(_, answer)| answer))
+    }
+
+    fn refuse_tools(&self, turn: &Map<String, Value>) -> Result<()> {
+        let speaks = |key: &&str| {
+            let role = turn.get(*key)?.as_str()?;
+            TOOL_ROLES.contains(&role).then(|| format!("{key}: {role}"))
+        };
+        let calls = |key: &&&str| turn.get(**key).is_some_and(|value| !is_nothing(value));
+        let calls = || TOOL_KEYS.iter().find(calls).map(|key| (*key).to_owned());
+        let Some(found) = SPEAKER.iter().find_map(speaks).or_else(calls) else { return Ok(()) };
         let error =
             self.bad("is a tool's: tool turns are not supported").expected("turns of system, user and assistant");
         bail!(error.found(found).hint("leave out the rows that use tools"))
+    }
+}
+
+/// Returns true for what exports write where a key has no value: null, and empty texts, lists and objects.
+fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::Bool(_) | Value::Number(_) => false,
     }
 }
 
@@ -102,8 +244,8 @@ pub fn history(value: Value, place: &Place) -> Result<Vec<Message>> {
         let [user, assistant] = <[Value; 2]>::try_from(pair).map_err(|pair| {
             place.bad(format!("{what} has {} texts", pair.len())).expected("two: the user's and the assistant's")
         })?;
-        messages.push(message("user", text(user, &what, place)?));
-        messages.push(message("assistant", text(assistant, &what, place)?));
+        messages.push(Message::new("user", text(user, &what, place)?));
+        messages.push(Message::new("assistant", text(assistant, &what, place)?));
     }
     Ok(messages)
 }

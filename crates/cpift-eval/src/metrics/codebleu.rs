@@ -139,7 +139,7 @@ fn corpus(counts: &[Counts]) -> Option<Figure> {
     let left_out: Vec<f64> = (0..n).map(without).collect();
     let mean = left_out.iter().sum::<f64>() / n as f64;
     let squares: f64 = left_out.iter().map(|v| (v - mean).powi(2)).sum();
-    let stderr = if n > 1 { (squares * (n - 1) as f64 / n as f64).sqrt() } else { 0.0 };
+    let stderr = (n > 1).then(|| (squares * (n - 1) as f64 / n as f64).sqrt());
     let figure = |total| Figure { name: "corpus_codebleu".to_owned(), value: value(total), stderr, n: n as u64 };
     before.last().filter(|_| n > 0).copied().map(figure)
 }
@@ -166,7 +166,8 @@ mod tests {
         assert_eq!((figure.value, figure.n), (both.score(NoDataFlow::CountsOne).codebleu, 2));
         // Of two, each left out in turn: half the distance of the two values.
         let [a, b] = pairs.map(|p| p.score(NoDataFlow::CountsOne).codebleu);
-        assert!((figure.stderr - (a - b).abs() / 2.0).abs() < 1e-12, "{figure:?}");
+        assert!((figure.stderr.unwrap() - (a - b).abs() / 2.0).abs() < 1e-12, "{figure:?}");
+        assert_eq!(corpus(&pairs[..1]).unwrap().stderr, None);
         assert_eq!(corpus(&[]), None);
     }
 }

@@ -29,8 +29,8 @@ impl Loss {
     /// exp(nll); its standard error by the delta method, exp(nll) · stderr. None where that is more than a number can hold.
     pub fn perplexity(&self) -> Option<Figure> {
         let value = self.nll.value.exp();
-        let stderr = value * self.nll.stderr;
-        let finite = value.is_finite() && stderr.is_finite();
+        let stderr = self.nll.stderr.map(|stderr| value * stderr);
+        let finite = value.is_finite() && stderr.is_none_or(f64::is_finite);
         finite.then(|| Figure { name: "perplexity".into(), value, stderr, n: self.nll.n })
     }
 }
@@ -65,6 +65,6 @@ fn ratio(losses: &[ExampleLoss]) -> Figure {
     let value = losses.iter().map(|l| l.nll).sum::<f64>() / targets;
     let n = losses.len() as f64;
     let squares: f64 = losses.iter().map(|l| (l.nll - value * l.targets as f64).powi(2)).sum();
-    let stderr = if n > 1.0 { (squares * n / (n - 1.0)).sqrt() / targets } else { 0.0 };
+    let stderr = (n > 1.0).then(|| (squares * n / (n - 1.0)).sqrt() / targets);
     Figure { name: "nll".into(), value, stderr, n: losses.len() as u64 }
 }

@@ -200,7 +200,7 @@ impl Folder {
 
 /// The score of a task on four rows; without a metric where there is none.
 pub fn task_score(task: &str, metric: Option<Figure>) -> TaskScore {
-    let nll = Figure { name: "nll".into(), value: 2.0, stderr: 0.1, n: 4 };
+    let nll = Figure { name: "nll".into(), value: 2.0, stderr: Some(0.1), n: 4 };
     let settings = BTreeMap::from([("rows".to_owned(), json!(4)), ("truncated".to_owned(), json!(0))]);
     TaskScore { task: task.into(), eval_digest: Digest::blank(), metric, also: BTreeMap::new(), nll, settings }
 }
