@@ -38,7 +38,8 @@ def special_map(**keys: object) -> dict:
     return {"special_tokens_map.json": keys}
 
 
-FIXED = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 3, "pad_type_id": 0, "pad_token": "<pad>"}
+FIXED = {"strategy": {"Fixed": 70}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 3, "pad_type_id": 0,
+         "pad_token": "<pad>"}
 SHORT = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
 
 # NAME: (files, merged into tokenizer.json)
@@ -67,7 +68,8 @@ VARIANTS = {
     "extra_and_additional": (config(extra_special_tokens=["<|a|>"], additional_special_tokens=["<|b|>"]), {}),
     "empty_extra_and_additional": (config(extra_special_tokens=[], additional_special_tokens=["<|b|>"]), {}),
     "own_token_keys": (config(image_token="<|a|>", boi_token="<s>", eos_token="</s>", add_bos_token=True), {}),
-    "map_wins": (config(bos_token="<s>", eos_token="<s>", pad_token="<pad>") | special_map(eos_token="</s>", pad_token=mapped("<|a|>")), {}),
+    "map_wins": (config(bos_token="<s>", eos_token="<s>", pad_token="<pad>")
+                 | special_map(eos_token="</s>", pad_token=mapped("<|a|>")), {}),
     "map_null_wins": (config(bos_token="<s>", eos_token="</s>") | special_map(bos_token=None, unk_token="<unk>"), {}),
     "map_only": (special_map(bos_token=mapped("<s>"), eos_token=mapped("<|a|>", rstrip=True), pad_token="<pad>"), {}),
     "map_additional": (config(eos_token="</s>") | special_map(additional_special_tokens=["<|b|>", "<|a|>"]), {}),

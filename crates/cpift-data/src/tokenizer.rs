@@ -4,7 +4,7 @@
 //! | file | counts |
 //! | --- | --- |
 //! | tokenizer.json | always; its padding names the pad token where no other file has the key |
-//! | tokenizer_config.json | always: `bos_token` and the like, `extra_special_tokens` or `additional_special_tokens`, `added_tokens_decoder` |
+//! | tokenizer_config.json | always: `bos_token` and the like, `extra_special_tokens` or the older `additional_special_tokens` |
 //! | special_tokens_map.json | without `added_tokens_decoder` only, and then its keys win, nulls too |
 //! | added_tokens.json | without `added_tokens_decoder` only |
 
@@ -61,7 +61,7 @@ impl FolderTokenizer {
         // As in transformers, truncation and padding left in the file by an earlier training run do not count.
         tokenizer.with_truncation(None).map_err(|e| BadInput::new(&path, format!("cannot be used: {e}")))?;
         tokenizer.with_padding(None);
-        let tokens = declared.to_add(&tokenizer);
+        let tokens = declared.into_tokens(&tokenizer);
         let tokenizer = catch_unwind(AssertUnwindSafe(move || {
             tokenizer.add_tokens(&tokens);
             tokenizer.set_encode_special_tokens(split);
@@ -169,11 +169,9 @@ impl Declared {
         if let Some(padding) = tokenizer.get_padding() {
             keys.named.entry("pad_token".into()).or_insert_with(|| Some(AddedToken::from(&padding.pad_token, true)));
         }
-        let by_content: BTreeMap<&str, &AddedToken> = decoder.values().map(|t| (t.content.as_str(), t)).collect();
         let mut named = Vec::new();
         for key in NAMED {
             if let Some(Some(token)) = keys.named.get(key) {
-                let token = by_content.get(token.content.as_str()).map_or(token, |known| *known);
                 named.push((key.to_owned(), token.clone()));
             }
         }
@@ -183,7 +181,7 @@ impl Declared {
     }
 
     /// The tokens to hand to the library, which leaves known ones alone and gives new ones the next ids.
-    fn to_add(self, tokenizer: &Tokenizer) -> Vec<AddedToken> {
+    fn into_tokens(self, tokenizer: &Tokenizer) -> Vec<AddedToken> {
         let mut known: BTreeSet<String> =
             tokenizer.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
         known.extend(self.decoder.values().map(|token| token.content.clone()));
