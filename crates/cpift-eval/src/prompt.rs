@@ -111,10 +111,18 @@ impl<'a> Prompter<'a> {
     fn within_context(&self, text: String, mut ids: Vec<i64>, answer: usize) -> Result<Prompt> {
         let context = self.context;
         if answer >= context {
-            return Err(usage(format!(
-                "an answer of {} ({answer} tokens) leaves no room for a prompt in the model's context of {context}",
-                self.task.name
-            )));
+            let task = &self.task.name;
+            return Err(usage(match self.task.metric {
+                TaskMetric::Choice => {
+                    format!(
+                        "an option of {task} ({answer} tokens) leaves no room for a prompt in the model's context of {context}"
+                    )
+                }
+                _ => format!(
+                    "max_new_tokens of {task} is {answer} (256 where tasks.toml does not say), which leaves no room for a prompt in the \
+                     model's context of {context} tokens\n  hint: set max_new_tokens in tasks.toml, or --max-new-tokens, below {context}"
+                ),
+            }));
         }
         let cut = ids.len().saturating_sub(context - answer);
         ids.drain(..cut);

@@ -110,7 +110,7 @@ fn runs_on_other_rows_are_not_compared() {
     let mut scores = read_json(&a.join("scores.json"));
     scores["format_version"] = json!(99);
     fs::write(a.join("scores.json"), scores.to_string()).unwrap();
-    f.compare(&[args[0]]).bad_input(&["scores.json", "expected: 1", "found: 99"]);
+    f.compare(&[args[0]]).bad_input(&["scores.json", "expected: 2", "found: 99"]);
 }
 
 #[test]
@@ -126,16 +126,16 @@ fn rows_without_the_fields_their_metric_needs_are_refused() {
     for (bad, part) in [
         (row("pick 0", "A"), "choices"),
         (with(json!(["x", "y"]), json!(2)), "index from 0 to 1"),
-        (with(json!(["x", "y"]), json!("A")), "found: \"A\""),
+        (with(json!(["x", "y"]), json!("C")), "found: \"C\""),
     ] {
         write_rows(&file, &[good.clone(), bad]);
         f.eval("out", &[]).bad_input(&["pick/eval.jsonl", "line 2", part]);
         assert!(!f.out("out").exists());
     }
     let mut numeric = row("say x", "x");
-    numeric["answer"] = json!(5);
+    numeric["answer"] = json!([5]);
     write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &[numeric]);
-    f.eval("out", &[]).bad_input(&["copy/eval.jsonl", "line 1", "a string"]);
+    f.eval("out", &[]).bad_input(&["copy/eval.jsonl", "line 1", "a text or a number"]);
 }
 
 /// Whatever is wrong with the last task is told before the first one is scored, which leaves a line with its loss.
@@ -146,6 +146,8 @@ fn all_tasks_are_checked_before_any_is_scored() {
     let good = question("pick 0", json!(["x", "y"]), 0);
     let mut empty = row("say x", "x");
     empty["answer"] = json!(" ");
+    let mut truth = row("say x", "x");
+    truth["answer"] = json!(true);
     let cases = [
         ("choice", "", [good.clone(), row("pick 0", "A")], 3, "line 2: the field choices"),
         ("choice", "split = '('", [good.clone(), good.clone()], 3, "split is not a regular expression"),
@@ -153,8 +155,9 @@ fn all_tasks_are_checked_before_any_is_scored() {
         ("codebleu", "language = 'cobol'", [row("q", "a"), row("q", "a")], 3, "found: cobol"),
         ("codebleu", "max_new_tokens = 4", [row("q", "a"), row("q", "a")], 3, "language"),
         ("contains", "max_new_tokens = 4", [row("q", "a"), empty], 3, "line 2: the field answer"),
-        ("exact-match", "max_new_tokens = 4", [row("q", "a"), good], 3, "line 2: the field answer"),
+        ("exact-match", "max_new_tokens = 4", [row("q", "a"), truth], 3, "line 2: the field answer"),
         ("judge", "max_new_tokens = 128", [row("q", "a"), row("q", "a")], 2, "leaves no room"),
+        ("judge", "", [row("q", "a"), row("q", "a")], 2, "max_new_tokens of pick is 256"),
         ("nll", "max_length = 4", [row("q", "a"), row("q", "a")], 3, "no example has an assistant token"),
     ];
     let first = task("copy", "metric = 'exact-match'\nmax_new_tokens = 4");

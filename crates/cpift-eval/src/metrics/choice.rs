@@ -9,52 +9,11 @@ use cpift_torch::session::Session;
 use log::warn;
 use serde_json::{Map, Value, json};
 
-use super::{Grade, Lines, NOT_FINITE, Scored, Settings, field_error};
+use super::options::{Choices, choices};
+use super::{Grade, Lines, NOT_FINITE, Scored, Settings};
 use crate::prompt::{Prompt, PromptStyle, Prompter};
 
-/// The options of a row.
-pub struct Choices {
-    /// Their texts, without letters.
-    pub options: Vec<String>,
-    answer: usize,
-}
-
-impl Choices {
-    /// A, B, … for each option.
-    pub fn letters(&self) -> impl Iterator<Item = char> {
-        ('A'..='Z').take(self.options.len())
-    }
-
-    /// The right option.
-    pub fn right(&self) -> &str {
-        &self.options[self.answer]
-    }
-}
-
-/// `choices` and `answer` of a row.
-///
-/// # Errors
-/// [`cpift_core::BadInput`] naming the row and the field that is missing or does not fit.
-pub fn choices(task: &Task, row: &Row) -> Result<Choices> {
-    let null = Value::Null;
-    let list = row.fields.get("choices").unwrap_or(&null);
-    let answer = row.fields.get("answer").unwrap_or(&null);
-    let texts = list.as_array().map(|list| list.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
-    let options = match texts.flatten() {
-        Some(texts) if (2..=26).contains(&texts.len()) => texts.into_iter().map(str::to_owned).collect(),
-        _ => return Err(field_error(task, row, "choices", "a list of 2 to 26 options, each a text", list).into()),
-    };
-    let options: Vec<String> = options;
-    match answer.as_u64().map(|index| index as usize).filter(|index| *index < options.len()) {
-        Some(answer) => Ok(Choices { options, answer }),
-        None => {
-            let expected = format!("an index from 0 to {}", options.len() - 1);
-            Err(field_error(task, row, "answer", &expected, answer).into())
-        }
-    }
-}
-
-/// Checks that every row can be asked, and warns where its prompt has the options twice.
+/// Checks that every row can be asked, and warns where its prompt has the options twice or its last turn has another answer.
 ///
 /// # Errors
 /// As [`choices`] and [`Prompter::prompt`].
@@ -67,6 +26,16 @@ pub fn check(prompter: &Prompter<'_>, task: &Task, rows: &[Row]) -> Result<()> {
             task.name,
             row.place,
             task.listed_in.display()
+        );
+    }
+    let other = |row: &Row| Some((row.place.clone(), choices(task, row).ok()?.other_letter(row)?));
+    let others: Vec<_> = rows.iter().filter_map(other).collect();
+    if let Some((place, letter)) = others.first() {
+        warn!(
+            "{}: the last turn of {} rows answers with the letter of another option than the field answer names, first {place} with \
+             {letter}\n  hint: an index counts from 0",
+            task.name,
+            others.len()
         );
     }
     Ok(())

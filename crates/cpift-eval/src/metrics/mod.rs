@@ -8,20 +8,21 @@ mod exact_match;
 mod gsm8k;
 mod judge;
 mod loss;
+mod options;
 mod rouge;
 
-pub use choice::choices;
 pub use gsm8k::{flexible_extract, normalise, strict_match};
 pub use loss::{Loss, encoded, loss};
+pub use options::choices;
 
 use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::scores::Figure;
 use cpift_core::tasks::{Task, TaskMetric};
-use cpift_data::{ChatText, MaxLength, Row};
+use cpift_data::{ChatText, MaxLength, Row, shown};
 use cpift_torch::generate::Sampling;
 use cpift_torch::session::Session;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Number, Value, json};
 
 use crate::answers::answers;
 use crate::prompt::Prompter;
@@ -182,12 +183,13 @@ impl Lines {
     }
 }
 
-/// `answer` of the row, or its last message. Every answer would hold an empty one.
+/// `answer` of the row, a text or a number, or its last message. Every answer would hold an empty one.
 fn reference(task: &Task, row: &Row) -> Result<String> {
     let text = match row.fields.get("answer") {
-        None => row.reference().to_owned(),
+        None | Some(Value::Null) => row.reference().to_owned(),
         Some(Value::String(text)) => text.clone(),
-        Some(other) => return Err(field_error(task, row, "answer", "a string", other).into()),
+        Some(Value::Number(number)) => number_text(number),
+        Some(other) => return Err(field_error(task, row, "answer", "a text or a number", other).into()),
     };
     if task.metric == TaskMetric::Contains && text.trim().is_empty() {
         return Err(field_error(task, row, "answer", "a text to look for", &json!(text)).into());
@@ -195,9 +197,54 @@ fn reference(task: &Task, row: &Row) -> Result<String> {
     Ok(text)
 }
 
+/// The shortest text of a number: 42 for 42 and 42.0.
+fn number_text(number: &Number) -> String {
+    match number.as_f64() {
+        Some(0.0) => "0".to_owned(),
+        Some(value) if number.is_f64() => value.to_string(),
+        _ => number.to_string(),
+    }
+}
+
 fn field_error(task: &Task, row: &Row, field: &str, expected: &str, found: &Value) -> BadInput {
     row.place
         .bad(format!("the field {field} does not fit the metric of {}", task.name))
         .expected(expected)
-        .found(found.to_string())
+        .found(shown(found))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cpift_data::{Message, Place};
+
+    #[test]
+    fn references_are_texts_and_numbers_in_their_shortest_form() {
+        let task: Task = serde_json::from_value(
+            json!({"name": "t", "train": "d.jsonl", "eval": "d.jsonl", "metric": "exact-match"}),
+        )
+        .unwrap();
+        let of = |fields: Value| {
+            let messages = vec![Message::new("user", "q"), Message::new("assistant", "last")];
+            let fields = fields.as_object().unwrap().clone();
+            reference(&task, &Row { messages, fields, place: Place::default() }).map_err(|e| e.to_string())
+        };
+        for (answer, expected) in [
+            (json!(42), "42"),
+            (json!(42.0), "42"),
+            (json!(-7.0), "-7"),
+            (json!(-0.0), "0"),
+            (json!(0.1), "0.1"),
+            (json!(1e-7), "0.0000001"),
+            (json!(9_007_199_254_740_993_i64), "9007199254740993"),
+            (json!(" a"), " a"),
+            (Value::Null, "last"),
+        ] {
+            assert_eq!(of(json!({"answer": answer})).unwrap(), expected, "{answer}");
+        }
+        assert_eq!(of(json!({})).unwrap(), "last");
+        for other in [json!(true), json!(["a"]), json!({"a": 1})] {
+            assert!(of(json!({"answer": other})).unwrap_err().contains("a text or a number"), "{other}");
+        }
+    }
 }
