@@ -96,7 +96,7 @@ reproduce: ## The paper's table on the interference suite: CPI-FT, its baselines
 forgetting: ## One task after another, every ordered pair: what the first loses, by method
 ablate: ## CPI-FT with a part left out or changed
 schedules: ## The four orders of the groups
-stages: ## Stages against one mixed stage
+stages: ## The last stages on the mixture, on each group's own rows, or one mixed stage
 sweep-p: ## The size of the core regions
 sweep-tau: ## The threshold of similarity
 imbalance: ## A task with 1, 5, 20 % of its rows

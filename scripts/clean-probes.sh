@@ -9,7 +9,7 @@ stop() { echo "clean-probes: $1" >&2; exit 2; }
 # A run without CPI-FT (METHODS) merges nothing.
 merges=1
 methods=$(grep -E '^ *METHODS=' "$run/settings/variables" 2> /dev/null || true)
-[ -z "$methods" ] || grep -qE '[= ]cpi-ft( |$)' <<< "$methods" || merges=
+[ -z "$methods" ] || grep -qE '[= ]cpi-ft(-group)?( |$)' <<< "$methods" || merges=
 [ -z "$merges" ] || [ -f "$run/fused/cpift.json" ] || stop "$run/fused is not there yet: the probes are still needed"
 shopt -s nullglob
 probes=("$run"/probes/*/cpift.json)

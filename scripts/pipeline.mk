@@ -2,13 +2,15 @@
 #
 #   BASE=DIR TASKS=FILE RUN=DIR    the base checkpoint, the task list, the folder for everything that is made
 #   METHODS    what is compared with the base: by default "full-sft capped-mixture cpi-ft-plus", the second of which did best where all were
-#       tried, the third of all that isolate cores; "full-sft multi-stage cpi-ft" are the paper's
+#       tried, the third of all that isolate cores; "full-sft multi-stage cpi-ft" are the paper's. cpi-ft-group is cpi-ft with a last stage in
+#       which each group trains on its own rows, not on the balanced mixture of all tasks.
 #   PROBE_TOKENS, BACKBONE_TOKENS, FINAL_TOKENS    budgets in tokens: of each probe, of the backbone (of cpi-ft-plus: of the mixture that it
 #       starts from), of the last stage. All other methods get the sum: number of tasks x PROBE + BACKBONE + FINAL.
 #   CAP    the most rows of a task in capped-mixture and cpi-ft-plus; where no task has more, capped-mixture is full-sft again
 #   PLUS_LR    the rate of the last stage of cpi-ft-plus, in which each group's own core alone moves (default: a third of that in TRAIN_FLAGS)
 #   P, SCOPE, TAU, ORDER, SEED     core regions and groups
-#   The defaults of the budgets, P and TAU are for CPI-FT as published where METHODS has cpi-ft, else for cpi-ft-plus: short probes, large cores.
+#   The defaults of the budgets, P and TAU are for CPI-FT as published where METHODS has cpi-ft or cpi-ft-group, else for cpi-ft-plus: short
+#       probes, large cores.
 #       Probes and masks are shared: to compare both methods at their best, give each a run of its own, with the budgets named.
 #   TRAIN_FLAGS, FINAL_FLAGS, GROUP_FLAGS, MERGE_FLAGS, EVAL_FLAGS    more arguments
 #   THREADS    threads of each program; `make -j2` runs two at a time
@@ -27,7 +29,7 @@ METHODS ?= full-sft capped-mixture cpi-ft-plus
 # Each once.
 unique = $(if $(1),$(firstword $(1)) $(call unique,$(filter-out $(firstword $(1)),$(1))))
 override METHODS := $(strip $(call unique,$(METHODS)))
-published = $(if $(filter cpi-ft,$(METHODS)),$(1),$(2))
+published = $(if $(filter cpi-ft cpi-ft-group,$(METHODS)),$(1),$(2))
 PROBE_TOKENS ?= $(call published,200000,30000)
 BACKBONE_TOKENS ?= $(call published,400000,1300000)
 FINAL_TOKENS ?= $(call published,200000,150000)
@@ -60,7 +62,7 @@ TOTAL_TOKENS := $(shell echo $$(($(words $(NAMES)) * $(PROBE_TOKENS) + $(BACKBON
 MASKS := $(NAMES:%=$(RUN)/masks/%.safetensors)
 PROBES := $(NAMES:%=$(RUN)/probes/%/cpift.json)
 SCORES := $(patsubst %,$(RUN)/scores/%/scores.json,base $(METHODS))
-KNOWN := full-sft multi-stage cpi-ft capped-mixture cpi-ft-plus
+KNOWN := full-sft multi-stage cpi-ft cpi-ft-group capped-mixture cpi-ft-plus
 $(if $(strip $(METHODS)),,$(error METHODS is empty: name some of $(KNOWN)))
 $(foreach m,$(METHODS),$(if $(filter $(m),$(KNOWN)),,$(error METHODS: $(m) is none of $(KNOWN))))
 $(if $(filter --only --only=%,$(EVAL_FLAGS)),$(error EVAL_FLAGS: --only is set here: each task is scored on its own))
@@ -69,10 +71,14 @@ mask_args := $(foreach n,$(NAMES),--mask $(n)=$(RUN)/masks/$(n).safetensors)
 task_args := $(foreach n,$(NAMES),--task $(n)=$(RUN)/probes/$(n))
 common := --threads $(THREADS) --force
 
-# Runs a program with its log and its state in RUN/logs; on a terminal or in a CI log the reader sees one line for each artifact.
+# Runs a program with its log and its state in RUN/logs. The reader sees a line for each artifact when it is made, with its time, and step and
+# loss of what trains. DUE, asked of make when the first artifact is begun, is the names of all that this call makes, STARTED when that was.
 tab := $(shell printf '\t')
-run = @$(if $(GRAPH),$(1)$(tab)$@$(tab)$^$(tab)$(strip $(2)) $(common),$(if $(ONLY),$(if $(filter $@,$(ONLY)),,$(call refuse,$@)))$(3) scripts/stage.sh \
-	$(RUN)/logs/$(1) $(BIN)/$(2) $(common))
+run = @$(if $(GRAPH),$(1)$(tab)$@$(tab)$^$(tab)$(strip $(2)) $(common),$(if $(ONLY),$(if $(filter $@,$(ONLY)),,$(call refuse,$@)))$(3) \
+	STARTED=$(STARTED) DUE='$(DUE)' scripts/stage.sh $(RUN)/logs/$(1) $(BIN)/$(2) $(common))
+DUE = $(eval DUE := $$(shell MAKEFLAGS= MAKELEVEL= $$(MAKE) -sn $(if $(findstring B,$(firstword -$(MAKEFLAGS))),-B) --no-print-directory \
+	-f $$(firstword $$(MAKEFILE_LIST)) $$(MAKEOVERRIDES) GRAPH=1 $$(MAKECMDGOALS) | cut -s -f 1))$(DUE)
+STARTED = $(eval STARTED := $$(shell date +%s.%N))$(STARTED)
 refuse = echo "pipeline: $(1) is missing or older than what it is made of, and not this job's to make" >&2; exit 1;
 
 # The settings of each stage are inputs too: a stamp that is rewritten only when they change. Where nothing may be written, by ONLY
@@ -101,7 +107,8 @@ BACKBONE_SET := $(call stamp,backbone,$(BASE) $(BACKBONE_TOKENS) $(SEED) $(TRAIN
 FUSED_SET := $(call stamp,fused,$(BASE) $(MERGE_FLAGS))
 MIXTURE_SET := $(call stamp,mixture,$(BASE) $(BACKBONE_TOKENS) $(CAP) $(SEED) $(TRAIN_FLAGS))
 PLUS_SET := $(call stamp,plus,$(FINAL_TOKENS) $(CAP) $(PLUS_LR) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
-FINAL_SET := $(call stamp,final,$(FINAL_TOKENS) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
+# mixed: runs from before that was the rows of cpi-ft's last stage are made again.
+FINAL_SET := $(call stamp,final,mixed $(FINAL_TOKENS) $(SEED) $(TRAIN_FLAGS) $(FINAL_FLAGS))
 BASELINE_SET := $(call stamp,baselines,$(BASE) $(TOTAL_TOKENS) $(SEED) $(TRAIN_FLAGS))
 CAPPED_SET := $(call stamp,capped-mixture,$(BASE) $(TOTAL_TOKENS) $(CAP) $(SEED) $(TRAIN_FLAGS))
 TABLE_SET := $(call stamp,table,$(METHODS))
@@ -135,9 +142,15 @@ $(RUN)/fused/cpift.json: $(RUN)/backbone/cpift.json $(RUN)/groups.json $(MASKS) 
 	$(call run,fused,cpift-merge cpi --base $(BASE) --backbone $(RUN)/backbone --groups $(RUN)/groups.json \
 		$(task_args) $(mask_args) --out $(RUN)/fused $(MERGE_FLAGS))
 
-$(RUN)/cpi-ft/cpift.json: $(RUN)/fused/cpift.json $(RUN)/groups.json $(MASKS) $(TRAIN) $(TASKS) $(FINAL_SET)
-	$(call run,cpi-ft,cpift-train run --model $(RUN)/fused --base $(BASE) --tasks $(TASKS) --groups $(RUN)/groups.json \
-		$(mask_args) --out $(RUN)/cpi-ft --tokens $(FINAL_TOKENS) --seed $(SEED) --resume $(TRAIN_FLAGS) $(FINAL_FLAGS))
+# The last stage: earlier cores frozen, on the balanced mixture of all tasks, or on each group's own rows.
+define final_rule
+$(RUN)/$(1)/cpift.json: $(RUN)/fused/cpift.json $(RUN)/groups.json $(MASKS) $(TRAIN) $(TASKS) $(FINAL_SET)
+	$$(call run,$(1),cpift-train run --model $$(RUN)/fused --base $$(BASE) --tasks $$(TASKS) --groups $$(RUN)/groups.json \
+		$$(mask_args) --out $$(RUN)/$(1) --stage-data $(2) --tokens $$(FINAL_TOKENS) --seed $$(SEED) --resume $$(TRAIN_FLAGS) \
+		$$(FINAL_FLAGS))
+endef
+$(eval $(call final_rule,cpi-ft,mixed))
+$(eval $(call final_rule,cpi-ft-group,group))
 
 # A mixture in which no task has more than so many rows instead of stages and fusion; last, only the groups' own cores move.
 $(RUN)/mixture/cpift.json: $(TRAIN) $(TASKS) $(BASE_FILES) $(MIXTURE_SET)

@@ -1,28 +1,88 @@
 #!/usr/bin/env bash
 # stage.sh RUN/logs/NAME PROGRAM [ARGUMENT…]: runs one stage for scripts/pipeline.mk. NAME.log gets what it says, NAME.state
-# whether it is running (host, process, Slurm job) or how it ended. A warning (SIGTERM, SIGINT) is passed on, so that training saves its state.
+# whether it is running (host, process, Slurm job) or how it ended (exit code, time). A warning (SIGTERM, SIGINT) is passed on, so that training
+# saves its state.
+#
+# Prints a line when the stage is done: how many of DUE (the names of what this call of make makes) are done since STARTED, and the
+# seconds this one took. Until then step and loss of what trains: on a terminal one line for all that runs, rewritten each second; in
+# a log a line now and then, the longer the stage runs the less often (the first after PROGRESS=10 seconds, none where that is 0).
 set -uo pipefail
 path=$1
 shift
 name=${path##*/}
-mkdir -p "${path%/*}"
+logs=${path%/*}
+DUE=${DUE:-$name} STARTED=${STARTED:-0} PROGRESS=${PROGRESS:-10}
+mkdir -p "$logs"
 # Renamed into place: a reader never sees half a line.
 state() { printf '%s\n' "$*" > "$path.state.$$" && mv "$path.state.$$" "$path.state"; }
+now() { date +%s.%N; }
+begun=$(now)
+seconds() { LC_ALL=C awk -v a="$begun" -v b="$1" 'BEGIN { printf b - a < 100 ? "%.1f" : "%.0f", b - a }'; }
 
-echo "$name"
+# The number of DUE that is done by the time $1, then the names of what is running.
+of_due() {
+    local n files=()
+    for n in $DUE; do [ ! -e "$logs/$n.state" ] || files+=("$logs/$n.state"); done
+    LC_ALL=C awk -v from="$STARTED" -v to="$1" '
+        $1 == "exit" && $2 == 0 && $3 >= from && $3 <= to { done++ }
+        $1 == "running" { name = FILENAME; sub(/.*\//, "", name); sub(/\.state$/, "", name); running = running " " name }
+        END { print done + 0 running }' "${files[@]}" < /dev/null 2> /dev/null
+}
+# Stage, step and loss of the last step that a log has, or nothing.
+last_step() { grep -oE '^(stage [0-9]+/[0-9]+|[^ ]+).* step [0-9]+/[0-9]+ loss [^ ]+' "$1" 2> /dev/null | tail -n 1 | sed -E 's/ \([^)]*\) step/ step/'; }
+
+# All that runs, on one line.
+live() {
+    local n names line all='' width
+    read -ra names <<< "$(of_due "$(now)")"
+    for n in "${names[@]:1}"; do
+        line=$(last_step "$logs/$n.log")
+        all+="; $n${line:+ ${line#"$n" }}"
+    done
+    line="[${names[0]}/$(wc -w <<< "$DUE")] ${all:2}"
+    width=$(stty size 2> /dev/null < /dev/tty | cut -d ' ' -f 2)
+    printf '\r\033[K%s' "${line:0:$((${width:-80} - 1))}"
+}
+# Until the process $1 has ended; sleep holds no output open.
+report() {
+    local next=$PROGRESS said='' line
+    local begun=$SECONDS
+    while sleep 1 < /dev/null > /dev/null 2>&1 && kill -0 "$1" 2> /dev/null; do
+        if [ -t 1 ]; then
+            live
+        elif [ $((SECONDS - begun)) -ge "$next" ]; then
+            line=$(last_step "$path.log")
+            [ -z "$line" ] || [ "$line" = "$said" ] || printf '        %-24s%s\n' "$name" "$line"
+            said=$line next=$(((SECONDS - begun) * 3 / 2))
+        fi
+    done
+}
+
 # What an interrupted or failed attempt said is kept.
-[ "$(cat "$path.state" 2> /dev/null)" = "exit 0" ] || [ ! -e "$path.log" ] || mv -f "$path.log" "$path.before.log"
+[[ "$(cat "$path.state" 2> /dev/null)" == "exit 0"* ]] || [ ! -e "$path.log" ] || mv -f "$path.log" "$path.before.log"
 child='' told=''
 trap 'told=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM INT
 "$@" > "$path.log" 2>&1 &
 child=$!
 [ -z "$told" ] || kill -TERM "$child"
 state running "$(hostname)" "$child" "${SLURM_JOB_ID:--}"
+reporter=
+[ "$PROGRESS" = 0 ] || { report "$child" & reporter=$!; disown; }
 # `wait` also returns when a signal has been passed on; of a child that has ended it gives the code again.
 while kill -0 "$child" 2> /dev/null; do wait "$child"; done
 wait "$child"
 code=$?
-state exit "$code"
+ended=$(now)
+state exit "$code" "$ended"
+[ -z "$reporter" ] || kill "$reporter" 2> /dev/null
 [ -z "${STAGE_CODE:-}" ] || echo "$code" > "$STAGE_CODE"
-[ "$code" = 0 ] || tail -n 20 "$path.log" >&2
+clear=
+[ ! -t 1 ] || clear=$'\r\033[K'
+if [ "$code" = 0 ]; then
+    total=$(wc -w <<< "$DUE")
+    printf '%s[%*d/%d] %-24s%6s s\n' "$clear" "${#total}" "$(of_due "$ended" | cut -d ' ' -f 1)" "$total" "$name" "$(seconds "$ended")"
+else
+    printf '%s%s: exit code %d after %s s\n' "$clear" "$name" "$code" "$(seconds "$ended")"
+    tail -n 20 "$path.log" >&2
+fi
 exit "$code"

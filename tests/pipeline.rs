@@ -60,7 +60,13 @@ impl Pipeline {
             .unwrap();
         let stdout = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "make\n{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
-        let mut made: Vec<String> = stdout.lines().filter(|l| !l.starts_with("make")).map(str::to_owned).collect();
+        let made: Vec<(String, String)> = stdout.lines().filter_map(made_line).collect();
+        // Each is counted once, and there are as many as were announced.
+        let mut counts: Vec<String> = made.iter().map(|(count, _)| count.clone()).collect();
+        counts.sort_by_key(|count| count.split('/').next().unwrap().parse::<usize>().unwrap());
+        let expected: Vec<String> = (1..=made.len()).map(|k| format!("{k}/{}", made.len())).collect();
+        assert_eq!(counts, expected, "{stdout}");
+        let mut made: Vec<String> = made.into_iter().map(|(_, name)| name).collect();
         made.sort();
         made
     }
@@ -73,6 +79,14 @@ impl Pipeline {
         let groups: Value = serde_json::from_str(&fs::read_to_string(self.path("run/groups.json")).unwrap()).unwrap();
         groups["groups"].as_array().unwrap().iter().map(|g| g[0].as_str().unwrap().to_owned()).collect()
     }
+}
+
+/// Count and name of a line like `[ 3/20] probe-copy    1.2 s`; none where it is of make's own.
+fn made_line(line: &str) -> Option<(String, String)> {
+    let (count, rest) = line.strip_prefix('[')?.split_once("] ")?;
+    let [name, seconds, "s"] = rest.split_whitespace().collect::<Vec<_>>()[..] else { panic!("{line}") };
+    assert!(seconds.parse::<f64>().is_ok(), "{line}");
+    Some((count.trim().to_owned(), name.to_owned()))
 }
 
 /// Element `i` of an F32 tensor.
@@ -115,10 +129,30 @@ fn assert_frozen(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
     assert_eq!(stages.len(), 3);
 }
 
+/// The last stage of cpi-ft saw the balanced mixture in every stage, that of cpi-ft-group each group's own rows; both from one fused model,
+/// with one budget.
+fn assert_rows_of_the_last_stages(p: &Pipeline) {
+    let of = |name: &str| -> (Value, Vec<u64>, Value) {
+        let text = fs::read_to_string(p.path("run").join(name).join("cpift.json")).unwrap();
+        let record: Value = serde_json::from_str(&text).unwrap();
+        let stages = record["facts"]["stages"].as_array().unwrap().iter();
+        let examples = stages.map(|s| s["examples"].as_u64().unwrap()).collect();
+        assert!(record["arguments"].as_array().unwrap().windows(2).any(|w| w == ["--tokens", "1200"]), "{text}");
+        (record["facts"]["stage_data"].clone(), examples, record["inputs"]["model"]["digest"].clone())
+    };
+    let (mixed, group) = (of("cpi-ft"), of("cpi-ft-group"));
+    assert_eq!((mixed.0.as_str(), group.0.as_str()), (Some("mixed"), Some("group")));
+    let all: u64 = group.1.iter().sum();
+    assert_eq!(mixed.1, [all; 3]);
+    assert_eq!(group.1, [all / 3; 3]);
+    assert_eq!(mixed.2, group.2);
+}
+
 #[test]
 fn the_whole_pipeline() {
     let p = Pipeline::new();
-    let made = p.make("run");
+    let all = ["METHODS=full-sft multi-stage cpi-ft cpi-ft-group"];
+    let made = p.make_with("run", &all);
     for part in [
         "probe-copy",
         "mask-pick",
@@ -126,6 +160,7 @@ fn the_whole_pipeline() {
         "backbone",
         "fused",
         "cpi-ft",
+        "cpi-ft-group",
         "full-sft",
         "multi-stage",
         "score-cpi-ft.pick",
@@ -134,22 +169,23 @@ fn the_whole_pipeline() {
         assert!(made.iter().any(|m| m == part), "{part} in {made:?}");
     }
     let table = fs::read_to_string(p.path("run/table.md")).unwrap();
-    assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 6, "{table}");
+    assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 7, "{table}");
     assert!(fs::read_to_string(p.path("run/groups.svg")).unwrap().starts_with("<svg"));
     let masks: BTreeMap<&str, Mask> =
         TASKS.iter().map(|t| (*t, Mask::open(&p.path(&format!("run/masks/{t}.safetensors"))).unwrap())).collect();
     assert_transplanted(&p, &masks);
     assert_frozen(&p, &masks);
+    assert_rows_of_the_last_stages(&p);
 
-    assert!(p.make("run").is_empty(), "nothing is left to do");
+    assert!(p.make_with("run", &all).is_empty(), "nothing is left to do");
     // A comma parts the arguments of make's own functions.
-    p.make("again,here");
-    for model in ["probes/copy", "backbone", "fused", "cpi-ft", "full-sft", "multi-stage"] {
+    p.make_with("again,here", &all);
+    for model in ["probes/copy", "backbone", "fused", "cpi-ft", "cpi-ft-group", "full-sft", "multi-stage"] {
         let bytes = |run: &str| fs::read(p.path(run).join(model).join("model.safetensors")).unwrap();
         assert_eq!(bytes("run"), bytes("again,here"), "{model} is the same on a rerun");
     }
     fs::remove_dir_all(p.path("run/probes")).unwrap();
-    assert!(p.make("run").is_empty(), "probes may go once masks and fused model are made");
+    assert!(p.make_with("run", &all).is_empty(), "probes may go once masks and fused model are made");
 }
 
 #[test]
@@ -266,7 +302,11 @@ fn the_default_is_what_did_best_and_the_published_method_is_one_setting_away() {
     let published = planned(&p, &["METHODS=full-sft multi-stage cpi-ft"]);
     assert!(!published.contains_key("capped-mixture") && !published.contains_key("mixture"), "{published:?}");
     says(&published, "full-sft", &["--tokens 1200000"]);
-    says(&published, "cpi-ft", &["--tokens 200000"]);
+    says(&published, "cpi-ft", &["--tokens 200000", "--stage-data mixed"]);
+    let group = planned(&p, &["METHODS=cpi-ft-group", "FINAL_FLAGS=--lr 1e-4"]);
+    says(&group, "cpi-ft-group", &["--tokens 200000", "--stage-data group", "--lr 1e-4"]);
+    says(&group, "mask-pick", &["--percent 1"]);
+    assert!(!group.contains_key("cpi-ft") && !group.contains_key("mixture"), "{group:?}");
     says(&published, "mask-pick", &["--percent 1"]);
     says(&published, "groups", &["--tau 0.1"]);
 }

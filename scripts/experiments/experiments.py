@@ -114,16 +114,17 @@ CONTROLS = {
     "capped mixture": lambda lab: lab.capped(),
 }
 CPI_FT = {"CPI-FT": lambda lab: lab.cpi_ft()}
+GROUP_STAGES = {"CPI-FT, group stages": lambda lab: lab.cpi_ft("group-stages", data="group")}
 OURS = {"CPI-FT+": lambda lab: lab.ours()}
 
 
-PAIRED = {"full SFT": "full-sft", "core frozen": "freeze", "CPI-FT": "cpi-ft", "EPI": "epi", "own cores": "own-cores",
-          "replay of 5 %": "replay", "core frozen, replay": "freeze-replay", "EPI, replay": "epi-replay",
+PAIRED = {"full SFT": "full-sft", "core frozen": "freeze", "CPI-FT": "cpi-ft", "CPI-FT, group stages": "cpi-ft-group", "EPI": "epi",
+          "own cores": "own-cores", "replay of 5 %": "replay", "core frozen, replay": "freeze-replay", "EPI, replay": "epi-replay",
           "own cores, replay": "own-cores-replay"}
 
 
 def reproduce(s):
-    methods = BASELINES | CPI_FT | CONTROLS | AFTER | OURS
+    methods = BASELINES | CPI_FT | GROUP_STAGES | CONTROLS | AFTER | OURS
     methods = {name: methods[name] for name in s.suite.get("methods", methods)}
     return Table("Methods at one budget", "Does CPI-FT beat full and multi-stage SFT that see as many tokens?",
                  rows(s.labs(), methods), s.suite.get("baseline", "full SFT"))
@@ -175,8 +176,9 @@ def low_data(s):
 
 
 def stages(s):
-    methods = CPI_FT | {"CPI-FT, one mixed stage": lambda lab: lab.cpi_ft("mixed", final=["--stage-data", "mixed"])}
-    return Table("Stages against one mixed stage", "Do the stages of the last step beat a mixed one?", rows(s.labs(), methods), "CPI-FT")
+    methods = CPI_FT | GROUP_STAGES | {"CPI-FT, one mixed stage": lambda lab: lab.cpi_ft("one-stage", stages=False)}
+    return Table("Rows and number of the last stages", "Do stages on each group's own rows, or one stage that freezes nothing, do better?",
+                 rows(s.labs(), methods), "CPI-FT")
 
 
 def schedules(s):
@@ -186,7 +188,7 @@ def schedules(s):
 
 
 def ablate(s):
-    methods = CPI_FT | {
+    methods = CPI_FT | GROUP_STAGES | {
         "no transplant": lambda lab: lab.cpi_ft("no-transplant", transplant=False),
         "no SLERP": lambda lab: lab.cpi_ft("no-slerp", merge=["--omega", "0"]),
         "no freezing": CONTROLS["CPI-FT, no freezing"],

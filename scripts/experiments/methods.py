@@ -91,9 +91,10 @@ class Lab:
     def lora(self):
         return self.full_sft("--lora-rank", 16, *self.suite.get("lora", []), name="lora")
 
-    def cpi_ft(self, name="cpi-ft", masks="core", order=None, backbone="multi-stage", transplant=True, freeze=True, merge=(),
-               final=(), **how):
-        """CPI-FT as published: probes, groups, fusion into the backbone, stages with earlier cores frozen. `how` is that of the masks."""
+    def cpi_ft(self, name="cpi-ft", masks="core", order=None, backbone="multi-stage", transplant=True, freeze=True, stages=True,
+               data="mixed", merge=(), **how):
+        """CPI-FT as published: probes, groups, fusion into the backbone, stages with earlier cores frozen on the balanced mixture of all
+        tasks, or (`data="group"`) on each group's own rows; without `stages`, one stage on that mixture. `how` is that of the masks."""
         core = self.masks(**how)
         groups = self.groups(core, order=order)
         back = self.backbone(groups, backbone)
@@ -103,9 +104,11 @@ class Lab:
         fused = self.fused(core, groups, back, *merge, fisher=how.get("fisher", False)) if transplant else self.blended(back)
         # Without a backbone to train, the last stage has its tokens.
         tokens = self.budget["final"] + (self.budget["backbone"] if back is self.base else 0)
+        if not stages:
+            return self.train(f"{name}-s{self.seed}", fused, tokens, "--sample", "balanced")
         if not freeze:
-            return self.staged(f"{name}-s{self.seed}", groups, tokens, "--sample", "balanced", *final, model=fused)
-        return self.isolated(f"{name}-s{self.seed}", fused, core, groups, tokens, *final)
+            return self.staged(f"{name}-s{self.seed}", groups, tokens, "--sample", "balanced", "--stage-data", data, model=fused)
+        return self.isolated(f"{name}-s{self.seed}", fused, core, groups, tokens, "--stage-data", data)
 
     def backbone(self, groups, kind):
         tokens = self.budget["backbone"]
@@ -175,7 +178,7 @@ class Lab:
             flags = ["--groups", groups, "--isolation", "evolving", "--sample", "all", *self.suite.get("epi", []), *again]
             return first, self.train(f"then-{how}-{stem}", self.base, 2 * tokens, *flags, tasks=[a, b])
         if how.startswith("freeze"):
-            more = ["--sample", "all", *again]
+            more = ["--sample", "all", "--stage-data", "group", *again]
             return first, self.isolated(f"then-{how}-{stem}", self.base, masks, groups, rest, *more, tasks=[a, b])
         if how.startswith("own-cores"):
             masks = {task: self.mask(task, p=self.suite["own_p"]) for task in (a, b)}
@@ -187,7 +190,8 @@ class Lab:
         names = [part for task in (a, b) for part in ("--task", Named(task, self.probe(task)))]
         fused = Step(self.store, f"then-fused-{stem}", "cpift-merge", "cpi", "--base", self.base, "--groups", groups, *names,
                      *self.mask_arguments(masks), "--backbone", backbone)
-        return first, self.isolated(f"then-cpi-ft-{stem}", fused, masks, groups, rest - rest // 2, tasks=[a, b])
+        data = "group" if how.endswith("group") else "mixed"
+        return first, self.isolated(f"then-{how}-{stem}", fused, masks, groups, rest - rest // 2, "--stage-data", data, tasks=[a, b])
 
     def scores(self, model, tasks=None):
         """The evaluation of a model, or of the base."""

@@ -32,7 +32,8 @@ pub enum Command {
     ///
     /// With groups there is one stage for each group, in the order of groups.json, and the budget (--steps or --tokens) is shared
     /// equally. In stage k every element that is core to a task of an earlier group keeps its bits (as --master
-    /// and --save-dtype have it). The optimizer starts afresh in every stage. The output is a Hugging Face folder with metrics.jsonl
+    /// and --save-dtype have it). With masks every stage trains on the same balanced mixture of all tasks, without them on the rows of its
+    /// own group (--stage-data). The optimizer starts afresh in every stage. The output is a Hugging Face folder with metrics.jsonl
     /// (while it is at work, in OUT.checkpoints) and cpift.json.
     Run(Box<RunArgs>),
     /// Print the memory and the disk that training takes, computed before anything is loaded, and what would make it fit
@@ -140,9 +141,10 @@ pub struct RunArgs {
     /// LoRA's α [default: twice the rank]
     #[arg(long, value_name = "F", requires = "lora_rank")]
     pub lora_alpha: Option<f64>,
-    /// The rows of a stage: `group`, those of the group's own tasks; `mixed`, those of all tasks
-    #[arg(long, value_enum, default_value_t = StageData::Group)]
-    pub stage_data: StageData,
+    /// Rows of a stage: `mixed`, those of all tasks; `group`, those of the group's own tasks [default: mixed where --mask freezes the
+    /// cores of earlier groups, CPI-FT's last stage; group with --no-freeze, --isolation evolving, --train only-cores or --replay]
+    #[arg(long, value_enum, value_name = "WHICH", overrides_with = "stage_data")]
+    pub stage_data: Option<StageData>,
     /// How many rows of each task: `balanced` (its `sample` in tasks.toml; default the smallest task's rows, at most 1000),
     /// `all`, or a number [default: balanced when freezing, else all]
     #[arg(long, value_name = "balanced|all|N")]
@@ -200,6 +202,8 @@ impl RunArgs {
             "--replay must be 0 to 1"
         } else if self.replay > 0.0 && self.groups.is_none() {
             "--replay needs --groups: without stages no task is an earlier one"
+        } else if self.replay > 0.0 && self.stage_data == Some(StageData::Mixed) {
+            "--replay adds rows of earlier tasks to the group's own: it does not go with --stage-data mixed, which has the rows of all"
         } else if self.lora_rank == Some(0) || self.lora_alpha.is_some_and(|a| !(a.is_finite() && a > 0.0)) {
             "--lora-rank and --lora-alpha must be positive"
         } else if self.lora_rank.is_some() && evolving {
@@ -209,15 +213,33 @@ impl RunArgs {
         };
         Err(usage(problem))
     }
+
+    /// Rows of a stage: as given, else as the method that the other arguments ask for is defined.
+    #[must_use]
+    pub fn stage_data(&self) -> StageData {
+        let last_stage = !self.masks.is_empty() && self.train == Trained::All && self.replay == 0.0;
+        self.stage_data.unwrap_or(if last_stage { StageData::Mixed } else { StageData::Group })
+    }
 }
 
-/// Which tasks' rows a stage sees.
+/// Tasks whose rows a stage sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum StageData {
-    /// The group's own.
+    /// Those of the group.
     Group,
-    /// All tasks'.
+    /// All.
     Mixed,
+}
+
+impl StageData {
+    /// As typed.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Group => "group",
+            Self::Mixed => "mixed",
+        }
+    }
 }
 
 /// How many rows each task gives.

@@ -199,7 +199,7 @@ fn plan_stages(
         let mut take = |name: &String| if shared { examples.get(name).cloned() } else { examples.remove(name) };
         names.iter().flat_map(|name| take(name).expect("a task is in one group")).collect()
     };
-    let mixed: Option<Rc<[Example]>> = (args.stage_data == StageData::Mixed).then(|| of(&every).into());
+    let mixed: Option<Rc<[Example]>> = (args.stage_data() == StageData::Mixed).then(|| of(&every).into());
     let mut stages = Vec::new();
     for (k, group) in groups.iter().enumerate() {
         let earlier = groups[..k].concat();

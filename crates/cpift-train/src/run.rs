@@ -55,6 +55,9 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
             recorder.input(role.as_str(), path, digest.clone());
         }
         recorder.fact("tokens", tokens(reports));
+        if args.groups.is_some() {
+            recorder.fact("stage_data", args.stage_data().name());
+        }
         recorder.fact("stages", summaries(reports));
     })?;
     let Some(reports) = written else { return Ok(()) };

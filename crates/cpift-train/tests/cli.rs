@@ -23,12 +23,24 @@ fn the_cores_of_earlier_groups_keep_their_bits_in_f32_and_bf16() {
             &["--groups", first, "--no-freeze", "--steps", "4", "--save-dtype", name, "--sample", "balanced"],
         )
         .ok();
-        f.staged("staged", &["--steps", "8", "--save-dtype", name]).ok();
+        f.staged("staged", &["--steps", "8", "--save-dtype", name, "--stage-data", "group"]).ok();
         let stages = f.facts("staged")["stages"].clone();
         assert_eq!(stages[0]["frozen_elements"], 0);
         assert_eq!(stages[1]["frozen_tasks"], serde_json::json!(["count"]));
         assert_frozen(&f.read("first"), &f.read("staged"));
     }
+}
+
+#[test]
+fn the_cores_of_earlier_groups_keep_their_bits_on_mixed_rows() {
+    let f = Fixture::with_base(&with_negative_zeros(Dtype::F32));
+    let groups = f.path("groups.json");
+    // A second stage at a rate that moves nothing leaves what the first one made of the same rows.
+    let first = ["--groups", groups.to_str().unwrap(), "--no-freeze", "--stage-data", "mixed", "--sample", "balanced"];
+    let same = ["--steps", "8", "--weight-decay", "0"];
+    f.train("first", &[&first[..], &same, &["--stage-lr", "1e-2,1e-40"]].concat()).ok();
+    f.staged("staged", &same).ok();
+    assert_frozen(&f.read("first"), &f.read("staged"));
 }
 
 #[test]
@@ -66,7 +78,7 @@ fn stages_see_their_groups_rows_or_all_and_samples_are_balanced() {
     let examples = |out: &str| -> Vec<u64> {
         f.facts(out)["stages"].as_array().unwrap().iter().map(|s| s["examples"].as_u64().unwrap()).collect()
     };
-    f.staged("group", &["--steps", "2", "--sample", "5"]).ok();
+    f.staged("group", &["--steps", "2", "--sample", "5", "--stage-data", "group"]).ok();
     assert_eq!(examples("group"), [5, 10]);
     f.staged("mixed", &["--steps", "2", "--sample", "5", "--stage-data", "mixed"]).ok();
     assert_eq!(examples("mixed"), [15, 15]);
@@ -75,7 +87,47 @@ fn stages_see_their_groups_rows_or_all_and_samples_are_balanced() {
     fs::write(f.path("data/copy/train.jsonl"), few.lines().take(7).map(|l| format!("{l}\n")).collect::<String>())
         .unwrap();
     f.staged("balanced", &["--steps", "2"]).ok();
-    assert_eq!(examples("balanced"), [7, 14]);
+    assert_eq!(examples("balanced"), [21, 21]);
+    f.staged("balanced-group", &["--steps", "2", "--stage-data", "group"]).ok();
+    assert_eq!(examples("balanced-group"), [7, 14]);
+}
+
+#[test]
+fn the_last_stage_is_mixed_and_every_other_method_keeps_its_rows() {
+    let f = Fixture::new();
+    let groups = f.path("groups.json");
+    let plain = ["--groups", groups.to_str().unwrap()];
+    let masks = f.stages();
+    let masks: Vec<&str> = masks.iter().map(String::as_str).collect();
+    // Arguments, the rows that they mean, and the rows of each stage.
+    let cases: [(&[&str], &[&str], &str, [u64; 2]); 8] = [
+        (&masks, &[], "mixed", [15, 15]),
+        (&masks, &["--stage-data", "group"], "group", [5, 10]),
+        (&masks, &["--train", "only-cores"], "group", [5, 10]),
+        (&masks, &["--replay", "0.2"], "group", [5, 11]),
+        (&plain, &["--no-freeze"], "group", [5, 10]),
+        (&plain, &["--isolation", "evolving"], "group", [5, 10]),
+        (&plain, &["--no-freeze", "--stage-data", "mixed"], "mixed", [15, 15]),
+        // Where it is given twice, the last one counts, as of --lr: flags after those of the pipeline win.
+        (&masks, &["--stage-data", "mixed", "--stage-data", "group"], "group", [5, 10]),
+    ];
+    for (k, (first, more, data, rows)) in cases.into_iter().enumerate() {
+        let out = format!("out{k}");
+        f.train(&out, &[first, more, &["--steps", "2", "--sample", "5"]].concat()).ok();
+        let facts = f.facts(&out);
+        assert_eq!(facts["stage_data"], data, "{more:?}");
+        let found: Vec<u64> =
+            facts["stages"].as_array().unwrap().iter().map(|s| s["examples"].as_u64().unwrap()).collect();
+        assert_eq!(found, rows, "{more:?}");
+    }
+    f.staged("said", &["--steps", "2", "--sample", "5", "--stage-data", "mixed"]).ok();
+    let bytes = |out: &str| fs::read(f.path("runs").join(out).join("model.safetensors")).unwrap();
+    assert!(bytes("out0") == bytes("said") && bytes("out0") != bytes("out1"));
+    // All rows are in the mixture: none can be replayed.
+    f.staged("both", &["--steps", "2", "--replay", "0.5", "--stage-data", "mixed"])
+        .usage_error(&["--replay", "--stage-data mixed"]);
+    f.train("sft", &["--steps", "1"]).ok();
+    assert!(f.facts("sft")["stage_data"].is_null(), "one stage over all tasks has no such choice");
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn the_cores_of_earlier_groups_keep_their_bits_under_every_option() {
         write_groups(&first, &f.base, &[&["count"]], &[]);
         let only = ["--groups", first.to_str().unwrap(), "--no-freeze", "--steps", "4", "--sample", "balanced"];
         f.train(&format!("first-{i}"), &[&only[..], &options].concat()).ok();
-        f.staged(&format!("staged-{i}"), &[&["--steps", "8"], &options[..]].concat()).ok();
+        f.staged(&format!("staged-{i}"), &[&["--steps", "8", "--stage-data", "group"], &options[..]].concat()).ok();
         assert!(f.facts(&format!("staged-{i}"))["stages"][1]["frozen_elements"].as_u64() > Some(0));
         assert_frozen(&f.read(&format!("first-{i}")), &f.read(&format!("staged-{i}")));
     }

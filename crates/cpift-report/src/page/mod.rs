@@ -25,7 +25,7 @@ pub use scores::compared;
 
 /// The methods as the pipeline names them, in the order a reader expects; others stand between these by name.
 const FIRST: [&str; 3] = ["base", "full-sft", "multi-stage"];
-const LAST: [&str; 5] = ["backbone", "fused", "cpi-ft", "mixture", "cpi-ft-plus"];
+const LAST: [&str; 6] = ["backbone", "fused", "cpi-ft-group", "cpi-ft", "mixture", "cpi-ft-plus"];
 
 /// A part of the page.
 struct Section {
