@@ -87,7 +87,12 @@ mod tests {
         ] {
             assert_eq!(parse(reply), Rating::Rated(4.0), "{reply}");
         }
-        for reply in ["<think>Rating: [[4]]", "Rating: [[4]]</think>", "<think>[[4]]</think>[4]"] {
+        for reply in [
+            "<think>Rating: [[4]]",
+            "Rating: [[4]]</think>",
+            "<think>[[4]]</think>[4]",
+            "[[9]]<think></think>[[2]]</think>",
+        ] {
             assert_eq!(parse(reply), Rating::Unrated, "{reply}");
         }
     }

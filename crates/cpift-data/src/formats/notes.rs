@@ -53,7 +53,11 @@ impl Notes {
 
     /// Logs a warning for each.
     pub fn log(&self, file: &Path) {
-        let file = file.display();
+        self.warnings().iter().for_each(|warning| warn!("{}: {warning}", file.display()));
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
         for (key, Seen { count, first }) in &self.unused {
             let hint = if REASONING.contains(&key.as_str()) {
                 "the chat template does not see this text and the loss does not count it: write it into the content, in the \
@@ -61,24 +65,85 @@ impl Notes {
             } else {
                 "content and role make the conversation, and weight, train or loss say which turns are trained"
             };
-            warn!("{file}: the key {key} of {}, first in {first}, is not used\n  hint: {hint}", turns(*count));
+            warnings.push(format!("the key {key} of {}, first in {first}, is not used\n  hint: {hint}", turns(*count)));
         }
         for (key, Seen { count, first }) in &self.not_trained {
-            warn!(
-                "{file}: the key {key} asks for training on {} of the system or the user, first in {first}: the loss counts the \
+            warnings.push(format!(
+                "the key {key} asks for training on {} of the system or the user, first in {first}: the loss counts the \
                  assistant's turns only",
                 turns(*count)
-            );
+            ));
         }
         if let Some(Seen { count, first }) = &self.system {
-            warn!(
-                "{file}: {count} rows, the first {first}, have a column system that is another than the system turn of the \
+            warnings.push(format!(
+                "{count} rows, the first {first}, have a column system that is another than the system turn of the \
                  conversation, which is taken"
-            );
+            ));
         }
+        warnings
     }
 }
 
 fn turns(count: usize) -> String {
     if count == 1 { "1 turn".into() } else { format!("{count} turns") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::take_conversation;
+    use cpift_core::tasks::Format;
+    use serde_json::{Value, json};
+
+    /// The warnings of a file with these lists of turns.
+    fn warnings(rows: &[Value]) -> Vec<String> {
+        let mut notes = Notes::default();
+        for (i, row) in rows.iter().enumerate() {
+            let place = Place { file: Path::new("d.jsonl").into(), row: i + 1 };
+            take_conversation(Format::Auto, &mut row.as_object().unwrap().clone(), &place, &mut notes).unwrap();
+        }
+        notes.warnings()
+    }
+
+    #[test]
+    fn a_key_is_warned_of_once_with_its_turns_and_first_row() {
+        let row = |user: Value, assistant: Value| {
+            let (mut user, mut assistant) = (user, assistant);
+            (user["role"], user["content"]) = (json!("user"), json!("q"));
+            (assistant["role"], assistant["content"]) = (json!("assistant"), json!("a"));
+            json!({"messages": [user, assistant]})
+        };
+        let plain =
+            row(json!({"weight": 0, "name": null}), json!({"weight": 1, "tool_calls": [], "id": "", "meta": {}}));
+        assert!(warnings(&[plain.clone(), row(json!({"train": false}), json!({}))]).is_empty());
+        let thinking = row(json!({"name": "Ann"}), json!({"reasoning_content": "so", "weight": 0}));
+        let found = warnings(&[plain.clone(), thinking.clone(), thinking]);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(
+            found[0].starts_with("the key name of 2 turns, first in line 2, is not used\n  hint: content and role")
+        );
+        assert!(found[1].starts_with(
+            "the key reasoning_content of 2 turns, first in line 2, is not used\n  hint: the chat template"
+        ));
+        let found = warnings(&[row(json!({"weight": 1, "loss": 3}), json!({}))]);
+        assert!(found[0].starts_with("the key loss of 1 turn, first in line 1, is not used"), "{found:?}");
+        assert!(
+            found[1]
+                .starts_with("the key weight asks for training on 1 turn of the system or the user, first in line 1")
+        );
+    }
+
+    #[test]
+    fn a_system_column_is_warned_of_where_the_turns_have_another() {
+        let row = |column: &str| {
+            json!({"system": column, "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a"}]})
+        };
+        assert!(warnings(&[row("s"), row("")]).is_empty());
+        let found = warnings(&[row("s"), row("t"), row("u")]);
+        assert!(
+            found.len() == 1 && found[0].starts_with("2 rows, the first line 2, have a column system"),
+            "{found:?}"
+        );
+    }
 }
