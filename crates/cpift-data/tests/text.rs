@@ -179,3 +179,84 @@ fn a_tokenizer_that_the_library_would_panic_on_is_an_error() {
         assert!(message.contains("tokenizer.json: cannot be read"), "{message}");
     }
 }
+
+/// The tiny model with `template` and further keys of tokenizer_config.json.
+fn with_template(dir: &Path, template: &Value, more: Value) -> PathBuf {
+    let model = write_tiny_model(&dir.join("t"), 1);
+    let mut config = json!({"eos_token": "<|im_end|>", "chat_template": template});
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    std::fs::write(model.join("tokenizer_config.json"), config.to_string()).unwrap();
+    model
+}
+
+#[test]
+fn a_turn_that_is_not_trained_is_no_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = ChatText::open(&write_tiny_model(dir.path(), 1), None).unwrap();
+    let mut turns = ["q", "bad", "again", "good"].map(|content| Message::new("user", content));
+    (turns[1].role, turns[3].role) = ("assistant".into(), "assistant".into());
+    turns[1].train = false;
+    let tokens = text.with(&TemplateArgs::new()).tokenise(&turns).unwrap();
+    let trained: Vec<i64> = tokens.ids.iter().zip(&tokens.target).filter(|(_, t)| **t).map(|(id, _)| *id).collect();
+    assert_eq!((text.decode(&trained).unwrap().as_str(), trained.last()), ("good", Some(&257)));
+}
+
+#[test]
+fn reasoning_before_an_answer_is_known_by_the_templates_own_mark() {
+    let dir = tempfile::tempdir().unwrap();
+    let thinks = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}";
+    let none = TemplateArgs::new();
+    for (template, output, answer, reasoning) in [
+        (thinks, "<think>\n1 + 1</think>\n\n 2", "2", Some("<think>\n1 + 1</think>")),
+        (thinks, "so</think>no</think>2", "2", Some("so</think>no</think>")),
+        (thinks, "2", "2", None),
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "a</think>2", "a</think>2", None),
+    ] {
+        let text = ChatText::open(&with_template(dir.path(), &json!(template), json!({})), None).unwrap();
+        let found = text.with(&none).split_reasoning(&text.encode(output).unwrap(), output).unwrap();
+        assert_eq!((found.0.as_str(), found.1.as_deref()), (answer, reasoning), "{output}");
+    }
+}
+
+#[test]
+fn template_arguments_reach_the_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}A{% if \
+                    enable_thinking is defined and enable_thinking is false %}!{% endif %}{% endif %}";
+    let text = ChatText::open(&with_template(dir.path(), &json!(template), json!({})), None).unwrap();
+    let question = [Message::new("user", "q")];
+    let off: TemplateArgs = serde_json::from_value(json!({"enable_thinking": false})).unwrap();
+    assert_eq!(text.with(&TemplateArgs::new()).prompt(&question).unwrap(), "q<|im_end|>A");
+    assert_eq!(text.with(&off).prompt(&question).unwrap(), "q<|im_end|>A!");
+}
+
+#[test]
+fn a_named_template_wins_and_line_ends_are_those_of_jinja() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = json!("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}");
+    let model = with_template(dir.path(), &own, json!({}));
+    let named = dir.path().join("named.jinja");
+    std::fs::write(&named, "{% for m in messages %}[{{ m.content }}]\r\n<|im_end|>\r{% endfor %}").unwrap();
+    let text = ChatText::open(&model, named.to_str()).unwrap();
+    let none = TemplateArgs::new();
+    assert_eq!(text.with(&none).render(&[Message::new("user", "q")], false).unwrap(), "[q]\n<|im_end|>\n");
+    let listed = json!([{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}]);
+    let message = ChatText::open(&with_template(dir.path(), &listed, json!({})), None).err().unwrap().to_string();
+    assert!(message.contains("found: rag, tool_use") && message.contains("hint: "), "{message}");
+}
+
+#[test]
+fn the_end_of_turn_stops_generation_whatever_the_eos() {
+    let dir = tempfile::tempdir().unwrap();
+    let template = json!("{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}");
+    let model = with_template(dir.path(), &template, json!({"eos_token": "<|pad|>"}));
+    std::fs::write(model.join("generation_config.json"), r#"{"eos_token_id": 258, "top_p": 0.5}"#).unwrap();
+    let text = ChatText::open(&model, None).unwrap();
+    assert_eq!((text.eos_ids.as_slice(), text.end_of_turn, text.stop_ids()), (&[258][..], Some(257), vec![258, 257]));
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    text.save(&out).unwrap();
+    let saved: Value =
+        serde_json::from_str(&std::fs::read_to_string(out.join("generation_config.json")).unwrap()).unwrap();
+    assert_eq!(saved, json!({"eos_token_id": [258, 257], "top_p": 0.5}));
+}

@@ -106,3 +106,29 @@ fn options_that_stand_in_a_prompt_twice_are_warned_of_once() {
     write_rows(&file, &[question("Do birds eat cats?", json!(["birds", "cats"]), 0)]);
     assert_eq!(warnings("e", "", "harness"), 0, "words of the question are no options");
 }
+
+#[test]
+fn an_option_is_scored_by_the_tokens_that_the_conversation_has_for_it() {
+    let f = Fixture::new();
+    write_rows(&f.dir.path().join("data/pick/eval.jsonl"), &[question("q", json!(["x", "y"]), 1)]);
+    fs::write(&f.tasks, task("pick", "metric = 'choice'")).unwrap();
+    let config = f.model.join("tokenizer_config.json");
+    let with = |out: &str, answer: &str, prompt: &str| {
+        let template = format!(
+            "{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ '<|im_start|>' + m.content }}}}{{% else %}}{answer}{{% endif %}}\
+             {{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+        );
+        fs::write(&config, json!({"eos_token": "<|im_end|>", "chat_template": template}).to_string()).unwrap();
+        f.eval(out, &[]).ok();
+        outputs(&f.out(out))[0].clone()
+    };
+    // The space before an answer stands in the rendered turn only; the think block is written there too.
+    let spaced = with("a", "{{ ' ' + m.content + '<|im_end|>' }}", "");
+    assert_eq!(spaced["prompt"], "<|im_start|>q ");
+    let block = with("b", "{{ '<think></think>' + m.content + '<|im_end|>' }}", "<think>");
+    assert_eq!(block["prompt"], "<|im_start|>q<think></think>");
+    // The same conversation by a template that has the space in its prompt scores alike.
+    let same = with("c", "{{ ' ' + m.content + '<|im_end|>' }}", " ");
+    assert_eq!(same["log_likelihoods"], spaced["log_likelihoods"]);
+    assert_ne!(same["log_likelihoods"], block["log_likelihoods"]);
+}

@@ -58,9 +58,18 @@ fn read_json(path: &Path) -> Value {
 fn a_probe_is_a_hugging_face_folder_that_moved_and_the_same_on_a_rerun() {
     let f = Fixture::new();
     f.probe(&["--task", "copy"]).ok();
-    let names =
-        ["config.json", "cpift.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    let names = [
+        "config.json",
+        "cpift.json",
+        "generation_config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
     expect_entries(&f.out(), &names);
+    // No file of the base has an eos_token_id; the template ends a turn with <|im_end|>.
+    assert_eq!(read_json(&f.out().join("generation_config.json")), json!({"eos_token_id": [257]}));
     let first = fs::read(f.out().join("model.safetensors")).unwrap();
     let (base, probe) = (read_checkpoint(&f.base), read_checkpoint(&f.out()));
     assert_eq!(base.keys().collect::<Vec<_>>(), probe.keys().collect::<Vec<_>>());
@@ -292,7 +301,7 @@ fn unusable_models_are_refused() {
         &["model.safetensors", "shape", "[259, 32]", "[259, 16]"]
             .map(|p| if p == "model.safetensors" { "base" } else { p }),
     );
-    with_config("vocab_size", json!(100)).bad_input(&["tokenizer", "at most 100", "259"]);
+    with_config("vocab_size", json!(100)).bad_input(&["train.jsonl", "line 1", "has id 256", "embedding has 100 rows"]);
 
     let with_tensors = |change: &dyn Fn(&mut Tensors)| {
         let mut tensors = tiny_weights(1);
