@@ -113,7 +113,7 @@ fn an_index_does_not_leave_its_folder_and_pickles_are_not_opened() {
     for name in ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt", "last.ckpt"] {
         let path = pickled.join(name);
         fs::write(&path, "").unwrap();
-        let refused = |path: &Path| Checkpoint::open(path).err().expect("it is refused").to_string();
+        let refused = |path: &std::path::Path| Checkpoint::open(path).err().expect("it is refused").to_string();
         let mut errors = vec![refused(&path)];
         if name == "consolidated.00.pth" {
             let error = refused(&pickled);

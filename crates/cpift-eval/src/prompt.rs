@@ -183,7 +183,7 @@ impl<'a> Prompter<'a> {
         if self.style == PromptStyle::Harness {
             // As the harness does: cut at the length of the prompt alone.
             let text = self.harness(row)?;
-            let encode = |text: &str| self.encode(text).map_err(|e| unusable(&row.place, &e));
+            let encode = |text: &str| self.encode(text).map_err(|e| anyhow::Error::from(unusable(&row.place, &e)));
             let (start, ids) = (encode(&text)?.len(), encode(&format!("{text}{answer}"))?);
             return Ok((text, ids, start));
         }

@@ -101,8 +101,12 @@ fn merge_hint(base: &str) -> String {
     )
 }
 
-/// Returns true if a tensor of this name is part of a low-rank adapter.
+/// Returns true if a tensor of this name is part of a low-rank adapter in PEFT's form. Names that end in `lora_A` or `lora_B` are those of
+/// this project's own training states, which are read as tensors; PEFT's have `.weight` behind them.
 pub(super) fn is_adapter_tensor(name: &str) -> bool {
+    if name.ends_with(".lora_A") || name.ends_with(".lora_B") {
+        return false;
+    }
     const PARTS: [&str; 6] =
         ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "base_layer"];
     name.split('.').any(|part| PARTS.contains(&part))
