@@ -101,10 +101,10 @@ fn merge_hint(base: &str) -> String {
     )
 }
 
-/// Returns true if a tensor of this name is part of a low-rank adapter in PEFT's form. Names that end in `lora_A` or `lora_B` are those of
-/// this project's own training states, which are read as tensors; PEFT's have `.weight` behind them.
+/// Returns true if a tensor of this name is part of a low-rank adapter in PEFT's form. This project's own training states name an adapter
+/// after the weight it belongs to (`q_proj.weight.lora_A`) and are read as tensors.
 pub(super) fn is_adapter_tensor(name: &str) -> bool {
-    if name.ends_with(".lora_A") || name.ends_with(".lora_B") {
+    if name.contains(".weight.lora_") {
         return false;
     }
     const PARTS: [&str; 6] =
