@@ -100,7 +100,8 @@ fn the_last_stage_is_mixed_and_every_other_method_keeps_its_rows() {
     let masks = f.stages();
     let masks: Vec<&str> = masks.iter().map(String::as_str).collect();
     // Arguments, the rows that they mean, and the rows of each stage.
-    let cases: [(&[&str], &[&str], &str, [u64; 2]); 8] = [
+    type Case<'a> = (&'a [&'a str], &'a [&'a str], &'a str, [u64; 2]);
+    let cases: [Case<'_>; 8] = [
         (&masks, &[], "mixed", [15, 15]),
         (&masks, &["--stage-data", "group"], "group", [5, 10]),
         (&masks, &["--train", "only-cores"], "group", [5, 10]),
