@@ -14,8 +14,11 @@ echo
 cat "$RUN/logs/groups.log"
 echo
 echo "Budget of every method: $total tokens ($count probes x $PROBE_TOKENS + backbone $BACKBONE_TOKENS + final $FINAL_TOKENS)."
-echo "Seen, to the end of a batch: full-sft $(tokens full-sft), multi-stage $(tokens multi-stage)," \
-    "cpi-ft $((probes + $(tokens backbone) + $(tokens cpi-ft))) (probes $probes, backbone $(tokens backbone), final $(tokens cpi-ft))."
+seen="Seen, to the end of a batch: full-sft $(tokens full-sft), multi-stage $(tokens multi-stage)"
+for method in cpi-ft-group cpi-ft; do
+    [ ! -f "$RUN/$method/cpift.json" ] || seen+=", $method $((probes + $(tokens backbone) + $(tokens $method)))"
+done
+echo "$seen (probes $probes, backbone $(tokens backbone))."
 echo
 cat "$RUN/table.md"
 echo
