@@ -107,7 +107,7 @@ impl ChatText {
     /// Token ids of `text`, nothing added.
     ///
     /// # Errors
-    /// What the tokenizer reports.
+    /// Any error that the tokenizer reports.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         Ok(self.encode_offsets(text)?.0)
     }
@@ -115,7 +115,7 @@ impl ChatText {
     /// Token ids of `text` with what the tokenizer puts around a text by itself, such as LLaMA-2's BOS.
     ///
     /// # Errors
-    /// What the tokenizer reports.
+    /// Any error that the tokenizer reports.
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<i64>> {
         let encoding = self.tokenizer.encode(text, true).map_err(|e| anyhow!("tokenizing: {e}"))?;
         let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
@@ -125,7 +125,7 @@ impl ChatText {
     /// Token ids and the bytes of `text` each one stands for.
     ///
     /// # Errors
-    /// What the tokenizer reports.
+    /// Any error that the tokenizer reports.
     pub fn encode_offsets(&self, text: &str) -> Result<(Vec<i64>, Vec<Span>)> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| anyhow!("tokenizing: {e}"))?;
         let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
@@ -141,7 +141,7 @@ impl ChatText {
     /// The text of `ids`, special tokens left out.
     ///
     /// # Errors
-    /// What the tokenizer reports.
+    /// Any error that the tokenizer reports.
     pub fn decode(&self, ids: &[i64]) -> Result<String> {
         let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
         self.tokenizer.decode(&ids, true).map_err(|e| anyhow!("decoding: {e}"))
@@ -263,7 +263,7 @@ impl ChatText {
         let path = self.folder.join(GENERATION_CONFIG);
         let mut generation = read_object(&path)?;
         if !path.is_file() {
-            // What transformers takes from config.json where there is no such file.
+            // transformers takes these from config.json where there is no such file.
             let ids = ["bos_token_id", "eos_token_id", "pad_token_id"];
             generation.extend(ids.iter().filter_map(|key| Some(((*key).to_owned(), config.get(*key)?.clone()))));
         }

@@ -8,7 +8,7 @@ use super::found;
 use crate::error::BadInput;
 use crate::once;
 
-/// What wrappers put before all names.
+/// Prefixes that wrappers put before all names.
 const PREFIXES: [&str; 5] = ["_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.", "_forward_module."];
 
 /// Wrappers of single layers; no module of a model has such a name.
@@ -16,7 +16,7 @@ const INSIDE: [&str; 3] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_w
 
 /// The prefixes of a checkpoint's names.
 pub(super) struct Wrappers {
-    /// What all names begin with, such as `module._orig_mod.`.
+    /// The prefix that all names share, such as `module._orig_mod.`.
     prefix: String,
 }
 

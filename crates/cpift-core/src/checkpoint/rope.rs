@@ -35,7 +35,7 @@ const KNOWN: [&str; 13] = [
 /// Settings that no `rope_type` reads and that published configs have.
 const HARMLESS: [&str; 2] = ["finetuned", "type"];
 
-/// How the rotary frequencies are stretched beyond the trained context; `rope_type` of config.json.
+/// The scaling of rotary frequencies beyond the trained context; `rope_type` of config.json.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// As trained.
@@ -93,7 +93,7 @@ pub struct RopeParameters {
 #[derive(Debug, Clone)]
 pub struct RopeSettings {
     layers: Layers,
-    /// What a user should know about the spelling, each a sentence without the file's name.
+    /// Warnings about the spelling, each a sentence without the file's name.
     pub notes: Vec<String>,
 }
 
@@ -150,7 +150,7 @@ impl RopeSettings {
     }
 }
 
-/// What settings are compared by: settings of layer types that are all alike are those of one for all.
+/// The form in which settings are compared: equal settings of all layer types become one for all.
 #[derive(PartialEq)]
 enum Meaning<'a> {
     Alike(&'a RopeParameters),
