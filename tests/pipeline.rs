@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
 
-use cpift_core::mask::{Mask, bit, count_ones};
+use cpift_core::format::mask::{Mask, bit, count_ones};
 use cpift_testkit::chain::programs;
 use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
 use cpift_testkit::{Tensors, read_checkpoint};

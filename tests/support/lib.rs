@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use cpift_core::Dtype;
-use cpift_core::safetensors::{FileWriter, TensorSpec};
+use cpift_core::format::safetensors::{FileWriter, TensorSpec};
 
 /// A run of a binary that has ended.
 pub struct Run {
@@ -129,7 +129,7 @@ pub struct Tensor {
 impl Tensor {
     /// A tensor of floats, cast to `dtype`.
     pub fn floats(dtype: Dtype, shape: &[usize], values: &[f32]) -> Self {
-        use cpift_core::checkpoint::Float;
+        use cpift_core::format::dtype::Float;
         assert_eq!(values.len(), shape.iter().product::<usize>());
         let mut bytes = Vec::new();
         f32::write(dtype, values, &mut bytes);
@@ -143,7 +143,7 @@ impl Tensor {
 
     /// The elements as f32.
     pub fn values(&self) -> Vec<f32> {
-        use cpift_core::checkpoint::Float;
+        use cpift_core::format::dtype::Float;
         let mut out = vec![0.0; self.bytes.len() / self.dtype.size()];
         f32::read(self.dtype, &self.bytes, &mut out);
         out

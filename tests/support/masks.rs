@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use cpift_core::Checkpoint;
-use cpift_core::checkpoint::Digest;
-use cpift_core::groups::{self, Groups, Order, TauMode};
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{self, Groups, Order, TauMode};
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
 
 /// Writes (or replaces) a mask for the checkpoint `base` in which `chosen` says, for tensor name and flat index, what is set.
 ///

@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use cpift_core::once;
-use cpift_core::{BadInput, json};
+use cpift_core::format::json;
+use cpift_core::{BadInput, log_once};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
@@ -87,7 +87,7 @@ impl ChatText {
                 Some(end) => format!("generation stops at the chat template's {} only", text.tokens(&[end])[0]),
                 None => "generation goes on to its longest answer".to_owned(),
             };
-            once::warn(format!(
+            log_once::warn(format!(
                 "{}: no EOS in tokenizer_config.json, generation_config.json or config.json: {stop}",
                 folder.display()
             ));
@@ -233,10 +233,10 @@ impl ChatText {
         let at = self.folder.display();
         match &self.generation_prompt {
             GenerationPrompt::Template(_) => {}
-            GenerationPrompt::Missing(Some(header)) => once::warn(format!(
+            GenerationPrompt::Missing(Some(header)) => log_once::warn(format!(
                 "{at}: the chat template has no generation prompt: prompts end with {header:?}, which it writes before an answer"
             )),
-            GenerationPrompt::Missing(None) => once::warn(format!(
+            GenerationPrompt::Missing(None) => log_once::warn(format!(
                 "{at}: the chat template has no generation prompt, and the header of an answer cannot be inferred: prompts end with \
                  the user's turn"
             )),
@@ -249,7 +249,7 @@ impl ChatText {
     /// # Errors
     /// I/O errors.
     pub fn save(&self, staged: &Path) -> Result<()> {
-        cpift_core::checkpoint::copy_sidecars(&self.folder, staged)?;
+        cpift_core::format::checkpoint::copy_sidecars(&self.folder, staged)?;
         if self.added_template {
             let path = staged.join("chat_template.jinja");
             fs::write(&path, self.template.source()).with_context(|| format!("writing {}", path.display()))?;

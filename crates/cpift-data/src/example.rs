@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::checkpoint::Digest;
+use cpift_core::format::digest::Digest;
 
 use crate::chat::Chat;
 use crate::place::Place;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::tasks::{Format, Task};
+use cpift_core::format::tasks::{Format, Task};
 
 use super::files::Fields;
 use super::formats::{self, Notes, is_empty_system};

@@ -13,7 +13,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
-use cpift_core::{BadInput, json};
+use cpift_core::BadInput;
+use cpift_core::format::json;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 

@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::tasks::{Format, Tasks};
-use cpift_core::{BadInput, error::exit_code};
+use cpift_core::BadInput;
+use cpift_core::error::exit_code;
+use cpift_core::format::tasks::{Format, Tasks};
 use cpift_data::{Layout, Row, read_rows};
 use serde_json::{Value, json};
 

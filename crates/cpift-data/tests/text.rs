@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cpift_core::tasks::Format;
+use cpift_core::format::tasks::Format;
 
 use cpift_data::{
     ChatTemplate, ChatText, Layout, MaxLength, Message, Overlong, SpecialTokens, TemplateArgs, encode_rows, read_rows,

@@ -1,14 +1,14 @@
 //! Generated answers to the prompts of a task.
 
 use anyhow::Result;
-use cpift_core::progress;
+use cpift_core::run::progress;
 use cpift_data::Row;
 use cpift_torch::generate::{Generated, GenerationOptions, generate};
 use cpift_torch::session::Session;
 use serde_json::{Value, json};
 
 use crate::metrics::Settings;
-use crate::prompt::{Prompt, Prompter};
+use crate::prompt::{Prompt, PromptBuilder};
 
 /// A prompt and what the model wrote after it.
 pub struct Answered {
@@ -42,8 +42,8 @@ pub struct Answers {
 /// Generates an answer to each row.
 ///
 /// # Errors
-/// As [`Prompter::prompt`].
-pub fn answers(session: &Session, prompter: &Prompter<'_>, rows: &[Row], settings: &Settings) -> Result<Answers> {
+/// As [`PromptBuilder::prompt`].
+pub fn answers(session: &Session, prompter: &PromptBuilder<'_>, rows: &[Row], settings: &Settings) -> Result<Answers> {
     let prompts: Vec<Prompt> =
         rows.iter().map(|row| prompter.prompt(row, settings.max_new_tokens)).collect::<Result<_>>()?;
     let prompts_cut = prompts.iter().filter(|p| p.cut > 0).count();

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use cpift_core::Dtype;
-use cpift_core::cli::Common;
 use cpift_core::error::usage;
+use cpift_core::run::cli::Common;
 use cpift_judge::JudgeArgs;
 use cpift_report::{CompareArgs, ExperimentArgs, ReportArgs};
 use cpift_torch::device::DeviceChoice;

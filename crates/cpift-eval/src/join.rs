@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
+use cpift_core::BadInput;
 use cpift_core::error::usage;
-use cpift_core::files::{self, StagedDir, check_not_input, check_output};
-use cpift_core::provenance::{FILE_NAME, Recorder};
-use cpift_core::scores::{FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
-use cpift_core::{BadInput, scores};
+use cpift_core::files::{self, RECORD_NAME, StagedDir, check_not_input, check_output};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::{self, FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
+use cpift_core::record::provenance::Recorder;
+use cpift_core::run::cli::Common;
 use serde_json::json;
 
 use crate::args::JoinArgs;
@@ -79,7 +79,7 @@ pub fn join(args: &JoinArgs, common: &Common) -> Result<()> {
         [args.out.as_path()].into_iter().chain(parts.iter().map(|part| part.folder.as_path())),
         staged.path(),
     )?;
-    recorder.write_to(&staged.path().join(FILE_NAME))?;
+    recorder.write_to(&staged.path().join(RECORD_NAME))?;
     staged.commit()?;
     common.print_json(&json!(joined));
     Ok(())

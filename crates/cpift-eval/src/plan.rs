@@ -1,15 +1,14 @@
 //! What `cpift-eval run` will score: the rows and settings of every task, checked before any of them is scored.
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::tasks::{Task, Tasks};
-use cpift_data::ChatText;
-use cpift_data::{self as data, Layout, Row};
-use cpift_torch::session::Described;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::tasks::{Task, Tasks};
+use cpift_data::{self as data, ChatText, Layout, Row};
+use cpift_torch::session::ModelInfo;
 
 use crate::args::RunArgs;
 use crate::metrics::{self, Settings};
-use crate::prompt::{PromptStyle, Prompter};
+use crate::prompt::{PromptBuilder, PromptStyle};
 
 /// A task to score.
 pub struct TaskPlan {
@@ -34,8 +33,8 @@ impl TaskPlan {
     /// Reads and checks the tasks to score, in the order of tasks.toml.
     ///
     /// # Errors
-    /// [`cpift_core::BadInput`] and [`cpift_core::Usage`] as [`metrics::check`], and for what [`Prompter::new`] refuses.
-    pub fn read(args: &RunArgs, tasks: &Tasks, model: &Described) -> Result<Vec<Self>> {
+    /// [`cpift_core::BadInput`] and [`cpift_core::Usage`] as [`metrics::check`], and for what [`PromptBuilder::new`] refuses.
+    pub fn read(args: &RunArgs, tasks: &Tasks, model: &ModelInfo) -> Result<Vec<Self>> {
         args.only.iter().try_for_each(|name| tasks.named(name).map(drop))?;
         let chosen = tasks.list.iter().filter(|task| args.only.is_empty() || args.only.contains(&task.name));
         let plans: Vec<Self> = chosen.map(|task| Self::of(args, task, model)).collect::<Result<_>>()?;
@@ -47,7 +46,7 @@ impl TaskPlan {
         Ok(plans)
     }
 
-    fn of(args: &RunArgs, task: &Task, model: &Described) -> Result<Self> {
+    fn of(args: &RunArgs, task: &Task, model: &ModelInfo) -> Result<Self> {
         let digest = Digest::of_file(&task.eval)?;
         let layout = Layout::of(task)?;
         let mut rows = data::read_rows(&task.eval, &layout)?;
@@ -66,8 +65,8 @@ impl TaskPlan {
     /// Makes the prompts for a model with this tokenizer and `context`.
     ///
     /// # Errors
-    /// As [`Prompter::new`].
-    pub fn prompter<'a>(&'a self, text: &'a ChatText, context: usize) -> Result<Prompter<'a>> {
-        Prompter::new((text, context), &self.task, self.style, (&self.train, self.few_shot, self.seed))
+    /// As [`PromptBuilder::new`].
+    pub fn prompter<'a>(&'a self, text: &'a ChatText, context: usize) -> Result<PromptBuilder<'a>> {
+        PromptBuilder::new((text, context), &self.task, self.style, (&self.train, self.few_shot, self.seed))
     }
 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use cpift_core::BadInput;
 use cpift_core::error::usage;
-use cpift_core::tasks::{Task, TaskMetric};
+use cpift_core::format::tasks::{Task, TaskMetric};
 use cpift_data::{self as data, Chat, ChatText, Message, Row, unusable};
 use cpift_torch::generate::Generated;
 use rand::SeedableRng;
@@ -48,7 +48,7 @@ pub struct Prompt {
 }
 
 /// Makes the prompts of a task.
-pub struct Prompter<'a> {
+pub struct PromptBuilder<'a> {
     chat: Chat<'a>,
     /// The model's context in tokens.
     context: usize,
@@ -60,7 +60,7 @@ pub struct Prompter<'a> {
     examples: (&'a [Row], usize, u64),
 }
 
-impl<'a> Prompter<'a> {
+impl<'a> PromptBuilder<'a> {
     /// For `task` and a model with this tokenizer and `context`; with `few_shot` examples of `train` before every question, drawn by
     /// `seed`.
     ///
@@ -162,7 +162,7 @@ impl<'a> Prompter<'a> {
     /// template writes, is the prompt's.
     ///
     /// # Errors
-    /// [`BadInput`] as [`Prompter::prompt`], and where no token is left for an answer.
+    /// [`BadInput`] as [`PromptBuilder::prompt`], and where no token is left for an answer.
     pub fn alternatives(&self, row: &Row, answers: &[String]) -> Result<(Prompt, Vec<Vec<i64>>)> {
         let whole: Vec<(String, Vec<i64>, usize)> =
             answers.iter().map(|answer| self.answered(row, answer)).collect::<Result<_>>()?;

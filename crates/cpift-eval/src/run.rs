@@ -7,18 +7,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::Checkpoint;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
-use cpift_core::files::{self, StagedDir, check_output};
-use cpift_core::provenance::{FILE_NAME, Recorder};
-use cpift_core::scores::{self, FORMAT_VERSION, JUDGE, OUTPUTS, Scores, TaskScore};
-use cpift_core::stale::Expected;
-use cpift_core::tasks::{Task, TaskMetric, Tasks};
+use cpift_core::files::{self, RECORD_NAME, StagedDir, check_output};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::{self, FORMAT_VERSION, JUDGE, OUTPUTS, Scores, TaskScore};
+use cpift_core::format::tasks::{Task, TaskMetric, Tasks};
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
+use cpift_core::run::cli::Common;
 use cpift_data::Row;
 use cpift_judge::verdicts;
 use cpift_torch::memory;
 use cpift_torch::score::ExampleLoss;
-use cpift_torch::session::{Described, Session, set_strict_config};
+use cpift_torch::session::{ModelInfo, Session, set_strict_config};
 use log::{info, warn};
 use serde_json::{Value, json};
 use tch::Kind;
@@ -26,7 +26,7 @@ use tch::Kind;
 use crate::args::RunArgs;
 use crate::metrics::{self, Loss, Settings};
 use crate::plan::TaskPlan;
-use crate::prompt::Prompter;
+use crate::prompt::PromptBuilder;
 
 /// The program, for its records.
 pub const STAGE: &str = env!("CARGO_PKG_NAME");
@@ -51,7 +51,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
         // Mapped, and in memory.
         memory::check_address_space(2 * bytes)?;
     }
-    let plans = TaskPlan::read(args, &list, &Described::open(&args.model, list.template()?)?)?;
+    let plans = TaskPlan::read(args, &list, &ModelInfo::open(&args.model, list.template()?)?)?;
     let session = Session::for_inference(&args.model, list.template()?, device, args.kind(device))?;
     recorder.input("model", &args.model, session.digest.clone());
     recorder.input("tasks", &args.tasks, Digest::of_file(&args.tasks)?);
@@ -74,7 +74,7 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     };
     scores.write(&staged.path().join(scores::FILE_NAME), false)?;
     keep_verdicts([args.out.as_path()], staged.path())?;
-    recorder.write_to(&staged.path().join(FILE_NAME))?;
+    recorder.write_to(&staged.path().join(RECORD_NAME))?;
     staged.commit()?;
     common.print_json(&json!(scores));
     Ok(())
@@ -178,7 +178,7 @@ fn warn_of_loss(task: &Task, loss: &Loss, settings: &Settings) {
 }
 
 /// A row of a task that is scored by its loss alone.
-fn line_of_loss(prompter: &Prompter<'_>, row: &Row) -> Result<Value> {
+fn line_of_loss(prompter: &PromptBuilder<'_>, row: &Row) -> Result<Value> {
     Ok(json!({"prompt": prompter.before_the_answer(row)?, "reference": row.reference(), "row": row.place.row}))
 }
 

@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use cpift_core::checkpoint::TensorKind;
-use cpift_core::cli::{Common, Named};
+use cpift_core::format::names::TensorKind;
+use cpift_core::run::cli::{Common, Named};
 
 /// Groups tasks whose core regions overlap, and puts the groups in training order.
 ///

@@ -124,7 +124,7 @@ pub fn help(base: &[f64], probes: &[Vec<f64>]) -> Vec<Vec<f64>> {
 pub fn read_probes(
     folder: &Path,
     tasks: &[String],
-) -> Result<Vec<(PathBuf, Vec<f64>, cpift_core::checkpoint::Digest)>> {
+) -> Result<Vec<(PathBuf, Vec<f64>, cpift_core::format::digest::Digest)>> {
     let read = |task: &String| {
         let file = probe_file(folder, task)?;
         let (losses, digest) = read_losses(&file, tasks, None)?;

@@ -6,21 +6,21 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::checkpoint::Digest;
 use cpift_core::files::StagedFile;
-use cpift_core::groups::{FORMAT_VERSION, Groups, Order, Parting, TauMode};
-use cpift_core::json;
-use cpift_core::provenance::Recorder;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{FORMAT_VERSION, Groups, Order, Parting, TauMode};
+use cpift_core::format::json;
+use cpift_core::record::provenance::Recorder;
 
 use crate::args::{Args, Method, Tau};
 use crate::dependency::{by_edges, by_help, named};
-use crate::layers::Layers;
+use crate::heatmap;
+use crate::layers::{self, Layers};
 use crate::order::{Ordered, ascending, mean_loss, random};
 use crate::overlap::{Counts, Overlap, Regions};
 use crate::partition::{Interval, Partition, components, is_trivial, most_stable_tau, sweep};
 use crate::plan::{OrderInput, Outputs, Plan};
 use crate::sweep::{Sweep, rows};
-use crate::{heatmap, layers};
 
 /// The τ of the paper, which `auto` falls back to.
 const DEFAULT_TAU: f64 = 0.1;

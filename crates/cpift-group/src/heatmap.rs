@@ -1,7 +1,7 @@
 //! The heat map of groups.json.
 
-use cpift_core::groups::{Groups, Parting, TauMode};
-use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
+use cpift_core::format::groups::{Groups, Parting, TauMode};
+use cpift_core::format::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
 
 /// Side of a cell, in pixels.
 const CELL: usize = 64;

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use cpift_core::checkpoint::Digest;
-use cpift_core::checkpoint::names::OUTSIDE;
-use cpift_core::groups::Groups;
-use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width, shortened};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::names::OUTSIDE;
+use cpift_core::format::svg::{Cell, GREY, Picture, Scale, label_height, label_width, shortened};
 use serde::{Deserialize, Serialize};
 
 use crate::overlap::{Counts, Overlap};

@@ -20,7 +20,7 @@ pub use group::{Outcome, group};
 use std::io::Write;
 
 use anyhow::Result;
-use cpift_core::stale::Expected;
+use cpift_core::record::up_to_date::Expected;
 
 use plan::Outputs;
 

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::checkpoint::Digest;
-use cpift_core::scores::Scores;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::Scores;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha12Rng;

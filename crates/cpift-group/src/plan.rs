@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::groups::{Groups, Parting};
-use cpift_core::provenance::Recorder;
-use cpift_core::tasks::Tasks;
-use cpift_core::{BadInput, Mask, cli};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{Groups, Parting};
+use cpift_core::format::names::TensorKind;
+use cpift_core::format::tasks::Tasks;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::run::cli;
+use cpift_core::{BadInput, Mask};
 
 use crate::args::{Args, Method, Parts, Tau};
 use crate::dependency::{help, read_edges, read_probes};

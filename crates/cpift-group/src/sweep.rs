@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use cpift_core::groups::TauMode;
+use cpift_core::format::groups::TauMode;
 use serde::Serialize;
 
 use crate::partition::{Interval, holding, most_stable};

@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 
 use common::{Region, Setting, digest, every, header, write_mask};
-use cpift_core::mask::MaskHeader;
+use cpift_core::format::mask::MaskHeader;
 use cpift_testkit::expect_entries;
 
 fn three() -> Setting {

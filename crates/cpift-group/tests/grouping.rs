@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::fs;
 
 use common::{BIN, MODEL, Region, Setting, every};
-use cpift_core::groups::TauMode;
+use cpift_core::format::groups::TauMode;
 use cpift_testkit::{Numbers, expect_entries, run};
 use serde_json::{Value, json};
 

@@ -7,10 +7,10 @@ use std::fs;
 use std::path::Path;
 
 use common::{BIN, Region, Setting, every, header, write_mask};
-use cpift_core::checkpoint::names::layer;
-use cpift_core::checkpoint::{Digest, TensorKind};
-use cpift_core::groups::Groups;
-use cpift_core::mask::MaskHeader;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::mask::MaskHeader;
+use cpift_core::format::names::{TensorKind, layer};
 use cpift_group::layers::Layers;
 use cpift_testkit::{Numbers, expect_entries, run};
 use serde_json::{Value, json};

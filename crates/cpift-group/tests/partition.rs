@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use common::{BIN, Region, Setting, every};
-use cpift_core::checkpoint::Digest;
-use cpift_core::groups::{Groups, Parting, TauMode};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{Groups, Parting, TauMode};
 use cpift_testkit::{expect_entries, run};
 use serde_json::{Value, json};
 

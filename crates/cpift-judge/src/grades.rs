@@ -1,6 +1,6 @@
 //! The grades of a task, and what they make of its scores.
 
-use cpift_core::scores::{Figure, JUDGE, TaskScore, VERDICTS};
+use cpift_core::format::scores::{JUDGE, MetricValue, TaskScore, VERDICTS};
 use log::warn;
 use serde_json::json;
 
@@ -42,8 +42,8 @@ impl Grades {
     }
 
     /// The mean of the grades.
-    fn mean(&self) -> Option<Figure> {
-        (!self.ratings.is_empty()).then(|| Figure::mean("judge", &self.ratings))
+    fn mean(&self) -> Option<MetricValue> {
+        (!self.ratings.is_empty()).then(|| MetricValue::mean("judge", &self.ratings))
     }
 
     /// The mean becomes the task's metric; judge and counts become settings. Without a single grade there is no metric; without a

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use cpift_core::cli::{Common, run_stage};
+use cpift_core::run::cli::{Common, run_stage};
 use cpift_judge::JudgeArgs;
 
 /// Grades the answers of an evaluation from 1 to 10 by a chat endpoint; the same as `cpift-eval judge`, without libtorch.

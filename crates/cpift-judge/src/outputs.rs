@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::scores::{JUDGE, Scores};
+use cpift_core::format::scores::{JUDGE, Scores};
 use cpift_core::{BadInput, files};
 use serde_json::{Value, json};
 

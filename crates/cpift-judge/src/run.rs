@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::{self, Common};
 use cpift_core::error::usage;
-use cpift_core::progress;
-use cpift_core::provenance::Recorder;
-use cpift_core::scores::{JUDGE, Scores};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::{JUDGE, Scores};
+use cpift_core::record::provenance::{Recorder, argv};
+use cpift_core::run::cli::Common;
+use cpift_core::run::progress;
 use log::info;
 use serde_json::json;
 
@@ -83,7 +83,7 @@ fn endpoint(args: &JudgeArgs) -> Result<Endpoint> {
         args.base_url.clone().or_else(|| std::env::var("OPENAI_BASE_URL").ok().filter(|url| !url.is_empty()));
     let base_url = base_url.ok_or_else(|| usage("no endpoint to ask: give --base-url, or set OPENAI_BASE_URL"))?;
     let key = Key::from_env(args.key_env.as_deref())?;
-    key.iter().try_for_each(|key| key.check_arguments(&cli::argv()))?;
+    key.iter().try_for_each(|key| key.check_arguments(&argv()))?;
     Endpoint::new(&base_url, &args.judge_model, key, Duration::from_secs(args.timeout), args.max_tokens)
 }
 

@@ -137,7 +137,7 @@ fn a_limit_by_another_judge_shows_its_grades_alone() {
 #[test]
 fn the_judging_leaves_a_record_that_a_rerun_without_questions_keeps() {
     let e = Evaluation::new(&["4", "7"]);
-    let before = cpift_core::checkpoint::Digest::of_file(&e.path().join("scores.json")).unwrap().to_string();
+    let before = cpift_core::format::digest::Digest::of_file(&e.path().join("scores.json")).unwrap().to_string();
     let server = Server::start(|r, _| by_digits(&r.answer()));
     e.judge(&server, &["--max-tokens", "300"]).ok();
     let text = e.read("judge.cpift.json");

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
-use cpift_core::checkpoint::TensorKind;
-use cpift_core::cli::Common;
-use cpift_core::mask::{Metric, Scope};
+use cpift_core::format::mask::{Metric, Scope};
+use cpift_core::format::names::TensorKind;
+use cpift_core::run::cli::Common;
 
 use crate::percent::Percent;
 

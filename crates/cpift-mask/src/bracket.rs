@@ -2,8 +2,9 @@
 //! scores are equal, the one it is.
 
 use cpift_core::dispatch;
-use cpift_core::mask::Metric;
-use cpift_core::select::Score;
+use cpift_core::format::mask::Metric;
+use cpift_core::stream::random::splitmix64;
+use cpift_core::stream::select::Score;
 use rayon::prelude::*;
 
 use crate::parts::{Chunk, Part};
@@ -86,18 +87,10 @@ fn sample<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric) -> Vec<T> {
     let chunks = part.chunks.len();
     let scores = (0..runs).into_par_iter().with_min_len(256).map_init(Block::<T>::new, |block, run| {
         let (from, to) = (run * chunks / runs, (run + 1) * chunks / runs);
-        let random = scramble(run as u64);
+        let random = splitmix64(0, run as u64);
         let Chunk { pair, start, len } = part.chunks[from + random as usize % (to - from).max(1)];
         let offset = (random >> 32) as usize % (len.saturating_sub(RUN) + 1);
         dispatch!(block.scores(part, pair, metric, start + offset, RUN.min(len)).to_vec())
     });
     scores.flatten_iter().collect()
-}
-
-/// A well-mixed function of `x` (the finaliser of SplitMix64).
-fn scramble(x: u64) -> u64 {
-    let x = x.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ x >> 31
 }

@@ -1,8 +1,8 @@
 //! Writing the bits of a part whose cut is known: the way out where no bracket served.
 
 use anyhow::{Result, ensure};
-use cpift_core::mask::{Metric, count_ones};
-use cpift_core::select::{Cut, Score, Source};
+use cpift_core::format::mask::{Metric, count_ones};
+use cpift_core::stream::select::{Cut, Score, Source};
 use rayon::prelude::*;
 
 use crate::parts::Part;

@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::error::usage;
 use cpift_core::files::{StagedFile, StagedPath, check_not_input, check_output};
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
-use cpift_core::provenance::{Recorder, check_made_from};
-use cpift_core::select::{Cut, Score, find_cut};
-use cpift_core::{BadInput, Mask, progress};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::format::names::TensorKind;
+use cpift_core::record::provenance::{Recorder, check_made_from};
+use cpift_core::run::progress;
+use cpift_core::stream::select::{Cut, Score, find_cut};
+use cpift_core::{BadInput, Mask};
 
 use crate::args::ExtractArgs;
 use crate::bracket::{Guess, guess};
@@ -161,7 +163,7 @@ impl Plan {
 
     fn stage_stats(&self, mask: &Path) -> Result<Vec<StagedFile>> {
         let Some([json, svg]) = &self.stats else { return Ok(Vec::new()) };
-        stats::stage(&cpift_core::density::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
+        stats::stage(&cpift_core::format::density::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
     }
 
     fn record(&self, mut recorder: Recorder, header: &MaskHeader, digests: &Digests) -> Recorder {

@@ -3,8 +3,11 @@
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, PieceHasher, TensorKind, check_same_parameters};
-use cpift_core::provenance::Recorder;
+use cpift_core::format::checkpoint::check_same_parameters;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::names::TensorKind;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::stream::hashing::PieceHasher;
 use cpift_core::{Checkpoint, Dtype};
 
 use crate::parts::CHUNK;

@@ -2,7 +2,7 @@
 //!
 //! The order of work: [`Percent`] says how many elements are chosen, [`parts`] cuts the parameters into the parts they
 //! compete in, [`bracket`] guesses each part's threshold from a sample, [`sweep`] reads the part once, writes the bits that
-//! are beyond doubt and settles the rest. Where the guess was wrong, the exact search of [`cpift_core::select`] finds the
+//! are beyond doubt and settles the rest. Where the guess was wrong, the exact search of [`cpift_core::stream::select`] finds the
 //! threshold and [`emit`] writes the bits. `tensors` chooses whole tensors instead, `random` draws a control.
 
 mod args;
@@ -32,8 +32,8 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use cpift_core::Mask;
-use cpift_core::provenance::Provenance;
-use cpift_core::stale::Expected;
+use cpift_core::record::provenance::Provenance;
+use cpift_core::record::up_to_date::Expected;
 
 use args::{Command, MaskArg, RandomArgs, TensorsArgs};
 

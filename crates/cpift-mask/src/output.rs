@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::files::StagedPath;
-use cpift_core::mask::{MaskHeader, MaskWriter};
-use cpift_core::provenance::Recorder;
+use cpift_core::format::mask::{MaskHeader, MaskWriter};
+use cpift_core::record::provenance::Recorder;
 
 /// Writes the mask `out` with these bits by tensor (all others zero) and the record beside it, whole or not at all.
 ///

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use cpift_core::checkpoint::TensorKind;
-use cpift_core::checkpoint::names::layer;
-use cpift_core::mask::Scope;
+use cpift_core::format::mask::Scope;
+use cpift_core::format::names::{TensorKind, layer};
 use cpift_core::{Checkpoint, TensorView};
 
 use crate::inputs::Inputs;

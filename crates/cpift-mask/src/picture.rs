@@ -1,9 +1,9 @@
 //! The picture of `stats`: the density of a core region for every layer and role.
 
-use cpift_core::checkpoint::names::OUTSIDE;
-use cpift_core::density::{Row, Stats};
-use cpift_core::mask::MaskHeader;
-use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
+use cpift_core::format::density::{Row, Stats};
+use cpift_core::format::mask::MaskHeader;
+use cpift_core::format::names::OUTSIDE;
+use cpift_core::format::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
 
 const WIDTH: usize = 54;
 const HEIGHT: usize = 20;

@@ -1,10 +1,11 @@
 //! `random`: a control, as many elements as a mask has, drawn uniformly at random from the parameters it was chosen from.
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::mask::{MaskHeader, Metric, Scope, Ties, count_ones};
-use cpift_core::provenance::Recorder;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::{MaskHeader, Metric, Scope, Ties, count_ones};
+use cpift_core::format::names::TensorKind;
+use cpift_core::record::provenance::Recorder;
 use cpift_core::{BadInput, Mask};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -139,7 +140,7 @@ fn slice(bits: &[u8], start: u64, n: u64) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use cpift_core::mask::{bit, indices};
+    use cpift_core::format::mask::{bit, indices};
 
     use super::*;
 

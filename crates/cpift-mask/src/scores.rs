@@ -1,8 +1,8 @@
 //! The score of an element, and the scores of a part's chunks.
 
 use anyhow::Result;
-use cpift_core::mask::Metric;
-use cpift_core::select::{Score, Source};
+use cpift_core::format::mask::Metric;
+use cpift_core::stream::select::{Score, Source};
 use cpift_core::{BadInput, TensorView, dispatch};
 use rayon::prelude::*;
 

@@ -5,12 +5,13 @@ use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::cli::Common;
-use cpift_core::density::{Stats, stats};
+use cpift_core::Mask;
 use cpift_core::error::usage;
 use cpift_core::files::{StagedFile, check_not_input, check_output};
-use cpift_core::mask::MaskHeader;
-use cpift_core::{Mask, json};
+use cpift_core::format::density::{Stats, stats};
+use cpift_core::format::json;
+use cpift_core::format::mask::MaskHeader;
+use cpift_core::run::cli::Common;
 
 use crate::args::StatsArgs;
 use crate::picture;

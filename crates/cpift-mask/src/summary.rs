@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use cpift_core::Checkpoint;
-use cpift_core::checkpoint::Excluded;
-use cpift_core::mask::{Metric, Scope, Ties};
-use cpift_core::select::{Cut, Score};
+use cpift_core::format::checkpoint::Excluded;
+use cpift_core::format::mask::{Metric, Scope, Ties};
+use cpift_core::stream::select::{Cut, Score};
 use serde::Serialize;
 
 /// What `extract` did, for `--json`.

@@ -4,10 +4,10 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
-use cpift_core::checkpoint::PieceHasher;
 use cpift_core::dispatch;
-use cpift_core::mask::{MaskWriter, Metric, Ties};
-use cpift_core::select::{Cut, Score};
+use cpift_core::format::mask::{MaskWriter, Metric, Ties};
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::stream::select::{Cut, Score};
 use rayon::prelude::*;
 
 use crate::bracket::Guess;
@@ -33,7 +33,7 @@ pub struct Pass<'a> {
 }
 
 /// What one pass found out about a part.
-pub struct Swept<T> {
+pub struct ScanResult<T> {
     /// Elements above the guess; their bits are written.
     above: u64,
     open: Open<T>,
@@ -98,7 +98,7 @@ pub fn hash(hashers: [Option<&PieceHasher>; 3], pair: &Pair<'_>, chunk: Chunk) {
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite, or a negative square; I/O errors.
-pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pass<'_>) -> Result<Swept<T>> {
+pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pass<'_>) -> Result<ScanResult<T>> {
     let chunks = part.chunks.len();
     let taken = match guess {
         Guess::Bracket { .. } => 0,
@@ -127,7 +127,7 @@ pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pas
         Guess::Bracket { .. } if kept.into_inner() <= pass.limit => Open::Kept(candidates),
         Guess::Bracket { .. } => Open::Lost,
     };
-    Ok(Swept { above, open })
+    Ok(ScanResult { above, open })
 }
 
 impl<T: Score + Arithmetic> Worker<T> {
@@ -226,7 +226,7 @@ impl<T: Score + Arithmetic> Worker<T> {
     }
 }
 
-impl<T: Score + Arithmetic> Swept<T> {
+impl<T: Score + Arithmetic> ScanResult<T> {
     /// Settles what the guess left open, so that the `k` largest scores are chosen, and writes the bits; `None` where the guess
     /// was wrong or left too much open.
     ///

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{PieceHasher, TensorKind};
-use cpift_core::dispatch;
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, Metric, Scope, Ties};
-use cpift_core::provenance::Recorder;
-use cpift_core::{BadInput, progress};
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, Metric, Scope, Ties};
+use cpift_core::format::names::TensorKind;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::run::progress;
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::{BadInput, dispatch};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};

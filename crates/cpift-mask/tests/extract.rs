@@ -5,8 +5,8 @@ mod common;
 use std::path::Path;
 
 use common::{BIN, chosen, model};
-use cpift_core::checkpoint::names::layer;
-use cpift_core::mask::{Metric, Scope};
+use cpift_core::format::mask::{Metric, Scope};
+use cpift_core::format::names::layer;
 use cpift_core::{Dtype, Mask};
 use cpift_testkit::{Numbers, Tensor, Tensors, run, write_checkpoint, write_sharded};
 use serde_json::Value;

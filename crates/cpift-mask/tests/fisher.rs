@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use common::{BIN, chosen, model, record};
-use cpift_core::checkpoint::names::layer;
-use cpift_core::mask::{Metric, Scope};
+use cpift_core::format::mask::{Metric, Scope};
+use cpift_core::format::names::layer;
 use cpift_core::{Checkpoint, Dtype, Mask};
 use cpift_testkit::{
     Numbers, Run, Tensor, Tensors, expect_entries, run, write_checkpoint, write_safetensors, write_sharded,

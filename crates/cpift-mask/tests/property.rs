@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::Parser;
-use cpift_core::mask::{Metric, Scope, indices};
+use cpift_core::format::mask::{Metric, Scope, indices};
 use cpift_core::{Dtype, Mask};
 use cpift_mask::Args;
 use cpift_testkit::layout::{memory_dir, silence, with_threads, write_anyhow};

@@ -5,8 +5,9 @@ mod common;
 use std::path::PathBuf;
 
 use common::{BIN, chosen, model, record};
-use cpift_core::checkpoint::{Digest, TensorKind};
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
+use cpift_core::format::names::TensorKind;
 use cpift_core::{Dtype, Mask};
 use cpift_testkit::{Numbers, Run, expect_entries, run, write_checkpoint};
 use serde_json::{Value, json};

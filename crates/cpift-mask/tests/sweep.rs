@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
-use cpift_core::select::find_cut;
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::stream::select::find_cut;
 use cpift_core::{Checkpoint, Mask};
 use cpift_mask::bracket::{Guess, guess};
 use cpift_mask::emit::emit;

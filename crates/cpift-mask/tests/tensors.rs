@@ -5,8 +5,8 @@ mod common;
 use std::path::PathBuf;
 
 use common::{BIN, model, record};
-use cpift_core::checkpoint::TensorKind;
-use cpift_core::mask::{Metric, Scope, count_ones};
+use cpift_core::format::mask::{Metric, Scope, count_ones};
+use cpift_core::format::names::TensorKind;
 use cpift_core::{Checkpoint, Dtype, Mask};
 use cpift_testkit::{Numbers, Run, Tensor, Tensors, expect_entries, run, write_checkpoint, write_safetensors};
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use cpift_core::cli::{Common, Named};
+use cpift_core::run::cli::{Common, Named};
 use cpift_core::{CheckpointWriter, Dtype};
 
 use crate::methods::Conflict;

@@ -3,11 +3,12 @@
 use std::fmt::Write;
 
 use anyhow::Result;
-use cpift_core::checkpoint::TensorView;
-use cpift_core::{CheckpointWriter, TensorSpec, cli, files};
+use cpift_core::format::checkpoint::TensorView;
+use cpift_core::run::cli;
+use cpift_core::{CheckpointWriter, TensorSpec, files};
 use serde_json::{Map, Value, json};
 
-use crate::engine::{self, Settled};
+use crate::engine::{self, TensorStats};
 use crate::methods::Rule;
 use crate::plan::{Plan, Source};
 use crate::report::Summary;
@@ -26,7 +27,7 @@ struct Preview<'a> {
     plan: &'a Plan,
     summary: Summary,
     specs: Vec<TensorSpec>,
-    settled: Vec<Settled>,
+    settled: Vec<TensorStats>,
     files: usize,
     memory: u64,
     available: u64,
@@ -53,16 +54,16 @@ impl<'a> Preview<'a> {
     }
 
     /// Name, shape, settings and branches of every tensor.
-    fn rows(&self) -> impl Iterator<Item = (&TensorSpec, &Rule, &Settled)> {
+    fn rows(&self) -> impl Iterator<Item = (&TensorSpec, &Rule, &TensorStats)> {
         self.specs.iter().zip(&self.plan.rules).zip(&self.settled).map(|((spec, rule), settled)| (spec, rule, settled))
     }
 
     fn to_json(&self) -> Value {
-        let steps = |settled: &Settled| -> Vec<Value> {
+        let steps = |settled: &TensorStats| -> Vec<Value> {
             let steps = settled.combination.steps.iter();
             steps.map(|s| json!({"branch": s.branch.name(), "angle_degrees": s.angle.map(f64::to_degrees)})).collect()
         };
-        let tensor = |(spec, rule, settled): (&TensorSpec, &Rule, &Settled)| json!({"name": spec.name, "shape": spec.shape, "settings": rule.describe(), "steps": steps(settled)});
+        let tensor = |(spec, rule, settled): (&TensorSpec, &Rule, &TensorStats)| json!({"name": spec.name, "shape": spec.shape, "settings": rule.describe(), "steps": steps(settled)});
         let input = |source: &Source| json!({"role": source.role, "path": source.path(), "bytes": bytes_of(source)});
         let mut object =
             Map::from_iter([("dry_run".to_owned(), json!(true)), ("out".to_owned(), json!(self.plan.output.dir))]);
@@ -118,7 +119,7 @@ impl<'a> Preview<'a> {
 }
 
 /// The branches a tensor takes, each with its angle.
-fn branches(settled: &Settled) -> String {
+fn branches(settled: &TensorStats) -> String {
     let step = |s: &crate::methods::sphere::Step| match s.angle {
         Some(angle) => format!("{} {:.4}°", s.branch.name(), angle.to_degrees()),
         None => s.branch.name().to_owned(),

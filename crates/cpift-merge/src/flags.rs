@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use cpift_core::cli::Named;
 use cpift_core::error::usage;
+use cpift_core::run::cli::Named;
 
 use crate::cli::{
     DareArgs, DensityArgs, LinearArgs, ModelArgs, SlerpArgs, SphereArgs, SphericalMeanArgs, TaskArithmeticArgs,

@@ -31,10 +31,10 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
-use cpift_core::provenance::Recorder;
-use cpift_core::stale::Expected;
+use cpift_core::format::digest::Digest;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
+use cpift_core::run::cli::Common;
 use cpift_core::{Checkpoint, files};
 
 use cli::{Args, Command, OutputArgs};

@@ -3,12 +3,14 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use cpift_core::checkpoint::{Digest, copy_sidecars};
-use cpift_core::files::StagedDir;
-use cpift_core::provenance::Recorder;
-use cpift_core::{TensorSpec, files, json};
+use cpift_core::TensorSpec;
+use cpift_core::files::{self, StagedDir};
+use cpift_core::format::checkpoint::copy_sidecars;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::json;
+use cpift_core::record::provenance::Recorder;
 
-use crate::engine::{self, InputHashes, Output, Settled};
+use crate::engine::{self, InputHashes, Output, TensorStats};
 use crate::plan::cpi::check_masks_of_tasks;
 use crate::plan::{Plan, check_space};
 use crate::report::Summary;
@@ -34,7 +36,7 @@ pub fn merge(plan: &Plan, mut record: Recorder) -> Result<Summary> {
 }
 
 /// Fills `folder` but for the record, and returns the digest of what is in it.
-fn write(plan: &Plan, folder: &Path) -> Result<(Vec<Settled>, Digest)> {
+fn write(plan: &Plan, folder: &Path) -> Result<(Vec<TensorStats>, Digest)> {
     let copies = plan.copies();
     let specs: Vec<TensorSpec> = plan.specs().into_iter().chain(copies.iter().map(|view| view.spec())).collect();
     let output = Output::create(folder, &specs, plan.output.shard_size)?;

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::cli::Space;
-use crate::engine::Settled;
+use crate::engine::TensorStats;
 use crate::methods::sphere::Branch;
 use crate::plan::Plan;
 
@@ -33,7 +33,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    pub(crate) fn of(plan: &Plan, settled: &[Settled]) -> Self {
+    pub(crate) fn of(plan: &Plan, settled: &[TensorStats]) -> Self {
         let steps = || settled.iter().flat_map(|s| &s.combination.steps);
         let mut angles: Vec<f64> = steps().filter_map(|s| s.angle).map(f64::to_degrees).collect();
         angles.sort_by(f64::total_cmp);

@@ -4,9 +4,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, Float, PieceHasher};
-use cpift_core::provenance::{self, Provenance};
-use cpift_core::{BadInput, Checkpoint, TensorSpec, TensorView, json, simd};
+use cpift_core::files::RECORD_NAME;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::dtype::Float;
+use cpift_core::format::json;
+use cpift_core::record::provenance::{self, Provenance};
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::stream::simd;
+use cpift_core::{BadInput, Checkpoint, TensorSpec, TensorView};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -74,7 +79,7 @@ fn check_metadata(checkpoint: &Checkpoint) -> Result<()> {
 
 /// The digest in cpift.json, where the checkpoint is a folder that has one.
 fn recorded(checkpoint: &Checkpoint) -> Result<Option<Digest>> {
-    let Some(path) = checkpoint.folder().map(|f| f.join(provenance::FILE_NAME)).filter(|p| p.exists()) else {
+    let Some(path) = checkpoint.folder().map(|f| f.join(RECORD_NAME)).filter(|p| p.exists()) else {
         return Ok(None);
     };
     let record: Provenance = json::read(&path)?;

@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Parser;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::provenance::Recorder;
-use cpift_core::stale::Expected;
-use cpift_core::tasks::{Task, Tasks};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::tasks::{Task, Tasks};
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
+use cpift_core::run::cli::Common;
+use cpift_core::stream::random::seed_for;
 use cpift_data::{self as data, Encoded, Layout};
 use cpift_torch::args::TrainingArgs;
-use cpift_torch::seed::mix_name;
-use cpift_torch::session::{Described, Session};
+use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::train::{FISHER, FisherConfig, HeldOut, Isolation, Run, Stage, States};
 use cpift_torch::{memory, oom};
 use log::{info, warn};
@@ -155,7 +155,7 @@ fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path) -> 
     let train_digest = Digest::of_file(&task.train)?;
     let rows = data::read_rows(&task.train, &Layout::of(&task)?)?;
     let device = args.training.device.open(args.common.threads)?;
-    let model = Described::open(base, tasks.template()?)?;
+    let model = ModelInfo::open(base, tasks.template()?)?;
     let max_length = model.context_of(&task, args.training.max_length);
     let encoded = data::encode_rows(
         &task.train,
@@ -216,7 +216,7 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, out:
     let fisher = args.save_fisher.then(|| FisherConfig {
         batches: args.fisher_batches.get(),
         batch_size: args.fisher_batch_size.get(),
-        seed: mix_name(training.seed, FISHER),
+        seed: seed_for(training.seed, FISHER),
     });
     description.insert("fisher".into(), json!(fisher.map(|f| (f.batches, f.batch_size))));
     let states = States::new(out, description, training);

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use cpift_core::svg::{shortened, text_width};
+use cpift_core::format::svg::{shortened, text_width};
 
 use crate::html::escape;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::Result;
 use cpift_core::error::usage;
-use cpift_core::scores::{Figure, TaskScore};
+use cpift_core::format::scores::{MetricValue, TaskScore};
 use serde_json::Value;
 
 pub use crate::pairing::Delta;
@@ -53,7 +53,7 @@ pub struct Column {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Cell {
     /// A figure, and whether no other run has a better one.
-    Value(Figure, bool),
+    Value(MetricValue, bool),
     /// The task wants a judge, and none has read this run.
     NotJudged,
     /// A judge has read the run, and no reply of it held a grade.
@@ -64,7 +64,7 @@ pub enum Cell {
 
 impl Cell {
     /// The figure, where there is one.
-    pub fn figure(&self) -> Option<&Figure> {
+    pub fn figure(&self) -> Option<&MetricValue> {
         if let Self::Value(figure, _) = self { Some(figure) } else { None }
     }
 }
@@ -231,7 +231,7 @@ fn further_columns(runs: &[Run], task: &str) -> Vec<Column> {
         let cell = |score: &Option<&TaskScore>| match score.and_then(|s| Some((s, number(s, name)?))) {
             Some((score, count)) => {
                 let n = number(score, "rows").unwrap_or(score.nll.n);
-                Cell::Value(Figure { name: name.to_owned(), value: count as f64, stderr: None, n }, false)
+                Cell::Value(MetricValue { name: name.to_owned(), value: count as f64, stderr: None, n }, false)
             }
             None => Cell::Missing,
         };
@@ -264,7 +264,7 @@ fn over_tasks(columns: &[&Column], runs: &[Run], name: &str, unit: Unit, notes: 
         let values = counted.iter().filter_map(|c| Some(c.unit.normalised(c.cells[i].figure()?.value)));
         let (sum, n) = (values.sum::<f64>(), counted.len() as u64);
         match lacking.is_empty() && n > 0 {
-            true => Cell::Value(Figure { name: name.to_owned(), value: sum / n as f64, stderr: None, n }, false),
+            true => Cell::Value(MetricValue { name: name.to_owned(), value: sum / n as f64, stderr: None, n }, false),
             false => Cell::Missing,
         }
     };

@@ -21,9 +21,9 @@ use std::io::IsTerminal;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::cli::{Common, print};
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output, write_text};
+use cpift_core::run::cli::{Common, print};
 
 use experiment::Experiment;
 use text::Bold;

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 /// The file's name beside scores.json.
-pub const FILE_NAME: &str = cpift_core::scores::OUTPUTS;
+pub const FILE_NAME: &str = cpift_core::format::scores::OUTPUTS;
 
 /// One line of outputs.jsonl; other fields are the metric's own.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

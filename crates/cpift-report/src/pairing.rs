@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use cpift_core::scores::TaskScore;
+use cpift_core::format::scores::TaskScore;
 
 use crate::bootstrap::{self, Pair};
 use crate::comparison::Question;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::error::usage;
-use cpift_core::scores::{FORMAT_VERSION, Scores, TaskScore};
+use cpift_core::format::scores::{FORMAT_VERSION, Scores, TaskScore};
 
 use crate::outputs::{self, Output};
 

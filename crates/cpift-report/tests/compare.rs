@@ -3,7 +3,7 @@
 mod support;
 
 use clap::Parser;
-use cpift_core::scores::Figure;
+use cpift_core::format::scores::MetricValue;
 use cpift_core::{BadInput, Usage};
 use cpift_report::{CompareArgs, compare};
 use serde_json::{Value, json};
@@ -104,7 +104,7 @@ fn where_rows_cannot_be_paired_the_reason_is_given() {
 #[test]
 fn a_task_that_waits_for_a_judge_says_so() {
     let f = Folder::new();
-    let rating = |value| Some(Figure { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
+    let rating = |value| Some(MetricValue { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
     f.write_scores("a", vec![task_score("chat", rating(7.5)), task_score("plain", None)]);
     let mut unjudged = task_score("chat", None);
     unjudged.settings.insert("judge".into(), Value::Null);
@@ -136,7 +136,8 @@ fn a_task_that_waits_for_a_judge_says_so() {
 fn grades_of_one_judge_are_compared_whatever_was_counted_and_those_of_two_are_not() {
     let f = Folder::new();
     let judged = |judge: &str, tokens: u32| {
-        let mut score = task_score("chat", Some(Figure { name: "judge".into(), value: 7.5, stderr: Some(0.5), n: 4 }));
+        let mut score =
+            task_score("chat", Some(MetricValue { name: "judge".into(), value: 7.5, stderr: Some(0.5), n: 4 }));
         score.settings.insert("judge".into(), json!({"model": judge, "wording": 1}));
         score.settings.insert("verdicts".into(), json!({"rated": 4, "prompt_tokens": tokens}));
         vec![score]
@@ -227,7 +228,7 @@ fn the_first_version_compares_with_the_second_and_one_row_has_no_standard_error(
 fn two_runs_that_a_third_goes_with_may_still_differ() {
     let f = Folder::new();
     let judged = |judge: Value, value: Option<f64>| {
-        let metric = value.map(|value| Figure { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
+        let metric = value.map(|value| MetricValue { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
         let mut score = task_score("chat", metric);
         score.settings.insert("judge".into(), judge);
         vec![score]

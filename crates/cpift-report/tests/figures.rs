@@ -3,7 +3,7 @@
 mod support;
 
 use clap::Parser;
-use cpift_core::scores::Figure;
+use cpift_core::format::scores::MetricValue;
 use cpift_report::{CompareArgs, compare};
 use serde_json::{Value, json};
 use support::{Folder, HOSTILE, common, read, task_score};
@@ -106,7 +106,7 @@ fn further_figures_and_counts_are_in_every_form() {
 #[test]
 fn a_mean_over_fewer_tasks_is_not_held_against_one_over_all() {
     let f = Folder::new();
-    let figure = |value| Some(Figure { name: "acc".into(), value, stderr: Some(0.1), n: 4 });
+    let figure = |value| Some(MetricValue { name: "acc".into(), value, stderr: Some(0.1), n: 4 });
     f.write_scores("a", vec![task_score("copy", figure(0.5)), task_score("pick", figure(0.25))]);
     f.write_scores("b", vec![task_score("copy", figure(0.75))]);
     f.write_scores("c", vec![task_score("copy", figure(0.25)), task_score("pick", figure(0.25))]);
@@ -158,7 +158,7 @@ fn what_force_compares_is_said_and_not_paired() {
 fn names_move_no_cursor_and_end_no_cell() {
     let f = Folder::new();
     let name = format!("{HOSTILE}|\n| x\u{9b}2J");
-    let rating = |value| Some(Figure { name: "acc".into(), value, stderr: Some(0.1), n: 4 });
+    let rating = |value| Some(MetricValue { name: "acc".into(), value, stderr: Some(0.1), n: 4 });
     f.write_scores("a", vec![task_score(&name, rating(0.5)), task_score("pick", None)]);
     f.write_scores("b", vec![task_score("pick", None), task_score(&name, rating(0.25))]);
     for format in ["markdown", "terminal"] {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use cpift_core::tasks::Format;
+use cpift_core::format::tasks::Format;
 use cpift_data::{Example, Layout, Message, Row, TemplateArgs, read_rows};
 use cpift_torch::generate::{GenerationOptions, generate};
 use cpift_torch::score;

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use cpift_core::mask::{Mask, indices};
+use cpift_core::format::mask::{Mask, indices};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::weights::Parameters;
@@ -101,7 +101,7 @@ impl Freeze {
     }
 
     /// Zeroes the gradients of the frozen elements of the parameter `name`, so that the clip norm counts only what may move.
-    pub fn mute(&self, name: &str, grad: &mut Tensor) {
+    pub fn zero_frozen_grads(&self, name: &str, grad: &mut Tensor) {
         let Some(frozen) = self.frozen.get(name) else { return };
         no_grad(|| {
             // A gradient may come non-contiguous out of the backward pass; a view needs it flat.

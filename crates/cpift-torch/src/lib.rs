@@ -16,7 +16,6 @@ pub mod oom;
 pub mod optim;
 pub mod schedule;
 pub mod score;
-pub mod seed;
 pub mod session;
 pub mod tensorboard;
 pub mod train;

@@ -12,8 +12,8 @@ mod size;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::checkpoint::read_config;
-use cpift_core::tasks::Tasks;
+use cpift_core::format::checkpoint::read_config;
+use cpift_core::format::tasks::Tasks;
 use cpift_core::{Checkpoint, Dtype};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
@@ -77,7 +77,7 @@ const WIDENED: u64 = 1 << 24;
 /// # Errors
 /// [`cpift_core::BadInput`] for a config that cannot be used.
 pub fn read_model(path: &Path) -> Result<ModelConfig> {
-    let config = if path.is_file() { cpift_core::json::read(path)? } else { read_config(path)? };
+    let config = if path.is_file() { cpift_core::format::json::read(path)? } else { read_config(path)? };
     let mut numbers = ModelConfig::from_json(path, &config)?;
     numbers.check_unknown_fields(path, strict_config())?;
     let has_weights = ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| path.join(name).exists());

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use cpift_core::checkpoint::{Digest, read_config, with_head_of, with_torch_dtype};
-use cpift_core::tasks::Task;
-use cpift_core::{BadInput, Checkpoint, Dtype, json};
+use cpift_core::format::checkpoint::{read_config, with_head_of, with_torch_dtype};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::json;
+use cpift_core::format::tasks::Task;
+use cpift_core::{BadInput, Checkpoint, Dtype};
 use serde_json::Value;
 use tch::{Device, Kind};
 
@@ -64,7 +66,7 @@ pub(crate) fn strict_config() -> bool {
 }
 
 /// What a checkpoint folder says without its weights: enough to turn rows into examples.
-pub struct Described {
+pub struct ModelInfo {
     /// The folder.
     pub folder: PathBuf,
     /// config.json.
@@ -75,7 +77,7 @@ pub struct Described {
     pub text: ChatText,
 }
 
-impl Described {
+impl ModelInfo {
     /// Reads config.json and the tokenizer of `folder`; `template` takes precedence over the checkpoint's own.
     ///
     /// # Errors
@@ -98,7 +100,7 @@ impl Described {
     pub fn load(self, device: Device, precision: Precision) -> Result<Session> {
         let Self { folder, config, mut numbers, text } = self;
         let checkpoint = Checkpoint::open(&folder)?;
-        let config = with_head_of(&checkpoint, config);
+        let config = with_head_of(checkpoint.tied(), config);
         numbers.untie_as(&checkpoint);
         let digest = checkpoint.digest()?;
         let parameters = weights::load(&checkpoint, precision.master, device)?;
@@ -122,7 +124,7 @@ impl Session {
     /// # Errors
     /// [`BadInput`] for anything in the folder that cannot be used.
     pub fn open(folder: &Path, template: Option<&str>, device: Device, precision: Precision) -> Result<Self> {
-        Described::open(folder, template)?.load(device, precision)
+        ModelInfo::open(folder, template)?.load(device, precision)
     }
 
     /// A dtype of the checkpoint's weights with values that `dtype` does not have.

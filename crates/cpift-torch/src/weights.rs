@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use cpift_core::checkpoint::CheckpointWriter;
+use cpift_core::format::checkpoint::CheckpointWriter;
 use cpift_core::{BadInput, Checkpoint, Dtype, TensorSpec, TensorView};
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -20,7 +20,7 @@ pub type Parameters = BTreeMap<String, Tensor>;
 pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Parameters> {
     if let Some((view, _)) = checkpoint
         .not_parameters()
-        .find(|(v, why)| *why == cpift_core::checkpoint::Excluded::NotFloat && v.name.ends_with(".weight"))
+        .find(|(v, why)| *why == cpift_core::format::checkpoint::Excluded::NotFloat && v.name.ends_with(".weight"))
     {
         return Err(BadInput::new(view.file, "a weight that is not floating-point")
             .tensor(view.name)

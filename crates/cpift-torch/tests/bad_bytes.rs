@@ -5,11 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use cap::Cap;
-use cpift_core::tasks::Format;
+use cpift_core::format::tasks::Format;
 use cpift_data::{Layout, read_rows};
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
 use cpift_testkit::spoil::Spoiler;
-use cpift_torch::session::Described;
+use cpift_torch::session::ModelInfo;
 
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
@@ -23,7 +23,7 @@ fn spoilt_models_do_no_harm() {
     let dir = tempfile::tempdir().unwrap();
     let model = write_tiny_model(&dir.path().join("m"), 1);
     for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
-        MODEL.each(&model.join(name), || Described::open(&model, None).is_ok());
+        MODEL.each(&model.join(name), || ModelInfo::open(&model, None).is_ok());
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use cpift_core::Checkpoint;
-use cpift_core::mask::{FORMAT_VERSION, Mask, MaskHeader, MaskWriter, Metric, Scope, Ties, indices};
+use cpift_core::format::mask::{FORMAT_VERSION, Mask, MaskHeader, MaskWriter, Metric, Scope, Ties, indices};
 use cpift_testkit::{Numbers, Tensor as TestTensor, Tensors, write_checkpoint};
 use cpift_torch::freeze::Freeze;
 use cpift_torch::optim::{AdamW, AdamWConfig, Guard, Update};
@@ -64,7 +64,7 @@ fn changed(kind: Kind, masks: &[&Mask]) -> Vec<bool> {
     let grads: Vec<Tensor> = (0..10).map(|_| Tensor::randn([COLUMNS, ROWS], (Kind::Float, Device::Cpu))).collect();
     for (seed, grad) in grads.into_iter().enumerate() {
         let mut grad = grad.to_kind(kind).tr();
-        freeze.mute("w", &mut grad);
+        freeze.zero_frozen_grads("w", &mut grad);
         optimizer.step(&[0], &[grad], Update { lr: 0.05, seed: seed as u64, guard: &guard }).unwrap();
         freeze.restore("w", &parameters["w"]);
     }
@@ -115,7 +115,7 @@ fn muted_gradients_do_not_count() {
     let parameters = Parameters::from([("w".to_owned(), w)]);
     let freeze = Freeze::new(&parameters, &[&a]).unwrap();
     let mut grad = Tensor::ones([ROWS, COLUMNS], (Kind::Float, Device::Cpu));
-    freeze.mute("w", &mut grad);
+    freeze.zero_frozen_grads("w", &mut grad);
     let left = (ROWS * COLUMNS) as u64 - freeze.len();
     assert_eq!(freeze.len(), a.header.selected);
     let norm = Guard::new(Device::Cpu).watch(&[grad], None).double_value(&[]);

@@ -5,7 +5,7 @@ mod golden;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::checkpoint::read_config;
+use cpift_core::format::checkpoint::read_config;
 use cpift_core::{Checkpoint, Dtype};
 use cpift_testkit::model::{tiny_weights, write_json, write_tiny_model};
 use cpift_testkit::{Tensors, read_checkpoint, write_safetensors};

@@ -186,7 +186,7 @@ fn clipping_leaves_frozen_elements_out() {
 
     let whole = grads.values().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
     let freeze = trainer.freeze.as_ref().unwrap();
-    grads.iter_mut().for_each(|(name, grad)| freeze.mute(name, grad));
+    grads.iter_mut().for_each(|(name, grad)| freeze.zero_frozen_grads(name, grad));
     let free = grads.values().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
     let norm = outcome.read().1;
     assert!((norm - free).abs() < 1e-5 * free && norm < 0.9 * whole, "norm {norm}; of all {whole}, of the free {free}");

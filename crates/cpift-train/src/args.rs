@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{ColorChoice, Parser, Subcommand, ValueEnum};
-use cpift_core::cli::{Common, Named};
 use cpift_core::error::usage;
+use cpift_core::run::cli::{Common, Named};
 use cpift_torch::args::TrainingArgs;
 
-use crate::estimate::PlanArgs;
+use crate::memory_plan::PlanArgs;
 
 /// Fine-tunes a checkpoint in stages, group by group, while the core regions of earlier groups stay frozen.
 ///

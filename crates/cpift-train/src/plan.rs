@@ -5,20 +5,20 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::groups::Groups;
-use cpift_core::mask::{self, Mask};
-use cpift_core::provenance::check_made_from;
-use cpift_core::tasks::{DEFAULT_SAMPLE, Task, Tasks};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::mask::{self, Mask};
+use cpift_core::format::tasks::{DEFAULT_SAMPLE, Task, Tasks};
+use cpift_core::record::provenance::check_made_from;
+use cpift_core::run::cli::{Common, Named, require_unique};
+use cpift_core::stream::random::{seed_for, splitmix64};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_data::{self as data, Example, Layout};
 use cpift_torch::args::Budget;
 use cpift_torch::data::balanced_sample;
-use cpift_torch::seed::{mix, mix_name};
-use cpift_torch::session::{Described, Session};
+use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::train::{HeldOut, States};
 
 use crate::args::{IsolationKind, RunArgs, SampleRows, StageData};
@@ -71,7 +71,7 @@ impl Plan {
         let chosen = chosen_tasks(args, &tasks, groups.as_ref())?;
         check_inputs(args, &chosen)?;
         let device = args.training.device.open(common.threads)?;
-        let model = Described::open(&args.model, tasks.template()?)?;
+        let model = ModelInfo::open(&args.model, tasks.template()?)?;
         let examples = read_examples(args, &chosen, &model)?;
         let stages = plan_stages(args, groups.as_ref(), &chosen, examples)?;
         let held_out = read_held_out(args, &chosen, &model)?;
@@ -111,6 +111,7 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
     if args.masks.is_empty() {
         return Ok(BTreeMap::new());
     }
+    require_unique(&args.masks, "--mask")?;
     groups.check_names(path, "--mask", args.masks.iter().map(|m| &m.name))?;
     for mask in &args.masks {
         groups.check_mask(path, &mask.name, &mask.path)?;
@@ -118,7 +119,7 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let digest = match &base {
         Some(base) => {
-            cpift_core::checkpoint::check_same_parameters(base, &session.checkpoint)?;
+            cpift_core::format::checkpoint::check_same_parameters(base, &session.checkpoint)?;
             base.digest()?
         }
         None => session.digest.clone(),
@@ -130,7 +131,7 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
             .hint("name the base the masks were made for: --base DIR")
             .into());
     }
-    mask::open_all(&args.masks, base.as_ref().unwrap_or(&session.checkpoint), &digest)
+    mask::open_all(args.masks.iter().map(Named::pair), base.as_ref().unwrap_or(&session.checkpoint), &digest)
 }
 
 /// Refuses a fused model that was made from another base or other masks than those given.
@@ -140,7 +141,7 @@ fn check_model(args: &RunArgs, inputs: &[(String, PathBuf, Digest)]) -> Result<(
 }
 
 /// Each task's examples, sampled.
-fn read_examples(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<BTreeMap<String, Vec<Example>>> {
+fn read_examples(args: &RunArgs, tasks: &[Task], model: &ModelInfo) -> Result<BTreeMap<String, Vec<Example>>> {
     let mut all = BTreeMap::new();
     for task in tasks {
         let rows = data::read_rows(&task.train, &Layout::of(task)?)?;
@@ -165,13 +166,13 @@ fn read_examples(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<BT
             SampleRows::Count(n) => n,
         };
         let examples = all.get_mut(&task.name).expect("every task was read above");
-        *examples = balanced_sample(examples, rows, mix_name(args.training.seed, &task.name));
+        *examples = balanced_sample(examples, rows, seed_for(args.training.seed, &task.name));
     }
     Ok(all)
 }
 
 /// The held-out rows of every task, where the arguments ask for their loss.
-fn read_held_out(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<Vec<HeldOut>> {
+fn read_held_out(args: &RunArgs, tasks: &[Task], model: &ModelInfo) -> Result<Vec<HeldOut>> {
     if args.training.eval_every.is_none() {
         return Ok(Vec::new());
     }
@@ -231,7 +232,7 @@ fn plan_stages(
 /// The share of an earlier task's rows that stage `k` sees again, at least one.
 fn replayed(examples: &[Example], task: &str, args: &RunArgs, k: usize) -> Vec<Example> {
     let rows = ((examples.len() as f64 * args.replay).round() as usize).max(1);
-    balanced_sample(examples, rows, mix(mix_name(args.training.seed, task), k as u64))
+    balanced_sample(examples, rows, splitmix64(seed_for(args.training.seed, task), k as u64))
 }
 
 fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf, Digest)>> {

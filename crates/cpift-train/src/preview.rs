@@ -3,15 +3,15 @@
 use std::io::{IsTerminal, stdout};
 
 use anyhow::Result;
-use cpift_core::cli::{self, Common};
 use cpift_core::error::usage;
-use cpift_core::tasks::{Task, Tasks};
+use cpift_core::format::tasks::{Task, Tasks};
+use cpift_core::run::cli::{self, Common};
 use cpift_data::{self as data, Layout, Overlong, Place, Tokenised};
-use cpift_torch::session::{Described, set_strict_config};
+use cpift_torch::session::{ModelInfo, set_strict_config};
 use serde_json::{Value, json};
 
 use crate::args::PreviewArgs;
-use crate::paint::{Run, coloured, paint};
+use crate::highlight::{Run, coloured, paint};
 
 /// Prints the examples; with `--json` one list of objects.
 ///
@@ -27,7 +27,7 @@ pub fn run(args: &PreviewArgs, common: &Common) -> Result<()> {
         [] => tasks.list.iter().collect(),
         names => names.iter().map(|name| tasks.named(name)).collect::<Result<_>>()?,
     };
-    let model = Described::open(&args.model, tasks.template()?)?;
+    let model = ModelInfo::open(&args.model, tasks.template()?)?;
     let colour = coloured(args.color, stdout().is_terminal(), std::env::var_os("NO_COLOR").as_deref());
     let mut shown = Vec::new();
     for task in chosen {
@@ -44,7 +44,7 @@ pub fn run(args: &PreviewArgs, common: &Common) -> Result<()> {
 }
 
 /// The first rows of `task`, once all of them are known to be usable.
-fn examples(args: &PreviewArgs, model: &Described, task: &Task) -> Result<Vec<Shown>> {
+fn examples(args: &PreviewArgs, model: &ModelInfo, task: &Task) -> Result<Vec<Shown>> {
     let rows = data::read_rows(&task.train, &Layout::of(task)?)?;
     let max_length = model.context_of(task, args.max_length);
     let encoded =
@@ -114,7 +114,7 @@ impl Shown {
         runs
     }
 
-    fn to_json(&self, task: &Task, model: &Described) -> Value {
+    fn to_json(&self, task: &Task, model: &ModelInfo) -> Value {
         let Tokenised { ids, target, .. } = &self.tokens;
         json!({"task": task.name, "file": self.place.file.display().to_string(), "row": self.place.row,
             "truncated": ids.len() < self.whole, "ids": ids, "tokens": model.text.tokens(ids), "target": target})

@@ -1,12 +1,12 @@
 //! Runs a plan: stage after stage, each with what it must not move.
 
 use anyhow::Result;
-use cpift_core::cli::Common;
-use cpift_core::provenance::Recorder;
-use cpift_core::stale::Expected;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
+use cpift_core::run::cli::Common;
+use cpift_core::stream::random::splitmix64;
 use cpift_data as data;
 use cpift_torch::memory;
-use cpift_torch::seed::mix;
 use cpift_torch::train::{Evolving, Isolation, LoraConfig, Run, Stage, StageReport, States};
 use log::{info, warn};
 use serde_json::{Map, Value, json};
@@ -73,7 +73,7 @@ fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) 
         examples: &stage.examples,
         isolation: isolation_of(args, plan, stage),
         budget: stage.budget,
-        seed: mix(args.training.seed, k as u64),
+        seed: splitmix64(args.training.seed, k as u64),
         lr: stage.lr,
     }
 }

@@ -49,7 +49,7 @@ pub fn bounded_by<R>(bytes: usize, reader: impl FnOnce() -> R) -> R {
     static START: std::sync::Once = std::sync::Once::new();
     START.call_once(|| {
         let path = write("first", &[0; 1 << 20]);
-        cpift_core::checkpoint::Digest::of_file(&path).expect("a file has a digest");
+        cpift_core::format::digest::Digest::of_file(&path).expect("a file has a digest");
         std::fs::remove_file(path).expect("it was there");
     });
     ALLOCATOR.set_limit(ALLOCATOR.allocated() + bytes).expect("the limit is above what is held");

@@ -1,9 +1,8 @@
 //! Rows of a data file, JSONL (after a byte `l`), a JSON list (`j`) or Parquet (`p`); or (`t`) a template of tasks.toml over a row, a
 //! zero byte between them.
 
-use cpift_core::tasks::Format;
-use cpift_data::RowTemplate;
-use cpift_data::{Layout, read_rows};
+use cpift_core::format::tasks::Format;
+use cpift_data::{Layout, RowTemplate, read_rows};
 use serde_json::{Map, Value};
 
 use crate::bounds;

@@ -1,5 +1,5 @@
 //! groups.json.
-use cpift_core::groups::Groups;
+use cpift_core::format::groups::Groups;
 
 use crate::bounds;
 

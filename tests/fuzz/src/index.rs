@@ -1,6 +1,7 @@
 //! A checkpoint folder: index, config.json, cpift.json and the headers of two shards, zero bytes between them.
 use cpift_core::Checkpoint;
-use cpift_core::checkpoint::{Digest, check_same_parameters};
+use cpift_core::format::checkpoint::check_same_parameters;
+use cpift_core::format::digest::Digest;
 
 use crate::bounds;
 

@@ -8,11 +8,63 @@ use anyhow::{Context, Result};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use super::check_output;
-use crate::error::BadInput;
+use crate::error::{BadInput, usage};
 
 /// How long a run waits for another that is giving names in the same folder; that takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Name of the record inside an output folder; beside an output file it is the file's name with `.cpift.json` added.
+pub const RECORD_NAME: &str = "cpift.json";
+
+/// Refuses `dest` when it exists and `force` is not given.
+///
+/// # Errors
+/// [`BadInput`] with the way out.
+pub fn check_output(dest: &Path, force: bool) -> Result<()> {
+    if dest.file_name().is_none() {
+        return Err(BadInput::new(dest, "cannot be an output").expected("a name of its own").into());
+    }
+    if !force && dest.symlink_metadata().is_ok() {
+        return Err(BadInput::new(dest, "the output exists already").hint("--force replaces it").into());
+    }
+    Ok(())
+}
+
+/// As [`check_output`], for a folder: `force` replaces only what a program of ours made, or an empty folder, because all that is in
+/// it goes.
+///
+/// # Errors
+/// [`BadInput`] with the way out.
+pub fn check_output_dir(dest: &Path, force: bool) -> Result<()> {
+    check_output(dest, force)?;
+    if dest.symlink_metadata().is_err() || dest.join(RECORD_NAME).is_file() {
+        return Ok(());
+    }
+    if !dest.is_dir() {
+        return Err(BadInput::new(dest, "is not a folder").expected("a folder's name for the output").into());
+    }
+    let first = fs::read_dir(dest).ok().and_then(|mut entries| entries.next()?.ok());
+    first.map_or(Ok(()), |entry| {
+        Err(BadInput::new(dest, "is a folder that no program of ours made, so --force does not replace it")
+            .found(format!("no {} but {}", RECORD_NAME, entry.file_name().display()))
+            .hint("remove it yourself, or choose another name")
+            .into())
+    })
+}
+
+/// Refuses an output that is, or holds, one of the `inputs`: `--force` would destroy it.
+///
+/// # Errors
+/// [`crate::error::Usage`] naming the input.
+pub fn check_not_input<'a>(flag: &str, out: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    let Ok(canonical) = out.canonicalize() else { return Ok(()) };
+    for input in inputs {
+        if input.canonicalize().is_ok_and(|path| path.starts_with(&canonical)) {
+            return Err(usage(format!("{flag} {} would replace the input {}", out.display(), input.display())));
+        }
+    }
+    Ok(())
+}
 
 /// Folders made for an output, the innermost first; those that stay empty go again.
 pub struct NewFolders(Vec<PathBuf>);

@@ -7,7 +7,7 @@
 //! output are told apart only when the second is finished: without --force it says so and leaves the first one's.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,8 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-use super::naming::{NewFolders, give_name, wait_for_turn};
-use super::{check_output, check_output_dir};
+use super::naming::{NewFolders, check_output, check_output_dir, give_name, wait_for_turn};
 use crate::error::BadInput;
 
 const SUFFIX: &str = ".partial";
@@ -351,6 +350,22 @@ fn sync_all(folder: &Path) -> Result<()> {
 fn sync(path: &Path) -> Result<()> {
     let name = || format!("writing {} to the disk", final_name(path).display());
     File::open(path).and_then(|f| f.sync_all()).with_context(name)
+}
+
+/// Creates a file of `len` bytes inside a staged folder, open for positional reads and writes. The file is sparse: a full disk shows when
+/// it is written.
+///
+/// # Errors
+/// I/O errors.
+pub fn create_sized(path: &Path, len: u64) -> Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .with_context(|| format!("creating {}", final_name(path).display()))?;
+    file.set_len(len).with_context(|| format!("making room for {len} bytes in {}", final_name(path).display()))?;
+    Ok(file)
 }
 
 #[cfg(test)]

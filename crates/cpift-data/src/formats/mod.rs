@@ -17,7 +17,7 @@ mod pairs;
 mod turns;
 
 use anyhow::{Result, bail};
-use cpift_core::tasks::Format;
+use cpift_core::format::tasks::Format;
 use serde_json::Value;
 
 use super::files::{Fields, reason, text_of};

@@ -92,7 +92,7 @@ fn turns(count: usize) -> String {
 mod tests {
     use super::*;
     use crate::formats::take_conversation;
-    use cpift_core::tasks::Format;
+    use cpift_core::format::tasks::Format;
     use serde_json::{Value, json};
 
     /// The warnings of a file with these lists of turns.

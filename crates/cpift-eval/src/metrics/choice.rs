@@ -1,8 +1,8 @@
 //! `choice`: multiple choice by log-likelihood, of the letter after a chat prompt, of the option's text after a harness prompt.
 
 use anyhow::{Result, bail};
-use cpift_core::progress;
-use cpift_core::tasks::Task;
+use cpift_core::format::tasks::Task;
+use cpift_core::run::progress;
 use cpift_data::Row;
 use cpift_torch::score::{Alternatives, alternatives};
 use cpift_torch::session::Session;
@@ -11,13 +11,13 @@ use serde_json::{Map, Value, json};
 
 use super::options::{Choices, choices};
 use super::{Grade, Lines, NOT_FINITE, Scored, Settings};
-use crate::prompt::{Prompt, PromptStyle, Prompter};
+use crate::prompt::{Prompt, PromptBuilder, PromptStyle};
 
 /// Checks that every row can be asked, and warns where its prompt has the options twice or its last turn has another answer.
 ///
 /// # Errors
-/// As [`choices`] and [`Prompter::prompt`].
-pub fn check(prompter: &Prompter<'_>, task: &Task, rows: &[Row]) -> Result<()> {
+/// As [`choices`] and [`PromptBuilder::prompt`].
+pub fn check(prompter: &PromptBuilder<'_>, task: &Task, rows: &[Row]) -> Result<()> {
     rows.iter().try_for_each(|row| Asked::new(prompter, task, row).map(drop))?;
     if let Some(row) = rows.iter().find(|row| prompter.doubles_options(row)) {
         warn!(
@@ -47,7 +47,7 @@ pub fn check(prompter: &Prompter<'_>, task: &Task, rows: &[Row]) -> Result<()> {
 /// As [`check`]; a log-likelihood that is not finite, with its row.
 pub fn score(
     session: &Session,
-    prompter: &Prompter<'_>,
+    prompter: &PromptBuilder<'_>,
     task: &Task,
     rows: &[Row],
     settings: &Settings,
@@ -77,7 +77,7 @@ struct Asked {
 }
 
 impl Asked {
-    fn new(prompter: &Prompter<'_>, task: &Task, row: &Row) -> Result<Self> {
+    fn new(prompter: &PromptBuilder<'_>, task: &Task, row: &Row) -> Result<Self> {
         let choices = choices(task, row)?;
         let texts: Vec<String> = match prompter.style {
             PromptStyle::Chat => choices.letters().map(String::from).collect(),

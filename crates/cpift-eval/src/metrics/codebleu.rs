@@ -3,8 +3,8 @@
 use anyhow::Result;
 use cpift_codebleu::{Counts, Language, NoDataFlow, parses};
 use cpift_core::BadInput;
-use cpift_core::scores::Figure;
-use cpift_core::tasks::Task;
+use cpift_core::format::scores::MetricValue;
+use cpift_core::format::tasks::Task;
 use cpift_data::Row;
 use cpift_torch::session::Session;
 use log::warn;
@@ -12,13 +12,13 @@ use serde_json::{Map, Value, json};
 
 use super::{Grade, Lines, Scored, Settings, field_error, reference};
 use crate::answers::answers;
-use crate::prompt::Prompter;
+use crate::prompt::PromptBuilder;
 
 /// Checks that languages are named and every row of a known one can be asked.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] when no row says which language it is in, or tasks.toml names one that is not known.
-pub fn check(prompter: &Prompter<'_>, task: &Task, rows: &[Row], settings: &Settings) -> Result<()> {
+pub fn check(prompter: &PromptBuilder<'_>, task: &Task, rows: &[Row], settings: &Settings) -> Result<()> {
     let references: Vec<String> = rows.iter().map(|row| reference(task, row)).collect::<Result<_>>()?;
     let names = names(task, rows, &references)?;
     let known = rows.iter().zip(names).filter(|(_, name)| name.and_then(Language::named).is_some());
@@ -31,7 +31,7 @@ pub fn check(prompter: &Prompter<'_>, task: &Task, rows: &[Row], settings: &Sett
 /// As [`check`].
 pub fn score(
     session: &Session,
-    prompter: &Prompter<'_>,
+    prompter: &PromptBuilder<'_>,
     task: &Task,
     rows: &[Row],
     settings: &Settings,
@@ -119,7 +119,7 @@ fn fenced(text: &str) -> Option<(Option<&str>, &str)> {
 }
 
 /// CodeBLEU of all pairs as one text, as the package gives it for lists; the standard error is the jackknife's.
-fn corpus(counts: &[Counts]) -> Option<Figure> {
+fn corpus(counts: &[Counts]) -> Option<MetricValue> {
     let n = counts.len();
     let sums = |list: &mut dyn Iterator<Item = &Counts>| -> Vec<Counts> {
         let mut sum = Counts::default();
@@ -140,7 +140,7 @@ fn corpus(counts: &[Counts]) -> Option<Figure> {
     let mean = left_out.iter().sum::<f64>() / n as f64;
     let squares: f64 = left_out.iter().map(|v| (v - mean).powi(2)).sum();
     let stderr = (n > 1).then(|| (squares * (n - 1) as f64 / n as f64).sqrt());
-    let figure = |total| Figure { name: "corpus_codebleu".to_owned(), value: value(total), stderr, n: n as u64 };
+    let figure = |total| MetricValue { name: "corpus_codebleu".to_owned(), value: value(total), stderr, n: n as u64 };
     before.last().filter(|_| n > 0).copied().map(figure)
 }
 

@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 
 use super::{Scored, Settings};
 use crate::answers::answers;
-use crate::prompt::Prompter;
+use crate::prompt::PromptBuilder;
 
 /// Generates the answers. There is no metric yet, and no score: not judged is not a grade of zero.
 ///
 /// # Errors
 /// As [`answers`].
-pub fn score(session: &Session, prompter: &Prompter<'_>, rows: &[Row], settings: &Settings) -> Result<Scored> {
+pub fn score(session: &Session, prompter: &PromptBuilder<'_>, rows: &[Row], settings: &Settings) -> Result<Scored> {
     let answers = answers(session, prompter, rows, settings)?;
     let line = |(row, answer): (&Row, &crate::answers::Answered)| {
         let turns: Vec<Value> =

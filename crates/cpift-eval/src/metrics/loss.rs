@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
-use cpift_core::progress;
-use cpift_core::scores::Figure;
-use cpift_core::tasks::Task;
-use cpift_data::ChatText;
-use cpift_data::{Encoded, Overlong, Row, encode_rows};
+use cpift_core::format::scores::MetricValue;
+use cpift_core::format::tasks::Task;
+use cpift_core::run::progress;
+use cpift_data::{ChatText, Encoded, Overlong, Row, encode_rows};
 use cpift_torch::score::{self, ExampleLoss};
 use cpift_torch::session::Session;
 
@@ -16,7 +15,7 @@ use super::{NOT_FINITE, Settings};
 /// The loss on a task's reference answers.
 pub struct Loss {
     /// The mean in nats a target token, with the standard error of a ratio of sums.
-    pub nll: Figure,
+    pub nll: MetricValue,
     /// The loss of each row by its number, without those that were left out.
     pub rows: BTreeMap<usize, ExampleLoss>,
     /// Rows scored on their first tokens only.
@@ -27,11 +26,11 @@ pub struct Loss {
 
 impl Loss {
     /// exp(nll); its standard error by the delta method, exp(nll) · stderr. None where that is more than a number can hold.
-    pub fn perplexity(&self) -> Option<Figure> {
+    pub fn perplexity(&self) -> Option<MetricValue> {
         let value = self.nll.value.exp();
         let stderr = self.nll.stderr.map(|stderr| value * stderr);
         let finite = value.is_finite() && stderr.is_none_or(f64::is_finite);
-        finite.then(|| Figure { name: "perplexity".into(), value, stderr, n: self.nll.n })
+        finite.then(|| MetricValue { name: "perplexity".into(), value, stderr, n: self.nll.n })
     }
 }
 
@@ -60,11 +59,11 @@ pub fn loss(session: &Session, task: &Task, rows: &[Row], settings: &Settings) -
     Ok(Loss { nll: ratio(&losses), rows, truncated: encoded.truncated, dropped: encoded.dropped })
 }
 
-fn ratio(losses: &[ExampleLoss]) -> Figure {
+fn ratio(losses: &[ExampleLoss]) -> MetricValue {
     let targets: f64 = losses.iter().map(|l| l.targets as f64).sum();
     let value = losses.iter().map(|l| l.nll).sum::<f64>() / targets;
     let n = losses.len() as f64;
     let squares: f64 = losses.iter().map(|l| (l.nll - value * l.targets as f64).powi(2)).sum();
     let stderr = (n > 1.0).then(|| (squares * n / (n - 1.0)).sqrt() / targets);
-    Figure { name: "nll".into(), value, stderr, n: losses.len() as u64 }
+    MetricValue { name: "nll".into(), value, stderr, n: losses.len() as u64 }
 }

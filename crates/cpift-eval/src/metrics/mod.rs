@@ -17,15 +17,15 @@ pub use options::choices;
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::scores::Figure;
-use cpift_core::tasks::{Task, TaskMetric};
+use cpift_core::format::scores::MetricValue;
+use cpift_core::format::tasks::{Task, TaskMetric};
 use cpift_data::{ChatText, MaxLength, Row, shown};
 use cpift_torch::generate::Sampling;
 use cpift_torch::session::Session;
 use serde_json::{Map, Number, Value, json};
 
 use crate::answers::answers;
-use crate::prompt::Prompter;
+use crate::prompt::PromptBuilder;
 
 /// What a figure that is not finite means.
 const NOT_FINITE: &str =
@@ -46,9 +46,9 @@ pub struct Settings {
 /// The task's own metric over its rows.
 pub struct Scored {
     /// The main figure; `None` for tasks scored by their loss.
-    pub metric: Option<Figure>,
+    pub metric: Option<MetricValue>,
     /// Further figures of the same outputs.
-    pub also: Vec<Figure>,
+    pub also: Vec<MetricValue>,
     /// Prompts that lost their beginning, because the model's context holds no more.
     pub prompts_cut: usize,
     /// Rows that the metric is not computed for; they are in no figure of it.
@@ -88,7 +88,13 @@ pub type Grader = fn(&Answer<'_>) -> Grade;
 /// # Errors
 /// [`cpift_core::BadInput`] naming the row that cannot be encoded, or has not the fields its metric needs; [`cpift_core::Usage`] for an
 /// answer longer than the model's context.
-pub fn check(text: &ChatText, prompter: &Prompter<'_>, task: &Task, rows: &[Row], settings: &Settings) -> Result<()> {
+pub fn check(
+    text: &ChatText,
+    prompter: &PromptBuilder<'_>,
+    task: &Task,
+    rows: &[Row],
+    settings: &Settings,
+) -> Result<()> {
     encoded(text, task, rows, settings)?.warn_of_template(&task.name);
     let ask = |row: &Row| prompter.prompt(row, settings.max_new_tokens).map(drop);
     match task.metric {
@@ -108,7 +114,7 @@ pub fn check(text: &ChatText, prompter: &Prompter<'_>, task: &Task, rows: &[Row]
 /// [`cpift_core::BadInput`] naming the line of a row without the fields its metric needs.
 pub fn score(
     session: &Session,
-    prompter: &Prompter<'_>,
+    prompter: &PromptBuilder<'_>,
     task: &Task,
     rows: &[Row],
     settings: &Settings,
@@ -131,7 +137,7 @@ pub fn score(
 /// Generates the answers and grades each.
 fn graded(
     session: &Session,
-    prompter: &Prompter<'_>,
+    prompter: &PromptBuilder<'_>,
     (task, rows): (&Task, &[Row]),
     settings: &Settings,
     grader: Grader,
@@ -177,7 +183,7 @@ impl Lines {
     }
 
     fn scored(self, prompts_cut: usize) -> Scored {
-        let mut figures = self.names.iter().zip(&self.scores).map(|(name, scores)| Figure::mean(name, scores));
+        let mut figures = self.names.iter().zip(&self.scores).map(|(name, scores)| MetricValue::mean(name, scores));
         let metric = figures.next();
         Scored { metric, also: figures.collect(), prompts_cut, skipped: 0, outputs: self.outputs }
     }

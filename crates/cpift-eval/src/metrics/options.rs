@@ -1,7 +1,7 @@
 //! The options of a multiple choice and the right one, in the forms that data sets have them.
 
 use anyhow::Result;
-use cpift_core::tasks::Task;
+use cpift_core::format::tasks::Task;
 use cpift_data::{Row, shown};
 use serde_json::Value;
 

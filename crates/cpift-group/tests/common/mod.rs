@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::checkpoint::Digest;
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_testkit::{Run, run};
 use serde_json::json;
 use tempfile::TempDir;
@@ -95,9 +95,9 @@ impl Setting {
     }
 
     /// Runs and reads groups.json.
-    pub fn groups(&self, more: &[&str]) -> cpift_core::groups::Groups {
+    pub fn groups(&self, more: &[&str]) -> cpift_core::format::groups::Groups {
         self.run(&[more, &["--force"]].concat()).ok();
-        cpift_core::groups::Groups::read(&self.out.join("groups.json")).unwrap()
+        cpift_core::format::groups::Groups::read(&self.out.join("groups.json")).unwrap()
     }
 
     /// Writes a scores.json with these losses.

@@ -2,7 +2,7 @@
 
 use std::ops::{Add, Mul, Sub};
 
-use cpift_core::select::Score;
+use cpift_core::stream::select::Score;
 use cpift_core::{BadInput, TensorView};
 
 use super::Tensor;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use cpift_core::TensorView;
-use cpift_core::checkpoint::PieceHasher;
+use cpift_core::stream::hashing::PieceHasher;
 
 use super::jobs::{CHUNK, Piece};
 use crate::plan::Source;
@@ -48,7 +48,7 @@ impl<'a> InputHashes<'a> {
     pub fn finish(self) -> Result<()> {
         for InputHash { source, hasher, .. } in self.list.into_iter().flatten() {
             hasher.add_missing(&source.checkpoint);
-            source.tell_digest(hasher.finish(source.checkpoint.folder())?);
+            source.set_digest(hasher.finish(source.checkpoint.folder())?);
         }
         Ok(())
     }

@@ -3,20 +3,21 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use cpift_core::mask::{Ties, count_ones};
-use cpift_core::{BadInput, simd};
+use cpift_core::BadInput;
+use cpift_core::format::mask::{Ties, count_ones};
+use cpift_core::stream::simd;
 
 use super::block::{Block, Number, not_finite};
 use super::jobs::{self, Piece, Pool};
 use super::{Engine, Job, Tensor, trim};
 use crate::cli::Space;
-use crate::methods::consensus::{self, Filter, Sparsify};
+use crate::methods::sign_merge::{self, Filter, Sparsify};
 use crate::methods::sphere::{Combination, Gram};
-use crate::methods::{Consensus, Rule};
+use crate::methods::{Rule, SignMerge};
 
 /// What is known of one tensor before it is written.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Settled {
+pub struct TensorStats {
     /// Coefficients, branches and angles.
     pub combination: Combination,
     /// For a consensus, what stays of each task vector.
@@ -60,7 +61,7 @@ impl Measure {
 ///
 /// # Errors
 /// [`BadInput`] naming file, tensor and element.
-pub fn measure(engine: &Engine<'_>, batch: Range<usize>) -> Result<Vec<Settled>> {
+pub fn measure(engine: &Engine<'_>, batch: Range<usize>) -> Result<Vec<TensorStats>> {
     let tensors = &engine.job.tensors;
     let measures = read(engine, batch.clone(), |tensor| !matches!(tensor.rule, Rule::Linear(_)))?;
     batch.zip(measures).map(|(i, m)| settle(engine, i, &tensors[i], &m)).collect()
@@ -70,7 +71,7 @@ pub fn measure(engine: &Engine<'_>, batch: Range<usize>) -> Result<Vec<Settled>>
 ///
 /// # Errors
 /// [`BadInput`] naming file, tensor and element.
-pub fn survey(engine: &Engine<'_>, batch: Range<usize>) -> Result<Vec<Settled>> {
+pub fn survey(engine: &Engine<'_>, batch: Range<usize>) -> Result<Vec<TensorStats>> {
     let tensors = &engine.job.tensors;
     let measures = read(engine, batch.clone(), |tensor| tensor.rule.has_angles())?;
     batch.zip(measures).map(|(i, m)| combined(engine.job, &tensors[i], &m)).collect()
@@ -120,7 +121,7 @@ fn read_blocks<T: Number>(
         }
         match tensor.rule {
             Rule::Linear(_) => {}
-            Rule::Consensus(rule) => add_magnitudes(rule, start, block, &mut sum.magnitudes),
+            Rule::SignMerge(rule) => add_magnitudes(rule, start, block, &mut sum.magnitudes),
             Rule::Fold(_) | Rule::SphericalMean(_) => {
                 tensor.claims.for_each(start, len, |j| block.clear_one(j));
                 sum.gram.accumulate(&block.operands, about_base.then_some(&block.base[..]));
@@ -135,19 +136,19 @@ fn read_blocks<T: Number>(
 
 /// The sums that a rescaled drop needs.
 #[inline(always)]
-fn add_magnitudes<T: Number>(rule: &Consensus, start: usize, block: &mut Block<T>, sums: &mut [[f64; 2]]) {
+fn add_magnitudes<T: Number>(rule: &SignMerge, start: usize, block: &mut Block<T>, sums: &mut [[f64; 2]]) {
     let (true, Sparsify::Drop { .. }) = (rule.rescale, &rule.sparsify) else { return };
-    consensus::differences(block);
+    sign_merge::differences(block);
     for ((i, values), sums) in block.operands.iter_mut().enumerate().zip(sums) {
-        sums[0] += consensus::sum_of_magnitudes(values);
+        sums[0] += sign_merge::sum_of_magnitudes(values);
         rule.drawn(i).apply(values, start, &mut 0);
-        sums[1] += consensus::sum_of_magnitudes(values);
+        sums[1] += sign_merge::sum_of_magnitudes(values);
     }
 }
 
-fn settle(engine: &Engine<'_>, index: usize, tensor: &Tensor<'_>, measure: &Measure) -> Result<Settled> {
+fn settle(engine: &Engine<'_>, index: usize, tensor: &Tensor<'_>, measure: &Measure) -> Result<TensorStats> {
     let mut settled = combined(engine.job, tensor, measure)?;
-    let Rule::Consensus(rule) = tensor.rule else { return Ok(settled) };
+    let Rule::SignMerge(rule) = tensor.rule else { return Ok(settled) };
     for (i, density) in rule.densities.iter().enumerate() {
         let filter = match rule.sparsify {
             _ if *density >= 1.0 => Filter::ALL,
@@ -156,7 +157,7 @@ fn settle(engine: &Engine<'_>, index: usize, tensor: &Tensor<'_>, measure: &Meas
                 let [before, after] = measure.magnitudes[i];
                 Filter {
                     keep: rule.drawn(i),
-                    scale: if rule.rescale { consensus::stretch(before, after) } else { 1.0 },
+                    scale: if rule.rescale { sign_merge::stretch(before, after) } else { 1.0 },
                 }
             }
             Sparsify::Trim => {
@@ -172,12 +173,12 @@ fn settle(engine: &Engine<'_>, index: usize, tensor: &Tensor<'_>, measure: &Meas
     Ok(settled)
 }
 
-fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<Settled> {
+fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<TensorStats> {
     if !measure.gram.is_finite() {
         let view = tensor.operands[0];
         return Err(BadInput::new(view.file, "weights so large that their norm overflows").tensor(view.name).into());
     }
-    Ok(Settled {
+    Ok(TensorStats {
         combination: tensor.rule.combination(&measure.gram, job.epsilon),
         filters: Vec::new(),
         trimmed: Ties::default(),

@@ -16,11 +16,12 @@ mod write;
 pub use block::{Block, Number};
 pub use hashes::InputHashes;
 pub use jobs::CHUNK;
-pub use measure::Settled;
+pub use measure::TensorStats;
 pub use write::Output;
 
 use anyhow::Result;
-use cpift_core::{Dtype, TensorView, progress};
+use cpift_core::run::progress;
+use cpift_core::{Dtype, TensorView};
 use indicatif::ProgressBar;
 
 use crate::cli::Space;
@@ -101,7 +102,7 @@ impl<'a> Engine<'a> {
 /// # Errors
 /// [`cpift_core::BadInput`] naming file, tensor and element where a number is not finite, in an input or after the cast to the
 /// output's dtype; I/O errors.
-pub fn run(job: &Job<'_>, hashes: &InputHashes<'_>, output: &Output) -> Result<Vec<Settled>> {
+pub fn run(job: &Job<'_>, hashes: &InputHashes<'_>, output: &Output) -> Result<Vec<TensorStats>> {
     let engine = Engine::new(job, Some(hashes), "merging", bytes_of(&job.tensors));
     let mut settled = Vec::with_capacity(job.tensors.len());
     for batch in jobs::batches(&job.tensors) {
@@ -117,7 +118,7 @@ pub fn run(job: &Job<'_>, hashes: &InputHashes<'_>, output: &Output) -> Result<V
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] where a number that must be measured is not finite.
-pub fn survey(job: &Job<'_>) -> Result<Vec<Settled>> {
+pub fn survey(job: &Job<'_>) -> Result<Vec<TensorStats>> {
     let engine = Engine::new(job, None, "measuring", bytes_of(&job.tensors));
     let mut settled = Vec::with_capacity(job.tensors.len());
     for batch in jobs::batches(&job.tensors) {
@@ -137,7 +138,7 @@ pub fn peak_memory(job: &Job<'_>, bytes: u64) -> u64 {
     let k = job.tensors.first().map_or(0, |t| t.operands.len());
     let number = if job.tensors.iter().any(Tensor::is_wide) { size_of::<f64>() } else { size_of::<f32>() };
     let blocks = ((k + 2) * number + 2 * size_of::<f64>()) * block::BLOCK;
-    let trims = |t: &Tensor<'_>| matches!(t.rule, Rule::Consensus(c) if c.sparsify == Sparsify::Trim);
+    let trims = |t: &Tensor<'_>| matches!(t.rule, Rule::SignMerge(c) if c.sparsify == Sparsify::Trim);
     let trim = if job.tensors.iter().any(trims) { 4 * HISTOGRAM + CHUNK * number } else { 0 };
     let per_thread = blocks + CHUNK * job.dtype.size() + trim;
     // A hash of 32 bytes for every piece, and its lock.

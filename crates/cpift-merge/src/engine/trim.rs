@@ -2,20 +2,20 @@
 
 use std::sync::Mutex;
 
-use cpift_core::mask::Ties;
-use cpift_core::select::{Cut, Source, find_cut};
-use cpift_core::simd;
+use cpift_core::format::mask::Ties;
+use cpift_core::stream::select::{Cut, Source, find_cut};
+use cpift_core::stream::simd;
 use rayon::prelude::*;
 
 use super::block::{Number, outside, read};
 use super::jobs::{self, Piece};
 use super::measure::free;
 use super::{Engine, Tensor};
-use crate::methods::Consensus;
-use crate::methods::consensus::{Filter, Keep, stretch, sum_of_magnitudes};
+use crate::methods::SignMerge;
+use crate::methods::sign_merge::{Filter, Keep, stretch, sum_of_magnitudes};
 
 /// What stays of task vector `operand` of a tensor, and how the ties at the cut-off fell.
-pub fn trim(engine: &Engine<'_>, index: usize, operand: usize, rule: &Consensus, density: f64) -> (Filter, Ties) {
+pub fn trim(engine: &Engine<'_>, index: usize, operand: usize, rule: &SignMerge, density: f64) -> (Filter, Ties) {
     let tensor = &engine.job.tensors[index];
     let free = free(tensor);
     if free == 0 {

@@ -8,15 +8,17 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, PieceHasher};
-use cpift_core::{BadInput, CheckpointWriter, Dtype, TensorSpec, TensorView, simd};
+use cpift_core::format::digest::Digest;
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::stream::simd;
+use cpift_core::{BadInput, CheckpointWriter, Dtype, TensorSpec, TensorView};
 
 use super::block::{Block, Number, not_finite};
 use super::jobs::{self, CHUNK, Piece, Pool};
-use super::measure::Settled;
+use super::measure::TensorStats;
 use super::{Engine, Job, Tensor};
 use crate::cli::Space;
-use crate::methods::consensus::{self, Filter};
+use crate::methods::sign_merge::{self, Filter};
 use crate::methods::{Rule, magnitude};
 
 /// A checkpoint being written and hashed.
@@ -120,7 +122,7 @@ enum Fault {
 ///
 /// # Errors
 /// [`BadInput`] where a number is not finite, in an input or after the cast to the output's dtype; I/O errors.
-pub fn write(engine: &Engine<'_>, batch: Range<usize>, settled: &[Settled], output: &Output) -> Result<()> {
+pub fn write(engine: &Engine<'_>, batch: Range<usize>, settled: &[TensorStats], output: &Output) -> Result<()> {
     let tensors = &engine.job.tensors;
     let pieces = jobs::pieces(tensors, batch.clone());
     jobs::for_each(&pieces, |piece| {
@@ -143,7 +145,7 @@ fn write_piece<T: Number>(
     job: &Job<'_>,
     pool: &Pool<T>,
     tensor: &Tensor<'_>,
-    settled: &Settled,
+    settled: &TensorStats,
     piece: &Piece,
     output: &Output,
 ) -> Result<()> {
@@ -163,7 +165,7 @@ fn write_piece<T: Number>(
 fn write_blocks<T: Number>(
     job: &Job<'_>,
     tensor: &Tensor<'_>,
-    settled: &Settled,
+    settled: &TensorStats,
     piece: &Piece,
     block: &mut Block<T>,
     bytes: &mut [u8],
@@ -176,8 +178,8 @@ fn write_blocks<T: Number>(
             return Err(Fault::NotFinite(start, len));
         }
         match tensor.rule {
-            Rule::Consensus(rule) => {
-                consensus::differences(block);
+            Rule::SignMerge(rule) => {
+                sign_merge::differences(block);
                 thin(tensor, &settled.filters, start, &mut ties, block);
                 rule.merge(&settled.filters, block);
             }
@@ -253,7 +255,7 @@ fn overflow(dtype: Dtype) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cpift_core::checkpoint::Float;
+    use cpift_core::format::dtype::Float;
 
     #[test]
     fn overflow_is_where_the_cast_gives_infinity() {

@@ -1,11 +1,11 @@
 //! The arithmetic of the methods: what becomes of one tensor, given its elements in every input.
 
-pub mod consensus;
 mod region;
+pub mod sign_merge;
 pub mod sphere;
 
-pub use consensus::{Consensus, Filter, Sparsify};
 pub use region::{Claims, Conflict, magnitude};
+pub use sign_merge::{Filter, SignMerge, Sparsify};
 
 use sphere::{Combination, Gram};
 
@@ -19,7 +19,7 @@ pub enum Rule {
     /// The mean on the sphere, weights summing to 1.
     SphericalMean(Vec<f64>),
     /// Task vectors thinned out, and summed where they agree on a sign.
-    Consensus(Consensus),
+    SignMerge(SignMerge),
 }
 
 impl Rule {
@@ -40,7 +40,7 @@ impl Rule {
             Self::Fold(omegas) if omegas.len() == 1 => format!("t {}", list(omegas)),
             Self::Fold(omegas) => format!("ω {}", list(omegas)),
             Self::SphericalMean(weights) => format!("weights {}", list(weights)),
-            Self::Consensus(rule) => format!(
+            Self::SignMerge(rule) => format!(
                 "weights {}; densities {}; λ {}",
                 list(&rule.weights),
                 list(&rule.densities),
@@ -55,7 +55,7 @@ impl Rule {
             Self::Linear(coefficients) => Combination { coefficients: coefficients.clone(), steps: Vec::new() },
             Self::Fold(omegas) => sphere::fold(gram, omegas, epsilon),
             Self::SphericalMean(weights) => sphere::spherical_mean(gram, weights, epsilon),
-            Self::Consensus(_) => Combination { coefficients: Vec::new(), steps: Vec::new() },
+            Self::SignMerge(_) => Combination { coefficients: Vec::new(), steps: Vec::new() },
         }
     }
 }

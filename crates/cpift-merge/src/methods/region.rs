@@ -1,7 +1,7 @@
 //! Core regions while streaming: which elements belong to one, to whom, and what value an element of several gets.
 
 use cpift_core::TensorView;
-use cpift_core::mask::bit;
+use cpift_core::format::mask::bit;
 
 /// What an element that is core to several tasks becomes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use cpift_core::checkpoint::Float;
+use cpift_core::format::dtype::Float;
 
 /// cos ε of the default ε: below this angle two tensors count as collinear.
 pub const COLLINEAR_COSINE: f64 = 0.9995;

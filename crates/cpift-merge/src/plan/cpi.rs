@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::groups::Groups;
-use cpift_core::provenance::check_made_from;
-use cpift_core::{BadInput, Mask, cli, files, mask};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::mask;
+use cpift_core::record::provenance::check_made_from;
+use cpift_core::run::cli::{self, Named};
+use cpift_core::{BadInput, Mask, files};
 
-use super::inputs::{Source, check_alike, share_head};
+use super::inputs::{Source, check_compatible, share_head};
 use super::output::resolve;
 use super::{Plan, check_epsilon, require_unit};
 use crate::card;
@@ -29,6 +31,7 @@ pub fn plan_cpi(args: &CpiArgs, force: bool) -> Result<Plan> {
         require_unit("--omega", omega)?;
     }
     cli::require_unique(&args.tasks, "--task")?;
+    cli::require_unique(&args.masks, "--mask")?;
     if !args.output.dry_run {
         files::check_output_dir(&args.output.out, force)?;
     }
@@ -80,7 +83,7 @@ fn open(args: &CpiArgs, groups: &Groups) -> Result<(Arc<Source>, Vec<Arc<Source>
     let mut operands = vec![backbone.map_or_else(|| Arc::clone(&base), Arc::new)];
     operands.extend(tasks.into_iter().map(Arc::new));
     for operand in operands.iter().filter(|o| !Arc::ptr_eq(o, &base)) {
-        check_alike(&base, operand)?;
+        check_compatible(&base, operand)?;
     }
     Ok((base, operands))
 }
@@ -109,7 +112,7 @@ fn check_groups_base(path: &Path, groups: &Groups, base: &Source) -> Result<()> 
 type OpenedMasks = (Vec<Mask>, BTreeMap<String, (PathBuf, Digest)>);
 
 fn open_masks(args: &CpiArgs, groups: &Groups, base: &Source) -> Result<OpenedMasks> {
-    let mut by_name = mask::open_all(&args.masks, &base.checkpoint, base.digest()?)?;
+    let mut by_name = mask::open_all(args.masks.iter().map(Named::pair), &base.checkpoint, base.digest()?)?;
     let (mut masks, mut files) = (Vec::new(), BTreeMap::new());
     for name in groups.task_order() {
         let mask = by_name.remove(name).expect("names are checked");

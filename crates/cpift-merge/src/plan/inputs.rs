@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
-use cpift_core::checkpoint::rope::RopeSettings;
-use cpift_core::checkpoint::{Digest, Excluded, TensorKind, check_same_parameters, read_config};
 use cpift_core::error::usage;
-use cpift_core::provenance::Provenance;
+use cpift_core::format::checkpoint::{Excluded, check_same_parameters, read_config};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::names::TensorKind;
+use cpift_core::format::rope::RopeSettings;
+use cpift_core::record::provenance::Provenance;
 use cpift_core::{BadInput, Checkpoint, Dtype};
 use serde_json::Value;
 
@@ -55,7 +57,7 @@ impl Source {
             && let Some(record) = Provenance::recorded_digest(self.path())
             && record.holds_for(self.path())
         {
-            self.tell_digest(record.blake3);
+            self.set_digest(record.blake3);
         }
         self.digest.get()
     }
@@ -73,7 +75,7 @@ impl Source {
     }
 
     /// Takes over a digest computed while the checkpoint was read.
-    pub fn tell_digest(&self, digest: Digest) {
+    pub fn set_digest(&self, digest: Digest) {
         let _ = self.digest.set(digest);
     }
 
@@ -105,7 +107,7 @@ pub fn share_head(sources: &mut [&mut Source]) {
 ///
 /// # Errors
 /// [`BadInput`] that names the first difference.
-pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
+pub fn check_compatible(first: &Source, other: &Source) -> Result<()> {
     let differs = |key: &str, expected: &Value, found: &Value, hint: &str| {
         BadInput::new(other.config_path(), format!("{key} differs from {}", first.config_path().display()))
             .expected(expected.to_string())

@@ -18,8 +18,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, Excluded};
 use cpift_core::error::usage;
+use cpift_core::format::checkpoint::Excluded;
+use cpift_core::format::digest::Digest;
 use cpift_core::{Mask, TensorSpec, TensorView};
 
 use crate::cli::Space;

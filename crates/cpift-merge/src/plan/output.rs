@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::checkpoint::{with_head_of, with_torch_dtype};
-use cpift_core::{BadInput, Dtype, json};
+use cpift_core::format::checkpoint::{with_head_of, with_torch_dtype};
+use cpift_core::format::json;
+use cpift_core::{BadInput, Dtype};
 use serde_json::Value;
 
 use super::inputs::{Source, common_dtype};
@@ -50,7 +51,7 @@ pub fn resolve(
         force,
         dtype,
         shard_size: args.shard_size,
-        config: with_torch_dtype(with_head_of(&backbone.checkpoint, backbone.config.clone()), dtype),
+        config: with_torch_dtype(with_head_of(backbone.checkpoint.tied(), backbone.config.clone()), dtype),
         side_files,
     })
 }

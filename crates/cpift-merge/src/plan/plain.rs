@@ -5,17 +5,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, names};
 use cpift_core::error::usage;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::names;
 use cpift_core::{Mask, files};
 
-use super::inputs::{Source, check_alike, share_head};
+use super::inputs::{Source, check_compatible, share_head};
 use super::output::resolve;
 use super::{Plan, check_epsilon, require_unit};
 use crate::card;
 use crate::cli::{OutputArgs, Space};
-use crate::methods::consensus::key;
-use crate::methods::{Conflict, Consensus, Rule, Sparsify};
+use crate::methods::sign_merge::key;
+use crate::methods::{Conflict, Rule, SignMerge, Sparsify};
 use crate::request::{Method, Request};
 use crate::setting::Setting;
 
@@ -42,7 +43,7 @@ pub fn plan(request: &Request, output: &OutputArgs, force: bool) -> Result<Plan>
     let backbone = base.as_ref().unwrap_or(&operands[0]);
     let everything: Vec<&Source> = base.iter().chain(&operands).map(Arc::as_ref).collect();
     for other in everything.iter().filter(|source| !std::ptr::eq(**source, backbone.as_ref())) {
-        check_alike(backbone, other)?;
+        check_compatible(backbone, other)?;
     }
     files::check_not_input("--out", &output.out, everything.iter().map(|source| source.path()))?;
     let destination = resolve(output, force, &everything, backbone, backbone, &everything)?;
@@ -213,15 +214,15 @@ fn rule(request: &Request, place: &Place<'_>) -> Result<Rule> {
             let divisor = if request.normalize && sum.abs() >= SUM_IS_ZERO { sum } else { 1.0 };
             Ok(Rule::Linear(over(divisor).into_iter().map(|w| w * lambda).collect()))
         }
-        Method::Ties | Method::DareLinear | Method::DareTies => consensus(request, place, weights).map(Rule::Consensus),
+        Method::Ties | Method::DareLinear | Method::DareTies => consensus(request, place, weights).map(Rule::SignMerge),
     }
 }
 
-fn consensus(request: &Request, place: &Place<'_>, weights: Vec<f64>) -> Result<Consensus> {
+fn consensus(request: &Request, place: &Place<'_>, weights: Vec<f64>) -> Result<SignMerge> {
     let densities = request.models.iter().map(|m| place.value(&m.density, "--density")).collect::<Result<_>>()?;
     let keys = (0..weights.len()).map(|i| key(request.seed, i, place.name)).collect();
     let sparsify = if request.method == Method::Ties { Sparsify::Trim } else { Sparsify::Drop { keys } };
-    Ok(Consensus {
+    Ok(SignMerge {
         sparsify,
         densities,
         weights,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use cpift_core::json;
+use cpift_core::format::json;
 use serde_json::Value;
 
 /// Warns where two folders have different tokens at the same id, naming the first.

@@ -4,8 +4,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use cpift_core::checkpoint::read_config;
-use cpift_core::{BadInput, json};
+use cpift_core::BadInput;
+use cpift_core::format::checkpoint::read_config;
+use cpift_core::format::json;
 use serde_json::Value;
 
 use super::Recipe;

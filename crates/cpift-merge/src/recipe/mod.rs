@@ -7,9 +7,9 @@
 //! What mergekit has no key for stands under `cpift`, which it passes over: see [`write`].
 
 mod disk;
+mod extensions;
 mod inputs;
 mod node;
-mod ours;
 mod settings;
 mod write;
 
@@ -107,7 +107,7 @@ fn parse_recipe(text: &str, path: &Path) -> Result<Recipe> {
     let vocabulary = tokenizer(&fields, base)?.map(PathBuf::from);
     request.side_files = vocabulary.clone().or_else(|| base.map(PathBuf::from));
     if let Some(node) = fields.get("cpift") {
-        ours::of_all(&mut request, &node)?;
+        extensions::of_all(&mut request, &node)?;
     }
     Ok(Recipe { request, layers: inputs.slices.map(|slices| slices.layers), vocabulary })
 }
@@ -174,7 +174,7 @@ fn models(method: Method, inputs: &Inputs<'_>, base: Option<&str>, global: &Scop
         }
         let mut model = model(method, &input.node, input.path, &[&input.own, &inputs.slice, global])?;
         if let Some(node) = &input.ours {
-            ours::of_model(method, &mut model, node)?;
+            extensions::of_model(method, &mut model, node)?;
         }
         models.insert(if is_base { 0 } else { models.len() }, model);
     }

@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use cpift_core::checkpoint::Digest;
-use cpift_core::provenance::Recorder;
+use cpift_core::format::digest::Digest;
+use cpift_core::record::provenance::Recorder;
 use cpift_core::{Checkpoint, Dtype};
 use cpift_testkit::{Numbers, Tensor, Tensors};
 

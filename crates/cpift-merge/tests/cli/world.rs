@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cpift_core::Dtype;
-use cpift_core::checkpoint::{Checkpoint, Digest};
-use cpift_core::groups::{Groups, Order, TauMode};
-use cpift_core::mask::{MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::format::checkpoint::Checkpoint;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{Groups, Order, TauMode};
+use cpift_core::format::mask::{MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_testkit::{Run, Tensor, Tensors, expect_entries, run, write_checkpoint};
 use tempfile::TempDir;
 
@@ -112,7 +113,7 @@ impl World {
         let d: u64 = numel.values().sum();
         let selected = core.values().map(|c| c.len() as u64).sum();
         let header = MaskHeader {
-            format_version: cpift_core::mask::FORMAT_VERSION,
+            format_version: cpift_core::format::mask::FORMAT_VERSION,
             percent: 100.0 * selected as f64 / d as f64,
             scope: Scope::Global,
             metric: Metric::Magnitude,
@@ -139,7 +140,7 @@ impl World {
     pub fn groups(&self, tasks: &[&str]) {
         let n = tasks.len();
         let groups = Groups {
-            format_version: cpift_core::groups::FORMAT_VERSION,
+            format_version: cpift_core::format::groups::FORMAT_VERSION,
             tau: 2.0,
             partition: None,
             tau_mode: TauMode::Fixed,

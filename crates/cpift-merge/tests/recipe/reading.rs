@@ -3,9 +3,8 @@
 use std::path::Path;
 
 use cpift_core::Dtype;
-use cpift_merge::card;
 use cpift_merge::recipe::write;
-use cpift_merge::{Method, Request, Setting};
+use cpift_merge::{Method, Request, Setting, card};
 
 use crate::{SLERP, linear, parsed, paths, refused, ties};
 

@@ -3,7 +3,8 @@
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::{BadInput, json};
+use cpift_core::BadInput;
+use cpift_core::format::json;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;

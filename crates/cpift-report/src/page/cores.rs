@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::Mask;
-use cpift_core::checkpoint::names::OUTSIDE;
-use cpift_core::density::{Stats, stats};
-use cpift_core::groups::{Groups, TauMode};
+use cpift_core::format::density::{Stats, stats};
+use cpift_core::format::groups::{Groups, TauMode};
+use cpift_core::format::names::OUTSIDE;
 
 use super::{entries, file_name};
 use crate::chart::{Svg, diverging, legend, sequential};

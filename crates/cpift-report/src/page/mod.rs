@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::provenance::FILE_NAME;
+use cpift_core::files::RECORD_NAME;
 
 use crate::args::ReportArgs;
 use crate::comparison::{Comparison, Question};
@@ -153,7 +153,7 @@ fn file_name(path: &Path) -> String {
 
 /// The folders of a run that hold a model of ours, as names under it: probes first, then the rest as [`rank`] has it.
 fn models(folder: &Path) -> Result<Vec<String>> {
-    let is_model = |path: &PathBuf| path.join(FILE_NAME).is_file() && path.join("config.json").is_file();
+    let is_model = |path: &PathBuf| path.join(RECORD_NAME).is_file() && path.join("config.json").is_file();
     let probes = entries(&folder.join("probes"))?.into_iter().filter(is_model);
     let probes: Vec<String> = probes.map(|path| format!("probes/{}", file_name(&path))).collect();
     let mut rest: Vec<String> = entries(folder)?.into_iter().filter(is_model).map(|path| file_name(&path)).collect();

@@ -1,6 +1,6 @@
 //! The pictures of experiments: values with their ends by name, lines over an axis, and pairs of bars.
 
-use cpift_core::svg::text_width;
+use cpift_core::format::svg::text_width;
 
 use crate::chart::{Axis, Svg, series};
 

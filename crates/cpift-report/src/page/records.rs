@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::json;
-use cpift_core::provenance::{FILE_NAME, Provenance};
+use cpift_core::files::RECORD_NAME;
+use cpift_core::format::json;
+use cpift_core::record::provenance::Provenance;
 
 use super::{entries, file_name};
 use crate::html::{Table, escape, missing, paragraph, verbatim};
@@ -38,7 +39,7 @@ fn collect(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> 
     for path in entries(folder)? {
         if path.is_dir() && depth > 0 && !path.is_symlink() {
             collect(&path, depth - 1, files)?;
-        } else if file_name(&path) == FILE_NAME || file_name(&path).ends_with(&format!(".{FILE_NAME}")) {
+        } else if file_name(&path) == RECORD_NAME || file_name(&path).ends_with(&format!(".{RECORD_NAME}")) {
             files.push(path);
         }
     }
@@ -49,7 +50,7 @@ fn collect(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> 
 fn artifact(folder: &Path, record: &Path) -> String {
     let path = record.strip_prefix(folder).unwrap_or(record);
     let shown = path.display().to_string();
-    let name = shown.strip_suffix(&format!(".{FILE_NAME}")).or_else(|| shown.strip_suffix(FILE_NAME));
+    let name = shown.strip_suffix(&format!(".{RECORD_NAME}")).or_else(|| shown.strip_suffix(RECORD_NAME));
     match name.unwrap_or(&shown).trim_end_matches('/') {
         "" => ".".to_owned(),
         name => name.to_owned(),

@@ -1,6 +1,6 @@
 //! The tables of scores, and the seesaw: what each method gained or lost on each task.
 
-use cpift_core::svg::text_width;
+use cpift_core::format::svg::text_width;
 
 use crate::chart::{Axis, Svg};
 use crate::comparison::{Cell, Column, Comparison};

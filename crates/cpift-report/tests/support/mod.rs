@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::checkpoint::Digest;
-use cpift_core::scores::{Figure, Scores, TaskScore};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::{MetricValue, Scores, TaskScore};
 use cpift_testkit::masks::{write_groups, write_mask};
 use cpift_testkit::model::write_tiny_model;
 use serde_json::{Value, json};
@@ -48,7 +48,7 @@ impl Folder {
             })
         });
         self.write(&format!("{folder}/outputs.jsonl"), &lines.collect::<String>());
-        let tasks = tasks.iter().map(|(task, scores)| task_score(task, Some(Figure::mean("acc", scores))));
+        let tasks = tasks.iter().map(|(task, scores)| task_score(task, Some(MetricValue::mean("acc", scores))));
         self.write_scores_at(folder, tasks.collect())
     }
 
@@ -199,14 +199,14 @@ impl Folder {
 }
 
 /// The score of a task on four rows; without a metric where there is none.
-pub fn task_score(task: &str, metric: Option<Figure>) -> TaskScore {
-    let nll = Figure { name: "nll".into(), value: 2.0, stderr: Some(0.1), n: 4 };
+pub fn task_score(task: &str, metric: Option<MetricValue>) -> TaskScore {
+    let nll = MetricValue { name: "nll".into(), value: 2.0, stderr: Some(0.1), n: 4 };
     let settings = BTreeMap::from([("rows".to_owned(), json!(4)), ("truncated".to_owned(), json!(0))]);
     TaskScore { task: task.into(), eval_digest: Digest::blank(), metric, also: BTreeMap::new(), nll, settings }
 }
 
-pub fn common(force: bool) -> cpift_core::cli::Common {
-    cpift_core::cli::Common { force, ..Default::default() }
+pub fn common(force: bool) -> cpift_core::run::cli::Common {
+    cpift_core::run::cli::Common { force, ..Default::default() }
 }
 
 pub fn read(path: &Path) -> String {

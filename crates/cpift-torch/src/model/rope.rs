@@ -1,10 +1,10 @@
-//! Rotary position embeddings with the frequency scalings that config.json can ask for ([`cpift_core::checkpoint::rope`] reads them).
+//! Rotary position embeddings with the frequency scalings that config.json can ask for ([`cpift_core::format::rope`] reads them).
 //!
 //! Suffixes: b batch, s sequence, d head width.
 
 use std::f64::consts::PI;
 
-use cpift_core::checkpoint::rope::{RopeParameters, RopeScaling};
+use cpift_core::format::rope::{RopeParameters, RopeScaling};
 use tch::{Device, Kind, Tensor};
 
 /// Makes the cosines and sines for positions.

@@ -8,8 +8,8 @@ use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::ffi::{AdamWNumbers, AdamWTensors, fused_adamw};
-use crate::seed::mix;
 use crate::weights::Parameters;
+use cpift_core::stream::random::splitmix64;
 
 pub use guard::Guard;
 pub use rounding::stochastic_bf16;
@@ -96,7 +96,7 @@ impl AdamW {
                     tensors.steps.push(&slot.step);
                 } else {
                     // A seed of its own, so that the bits do not depend on which parameters are updated together.
-                    tch::manual_seed(mix(update.seed, i as u64) as i64);
+                    tch::manual_seed(splitmix64(update.seed, i as u64) as i64);
                     self.step_widened(slot, grad, update)?;
                 }
             }

@@ -10,7 +10,7 @@ use log::info;
 use tch::{Kind, Tensor, no_grad};
 
 use super::batches::join;
-use super::pass::{Forward, PassConfig, Units};
+use super::pass::{Forward, ParamGroups, PassConfig};
 use crate::data::{FeedConfig, Feeder};
 use crate::session::Session;
 use crate::weights::{self, Parameters};
@@ -44,7 +44,7 @@ pub fn squared_gradients(
     let mut sums: Parameters = session.parameters.iter().map(zero).collect();
     let feed = FeedConfig { batch_size: config.batch_size, grad_accum: 1, row: None };
     let (mut feeder, mut tokens) = (Feeder::new(examples, feed, config.seed), 0);
-    let units = Units::new(&session.model, &session.parameters, true);
+    let units = ParamGroups::new(&session.model, &session.parameters, true);
     for _ in 0..config.batches {
         let batch = join(examples, &feeder.next_step().concat()).to_device(session.model.device());
         let scale = 1.0 / batch.targets() as f64;

@@ -1,7 +1,7 @@
 //! Loss on rows that are not trained on.
 
 use anyhow::Result;
-use cpift_core::tasks::Task;
+use cpift_core::format::tasks::Task;
 use tch::no_grad;
 
 use crate::model::CausalLM;

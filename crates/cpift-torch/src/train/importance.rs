@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use cpift_core::checkpoint::names::layer;
+use cpift_core::format::names::layer;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::weights::Parameters;

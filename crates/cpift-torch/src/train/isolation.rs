@@ -2,7 +2,7 @@
 //! tasks at the moment.
 
 use anyhow::Result;
-use cpift_core::mask::Mask;
+use cpift_core::format::mask::Mask;
 use tch::{Kind, Tensor, no_grad};
 
 use super::importance::{Importance, Positions, jaccard};
@@ -58,7 +58,7 @@ impl Isolation<'_> {
 }
 
 /// The moving mask of a stage.
-pub(crate) struct MovingMask<'a> {
+pub(crate) struct DynamicMask<'a> {
     config: &'a Evolving<'a>,
     importance: Importance,
     /// The first mask of the stage; empty before.
@@ -76,7 +76,7 @@ pub(crate) struct Drift {
     pub jaccard: f64,
 }
 
-impl<'a> MovingMask<'a> {
+impl<'a> DynamicMask<'a> {
     pub fn new(config: &'a Evolving<'a>, trainer: &Trainer<'_>, batch_size: usize, seed: u64) -> Self {
         let feed = FeedConfig { batch_size, grad_accum: 1, row: None };
         Self {
@@ -137,7 +137,7 @@ impl<'a> MovingMask<'a> {
         first.chain(self.importance.state()).collect()
     }
 
-    /// Goes on from a state whose tensors are in `restored`, made by [`MovingMask::blank`], after `steps` steps.
+    /// Goes on from a state whose tensors are in `restored`, made by [`DynamicMask::blank`], after `steps` steps.
     pub fn restore(
         &mut self,
         restored: &Parameters,
@@ -188,7 +188,7 @@ mod tests {
         let (earlier, own) = (examples(3), examples(101));
         let config = Evolving { examples: &earlier, percent: 10.0, decay: 0.5, interval: 3 };
         let mut trainer = Trainer::new(&session.model, parameters, None, StepConfig::default());
-        let mut mask = MovingMask::new(&config, &trainer, 4, 1);
+        let mut mask = DynamicMask::new(&config, &trainer, 4, 1);
         let total: usize = parameters.values().map(Tensor::numel).sum();
         let batch = Batch::new(&own.iter().collect::<Vec<_>>());
         let (mut similarities, mut kept) = (Vec::new(), Vec::new());

@@ -6,10 +6,10 @@
 
 use tch::{Kind, Tensor, no_grad};
 
-use super::pass::Units;
+use super::pass::ParamGroups;
 use crate::model::EMBEDDING;
-use crate::seed::mix_name;
 use crate::weights::Parameters;
+use cpift_core::stream::random::seed_for;
 
 /// The output layer, which has no adapter, as the embedding has none.
 const HEAD: &str = "lm_head.weight";
@@ -44,12 +44,12 @@ struct Adapter {
 
 impl Adapters {
     /// Fresh ones for every linear layer among `units`: A uniform within ±1/√(inputs), as PEFT has it, and B zero.
-    pub fn new(units: &Units, config: LoraConfig) -> Self {
+    pub fn new(units: &ParamGroups, config: LoraConfig) -> Self {
         let linear =
             |(_, (name, weight)): &(usize, &(String, Tensor))| weight.dim() == 2 && *name != EMBEDDING && *name != HEAD;
         let adapter = |(place, (name, weight)): (usize, &(String, Tensor))| {
             let (outputs, inputs) = weight.size2().expect("two dimensions");
-            tch::manual_seed(mix_name(config.seed, name) as i64);
+            tch::manual_seed(seed_for(config.seed, name) as i64);
             let bound = 1.0 / (inputs as f64).sqrt();
             // Made on the CPU, so that the bits do not depend on the device.
             let a = Tensor::empty([config.rank, inputs], (Kind::Float, tch::Device::Cpu)).uniform_(-bound, bound);

@@ -20,14 +20,14 @@ pub struct PassConfig {
 }
 
 /// The trainable parameters of each unit.
-pub(crate) struct Units {
+pub(crate) struct ParamGroups {
     /// Name and tensor of every trainable parameter, unit by unit.
     pub list: Vec<(String, Tensor)>,
     /// The places in the list of each unit's own, embedding first and head last.
     places: Vec<Vec<usize>>,
 }
 
-impl Units {
+impl ParamGroups {
     /// All parameters of `model`, the embedding table (and a head tied to it) only with `embeddings`.
     pub fn new(model: &CausalLM, parameters: &Parameters, embeddings: bool) -> Self {
         let (mut list, mut places) = (Vec::new(), Vec::new());
@@ -58,7 +58,7 @@ impl Units {
 /// A forward pass that has been made, its loss included, and that waits for its backward pass.
 pub(crate) struct Forward<'a> {
     model: &'a CausalLM,
-    units: &'a Units,
+    units: &'a ParamGroups,
     attended: Attended,
     embedded: Tensor,
     /// Input of each block, and its output with its graph where that was kept.
@@ -71,7 +71,7 @@ pub(crate) struct Forward<'a> {
 
 impl<'a> Forward<'a> {
     /// Runs `batch` forward; gradients will be those of `scale` · the summed loss.
-    pub fn run(model: &'a CausalLM, units: &'a Units, batch: &Batch, scale: f64, config: PassConfig) -> Self {
+    pub fn run(model: &'a CausalLM, units: &'a ParamGroups, batch: &Batch, scale: f64, config: PassConfig) -> Self {
         let attended = model.documents(&batch.lengths);
         let embedded = model.embed(&batch.ids_bs);
         let mut x_bse = embedded.detach();
@@ -158,7 +158,7 @@ pub fn loss_and_gradients(
     batch: &Batch,
     config: PassConfig,
 ) -> Result<(f64, Parameters)> {
-    let units = Units::new(model, parameters, true);
+    let units = ParamGroups::new(model, parameters, true);
     let scale = 1.0 / batch.targets() as f64;
     let forward = Forward::run(model, &units, batch, scale, config);
     let loss = forward.loss().double_value(&[]) * scale;

@@ -8,10 +8,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use cpift_core::Stopped;
-use cpift_core::cli::Common;
 use cpift_core::files::StagedDir;
-use cpift_core::provenance::Recorder;
-use cpift_core::signals::{Orderly, Work, stop_asked};
+use cpift_core::record::provenance::Recorder;
+use cpift_core::run::cli::Common;
+use cpift_core::run::signals::{Phase, SignalScope, stop_asked};
 use log::info;
 use serde::{Deserialize, Serialize};
 
@@ -19,10 +19,10 @@ use super::METRICS;
 use super::batches::{join, made, plan_steps};
 use super::fisher::{self, FisherConfig};
 use super::held_out::{self, HeldOut};
-use super::isolation::{Isolation, MovingMask};
+use super::isolation::{DynamicMask, Isolation};
 use super::lora::LoraConfig;
 use super::pass::PassConfig;
-use super::state::{Found, Position, RUN, States};
+use super::state::{Progress, RUN, SavedState, States};
 use super::step::{StepConfig, StepOutcome, Trainer};
 use super::watch::{StageWatch, StepFigures, Watch};
 use crate::args::{Budget, TrainingArgs};
@@ -30,8 +30,8 @@ use crate::data::{Batch, FeedConfig, Feeder};
 use crate::freeze::Freeze;
 use crate::oom;
 use crate::schedule::CosineWithWarmup;
-use crate::seed::mix;
 use crate::session::Session;
+use cpift_core::stream::random::splitmix64;
 use cpift_data::Example;
 
 /// Stream of a stage's seed that draws the rows importance is measured on.
@@ -118,11 +118,11 @@ impl Run<'_> {
             return Ok(None);
         }
         let _held = self.states.hold()?;
-        let _steps = Orderly::begin(Work::Steps);
+        let _steps = SignalScope::begin(Phase::Steps);
         let staged = StagedDir::create(out, common.force())?;
         let reports = self.train(common.force())?;
         // What was trained is not lost to a signal that comes while it is written.
-        let _output = Orderly::begin(Work::Output);
+        let _output = SignalScope::begin(Phase::Output);
         self.session.save(staged.path(), self.args.save_dtype)?;
         if let Some(config) = self.fisher {
             let examples = self.stages.last().expect("a run has a stage").examples;
@@ -185,18 +185,23 @@ struct StageRun<'a> {
     run: &'a Run<'a>,
     stage: &'a Stage<'a>,
     schedule: CosineWithWarmup,
-    position: Position,
-    found: Option<Found>,
+    position: Progress,
+    found: Option<SavedState>,
 }
 
 impl<'a> StageRun<'a> {
-    fn new(run: &'a Run<'a>, stage: &'a Stage<'a>, finished: &[StageReport], found: Option<Found>) -> Result<Self> {
+    fn new(
+        run: &'a Run<'a>,
+        stage: &'a Stage<'a>,
+        finished: &[StageReport],
+        found: Option<SavedState>,
+    ) -> Result<Self> {
         let parameters = &run.session.parameters;
         if let Some(found) = &found {
             found.load(parameters)?;
         }
         let finished = finished.to_vec();
-        let fresh = Position { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
+        let fresh = Progress { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
         let position = found.as_ref().map_or(fresh, |f| f.position.clone());
         let total = plan_steps(stage, run.feed_config(stage));
         // The first step of a warm-up has rate 0, so a stage of one step has none.
@@ -220,7 +225,7 @@ impl<'a> StageRun<'a> {
         let mut trainer = Trainer::new(&session.model, &session.parameters, freeze, run.step_config());
         let mut moving = match &stage.isolation {
             Isolation::Evolving(config) => {
-                Some(MovingMask::new(config, &trainer, run.args.batch_size, mix(stage.seed, IMPORTANCE)))
+                Some(DynamicMask::new(config, &trainer, run.args.batch_size, splitmix64(stage.seed, IMPORTANCE)))
             }
             _ => None,
         };
@@ -266,7 +271,12 @@ impl<'a> StageRun<'a> {
     }
 
     /// Goes on from a state whose weights are loaded.
-    fn restore(&self, found: &Found, trainer: &mut Trainer<'_>, moving: Option<&mut MovingMask<'_>>) -> Result<()> {
+    fn restore(
+        &self,
+        found: &SavedState,
+        trainer: &mut Trainer<'_>,
+        moving: Option<&mut DynamicMask<'_>>,
+    ) -> Result<()> {
         let (parameters, position) = (&self.run.session.parameters, &self.position);
         found.load_moments(&trainer.optimizer.moments())?;
         trainer.optimizer.set_steps(position.step);
@@ -291,7 +301,7 @@ impl<'a> StageRun<'a> {
         let batches: Vec<Batch> = host.iter().map(|b| b.to_device(device)).collect();
         let lr = self.schedule.rate(step);
         let outcome = trainer
-            .step(&batches, lr, mix(self.stage.seed, step as u64))
+            .step(&batches, lr, splitmix64(self.stage.seed, step as u64))
             .with_context(|| format!("{}, step {}", self.stage.label, step + 1))?;
         self.position.step = step + 1;
         self.position.tokens += batches.iter().map(Batch::tokens).sum::<usize>();
@@ -302,7 +312,7 @@ impl<'a> StageRun<'a> {
     fn after_step(
         &mut self,
         trainer: &Trainer<'_>,
-        moving: Option<&MovingMask<'_>>,
+        moving: Option<&DynamicMask<'_>>,
         pending: &mut Vec<Pending>,
         watch: &mut StageWatch<'_>,
     ) -> Result<()> {
@@ -325,7 +335,7 @@ impl<'a> StageRun<'a> {
             watch.held_out(step, &losses, clock.elapsed())?;
         }
         if save {
-            let (clock, _saving) = (Instant::now(), Orderly::begin(Work::State));
+            let (clock, _saving) = (Instant::now(), SignalScope::begin(Phase::State));
             let steps = steps_of(&self.position.finished) + step;
             let moments = trainer.optimizer.moments();
             let extra = moving.map_or_else(|| trainer.adapters(), |mask| mask.state(&session.parameters));

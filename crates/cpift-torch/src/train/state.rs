@@ -12,8 +12,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use cpift_core::files::{NewFolders, StagedDir};
-use cpift_core::{BadInput, Checkpoint, Dtype, json, provenance};
+use cpift_core::files::{NewFolders, RECORD_NAME, StagedDir};
+use cpift_core::format::json;
+use cpift_core::{BadInput, Checkpoint, Dtype};
 use log::warn;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -32,7 +33,7 @@ pub const RUN: &str = "run";
 
 /// How far a run has come.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Position {
+pub(crate) struct Progress {
     /// Reports of the stages that are done.
     pub finished: Vec<StageReport>,
     /// Steps made in the stage after those.
@@ -75,23 +76,23 @@ pub struct States {
 }
 
 /// A state that was found.
-pub(crate) struct Found {
+pub(crate) struct SavedState {
     pub folder: PathBuf,
-    pub position: Position,
+    pub position: Progress,
     weights: Checkpoint,
     moments: Checkpoint,
     extra: Option<Checkpoint>,
 }
 
 /// The right to work in the states' folder, which is gone at the end where it is empty.
-pub(crate) struct Held {
+pub(crate) struct StateLock {
     folder: PathBuf,
     /// Released when the process ends, however it ends.
     _lock: File,
     _parents: NewFolders,
 }
 
-impl Drop for Held {
+impl Drop for StateLock {
     fn drop(&mut self) {
         let _ = fs::remove_dir(&self.folder);
     }
@@ -121,7 +122,7 @@ impl States {
     ///
     /// # Errors
     /// [`BadInput`] when another run is at work in it; I/O errors.
-    pub(crate) fn hold(&self) -> Result<Held> {
+    pub(crate) fn hold(&self) -> Result<StateLock> {
         if self.folder.is_symlink() {
             return Err(BadInput::new(&self.folder, "is a symbolic link, which is not followed for writing")
                 .hint("name the place itself with --out, or mount it there")
@@ -139,7 +140,7 @@ impl States {
             // A run that has just ended may have removed what was opened.
             let opened = lock.metadata().context("asking for the folder's number")?;
             if fs::metadata(&self.folder).is_ok_and(|now| (now.dev(), now.ino()) == (opened.dev(), opened.ino())) {
-                return Ok(Held { folder: self.folder.clone(), _lock: lock, _parents: parents });
+                return Ok(StateLock { folder: self.folder.clone(), _lock: lock, _parents: parents });
             }
         }
         bail!("cannot keep the folder {}: other runs remove it", self.folder.display())
@@ -147,7 +148,7 @@ impl States {
 
     /// The newest state, checked to be of this very run; none where there is no state. `force` passes over, and removes, states that are
     /// damaged, of another version or of another run.
-    pub(crate) fn newest(&self, force: bool) -> Result<Option<Found>> {
+    pub(crate) fn newest(&self, force: bool) -> Result<Option<SavedState>> {
         for (_, folder) in list(&self.folder)?.into_iter().rev() {
             match self.read(&folder) {
                 Err(error) if force => {
@@ -160,12 +161,12 @@ impl States {
         Ok(None)
     }
 
-    fn read(&self, folder: &Path) -> Result<Found> {
+    fn read(&self, folder: &Path) -> Result<SavedState> {
         let (file, weights, moments, extra) = parts(folder).with_context(|| {
             format!("{} cannot be resumed from (--resume --force passes over it)", folder.display())
         })?;
         self.check(&folder.join(STATE), &file.run, &self.run)?;
-        Ok(Found { folder: folder.to_owned(), position: file.position, weights, moments, extra })
+        Ok(SavedState { folder: folder.to_owned(), position: file.position, weights, moments, extra })
     }
 
     /// Whether this very run has written `out` already; what it left of its states goes.
@@ -176,7 +177,7 @@ impl States {
         if out.symlink_metadata().is_err() {
             return Ok(false);
         }
-        let path = out.join(provenance::FILE_NAME);
+        let path = out.join(RECORD_NAME);
         let record: Value = json::read(&path)?;
         let Some(run) = record["facts"][RUN].as_object() else {
             return Err(BadInput::new(&path, "does not say which run wrote it").hint("--force replaces it").into());
@@ -223,7 +224,7 @@ impl States {
     pub(crate) fn save(
         &self,
         total_steps: usize,
-        position: &Position,
+        position: &Progress,
         parameters: &Parameters,
         moments: &Parameters,
         extra: &Parameters,
@@ -316,7 +317,7 @@ fn dtype_of(tensors: &Parameters) -> Dtype {
     if bf16 { Dtype::BF16 } else { Dtype::F32 }
 }
 
-impl Found {
+impl SavedState {
     /// Copies the saved weights over the present ones.
     ///
     /// # Errors
@@ -325,10 +326,10 @@ impl Found {
         weights::overwrite(parameters, &self.weights)
     }
 
-    /// As [`Found::load`], for the optimizer's moments.
+    /// As [`SavedState::load`], for the optimizer's moments.
     ///
     /// # Errors
-    /// As [`Found::load`].
+    /// As [`SavedState::load`].
     pub fn load_moments(&self, moments: &Parameters) -> Result<()> {
         weights::overwrite(moments, &self.moments)
     }
@@ -338,10 +339,10 @@ impl Found {
         self.extra.iter().flat_map(|c| c.tensors().map(|view| view.name.to_owned())).collect()
     }
 
-    /// As [`Found::load`], for what else the stage held.
+    /// As [`SavedState::load`], for what else the stage held.
     ///
     /// # Errors
-    /// As [`Found::load`].
+    /// As [`SavedState::load`].
     pub fn load_extra(&self, extra: &Parameters) -> Result<()> {
         match &self.extra {
             Some(saved) => weights::overwrite(extra, saved),

@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use super::lora::{Adapters, LoraConfig};
-use super::pass::{Forward, PassConfig, Units};
+use super::pass::{Forward, ParamGroups, PassConfig};
 use crate::data::Batch;
 use crate::freeze::Freeze;
 use crate::model::CausalLM;
@@ -44,7 +44,7 @@ impl Default for StepConfig {
 /// A model in training: its parameters, the optimizer's state, what is frozen.
 pub struct Trainer<'a> {
     model: &'a CausalLM,
-    units: Units,
+    units: ParamGroups,
     /// What must not move now.
     pub freeze: Option<Freeze>,
     adapters: Option<Adapters>,
@@ -72,7 +72,7 @@ impl StepOutcome {
 impl<'a> Trainer<'a> {
     /// A trainer with a fresh optimizer state.
     pub fn new(model: &'a CausalLM, parameters: &'a Parameters, freeze: Option<Freeze>, config: StepConfig) -> Self {
-        let units = Units::new(model, parameters, config.train_embeddings);
+        let units = ParamGroups::new(model, parameters, config.train_embeddings);
         let adapters = config.lora.map(|lora| Adapters::new(&units, lora));
         let adapted = adapters.as_ref().map(Adapters::tensors);
         let trained = adapted.as_ref().unwrap_or(&units.list);
@@ -156,7 +156,7 @@ impl<'a> Trainer<'a> {
         }
         let mut grads: Vec<Tensor> = sums.into_iter().map(|g| g.expect("every unit has given its gradients")).collect();
         for ((name, _), grad) in self.units.list.iter().zip(&mut grads) {
-            self.mute(name, grad);
+            self.zero_frozen_grads(name, grad);
         }
         if let Some(adapters) = &self.adapters {
             grads = adapters.gradients(&grads);
@@ -171,14 +171,14 @@ impl<'a> Trainer<'a> {
 
     fn step_in_backward(&mut self, batch: &Batch, scale: f64, lr: f64, seed: u64) -> Result<StepOutcome> {
         // The units are lent to the pass while the sink updates the rest of self.
-        let units = std::mem::replace(&mut self.units, Units::none());
+        let units = std::mem::replace(&mut self.units, ParamGroups::none());
         let forward = Forward::run(self.model, &units, batch, scale, self.config.pass);
         let loss = forward.loss() * scale;
         self.guard.require_finite(&loss);
         let mut norms = Vec::new();
         let done = forward.backward(|places, mut grads| {
             for (&i, grad) in places.iter().zip(&mut grads) {
-                self.mute(&units.list[i].0, grad);
+                self.zero_frozen_grads(&units.list[i].0, grad);
             }
             norms.push(self.guard.watch(&grads, None));
             self.optimizer.step(places, &grads, Update { lr, seed, guard: &self.guard })?;
@@ -200,9 +200,9 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn mute(&self, name: &str, grad: &mut Tensor) {
+    fn zero_frozen_grads(&self, name: &str, grad: &mut Tensor) {
         if let Some(freeze) = &self.freeze {
-            freeze.mute(name, grad);
+            freeze.zero_frozen_grads(name, grad);
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use cpift_core::progress;
+use cpift_core::run::progress;
 use indicatif::ProgressBar;
 use log::info;
 use serde_json::{Value, json};

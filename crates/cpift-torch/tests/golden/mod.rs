@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use cpift_core::Checkpoint;
-use cpift_core::checkpoint::read_config;
+use cpift_core::format::checkpoint::read_config;
 use cpift_torch::data::Batch;
 use cpift_torch::model::{CausalLM, ModelConfig};
 use cpift_torch::weights::{self, Parameters};

@@ -116,7 +116,7 @@ fn links_under_the_final_name_are_replaced_and_not_followed() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("elsewhere");
     fs::create_dir(&target).unwrap();
-    for name in ["precious", crate::provenance::FILE_NAME] {
+    for name in ["precious", crate::files::naming::RECORD_NAME] {
         fs::write(target.join(name), "old").unwrap();
     }
     let (file, folder) = (dir.path().join("f"), dir.path().join("d"));

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::checkpoint::rope::RopeSettings;
+use cpift_core::format::rope::RopeSettings;
 use serde_json::{Map, Value};
 
 /// The fields of one config.json; null counts as absent.

@@ -7,8 +7,8 @@ mod shapes;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::checkpoint::rope::RopeParameters;
-use cpift_core::{BadInput, Checkpoint, once};
+use cpift_core::format::rope::RopeParameters;
+use cpift_core::{BadInput, Checkpoint, log_once};
 use serde_json::Value;
 
 use fields::Fields;
@@ -180,7 +180,7 @@ impl ModelConfig {
                 .into());
         }
         for field in &self.unknown_fields {
-            once::warn(format!(
+            log_once::warn(format!(
                 "{}: {field} is not a field that this program knows, and is ignored; --strict-config refuses such fields",
                 path.display()
             ));
@@ -307,7 +307,7 @@ fn windows(family: Family, fields: &Fields) -> Result<Vec<Option<i64>>> {
 fn ropes(family: Family, fields: &Fields, windows: &[Option<i64>]) -> Result<Vec<RopeParameters>> {
     let settings = fields.rope(default_positions(family))?;
     for note in &settings.notes {
-        once::warn(format!("{}: {note}", fields.path().display()));
+        log_once::warn(format!("{}: {note}", fields.path().display()));
     }
     let of_block = |(layer, window): (usize, &Option<i64>)| {
         let layer_type = if window.is_some() { "sliding_attention" } else { "full_attention" };
@@ -323,7 +323,7 @@ fn ropes(family: Family, fields: &Fields, windows: &[Option<i64>]) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cpift_core::checkpoint::rope::RopeScaling;
+    use cpift_core::format::rope::RopeScaling;
     use serde_json::json;
 
     fn config() -> Value {

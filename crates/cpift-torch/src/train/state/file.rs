@@ -6,11 +6,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use cpift_core::BadInput;
-use cpift_core::checkpoint::Digest;
+use cpift_core::format::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{EXTRA, MOMENTS, Position, WEIGHTS};
+use super::{EXTRA, MOMENTS, Progress, WEIGHTS};
 
 pub(super) const VERSION: u32 = 3;
 pub(super) const STATE: &str = "state.json";
@@ -24,11 +24,11 @@ pub(super) struct StateFile {
     own: Digest,
     /// What the run was started with.
     pub run: Map<String, Value>,
-    pub position: Position,
+    pub position: Progress,
 }
 
 impl StateFile {
-    pub fn new(folder: &Path, run: Map<String, Value>, position: Position) -> Result<Self> {
+    pub fn new(folder: &Path, run: Map<String, Value>, position: Progress) -> Result<Self> {
         let own = digest_of(&run, &position)?;
         Ok(Self { format_version: VERSION, files: digests_in(folder)?, own, run, position })
     }
@@ -53,7 +53,7 @@ impl StateFile {
 }
 
 /// The digest of what state.json itself says.
-fn digest_of(run: &Map<String, Value>, position: &Position) -> Result<Digest> {
+fn digest_of(run: &Map<String, Value>, position: &Progress) -> Result<Digest> {
     Ok(Digest::of_chunks([serde_json::to_vec(&(run, position))?]))
 }
 

@@ -6,9 +6,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::Digest;
 use crate::error::BadInput;
-use crate::{files, json};
+use crate::files::staging;
+use crate::format::digest::Digest;
+use crate::format::json;
 
 /// The form of groups.json this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -130,9 +131,9 @@ impl Groups {
     /// Writes the file, whole or not at all.
     ///
     /// # Errors
-    /// As [`files::write_text`].
+    /// As [`staging::write_text`].
     pub fn write(&self, path: &Path, force: bool) -> Result<()> {
-        files::write_text(path, &json::to_text(self)?, force)
+        staging::write_text(path, &json::to_text(self)?, force)
     }
 
     /// Task names in training order: group by group, inside a group as listed.

@@ -8,8 +8,8 @@ use std::time::UNIX_EPOCH;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::{Checkpoint, PieceHasher, SIDECAR_FILES};
-use crate::files;
+use super::checkpoint::sidecar::SIDECAR_FILES;
+use crate::files::open;
 
 /// A BLAKE3 digest in hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -31,10 +31,10 @@ impl Digest {
     /// The digest of the bytes of a plain file.
     ///
     /// # Errors
-    /// [`crate::BadInput`] when it cannot be read.
+    /// [`crate::error::BadInput`] when it cannot be read.
     pub fn of_file(path: &Path) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
-        hasher.update_rayon(&files::map(path)?);
+        hasher.update_rayon(&open::map(path)?);
         Ok(Self::of_hasher(&hasher))
     }
 
@@ -47,23 +47,11 @@ impl Digest {
         Self::of_hasher(&hasher)
     }
 
-    /// The digest of a checkpoint: the hash of every tensor in bytewise name order, then the side files of a folder. Where
-    /// the tensors lie (shards, order in the file) does not matter.
-    ///
-    /// # Errors
-    /// I/O errors on the side files.
-    pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
-        let specs: Vec<_> = checkpoint.tensors().map(|view| view.spec()).collect();
-        let hasher = PieceHasher::new(&specs, PieceHasher::CHUNK);
-        hasher.add_missing(checkpoint);
-        hasher.finish(checkpoint.folder())
-    }
-
-    pub(super) fn of_hasher(hasher: &blake3::Hasher) -> Self {
+    pub(crate) fn of_hasher(hasher: &blake3::Hasher) -> Self {
         Self::of_hash(*hasher.finalize().as_bytes())
     }
 
-    pub(super) fn of_hash(hash: [u8; 32]) -> Self {
+    pub(crate) fn of_hash(hash: [u8; 32]) -> Self {
         Self(blake3::Hash::from(hash).to_hex().to_string())
     }
 }
@@ -86,14 +74,6 @@ pub struct FileStamp {
 }
 
 impl DigestRecord {
-    /// Computes the digest of the checkpoint in `folder` and stamps its files.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::open`].
-    pub fn compute(folder: &Path) -> Result<Self> {
-        Self::stamp(folder, Digest::of_checkpoint(&Checkpoint::open(folder)?)?)
-    }
-
     /// Stamps the files of `folder`, whose digest is known to be `blake3`.
     ///
     /// # Errors

@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-use crate::json;
-use crate::safetensors::{FileWriter, TensorSpec};
+use crate::format::json;
+use crate::format::safetensors::{FileWriter, TensorSpec};
 
 /// The tensors of a checkpoint folder being filled; the folder itself is staged by the caller.
 pub struct CheckpointWriter {

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::de::DeserializeOwned;
 
 use crate::error::BadInput;
-use crate::files;
+use crate::files::open;
 
 /// Longest JSON file that is read, in bytes; the tokenizers of today have 30 MB. Nesting is bounded by serde_json, at 128 levels.
 const LONGEST: u64 = 256 << 20;
@@ -16,8 +16,8 @@ const LONGEST: u64 = 256 << 20;
 /// # Errors
 /// [`BadInput`] with line and column when the text is not JSON or not a `T`.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = files::read_text_of(path, LONGEST)?;
-    files::refuse_stand_in(path, text.as_bytes())?;
+    let text = open::read_text_of(path, LONGEST)?;
+    open::refuse_stand_in(path, text.as_bytes())?;
     serde_json::from_str(&text).map_err(|e| BadInput::new(path, format!("cannot be read as JSON: {e}")).into())
 }
 

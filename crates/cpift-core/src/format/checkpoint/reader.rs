@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::Deserialize;
 
+use super::config::read_config;
 use super::config::tied;
-use super::digest::Digest;
-use super::dtype::{Dtype, Float};
-use super::{found, prefix, read_config};
+use super::{found, prefix};
 use crate::error::BadInput;
-use crate::provenance::Provenance;
-use crate::safetensors::{Entry, MappedFile, TensorSpec};
-use crate::{json, once};
+use crate::format::dtype::{Dtype, Float};
+use crate::format::json;
+use crate::format::safetensors::{Entry, MappedFile, TensorSpec};
+use crate::log_once;
 
 /// The output embedding.
 const HEAD: &str = "lm_head.weight";
@@ -98,7 +98,7 @@ impl Checkpoint {
             (false, false) => return Err(found::instead_of_weights(folder).into()),
         };
         if folder.join("adapter_config.json").exists() {
-            once::warn(format!(
+            log_once::warn(format!(
                 "{}: adapter_config.json is not read: the weights beside it are the model",
                 folder.display()
             ));
@@ -137,7 +137,7 @@ impl Checkpoint {
             (None, head, _) => head.is_none(),
             (Some(false), ..) => false,
             (Some(true), Some(head), Some(embedding)) if !same_values(&head, &embedding) => {
-                once::warn(format!(
+                log_once::warn(format!(
                     "{}: {HEAD} is not {EMBEDDING}, although config.json ties them: it is kept, as a parameter of its own",
                     self.root.display()
                 ));
@@ -146,7 +146,7 @@ impl Checkpoint {
             (Some(true), Some(_), None) if self.is_llama_like_without_embedding() => {
                 let place = self.home.remove(HEAD).expect("it was found");
                 self.home.insert(EMBEDDING.to_owned(), place);
-                once::info(format!(
+                log_once::info(format!(
                     "{}: {HEAD} is also the input embedding, which config.json ties to it",
                     self.root.display()
                 ));
@@ -255,20 +255,6 @@ impl Checkpoint {
         } else {
             None
         }
-    }
-
-    /// The content digest recorded in cpift.json, where there is one and the files' sizes and times still match it.
-    pub fn recorded_digest(&self) -> Option<Digest> {
-        let folder = self.folder()?;
-        Provenance::recorded_digest(folder).filter(|record| record.holds_for(folder)).map(|record| record.blake3)
-    }
-
-    /// The content digest: the recorded one, or else computed.
-    ///
-    /// # Errors
-    /// I/O errors on the side files.
-    pub fn digest(&self) -> Result<Digest> {
-        self.recorded_digest().map_or_else(|| Digest::of_checkpoint(self), Ok)
     }
 }
 

@@ -10,8 +10,10 @@ use anyhow::{Context, Result};
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
 use rayon::prelude::*;
 
-use super::{Checkpoint, Digest, SIDECAR_FILES};
-use crate::safetensors::TensorSpec;
+use crate::format::checkpoint::reader::Checkpoint;
+use crate::format::checkpoint::sidecar::SIDECAR_FILES;
+use crate::format::digest::{Digest, DigestRecord};
+use crate::format::safetensors::TensorSpec;
 
 /// Hashes the tensors of one checkpoint from pieces that arrive in any order.
 pub struct PieceHasher {
@@ -118,6 +120,30 @@ impl PieceHasher {
     }
 }
 
+impl Digest {
+    /// The digest of a checkpoint: the hash of every tensor in bytewise name order, then the side files of a folder. Where
+    /// the tensors lie (shards, order in the file) does not matter.
+    ///
+    /// # Errors
+    /// I/O errors on the side files.
+    pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
+        let specs: Vec<_> = checkpoint.tensors().map(|view| view.spec()).collect();
+        let hasher = PieceHasher::new(&specs, PieceHasher::CHUNK);
+        hasher.add_missing(checkpoint);
+        hasher.finish(checkpoint.folder())
+    }
+}
+
+impl DigestRecord {
+    /// Computes the digest of the checkpoint in `folder` and stamps its files.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn compute(folder: &Path) -> Result<Self> {
+        Self::stamp(folder, Digest::of_checkpoint(&Checkpoint::open(folder)?)?)
+    }
+}
+
 impl Tensor {
     fn hash(&self, chunk: usize) -> ChainingValue {
         let hashes: Vec<ChainingValue> = self
@@ -155,7 +181,7 @@ fn subtree(hashes: &[ChainingValue], bytes: usize, piece: usize) -> ChainingValu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Dtype;
+    use crate::format::dtype::Dtype;
 
     #[test]
     fn pieces_in_any_order_give_the_hash_of_the_whole() {

@@ -4,10 +4,11 @@
 //! Differences from the base and the election are taken in f32 (f64 where an input is F64), sums in f64.
 
 use crate::engine::{Block, Number};
+use cpift_core::stream::random::splitmix64;
 
 /// The settings of one tensor.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Consensus {
+pub struct SignMerge {
     /// What becomes of most of each task vector.
     pub sparsify: Sparsify,
     /// The share of each task vector that stays.
@@ -111,24 +112,11 @@ impl Keep {
             }
             Self::Drawn { key, limit } => {
                 for (j, v) in values.iter_mut().enumerate() {
-                    *v = if random(*key, (start + j) as u64) >> 11 < *limit { *v } else { zero };
+                    *v = if splitmix64(*key, (start + j) as u64) >> 11 < *limit { *v } else { zero };
                 }
             }
         }
     }
-}
-
-/// Number `index` of the SplitMix64 sequence that starts at `key`: any thread can draw any element.
-#[inline(always)]
-fn random(key: u64, index: u64) -> u64 {
-    mix(key.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
-}
-
-#[inline(always)]
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }
 
 /// The key of the random numbers of one tensor of one model: seed, number and name mixed, eight bytes at a time.
@@ -139,7 +127,7 @@ pub fn key(seed: u64, model: usize, tensor: &str) -> u64 {
         u64::from_le_bytes(word)
     });
     let parts = [seed, model as u64, tensor.len() as u64].into_iter().chain(words);
-    parts.fold(0, |key, part| random(key ^ part, 0))
+    parts.fold(0, |key, part| splitmix64(key ^ part, 0))
 }
 
 /// Turns the operands of `block` into differences from its base.
@@ -169,7 +157,7 @@ pub fn stretch(before: f64, after: f64) -> f64 {
     if before < NOTHING || after < NOTHING { 1.0 } else { before / after }
 }
 
-impl Consensus {
+impl SignMerge {
     /// The draw that thins task vector `i`.
     pub fn drawn(&self, i: usize) -> Keep {
         match &self.sparsify {
@@ -226,7 +214,7 @@ impl Consensus {
 mod tests {
     use super::*;
 
-    fn merged(rule: &Consensus, base: &[f32], models: &[&[f32]]) -> Vec<f32> {
+    fn merged(rule: &SignMerge, base: &[f32], models: &[&[f32]]) -> Vec<f32> {
         let mut block = Block::new(models.len());
         block.base = base.to_vec();
         block.operands = models.iter().map(|m| m.to_vec()).collect();
@@ -236,9 +224,9 @@ mod tests {
         block.out
     }
 
-    fn rule(elect: bool, normalize: bool, weights: &[f64]) -> Consensus {
+    fn rule(elect: bool, normalize: bool, weights: &[f64]) -> SignMerge {
         let (sparsify, densities) = (Sparsify::Trim, vec![1.0; weights.len()]);
-        Consensus { sparsify, densities, weights: weights.to_vec(), rescale: false, elect, normalize, lambda: 0.5 }
+        SignMerge { sparsify, densities, weights: weights.to_vec(), rescale: false, elect, normalize, lambda: 0.5 }
     }
 
     #[test]

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::cli::{Common, print};
 use cpift_core::error::usage;
 use cpift_core::files::available_bytes;
-use cpift_core::mask::Mask;
-use cpift_core::tasks::Tasks;
+use cpift_core::format::mask::Mask;
+use cpift_core::format::tasks::Tasks;
+use cpift_core::run::cli::{Common, print};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_torch::args::{Budget, TrainingArgs};
 use cpift_torch::device::DeviceChoice;

@@ -27,7 +27,7 @@ use anyhow::Result;
 use serde::Deserialize;
 
 use crate::error::{BadInput, usage};
-use crate::files;
+use crate::files::open;
 
 /// The most rows a task gives to the balanced sample unless it says otherwise.
 pub const DEFAULT_SAMPLE: usize = 1000;
@@ -162,7 +162,7 @@ impl Tasks {
     /// # Errors
     /// [`BadInput`] for TOML errors, unknown keys, repeated or unusable names, and data files that do not exist.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = files::read_text(path)?;
+        let text = open::read_text(path)?;
         let file: TasksFile = toml::from_str(&text)
             .map_err(|e| BadInput::new(path, format!("not a usable task list: {}", e.to_string().trim())))?;
         let folder = path.parent().unwrap_or(Path::new("."));
@@ -192,7 +192,7 @@ impl Tasks {
     /// The task at `index`, counted from 0 as Slurm arrays here are.
     ///
     /// # Errors
-    /// [`crate::Usage`] when there is no such index.
+    /// [`crate::error::Usage`] when there is no such index.
     pub fn indexed(&self, index: usize) -> Result<&Task> {
         self.list.get(index).ok_or_else(|| {
             usage(format!(

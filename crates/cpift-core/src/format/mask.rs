@@ -7,10 +7,12 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoint, Digest, Dtype, TensorSpec};
 use crate::error::BadInput;
-use crate::json;
-use crate::safetensors::{FileWriter, MappedFile};
+use crate::format::checkpoint::reader::Checkpoint;
+use crate::format::digest::Digest;
+use crate::format::dtype::Dtype;
+use crate::format::json;
+use crate::format::safetensors::{FileWriter, MappedFile, TensorSpec};
 
 /// The form of mask files this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -309,18 +311,21 @@ pub fn indices(bits: &[u8]) -> impl Iterator<Item = usize> + '_ {
         .flat_map(|(a, &byte)| (0..8).filter(move |b| byte >> b & 1 == 1).map(move |b| 8 * a + b))
 }
 
-/// Masks given as NAME=FILE, opened and checked against one base.
+/// Masks by task name, opened and checked against one base.
 ///
 /// # Errors
 /// As [`Mask::open`], [`Mask::check_base`] and [`Mask::verify`].
-pub fn open_all(list: &[crate::cli::Named], base: &Checkpoint, digest: &Digest) -> Result<BTreeMap<String, Mask>> {
-    crate::cli::require_unique(list, "--mask")?;
+pub fn open_all<'a>(
+    list: impl IntoIterator<Item = (&'a str, &'a Path)>,
+    base: &Checkpoint,
+    digest: &Digest,
+) -> Result<BTreeMap<String, Mask>> {
     let mut masks = BTreeMap::new();
-    for named in list {
-        let mask = Mask::open(&named.path)?;
+    for (name, path) in list {
+        let mask = Mask::open(path)?;
         mask.check_base(base, digest)?;
         mask.verify()?;
-        masks.insert(named.name.clone(), mask);
+        masks.insert(name.to_owned(), mask);
     }
     Ok(masks)
 }

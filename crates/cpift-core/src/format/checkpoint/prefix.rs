@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::found;
 use crate::error::BadInput;
-use crate::once;
+use crate::log_once;
 
 /// Prefixes that wrappers put before all names.
 const PREFIXES: [&str; 5] = ["_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.", "_forward_module."];
@@ -55,7 +55,7 @@ impl Wrappers {
             }
         }
         if !prefix.is_empty() {
-            once::info(format!("{}: all names begin with {prefix}, which is left out", root.display()));
+            log_once::info(format!("{}: all names begin with {prefix}, which is left out", root.display()));
         }
         Ok(Self { prefix })
     }

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::Digest;
 use crate::error::BadInput;
-use crate::{files, json};
+use crate::files::staging;
+use crate::format::digest::Digest;
+use crate::format::json;
 
 /// The name of the file in the folder of an evaluation.
 pub const FILE_NAME: &str = "scores.json";
@@ -47,12 +48,12 @@ pub struct TaskScore {
     /// Digest of the evaluation file.
     pub eval_digest: Digest,
     /// The task's own metric and its value; `None` where the task is scored by its loss alone.
-    pub metric: Option<Figure>,
+    pub metric: Option<MetricValue>,
     /// Further figures of the same outputs, such as flexible extraction.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub also: BTreeMap<String, Figure>,
+    pub also: BTreeMap<String, MetricValue>,
     /// Mean negative log-likelihood of the reference answers, in nats a target token.
-    pub nll: Figure,
+    pub nll: MetricValue,
     /// Settings that the figures depend on.
     pub settings: BTreeMap<String, serde_json::Value>,
 }
@@ -60,7 +61,7 @@ pub struct TaskScore {
 /// A mean with its uncertainty.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Figure {
+pub struct MetricValue {
     /// What it is: `exact_match`, `acc`, `nll`.
     pub name: String,
     /// The mean; fractions are 0 to 1.
@@ -71,7 +72,7 @@ pub struct Figure {
     pub n: u64,
 }
 
-impl Figure {
+impl MetricValue {
     /// The mean of `values` with its standard error.
     ///
     /// # Panics
@@ -136,7 +137,7 @@ impl Scores {
     /// Writes the file, whole or not at all.
     ///
     /// # Errors
-    /// A figure that is not finite, which JSON has no number for; as [`files::write_text`].
+    /// A figure that is not finite, which JSON has no number for; as [`staging::write_text`].
     pub fn write(&self, path: &Path, force: bool) -> Result<()> {
         for task in &self.tasks {
             let figures = task.metric.iter().chain(task.also.values()).chain([&task.nll]);
@@ -150,7 +151,7 @@ impl Scores {
                 );
             }
         }
-        files::write_text(path, &json::to_text(self)?, force)
+        staging::write_text(path, &json::to_text(self)?, force)
     }
 
     /// The loss on `task`, if it was scored.
@@ -171,7 +172,7 @@ mod tests {
 
     #[test]
     fn the_standard_error_uses_n_minus_one() {
-        let figure = Figure::mean("acc", &[1.0, 0.0, 1.0, 1.0]);
+        let figure = MetricValue::mean("acc", &[1.0, 0.0, 1.0, 1.0]);
         assert_eq!(figure.value, 0.75);
         // numpy.std([1, 0, 1, 1], ddof=1) / 2
         assert!((figure.stderr.unwrap() - 0.25).abs() < 1e-15);
@@ -179,11 +180,11 @@ mod tests {
 
     #[test]
     fn one_row_has_no_standard_error() {
-        let one = Figure::mean("acc", &[1.0]);
+        let one = MetricValue::mean("acc", &[1.0]);
         assert_eq!(serde_json::to_string(&one).unwrap(), r#"{"name":"acc","value":1.0,"stderr":null,"n":1}"#);
-        let shown = |figure: &Figure| figure.shown(|x| format!("{x:.2}"));
+        let shown = |figure: &MetricValue| figure.shown(|x| format!("{x:.2}"));
         assert_eq!(
-            (shown(&one), shown(&Figure::mean("acc", &[1.0, 0.0]))),
+            (shown(&one), shown(&MetricValue::mean("acc", &[1.0, 0.0]))),
             ("1.00 ± n/a".into(), "0.50 ± 0.50".into())
         );
     }
@@ -211,7 +212,8 @@ mod tests {
 
     #[test]
     fn figures_that_are_not_finite_are_named_and_not_written() {
-        let figure = |name: &str, value, stderr| Figure { name: name.to_owned(), value, stderr: Some(stderr), n: 2 };
+        let figure =
+            |name: &str, value, stderr| MetricValue { name: name.to_owned(), value, stderr: Some(stderr), n: 2 };
         let scores = |metric, also, nll| Scores {
             format_version: FORMAT_VERSION,
             model: "m".into(),

@@ -5,9 +5,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Checkpoint, Dtype, found};
+use super::found;
 use crate::error::BadInput;
-use crate::json;
+use crate::format::dtype::Dtype;
+use crate::format::json;
 
 /// Reads the config.json of a checkpoint folder.
 ///
@@ -33,10 +34,10 @@ pub(super) fn tied(config: &Value) -> Option<bool> {
     config.get("tie_word_embeddings").and_then(Value::as_bool).or_else(|| gemma().then_some(true))
 }
 
-/// `config` as it fits the output of `checkpoint`, whose config it is: `tie_word_embeddings` is false where an output embedding of its own lies
-/// beside a config that ties it, so that whoever loads the output keeps both.
-pub fn with_head_of(checkpoint: &Checkpoint, mut config: Value) -> Value {
-    if !checkpoint.tied()
+/// Returns `config` with `tie_word_embeddings` set to false where it ties embeddings that are not `tied` in the checkpoint,
+/// so that whoever loads the output keeps both.
+pub fn with_head_of(tied_in_file: bool, mut config: Value) -> Value {
+    if !tied_in_file
         && tied(&config) == Some(true)
         && let Some(object) = config.as_object_mut()
     {

@@ -10,7 +10,7 @@ use pulp::{Arch, Simd, WithSimd};
 macro_rules! dispatch {
     ($body:expr) => {
         // Without the attribute the closure stays a function of its own, compiled for the oldest machine.
-        $crate::simd::run(
+        $crate::stream::simd::run(
             #[inline(always)]
             || $body,
         )

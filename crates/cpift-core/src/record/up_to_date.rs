@@ -5,9 +5,9 @@
 
 use std::path::Path;
 
-use crate::Checkpoint;
-use crate::checkpoint::Digest;
-use crate::provenance::{self, Input, Provenance};
+use crate::format::checkpoint::reader::Checkpoint;
+use crate::format::digest::Digest;
+use crate::record::provenance::{self, Input, Provenance};
 
 /// Flags that change nothing about what is made.
 const WITHOUT_EFFECT: [&str; 6] = ["--force", "--if-stale", "--json", "--quiet", "-q", "--resume"];

@@ -7,16 +7,15 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Digest, DigestRecord};
 use crate::error::BadInput;
-use crate::files::{StagedFile, StagedPath};
-use crate::{cli, files, json};
+use crate::files::naming::RECORD_NAME;
+use crate::files::staging::{self, StagedFile, StagedPath};
+use crate::format::checkpoint::reader::Checkpoint;
+use crate::format::digest::{Digest, DigestRecord};
+use crate::format::json;
 
 /// The form of cpift.json this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
-
-/// The file's name inside an output folder; beside an output file it is the file's name with `.cpift.json` added.
-pub const FILE_NAME: &str = "cpift.json";
 
 /// The record of how an output came to be.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -71,7 +70,7 @@ impl Recorder {
             format_version: FORMAT_VERSION,
             stage: stage.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            arguments: cli::argv(),
+            arguments: argv(),
             seed: None,
             inputs: BTreeMap::new(),
             facts: serde_json::Map::new(),
@@ -104,7 +103,7 @@ impl Recorder {
     /// I/O errors.
     pub fn write_into(mut self, staged: &Path) -> Result<()> {
         self.record.output = Some(DigestRecord::compute(staged)?);
-        self.write_to(&staged.join(FILE_NAME))
+        self.write_to(&staged.join(RECORD_NAME))
     }
 
     /// As [`Recorder::write_into`], for a writer that hashed what it wrote and knows the `digest`.
@@ -113,7 +112,7 @@ impl Recorder {
     /// I/O errors.
     pub fn write_into_with(mut self, staged: &Path, digest: Digest) -> Result<()> {
         self.record.output = Some(DigestRecord::stamp(staged, digest)?);
-        self.write_to(&staged.join(FILE_NAME))
+        self.write_to(&staged.join(RECORD_NAME))
     }
 
     /// Gives a `staged` output file its name, with it the record `DEST.cpift.json` with the digest of that file, and before it what is
@@ -132,7 +131,7 @@ impl Recorder {
     /// # Errors
     /// I/O errors.
     pub fn write_to(mut self, path: &Path) -> Result<()> {
-        files::write_text(path, &self.text()?, true)
+        staging::write_text(path, &self.text()?, true)
     }
 
     fn text(&mut self) -> Result<String> {
@@ -143,14 +142,14 @@ impl Recorder {
 
 /// Where the record of the output `out` lies: in a folder, beside a file.
 pub fn of_output(out: &Path) -> PathBuf {
-    if out.is_dir() { out.join(FILE_NAME) } else { beside(out) }
+    if out.is_dir() { out.join(RECORD_NAME) } else { beside(out) }
 }
 
 /// Where the record of the output file `dest` lies.
 pub fn beside(dest: &Path) -> PathBuf {
     let mut name = dest.file_name().unwrap_or_default().to_owned();
     name.push(".");
-    name.push(FILE_NAME);
+    name.push(RECORD_NAME);
     dest.with_file_name(name)
 }
 
@@ -219,4 +218,25 @@ pub fn check_made_from(folder: &Path, role: &str, (given, digest): (&Path, &Dige
 
 fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |s| s.trim().to_owned())
+}
+
+/// The command line as typed, for provenance.
+pub fn argv() -> Vec<String> {
+    std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect()
+}
+
+impl Checkpoint {
+    /// The content digest recorded in cpift.json, where there is one and the files' sizes and times still match it.
+    pub fn recorded_digest(&self) -> Option<Digest> {
+        let folder = self.folder()?;
+        Provenance::recorded_digest(folder).filter(|record| record.holds_for(folder)).map(|record| record.blake3)
+    }
+
+    /// The content digest: the recorded one, or else computed.
+    ///
+    /// # Errors
+    /// I/O errors on the side files.
+    pub fn digest(&self) -> Result<Digest> {
+        self.recorded_digest().map_or_else(|| Digest::of_checkpoint(self), Ok)
+    }
 }

@@ -6,8 +6,8 @@
 
 use rayon::prelude::*;
 
-use crate::checkpoint::Float;
-use crate::mask::Ties;
+use crate::format::dtype::Float;
+use crate::format::mask::Ties;
 
 const DIGIT: u32 = 16;
 const BINS: usize = 1 << DIGIT;

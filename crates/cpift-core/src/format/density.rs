@@ -3,10 +3,8 @@
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::Mask;
-use crate::checkpoint::TensorKind;
-use crate::checkpoint::names::{LayerRows, ROLES, role};
-use crate::mask::{MaskHeader, count_ones};
+use crate::format::mask::{Mask, MaskHeader, count_ones};
+use crate::format::names::{LayerRows, ROLES, TensorKind, role};
 
 /// What a mask says of itself and where its bits are.
 #[derive(Debug, Clone, PartialEq, Serialize)]

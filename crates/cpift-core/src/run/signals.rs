@@ -8,10 +8,10 @@ use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use crate::files;
+use crate::files::staging;
 
-/// What the stage is at, as a [`Work`].
-static WORK: AtomicU8 = AtomicU8::new(0);
+/// What the stage is at, as a [`Phase`].
+static PHASE: AtomicU8 = AtomicU8::new(0);
 /// The signal that asked it to stop; 0 for none.
 static ASKED: AtomicI32 = AtomicI32::new(0);
 
@@ -22,7 +22,7 @@ const ECHO: Duration = Duration::from_secs(2);
 /// What a signal meets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Work {
+pub enum Phase {
     /// Steps that can stop after any of them: the stage asks [`stop_asked`] and saves its state.
     Steps = 1,
     /// A state that is being saved.
@@ -41,7 +41,7 @@ enum Answer {
 }
 
 /// Listens for signals from here on. Each removes what is staged and ends the program with 128 + its number, as a shell reports it;
-/// except that while an [`Orderly`] lives the first SIGTERM or SIGUSR1 (Slurm's warnings) is only noted, that none of these two cuts
+/// except that while an [`SignalScope`] lives the first SIGTERM or SIGUSR1 (Slurm's warnings) is only noted, that none of these two cuts
 /// short the writing of a state or of the output, and that the first signal of any kind does not cut short the output.
 ///
 /// Signals come to the listening thread alone: the threads started from here on inherit that they are blocked. A handler that runs
@@ -64,7 +64,7 @@ pub(crate) fn listen() -> Result<()> {
                 continue;
             }
             let first = ASKED.load(Ordering::SeqCst) == 0;
-            match answer(signal, WORK.load(Ordering::SeqCst), first) {
+            match answer(signal, PHASE.load(Ordering::SeqCst), first) {
                 Answer::Wait(what) => {
                     if is_warning(signal) {
                         warned.get_or_insert_with(|| (signal, Instant::now()));
@@ -73,7 +73,7 @@ pub(crate) fn listen() -> Result<()> {
                     log::info!("{}: {what}", name(signal));
                 }
                 // Without destructors: other threads are still at work with what they would destroy.
-                Answer::End => files::discard_unfinished(|| signal_hook::low_level::exit(128 + signal)),
+                Answer::End => staging::discard_unfinished(|| signal_hook::low_level::exit(128 + signal)),
             }
         }
     };
@@ -87,11 +87,11 @@ fn is_warning(signal: i32) -> bool {
 fn answer(signal: i32, work: u8, first: bool) -> Answer {
     let warning = is_warning(signal);
     match work {
-        w if w == Work::Steps as u8 && warning && first => {
+        w if w == Phase::Steps as u8 && warning && first => {
             Answer::Wait("saving and stopping after this step; a second signal stops at once")
         }
-        w if w == Work::State as u8 && warning => Answer::Wait("stopping when the state is saved"),
-        w if w == Work::Output as u8 && (warning || first) => {
+        w if w == Phase::State as u8 && warning => Answer::Wait("stopping when the state is saved"),
+        w if w == Phase::Output as u8 && (warning || first) => {
             Answer::Wait("training is done, the output is being written first; another SIGINT stops at once")
         }
         _ => Answer::End,
@@ -99,18 +99,18 @@ fn answer(signal: i32, work: u8, first: bool) -> Answer {
 }
 
 /// While it lives, signals meet the work it was begun for; then what they met before.
-pub struct Orderly(u8);
+pub struct SignalScope(u8);
 
-impl Orderly {
+impl SignalScope {
     /// From here on signals meet `work`.
-    pub fn begin(work: Work) -> Self {
-        Self(WORK.swap(work as u8, Ordering::SeqCst))
+    pub fn begin(work: Phase) -> Self {
+        Self(PHASE.swap(work as u8, Ordering::SeqCst))
     }
 }
 
-impl Drop for Orderly {
+impl Drop for SignalScope {
     fn drop(&mut self) {
-        WORK.store(self.0, Ordering::SeqCst);
+        PHASE.store(self.0, Ordering::SeqCst);
     }
 }
 
@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn what_is_being_written_is_not_cut_short_by_a_warning() {
         let ends = |signal, work, first| answer(signal, work, first) == Answer::End;
-        let [steps, state, output] = [Work::Steps, Work::State, Work::Output].map(|w| w as u8);
+        let [steps, state, output] = [Phase::Steps, Phase::State, Phase::Output].map(|w| w as u8);
         for warning in [SIGTERM, SIGUSR1] {
             assert!(ends(warning, 0, true), "no orderly stage");
             assert!(!ends(warning, steps, true) && ends(warning, steps, false));

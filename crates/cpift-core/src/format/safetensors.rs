@@ -16,9 +16,9 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::Dtype;
 use crate::error::BadInput;
-use crate::files;
+use crate::files::{open, staging};
+use crate::format::dtype::Dtype;
 
 /// The safetensors format allows no larger header.
 const MAX_HEADER: u64 = 100_000_000;
@@ -52,7 +52,7 @@ impl MappedFile {
     /// [`BadInput`] when the header is truncated, past the end, not JSON, or describes tensors that overlap, leave
     /// holes or run past the end of the file.
     pub fn open(path: &Path) -> Result<Self> {
-        let map = files::map(path)?;
+        let map = open::map(path)?;
         let (data_start, header) = read_header(path, &map)?;
         let mut entries = BTreeMap::new();
         for (name, info) in header.tensors() {
@@ -115,7 +115,7 @@ fn each_once<'de, D: Deserializer<'de>>(input: D) -> Result<HashMap<String, Tens
 
 /// Where the data begins, and the header, whose tensors fill the data exactly.
 fn read_header(path: &Path, map: &[u8]) -> Result<(usize, Metadata)> {
-    files::refuse_stand_in(path, map)?;
+    open::refuse_stand_in(path, map)?;
     let data_start = check_lengths(path, map)?;
     let Header { metadata, tensors } = serde_json::from_slice(&map[8..data_start])
         .map_err(|e| BadInput::new(path, format!("not a valid safetensors header: {e}")))?;
@@ -208,8 +208,8 @@ impl FileWriter {
     /// I/O errors.
     pub fn create(path: &Path, specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Self> {
         let (header, starts, len) = lay_out(specs, metadata, 0);
-        let file = files::create_sized(path, len)?;
-        let path = files::final_name(path);
+        let file = staging::create_sized(path, len)?;
+        let path = staging::final_name(path);
         file.write_all_at(&header, 0).with_context(|| format!("writing {}", path.display()))?;
         Ok(Self { file, path, specs: specs.to_vec(), starts, header_len: header.len() })
     }

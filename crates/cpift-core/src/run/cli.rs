@@ -1,14 +1,16 @@
 //! What every stage's command line shares: running, logging, exit codes, common arguments.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
 
 use crate::error::{EXIT_FAILED, Stopped, exit_code, usage};
-use crate::{signals, stale};
+use crate::record::provenance::argv;
+use crate::record::up_to_date;
+use crate::run::signals;
 
 /// Arguments that all stages take.
 #[derive(clap::Args, Debug, Clone, Default)]
@@ -35,7 +37,7 @@ impl Common {
     /// Starts logging and sizes the thread pool; call once, first.
     ///
     /// # Errors
-    /// [`crate::Usage`] when `--threads` is 0.
+    /// [`crate::error::Usage`] when `--threads` is 0.
     pub fn start(&self) -> Result<()> {
         let level = if self.quiet { "warn" } else { "info" };
         let env = env_logger::Env::new().filter_or("CPIFT_LOG", level);
@@ -55,12 +57,12 @@ impl Common {
     }
 
     /// Whether `--if-stale` finds that nothing is to be done, and says so.
-    pub fn up_to_date(&self, expected: &stale::Expected<'_>) -> bool {
+    pub fn up_to_date(&self, expected: &up_to_date::Expected<'_>) -> bool {
         if !self.if_stale {
             return false;
         }
         let out = expected.out.display();
-        match stale::reason(expected, &argv()) {
+        match up_to_date::reason(expected, &argv()) {
             Some(reason) => {
                 log::info!("{out}: to be made: {reason}");
                 false
@@ -133,6 +135,13 @@ pub struct Named {
     pub path: PathBuf,
 }
 
+impl Named {
+    /// Name and path.
+    pub fn pair(&self) -> (&str, &Path) {
+        (&self.name, &self.path)
+    }
+}
+
 impl std::str::FromStr for Named {
     type Err = String;
 
@@ -149,7 +158,7 @@ impl std::str::FromStr for Named {
 /// Refuses a list in which one name is given twice.
 ///
 /// # Errors
-/// [`crate::Usage`] that names the repeated argument.
+/// [`crate::error::Usage`] that names the repeated argument.
 pub fn require_unique(list: &[Named], flag: &str) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for named in list {
@@ -158,11 +167,6 @@ pub fn require_unique(list: &[Named], flag: &str) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The command line as typed, for provenance.
-pub fn argv() -> Vec<String> {
-    std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect()
 }
 
 #[cfg(test)]

@@ -1,0 +1,5 @@
+//! Running a stage: command line, signals, progress bars.
+
+pub mod cli;
+pub mod progress;
+pub mod signals;
