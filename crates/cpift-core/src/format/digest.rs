@@ -91,15 +91,36 @@ impl DigestRecord {
         Ok(Self { blake3: Digest::of_file(path)?, files: vec![stamp(name, path)?] })
     }
 
-    /// Whether the plain file at `path` is still the one the digest was computed from, by size and time.
+    /// Returns true if the plain file at `path` has the size and time it had when the digest was computed.
     pub fn holds_for_file(&self, path: &Path) -> bool {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         stamp(name, path).is_ok_and(|now| self.files == [now])
     }
 
-    /// Whether the files of `folder` are still those the digest was computed from, by size and time.
+    /// Returns true if every weight file the digest covers is gone from `folder`.
+    pub fn lost_weights(&self, folder: &Path) -> bool {
+        let mut weights = self.files.iter().filter(|file| file.name.contains(".safetensors")).peekable();
+        weights.peek().is_some() && weights.all(|file| !folder.join(&file.name).exists())
+    }
+
+    /// Returns true if the files of `folder` have the sizes and times they had when the digest was computed.
     pub fn holds_for(&self, folder: &Path) -> bool {
         stamps(folder).is_ok_and(|now| now == self.files)
+    }
+}
+
+impl FileStamp {
+    /// Stamps of the plain file or checkpoint folder at `path`; none if it cannot be read.
+    pub fn of(path: &Path) -> Vec<Self> {
+        let name = || path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let found = if path.is_dir() { stamps(path) } else { stamp(name(), path).map(|one| vec![one]) };
+        found.unwrap_or_default()
+    }
+
+    /// Returns true if the file was last written before `unix` (in seconds), so that a digest taken later than that is of
+    /// the file as it is.
+    pub fn is_before(&self, unix: u64) -> bool {
+        self.mtime_ns / 1_000_000_000 < unix
     }
 }
 

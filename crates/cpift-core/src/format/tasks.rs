@@ -21,6 +21,7 @@
 //! sample = 500                     # rows of the balanced sample; default: the smallest task's rows, at most 1,000
 //! ```
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -28,6 +29,7 @@ use serde::Deserialize;
 
 use crate::error::{BadInput, usage};
 use crate::files::open;
+use crate::format::digest::Digest;
 
 /// The most rows a task gives to the balanced sample unless it says otherwise.
 pub const DEFAULT_SAMPLE: usize = 1000;
@@ -39,6 +41,8 @@ pub struct Tasks {
     pub path: PathBuf,
     /// The tasks in array order.
     pub list: Vec<Task>,
+    /// The entries as written, in array order.
+    entries: Vec<toml::Table>,
 }
 
 /// One task; paths are resolved against the file's folder.
@@ -156,6 +160,11 @@ struct TasksFile {
     task: Vec<Task>,
 }
 
+#[derive(Deserialize)]
+struct Entries {
+    task: Vec<toml::Table>,
+}
+
 impl Tasks {
     /// Reads and checks `path`.
     ///
@@ -166,6 +175,7 @@ impl Tasks {
         let file: TasksFile = toml::from_str(&text)
             .map_err(|e| BadInput::new(path, format!("not a usable task list: {}", e.to_string().trim())))?;
         let folder = path.parent().unwrap_or(Path::new("."));
+        let entries: Entries = toml::from_str(&text).expect("parsed above");
         let mut list = file.task;
         if list.is_empty() {
             return Err(BadInput::new(path, "lists no task").expected("at least one [[task]]").into());
@@ -176,7 +186,7 @@ impl Tasks {
                 return Err(BadInput::new(path, format!("the task {} is listed twice", list[i].name)).into());
             }
         }
-        Ok(Self { path: path.to_owned(), list })
+        Ok(Self { path: path.to_owned(), list, entries: entries.task })
     }
 
     /// The task called `name`.
@@ -221,6 +231,51 @@ impl Tasks {
                     .into())
             }
         }
+    }
+
+    /// Digest of the settings of the tasks `names`, in array order: their entries as written (comments, the order of keys and
+    /// other tasks do not count) and the chat template, which a checkpoint has only one of.
+    ///
+    /// # Errors
+    /// [`BadInput`] when tasks name different templates or the template cannot be read.
+    pub fn digest<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Digest> {
+        let names: BTreeSet<&str> = names.into_iter().collect();
+        let chosen = self.entries.iter().zip(&self.list).filter(|(_, task)| names.contains(task.name.as_str()));
+        let mut parts: Vec<Vec<u8>> = Vec::new();
+        for (entry, _) in chosen {
+            // A TOML table keeps its keys sorted.
+            parts.extend([entry.to_string().into_bytes(), vec![0]]);
+        }
+        match self.template()? {
+            Some("chatml") => parts.push(b"chatml".to_vec()),
+            Some(file) => parts.push(open::read_text(Path::new(file))?.into_bytes()),
+            None => {}
+        }
+        Ok(Digest::of_chunks(parts))
+    }
+
+    /// Role under which the settings of the tasks `names` are an input in a record: `tasks`, or `tasks:A,B` for some of them.
+    pub fn role<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> String {
+        let names: BTreeSet<&str> = names.into_iter().collect();
+        if self.list.iter().all(|task| names.contains(task.name.as_str())) {
+            return "tasks".to_owned();
+        }
+        format!("tasks:{}", names.into_iter().collect::<Vec<_>>().join(","))
+    }
+
+    /// Digest now of what an input called `role` (see [`Tasks::role`]) stands for, if it is the settings of tasks.
+    ///
+    /// # Errors
+    /// As [`Tasks::read`] and [`Tasks::digest`].
+    pub fn digest_of_role(path: &Path, role: &str) -> Option<Result<Digest>> {
+        let some = role.strip_prefix("tasks:");
+        (some.is_some() || role == "tasks").then(|| {
+            let tasks = Self::read(path)?;
+            match some {
+                Some(names) => tasks.digest(names.split(',')),
+                None => tasks.digest(tasks.list.iter().map(|task| task.name.as_str())),
+            }
+        })
     }
 
     /// All names in array order.

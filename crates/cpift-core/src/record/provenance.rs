@@ -11,8 +11,9 @@ use crate::error::BadInput;
 use crate::files::naming::RECORD_NAME;
 use crate::files::staging::{self, StagedFile, StagedPath};
 use crate::format::checkpoint::reader::Checkpoint;
-use crate::format::digest::{Digest, DigestRecord};
+use crate::format::digest::{Digest, DigestRecord, FileStamp};
 use crate::format::json;
+use crate::format::tasks::Tasks;
 
 /// The form of cpift.json this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -33,6 +34,9 @@ pub struct Provenance {
     pub seed: Option<u64>,
     /// Inputs by their role (`base`, `mask:gsm8k`), with path and digest.
     pub inputs: BTreeMap<String, Input>,
+    /// Files made along with the output and not in its folder.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<String>,
     /// What the stage counted, such as the tokens trained on.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub facts: serde_json::Map<String, serde_json::Value>,
@@ -54,6 +58,9 @@ pub struct Input {
     pub path: String,
     /// BLAKE3 of its content.
     pub digest: Digest,
+    /// Sizes and times of its files when it was read: while they hold, the content need not be hashed again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FileStamp>,
 }
 
 /// A provenance being collected while its stage runs.
@@ -73,6 +80,7 @@ impl Recorder {
             arguments: argv(),
             seed: None,
             inputs: BTreeMap::new(),
+            also: Vec::new(),
             facts: serde_json::Map::new(),
             output: None,
             host: host_name(),
@@ -89,7 +97,25 @@ impl Recorder {
 
     /// Records an input by its role.
     pub fn input(&mut self, role: impl Into<String>, path: &Path, digest: Digest) {
-        self.record.inputs.insert(role.into(), Input { path: path.display().to_string(), digest });
+        let input = Input { path: path.display().to_string(), digest, files: FileStamp::of(path) };
+        self.record.inputs.insert(role.into(), input);
+    }
+
+    /// Records a file that is made along with the output and is not in its folder.
+    pub fn also(&mut self, path: &Path) {
+        self.record.also.push(path.display().to_string());
+    }
+
+    /// Records the settings in `tasks` of the tasks `names` as an input.
+    ///
+    /// # Errors
+    /// As [`Tasks::digest`].
+    pub fn tasks<'a>(&mut self, tasks: &Tasks, names: impl IntoIterator<Item = &'a str> + Clone) -> Result<()> {
+        let (role, digest) = (tasks.role(names.clone()), tasks.digest(names)?);
+        // Without the times of the file: the digest covers a part of it, and a template in a file of its own.
+        let path = tasks.path.display().to_string();
+        self.record.inputs.insert(role, Input { path, digest, files: Vec::new() });
+        Ok(())
     }
 
     /// Records a count or a figure of the run.

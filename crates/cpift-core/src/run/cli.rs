@@ -7,13 +7,14 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 
-use crate::error::{EXIT_FAILED, Stopped, exit_code, usage};
+use crate::error::{EXIT_BAD_INPUT, EXIT_FAILED, Stopped, exit_code, usage};
 use crate::record::provenance::argv;
 use crate::record::up_to_date;
 use crate::run::signals;
 
 /// Arguments that all stages take.
 #[derive(clap::Args, Debug, Clone, Default)]
+#[command(next_help_heading = "Run")]
 pub struct Common {
     /// Worker threads; all cores when not given
     #[arg(long, value_name = "N", global = true)]
@@ -21,10 +22,10 @@ pub struct Common {
     /// Replace an existing output
     #[arg(long, global = true)]
     pub force: bool,
-    /// Leave an output alone that this version made with these arguments from the inputs as they are; otherwise make it as with
-    /// --force
-    #[arg(long, global = true)]
-    pub if_stale: bool,
+    /// Do nothing if the output is up to date: made by this version, with these arguments, from the inputs as they are. Otherwise
+    /// make it, as with --force
+    #[arg(long, global = true, alias = "if-stale")]
+    pub skip_up_to_date: bool,
     /// Print a machine-readable summary (one JSON object) on stdout
     #[arg(long, global = true)]
     pub json: bool,
@@ -51,20 +52,20 @@ impl Common {
         Ok(())
     }
 
-    /// Whether an existing output is replaced.
+    /// Returns true if an existing output is replaced.
     pub fn force(&self) -> bool {
-        self.force || self.if_stale
+        self.force || self.skip_up_to_date
     }
 
-    /// Whether `--if-stale` finds that nothing is to be done, and says so.
+    /// Returns true, and logs it, if `--skip-up-to-date` finds nothing to do.
     pub fn up_to_date(&self, expected: &up_to_date::Expected<'_>) -> bool {
-        if !self.if_stale {
+        if !self.skip_up_to_date {
             return false;
         }
         let out = expected.out.display();
         match up_to_date::reason(expected, &argv()) {
             Some(reason) => {
-                log::info!("{out}: to be made: {reason}");
+                log::info!("{out}: must be made: {reason}");
                 false
             }
             None => {
@@ -107,7 +108,10 @@ fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> s
 
 /// Parses the arguments, runs the stage, prints an error once on stderr and returns the documented exit code.
 pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
-    let args = A::parse();
+    let args = match parse::<A>() {
+        Ok(args) => args,
+        Err(code) => return code,
+    };
     if let Err(error) = signals::listen() {
         eprintln!("error: {error:#}");
         return ExitCode::from(EXIT_FAILED);
@@ -123,6 +127,63 @@ pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
         }
         // The panic hook has printed what and where.
         Err(_) => ExitCode::from(EXIT_FAILED),
+    }
+}
+
+/// Arguments of the stage, unless the command line asks for what every program can do, which is then done.
+fn parse<A: Parser>() -> Result<A, ExitCode> {
+    const UP_TO_DATE: &str = "up-to-date";
+    const COMPLETIONS: &str = "completions";
+    let up_to_date = clap::Command::new(UP_TO_DATE)
+        .about("Tell which outputs of a list of commands are up to date")
+        .long_about(
+            "Tell which outputs of a list of commands are up to date, without running them.\n\nReads lines from stdin: a name, a tab \
+             and a command of any CPI-FT program; further tabs part further inputs. Commands come after those that make their inputs. \
+             Prints, for each, its name, its state (done, deleted, missing or stale), the reason and the names of the commands that \
+             make its inputs, separated by tabs. An output is done if its record names this version, these arguments (but for those \
+             that change nothing, such as --threads) and the content of every input as it is now.",
+        )
+        .arg(clap::Arg::new("due").long("due").action(clap::ArgAction::SetTrue).help("Print only the names of those that must run"));
+    let shell = clap::Arg::new("shell").required(true).value_parser(clap::value_parser!(clap_complete::Shell));
+    let completions =
+        clap::Command::new(COMPLETIONS).about("Print the completions of a shell, such as: completions bash").arg(shell);
+    let mut command = A::command().subcommand_negates_reqs(true).subcommands([up_to_date, completions]);
+    let matches = command.clone().get_matches();
+    match matches.subcommand() {
+        Some((UP_TO_DATE, given)) => Err(print_states(given.get_flag("due"))),
+        Some((COMPLETIONS, given)) => {
+            let shell = *given.get_one::<clap_complete::Shell>("shell").expect("required");
+            let name = command.get_name().to_owned();
+            clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
+            Err(ExitCode::SUCCESS)
+        }
+        _ => A::from_arg_matches(&matches).map_err(|error| error.format(&mut command).exit()),
+    }
+}
+
+/// `up-to-date`: states of the commands on stdin.
+fn print_states(due_only: bool) -> ExitCode {
+    let commands = std::io::read_to_string(std::io::stdin()).map_err(|e| format!("stdin: {e}"));
+    match commands.and_then(|text| up_to_date::parse_commands(&text)) {
+        Ok(commands) => {
+            let name = |i: &usize| commands[*i].name.as_str();
+            for (command, status) in commands.iter().zip(up_to_date::states(&commands)) {
+                let (word, reason) = status.state.words();
+                match due_only {
+                    true if status.state.is_due() => print(&format!("{}\n", command.name)),
+                    true => {}
+                    false => {
+                        let needs = status.needs.iter().map(name).collect::<Vec<_>>().join(" ");
+                        print(&format!("{}\t{word}\t{reason}\t{needs}\n", command.name));
+                    }
+                }
+            }
+            ExitCode::SUCCESS
+        }
+        Err(message) => {
+            eprintln!("error: {message}");
+            ExitCode::from(EXIT_BAD_INPUT)
+        }
     }
 }
 
