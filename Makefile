@@ -115,13 +115,13 @@ status: ## Every artifact of RUN=: done, running, queued, stopped, failed, stale
 	@RUN="$(RUN)" BIN=$(BIN) scripts/status.py
 
 slurm: ## Submit the pipeline to Slurm: what is not made yet (RUN=, BASE=, TASKS=; scripts/slurm/cluster.env; DRY_RUN=1 prints)
-	@RUN="$(RUN)" BIN=$(BIN) scripts/slurm/submit.sh $(if $(DRY_RUN),--dry-run)
+	@RUN="$(RUN)" BIN=$(BIN) scripts/slurm/submit.py $(if $(DRY_RUN),--dry-run)
 
 test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
 	@BIN=$(BIN) tests/slurm/test.sh
 
-clean-probes: ## Delete the probes of RUN= once all masks and, of cpi-ft, the fused model are made
-	@scripts/clean-probes.sh "$(RUN)"
+clean-probes: build-files ## Delete the weights of the probes of RUN= once everything made from them is up to date
+	@BIN=$(BIN) scripts/clean_probes.py "$(RUN)"
 
 install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch
 	@PREFIX=$(PREFIX) BIN=$(BIN) scripts/install.sh

@@ -1,5 +1,6 @@
 //! The six programs end to end, chained by scripts/pipeline.mk on a tiny model: what is transplanted and frozen keeps its bits,
-//! a rerun gives the same bytes, and an edited data file reruns what depends on it and nothing else.
+//! a rerun gives the same bytes, and an edited data file reruns what depends on it and nothing else; status, Slurm submission, make
+//! and the experiments agree on what a change concerns.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,10 +11,14 @@ use std::time::SystemTime;
 use cpift_core::format::mask::{Mask, bit, count_ones};
 use cpift_testkit::chain::programs;
 use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
-use cpift_testkit::{Tensors, read_checkpoint};
+use cpift_testkit::{Run, Tensors, read_checkpoint, run_command};
 use serde_json::Value;
 
 const TASKS: [&str; 3] = ["copy", "count", "pick"];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
 
 struct Pipeline {
     dir: tempfile::TempDir,
@@ -39,10 +44,9 @@ impl Pipeline {
     /// As [`Pipeline::make`], with more settings.
     fn make_with(&self, run: &str, more: &[&str]) -> Vec<String> {
         let bin = programs();
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
         let output = Command::new("make")
-            .current_dir(root)
+            .current_dir(root())
             .args(["--no-print-directory", "-j2", "-f", "scripts/pipeline.mk", "all"])
             .args([variable("BIN", &bin), variable("BASE", &self.path("base")), variable("RUN", &self.path(run))])
             .arg(variable("TASKS", &self.path("data/tasks.toml")))
@@ -69,6 +73,13 @@ impl Pipeline {
         let mut made: Vec<String> = made.into_iter().map(|(_, name)| name).collect();
         made.sort();
         made
+    }
+
+    /// Runs `make clean-probes`.
+    fn clean_probes(&self, run: &str) -> Run {
+        let mut command = Command::new(root().join("scripts/clean_probes.py"));
+        command.arg(self.path(run)).env("BIN", programs());
+        run_command(command)
     }
 
     fn read(&self, name: &str) -> Tensors {
@@ -184,8 +195,13 @@ fn the_whole_pipeline() {
         let bytes = |run: &str| fs::read(p.path(run).join(model).join("model.safetensors")).unwrap();
         assert_eq!(bytes("run"), bytes("again,here"), "{model} is the same on a rerun");
     }
-    fs::remove_dir_all(p.path("run/probes")).unwrap();
+    p.clean_probes("run").ok();
+    assert!(!p.path("run/probes/copy/model.safetensors").exists());
     assert!(p.make_with("run", &all).is_empty(), "probes may go once masks and fused model are made");
+    // They are made again for what needs them, and only those.
+    fs::remove_file(p.path("run/masks/pick.safetensors")).unwrap();
+    p.clean_probes("run").expect_code(2).says(&["mask-pick is missing", "probe-pick is still needed"]);
+    assert_eq!(p.make_with("run", &all), ["mask-pick", "probe-pick"]);
 }
 
 #[test]
@@ -231,9 +247,8 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
     let table = fs::read_to_string(p.path("run/table.md")).unwrap();
     assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 6, "{table}");
     // Nothing is fused: the probes may go, and nothing is to be made for that.
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let clean = Command::new(root.join("scripts/clean-probes.sh")).arg(p.path("run")).output().unwrap();
-    assert!(clean.status.success() && !p.path("run/probes").exists(), "{}", String::from_utf8_lossy(&clean.stderr));
+    p.clean_probes("run").ok();
+    assert!(!p.path("run/probes/copy/model.safetensors").exists());
     assert!(p.make_with("run", &["METHODS=full-sft capped-mixture cpi-ft-plus", "CAP=8", "PLUS_LR=1e-3"]).is_empty());
     // The table follows what is compared.
     assert_eq!(p.make_with("run", &["METHODS=full-sft", "CAP=8", "PLUS_LR=1e-3"]), ["report", "table"]);
@@ -253,7 +268,7 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
     }
     assert!(moved > 0);
     let record = fs::read_to_string(p.path("run/cpi-ft-plus/cpift.json")).unwrap();
-    assert!(record.contains("only-cores"), "{record}");
+    assert!(record.contains("\"--trainable\""), "{record}");
     // The rate of its own counts over that of TRAIN_FLAGS.
     let metrics = fs::read_to_string(p.path("run/cpi-ft-plus/metrics.jsonl")).unwrap();
     let steps = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -263,10 +278,9 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
 
 /// What would be made without any setting but METHODS: name and command of every artifact.
 fn planned(p: &Pipeline, methods: &[&str]) -> BTreeMap<String, String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
     let output = Command::new("make")
-        .current_dir(root)
+        .current_dir(root())
         .args(["-sn", "--no-print-directory", "-f", "scripts/pipeline.mk", "GRAPH=1", "all"])
         .args([variable("BIN", &programs()), variable("BASE", &p.path("base")), variable("RUN", &p.path("run"))])
         .arg(variable("TASKS", &p.path("data/tasks.toml")))
@@ -276,7 +290,7 @@ fn planned(p: &Pipeline, methods: &[&str]) -> BTreeMap<String, String> {
         .unwrap();
     let lines = String::from_utf8(output.stdout).unwrap();
     let parts = |line: &str| line.split('\t').map(str::to_owned).collect::<Vec<_>>();
-    lines.lines().map(parts).filter(|p| p.len() == 4).map(|p| (p[0].clone(), p[3].clone())).collect()
+    lines.lines().map(parts).filter(|p| p.len() == 2).map(|p| (p[0].clone(), p[1].clone())).collect()
 }
 
 #[test]
@@ -293,9 +307,9 @@ fn the_default_is_what_did_best_and_the_published_method_is_one_setting_away() {
     says(&default, "capped-mixture", &["--tokens 1540000", "--sample 1000"]);
     says(&default, "probe-pick", &["--tokens 30000"]);
     says(&default, "mixture", &["--tokens 1300000", "--sample 1000"]);
-    let rate = planned(&p, &["TRAIN_FLAGS=--x  --learning-rate=\"3e-4\" --y"]);
-    says(&rate, "cpi-ft-plus", &["--lr 0.0001"]);
-    says(&default, "cpi-ft-plus", &["--tokens 150000", "--sample 1000", "--train only-cores", "--lr 6.7e-06"]);
+    let rate = planned(&p, &["PLUS_LR=1e-4"]);
+    says(&rate, "cpi-ft-plus", &["--lr 1e-4"]);
+    says(&default, "cpi-ft-plus", &["--tokens 150000", "--sample 1000", "--trainable cores", "--lr-scale 0.333"]);
     says(&default, "mask-pick", &["--percent 20"]);
     says(&default, "groups", &["--tau auto"]);
     says(&default, "score-cpi-ft-plus.pick", &["--only pick"]);

@@ -1,4 +1,4 @@
-//! What an output was made from: `--if-stale` makes again what has changed and nothing else, and inputs that were made from others than
+//! What an output was made from: `--skip-up-to-date` makes again what has changed and nothing else, and inputs that were made from others than
 //! those they are used with are refused.
 
 use std::fs;
@@ -27,7 +27,7 @@ fn what_has_changed_is_made_again_and_nothing_else() {
         &chain.path("data/copy/train.jsonl"),
         &(0..9).map(|i| row(&format!("say v{i}"), &format!("v{i}"))).collect::<Vec<_>>(),
     );
-    chain.run(&links[0], [""; 0]).ok().says(&["run/probes/copy: to be made: the input train", "data/copy/train.jsonl"]);
+    chain.run(&links[0], [""; 0]).ok().says(&["run/probes/copy: must be made: input train has changed: ", "data/copy/train.jsonl"]);
     assert_eq!(made(&chain, &links), ["mask copy", "group", "merge", "train", "eval"]);
     // Rows that only the evaluation reads.
     write_rows(
@@ -39,16 +39,16 @@ fn what_has_changed_is_made_again_and_nothing_else() {
     // An argument; one that changes nothing about the output.
     let group = &links[6];
     let sweep = Link { args: group.args.iter().map(|a| a.replace("1.1", "1.2")).collect(), ..group.clone() };
-    chain.run(&sweep, [""; 0]).ok().says(&["run/groups.json: to be made: it was made with other arguments"]);
+    chain.run(&sweep, [""; 0]).ok().says(&["run/groups.json: must be made: argument: --tau 1.1, now --tau 1.2"]);
     chain.run(&sweep, ["--json", "--force"]).ok().says(&["up to date"]);
     chain.run(group, [""; 0]).ok();
     // Outputs that are damaged, or in part gone.
     fs::remove_file(chain.path("run/groups.svg")).unwrap();
-    chain.run(group, [""; 0]).ok().says(&["run/groups.svg is not there"]);
+    chain.run(group, [""; 0]).ok().says(&["run/groups.svg does not exist"]);
     let mut weights = fs::read(chain.path("run/fused/model.safetensors")).unwrap();
     *weights.last_mut().unwrap() ^= 1;
     fs::write(chain.path("run/fused/model.safetensors"), weights).unwrap();
-    chain.run(&links[7], [""; 0]).ok().says(&["run/fused: to be made: it is not what", "cpift.json records"]);
+    chain.run(&links[7], [""; 0]).ok().says(&["run/fused: must be made: it is not what", "cpift.json records"]);
     fs::remove_file(chain.path("run/masks/copy.safetensors.cpift.json")).unwrap();
     chain.run(&links[3], [""; 0]).ok().says(&["it has no record"]);
     assert!(made(&chain, &links).is_empty(), "what was made again is what it was");
@@ -66,7 +66,7 @@ fn an_element_of_an_array_is_the_task_it_was_made_for() {
     };
     element("0");
     element("0").says(&["up to date"]);
-    element("1").says(&["to be made: its task is not count"]);
+    element("1").says(&["must be made: its task is not count"]);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn a_state_of_another_base_is_refused() {
     let chain = Chain::default();
     write_tiny_model(&chain.path("other"), 2);
     let mut probe = Chain::link("probe copy");
-    probe.args.retain(|arg| arg != "--if-stale");
+    probe.args.retain(|arg| arg != "--skip-up-to-date");
     probe.args.iter_mut().filter(|arg| *arg == "8").for_each(|arg| "100000".clone_into(arg));
     let mut child = chain.command(&probe).spawn().unwrap();
     let start = Instant::now();

@@ -19,10 +19,10 @@ fn start(chain: &Chain, link: &Link, more: &[&str]) -> Child {
     command.spawn().unwrap()
 }
 
-/// The second argument list of a pair of rivals, without `--if-stale`, writing to a folder of their own.
+/// The second argument list of a pair of rivals, without `--skip-up-to-date`, writing to a folder of their own.
 fn rivals((name, old, new): (&str, &str, &str)) -> [Link; 2] {
     let mut first = Chain::link(name);
-    first.args.retain(|arg| arg != "--if-stale");
+    first.args.retain(|arg| arg != "--skip-up-to-date");
     let last = first.args.last_mut().unwrap();
     *last = last.replace("run/", "rivals/");
     first.out = last.clone();

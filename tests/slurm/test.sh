@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `make test-slurm`: scripts/slurm/submit.sh on a private cluster of one machine. A quiet run of the demo's graph, and a rough one that ends
+# `make test-slurm`: scripts/slurm/submit.py on a private cluster of one machine. A quiet run of the demo's graph, and a rough one that ends
 # in the same bytes: an element of the array fails, a probe is queued again in mid-run, a job meets its time limit, a node dies.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -59,20 +59,20 @@ tests/slurm/cluster.sh start "$dir"
 ok "the cluster is up"
 
 # Nothing is written by a dry run; what is queued is not submitted again.
-lines=$(scripts/slurm/submit.sh --dry-run "$quiet")
+lines=$(scripts/slurm/submit.py --dry-run "$quiet")
 [ "$(grep -c '^sbatch ' <<< "$lines")" = 9 ] || fail "dry run: $lines"
 [ ! -e "$quiet" ] || fail "a dry run has written something"
-said=$(scripts/slurm/submit.sh "$quiet")
+said=$(scripts/slurm/submit.py "$quiet")
 echo "$said"
 has "$said" '^probe .* \(arithmetic code logic format recall\)$'
 has "$said" '^groups .* after probe'
-said=$(scripts/slurm/submit.sh "$quiet")
+said=$(scripts/slurm/submit.py "$quiet")
 ! grep -E ' job [0-9]' <<< "$said" || fail "submitted twice: $said"
 
 # One element of the array fails: what another program made is not replaced, even by --force.
 mkdir -p "$rough/probes/logic"
 echo mine > "$rough/probes/logic/notes.txt"
-scripts/slurm/submit.sh "$rough" > /dev/null
+scripts/slurm/submit.py "$rough" > /dev/null
 # What is cancelled saves its state and is not queued again.
 wait_for "full-sft at work" steps full-sft full-sft 5
 scancel "$(job_of "$rough" full-sft)"
@@ -95,7 +95,7 @@ ok "the quiet run is at its end, and make has nothing left to do"
 rm -r "$rough/probes/logic"
 # One minute is Slurm's shortest limit. Slurm looks at limits every 30 s and warns at the last look in time: 15 to 45 s after the start.
 echo TIME_backbone=1 >> "$CLUSTER"
-said=$(scripts/slurm/submit.sh "$rough")
+said=$(scripts/slurm/submit.py "$rough")
 echo "$said"
 has "$said" '^probe .* \(logic\)$'
 has "$said" '^full-sft +job'
@@ -149,10 +149,10 @@ for file in $(cd "$quiet" && find . -name '*.safetensors' -o -name groups.json -
     count=$((count + 1))
 done
 ok "$count files are the same bytes in both runs"
-[ "$(scripts/slurm/submit.sh "$rough" | grep -c ' complete$')" = 9 ] || fail "complete, and submitted again"
+[ "$(scripts/slurm/submit.py "$rough" | grep -c ' complete$')" = 9 ] || fail "complete, and submitted again"
 # The scores on one task of one model are an element of their own.
 rm -r "$rough/task-scores/cpi-ft/recall"
-lines=$(scripts/slurm/submit.sh --dry-run "$rough" | grep '^sbatch')
+lines=$(scripts/slurm/submit.py --dry-run "$rough" | grep '^sbatch')
 [ "$(wc -l <<< "$lines")" = 2 ] || fail "one score is missing: $lines"
 has "$lines" '^sbatch .*rough\.score .*--array=19 '
 has "$lines" '^sbatch .*rough\.report '

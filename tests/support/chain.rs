@@ -56,7 +56,7 @@ impl Chain {
         let tasks = at("data/tasks.toml");
         let train = "--batch-size 4 --lr 1e-2 --steps 8 --save-every 2 --device cpu --threads 1 --resume";
         let link = |name: String, program, line: String, out: String| {
-            let args = format!("{line} --out {} --if-stale", at(&out));
+            let args = format!("{line} --out {} --skip-up-to-date", at(&out));
             Link { name, program, args: args.split_whitespace().map(str::to_owned).collect(), out }
         };
         let (base, mut links) = (at("base"), Vec::new());

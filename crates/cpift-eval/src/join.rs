@@ -52,6 +52,7 @@ pub fn join(args: &JoinArgs, common: &Common) -> Result<()> {
     }
     check_output(&args.out, common.force())?;
     check_not_input("--out", &args.out, args.parts.iter().map(PathBuf::as_path))?;
+    [scores::FILE_NAME, OUTPUTS].iter().for_each(|name| recorder.also(&args.out.join(name)));
     let parts: Vec<Part> = args.parts.iter().map(|folder| Part::read(folder, &mut recorder)).collect::<Result<_>>()?;
     let first = parts.first().ok_or_else(|| usage("name the folders to join"))?;
     for part in &parts {

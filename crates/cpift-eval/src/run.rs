@@ -54,7 +54,8 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let plans = TaskPlan::read(args, &list, &ModelInfo::open(&args.model, list.template()?)?)?;
     let session = Session::for_inference(&args.model, list.template()?, device, args.kind(device))?;
     recorder.input("model", &args.model, session.digest.clone());
-    recorder.input("tasks", &args.tasks, Digest::of_file(&args.tasks)?);
+    recorder.tasks(&list, plans.iter().map(|plan| plan.task.name.as_str()))?;
+    [scores::FILE_NAME, OUTPUTS].iter().for_each(|name| recorder.also(&args.out.join(name)));
     let staged = StagedDir::create(&args.out, common.force())?;
     let mut outputs = BufWriter::new(File::create(staged.path().join(OUTPUTS)).context("creating outputs.jsonl")?);
     let mut tasks = Vec::new();

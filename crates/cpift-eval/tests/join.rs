@@ -45,10 +45,10 @@ fn tasks_scored_apart_are_joined_to_the_bytes_of_one_run() {
     let tasks = read_json(&f.out("joined/scores.json"))["tasks"].clone();
     assert_eq!(tasks[2]["task"], "copy", "{tasks}");
     let before = fs::metadata(f.out("joined")).unwrap().modified().unwrap();
-    join(&f, &["rest", "one"], &["--if-stale"]).ok();
+    join(&f, &["rest", "one"], &["--skip-up-to-date"]).ok();
     assert_eq!(fs::metadata(f.out("joined")).unwrap().modified().unwrap(), before, "nothing has changed");
     fs::remove_file(f.out("joined/outputs.jsonl")).unwrap();
-    join(&f, &["rest", "one"], &["--if-stale"]).ok();
+    join(&f, &["rest", "one"], &["--skip-up-to-date"]).ok();
     assert_eq!(read(&f, "joined/outputs.jsonl").lines().count(), 12);
 }
 

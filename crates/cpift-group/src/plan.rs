@@ -167,7 +167,8 @@ fn check_partition_flags(args: &Args) -> Result<()> {
 fn parting(args: &Args, tasks: &[String], recorder: &mut Recorder) -> Result<Option<(Parting, Partition)>> {
     if let Some(path) = &args.tasks {
         let kinds = read_kinds(path, tasks)?;
-        recorder.input("tasks", path, Digest::of_file(path)?);
+        let list = Tasks::read(path)?;
+        recorder.tasks(&list, list.list.iter().map(|task| task.name.as_str()))?;
         return Ok(Some((Parting::Kind {}, by_kind(&kinds))));
     }
     if let Some(path) = &args.like {

@@ -74,6 +74,7 @@ pub struct Args {
 /// What was checked before any work: the task, its examples, the opened model.
 struct Plan {
     task: Task,
+    tasks_role: String,
     tasks_digest: Digest,
     train_digest: Digest,
     encoded: Encoded,
@@ -115,7 +116,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     let written =
         training_run(args, &plan, held_out, out).write(out, &args.common, recorder, |recorder, reports| {
             recorder.input("base", base, plan.session.digest.clone());
-            recorder.input("tasks", &args.tasks, plan.tasks_digest.clone());
+            recorder.input(plan.tasks_role.as_str(), &args.tasks, plan.tasks_digest.clone());
             recorder.input("train", &plan.task.train, plan.train_digest.clone());
             recorder.fact("task", plan.task.name.as_str());
             recorder.fact("steps", reports[0].steps);
@@ -151,7 +152,7 @@ fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path) -> 
     check_not_input("--out", out, inputs)?;
     check_not_input("--out's states", &States::folder(out), inputs)?;
     // Its templates and lengths decide what the rows become.
-    let tasks_digest = Digest::of_file(&args.tasks)?;
+    let (tasks_role, tasks_digest) = (tasks.role([task.name.as_str()]), tasks.digest([task.name.as_str()])?);
     let train_digest = Digest::of_file(&task.train)?;
     let rows = data::read_rows(&task.train, &Layout::of(&task)?)?;
     let device = args.training.device.open(args.common.threads)?;
@@ -170,7 +171,7 @@ fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path) -> 
         None => Vec::new(),
     };
     let session = model.load(device, args.training.precision(device))?;
-    Ok(Plan { task, tasks_digest, train_digest, encoded, held_out, session })
+    Ok(Plan { task, tasks_role, tasks_digest, train_digest, encoded, held_out, session })
 }
 
 /// What a narrow dtype does to the difference from the base, of which cpift-mask makes the core.

@@ -237,7 +237,8 @@ fn replayed(examples: &[Example], task: &str, args: &RunArgs, k: usize) -> Vec<E
 
 fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf, Digest)>> {
     // Its templates and lengths decide what the rows become.
-    let mut inputs = vec![("tasks".to_owned(), args.tasks.clone(), Digest::of_file(&args.tasks)?)];
+    let (list, names) = (Tasks::read(&args.tasks)?, tasks.iter().map(|task| task.name.as_str()));
+    let mut inputs = vec![(list.role(names.clone()), args.tasks.clone(), list.digest(names)?)];
     for task in tasks {
         inputs.push((format!("train:{}", task.name), task.train.clone(), Digest::of_file(&task.train)?));
     }

@@ -214,6 +214,11 @@ impl StagedFile {
         Ok(staged)
     }
 
+    /// Its final path.
+    pub fn dest(&self) -> &Path {
+        &self.staging.dest
+    }
+
     /// The same as a path, when all is written.
     pub fn into_path(self) -> StagedPath {
         StagedPath { staging: self.staging }

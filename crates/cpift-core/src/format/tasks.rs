@@ -263,15 +263,19 @@ impl Tasks {
         format!("tasks:{}", names.into_iter().collect::<Vec<_>>().join(","))
     }
 
+    /// Returns true if [`Tasks::role`] gives `role`.
+    pub fn is_role(role: &str) -> bool {
+        role == "tasks" || role.starts_with("tasks:")
+    }
+
     /// Digest now of what an input called `role` (see [`Tasks::role`]) stands for, if it is the settings of tasks.
     ///
     /// # Errors
     /// As [`Tasks::read`] and [`Tasks::digest`].
     pub fn digest_of_role(path: &Path, role: &str) -> Option<Result<Digest>> {
-        let some = role.strip_prefix("tasks:");
-        (some.is_some() || role == "tasks").then(|| {
+        Self::is_role(role).then(|| {
             let tasks = Self::read(path)?;
-            match some {
+            match role.strip_prefix("tasks:") {
                 Some(names) => tasks.digest(names.split(',')),
                 None => tasks.digest(tasks.list.iter().map(|task| task.name.as_str())),
             }

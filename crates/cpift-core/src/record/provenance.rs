@@ -97,8 +97,10 @@ impl Recorder {
 
     /// Records an input by its role.
     pub fn input(&mut self, role: impl Into<String>, path: &Path, digest: Digest) {
-        let input = Input { path: path.display().to_string(), digest, files: FileStamp::of(path) };
-        self.record.inputs.insert(role.into(), input);
+        let role = role.into();
+        // The settings of tasks are a part of a file, and templates in files of their own: their digest is cheap to take again.
+        let files = if Tasks::is_role(&role) { Vec::new() } else { FileStamp::of(path) };
+        self.record.inputs.insert(role, Input { path: path.display().to_string(), digest, files });
     }
 
     /// Records a file that is made along with the output and is not in its folder.
@@ -111,10 +113,7 @@ impl Recorder {
     /// # Errors
     /// As [`Tasks::digest`].
     pub fn tasks<'a>(&mut self, tasks: &Tasks, names: impl IntoIterator<Item = &'a str> + Clone) -> Result<()> {
-        let (role, digest) = (tasks.role(names.clone()), tasks.digest(names)?);
-        // Without the times of the file: the digest covers a part of it, and a template in a file of its own.
-        let path = tasks.path.display().to_string();
-        self.record.inputs.insert(role, Input { path, digest, files: Vec::new() });
+        self.input(tasks.role(names.clone()), &tasks.path, tasks.digest(names)?);
         Ok(())
     }
 
@@ -148,6 +147,7 @@ impl Recorder {
     /// As [`StagedPath::commit`].
     pub fn commit(mut self, staged: StagedPath, also: &[StagedFile]) -> Result<()> {
         self.record.output = Some(DigestRecord::of_staged(&staged.path(), staged.dest())?);
+        also.iter().for_each(|file| self.also(file.dest()));
         let record = StagedFile::of_text(&beside(staged.dest()), &self.text()?, true)?;
         staged.commit_with(record, also)
     }

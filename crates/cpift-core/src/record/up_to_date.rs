@@ -221,16 +221,18 @@ pub fn states(commands: &[Command]) -> Vec<Status> {
     let mut states: Vec<State> = Vec::new();
     for (i, command) in commands.iter().enumerate() {
         let is_gone = |path: &Path| needs[i].iter().any(|j| gone[*j] && path.starts_with(&commands[*j].out));
-        let own = match (gone[i], &records[i]) {
-            (true, None) => State::Missing(String::new()),
-            (true, Some(record)) => match difference(record, &command.stage, &command.arguments, is_gone) {
-                Some(reason) => State::Missing(reason),
-                None => State::Deleted,
-            },
-            (false, None) => State::Stale("it has no record that this version reads".to_owned()),
-            (false, Some(record)) => difference(record, &command.stage, &command.arguments, is_gone)
-                .or_else(|| damage(record, &command.out))
-                .map_or(State::Done, State::Stale),
+        let own = match &records[i] {
+            _ if !command.out.exists() => State::Missing(String::new()),
+            None => State::Stale("it has no record that this version reads".to_owned()),
+            Some(record) => {
+                let difference = difference(record, &command.stage, &command.arguments, is_gone);
+                match (gone[i], difference) {
+                    (true, None) => State::Deleted,
+                    (true, Some(reason)) => State::Missing(reason),
+                    (false, None) => damage(record, &command.out).map_or(State::Done, State::Stale),
+                    (false, Some(reason)) => State::Stale(reason),
+                }
+            }
         };
         let due: Vec<&str> =
             needs[i].iter().filter(|j| states[**j].is_due()).map(|j| commands[*j].name.as_str()).collect();
