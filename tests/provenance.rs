@@ -27,7 +27,10 @@ fn what_has_changed_is_made_again_and_nothing_else() {
         &chain.path("data/copy/train.jsonl"),
         &(0..9).map(|i| row(&format!("say v{i}"), &format!("v{i}"))).collect::<Vec<_>>(),
     );
-    chain.run(&links[0], [""; 0]).ok().says(&["run/probes/copy: must be made: input train has changed: ", "data/copy/train.jsonl"]);
+    chain
+        .run(&links[0], [""; 0])
+        .ok()
+        .says(&["run/probes/copy: must be made: input train has changed: ", "data/copy/train.jsonl"]);
     assert_eq!(made(&chain, &links), ["mask copy", "group", "merge", "train", "eval"]);
     // Rows that only the evaluation reads.
     write_rows(

@@ -88,7 +88,9 @@ impl World {
     fn experiment(&self, more: &[&str]) -> Command {
         let mut command = Command::new("python3");
         command.arg(root().join("scripts/experiments/run.py")).arg("reproduce").args(more);
-        for (flag, name) in [("--suite", "suite.toml"), ("--base", "base"), ("--tasks", "data/tasks.toml"), ("--run", "lab")] {
+        for (flag, name) in
+            [("--suite", "suite.toml"), ("--base", "base"), ("--tasks", "data/tasks.toml"), ("--run", "lab")]
+        {
             command.arg(flag).arg(self.path(name));
         }
         command.arg("--bin").arg(programs()).env("PYTHONDONTWRITEBYTECODE", "1");
@@ -156,7 +158,9 @@ impl World {
         let mut jobs = BTreeSet::new();
         for name in &models {
             let task = name.strip_prefix("probe-").or_else(|| name.strip_prefix("mask-"));
-            jobs.insert(task.map_or(name.clone(), |task| format!("probe/{}", tasks.iter().position(|t| *t == task).unwrap())));
+            jobs.insert(
+                task.map_or(name.clone(), |task| format!("probe/{}", tasks.iter().position(|t| *t == task).unwrap())),
+            );
         }
         let submitted = self.by_slurm(changes);
         let submitted_models: BTreeSet<String> =

@@ -1,11 +1,11 @@
 //! Counting the bits that core regions share, layer by layer, over mapped masks: one pass that hashes the files as well.
 
 use anyhow::Result;
+use cpift_core::dispatch;
 use cpift_core::format::digest::Digest;
 use cpift_core::format::names::{LayerRows, TensorKind};
 use cpift_core::record::provenance::Provenance;
 use cpift_core::stream::hashing::PieceHasher;
-use cpift_core::stream::simd::dispatch;
 use cpift_core::{BadInput, Dtype, Mask, TensorSpec};
 use rayon::prelude::*;
 

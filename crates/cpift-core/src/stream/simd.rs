@@ -17,8 +17,6 @@ macro_rules! dispatch {
     };
 }
 
-pub use crate::dispatch;
-
 #[doc(hidden)]
 #[inline(always)]
 pub fn run<R>(op: impl FnMut() -> R) -> R {
