@@ -1,31 +1,32 @@
-//! Runs by tasks: values, the best of each column, and differences to a baseline.
+//! Runs by tasks: values, the best of each column, and differences to a baseline with paired intervals.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use cpift_core::error::usage;
 use cpift_core::format::scores::{MetricValue, TaskScore};
 use serde_json::Value;
 
-pub use crate::pairing::Delta;
-use crate::pairing::{Drawn, Draws, Sides};
-use crate::runs::{self, Run};
-use crate::unit::Unit;
+use super::bootstrap::{self, Pair};
+use super::runs::{self, Run};
+use super::unit::Unit;
 
-/// What a comparison is asked to show.
+/// Settings of a comparison: the baseline, and the bootstrap of the differences to it.
 #[derive(Debug, Clone)]
 pub struct Question {
     /// The run the others are compared with.
     pub baseline: Option<String>,
     /// Resamples of the bootstrap.
     pub resamples: usize,
-    /// Its seed.
+    /// Seed of the bootstrap.
     pub seed: u64,
 }
 
 impl Question {
+    /// Checks the number of resamples.
+    ///
     /// # Errors
-    /// [`cpift_core::Usage`] for a number of resamples out of range.
+    /// [`cpift_core::Usage`] if it is out of range.
     pub fn check(&self) -> Result<()> {
         match self.resamples {
             1..=1_000_000 => Ok(()),
@@ -34,49 +35,49 @@ impl Question {
     }
 }
 
-/// The figures of one task, or of all: one cell a run.
+/// The figures of one task, or of all tasks: one cell per run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Column {
-    /// The task; none for ANS and the mean loss.
+    /// The task; `None` for ANS and the mean loss.
     pub task: Option<String>,
     /// The figure's name: `acc`, `nll`, `ANS`.
     pub figure: String,
     /// Its unit.
     pub unit: Unit,
-    /// One cell a run, in their order.
+    /// One cell per run, in their order.
     pub cells: Vec<Cell>,
-    /// One difference a run, where there is a baseline; none for the baseline itself and where either has no value.
+    /// One difference per run, if there is a baseline; `None` for the baseline itself and if either has no value.
     pub deltas: Vec<Option<Delta>>,
 }
 
-/// A value of one run.
+/// The value of one run.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Cell {
-    /// A figure, and whether no other run has a better one.
+    /// A figure, and true if it is the best of its column.
     Value(MetricValue, bool),
-    /// The task wants a judge, and none has read this run.
+    /// The task is scored by a judge, which has not read this run.
     NotJudged,
-    /// A judge has read the run, and no reply of it held a grade.
+    /// A judge has read the run, but no reply contained a grade.
     NoGrade,
     /// The run has no such figure.
     Missing,
 }
 
 impl Cell {
-    /// The figure, where there is one.
+    /// The figure, if there is one.
     pub fn figure(&self) -> Option<&MetricValue> {
         if let Self::Value(figure, _) = self { Some(figure) } else { None }
     }
 }
 
-/// A whole comparison.
+/// Runs and their figures, side by side.
 #[derive(Debug, Clone)]
 pub struct Comparison {
     /// The runs, in the order given.
     pub runs: Vec<Run>,
-    /// What was asked.
+    /// Baseline and bootstrap settings.
     pub question: Question,
-    /// One column a task: its metric where any run has one, its loss where not.
+    /// One column per task: its metric if any run has one, otherwise its loss.
     pub scores: Vec<Column>,
     /// The Average Normalised Score.
     pub ans: Column,
@@ -86,7 +87,7 @@ pub struct Comparison {
     pub mean_loss: Column,
     /// Further figures of the same rows: other readings of a metric, its parts, perplexity, and the rows that scoring skipped or cut.
     pub also: Vec<Column>,
-    /// What the reader must know: intervals that cannot be given, scores that leave tasks out.
+    /// Notes under the tables: intervals that cannot be given, means that leave tasks out.
     pub notes: Vec<String>,
 }
 
@@ -151,12 +152,12 @@ impl Comparison {
         self.runs.iter().position(|run| Some(&run.name) == self.question.baseline.as_ref())
     }
 
-    /// How the intervals came to be.
+    /// Description of the intervals: method, resamples, seed.
     pub fn interval_words(&self) -> String {
         format!("95 % paired bootstrap over rows, {} resamples, seed {}", self.question.resamples, self.question.seed)
     }
 
-    /// The number of rows behind each task's score; empty where nothing was scored. Runs differ in it where a judge gave no grade.
+    /// Number of rows behind each task's score; empty if nothing was scored. It differs between runs if a judge gave no grade.
     pub fn rows_words(&self) -> String {
         let count = |column: &Column| {
             let counts = column.cells.iter().filter_map(|cell| Some(cell.figure()?.n));
@@ -176,7 +177,7 @@ impl Comparison {
     }
 }
 
-/// Whether a task wants a judge that has not read the run: its settings speak of one, and there is no metric.
+/// Returns true if the settings of a task name a judge.
 fn wants_judge(task: &TaskScore) -> bool {
     let named = task.settings.get("metric").and_then(|m| m.as_str()).is_some_and(|m| Unit::of(m) == Unit::Rating);
     named || task.settings.keys().any(|key| key.starts_with("judge"))
@@ -188,14 +189,14 @@ fn score_column(runs: &[Run], task: &str) -> Column {
     let Some(figure) = runs.iter().find_map(scored).or(wanted) else { return loss_column(runs, task) };
     let unit = Unit::of(&figure);
     let cell = |run: &Run| match run.task(task) {
-        // By force a run of another metric is here: one on another scale has no place in this column.
+        // With --force runs may have other metrics; one on another scale does not belong in this column.
         Some(TaskScore { metric: Some(metric), .. }) if Unit::of(&metric.name) == unit => {
             Cell::Value(metric.clone(), false)
         }
         Some(TaskScore { metric: Some(_), .. }) => Cell::Missing,
         // Null until a judge has read the run.
         Some(task) if unit == Unit::Rating => match task.settings.get("judge") {
-            None | Some(serde_json::Value::Null) => Cell::NotJudged,
+            None | Some(Value::Null) => Cell::NotJudged,
             Some(_) => Cell::NoGrade,
         },
         _ => Cell::Missing,
@@ -209,7 +210,7 @@ fn loss_column(runs: &[Run], task: &str) -> Column {
     Column { task: Some(task.to_owned()), figure: "nll".into(), unit: Unit::Nats, cells, deltas: Vec::new() }
 }
 
-/// The columns of a task's further figures, and of the counts that are not 0 everywhere.
+/// The columns of a task's further figures, and of the counts that are above 0 in any run.
 fn further_columns(runs: &[Run], task: &str) -> Vec<Column> {
     let scored: Vec<Option<&TaskScore>> = runs.iter().map(|run| run.task(task)).collect();
     let column = |name: &str, unit, cells| Column {
@@ -247,8 +248,8 @@ fn is_some_rows(score: &TaskScore, name: &str) -> bool {
     score.settings.get(name).and_then(Value::as_u64).is_some_and(|count| count > 0)
 }
 
-/// The mean over the tasks of `columns` that any run has, and only of runs that have all of them: a mean over other tasks is another
-/// figure. ANS brings each to a scale of 0 to 10.
+/// The mean over the tasks of `columns` that any run has a figure of. A run that lacks one of them gets no mean: means over different
+/// tasks cannot be compared. ANS scales each figure to 0 to 10.
 fn over_tasks(columns: &[&Column], runs: &[Run], name: &str, unit: Unit, notes: &mut Vec<String>) -> Column {
     let named = |columns: &[&Column]| columns.iter().filter_map(|c| c.task.as_deref()).collect::<Vec<_>>().join(", ");
     let (counted, empty): (Vec<&Column>, Vec<&Column>) =
@@ -277,7 +278,7 @@ fn over_tasks(columns: &[&Column], runs: &[Run], name: &str, unit: Unit, notes: 
     Column { task: None, figure: name.to_owned(), unit, cells, deltas }
 }
 
-/// The best value of a column, where it holds different ones.
+/// Marks the best values of a column, unless all are equal.
 fn mark_best(column: &mut Column) {
     if column.unit == Unit::Count {
         return;
@@ -294,7 +295,7 @@ fn mark_best(column: &mut Column) {
     }
 }
 
-/// Differences without intervals. Of a count there is none: it tells what was scored, not how well.
+/// Differences without intervals. Counts have none: they say how much was scored, not how well.
 fn unpaired(base: usize, column: &Column) -> Vec<Option<Delta>> {
     let of = column.cells[base].figure().filter(|_| column.unit != Unit::Count);
     let delta = |(i, cell): (usize, &Cell)| {
@@ -305,7 +306,32 @@ fn unpaired(base: usize, column: &Column) -> Vec<Option<Delta>> {
 }
 
 impl Column {
-    /// Gives the differences their intervals where the rows of both runs are known.
+    /// The column's name in text tables: task, figure and unit.
+    pub fn title(&self) -> String {
+        match (&self.task, self.unit) {
+            (Some(task), Unit::Nats) => format!("{task} nll"),
+            (Some(task), unit) => format!("{task} {} {}", self.figure, unit.symbol()),
+            (None, _) => self.figure.clone(),
+        }
+    }
+
+    /// The cell of a run as tables show it.
+    pub fn text(&self, run: usize) -> String {
+        match &self.cells[run] {
+            Cell::Value(f, _) if self.task.is_none() || self.unit == Unit::Count => self.unit.text(f.value),
+            Cell::Value(f, _) => f.shown(|x| self.unit.text(*x)),
+            Cell::NotJudged => "not judged".into(),
+            Cell::NoGrade => "no grade".into(),
+            Cell::Missing => "-".into(),
+        }
+    }
+
+    /// Returns true if the cell of a run is the best of the column.
+    pub fn is_best(&self, run: usize) -> bool {
+        matches!(self.cells[run], Cell::Value(_, true))
+    }
+
+    /// Gives the differences their intervals if the rows of both runs are known.
     fn draw(&mut self, draws: &Draws, runs: &[Run], base: usize, stream: u64, notes: &mut Vec<String>) {
         let (Some(task), unit) = (&self.task, self.unit) else { return };
         for (i, delta) in self.deltas.iter_mut().enumerate() {
@@ -315,5 +341,159 @@ impl Column {
                 Sides { name: &runs[i].name, base: &runs[base..=base], run: &runs[i..=i], rows: rows.unwrap_or(0) };
             draws.draw(delta, &sides, &Drawn { task, unit, stream }, notes);
         }
+    }
+}
+
+/// Difference of a run to the baseline.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Delta {
+    /// Run minus baseline.
+    pub value: f64,
+    /// The 95 % paired bootstrap interval, if rows can be paired.
+    pub interval: Option<(f64, f64)>,
+    /// Number of paired rows.
+    pub rows: usize,
+    /// Differences by resample, from which the interval of a mean over tasks is made.
+    means: Vec<f64>,
+}
+
+impl Delta {
+    /// A difference without an interval.
+    pub fn alone(value: f64) -> Self {
+        Self { value, interval: None, rows: 0, means: Vec::new() }
+    }
+
+    /// The difference with its interval, both with their signs.
+    pub fn text(&self, unit: Unit) -> String {
+        match self.interval {
+            Some((low, high)) => {
+                format!("{} [{}, {}]", unit.signed(self.value), unit.signed(low), unit.signed(high))
+            }
+            None => unit.signed(self.value),
+        }
+    }
+
+    /// The mean of the differences of several tasks, each brought to one scale; `None` if a task has none. Its interval combines the
+    /// resamples of the tasks, if every task has them.
+    pub fn over_tasks(tasks: &[(Unit, Option<&Self>)], scale: impl Fn(Unit, f64) -> f64) -> Option<Self> {
+        let tasks: Vec<(Unit, &Self)> =
+            tasks.iter().map(|(unit, delta)| Some((*unit, (*delta)?))).collect::<Option<_>>()?;
+        let draws = tasks.iter().map(|(_, delta)| delta.means.len()).min()?;
+        let mean = |of: &dyn Fn(&Self) -> f64| {
+            tasks.iter().map(|(unit, delta)| scale(*unit, of(delta))).sum::<f64>() / tasks.len() as f64
+        };
+        let means: Vec<f64> = (0..draws).map(|draw| mean(&|delta| delta.means[draw])).collect();
+        let interval = (draws > 0).then(|| bootstrap::interval(means.clone()));
+        Some(Self { value: mean(&|delta| delta.value), interval, rows: 0, means })
+    }
+}
+
+/// A method and its baseline, each with one run per seed.
+pub struct Sides<'a> {
+    /// Name of the method.
+    pub name: &'a str,
+    /// Runs of the baseline.
+    pub base: &'a [Run],
+    /// Runs of the method.
+    pub run: &'a [Run],
+    /// Largest number of rows behind any of their figures.
+    pub rows: u64,
+}
+
+/// The figure whose difference is resampled. All figures of one `stream` get the same draws of rows.
+pub struct Drawn<'a> {
+    /// The task.
+    pub task: &'a str,
+    /// The figure's unit.
+    pub unit: Unit,
+    /// Stream of the random generator: the task's index.
+    pub stream: u64,
+}
+
+/// The draws of seeds, shared by all differences of a comparison; the draws of rows follow from the random seed.
+pub struct Draws {
+    shares: Vec<Vec<f64>>,
+    seed: u64,
+}
+
+impl Draws {
+    /// The draws for methods with `seeds` seeds each.
+    pub fn new(seeds: usize, question: &Question) -> Self {
+        Self { shares: bootstrap::shares(seeds, question.resamples, question.seed), seed: question.seed }
+    }
+
+    /// Sets the interval of a difference, or adds a note with the reason it has none. If some rows are not in all runs, the difference
+    /// becomes that over the common rows.
+    pub fn draw(&self, delta: &mut Delta, sides: &Sides<'_>, drawn: &Drawn<'_>, notes: &mut Vec<String>) {
+        let (name, task) = (sides.name, drawn.task);
+        let note = match pairs(sides, drawn) {
+            Ok(rows) => {
+                let difference = drawn.unit.difference();
+                let means = bootstrap::two_way(&rows, &self.shares, self.seed, drawn.stream, difference);
+                let interval = Some(bootstrap::interval(means.clone()));
+                let partly = rows.len() as u64 != sides.rows;
+                let value = if partly { bootstrap::difference(&rows, difference) } else { delta.value };
+                *delta = Delta { interval, rows: rows.len(), means, value };
+                let (what, whose) = (
+                    if drawn.unit.is_loss() { "difference in loss" } else { "difference" },
+                    if sides.run.len() > 1 { "that every run has" } else { "both have" },
+                );
+                partly.then(|| format!("{name}, {task}: the {what} is over the {} rows {whose}.", rows.len()))
+            }
+            Err(reason) => Some(format!("{name}, {task}: no paired interval: {reason}.")),
+        };
+        // Score, loss and perplexity of a task often lack an interval for the same reason.
+        notes.extend(note.filter(|note| !notes.contains(note)));
+    }
+}
+
+/// The rows that all runs of both sides have, ordered by row number, with one pair per seed; or the reason there are none.
+fn pairs(sides: &Sides<'_>, drawn: &Drawn<'_>) -> Result<Vec<Vec<Pair>>, String> {
+    let scored: Vec<&TaskScore> = sides.base.iter().chain(sides.run).filter_map(|run| run.task(drawn.task)).collect();
+    if scored.windows(2).any(|two| two[0].eval_digest != two[1].eval_digest) {
+        return Err("their evaluation files differ".into());
+    }
+    let metric = |score: &TaskScore| score.metric.as_ref().map(|metric| metric.name.clone());
+    if !drawn.unit.is_loss() && scored.windows(2).any(|two| metric(two[0]) != metric(two[1])) {
+        return Err("their metrics differ".into());
+    }
+    let of = |runs: &[Run]| runs.iter().map(|run| rows(run, drawn)).collect::<Result<Vec<_>, _>>();
+    let (base, run) = (of(sides.base)?, of(sides.run)?);
+    let pair = |row: &u64| {
+        base.iter().zip(&run).map(|(a, b)| Some(Pair { base: *a.get(row)?, run: *b.get(row)? })).collect::<Option<_>>()
+    };
+    let all: Vec<Vec<Pair>> = base[0].keys().filter_map(pair).collect();
+    match all.len() {
+        0 => Err("the runs have no row in common".into()),
+        // Every resample would be the same row, and the interval a point.
+        1 => Err("the runs have one row in common".into()),
+        _ => Ok(all),
+    }
+}
+
+/// Contribution of each row of a run to its figure, as a sum and a weight, checked to give that figure.
+fn rows(run: &Run, drawn: &Drawn<'_>) -> Result<BTreeMap<u64, [f64; 2]>, String> {
+    let name = &run.name;
+    let outputs = run.outputs.as_ref().ok_or_else(|| format!("{name} has no outputs.jsonl"))?;
+    let lines = outputs.get(drawn.task).into_iter().flatten();
+    let (loss, task) = (drawn.unit.is_loss(), run.task(drawn.task));
+    let rows: BTreeMap<u64, [f64; 2]> = match loss {
+        // A row without a target token that fits is not part of the loss.
+        true => lines.filter_map(|o| Some((o.row, [o.nll?, o.targets.filter(|n| *n > 0)? as f64]))).collect(),
+        false => lines.filter_map(|o| Some((o.row, [o.score?, 1.0]))).collect(),
+    };
+    if rows.is_empty() {
+        return Err(match loss {
+            true => format!("outputs.jsonl of {name} has no losses of this task's rows"),
+            false => format!("outputs.jsonl of {name} has no scored rows of this task"),
+        });
+    }
+    let figure = if loss { task.map(|t| t.nll.value) } else { task.and_then(|t| Some(t.metric.as_ref()?.value)) };
+    let [sum, weight] = rows.values().fold([0.0, 0.0], |[sum, weight], [s, w]| [sum + s, weight + w]);
+    let near = |figure: f64| (sum / weight - figure).abs() < 1e-9 * figure.abs().max(1.0);
+    match figure.is_some_and(near) {
+        true => Ok(rows),
+        false if loss => Err(format!("the loss of {name} is not that of its rows in outputs.jsonl")),
+        false => Err(format!("the figure of {name} is not the mean of its rows' scores in outputs.jsonl")),
     }
 }

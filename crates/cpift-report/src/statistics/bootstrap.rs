@@ -1,18 +1,18 @@
-//! The paired bootstrap: how far the mean difference of two runs on the same rows could lie elsewhere.
+//! The paired bootstrap: confidence intervals of differences between two runs on the same rows.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// The share of resamples the interval holds.
+/// Confidence level of the intervals.
 pub const LEVEL: f64 = 0.95;
 
-/// What one row adds to a figure of two runs that are compared: to each a sum and a weight. A figure is the sum over the weight: a score
-/// weighs 1, a loss the number of its tokens.
+/// Contribution of one row to a figure of two runs: for each run a sum and a weight. The figure is the total sum divided by the total
+/// weight; a score has weight 1, a loss the number of its tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Pair {
-    /// To the run that the other is compared with.
+    /// Contribution to the baseline's figure.
     pub base: [f64; 2],
-    /// To the other.
+    /// Contribution to the other run's figure.
     pub run: [f64; 2],
 }
 
@@ -23,16 +23,16 @@ impl Pair {
         }
     }
 
-    /// How the figure of the one differs from that of the other.
+    /// The difference between the two runs' figures over these rows.
     fn difference(&self, difference: Difference) -> f64 {
         difference(self.base[0] / self.base[1], self.run[0] / self.run[1])
     }
 }
 
-/// The difference of two figures: that of the baseline, then the other.
+/// The difference of two figures, the baseline's first.
 pub type Difference = fn(f64, f64) -> f64;
 
-/// The difference over all rows, each with a pair a seed: the mean over the seeds.
+/// The difference over all rows, each with one pair per seed: the mean over the seeds.
 pub fn difference(rows: &[Vec<Pair>], difference: Difference) -> f64 {
     let seeds = rows.first().map_or(0, Vec::len);
     let mut sums = vec![Pair::default(); seeds];
@@ -40,10 +40,10 @@ pub fn difference(rows: &[Vec<Pair>], difference: Difference) -> f64 {
     sums.iter().map(|sum| sum.difference(difference)).sum::<f64>() / seeds as f64
 }
 
-/// The stream of the draws of seeds: no task's.
+/// Random stream for the draws of seeds; tasks use the streams from 0 up.
 const SEEDS: u64 = u64::MAX;
 
-/// Draws of `seeds` seeds with replacement: for each of `resamples` the share every seed has in it.
+/// Draws `seeds` seeds with replacement: for each resample, the share of every seed.
 pub fn shares(seeds: usize, resamples: usize, seed: u64) -> Vec<Vec<f64>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(SEEDS);
@@ -55,11 +55,11 @@ pub fn shares(seeds: usize, resamples: usize, seed: u64) -> Vec<Vec<f64>> {
     (0..resamples).map(|_| draw()).collect()
 }
 
-/// Differences over samples of `rows`, drawn with replacement, in the order they were drawn: the seeds as `shares` drew them, and rows
-/// drawn anew for each, the same for all seeds. Runs compared on one task (`stream`) get the same draws of rows.
+/// Differences over resamples, in the order they were drawn: the seeds in the given `shares`, and for each resample new rows drawn with
+/// replacement, the same rows for all seeds. Runs compared on one task (`stream`) get the same draws of rows.
 ///
 /// # Panics
-/// When there are no rows.
+/// When `rows` is empty.
 pub fn two_way(rows: &[Vec<Pair>], shares: &[Vec<f64>], seed: u64, stream: u64, difference: Difference) -> Vec<f64> {
     assert!(!rows.is_empty(), "nothing to draw from");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -78,8 +78,8 @@ pub fn two_way(rows: &[Vec<Pair>], shares: &[Vec<f64>], seed: u64, stream: u64, 
     shares.iter().map(&mut draw).collect()
 }
 
-/// Ratios of two sums over clusters drawn with replacement, each with its share in both; a draw whose lower sum is not below zero
-/// has none.
+/// Ratios of two sums over clusters drawn with replacement; each cluster adds to both. A draw whose lower sum is not below zero has no
+/// ratio.
 pub fn ratios(clusters: &[(f64, f64)], resamples: usize, seed: u64) -> Vec<Option<f64>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let n = clusters.len();
@@ -94,17 +94,17 @@ pub fn ratios(clusters: &[(f64, f64)], resamples: usize, seed: u64) -> Vec<Optio
     (0..resamples).map(|_| ratio()).collect()
 }
 
-/// The percentile interval of such means.
+/// The percentile interval of resampled values.
 ///
 /// # Panics
-/// When there are none.
+/// When `means` is empty.
 pub fn interval(mut means: Vec<f64>) -> (f64, f64) {
     means.sort_by(f64::total_cmp);
     let tail = (1.0 - LEVEL) / 2.0;
     (percentile(&means, tail), percentile(&means, 1.0 - tail))
 }
 
-/// As `numpy.percentile` does: linear between the two nearest values.
+/// Linear between the two nearest values, as `numpy.percentile`.
 fn percentile(sorted: &[f64], share: f64) -> f64 {
     let at = share * (sorted.len() - 1) as f64;
     let (below, above) = (at.floor() as usize, at.ceil() as usize);
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn the_interval_of_a_loss_is_that_of_a_ratio_of_sums() {
-        // 400 rows of 1 and 3 tokens, the long ones better by one nat a token: 0.75 in all. The delta method's standard error of the
+        // 400 rows of 1 and 3 tokens, the long ones better by one nat per token: 0.75 in all. The delta method's standard error of the
         // ratio is sqrt(sum (d - 0.75 w)^2) / sum w = sqrt(200 * 0.75^2 * 2) / 800 = 0.01875.
         let row = |w: f64, d: f64| vec![Pair { base: [2.0 * w, w], run: [2.0 * w + d, w] }];
         let rows: Vec<_> = (0..400).map(|i| if i % 2 == 0 { row(1.0, 0.0) } else { row(3.0, 3.0) }).collect();
