@@ -10,20 +10,22 @@ use cpift_core::run::cli::{Common, Named};
 
 /// Groups tasks whose core regions overlap, and puts the groups in training order.
 ///
-/// Tasks are joined where the Jaccard similarity of their core regions is at least τ; the groups are the connected
-/// components. `--partition kind` and `random` make the groups of the multi-stage baselines instead; the masks are read
-/// and compared all the same. Writes groups.json with a heat map of the similarities, and the similarities of each layer with a heat map.
+/// Tasks are joined where the Jaccard similarity of their core regions is at least τ; the groups
+/// are the connected components. `--partition kind` and `random` make the groups of the multi-stage
+/// baselines instead; the masks are read and compared all the same. Writes groups.json with a heat
+/// map of the similarities, and the similarities of each layer with a heat map.
 ///
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 bad input.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-group", version)]
 pub struct Args {
-    /// The core region of a task, as cpift-mask wrote it; once for each task, in the order of the matrix
+    /// The core region of a task, as cpift-mask wrote it; once for each task, in the order of the
+    /// matrix
     #[arg(long = "mask", value_name = "NAME=FILE", required = true)]
     pub masks: Vec<Named>,
-    /// Similarity from which tasks share a group: a number, or `auto` for the middle of the longest interval of τ whose
-    /// partition does not change and is neither one group nor every task alone. 0 gives one group; above 1 every task
-    /// is alone
+    /// Similarity from which tasks share a group: a number, or `auto` for the middle of the longest
+    /// interval of τ whose partition does not change and is neither one group nor every task alone.
+    /// 0 gives one group; above 1 every task is alone
     #[arg(long, value_name = "TAU", default_value = "0.1", allow_negative_numbers = true)]
     pub tau: Tau,
     /// How the groups are made
@@ -35,7 +37,8 @@ pub struct Args {
     /// Number of groups, 1 to the number of tasks (--partition random)
     #[arg(long, value_name = "K")]
     pub groups: Option<usize>,
-    /// Another groups.json of the same tasks, whose groups and order are taken over (--partition like)
+    /// Another groups.json of the same tasks, whose groups and order are taken over (--partition
+    /// like)
     #[arg(long, value_name = "FILE")]
     pub like: Option<PathBuf>,
     /// Order of the groups; --partition like has its own
@@ -56,20 +59,22 @@ pub struct Args {
     /// Heat map of pairs by layers to write; --out with the extension .layers.svg when not given
     #[arg(long, value_name = "FILE", requires = "out")]
     pub layers_svg: Option<PathBuf>,
-    /// Print the groups for every τ where they change, with marks at the one --tau auto takes and the one of --tau; without
-    /// --out nothing is written
+    /// Print the groups for every τ where they change, with marks at the one --tau auto takes and
+    /// the one of --tau; without --out nothing is written
     #[arg(long)]
     pub sweep: bool,
     /// Kinds of tensors to leave out of the comparison: embeddings, norms
     #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
     pub exclude: Vec<TensorKind>,
-    /// scores.json of the base model on all tasks (--order difficulty, and dependency with --probe-scores)
+    /// scores.json of the base model on all tasks (--order difficulty, and dependency with
+    /// --probe-scores)
     #[arg(long, value_name = "FILE")]
     pub scores: Option<PathBuf>,
     /// TOML of `[[edge]]` tables with `before` and `after`, each a task's name (--order dependency)
     #[arg(long, value_name = "FILE", conflicts_with = "probe_scores")]
     pub edges: Option<PathBuf>,
-    /// Folder with the scores.json of every probe on all tasks, as TASK/scores.json or TASK.json (--order dependency)
+    /// Folder with the scores.json of every probe on all tasks, as TASK/scores.json or TASK.json
+    /// (--order dependency)
     #[arg(long, value_name = "DIR", requires = "scores")]
     pub probe_scores: Option<PathBuf>,
     #[command(flatten)]
@@ -108,9 +113,11 @@ pub enum Parts {
     Overlap,
     /// Tasks of one `kind` in tasks.toml (--tasks): the multi-stage baseline by hand
     Kind,
-    /// A shuffle of the tasks by --seed, cut into --groups groups of nearly equal size: the random multi-stage baseline
+    /// A shuffle of the tasks by --seed, cut into --groups groups of nearly equal size: the random
+    /// multi-stage baseline
     Random,
-    /// The groups of another groups.json (--like), for other masks: a control that differs in the masks alone
+    /// The groups of another groups.json (--like), for other masks: a control that differs in the
+    /// masks alone
     Like,
 }
 

@@ -39,7 +39,8 @@ pub fn read_edges(path: &Path, tasks: &[String]) -> Result<Vec<(usize, usize)>> 
     file.edge.iter().map(|e| Ok((index(&e.before)?, index(&e.after)?))).collect()
 }
 
-/// Orders groups so that every edge points forwards; groups that no edge binds keep their places as far as they can.
+/// Orders groups so that every edge points forwards; groups that no edge binds keep their places as
+/// far as they can.
 ///
 /// # Errors
 /// [`BadInput`] naming the groups of a cycle.
@@ -111,8 +112,8 @@ pub fn probe_file(folder: &Path, task: &str) -> Result<PathBuf> {
     }
 }
 
-/// help(i → j) for all tasks: how much lower the loss on task j is for the probe of i than for the base.
-/// `probes[i][j]` and `base[j]` are losses.
+/// help(i → j) for all tasks: how much lower the loss on task j is for the probe of i than for the
+/// base. `probes[i][j]` and `base[j]` are losses.
 pub fn help(base: &[f64], probes: &[Vec<f64>]) -> Vec<Vec<f64>> {
     probes.iter().map(|row| row.iter().zip(base).map(|(probe, base)| base - probe).collect()).collect()
 }
@@ -133,8 +134,9 @@ pub fn read_probes(
     tasks.iter().map(read).collect()
 }
 
-/// Orders groups by net help, the largest first: the mean help its tasks give to tasks of other groups less the mean help
-/// they get from them. Means over pairs, so that a group's size does not matter; 0 for a single group.
+/// Orders groups by net help, the largest first: the mean help its tasks give to tasks of other
+/// groups less the mean help they get from them. Means over pairs, so that a group's size does not
+/// matter; 0 for a single group.
 pub fn by_help(groups: Partition, help: &[Vec<f64>]) -> Ordered {
     let net = groups
         .iter()
@@ -182,7 +184,8 @@ mod tests {
     fn net_help_is_given_less_got() {
         let help = help(&[2.0, 2.0, 2.0], &[vec![1.0, 1.5, 1.75], vec![2.25, 1.0, 2.0], vec![2.0, 1.0, 1.0]]);
         assert_eq!(help[0], [1.0, 0.5, 0.25]);
-        // a: (0.5 + 0.25 − (−0.25) − 0) / 2; b: (−0.25 + 0 − 0.5 − 1) / 2; c: (0 + 1 − 0.25 − 0) / 2
+        // a: (0.5 + 0.25 − (−0.25) − 0) / 2; b: (−0.25 + 0 − 0.5 − 1) / 2; c: (0 + 1 − 0.25 − 0) /
+        // 2
         let alone = by_help(vec![vec![0], vec![1], vec![2]], &help);
         assert_eq!(alone.groups, [vec![0], vec![2], vec![1]]);
         assert_eq!(alone.figures, [0.5, 0.375, -0.875]);

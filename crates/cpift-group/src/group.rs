@@ -36,8 +36,8 @@ pub struct Outcome {
 /// Runs the stage: nothing is written unless all of it succeeds.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or unrelated masks, order inputs
-/// that do not fit the tasks, or an output that exists; I/O errors.
+/// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or
+/// unrelated masks, order inputs that do not fit the tasks, or an output that exists; I/O errors.
 pub fn group(args: &Args) -> Result<Outcome> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let plan = Plan::new(args, &mut recorder)?;

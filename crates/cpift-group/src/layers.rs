@@ -35,7 +35,8 @@ pub struct Layers {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layer {
-    /// The layer's number, or `outside`; the prefix of its tensors where the model has several stacks of layers.
+    /// The layer's number, or `outside`; the prefix of its tensors where the model has several
+    /// stacks of layers.
     pub name: String,
     /// Elements of the compared tensors.
     pub elements: u64,

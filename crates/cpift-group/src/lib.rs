@@ -1,7 +1,9 @@
-//! Stage 2 of CPI-FT: groups tasks whose core regions overlap, and puts the groups in training order.
+//! Stage 2 of CPI-FT: groups tasks whose core regions overlap, and puts the groups in training
+//! order.
 //!
-//! [`overlap`] counts the bits that regions share, [`partition`] cuts the graph of similar tasks into groups, [`order`]
-//! orders them; [`heatmap`] and [`layers`] draw the result, [`sweep`] shows what other thresholds would give.
+//! [`overlap`] counts the bits that regions share, [`partition`] cuts the graph of similar tasks
+//! into groups, [`order`] orders them; [`heatmap`] and [`layers`] draw the result, [`sweep`] shows
+//! what other thresholds would give.
 
 mod args;
 mod dependency;

@@ -50,8 +50,8 @@ pub fn mean_loss(groups: &Partition, losses: &[f64]) -> Vec<f64> {
     groups.iter().map(|g| g.iter().map(|i| losses[*i]).sum::<f64>() / g.len() as f64).collect()
 }
 
-/// The losses of a scores.json on all `tasks`, in their order. Where `base` is given and is not the model that was scored,
-/// a warning says so.
+/// The losses of a scores.json on all `tasks`, in their order. Where `base` is given and is not the
+/// model that was scored, a warning says so.
 ///
 /// # Errors
 /// [`BadInput`] when the file cannot be read or a task was not scored.

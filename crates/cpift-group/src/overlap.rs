@@ -1,4 +1,5 @@
-//! Counting the bits that core regions share, layer by layer, over mapped masks: one pass that hashes the files as well.
+//! Counting the bits that core regions share, layer by layer, over mapped masks: one pass that
+//! hashes the files as well.
 
 use anyhow::Result;
 use cpift_core::format::digest::Digest;
@@ -9,10 +10,12 @@ use cpift_core::stream::simd::dispatch;
 use cpift_core::{BadInput, Dtype, Mask, TensorSpec};
 use rayon::prelude::*;
 
-/// Bytes of every mask that are hashed and counted together: a thread's second-level cache holds those of a dozen masks.
+/// Bytes of every mask that are hashed and counted together: a thread's second-level cache holds
+/// those of a dozen masks.
 const PIECE: usize = 64 * 1024;
 
-/// Bytes of every mask that are compared pair by pair before the next: those of five masks fit the first-level cache.
+/// Bytes of every mask that are compared pair by pair before the next: those of five masks fit the
+/// first-level cache.
 const BLOCK: usize = 8 * 1024;
 
 /// How many bits pairs of regions share.
@@ -32,8 +35,8 @@ impl Counts {
         if union == 0 { 0.0 } else { shared as f64 / union as f64 }
     }
 
-    /// The similarity of two independent random regions of the sizes of `a` and `b`: q_a·q_b / (q_a + q_b − q_a·q_b)
-    /// with q = |region| / elements, which is q / (2 − q) for equal sizes.
+    /// The similarity of two independent random regions of the sizes of `a` and `b`: q_a·q_b / (q_a
+    /// + q_b − q_a·q_b) with q = |region| / elements, which is q / (2 − q) for equal sizes.
     pub fn chance(&self, a: usize, b: usize) -> f64 {
         let q = |i: usize| self.shared[i][i] as f64 / self.elements as f64;
         let both = q(a) * q(b);
@@ -83,8 +86,8 @@ struct Block {
 }
 
 impl<'a> Regions<'a> {
-    /// The tensors of `masks`, which have one layout; those of the kinds in `excluded` are counted for the check of
-    /// [`Regions::count`] and not compared.
+    /// The tensors of `masks`, which have one layout; those of the kinds in `excluded` are counted
+    /// for the check of [`Regions::count`] and not compared.
     pub fn new(masks: &'a [Mask], excluded: &[TensorKind]) -> Self {
         let numel = &masks[0].header.numel;
         let compared = |name: &&str| !excluded.iter().any(|kind| kind.matches(name));
@@ -115,7 +118,8 @@ impl<'a> Regions<'a> {
         self.count_and(|_| ())
     }
 
-    /// As [`Regions::count`], with the digests of the mask files: those recorded beside them, or else from the same pass.
+    /// As [`Regions::count`], with the digests of the mask files: those recorded beside them, or
+    /// else from the same pass.
     ///
     /// # Errors
     /// As [`Regions::count`].
@@ -197,10 +201,11 @@ impl<'a> Regions<'a> {
         Ok(())
     }
 
-    /// For each group (indices of masks), the Jaccard similarity of its united region and that of all other groups.
+    /// For each group (indices of masks), the Jaccard similarity of its united region and that of
+    /// all other groups.
     pub fn against_others(&self, groups: &[Vec<usize>]) -> Vec<f64> {
-        // What a group and all others cover together is the same for every group; what they share is its part of what at
-        // least two groups cover.
+        // What a group and all others cover together is the same for every group; what they share
+        // is its part of what at least two groups cover.
         let sums = self.sum_pieces(groups.len() + 1, |sums, _, blocks| {
             dispatch!({
                 let mut bits = Vec::with_capacity(self.masks.len());
@@ -233,7 +238,8 @@ impl<'a> Regions<'a> {
         bits.extend(tensor.bits.iter().map(|bits| &bits[block.start..end]));
     }
 
-    /// Sums that `work` adds to for each piece: the number of the piece in the files, and the blocks that begin in it.
+    /// Sums that `work` adds to for each piece: the number of the piece in the files, and the
+    /// blocks that begin in it.
     fn sum_pieces(&self, sums: usize, work: impl Fn(&mut [u64], usize, &[Block]) + Sync) -> Vec<u64> {
         let longest = self.masks.iter().map(|m| m.file_bytes().len()).max().unwrap_or(0);
         let first = |piece: usize| self.blocks.partition_point(|b| b.offset < piece * PIECE);

@@ -1,4 +1,5 @@
-//! Cutting tasks into groups: connected components of the graph of similar pairs, and the choice of τ; by kind; at random.
+//! Cutting tasks into groups: connected components of the graph of similar pairs, and the choice of
+//! τ; by kind; at random.
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -46,7 +47,8 @@ pub fn by_kind(kinds: &[String]) -> Partition {
     groups
 }
 
-/// A shuffle of `tasks` tasks that depends on the seed alone, cut into `groups` groups whose sizes differ by one at most.
+/// A shuffle of `tasks` tasks that depends on the seed alone, cut into `groups` groups whose sizes
+/// differ by one at most.
 pub fn shuffled(tasks: usize, groups: usize, seed: u64) -> Partition {
     let mut order: Vec<usize> = (0..tasks).collect();
     order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
@@ -79,7 +81,8 @@ pub fn sweep(similarity: &[Vec<f64>]) -> Vec<Interval> {
     values.push(f64::INFINITY);
     values.sort_by(f64::total_cmp);
     values.dedup();
-    // The groups are the same for all τ in (from, to], where `from` and `to` are neighbouring values.
+    // The groups are the same for all τ in (from, to], where `from` and `to` are neighbouring
+    // values.
     let mut intervals: Vec<Interval> = Vec::new();
     let mut from = 0.0;
     for to in values {
@@ -98,8 +101,8 @@ pub fn holding(intervals: &[Interval], tau: f64) -> usize {
     intervals.iter().position(|i| tau <= i.to).expect("the last interval has no end")
 }
 
-/// The place in `intervals` of the longest one that is not trivial; that of the smaller τ where two are equally long. `None`
-/// when all are trivial, as with two tasks.
+/// The place in `intervals` of the longest one that is not trivial; that of the smaller τ where two
+/// are equally long. `None` when all are trivial, as with two tasks.
 pub fn most_stable(intervals: &[Interval]) -> Option<usize> {
     let length = |i: usize| intervals[i].to - intervals[i].from;
     let candidates = (0..intervals.len()).filter(|i| !is_trivial(&intervals[*i].groups));
@@ -169,7 +172,8 @@ mod tests {
 
     #[test]
     fn auto_takes_the_middle_of_the_longest_interval() {
-        // One group up to 0.1; {0,1},{2,3} up to 0.4; {0,1} and two alone up to 0.5; then all alone.
+        // One group up to 0.1; {0,1},{2,3} up to 0.4; {0,1} and two alone up to 0.5; then all
+        // alone.
         let m = matrix(4, &[(0, 1, 0.5), (2, 3, 0.4), (1, 2, 0.1), (0, 2, 0.05), (0, 3, 0.05), (1, 3, 0.05)]);
         assert_eq!(most_stable_tau(&sweep(&m)), Some(0.25));
         // Values inside one component that change nothing do not cut an interval.

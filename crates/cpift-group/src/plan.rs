@@ -1,4 +1,5 @@
-//! What was typed, checked: masks that fit each other opened, order inputs read, outputs free to be written.
+//! What was typed, checked: masks that fit each other opened, order inputs read, outputs free to be
+//! written.
 
 use std::path::{Path, PathBuf};
 
@@ -56,8 +57,8 @@ pub struct Outputs {
 
 impl Plan {
     /// # Errors
-    /// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or unrelated masks, order inputs
-    /// that do not fit the tasks, or an output that exists.
+    /// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or
+    /// unrelated masks, order inputs that do not fit the tasks, or an output that exists.
     pub fn new(args: &Args, recorder: &mut Recorder) -> Result<Self> {
         cli::require_unique(&args.masks, "--mask")?;
         check_flags(args)?;

@@ -1,4 +1,5 @@
-//! `cpift-group` layer by layer, its counts against loops over single bits; its sweep and its pictures; through the real binary.
+//! `cpift-group` layer by layer, its counts against loops over single bits; its sweep and its
+//! pictures; through the real binary.
 
 mod common;
 

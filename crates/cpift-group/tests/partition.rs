@@ -1,4 +1,5 @@
-//! `cpift-group --partition kind` and `random`: groups that τ does not make, through the real binary.
+//! `cpift-group --partition kind` and `random`: groups that τ does not make, through the real
+//! binary.
 
 mod common;
 

@@ -6,13 +6,14 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use crate::svg::{STEPS, series};
 use crate::tables::sheet::symbols;
 
-/// Content security policy: no script runs and nothing is fetched, whatever a model's output contains.
+/// Content security policy: no script runs and nothing is fetched, whatever a model's output
+/// contains.
 const POLICY: &str =
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
 const STYLE: &str = include_str!("style.css");
 
 /// A whole page. Control characters anywhere on it are replaced by [`symbols`].
-pub fn page(title: &str, body: &Markup) -> String {
+pub(crate) fn page(title: &str, body: &Markup) -> String {
     let page = html! {
         (DOCTYPE) "\n"
         html lang="en" {
@@ -34,49 +35,52 @@ pub fn page(title: &str, body: &Markup) -> String {
     symbols(&page.into_string())
 }
 
-/// A section of a page, under a heading that is its name for screen readers and the target of links.
-pub fn section(id: &str, title: &str, body: &Markup) -> Markup {
+/// A section of a page, under a heading that is its name for screen readers and the target of
+/// links.
+pub(crate) fn section(id: &str, title: &str, body: &Markup) -> Markup {
     html! { section aria-labelledby=(id) { "\n" h2 id=(id) { (title) } "\n" (body) } "\n" }
 }
 
 /// A paragraph of text.
-pub fn paragraph(text: &str) -> Markup {
+pub(crate) fn paragraph(text: &str) -> Markup {
     html! { p { (text) } "\n" }
 }
 
 /// A paragraph that says what is missing.
-pub fn missing(text: &str) -> Markup {
+pub(crate) fn missing(text: &str) -> Markup {
     html! { p.missing { (text) } "\n" }
 }
 
 /// A list of notes in small print.
-pub fn notes(class: &str, notes: impl IntoIterator<Item = impl AsRef<str>>) -> Markup {
+pub(crate) fn notes(class: &str, notes: impl IntoIterator<Item = impl AsRef<str>>) -> Markup {
     html! { ul class=(class) { "\n" @for note in notes { li { (note.as_ref()) } "\n" } } "\n" }
 }
 
 /// Text of several lines, with its own spaces.
-pub fn verbatim(text: &str) -> Markup {
-    // Parsers drop a line break right after <pre>. This one is for them, so that the text's own stays.
+pub(crate) fn verbatim(text: &str) -> Markup {
+    // Parsers drop a line break right after <pre>. This one is for them, so that the text's own
+    // stays.
     html! { pre { "\n" (text) } }
 }
 
 /// A part of the page that is closed until the reader opens it.
-pub fn details(summary: &str, body: &Markup) -> Markup {
+pub(crate) fn details(summary: &str, body: &Markup) -> Markup {
     html! { details { "\n" summary { (summary) } "\n" (body) } "\n" }
 }
 
 /// A box that scrolls by itself, by keyboard too, where the window is narrow.
-pub fn scrolling(label: &str, content: &Markup) -> Markup {
+pub(crate) fn scrolling(label: &str, content: &Markup) -> Markup {
     html! { div.scroll role="region" aria-label=(label) tabindex="0" { (content) } }
 }
 
-/// A drawing in a box that scrolls, for one that must not shrink; `label` is what a screen reader says of it.
-pub fn scrolling_picture(canvas: Canvas, size: (f64, f64), label: &str) -> Markup {
+/// A drawing in a box that scrolls, for one that must not shrink; `label` is what a screen reader
+/// says of it.
+pub(crate) fn scrolling_picture(canvas: Canvas, size: (f64, f64), label: &str) -> Markup {
     scrolling(label, &PreEscaped(canvas.finish(size, "whole", label)))
 }
 
 /// A table with a caption; the first column names the rows.
-pub struct Table {
+pub(crate) struct Table {
     header: Vec<String>,
     rows: Vec<Vec<Markup>>,
     caption: String,
@@ -85,21 +89,21 @@ pub struct Table {
 }
 
 impl Table {
-    /// A table with these column names; the part of one after a line break is set small. Columns hold numbers unless
-    /// [`Table::text_column`] or [`Table::name_column`] says otherwise.
-    pub fn new(caption: &str, header: &[String]) -> Self {
+    /// A table with these column names; the part of one after a line break is set small. Columns
+    /// hold numbers unless [`Table::text_column`] or [`Table::name_column`] says otherwise.
+    pub(crate) fn new(caption: &str, header: &[String]) -> Self {
         let (header, caption) = (header.to_vec(), caption.to_owned());
         Self { header, rows: Vec::new(), caption, text_columns: Vec::new(), name_columns: Vec::new() }
     }
 
     /// Makes a column flush left.
-    pub fn text_column(mut self, column: usize) -> Self {
+    pub(crate) fn text_column(mut self, column: usize) -> Self {
         self.text_columns.push(column);
         self
     }
 
     /// Makes a column of short names flush left.
-    pub fn name_column(mut self, column: usize) -> Self {
+    pub(crate) fn name_column(mut self, column: usize) -> Self {
         self.name_columns.push(column);
         self
     }
@@ -113,17 +117,17 @@ impl Table {
     }
 
     /// Adds a row of plain text.
-    pub fn row(&mut self, cells: &[String]) {
+    pub(crate) fn row(&mut self, cells: &[String]) {
         self.markup_row(cells.iter().map(|text| html! { (text) }));
     }
 
     /// Adds a row.
-    pub fn markup_row(&mut self, cells: impl IntoIterator<Item = Markup>) {
+    pub(crate) fn markup_row(&mut self, cells: impl IntoIterator<Item = Markup>) {
         self.rows.push(cells.into_iter().collect());
     }
 
     /// The table, in a box that scrolls.
-    pub fn markup(&self) -> Markup {
+    pub(crate) fn markup(&self) -> Markup {
         let head = |(i, name): (usize, &String)| {
             let (name, unit) = name.split_once('\n').map_or((name.as_str(), None), |(name, unit)| (name, Some(unit)));
             html! { th scope="col" class=[self.class(i)] { (name) @if let Some(unit) = unit { small { (unit) } } } }
@@ -154,7 +158,7 @@ impl Table {
 }
 
 /// Pictures of one kind with their caption, and their numbers as tables behind them.
-pub fn figure(pictures: &[Markup], caption: &Markup, tables: &[Table]) -> Markup {
+pub(crate) fn figure(pictures: &[Markup], caption: &Markup, tables: &[Table]) -> Markup {
     html! {
         figure {
             "\n"
@@ -166,8 +170,9 @@ pub fn figure(pictures: &[Markup], caption: &Markup, tables: &[Table]) -> Markup
     }
 }
 
-/// The colours of a scale in a row, classes `prefix` 0 to 8, with the meaning of its ends and middle.
-pub fn scale_legend(prefix: char, [low, middle, high]: [&str; 3]) -> Markup {
+/// The colours of a scale in a row, classes `prefix` 0 to 8, with the meaning of its ends and
+/// middle.
+pub(crate) fn scale_legend(prefix: char, [low, middle, high]: [&str; 3]) -> Markup {
     html! {
         span.legend {
             span { (low) }
@@ -179,7 +184,7 @@ pub fn scale_legend(prefix: char, [low, middle, high]: [&str; 3]) -> Markup {
 }
 
 /// The colours of series: a class `s0`… each.
-pub fn series_legend<'a>(names: impl IntoIterator<Item = (usize, &'a str)>) -> Markup {
+pub(crate) fn series_legend<'a>(names: impl IntoIterator<Item = (usize, &'a str)>) -> Markup {
     html! {
         ul.series { @for (i, name) in names { li { i class=(series(i)) aria-hidden="true" {} (name) } } }
     }

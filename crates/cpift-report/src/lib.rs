@@ -1,8 +1,8 @@
-//! The commands `cpift-eval compare`, `experiment` and `report`: scores of several checkpoints side by side, experiments over seeds, and
-//! a whole run as one page. Needs no libtorch.
+//! The commands `cpift-eval compare`, `experiment` and `report`: scores of several checkpoints side
+//! by side, experiments over seeds, and a whole run as one page. Needs no libtorch.
 //!
-//! `statistics` reads and compares scores, `tables` writes them as text, `svg` draws plots, and `pages` puts both together from the
-//! building blocks of `html`.
+//! `statistics` reads and compares scores, `tables` writes them as text, `svg` draws plots, and
+//! `pages` puts both together from the building blocks of `html`.
 
 mod args;
 mod html;
@@ -30,8 +30,8 @@ use tables::markdown::{self, Bold};
 /// Runs `cpift-eval compare`.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] for contradictory arguments; [`cpift_core::BadInput`] when a run cannot be read or compared, or the output
-/// exists.
+/// [`cpift_core::Usage`] for contradictory arguments; [`cpift_core::BadInput`] when a run cannot be
+/// read or compared, or the output exists.
 pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
     if common.json && !matches!(args.format, Format::Terminal | Format::Json) {
         return Err(usage("--json and --format name different formats"));
@@ -100,8 +100,8 @@ fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
 /// Runs `cpift-eval report`.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] when the directory is not one of a run, or the page exists. Missing and unreadable parts of the run are
-/// reported on the page.
+/// [`cpift_core::BadInput`] when the directory is not one of a run, or the page exists. Missing and
+/// unreadable parts of the run are reported on the page.
 pub fn report(args: &ReportArgs, common: &Common) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| args.run.join("report.html"));
     check_output(&out, common.force())?;

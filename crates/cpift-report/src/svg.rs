@@ -1,18 +1,20 @@
-//! Plots of a page as inline SVG. Colours are classes of the page's style sheet, which has them for light, dark and print.
+//! Plots of a page as inline SVG. Colours are classes of the page's style sheet, which has them for
+//! light, dark and print.
 
 use cpift_core::format::svg::{Canvas, text_width};
 use maud::{Markup, PreEscaped};
 
-/// Steps of a colour scale; the style sheet has as many classes `q0`… (sequential) and `d0`… (diverging).
-pub const STEPS: usize = 9;
+/// Steps of a colour scale; the style sheet has as many classes `q0`… (sequential) and `d0`…
+/// (diverging).
+pub(crate) const STEPS: usize = 9;
 
 /// The sequential class of `value` between 0 and `max`.
-pub fn sequential(value: f64, max: f64) -> String {
+pub(crate) fn sequential(value: f64, max: f64) -> String {
     format!("q{}", step(if max > 0.0 { value / max } else { 0.0 }))
 }
 
 /// The diverging class of `value` between `-reach` and `reach`.
-pub fn diverging(value: f64, reach: f64) -> String {
+pub(crate) fn diverging(value: f64, reach: f64) -> String {
     format!("d{}", step(0.5 + if reach > 0.0 { value / reach / 2.0 } else { 0.0 }))
 }
 
@@ -21,18 +23,18 @@ fn step(share: f64) -> usize {
 }
 
 /// The class of the series at `index`; colours repeat after eight, with another dash.
-pub fn series(index: usize) -> String {
+pub(crate) fn series(index: usize) -> String {
     format!("s{} k{}", index % 8, index / 8 % 3)
 }
 
 /// A drawing as an element of the page; `label` is what a screen reader says of it.
-pub fn picture(canvas: Canvas, size: (f64, f64), label: &str) -> Markup {
+pub(crate) fn picture(canvas: Canvas, size: (f64, f64), label: &str) -> Markup {
     PreEscaped(canvas.finish(size, "", label))
 }
 
 /// A linear axis with round marks.
 #[derive(Debug, Clone)]
-pub struct Axis {
+pub(crate) struct Axis {
     /// The least value shown.
     low: f64,
     /// The largest value shown.
@@ -44,7 +46,7 @@ pub struct Axis {
 
 impl Axis {
     /// An axis that contains `low` and `high`, widened to round numbers with about `marks` of them.
-    pub fn new(low: f64, high: f64, ends: (f64, f64), marks: usize) -> Self {
+    pub(crate) fn new(low: f64, high: f64, ends: (f64, f64), marks: usize) -> Self {
         let span = if high - low > 0.0 { high - low } else { low.abs().max(1.0) };
         let rough = span / marks as f64;
         let power = 10f64.powf(rough.log10().floor());
@@ -54,18 +56,18 @@ impl Axis {
     }
 
     /// An axis from `low` to `high`, not widened.
-    pub fn exact(low: f64, high: f64, ends: (f64, f64)) -> Self {
+    pub(crate) fn exact(low: f64, high: f64, ends: (f64, f64)) -> Self {
         Self { low, high: if high > low { high } else { low + 1.0 }, ends, step: high - low }
     }
 
     /// The pixel of a value.
-    pub fn at(&self, value: f64) -> f64 {
+    pub(crate) fn at(&self, value: f64) -> f64 {
         let share = (value - self.low) / (self.high - self.low);
         self.ends.0 + share.clamp(0.0, 1.0) * (self.ends.1 - self.ends.0)
     }
 
     /// The round numbers on the axis, with their text.
-    pub fn marks(&self) -> Vec<(f64, String)> {
+    pub(crate) fn marks(&self) -> Vec<(f64, String)> {
         let count = ((self.high - self.low) / self.step).round() as usize;
         let digits = (-self.step.log10().floor()).clamp(0.0, 9.0) as usize;
         let mark = |i: usize| self.low + i as f64 * self.step;
@@ -74,7 +76,7 @@ impl Axis {
 }
 
 /// Width of every plot: a telephone shows it whole.
-pub const WIDTH: f64 = 336.0;
+pub(crate) const WIDTH: f64 = 336.0;
 /// Height of a row of dots or bars.
 const ROW: f64 = 26.0;
 /// Room for names, and for values at the right end of a row.
@@ -82,15 +84,15 @@ const NAMES: f64 = 92.0;
 const VALUES: f64 = 58.0;
 
 /// A value on a plot.
-pub struct Mark {
+pub(crate) struct Mark {
     /// Name of what it belongs to.
-    pub name: String,
+    pub(crate) name: String,
     /// The value, in the unit that tables show.
-    pub value: f64,
+    pub(crate) value: f64,
     /// Ends of the line through it.
-    pub ends: Option<(f64, f64)>,
+    pub(crate) ends: Option<(f64, f64)>,
     /// Its text in the tables.
-    pub text: String,
+    pub(crate) text: String,
 }
 
 impl Mark {
@@ -111,18 +113,18 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
 }
 
 /// The range of marks with their ends.
-pub fn reach<'a>(marks: impl Iterator<Item = &'a Mark>) -> (f64, f64) {
+pub(crate) fn reach<'a>(marks: impl Iterator<Item = &'a Mark>) -> (f64, f64) {
     range(marks.flat_map(Mark::reach))
 }
 
 /// Headline of a plot, and the unit of its axis.
-pub struct Heads<'a> {
+pub(crate) struct Heads<'a> {
     /// The headline.
-    pub head: &'a str,
+    pub(crate) head: &'a str,
     /// The unit.
-    pub unit: &'a str,
-    /// What a screen reader says before the values.
-    pub label: String,
+    pub(crate) unit: &'a str,
+    /// Text for screen readers, before the values.
+    pub(crate) label: String,
 }
 
 impl Heads<'_> {
@@ -169,7 +171,7 @@ fn upright_whisker(canvas: &mut Canvas, axis: &Axis, ends: Option<(f64, f64)>, x
 }
 
 /// One row per mark, with a dot at its value; `zero` is the name of what is at 0.
-pub fn dots(heads: &Heads<'_>, marks: &[Mark], range: (f64, f64), zero: Option<&str>) -> Markup {
+pub(crate) fn dots(heads: &Heads<'_>, marks: &[Mark], range: (f64, f64), zero: Option<&str>) -> Markup {
     let (top, bottom) = (30.0, 30.0 + ROW * marks.len() as f64);
     let mut canvas = heads.canvas();
     let range = if zero.is_some() { (range.0.min(0.0), range.1.max(0.0)) } else { range };
@@ -192,9 +194,9 @@ pub fn dots(heads: &Heads<'_>, marks: &[Mark], range: (f64, f64), zero: Option<&
     heads.finish(canvas, bottom + if zero.is_some() { 42.0 } else { 24.0 }, &values)
 }
 
-/// One bar per mark from the value 0, to the right for gains and to the left for losses. `heads.head` is the task and `baseline` the
-/// name of what is at 0.
-pub fn gains(heads: &Heads<'_>, marks: &[Mark], (low, high): (f64, f64), baseline: &str) -> Markup {
+/// One bar per mark from the value 0, to the right for gains and to the left for losses.
+/// `heads.head` is the task and `baseline` the name of what is at 0.
+pub(crate) fn gains(heads: &Heads<'_>, marks: &[Mark], (low, high): (f64, f64), baseline: &str) -> Markup {
     let task = heads.head;
     let (top, bottom) = (34.0, 34.0 + ROW * marks.len() as f64);
     let mut canvas = Canvas::default();
@@ -224,7 +226,7 @@ pub fn gains(heads: &Heads<'_>, marks: &[Mark], (low, high): (f64, f64), baselin
 }
 
 /// Two bars per row: the changes ΔA of the first task and ΔB of the second.
-pub fn bars(heads: &Heads<'_>, pairs: &[[Mark; 2]]) -> Markup {
+pub(crate) fn bars(heads: &Heads<'_>, pairs: &[[Mark; 2]]) -> Markup {
     let height = 44.0;
     let (top, bottom) = (30.0, 30.0 + height * pairs.len() as f64);
     let mut canvas = heads.canvas();
@@ -248,15 +250,15 @@ pub fn bars(heads: &Heads<'_>, pairs: &[[Mark; 2]]) -> Markup {
 }
 
 /// A line of a plot: its points by x.
-pub struct Line {
+pub(crate) struct Line {
     /// The series.
-    pub name: String,
+    pub(crate) name: String,
     /// x and the value there.
-    pub points: Vec<(f64, Mark)>,
+    pub(crate) points: Vec<(f64, Mark)>,
 }
 
 /// Lines over an axis named `across`, which is logarithmic if `log` is true.
-pub fn lines(heads: &Heads<'_>, across: &str, log: bool, lines: &[Line]) -> Markup {
+pub(crate) fn lines(heads: &Heads<'_>, across: &str, log: bool, lines: &[Line]) -> Markup {
     let (left, top, right, bottom) = (44.0, 34.0, WIDTH - 12.0, 190.0);
     let mut canvas = heads.canvas();
     let all = || lines.iter().flat_map(|line| &line.points);

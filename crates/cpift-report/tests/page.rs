@@ -1,4 +1,5 @@
-//! report.html by a parser: what is on it, that every picture has its numbers, and that nothing on it can act.
+//! report.html by a parser: what is on it, that every picture has its numbers, and that nothing on
+//! it can act.
 
 mod support;
 
@@ -150,7 +151,7 @@ fn what_is_missing_is_said() {
     assert!(text_of(&f, &[]).contains("No scores"));
     fs::write(f.path("groups.json"), "{}").unwrap();
     let page = text_of(&f, &[]);
-    assert!(page.contains("This part could not be made") && page.contains("groups.json"), "{page}");
+    assert!(page.contains("This section cannot be shown") && page.contains("groups.json"), "{page}");
 }
 
 #[test]
@@ -170,7 +171,7 @@ fn an_existing_page_and_a_folder_of_something_else_are_refused() {
     assert!(error.contains("report.html") && error.contains("--force"), "{error}");
     let other = tempfile::tempdir().unwrap();
     let error = report(&parse(other.path().to_str().unwrap()), &common(false)).unwrap_err().to_string();
-    assert!(error.contains("no folder of a run") && error.contains("RUN="), "{error}");
+    assert!(error.contains("not the directory of a run") && error.contains("RUN="), "{error}");
 }
 
 #[test]
@@ -276,7 +277,7 @@ fn a_baseline_without_scores_is_a_usage_error() {
     let f = Folder::whole();
     let run = f.dir.path().to_str().unwrap();
     for (more, part) in
-        [(["--baseline", "typo"], "none of the scores under"), (["--resamples", "0"], "--resamples must be")]
+        [(["--baseline", "typo"], "not among the scores under"), (["--resamples", "0"], "--resamples must be")]
     {
         let line = Line::parse_from(["report", run].iter().chain(&more));
         let error = report(&line.args, &common(true)).unwrap_err();

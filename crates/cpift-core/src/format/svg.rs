@@ -1,4 +1,5 @@
-//! SVG: shapes drawn on a canvas, and heat maps as pictures that stand alone, readable in light and in dark in every viewer.
+//! SVG: shapes drawn on a canvas, and heat maps as pictures that stand alone, readable in light and
+//! in dark in every viewer.
 //!
 //! All SVG of the workspace is written here. A [`Canvas`] becomes an element of a page, whose style
 //! sheet colours its classes; a [`Picture`] becomes a document with a style sheet of its own.
@@ -109,7 +110,8 @@ fn element(name: &str, attributes: &[(&str, &dyn Display)], content: &str) -> St
     if content.is_empty() { out + "/>" } else { format!("{out}>{content}</{name}>") }
 }
 
-/// The text that a viewer shows when the pointer rests on the element around it; nothing where it is empty.
+/// The text that a viewer shows when the pointer rests on the element around it; nothing where it
+/// is empty.
 fn title(text: &str) -> String {
     if text.is_empty() { String::new() } else { element("title", &[], &escape(text)) }
 }
@@ -120,10 +122,11 @@ fn number(value: f64) -> String {
     text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
 }
 
-/// Shapes, one per line, with coordinates in pixels. Every shape has a class of the style sheet that it is shown with.
+/// Shapes, one per line, with coordinates in pixels. Every shape has a class of the style sheet
+/// that it is shown with.
 ///
-/// Markup in texts is escaped. Control characters are not: a [`Picture`] replaces them, as XML cannot hold them, and a page decides
-/// how it shows them.
+/// Markup in texts is escaped. Control characters are not: a [`Picture`] replaces them, as XML
+/// cannot hold them, and a page decides how it shows them.
 #[derive(Debug, Default)]
 pub struct Canvas {
     body: String,
@@ -140,7 +143,8 @@ impl Canvas {
         self.add(&element("text", &[("class", &class), ("x", &number(x)), ("y", &number(y))], &escape(text)));
     }
 
-    /// A name of at most `width` pixels. Longer ones are cut and have the whole name as their title.
+    /// A name of at most `width` pixels. Longer ones are cut and have the whole name as their
+    /// title.
     pub fn name(&mut self, x: f64, y: f64, class: &str, width: f64, name: &str) {
         let fits = (1..=name.chars().count()).rev().find(|&k| text_width(&shortened(name, k)) as f64 <= width);
         let content = titled(&shortened(name, fits.unwrap_or(1)), name);
@@ -176,7 +180,8 @@ impl Canvas {
         self.add(&element("circle", &place, &title(text)));
     }
 
-    /// The drawing as an element of a page; `label` is what a screen reader says of it, `class` may be empty.
+    /// The drawing as an element of a page; `label` is what a screen reader says of it, `class` may
+    /// be empty.
     pub fn finish(self, (width, height): (f64, f64), class: &str, label: &str) -> String {
         let (width, height) = (number(width), number(height));
         let attributes: [(&str, &dyn Display); 6] = [
@@ -216,7 +221,8 @@ impl Picture {
         (self.right, self.bottom) = (self.right.max(right), self.bottom.max(bottom));
     }
 
-    /// Text with its baseline at `at`, in the classes of the style sheet (`head`, `small`, `tiny`, `middle`, `end`).
+    /// Text with its baseline at `at`, in the classes of the style sheet (`head`, `small`, `tiny`,
+    /// `middle`, `end`).
     pub fn text(&mut self, (x, y): (usize, usize), class: &str, text: &str) {
         let width = text_width(text) * if class.contains("head") { 13 } else { 10 } / 10;
         let right = match class {
@@ -233,8 +239,8 @@ impl Picture {
         self.label(&[("class", &"end"), ("x", &x), ("y", &y)], text);
     }
 
-    /// A label over a column of this width: upright where it fits, leaning to the right otherwise. [`label_height`] says how
-    /// much room it takes above `at`, the middle of the column.
+    /// A label over a column of this width: upright where it fits, leaning to the right otherwise.
+    /// [`label_height`] says how much room it takes above `at`, the middle of the column.
     pub fn column_label(&mut self, (x, y): (usize, usize), width: usize, text: &str) {
         if text_width(text) <= width {
             self.label(&[("class", &"middle"), ("x", &x), ("y", &y)], text);
@@ -351,7 +357,8 @@ pub fn shortened(text: &str, longest: usize) -> String {
     text.chars().take(longest - 1).chain(['…']).collect()
 }
 
-/// Upper estimate of the width of 13-pixel text: characters of scripts like Chinese are as wide as they are high.
+/// Upper estimate of the width of 13-pixel text: characters of scripts like Chinese are as wide as
+/// they are high.
 pub fn text_width(text: &str) -> usize {
     let width = |c: char| match c {
         c if u32::from(c) >= 0x1100 => 14,

@@ -16,7 +16,8 @@ pub const BIN: &str = env!("CARGO_BIN_EXE_cpift-group");
 /// Positions in the model below, all tensors after one another in bytewise name order.
 pub type Region = BTreeSet<usize>;
 
-/// Elements of each tensor: a size that is no multiple of 8, one that fills several blocks, and one of each kind.
+/// Elements of each tensor: a size that is no multiple of 8, one that fills several blocks, and one
+/// of each kind.
 pub const MODEL: [(&str, usize); 4] = [
     ("lm_head.weight", 1003),
     ("model.embed_tokens.weight", 300_001),

@@ -16,22 +16,23 @@ use crate::html::{Table, figure, missing, paragraph, scale_legend, scrolling_pic
 use crate::svg::{diverging, picture, sequential};
 use crate::tables::sheet::counted;
 
-/// Sides of a cell of the heat map, in pixels: for few tasks, and for so many that the map must scroll on a telephone.
+/// Sides of a cell of the heat map, in pixels: for few tasks, and for so many that the map must
+/// scroll on a telephone.
 const CELLS: (f64, f64) = (58.0, 46.0);
 /// Largest number of tasks that counts as few.
 const FEW: usize = 6;
 
 /// The section with the groups and the Jaccard matrix in training order.
-pub fn overlap(folder: &Path) -> Result<Markup> {
+pub(crate) fn overlap(folder: &Path) -> Result<Markup> {
     let path = folder.join("groups.json");
     if !path.is_file() {
-        return Ok(missing("No groups.json: cpift-group has not run in this folder."));
+        return Ok(missing("No groups.json: cpift-group has not run in this directory."));
     }
     let groups = Groups::read(&path)?;
     let score = |i: usize| groups.order.scores.get(i).map_or(String::new(), |s| format!(" ({s:.4})"));
     let tau = if groups.tau_mode == TauMode::Auto { "chosen as the most stable" } else { "given" };
     let words = format!(
-        "τ = {:.4} ({tau}) makes {} of {} tasks, trained in this order ({}{}):",
+        "τ = {:.4} ({tau}) gives {} of {} tasks, trained in this order ({}{}):",
         groups.tau,
         counted(groups.groups.len(), "group"),
         groups.tasks.len(),
@@ -62,7 +63,7 @@ fn heat_map(groups: &Groups) -> Markup {
     let mut svg = Canvas::default();
     let header: Vec<String> =
         ["task".to_owned()].into_iter().chain(order.iter().map(|&t| groups.tasks[t].clone())).collect();
-    let mut table = Table::new("Jaccard similarity of core regions; in brackets what chance gives", &header);
+    let mut table = Table::new("Jaccard similarity of core regions (in brackets: expected by chance)", &header);
     for (i, &a) in order.iter().enumerate() {
         let (name, at) = (&groups.tasks[a], size * i as f64);
         svg.name(left - 8.0, top + at + size / 2.0 + 4.0, "end", left - 10.0, name);
@@ -88,10 +89,10 @@ fn heat_map(groups: &Groups) -> Markup {
         start += side;
     }
     let label = format!("Heat map: Jaccard similarity of the core regions of {}", groups.task_order().join(", "));
-    let chance = format!("chance gives up to {chance:.4}");
+    let chance = format!("chance: up to {chance:.4}");
     let caption = html! {
         (scale_legend('q', ["0", &chance, &format!("{max:.3}")])) br;
-        "Jaccard similarity of every two core regions, in training order; the groups are framed."
+        "Jaccard similarity of every pair of core regions, in training order; the groups are framed."
     };
     let size = (left + side + 2.0, top + side + 2.0);
     let picture = if many { scrolling_picture(svg, size, &label) } else { picture(svg, size, &label) };
@@ -99,13 +100,15 @@ fn heat_map(groups: &Groups) -> Markup {
 }
 
 /// The section with the density of every mask by layer and role. It reads each mask file once.
-pub fn density(folder: &Path) -> Result<Markup> {
+pub(crate) fn density(folder: &Path) -> Result<Markup> {
     let files: Vec<_> = entries(&folder.join("masks"))?
         .into_iter()
         .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
         .collect();
     if files.is_empty() {
-        return Ok(missing("No masks: the folder masks/ holds no NAME.safetensors. cpift-mask extract makes them."));
+        return Ok(missing(
+            "No masks: the directory masks/ contains no NAME.safetensors. cpift-mask extract writes them.",
+        ));
     }
     let mut all: Vec<(String, Stats)> = Vec::new();
     for path in &files {
@@ -120,8 +123,8 @@ pub fn density(folder: &Path) -> Result<Markup> {
     }
     let times = |power: f64| format!("{} times", power.exp2());
     let words = format!(
-        "How dense each task's core region is, for every layer (down) and role (across), over what an even spread would give: \
-         orange where the task changed more than its share, blue where less. p = {}.",
+        "Density of each task's core region by layer (down) and role (across), relative to an even spread: orange where the \
+         task changed more than its share, blue where less. p = {}.",
         percents.join(", ")
     );
     let ends = [&format!("1/{} or less", reach.exp2()), "middle: as dense as an even spread", &times(reach)];
@@ -134,7 +137,8 @@ fn even(stats: &Stats) -> f64 {
     if stats.mask.d == 0 { 0.0 } else { stats.mask.selected as f64 / stats.mask.d as f64 }
 }
 
-/// Largest ratio of a density to an even spread, or its inverse, as a power of two: a whole number, at most four.
+/// Largest ratio of a density to an even spread, or its inverse, as a power of two: a whole number,
+/// at most four.
 fn reach(stats: &Stats) -> f64 {
     let densities = stats.matrix.density.iter().flatten().copied().flatten();
     let powers = densities.map(|d| (d / even(stats)).log2().abs()).filter(|power| power.is_finite());

@@ -6,11 +6,11 @@ use anyhow::Result;
 use maud::{Markup, html};
 
 use super::folder::{entries, file_name};
-use super::scores::unit_words;
+use super::scores::unit_name;
 use crate::args::ReportArgs;
 use crate::html::{Table, figure, missing, notes, page, paragraph, series_legend};
 use crate::statistics::comparison::Question;
-use crate::statistics::experiment::{Column, Experiment, Forgetting, Outcome, Seeds};
+use crate::statistics::experiment::{Column, Experiment, Forgetting, Outcome, SeedScores};
 use crate::statistics::experiment_file::Axis;
 use crate::statistics::unit::{Spread, Unit};
 use crate::svg::{Heads, Line, Mark, bars, dots, lines, reach};
@@ -20,21 +20,21 @@ use crate::tables::sheet::{self, Sheet};
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] when the directory cannot be listed.
-pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = entries(&folder.join("experiments"))?;
     files.retain(|path| path.extension().is_some_and(|e| e == "json"));
     Ok(files)
 }
 
 /// The section with all experiments; in place of one that cannot be read is its error message.
-pub fn section(args: &ReportArgs, files: &[PathBuf]) -> Markup {
+pub(crate) fn section(args: &ReportArgs, files: &[PathBuf]) -> Markup {
     let one = |path: &PathBuf| {
         let question = Question { baseline: None, resamples: args.resamples, seed: args.seed };
         match Experiment::read(path, question, false) {
             Ok(experiment) => html! { h3 { (experiment.head.title) } "\n" (body(&experiment)) },
             Err(e) => html! {
                 h3 { (file_name(path)) } "\n"
-                (missing(&format!("This experiment could not be shown: {e:#}")))
+                (missing(&format!("This experiment cannot be shown: {e:#}")))
             },
         }
     };
@@ -42,7 +42,7 @@ pub fn section(args: &ReportArgs, files: &[PathBuf]) -> Markup {
 }
 
 /// The page of `cpift-eval experiment --format html`.
-pub fn alone(experiment: &Experiment) -> String {
+pub(crate) fn alone(experiment: &Experiment) -> String {
     let title = &experiment.head.title;
     page(title, &html! { main { "\n" h1 { (title) } "\n" (body(experiment)) } "\n" })
 }
@@ -82,7 +82,7 @@ fn spread_mark(name: &str, spread: &Spread, unit: Unit, text: String) -> Mark {
 }
 
 /// One plot for all tasks, then one per task: differences to the baseline, or scores without one.
-fn methods(experiment: &Experiment, seeds: &Seeds) -> Markup {
+fn methods(experiment: &Experiment, seeds: &SeedScores) -> Markup {
     let base = experiment.head.baseline.as_deref().filter(|_| seeds.compared());
     let columns = [seeds.overall()].into_iter().chain(&seeds.scores);
     let columns: Vec<(&Column, Vec<Mark>)> = columns.map(|c| (c, marks(seeds, c, base.is_some()))).collect();
@@ -99,12 +99,12 @@ fn methods(experiment: &Experiment, seeds: &Seeds) -> Markup {
             Some(name) => format!("{head}, {} against {name}", column.figure),
             None => format!("{head}, {}", column.figure),
         };
-        let unit = if base.is_some() { unit_words(column.unit) } else { column.unit.symbol() };
+        let unit = if base.is_some() { unit_name(column.unit) } else { column.unit.symbol() };
         pictures.push(dots(&Heads { head, unit, label }, marks, reach(alike), base));
         marks.iter().for_each(|m| table.row(&[format!("{head}, {}", m.name), m.text.clone(), unit.to_owned()]));
     }
     if pictures.is_empty() {
-        return missing("There is nothing to draw: no method has a figure that another could be held against.");
+        return missing("Nothing to plot: no method has a figure to compare.");
     }
     let lines = match (base, seeds.seeds) {
         (Some(_), _) => " Lines: 95 % intervals, as above.",
@@ -114,7 +114,7 @@ fn methods(experiment: &Experiment, seeds: &Seeds) -> Markup {
     let losses = columns.iter().any(|(column, _)| column.unit == Unit::Nats);
     let losses = if losses { " Losses (nats) are better to the left." } else { "" };
     let what = base.map_or("Every method".to_owned(), |name| format!("Each method's difference to {name}"));
-    let caption = format!("{what}, over all tasks first. One scale for each unit.{lines}{losses}");
+    let caption = format!("{what}, over all tasks first. One scale per unit.{lines}{losses}");
     figure(&pictures, &html! { (caption) }, &[table])
 }
 
@@ -123,7 +123,7 @@ fn overall_name(column: &Column) -> &str {
     if column.unit == Unit::Percent { "mean of the tasks" } else { &column.figure }
 }
 
-fn marks(seeds: &Seeds, column: &Column, differences: bool) -> Vec<Mark> {
+fn marks(seeds: &SeedScores, column: &Column, differences: bool) -> Vec<Mark> {
     let unit = column.unit;
     let of = |row: usize| {
         let name = &seeds.rows[row].name;
@@ -139,7 +139,7 @@ fn marks(seeds: &Seeds, column: &Column, differences: bool) -> Vec<Mark> {
 }
 
 /// One line per series: the figure over all tasks by x.
-fn sweep(seeds: &Seeds, axis: &Axis) -> Markup {
+fn sweep(seeds: &SeedScores, axis: &Axis) -> Markup {
     let column = seeds.overall();
     let (head, unit) = (overall_name(column), column.unit);
     let mut all: Vec<Line> = Vec::new();
@@ -153,7 +153,7 @@ fn sweep(seeds: &Seeds, axis: &Axis) -> Markup {
         }
     }
     if all.is_empty() {
-        return missing("There is nothing to draw: no method has a figure over all tasks.");
+        return missing("Nothing to plot: no method has a figure over all tasks.");
     }
     all.iter_mut().for_each(|line| line.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
     let header = ["method", "series", &axis.label, head].map(str::to_owned);
@@ -182,9 +182,9 @@ fn changes(forgetting: &Forgetting) -> Markup {
     let pairs: Vec<[Mark; 2]> =
         forgetting.methods.iter().map(|m| [mark(&m.name, &m.first), mark(&m.name, &m.second)]).collect();
     let header = ["method", "ΔA", "ΔB"].map(str::to_owned);
-    let mut table = Table::new(&format!("ΔA and ΔB of every method ({})", unit_words(unit)), &header);
+    let mut table = Table::new(&format!("ΔA and ΔB of every method ({})", unit_name(unit)), &header);
     pairs.iter().for_each(|[a, b]| table.row(&[a.name.clone(), a.text.clone(), b.text.clone()]));
-    let heads = Heads { head: "ΔA and ΔB", unit: unit_words(unit), label: "ΔA and ΔB by method".to_owned() };
+    let heads = Heads { head: "ΔA and ΔB", unit: unit_name(unit), label: "ΔA and ΔB by method".to_owned() };
     let caption = html! {
         (series_legend([(0, "ΔA: the first task, after the second"), (1, "ΔB: the second task")]))
         "Bars to the left are losses, to the right gains. Thin lines: one standard deviation over pairs and seeds to either side."

@@ -12,20 +12,22 @@ use maud::{Markup, html};
 
 use crate::html::{Table, missing, paragraph, verbatim};
 
-/// Names the pipeline gives to methods, in the order of the page; other models come between the two lists, by name.
+/// Names the pipeline gives to methods, in the order of the page; other models come between the two
+/// lists, by name.
 const FIRST: [&str; 3] = ["base", "full-sft", "multi-stage"];
 const LAST: [&str; 6] = ["backbone", "fused", "cpi-ft-group", "cpi-ft", "mixture", "cpi-ft-plus"];
 
 /// Sort key of a model among the others.
-pub fn rank(name: &str) -> (usize, usize, String) {
+pub(crate) fn rank(name: &str) -> (usize, usize, String) {
     let first = FIRST.iter().position(|n| *n == name).map(|i| (0, i));
     let last = LAST.iter().position(|n| *n == name).map(|i| (2, i));
     let (group, place) = first.or(last).unwrap_or((1, 0));
     (group, place, name.to_owned())
 }
 
-/// Lists a directory by name, without hidden entries such as unfinished outputs; empty if there is no such directory.
-pub fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+/// Lists a directory by name, without hidden entries such as unfinished outputs; empty if there is
+/// no such directory.
+pub(crate) fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
     }
@@ -38,12 +40,13 @@ pub fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(list)
 }
 
-pub fn file_name(path: &Path) -> String {
+pub(crate) fn file_name(path: &Path) -> String {
     path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())
 }
 
-/// Paths, under a run's directory, of the models made by the pipeline: probes first, then the others by [`rank`].
-pub fn models(folder: &Path) -> Result<Vec<String>> {
+/// Paths, under a run's directory, of the models made by the pipeline: probes first, then the
+/// others by [`rank`].
+pub(crate) fn models(folder: &Path) -> Result<Vec<String>> {
     let is_model = |path: &PathBuf| path.join(RECORD_NAME).is_file() && path.join("config.json").is_file();
     let probes = entries(&folder.join("probes"))?.into_iter().filter(is_model);
     let probes: Vec<String> = probes.map(|path| format!("probes/{}", file_name(&path))).collect();
@@ -56,13 +59,13 @@ pub fn models(folder: &Path) -> Result<Vec<String>> {
 const DEPTH: usize = 3;
 
 /// An artifact's path under the run's directory, and its record or the reason it cannot be read.
-pub type Record = (String, Result<Provenance, String>);
+pub(crate) type Record = (String, Result<Provenance, String>);
 
 /// Finds all records under `folder`, ordered by start time.
 ///
 /// # Errors
 /// [`BadInput`] when a directory cannot be listed.
-pub fn find(folder: &Path) -> Result<Vec<Record>> {
+pub(crate) fn find(folder: &Path) -> Result<Vec<Record>> {
     let mut files = Vec::new();
     collect(folder, DEPTH, &mut files)?;
     let mut records: Vec<Record> = files
@@ -99,14 +102,14 @@ fn artifact(folder: &Path, record: &Path) -> String {
 }
 
 /// The section on provenance.
-pub fn provenance(folder: &Path, records: &[Record]) -> Markup {
+pub(crate) fn provenance(folder: &Path, records: &[Record]) -> Markup {
     if records.is_empty() {
         return missing(&format!("No cpift.json under {}.", folder.display()));
     }
     html! {
         (paragraph(
-            "Every artifact with the command that made it, oldest first: run it from the folder the first one was run from. Paths are as \
-             they were typed; an output that is there is replaced with --force only.",
+            "Every artifact with the command that made it, oldest first. Run the commands from the directory in which the first one was \
+             run: paths are as typed. Existing outputs are replaced only with --force.",
         ))
         @for (path, record) in records {
             @match record {

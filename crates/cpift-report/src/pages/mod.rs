@@ -1,4 +1,5 @@
-//! report.html: the results of a run on one page that opens from disk; and comparisons and experiments as pages of their own.
+//! report.html: the results of a run on one page that opens from disk; and comparisons and
+//! experiments as pages of their own.
 
 mod cores;
 mod experiments;
@@ -28,24 +29,25 @@ struct Section {
 impl Section {
     /// A section; if a file cannot be read, it holds the error message.
     fn new(id: &'static str, title: &'static str, body: Result<Markup>) -> Self {
-        let body = body.unwrap_or_else(|e| missing(&format!("This part could not be made: {e:#}")));
+        let body = body.unwrap_or_else(|e| missing(&format!("This section cannot be shown: {e:#}")));
         Self { id, title, body }
     }
 }
 
-/// Renders the page of the run in `args.run`. Missing and unreadable parts are reported on the page.
+/// Renders the page of the run in `args.run`. Missing and unreadable parts are reported on the
+/// page.
 ///
 /// # Errors
-/// [`BadInput`] when the directory is not one of a run; [`cpift_core::Usage`] for a baseline without scores, or a number of resamples
-/// out of range.
+/// [`BadInput`] when the directory is not one of a run; [`cpift_core::Usage`] for a baseline
+/// without scores, or a number of resamples out of range.
 pub(crate) fn render(args: &ReportArgs) -> Result<String> {
     let dir = &args.run;
     let records = folder::find(dir)?;
     let experiments = experiments::files(dir)?;
     if records.is_empty() && experiments.is_empty() && !dir.join("scores").is_dir() {
-        return Err(BadInput::new(dir, "no folder of a run")
+        return Err(BadInput::new(dir, "not the directory of a run")
             .expected("scores/, groups.json, experiments/, or outputs with their cpift.json")
-            .hint("give the RUN= folder of make pipeline")
+            .hint("give the RUN= directory of make pipeline")
             .into());
     }
     Question { baseline: None, resamples: args.resamples, seed: args.seed }.check()?;

@@ -1,4 +1,5 @@
-//! The scores of a run: those that can be compared, in tables and as gains over the baseline, and sample outputs.
+//! The scores of a run: those that can be compared, in tables and as gains over the baseline, and
+//! sample outputs.
 
 use anyhow::Result;
 use cpift_core::error::usage;
@@ -17,16 +18,16 @@ use crate::svg::{Heads, Mark, gains, reach};
 const BASE: &str = "base";
 
 /// The scores of a run.
-pub struct Scored {
+pub(crate) struct Scored {
     /// The comparable ones; `None` if no scores can be read.
-    pub comparison: Option<Comparison>,
+    pub(crate) comparison: Option<Comparison>,
     /// Names of the others, each with the reason.
     left_out: Vec<(String, String)>,
 }
 
 impl Scored {
     /// The sections with tables, gains and sample outputs (`samples` rows of each task).
-    pub fn sections(&self, samples: usize) -> (Markup, Markup, Markup) {
+    pub(crate) fn sections(&self, samples: usize) -> (Markup, Markup, Markup) {
         let others = !self.left_out.is_empty();
         match &self.comparison {
             Some(c) => {
@@ -39,8 +40,9 @@ impl Scored {
                 (table, again.clone(), again)
             }
             None => {
-                let none =
-                    missing("No scores: the folder scores/ holds no NAME/scores.json. cpift-eval run makes them.");
+                let none = missing(
+                    "No scores: the directory scores/ contains no NAME/scores.json. cpift-eval run writes them.",
+                );
                 (none.clone(), none.clone(), none)
             }
         }
@@ -50,18 +52,20 @@ impl Scored {
         let items = self.left_out.iter().map(|(name, reason)| format!("{name}: {reason}"));
         html! {
             @if !self.left_out.is_empty() {
-                (paragraph("Also under scores/, and in no table here:"))
+                (paragraph("Scores under scores/ that are not in the tables:"))
                 (notes("note left-out", items))
             }
         }
     }
 }
 
-/// Compares the comparable scores under RUN_DIR/scores. `--force` replaces the page; it does not make runs comparable.
+/// Compares the comparable scores under RUN_DIR/scores. `--force` replaces the page; it does not
+/// make runs comparable.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] for a baseline without scores; [`cpift_core::BadInput`] when the directory cannot be listed.
-pub fn compare(args: &ReportArgs) -> Result<Scored> {
+/// [`cpift_core::Usage`] for a baseline without scores; [`cpift_core::BadInput`] when the directory
+/// cannot be listed.
+pub(crate) fn compare(args: &ReportArgs) -> Result<Scored> {
     let (mut runs, mut left_out, mut names) = (Vec::new(), Vec::new(), Vec::new());
     for path in entries(&args.run.join("scores"))?.into_iter().filter(|path| path.join("scores.json").is_file()) {
         let name = file_name(&path);
@@ -73,13 +77,13 @@ pub fn compare(args: &ReportArgs) -> Result<Scored> {
     }
     if let Some(name) = args.baseline.as_ref().filter(|name| !names.contains(name)) {
         let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        return Err(usage(format!("--baseline {name} is none of the scores under {}: {known}", args.run.display())));
+        return Err(usage(format!("--baseline {name} is not among the scores under {}: {known}", args.run.display())));
     }
     runs.sort_by_key(|run| rank(&run.name));
     let chosen = chosen(&runs, args.baseline.as_deref());
     let (set, others): (Vec<_>, Vec<_>) = runs.into_iter().enumerate().partition(|(i, _)| chosen.contains(i));
     let set: Vec<Run> = set.into_iter().map(|(_, run)| run).collect();
-    let reason = |run: Run| conflict(&set, &run).map(|(other, difference)| (run.name.clone(), difference.words(other)));
+    let reason = |run: Run| conflict(&set, &run).map(|(other, difference)| (run.name.clone(), difference.text(other)));
     left_out.extend(others.into_iter().filter_map(|(_, run)| reason(run)));
     if set.is_empty() {
         return Ok(Scored { comparison: None, left_out });
@@ -91,8 +95,9 @@ pub fn compare(args: &ReportArgs) -> Result<Scored> {
     Ok(Scored { comparison: Some(Comparison::new(set, question)?), left_out })
 }
 
-/// Indices of the runs to compare: those comparable with the named baseline or, by default, with `base`. If none is comparable with
-/// `base`, the first of the largest sets that are comparable with each other.
+/// Indices of the runs to compare: those comparable with the named baseline or, by default, with
+/// `base`. If none is comparable with `base`, the first of the largest sets that are comparable
+/// with each other.
 fn chosen(runs: &[Run], baseline: Option<&str>) -> Vec<usize> {
     let set_of = |name: &str| runs.iter().position(|run| run.name == name).map(|at| alike(runs, at));
     if let Some(set) = baseline.and_then(set_of) {
@@ -122,16 +127,16 @@ fn tables(comparison: &Comparison) -> Markup {
     let scores: Vec<&Column> = comparison.scores.iter().chain([&comparison.ans]).collect();
     let losses: Vec<&Column> = comparison.losses.iter().chain([&comparison.mean_loss]).collect();
     html! {
-        (paragraph(&format!("{} ± is one standard error; the best of each column is bold.", comparison.rows_words())))
+        (paragraph(&format!("{} ± is one standard error; the best of each column is bold.", comparison.rows_text())))
         @if let Some(name) = &comparison.question.baseline {
             (paragraph(&format!(
-                "Under each value: its difference to {name}, with its interval where rows can be paired ({}).",
-                comparison.interval_words()
+                "Under each value: its difference to {name}, with an interval if rows can be paired ({}).",
+                comparison.interval_text()
             )))
         }
         (table("Scores of every model on every task", &scores, comparison))
         h3 { "Loss on the reference answers" } "\n"
-        (paragraph("Negative log-likelihood in nats a target token; less is better."))
+        (paragraph("Negative log-likelihood in nats per target token; less is better."))
         (table("Loss of every model on every task", &losses, comparison))
         @if !comparison.also.is_empty() { (details("Further figures of the same rows", &further(comparison))) }
         @if !comparison.notes.is_empty() { (notes("note", &comparison.notes)) }
@@ -182,7 +187,7 @@ fn heading(column: &Column) -> String {
 }
 
 /// The page of `cpift-eval compare --format html`.
-pub fn compared(comparison: &Comparison) -> String {
+pub(crate) fn compared(comparison: &Comparison) -> String {
     let body = html! {
         main {
             "\n"
@@ -210,11 +215,11 @@ fn marks(comparison: &Comparison, column: &Column) -> Vec<Mark> {
         .collect()
 }
 
-/// One plot per task: bars to the right of the line are gains, to the left losses. `others` is true if there are scores that are not in
-/// the comparison.
+/// One plot per task: bars to the right of the line are gains, to the left losses. `others` is true
+/// if there are scores that are not in the comparison.
 fn seesaw(comparison: &Comparison, others: bool) -> Markup {
     let Some(baseline) = &comparison.question.baseline else {
-        return missing("No baseline among the scores: nothing to measure gains against. --baseline names another.");
+        return missing("No baseline among the scores, so there are no gains to show. Choose one with --baseline.");
     };
     let columns = comparison.scores.iter().map(|column| (column, marks(comparison, column)));
     let columns: Vec<(&Column, Vec<Mark>)> = columns.filter(|(_, marks)| !marks.is_empty()).collect();
@@ -233,26 +238,26 @@ fn seesaw(comparison: &Comparison, others: bool) -> Markup {
     let mut table = Table::new(&format!("Difference of each model to {baseline}"), &header);
     let mut pictures = Vec::new();
     for (column, marks) in &columns {
-        let (task, unit) = (column.task.as_deref().unwrap_or_default(), unit_words(column.unit));
+        let (task, unit) = (column.task.as_deref().unwrap_or_default(), unit_name(column.unit));
         let label = format!("{task}, {} against {baseline}", column.figure);
         let heads = Heads { head: task, unit: &format!("{}, {unit}", column.figure), label };
         pictures.push(gains(&heads, marks, range(column.unit), baseline));
         marks.iter().for_each(|m| table.row(&[format!("{task}, {}", m.name), m.text.clone(), unit.to_owned()]));
     }
     let caption = format!(
-        "Gain (right, blue) or loss (left, orange) of each model against {baseline} on each task. Where less is better (nats), the \
-         axis is turned round: right is better everywhere. Thin lines: {}.",
-        comparison.interval_words()
+        "Gain (right, blue) or loss (left, orange) of each model against {baseline} on each task. For losses (nats) the axis is \
+         reversed, so that right is always better. Thin lines: {}.",
+        comparison.interval_text()
     );
     figure(&pictures, &html! { (caption) }, &[table])
 }
 
 /// The unit of differences, in words.
-pub fn unit_words(unit: Unit) -> &'static str {
+pub(crate) fn unit_name(unit: Unit) -> &'static str {
     match unit {
         Unit::Percent => "percentage points",
         Unit::Rating => "points of 10",
-        Unit::Nats => "nats a token",
+        Unit::Nats => "nats per token",
         Unit::Perplexity => "perplexity",
         Unit::Count => "rows",
     }
@@ -267,7 +272,7 @@ fn sample_outputs(comparison: &Comparison, count: usize) -> Markup {
     let tasks = comparison.scores.iter().filter_map(|c| c.task.as_deref());
     let parts: Vec<Markup> = tasks.filter_map(|task| of_task(&runs, task, count)).collect();
     if parts.is_empty() {
-        return missing("No outputs: no outputs.jsonl beside the scores holds a row.");
+        return missing("No outputs: no outputs.jsonl beside the scores contains a row.");
     }
     let words = "Rows on which the models' scores differ come first. Control characters are shown as symbols, long texts are cut.";
     html! { p.note { (words) } "\n" @for part in parts { (part) } }

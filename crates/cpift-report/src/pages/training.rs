@@ -1,4 +1,5 @@
-//! Training: loss curves of every probe and model, and held-out losses over the stages, which show forgetting.
+//! Training: loss curves of every probe and model, and held-out losses over the stages, which show
+//! forgetting.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -37,7 +38,8 @@ struct Course {
     stages: Vec<Stage>,
 }
 
-/// One stage of training. Its steps are counted from 1; `before` is the number of steps of earlier stages.
+/// One stage of training. Its steps are counted from 1; `before` is the number of steps of earlier
+/// stages.
 struct Stage {
     label: String,
     before: u64,
@@ -108,10 +110,10 @@ fn colors(courses: &[Course]) -> BTreeMap<String, usize> {
 }
 
 /// The section with the loss curves.
-pub fn curves(folder: &Path) -> Result<Markup> {
+pub(crate) fn curves(folder: &Path) -> Result<Markup> {
     let courses = courses(folder)?;
     if courses.is_empty() {
-        return Ok(missing("No metrics.jsonl in the folders of the probes and models."));
+        return Ok(missing("No metrics.jsonl in the directories of the probes and models."));
     }
     let colors = colors(&courses);
     let pictures: Vec<Markup> = courses.iter().map(|course| curve_tile(course, &colors)).collect();
@@ -119,7 +121,7 @@ pub fn curves(folder: &Path) -> Result<Markup> {
     let mut table = Table::new("Losses of every probe and model", &header.map(str::to_owned)).text_column(5);
     for (course, stage) in courses.iter().flat_map(|c| c.stages.iter().map(move |s| (c, s))) {
         let loss = |entry: Option<&(u64, f64)>| entry.map_or("–".to_owned(), |(_, loss)| format!("{loss:.4}"));
-        let held_out: Vec<String> = colors.keys().filter_map(|task| held_out_words(stage, task)).collect();
+        let held_out: Vec<String> = colors.keys().filter_map(|task| held_out_text(stage, task)).collect();
         let held_out = if held_out.is_empty() { "–".to_owned() } else { held_out.join(", ") };
         let name = format!("{}, {}", course.name, stage.label);
         let (first, last) = (loss(stage.losses.first()), loss(stage.losses.last()));
@@ -132,7 +134,7 @@ pub fn curves(folder: &Path) -> Result<Markup> {
     };
     let caption = html! {
         @if !colors.is_empty() { (color_legend(&colors)) }
-        (words) " Dotted lines: where a stage ends."
+        (words) " Dotted lines: ends of stages."
     };
     Ok(figure(&pictures, &caption, &[table]))
 }
@@ -141,13 +143,13 @@ fn color_legend(colors: &BTreeMap<String, usize>) -> Markup {
     series_legend(colors.iter().map(|(task, i)| (*i, task.as_str())))
 }
 
-fn held_out_words(stage: &Stage, task: &str) -> Option<String> {
+fn held_out_text(stage: &Stage, task: &str) -> Option<String> {
     let values: Vec<Option<f64>> = stage.held_out.iter().filter_map(|(_, map)| map.get(task).copied()).collect();
     let (first, last) = (values.first()?, values.last()?);
-    Some(format!("{task} {} to {}", loss_words(*first), loss_words(*last)))
+    Some(format!("{task} {} to {}", loss_text(*first), loss_text(*last)))
 }
 
-fn loss_words(loss: Option<f64>) -> String {
+fn loss_text(loss: Option<f64>) -> String {
     loss.map_or("not finite".to_owned(), |loss| format!("{loss:.4}"))
 }
 
@@ -208,7 +210,7 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 /// The section with held-out losses at the end of every stage.
-pub fn forgetting(folder: &Path) -> Result<Markup> {
+pub(crate) fn forgetting(folder: &Path) -> Result<Markup> {
     let courses: Vec<Course> = courses(folder)?
         .into_iter()
         .filter(|course| course.stages.iter().filter(|s| !s.held_out.is_empty()).count() > 1)
@@ -223,7 +225,7 @@ pub fn forgetting(folder: &Path) -> Result<Markup> {
     let tables: Vec<Table> = courses.iter().map(|course| stage_table(course, &colors)).collect();
     let caption = html! {
         (color_legend(&colors))
-        "Held-out loss of every task at the end of each stage. A line that rises again is a task being forgotten."
+        "Held-out loss of every task at the end of each stage. A rising line is a task being forgotten."
     };
     Ok(figure(&pictures, &caption, &tables))
 }
@@ -265,8 +267,7 @@ fn stage_table(course: &Course, colors: &BTreeMap<String, usize>) -> Table {
         let ends = ends(course, task);
         let Some((_, last)) = ends.last() else { continue };
         let lowest = ends.iter().filter_map(|(_, loss)| *loss).fold(f64::INFINITY, f64::min);
-        let of =
-            |k: usize| ends.iter().find(|(stage, _)| *stage == k).map_or("–".to_owned(), |(_, l)| loss_words(*l));
+        let of = |k: usize| ends.iter().find(|(stage, _)| *stage == k).map_or("–".to_owned(), |(_, l)| loss_text(*l));
         let forgotten = last.map_or("–".to_owned(), |last| format!("{:.4}", last - lowest));
         let cells = (1..=course.stages.len()).map(of);
         let row: Vec<String> = [task.clone()].into_iter().chain(cells).chain([forgotten]).collect();

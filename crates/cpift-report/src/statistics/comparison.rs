@@ -1,4 +1,5 @@
-//! Runs by tasks: values, the best of each column, and differences to a baseline with paired intervals.
+//! Runs by tasks: values, the best of each column, and differences to a baseline with paired
+//! intervals.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,13 +14,13 @@ use super::unit::Unit;
 
 /// Settings of a comparison: the baseline, and the bootstrap of the differences to it.
 #[derive(Debug, Clone)]
-pub struct Question {
+pub(crate) struct Question {
     /// The run the others are compared with.
-    pub baseline: Option<String>,
+    pub(crate) baseline: Option<String>,
     /// Resamples of the bootstrap.
-    pub resamples: usize,
+    pub(crate) resamples: usize,
     /// Seed of the bootstrap.
-    pub seed: u64,
+    pub(crate) seed: u64,
 }
 
 impl Question {
@@ -27,7 +28,7 @@ impl Question {
     ///
     /// # Errors
     /// [`cpift_core::Usage`] if it is out of range.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         match self.resamples {
             1..=1_000_000 => Ok(()),
             _ => Err(usage("--resamples must be 1 to 1000000")),
@@ -37,22 +38,23 @@ impl Question {
 
 /// The figures of one task, or of all tasks: one cell per run.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Column {
+pub(crate) struct Column {
     /// The task; `None` for ANS and the mean loss.
-    pub task: Option<String>,
+    pub(crate) task: Option<String>,
     /// The figure's name: `acc`, `nll`, `ANS`.
-    pub figure: String,
+    pub(crate) figure: String,
     /// Its unit.
-    pub unit: Unit,
+    pub(crate) unit: Unit,
     /// One cell per run, in their order.
-    pub cells: Vec<Cell>,
-    /// One difference per run, if there is a baseline; `None` for the baseline itself and if either has no value.
-    pub deltas: Vec<Option<Delta>>,
+    pub(crate) cells: Vec<Cell>,
+    /// One difference per run, if there is a baseline; `None` for the baseline itself and if either
+    /// has no value.
+    pub(crate) deltas: Vec<Option<Delta>>,
 }
 
 /// The value of one run.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Cell {
+pub(crate) enum Cell {
     /// A figure, and true if it is the best of its column.
     Value(MetricValue, bool),
     /// The task is scored by a judge, which has not read this run.
@@ -65,30 +67,31 @@ pub enum Cell {
 
 impl Cell {
     /// The figure, if there is one.
-    pub fn figure(&self) -> Option<&MetricValue> {
+    pub(crate) fn figure(&self) -> Option<&MetricValue> {
         if let Self::Value(figure, _) = self { Some(figure) } else { None }
     }
 }
 
 /// Runs and their figures, side by side.
 #[derive(Debug, Clone)]
-pub struct Comparison {
+pub(crate) struct Comparison {
     /// The runs, in the order given.
-    pub runs: Vec<Run>,
+    pub(crate) runs: Vec<Run>,
     /// Baseline and bootstrap settings.
-    pub question: Question,
+    pub(crate) question: Question,
     /// One column per task: its metric if any run has one, otherwise its loss.
-    pub scores: Vec<Column>,
+    pub(crate) scores: Vec<Column>,
     /// The Average Normalised Score.
-    pub ans: Column,
+    pub(crate) ans: Column,
     /// The loss of every task.
-    pub losses: Vec<Column>,
+    pub(crate) losses: Vec<Column>,
     /// The mean loss over the tasks.
-    pub mean_loss: Column,
-    /// Further figures of the same rows: other readings of a metric, its parts, perplexity, and the rows that scoring skipped or cut.
-    pub also: Vec<Column>,
+    pub(crate) mean_loss: Column,
+    /// Further figures of the same rows: other readings of a metric, its parts, perplexity, and the
+    /// rows that scoring skipped or cut.
+    pub(crate) also: Vec<Column>,
     /// Notes under the tables: intervals that cannot be given, means that leave tasks out.
-    pub notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
 }
 
 impl Comparison {
@@ -96,7 +99,7 @@ impl Comparison {
     ///
     /// # Errors
     /// [`cpift_core::Usage`] when the baseline is none of them, or there are no resamples.
-    pub fn new(runs: Vec<Run>, question: Question) -> Result<Self> {
+    pub(crate) fn new(runs: Vec<Run>, question: Question) -> Result<Self> {
         let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
         let baseline = match &question.baseline {
             None => None,
@@ -104,7 +107,7 @@ impl Comparison {
                 names
                     .iter()
                     .position(|n| n == name)
-                    .ok_or_else(|| usage(format!("--baseline {name} is none of the runs: {}", names.join(", "))))?,
+                    .ok_or_else(|| usage(format!("--baseline {name} is not among the runs: {}", names.join(", "))))?,
             ),
         };
         question.check()?;
@@ -137,28 +140,29 @@ impl Comparison {
     }
 
     /// The columns of the table: a score for each task, ANS, mean loss.
-    pub fn columns(&self) -> impl Iterator<Item = &Column> {
+    pub(crate) fn columns(&self) -> impl Iterator<Item = &Column> {
         self.scores.iter().chain([&self.ans, &self.mean_loss])
     }
 
     /// Every column, each once.
-    pub fn all_columns(&self) -> impl Iterator<Item = &Column> {
+    pub(crate) fn all_columns(&self) -> impl Iterator<Item = &Column> {
         let shown = |c: &&Column| !self.scores.iter().any(|s| s.task == c.task && s.figure == c.figure);
         self.columns().chain(self.losses.iter().filter(shown)).chain(&self.also)
     }
 
     /// The baseline's place among the runs.
-    pub fn baseline(&self) -> Option<usize> {
+    pub(crate) fn baseline(&self) -> Option<usize> {
         self.runs.iter().position(|run| Some(&run.name) == self.question.baseline.as_ref())
     }
 
     /// Description of the intervals: method, resamples, seed.
-    pub fn interval_words(&self) -> String {
+    pub(crate) fn interval_text(&self) -> String {
         format!("95 % paired bootstrap over rows, {} resamples, seed {}", self.question.resamples, self.question.seed)
     }
 
-    /// Number of rows behind each task's score; empty if nothing was scored. It differs between runs if a judge gave no grade.
-    pub fn rows_words(&self) -> String {
+    /// Number of rows behind each task's score; empty if nothing was scored. It differs between
+    /// runs if a judge gave no grade.
+    pub(crate) fn rows_text(&self) -> String {
         let count = |column: &Column| {
             let counts = column.cells.iter().filter_map(|cell| Some(cell.figure()?.n));
             let (low, high) = (counts.clone().min()?, counts.max()?);
@@ -189,7 +193,8 @@ fn score_column(runs: &[Run], task: &str) -> Column {
     let Some(figure) = runs.iter().find_map(scored).or(wanted) else { return loss_column(runs, task) };
     let unit = Unit::of(&figure);
     let cell = |run: &Run| match run.task(task) {
-        // With --force runs may have other metrics; one on another scale does not belong in this column.
+        // With --force runs may have other metrics; one on another scale does not belong in this
+        // column.
         Some(TaskScore { metric: Some(metric), .. }) if Unit::of(&metric.name) == unit => {
             Cell::Value(metric.clone(), false)
         }
@@ -248,8 +253,8 @@ fn is_some_rows(score: &TaskScore, name: &str) -> bool {
     score.settings.get(name).and_then(Value::as_u64).is_some_and(|count| count > 0)
 }
 
-/// The mean over the tasks of `columns` that any run has a figure of. A run that lacks one of them gets no mean: means over different
-/// tasks cannot be compared. ANS scales each figure to 0 to 10.
+/// The mean over the tasks of `columns` that any run has a figure of. A run that lacks one of them
+/// gets no mean: means over different tasks cannot be compared. ANS scales each figure to 0 to 10.
 fn over_tasks(columns: &[&Column], runs: &[Run], name: &str, unit: Unit, notes: &mut Vec<String>) -> Column {
     let named = |columns: &[&Column]| columns.iter().filter_map(|c| c.task.as_deref()).collect::<Vec<_>>().join(", ");
     let (counted, empty): (Vec<&Column>, Vec<&Column>) =
@@ -307,7 +312,7 @@ fn unpaired(base: usize, column: &Column) -> Vec<Option<Delta>> {
 
 impl Column {
     /// The column's name in text tables: task, figure and unit.
-    pub fn title(&self) -> String {
+    pub(crate) fn title(&self) -> String {
         match (&self.task, self.unit) {
             (Some(task), Unit::Nats) => format!("{task} nll"),
             (Some(task), unit) => format!("{task} {} {}", self.figure, unit.symbol()),
@@ -316,7 +321,7 @@ impl Column {
     }
 
     /// The cell of a run as tables show it.
-    pub fn text(&self, run: usize) -> String {
+    pub(crate) fn text(&self, run: usize) -> String {
         match &self.cells[run] {
             Cell::Value(f, _) if self.task.is_none() || self.unit == Unit::Count => self.unit.text(f.value),
             Cell::Value(f, _) => f.shown(|x| self.unit.text(*x)),
@@ -327,7 +332,7 @@ impl Column {
     }
 
     /// Returns true if the cell of a run is the best of the column.
-    pub fn is_best(&self, run: usize) -> bool {
+    pub(crate) fn is_best(&self, run: usize) -> bool {
         matches!(self.cells[run], Cell::Value(_, true))
     }
 
@@ -346,25 +351,25 @@ impl Column {
 
 /// Difference of a run to the baseline.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Delta {
+pub(crate) struct Delta {
     /// Run minus baseline.
-    pub value: f64,
+    pub(crate) value: f64,
     /// The 95 % paired bootstrap interval, if rows can be paired.
-    pub interval: Option<(f64, f64)>,
+    pub(crate) interval: Option<(f64, f64)>,
     /// Number of paired rows.
-    pub rows: usize,
+    pub(crate) rows: usize,
     /// Differences by resample, from which the interval of a mean over tasks is made.
     means: Vec<f64>,
 }
 
 impl Delta {
     /// A difference without an interval.
-    pub fn alone(value: f64) -> Self {
+    pub(crate) fn alone(value: f64) -> Self {
         Self { value, interval: None, rows: 0, means: Vec::new() }
     }
 
     /// The difference with its interval, both with their signs.
-    pub fn text(&self, unit: Unit) -> String {
+    pub(crate) fn text(&self, unit: Unit) -> String {
         match self.interval {
             Some((low, high)) => {
                 format!("{} [{}, {}]", unit.signed(self.value), unit.signed(low), unit.signed(high))
@@ -373,9 +378,9 @@ impl Delta {
         }
     }
 
-    /// The mean of the differences of several tasks, each brought to one scale; `None` if a task has none. Its interval combines the
-    /// resamples of the tasks, if every task has them.
-    pub fn over_tasks(tasks: &[(Unit, Option<&Self>)], scale: impl Fn(Unit, f64) -> f64) -> Option<Self> {
+    /// The mean of the differences of several tasks, each brought to one scale; `None` if a task
+    /// has none. Its interval combines the resamples of the tasks, if every task has them.
+    pub(crate) fn over_tasks(tasks: &[(Unit, Option<&Self>)], scale: impl Fn(Unit, f64) -> f64) -> Option<Self> {
         let tasks: Vec<(Unit, &Self)> =
             tasks.iter().map(|(unit, delta)| Some((*unit, (*delta)?))).collect::<Option<_>>()?;
         let draws = tasks.iter().map(|(_, delta)| delta.means.len()).min()?;
@@ -389,42 +394,44 @@ impl Delta {
 }
 
 /// A method and its baseline, each with one run per seed.
-pub struct Sides<'a> {
+pub(crate) struct Sides<'a> {
     /// Name of the method.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
     /// Runs of the baseline.
-    pub base: &'a [Run],
+    pub(crate) base: &'a [Run],
     /// Runs of the method.
-    pub run: &'a [Run],
+    pub(crate) run: &'a [Run],
     /// Largest number of rows behind any of their figures.
-    pub rows: u64,
+    pub(crate) rows: u64,
 }
 
-/// The figure whose difference is resampled. All figures of one `stream` get the same draws of rows.
-pub struct Drawn<'a> {
+/// The figure whose difference is resampled. All figures of one `stream` get the same draws of
+/// rows.
+pub(crate) struct Drawn<'a> {
     /// The task.
-    pub task: &'a str,
+    pub(crate) task: &'a str,
     /// The figure's unit.
-    pub unit: Unit,
+    pub(crate) unit: Unit,
     /// Stream of the random generator: the task's index.
-    pub stream: u64,
+    pub(crate) stream: u64,
 }
 
-/// The draws of seeds, shared by all differences of a comparison; the draws of rows follow from the random seed.
-pub struct Draws {
+/// The draws of seeds, shared by all differences of a comparison; the draws of rows follow from the
+/// random seed.
+pub(crate) struct Draws {
     shares: Vec<Vec<f64>>,
     seed: u64,
 }
 
 impl Draws {
     /// The draws for methods with `seeds` seeds each.
-    pub fn new(seeds: usize, question: &Question) -> Self {
+    pub(crate) fn new(seeds: usize, question: &Question) -> Self {
         Self { shares: bootstrap::shares(seeds, question.resamples, question.seed), seed: question.seed }
     }
 
-    /// Sets the interval of a difference, or adds a note with the reason it has none. If some rows are not in all runs, the difference
-    /// becomes that over the common rows.
-    pub fn draw(&self, delta: &mut Delta, sides: &Sides<'_>, drawn: &Drawn<'_>, notes: &mut Vec<String>) {
+    /// Sets the interval of a difference, or adds a note with the reason it has none. If some rows
+    /// are not in all runs, the difference becomes that over the common rows.
+    pub(crate) fn draw(&self, delta: &mut Delta, sides: &Sides<'_>, drawn: &Drawn<'_>, notes: &mut Vec<String>) {
         let (name, task) = (sides.name, drawn.task);
         let note = match pairs(sides, drawn) {
             Ok(rows) => {
@@ -447,7 +454,8 @@ impl Draws {
     }
 }
 
-/// The rows that all runs of both sides have, ordered by row number, with one pair per seed; or the reason there are none.
+/// The rows that all runs of both sides have, ordered by row number, with one pair per seed; or the
+/// reason there are none.
 fn pairs(sides: &Sides<'_>, drawn: &Drawn<'_>) -> Result<Vec<Vec<Pair>>, String> {
     let scored: Vec<&TaskScore> = sides.base.iter().chain(sides.run).filter_map(|run| run.task(drawn.task)).collect();
     if scored.windows(2).any(|two| two[0].eval_digest != two[1].eval_digest) {
@@ -471,7 +479,8 @@ fn pairs(sides: &Sides<'_>, drawn: &Drawn<'_>) -> Result<Vec<Vec<Pair>>, String>
     }
 }
 
-/// Contribution of each row of a run to its figure, as a sum and a weight, checked to give that figure.
+/// Contribution of each row of a run to its figure, as a sum and a weight, checked to give that
+/// figure.
 fn rows(run: &Run, drawn: &Drawn<'_>) -> Result<BTreeMap<u64, [f64; 2]>, String> {
     let name = &run.name;
     let outputs = run.outputs.as_ref().ok_or_else(|| format!("{name} has no outputs.jsonl"))?;

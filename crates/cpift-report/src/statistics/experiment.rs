@@ -1,4 +1,5 @@
-//! Experiments over seeds: mean scores of methods, or forgetting, with the uncertainty from seeds, rows and pairs of tasks.
+//! Experiments over seeds: mean scores of methods, or forgetting, with the uncertainty from seeds,
+//! rows and pairs of tasks.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,20 +15,20 @@ use super::unit::{Spread, Unit};
 
 /// An experiment and its outcome.
 #[derive(Debug, Clone)]
-pub struct Experiment {
+pub(crate) struct Experiment {
     /// Name, question and baseline.
-    pub head: Head,
+    pub(crate) head: Head,
     /// Baseline and bootstrap settings.
-    pub question: Question,
+    pub(crate) question: Question,
     /// The results.
-    pub outcome: Outcome,
+    pub(crate) outcome: Outcome,
 }
 
 /// The results of an experiment, by its kind.
 #[derive(Debug, Clone)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// Scores over seeds.
-    Scores(Box<Seeds>),
+    Scores(Box<SeedScores>),
     /// Changes through training on a second task.
     Forgetting(Forgetting),
 }
@@ -36,14 +37,14 @@ impl Experiment {
     /// Reads an experiment's file and the scores it names.
     ///
     /// # Errors
-    /// [`BadInput`] when a file cannot be read or, without `force`, when the runs are not comparable; [`cpift_core::Usage`] for a number
-    /// of resamples out of range.
-    pub fn read(path: &Path, question: Question, force: bool) -> Result<Self> {
+    /// [`BadInput`] when a file cannot be read or, without `force`, when the runs are not
+    /// comparable; [`cpift_core::Usage`] for a number of resamples out of range.
+    pub(crate) fn read(path: &Path, question: Question, force: bool) -> Result<Self> {
         question.check()?;
         let file = File::read(path)?;
         let question = Question { baseline: file.head.baseline.clone(), ..question };
         let outcome = match &file.rows {
-            Rows::Scores(rows) => Outcome::Scores(Box::new(Seeds::new(&file, rows, &question, force)?)),
+            Rows::Scores(rows) => Outcome::Scores(Box::new(SeedScores::new(&file, rows, &question, force)?)),
             Rows::Forgetting(rows) => Outcome::Forgetting(Forgetting::new(&file, rows, &question, force)?),
         };
         Ok(Self { head: file.head, question, outcome })
@@ -52,51 +53,51 @@ impl Experiment {
 
 /// The scores of every row of an experiment.
 #[derive(Debug, Clone)]
-pub struct Seeds {
+pub(crate) struct SeedScores {
     /// The methods, in the file's order.
-    pub rows: Vec<ScoreRow>,
+    pub(crate) rows: Vec<ScoreRow>,
     /// The axis, if they are a sweep.
-    pub axis: Option<Axis>,
+    pub(crate) axis: Option<Axis>,
     /// Number of seeds of every row.
-    pub seeds: usize,
+    pub(crate) seeds: usize,
     /// Index of the baseline of each row; `None` without one and for the baseline itself.
-    pub baselines: Vec<Option<usize>>,
+    pub(crate) baselines: Vec<Option<usize>>,
     /// One column per task: its metric if any run has one, otherwise its loss.
-    pub scores: Vec<Column>,
+    pub(crate) scores: Vec<Column>,
     /// The plain mean over the tasks, if all metrics are fractions.
-    pub mean: Option<Column>,
+    pub(crate) mean: Option<Column>,
     /// The Average Normalised Score.
-    pub ans: Column,
+    pub(crate) ans: Column,
     /// The loss of every task.
-    pub losses: Vec<Column>,
+    pub(crate) losses: Vec<Column>,
     /// The mean loss over the tasks.
-    pub mean_loss: Column,
+    pub(crate) mean_loss: Column,
     /// Further figures of the same rows.
-    pub also: Vec<Column>,
+    pub(crate) also: Vec<Column>,
     /// Sentence with the number of rows behind each task's score.
-    pub rows_words: String,
+    pub(crate) rows_text: String,
     /// Notes under the tables.
-    pub notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
 }
 
 /// The figures of one task, or of all tasks: one cell per row.
 #[derive(Debug, Clone)]
-pub struct Column {
+pub(crate) struct Column {
     /// The task; `None` for means over tasks.
-    pub task: Option<String>,
+    pub(crate) task: Option<String>,
     /// The figure's name.
-    pub figure: String,
+    pub(crate) figure: String,
     /// Its unit.
-    pub unit: Unit,
+    pub(crate) unit: Unit,
     /// One cell per row.
-    pub cells: Vec<Cell>,
+    pub(crate) cells: Vec<Cell>,
     /// One difference to the baseline per row.
-    pub deltas: Vec<Option<Delta>>,
+    pub(crate) deltas: Vec<Option<Delta>>,
 }
 
 /// A figure of one row.
 #[derive(Debug, Clone)]
-pub enum Cell {
+pub(crate) enum Cell {
     /// One value per seed, and true if no other row has a better mean.
     Value(Spread, bool),
     /// The text to show if a seed has no value.
@@ -105,12 +106,12 @@ pub enum Cell {
 
 impl Cell {
     /// The values, if every seed has one.
-    pub fn spread(&self) -> Option<&Spread> {
+    pub(crate) fn spread(&self) -> Option<&Spread> {
         if let Self::Value(spread, _) = self { Some(spread) } else { None }
     }
 
     /// The cell as tables show it, and true if it is the best.
-    pub fn text(&self, unit: Unit) -> (String, bool) {
+    pub(crate) fn text(&self, unit: Unit) -> (String, bool) {
         match self {
             Self::Value(spread, best) => (spread.text(unit), *best),
             Self::Without(text) => (text.clone(), false),
@@ -118,18 +119,18 @@ impl Cell {
     }
 }
 
-impl Seeds {
+impl SeedScores {
     /// Reads the runs of `rows` and compares them.
     ///
     /// # Errors
     /// As [`Experiment::read`].
-    pub fn new(file: &File, rows: &[ScoreRow], question: &Question, force: bool) -> Result<Self> {
+    pub(crate) fn new(file: &File, rows: &[ScoreRow], question: &Question, force: bool) -> Result<Self> {
         let seeds = rows[0].runs.len();
         let runs = read(file, rows, seeds, force)?;
         let flat = Comparison::new(runs, Question { baseline: None, ..question.clone() })?;
         let one = |column| over_seeds(column, seeds);
         let scores: Vec<Column> = flat.scores.iter().map(one).collect();
-        let said = rows.iter().filter_map(|row| Some(format!("{}: {}", label(row), row.note.as_ref()?)));
+        let row_notes = rows.iter().filter_map(|row| Some(format!("{}: {}", label(row), row.note.as_ref()?)));
         let mut all = Self {
             rows: rows.to_vec(),
             axis: file.head.axis.clone(),
@@ -141,8 +142,8 @@ impl Seeds {
             losses: flat.losses.iter().map(one).collect(),
             mean_loss: over_seeds(&flat.mean_loss, seeds),
             also: flat.also.iter().map(one).collect(),
-            rows_words: flat.rows_words(),
-            notes: said.chain(flat.notes.iter().cloned()).collect(),
+            rows_text: flat.rows_text(),
+            notes: row_notes.chain(flat.notes.iter().cloned()).collect(),
         };
         if all.compared() {
             all.take_differences(&flat, question);
@@ -159,7 +160,8 @@ impl Seeds {
         let scored = self.scores.iter_mut().zip(&flat.scores).chain(self.losses.iter_mut().zip(&flat.losses));
         for (column, flat_column) in scored.chain(self.also.iter_mut().zip(&flat.also)) {
             column.deltas = unpaired(&self.baselines, column);
-            // Further figures are not recorded by row, except the perplexity, which comes from the loss.
+            // Further figures are not recorded by row, except the perplexity, which comes from the
+            // loss.
             let kept = column.unit.is_loss() || !flat.also.contains(flat_column);
             let (Some(task), true) = (&column.task, kept) else { continue };
             let stream = tasks.iter().position(|other| *other == column.task).unwrap_or(0) as u64;
@@ -182,29 +184,29 @@ impl Seeds {
     }
 
     /// Returns true if any row has a baseline.
-    pub fn compared(&self) -> bool {
+    pub(crate) fn compared(&self) -> bool {
         self.baselines.iter().any(Option::is_some)
     }
 
     /// The columns of the table: a score for each task, their mean, ANS, mean loss.
-    pub fn columns(&self) -> impl Iterator<Item = &Column> {
+    pub(crate) fn columns(&self) -> impl Iterator<Item = &Column> {
         self.scores.iter().chain(&self.mean).chain([&self.ans, &self.mean_loss])
     }
 
     /// Every column, each once.
-    pub fn all_columns(&self) -> impl Iterator<Item = &Column> {
+    pub(crate) fn all_columns(&self) -> impl Iterator<Item = &Column> {
         let shown = |c: &&Column| !self.scores.iter().any(|s| s.task == c.task && s.figure == c.figure);
         self.columns().chain(self.losses.iter().filter(shown)).chain(&self.also)
     }
 
     /// The column that summarizes all tasks: their mean, ANS, or the mean loss.
-    pub fn overall(&self) -> &Column {
+    pub(crate) fn overall(&self) -> &Column {
         let has = |column: &&Column| column.cells.iter().any(|cell| cell.spread().is_some());
         self.mean.iter().chain([&self.ans]).find(has).unwrap_or(&self.mean_loss)
     }
 
     /// Description of the intervals: method, resamples, seed.
-    pub fn interval_words(&self, question: &Question) -> String {
+    pub(crate) fn interval_text(&self, question: &Question) -> String {
         let draws = format!("{} resamples, seed {}", question.resamples, question.seed);
         match self.seeds {
             1 => format!("95 % paired bootstrap over rows, {draws}"),
@@ -216,12 +218,12 @@ impl Seeds {
     }
 
     /// Sentence with the numbers of rows and seeds behind the table.
-    pub fn spread_words(&self) -> String {
+    pub(crate) fn spread_text(&self) -> String {
         let seeds = match self.seeds {
             1 => "One seed.".to_owned(),
             n => format!("{n} seeds: mean ± sample standard deviation over them."),
         };
-        format!("{} {seeds}", self.rows_words).trim_start().to_owned()
+        format!("{} {seeds}", self.rows_text).trim_start().to_owned()
     }
 }
 
@@ -317,62 +319,64 @@ fn over_tasks(tasks: &[&Column], mean: &Column, scale: impl Fn(Unit, f64) -> f64
 
 /// Changes of scores through training on a second task, by method.
 #[derive(Debug, Clone)]
-pub struct Forgetting {
-    /// Unit of the changes: percent if all metrics are fractions, points of 10 if any is a judge's rating.
-    pub unit: Unit,
+pub(crate) struct Forgetting {
+    /// Unit of the changes: percent if all metrics are fractions, points of 10 if any is a judge's
+    /// rating.
+    pub(crate) unit: Unit,
     /// The methods, in the file's order.
-    pub methods: Vec<Method>,
+    pub(crate) methods: Vec<Method>,
     /// Index of the baseline.
-    pub baseline: Option<usize>,
+    pub(crate) baseline: Option<usize>,
     /// Pairs of tasks of any method, in order of appearance.
-    pub pairs: Vec<(String, String)>,
+    pub(crate) pairs: Vec<(String, String)>,
     /// Notes under the tables.
-    pub notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
 }
 
 /// The changes of one method.
 #[derive(Debug, Clone)]
-pub struct Method {
+pub(crate) struct Method {
     /// Name of the method.
-    pub name: String,
+    pub(crate) name: String,
     /// One change per pair and seed.
-    pub changes: Vec<Change>,
+    pub(crate) changes: Vec<Change>,
     /// ΔA of all changes.
-    pub first: Spread,
+    pub(crate) first: Spread,
     /// ΔB of all changes.
-    pub second: Spread,
-    /// Share of the baseline's loss that is avoided; `None` for the baseline itself and if it loses nothing.
-    pub cut: Option<Cut>,
+    pub(crate) second: Spread,
+    /// Share of the baseline's loss that is avoided; `None` for the baseline itself and if it loses
+    /// nothing.
+    pub(crate) cut: Option<Cut>,
 }
 
 /// Change through training on a second task.
 #[derive(Debug, Clone)]
-pub struct Change {
+pub(crate) struct Change {
     /// First and second task.
-    pub pair: (String, String),
+    pub(crate) pair: (String, String),
     /// ΔA: the first task's metric after the second task, less that after the first.
-    pub first: f64,
+    pub(crate) first: f64,
     /// ΔB: the same difference of the second task's metric.
-    pub second: f64,
+    pub(crate) second: f64,
 }
 
 /// Share of the baseline's loss that a method avoids.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Cut {
+pub(crate) struct Cut {
     /// 1 − ΔA/ΔA of the baseline.
-    pub value: f64,
+    pub(crate) value: f64,
     /// The 95 % bootstrap interval over pairs of tasks.
-    pub interval: Option<(f64, f64)>,
+    pub(crate) interval: Option<(f64, f64)>,
 }
 
 impl Method {
     /// The changes of one pair of tasks.
-    pub fn of_pair<'a>(&'a self, pair: &'a (String, String)) -> impl Iterator<Item = &'a Change> {
+    pub(crate) fn of_pair<'a>(&'a self, pair: &'a (String, String)) -> impl Iterator<Item = &'a Change> {
         self.changes.iter().filter(move |change| change.pair == *pair)
     }
 
     /// Number of pairs of tasks.
-    pub fn pairs(&self) -> usize {
+    pub(crate) fn pairs(&self) -> usize {
         self.changes.iter().map(|change| &change.pair).collect::<BTreeSet<_>>().len()
     }
 }
@@ -382,7 +386,7 @@ impl Forgetting {
     ///
     /// # Errors
     /// As [`Experiment::read`].
-    pub fn new(file: &File, rows: &[PairRow], question: &Question, force: bool) -> Result<Self> {
+    pub(crate) fn new(file: &File, rows: &[PairRow], question: &Question, force: bool) -> Result<Self> {
         let runs = read_pairs(file, rows, force)?;
         let unit = unit(file, rows, &runs)?;
         let mut methods = Vec::new();
@@ -401,8 +405,8 @@ impl Forgetting {
                 pairs.push(change.pair.clone());
             }
         }
-        let said = rows.iter().filter_map(|row| Some(format!("{}: {}", row.name, row.note.as_ref()?)));
-        let notes = said.chain(differences_of_shared_tasks(&runs)).collect();
+        let row_notes = rows.iter().filter_map(|row| Some(format!("{}: {}", row.name, row.note.as_ref()?)));
+        let notes = row_notes.chain(differences_of_shared_tasks(&runs)).collect();
         let baseline = rows.iter().position(|row| Some(&row.name) == file.head.baseline.as_ref());
         let mut all = Self { unit, methods, baseline, pairs, notes };
         all.take_cuts(question);
@@ -422,7 +426,7 @@ impl Forgetting {
     }
 
     /// Description of the intervals: method, resamples, seed.
-    pub fn interval_words(&self, question: &Question) -> String {
+    pub(crate) fn interval_text(&self, question: &Question) -> String {
         format!(
             "95 % bootstrap over pairs of tasks, each with all its seeds and the same for both methods; {} resamples, seed {}",
             question.resamples, question.seed
@@ -430,7 +434,7 @@ impl Forgetting {
     }
 
     /// Returns true if a pair of tasks has several seeds.
-    pub fn has_seeds(&self) -> bool {
+    pub(crate) fn has_seeds(&self) -> bool {
         self.methods.iter().any(|method| method.changes.len() > method.pairs())
     }
 }
@@ -540,7 +544,8 @@ fn interval(clusters: &[(f64, f64)], question: &Question) -> Result<((f64, f64),
     let drawn = bootstrap::ratios(clusters, question.resamples, question.seed);
     let cuts: Vec<f64> = drawn.iter().flatten().map(|ratio| 1.0 - ratio).collect();
     let left_out = drawn.len() - cuts.len();
-    // A few draws in which the baseline forgets nothing hardly move the ends of the interval; many would.
+    // A few draws in which the baseline forgets nothing hardly move the ends of the interval; many
+    // would.
     if left_out as f64 > 0.05 * drawn.len() as f64 {
         return Err("no interval of the loss avoided: in more than 5 % of the resamples the baseline forgets nothing");
     }

@@ -1,4 +1,5 @@
-//! RUN_DIR/experiments/NAME.json: the methods of an experiment, with the scores directories of every seed.
+//! RUN_DIR/experiments/NAME.json: the methods of an experiment, with the scores directories of
+//! every seed.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -10,50 +11,51 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Format version of the file.
-pub const FORMAT_VERSION: u32 = 1;
+pub(crate) const FORMAT_VERSION: u32 = 1;
 
-/// An experiment's file, checked: its rows have the fields of their kind, and its paths stay under the run's directory.
+/// An experiment's file, checked: its rows have the fields of their kind, and its paths stay under
+/// the run's directory.
 #[derive(Debug, Clone)]
-pub struct File {
+pub(crate) struct File {
     /// Path of the file.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Directory of the run, which the paths of the file are relative to.
-    pub run_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
     /// Name, question and baseline.
-    pub head: Head,
+    pub(crate) head: Head,
     /// The methods.
-    pub rows: Rows,
+    pub(crate) rows: Rows,
 }
 
 /// An experiment's description.
 #[derive(Debug, Clone)]
-pub struct Head {
+pub(crate) struct Head {
     /// Short name.
-    pub name: String,
+    pub(crate) name: String,
     /// Headline.
-    pub title: String,
+    pub(crate) title: String,
     /// The question, in one sentence.
-    pub question: String,
+    pub(crate) question: String,
     /// Name of the row that the others are compared with.
-    pub baseline: Option<String>,
+    pub(crate) baseline: Option<String>,
     /// The axis, if the rows are a sweep.
-    pub axis: Option<Axis>,
+    pub(crate) axis: Option<Axis>,
 }
 
 /// The axis of a sweep.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Axis {
+pub(crate) struct Axis {
     /// Name and unit.
-    pub label: String,
+    pub(crate) label: String,
     /// True for a logarithmic axis.
     #[serde(default)]
-    pub log: bool,
+    pub(crate) log: bool,
 }
 
 /// The rows of either kind.
 #[derive(Debug, Clone)]
-pub enum Rows {
+pub(crate) enum Rows {
     /// Methods with the scores of each seed.
     Scores(Vec<ScoreRow>),
     /// Methods with scores before and after training on a second task.
@@ -63,56 +65,56 @@ pub enum Rows {
 /// A method and its scores, one directory per seed.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ScoreRow {
+pub(crate) struct ScoreRow {
     /// The method.
-    pub name: String,
+    pub(crate) name: String,
     /// The line of the sweep's plot.
     #[serde(default)]
-    pub series: Option<String>,
+    pub(crate) series: Option<String>,
     /// Position on the axis of the sweep.
     #[serde(default)]
-    pub x: Option<f64>,
+    pub(crate) x: Option<f64>,
     /// Number of training tokens.
     #[serde(default)]
-    pub tokens: Option<u64>,
+    pub(crate) tokens: Option<u64>,
     /// Scores directories, in the order of the seeds.
-    pub runs: Vec<InsideRun>,
-    /// What the reader must know.
+    pub(crate) runs: Vec<InsideRun>,
+    /// A note under the table.
     #[serde(default)]
-    pub note: Option<String>,
+    pub(crate) note: Option<String>,
 }
 
 /// A method trained on one task and then on another.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct PairRow {
+pub(crate) struct PairRow {
     /// The method.
-    pub name: String,
+    pub(crate) name: String,
     /// Pairs of tasks; a pair occurs once per seed.
-    pub pairs: Vec<Pair>,
-    /// What the reader must know.
+    pub(crate) pairs: Vec<Pair>,
+    /// A note under the table.
     #[serde(default)]
-    pub note: Option<String>,
+    pub(crate) note: Option<String>,
 }
 
 /// Scores after the first task and after the second.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Pair {
+pub(crate) struct Pair {
     /// The task trained first.
-    pub first: String,
+    pub(crate) first: String,
     /// The task trained after it.
-    pub second: String,
+    pub(crate) second: String,
     /// Scores directory after the first task.
-    pub after_first: InsideRun,
+    pub(crate) after_first: InsideRun,
     /// Scores directory after the second task.
-    pub after_second: InsideRun,
+    pub(crate) after_second: InsideRun,
 }
 
 /// A path under the run's directory.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct InsideRun(pub String);
+pub(crate) struct InsideRun(pub(crate) String);
 
 impl TryFrom<String> for InsideRun {
     type Error = String;
@@ -154,7 +156,7 @@ impl File {
     ///
     /// # Errors
     /// [`BadInput`] for another format version, or fields that do not fit its kind.
-    pub fn read(path: &Path) -> Result<Self> {
+    pub(crate) fn read(path: &Path) -> Result<Self> {
         let value: Value = json::read(path)?;
         json::check_version(path, "an experiment", json::version_of(&value), FORMAT_VERSION)?;
         let raw: Raw =
@@ -177,7 +179,7 @@ impl File {
     ///
     /// # Errors
     /// [`BadInput`] naming the row if the directory has no scores.json.
-    pub fn scores_dir(&self, row: &str, folder: &InsideRun) -> Result<PathBuf> {
+    pub(crate) fn scores_dir(&self, row: &str, folder: &InsideRun) -> Result<PathBuf> {
         let path = self.run_dir.join(&folder.0);
         if path.join("scores.json").is_file() {
             return Ok(path);
@@ -219,7 +221,7 @@ fn problem(head: &Head, rows: &Rows) -> Option<String> {
         return Some("has no rows".into());
     }
     if let Some(baseline) = head.baseline.as_ref().filter(|b| !names.contains(&b.as_str())) {
-        return Some(format!("the baseline {baseline} is none of the rows: {}", names.join(", ")));
+        return Some(format!("the baseline {baseline} is not among the rows: {}", names.join(", ")));
     }
     match rows {
         Rows::Scores(rows) => seeds_problem(rows).or_else(|| sweep_problem(head.axis.as_ref(), rows)),
@@ -244,8 +246,10 @@ fn seeds_problem(rows: &[ScoreRow]) -> Option<String> {
 
 fn sweep_problem(axis: Option<&Axis>, rows: &[ScoreRow]) -> Option<String> {
     let alone = |row: &ScoreRow| match (axis, row.x) {
-        (None, Some(_)) => Some(format!("{} has an x, and the experiment no axis", row.name)),
-        (None, None) if row.series.is_some() => Some(format!("{} has a series, and the experiment no axis", row.name)),
+        (None, Some(_)) => Some(format!("{} has an x, but the experiment has no axis", row.name)),
+        (None, None) if row.series.is_some() => {
+            Some(format!("{} has a series, but the experiment has no axis", row.name))
+        }
         (Some(axis), None) => Some(format!("{} has no x on the axis {}", row.name, axis.label)),
         (Some(axis), Some(x)) if axis.log && x <= 0.0 => Some(format!("{} is at {x} on a log axis", row.name)),
         _ => None,

@@ -1,4 +1,5 @@
-//! Statistics over scored checkpoints: reading the scores, comparing them, intervals by bootstrap, and experiments over seeds.
+//! Statistics over scored checkpoints: reading the scores, comparing them, intervals by bootstrap,
+//! and experiments over seeds.
 
 pub(crate) mod bootstrap;
 pub(crate) mod comparison;

@@ -1,4 +1,5 @@
-//! The scored checkpoints that are compared: read with their outputs, and checked to answer the same questions.
+//! The scored checkpoints that are compared: read with their outputs, and checked to answer the
+//! same questions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -11,27 +12,28 @@ use serde::Deserialize;
 use serde_json::Value;
 
 /// Settings that are counts made while scoring: runs may differ in them and stay comparable.
-pub const COUNTS: [&str; 5] = ["dropped", "prompts_cut", "skipped", "truncated", "verdicts"];
+pub(crate) const COUNTS: [&str; 5] = ["dropped", "prompts_cut", "skipped", "truncated", "verdicts"];
 
 /// A scored checkpoint.
 #[derive(Debug, Clone)]
-pub struct Run {
+pub(crate) struct Run {
     /// The name of its row.
-    pub name: String,
+    pub(crate) name: String,
     /// The directory or file it was read from.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Its scores.
-    pub scores: Scores,
+    pub(crate) scores: Scores,
     /// Its outputs by task, if outputs.jsonl is beside the scores.
-    pub outputs: Option<BTreeMap<String, Vec<Output>>>,
+    pub(crate) outputs: Option<BTreeMap<String, Vec<Output>>>,
 }
 
 impl Run {
     /// Reads one run.
     ///
     /// # Errors
-    /// [`BadInput`] when scores or outputs cannot be read; another version of scores.json is read as far as it can be with `force`.
-    pub fn read(name: &str, path: &Path, force: bool) -> Result<Self> {
+    /// [`BadInput`] when scores or outputs cannot be read; another version of scores.json is read
+    /// as far as it can be with `force`.
+    pub(crate) fn read(name: &str, path: &Path, force: bool) -> Result<Self> {
         Ok(Self { outputs: read_outputs(path)?, ..Self::read_scores(name, path, force)? })
     }
 
@@ -39,13 +41,13 @@ impl Run {
     ///
     /// # Errors
     /// As [`Run::read`].
-    pub fn read_scores(name: &str, path: &Path, force: bool) -> Result<Self> {
+    pub(crate) fn read_scores(name: &str, path: &Path, force: bool) -> Result<Self> {
         let scores = if force { Scores::read_any_version(path)? } else { Scores::read(path)? };
         Ok(Self { name: name.to_owned(), path: path.to_owned(), scores, outputs: None })
     }
 
     /// Drops the texts of prompts and outputs, which may be long, and keeps the rows' scores.
-    pub fn without_texts(mut self) -> Self {
+    pub(crate) fn without_texts(mut self) -> Self {
         for output in self.outputs.iter_mut().flat_map(BTreeMap::values_mut).flatten() {
             (output.prompt, output.output, output.reference, output.extracted) = (None, None, None, None);
         }
@@ -53,7 +55,7 @@ impl Run {
     }
 
     /// The score of one task.
-    pub fn task(&self, name: &str) -> Option<&TaskScore> {
+    pub(crate) fn task(&self, name: &str) -> Option<&TaskScore> {
         self.scores.tasks.iter().find(|t| t.task == name)
     }
 }
@@ -61,9 +63,9 @@ impl Run {
 /// Reads `[NAME=]DIR` arguments; a run without a name takes the directory's.
 ///
 /// # Errors
-/// [`BadInput`] when a file cannot be read or, without `force`, when the runs are not comparable; [`cpift_core::Usage`] when two runs
-/// have one name.
-pub fn read_all(arguments: &[String], force: bool) -> Result<Vec<Run>> {
+/// [`BadInput`] when a file cannot be read or, without `force`, when the runs are not comparable;
+/// [`cpift_core::Usage`] when two runs have one name.
+pub(crate) fn read_all(arguments: &[String], force: bool) -> Result<Vec<Run>> {
     let named: Vec<(String, PathBuf)> = arguments.iter().map(|argument| named(argument)).collect::<Result<_>>()?;
     let mut runs: Vec<Run> = Vec::new();
     for (name, path) in named {
@@ -78,8 +80,8 @@ pub fn read_all(arguments: &[String], force: bool) -> Result<Vec<Run>> {
     Ok(runs)
 }
 
-/// Splits an argument into name and path. A path may contain `=` itself: if the whole argument is an existing path, or has a `/` before
-/// its first `=`, it has no name.
+/// Splits an argument into name and path. A path may contain `=` itself: if the whole argument is
+/// an existing path, or has a `/` before its first `=`, it has no name.
 fn named(argument: &str) -> Result<(String, PathBuf)> {
     let path = Path::new(argument);
     match argument.split_once('=').filter(|(name, _)| !path.exists() && !name.contains('/')) {
@@ -98,7 +100,7 @@ fn default_name(path: &Path) -> String {
 ///
 /// # Errors
 /// [`BadInput`] that names both runs and the first difference.
-pub fn check_comparable(runs: &[Run]) -> Result<()> {
+pub(crate) fn check_comparable(runs: &[Run]) -> Result<()> {
     for (i, other) in runs.iter().enumerate() {
         if let Some((first, difference)) = conflict(&runs[..i], other) {
             return Err(refusal(first, other, difference));
@@ -108,16 +110,17 @@ pub fn check_comparable(runs: &[Run]) -> Result<()> {
 }
 
 /// The first of `runs` that `other` differs from, with the difference.
-pub fn conflict<'a>(runs: impl IntoIterator<Item = &'a Run>, other: &Run) -> Option<(&'a Run, Difference)> {
+pub(crate) fn conflict<'a>(runs: impl IntoIterator<Item = &'a Run>, other: &Run) -> Option<(&'a Run, Difference)> {
     let of = |run: &'a Run| Some((run, task_list_differences(&run.scores.tasks, &other.scores.tasks).next()?));
     runs.into_iter().find_map(of)
 }
 
-/// As [`check_comparable`], for runs that need not have the same tasks: only tasks that two runs share are checked.
+/// As [`check_comparable`], for runs that need not have the same tasks: only tasks that two runs
+/// share are checked.
 ///
 /// # Errors
 /// [`BadInput`] that names both runs and the first difference.
-pub fn check_shared_tasks(runs: &[Run]) -> Result<()> {
+pub(crate) fn check_shared_tasks(runs: &[Run]) -> Result<()> {
     match shared_differences(runs).into_iter().next() {
         Some((first, other, difference)) => Err(refusal(first, other, difference)),
         None => Ok(()),
@@ -135,23 +138,23 @@ fn shared_differences(runs: &[Run]) -> Vec<(&Run, &Run, Difference)> {
 }
 
 /// All differences from the first run, listed under tables made with `--force`.
-pub fn differences(runs: &[Run]) -> Vec<String> {
+pub(crate) fn differences(runs: &[Run]) -> Vec<String> {
     let Some((first, others)) = runs.split_first() else { return Vec::new() };
     let of = |other| task_list_differences(&first.scores.tasks, other).collect::<Vec<_>>();
     let pairs = others.iter().flat_map(|other| of(&other.scores.tasks).into_iter().map(move |d| (other, d)));
-    let words = pairs.map(|(other, difference)| difference_words(first, other, &difference));
+    let words = pairs.map(|(other, difference)| difference_text(first, other, &difference));
     other_versions(runs).into_iter().chain(words).collect()
 }
 
 /// As [`differences`], for runs that need not have the same tasks.
-pub fn differences_of_shared_tasks(runs: &[Run]) -> Vec<String> {
+pub(crate) fn differences_of_shared_tasks(runs: &[Run]) -> Vec<String> {
     let differences = shared_differences(runs);
-    let words = differences.iter().map(|(first, other, difference)| difference_words(first, other, difference));
+    let words = differences.iter().map(|(first, other, difference)| difference_text(first, other, difference));
     other_versions(runs).into_iter().chain(words).collect()
 }
 
-fn difference_words(first: &Run, other: &Run, difference: &Difference) -> String {
-    format!("{} {}.", other.name, difference.words(first))
+fn difference_text(first: &Run, other: &Run, difference: &Difference) -> String {
+    format!("{} {}.", other.name, difference.text(first))
 }
 
 fn other_versions(runs: &[Run]) -> Vec<String> {
@@ -174,18 +177,18 @@ fn refusal(first: &Run, other: &Run, difference: Difference) -> anyhow::Error {
 }
 
 /// A difference between two runs.
-pub struct Difference {
+pub(crate) struct Difference {
     /// The setting that differs.
-    pub what: String,
+    pub(crate) what: String,
     /// Its value in the first run.
-    pub first: String,
+    pub(crate) first: String,
     /// Its value in the other.
-    pub other: String,
+    pub(crate) other: String,
 }
 
 impl Difference {
     /// The difference as a phrase that follows the other run's name.
-    pub fn words(&self, first: &Run) -> String {
+    pub(crate) fn text(&self, first: &Run) -> String {
         format!("differs from {} in {}: {} against {}", first.name, self.what, self.other, self.first)
     }
 }
@@ -218,35 +221,36 @@ fn task_differences(a: &TaskScore, b: &TaskScore) -> impl Iterator<Item = Differ
 
 /// One line of outputs.jsonl; other fields are the metric's own.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct Output {
+pub(crate) struct Output {
     /// The task's name.
-    pub task: String,
+    pub(crate) task: String,
     /// The row's number in the evaluation file.
-    pub row: u64,
+    pub(crate) row: u64,
     /// The prompt, if recorded.
     #[serde(default)]
-    pub prompt: Option<Value>,
+    pub(crate) prompt: Option<Value>,
     /// The model's output.
     #[serde(default)]
-    pub output: Option<Value>,
+    pub(crate) output: Option<Value>,
     /// The reference answer.
     #[serde(default)]
-    pub reference: Option<Value>,
+    pub(crate) reference: Option<Value>,
     /// The part of the output that was scored, if not all of it.
     #[serde(default)]
-    pub extracted: Option<Value>,
+    pub(crate) extracted: Option<Value>,
     /// The row's score; `None` if it could not be scored, such as a judge's reply without a rating.
     #[serde(default)]
-    pub score: Option<f64>,
+    pub(crate) score: Option<f64>,
     /// The loss on the reference answer, summed over its target tokens, in nats.
     #[serde(default)]
-    pub nll: Option<f64>,
+    pub(crate) nll: Option<f64>,
     /// Number of those target tokens; 0 if none fits.
     #[serde(default)]
-    pub targets: Option<u64>,
+    pub(crate) targets: Option<u64>,
 }
 
-/// Reads the outputs of a run by task, in the order of the file; `None` if the run has no outputs.jsonl.
+/// Reads the outputs of a run by task, in the order of the file; `None` if the run has no
+/// outputs.jsonl.
 ///
 /// # Errors
 /// [`BadInput`] with the line that cannot be read, or a row that occurs twice.
@@ -276,7 +280,7 @@ fn read_outputs(scores: &Path) -> Result<Option<BTreeMap<String, Vec<Output>>>> 
 }
 
 /// A field as text: strings unchanged, other values as JSON.
-pub fn field_text(value: &Value) -> String {
+pub(crate) fn field_text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 

@@ -6,12 +6,12 @@ use serde_json::{Value, json};
 
 use super::sheet::notes;
 use crate::statistics::comparison::{Cell, Column, Comparison, Delta};
-use crate::statistics::experiment::{self, Change, Experiment, Forgetting, Method, Outcome, Seeds};
+use crate::statistics::experiment::{self, Change, Experiment, Forgetting, Method, Outcome, SeedScores};
 use crate::statistics::runs::Run;
 use crate::statistics::unit::{ANS_FORMULA, Spread, Unit};
 
 /// A comparison as CSV: one line per run and figure, values as in scores.json.
-pub fn comparison_csv(comparison: &Comparison) -> String {
+pub(crate) fn comparison_csv(comparison: &Comparison) -> String {
     let mut out = "run,task,figure,value,stderr,n,best,delta,delta_low,delta_high,paired_rows\n".to_owned();
     for column in comparison.all_columns() {
         for (i, run) in comparison.runs.iter().enumerate() {
@@ -39,7 +39,7 @@ pub fn comparison_csv(comparison: &Comparison) -> String {
 }
 
 /// A comparison as JSON.
-pub fn comparison_json(comparison: &Comparison) -> Value {
+pub(crate) fn comparison_json(comparison: &Comparison) -> Value {
     let row = |(i, run): (usize, &Run)| {
         let figure = |c: &Column| c.cells[i].figure().map(|f| f.value);
         let delta = |c: &Column| {
@@ -58,14 +58,14 @@ pub fn comparison_json(comparison: &Comparison) -> Value {
 }
 
 /// An experiment as CSV: one line per method and figure, or per method and pair of tasks.
-pub fn experiment_csv(of: &Experiment) -> String {
+pub(crate) fn experiment_csv(of: &Experiment) -> String {
     match &of.outcome {
         Outcome::Scores(seeds) => scores_csv(seeds),
         Outcome::Forgetting(forgetting) => forgetting_csv(forgetting),
     }
 }
 
-fn scores_csv(seeds: &Seeds) -> String {
+fn scores_csv(seeds: &SeedScores) -> String {
     let mut out =
         "method,series,x,tokens,task,figure,mean,sd,seeds,best,delta,delta_low,delta_high,paired_rows\n".to_owned();
     for column in seeds.all_columns() {
@@ -123,12 +123,12 @@ fn delta_csv(delta: Option<&Delta>) -> String {
 }
 
 /// A field of CSV (RFC 4180).
-pub fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_owned() }
 }
 
 /// An experiment as JSON, with the values of every seed.
-pub fn experiment_json(of: &Experiment) -> Value {
+pub(crate) fn experiment_json(of: &Experiment) -> Value {
     let head = &of.head;
     let mut out = json!({"name": head.name, "title": head.title, "question": head.question, "baseline": head.baseline,
         "resamples": of.question.resamples, "seed": of.question.seed, "notes": notes(of)});
@@ -156,7 +156,7 @@ fn interval(ends: Option<(f64, f64)>) -> Value {
     json!(ends.map(|(low, high)| [low, high]))
 }
 
-fn score_row(seeds: &Seeds, row: usize) -> Value {
+fn score_row(seeds: &SeedScores, row: usize) -> Value {
     let figure = |column: &experiment::Column| {
         let experiment::Cell::Value(values, best) = &column.cells[row] else { return None };
         let delta = column.deltas.get(row).and_then(Option::as_ref);

@@ -10,7 +10,7 @@ use crate::statistics::unit::ANS_FORMULA;
 
 /// Emphasis of the best values of a column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bold {
+pub(crate) enum Bold {
     /// `**value**`.
     Markdown,
     /// Bold type of a terminal.
@@ -27,12 +27,12 @@ impl Bold {
 }
 
 /// A comparison: the tables, their notes, and the formula of ANS.
-pub fn comparison(compared: &Comparison, bold: Bold) -> String {
+pub(crate) fn comparison(compared: &Comparison, bold: Bold) -> String {
     let mut out = aligned(&score_lines(compared), bold);
-    let words = format!("{} ± is one standard error. Best in bold.", compared.rows_words());
+    let words = format!("{} ± is one standard error. Best in bold.", compared.rows_text());
     let _ = writeln!(out, "{}", visible(words.trim_start()));
     if let Some(name) = &compared.question.baseline {
-        let _ = writeln!(out, "\nDifference to {} ({}):\n", visible(name), compared.interval_words());
+        let _ = writeln!(out, "\nDifference to {} ({}):\n", visible(name), compared.interval_text());
         out.push_str(&aligned(&delta_lines(compared), bold));
     }
     for note in &compared.notes {
@@ -43,7 +43,7 @@ pub fn comparison(compared: &Comparison, bold: Bold) -> String {
 }
 
 /// An experiment: title, question, tables and notes.
-pub fn experiment(shown: &Experiment, bold: Bold) -> String {
+pub(crate) fn experiment(shown: &Experiment, bold: Bold) -> String {
     let mut out = format!("## {}\n\n{}\n", visible(&shown.head.title), visible(&shown.head.question));
     for sheet in sheets(shown) {
         let cells = |line: &[(String, bool)]| line.iter().map(|(text, best)| (visible(text), *best)).collect();
@@ -82,13 +82,14 @@ fn plain(text: impl AsRef<str>) -> Text {
     (visible(text.as_ref()), false)
 }
 
-/// Text as a cell of a Markdown table: on one line, with its bars escaped and its control characters visible.
-pub fn visible(text: &str) -> String {
+/// Text as a cell of a Markdown table: on one line, with its bars escaped and its control
+/// characters visible.
+pub(crate) fn visible(text: &str) -> String {
     symbols(text).replace(['\n', '\t'], " ").replace('|', "\\|")
 }
 
 /// A Markdown table whose columns line up as plain text too; the first column is flush left.
-pub fn aligned(lines: &[Vec<Text>], bold: Bold) -> String {
+pub(crate) fn aligned(lines: &[Vec<Text>], bold: Bold) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let (open, close) = bold.marks();
     // Escape sequences of a terminal have no width.

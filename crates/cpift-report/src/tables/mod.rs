@@ -1,4 +1,5 @@
-//! Results as text: the tables of experiments, and comparisons and experiments as Markdown, CSV and JSON.
+//! Results as text: the tables of experiments, and comparisons and experiments as Markdown, CSV and
+//! JSON.
 
 pub(crate) mod data;
 pub(crate) mod markdown;

@@ -3,27 +3,27 @@
 use std::fmt::Write as _;
 
 use crate::statistics::comparison::Question;
-use crate::statistics::experiment::{Cell, Column, Experiment, Forgetting, Method, Outcome, Seeds};
+use crate::statistics::experiment::{Cell, Column, Experiment, Forgetting, Method, Outcome, SeedScores};
 use crate::statistics::unit::{ANS_FORMULA, Spread, Unit};
 
 /// A cell of a table, and true if it is the best of its column.
-pub type Text = (String, bool);
+pub(crate) type Text = (String, bool);
 
 /// A table of an experiment.
 #[derive(Debug, Clone)]
-pub struct Sheet {
+pub(crate) struct Sheet {
     /// Caption.
-    pub caption: String,
+    pub(crate) caption: String,
     /// Names of the columns; the part after a line break is the unit.
-    pub header: Vec<String>,
+    pub(crate) header: Vec<String>,
     /// Rows of cells.
-    pub lines: Vec<Vec<Text>>,
+    pub(crate) lines: Vec<Vec<Text>>,
     /// Number of columns, from the left, that hold names.
-    pub names: usize,
+    pub(crate) names: usize,
 }
 
 /// The tables of an experiment.
-pub fn sheets(experiment: &Experiment) -> Vec<Sheet> {
+pub(crate) fn sheets(experiment: &Experiment) -> Vec<Sheet> {
     match &experiment.outcome {
         Outcome::Scores(seeds) => {
             let base = experiment.head.baseline.as_deref().filter(|_| seeds.compared());
@@ -34,7 +34,7 @@ pub fn sheets(experiment: &Experiment) -> Vec<Sheet> {
 }
 
 /// The notes under the tables of an experiment: method, intervals, and what limits them.
-pub fn notes(experiment: &Experiment) -> Vec<String> {
+pub(crate) fn notes(experiment: &Experiment) -> Vec<String> {
     match &experiment.outcome {
         Outcome::Scores(seeds) => seeds_notes(seeds, &experiment.head.baseline, &experiment.question),
         Outcome::Forgetting(forgetting) => forgetting_notes(forgetting, &experiment.question),
@@ -55,16 +55,16 @@ fn heading(column: &Column) -> String {
 }
 
 /// The cells that identify a row: its name, and its position on the axis.
-fn named(seeds: &Seeds, row: usize) -> impl Iterator<Item = Text> {
+fn named(seeds: &SeedScores, row: usize) -> impl Iterator<Item = Text> {
     let row = &seeds.rows[row];
     [plain(&row.name)].into_iter().chain(row.x.map(|x| plain(x.to_string())))
 }
 
-fn name_columns(seeds: &Seeds) -> impl Iterator<Item = String> {
+fn name_columns(seeds: &SeedScores) -> impl Iterator<Item = String> {
     ["method".to_owned()].into_iter().chain(seeds.axis.as_ref().map(|axis| axis.label.clone()))
 }
 
-fn scores(seeds: &Seeds) -> Sheet {
+fn scores(seeds: &SeedScores) -> Sheet {
     let tokens = seeds.rows.iter().any(|row| row.tokens.is_some());
     let more = tokens.then(|| "tokens".to_owned());
     let header = name_columns(seeds).chain(more).chain(seeds.columns().map(heading)).collect();
@@ -80,7 +80,7 @@ fn scores(seeds: &Seeds) -> Sheet {
     Sheet { caption, header, lines: (0..seeds.rows.len()).map(line).collect(), names: 1 }
 }
 
-fn differences(seeds: &Seeds, baseline: &str) -> Sheet {
+fn differences(seeds: &SeedScores, baseline: &str) -> Sheet {
     let header = name_columns(seeds).chain(seeds.columns().map(heading)).collect();
     let line = |row: usize| {
         let cell =
@@ -94,10 +94,10 @@ fn differences(seeds: &Seeds, baseline: &str) -> Sheet {
     Sheet { caption: format!("Difference to {baseline}{place}"), header, lines: rows.map(line).collect(), names: 1 }
 }
 
-fn seeds_notes(seeds: &Seeds, baseline: &Option<String>, question: &Question) -> Vec<String> {
-    let mut words = vec![format!("{} Best in bold.", seeds.spread_words())];
+fn seeds_notes(seeds: &SeedScores, baseline: &Option<String>, question: &Question) -> Vec<String> {
+    let mut words = vec![format!("{} Best in bold.", seeds.spread_text())];
     if let Some(name) = baseline.as_ref().filter(|_| seeds.compared()) {
-        words.push(format!("Differences to {name}: {}.", seeds.interval_words(question)));
+        words.push(format!("Differences to {name}: {}.", seeds.interval_text(question)));
         if seeds.seeds > 1 {
             let n = seeds.seeds;
             words.push(format!(
@@ -147,7 +147,7 @@ fn changes(forgetting: &Forgetting) -> Sheet {
 }
 
 /// The share of the baseline's loss that a method avoids, in percent, with its interval.
-pub fn cut_text(method: &Method) -> String {
+pub(crate) fn cut_text(method: &Method) -> String {
     let percent = |share: f64| Unit::Percent.text(share).replace('-', "−");
     method.cut.as_ref().map_or("-".to_owned(), |cut| match cut.interval {
         Some((low, high)) => format!("{} [{}, {}]", percent(cut.value), percent(low), percent(high)),
@@ -195,7 +195,7 @@ fn forgetting_notes(forgetting: &Forgetting, question: &Question) -> Vec<String>
     if let Some(base) = forgetting.baseline.map(|base| &forgetting.methods[base].name) {
         words.push(format!(
             "Loss avoided: 1 − ΔA/ΔA of {base}, in percent, with its interval ({}).",
-            forgetting.interval_words(question)
+            forgetting.interval_text(question)
         ));
     }
     words.extend(forgetting.notes.iter().cloned());
@@ -203,13 +203,14 @@ fn forgetting_notes(forgetting: &Forgetting, question: &Question) -> Vec<String>
 }
 
 /// `1 seed`, `2 seeds`.
-pub fn counted(n: usize, what: &str) -> String {
+pub(crate) fn counted(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-/// Text with control characters replaced by their symbols, and characters that change the writing direction by their codes, so that a
-/// model's output cannot rearrange the text around it. Line breaks and tabs stay.
-pub fn symbols(text: &str) -> String {
+/// Text with control characters replaced by their symbols, and characters that change the writing
+/// direction by their codes, so that a model's output cannot rearrange the text around it. Line
+/// breaks and tabs stay.
+pub(crate) fn symbols(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

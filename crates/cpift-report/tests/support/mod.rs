@@ -62,7 +62,8 @@ impl Folder {
         self.path(folder)
     }
 
-    /// Gives the rows of a task in outputs.jsonl their losses, as sums and numbers of tokens, and scores.json what they come to.
+    /// Gives the rows of a task in outputs.jsonl their losses, as sums and numbers of tokens, and
+    /// scores.json what they come to.
     pub fn losses_at(&self, folder: &str, task: &str, losses: &[(f64, u64)]) {
         let path = self.path(&format!("{folder}/outputs.jsonl"));
         let with_loss = |line: &str| {
