@@ -94,3 +94,27 @@ pub struct ReportArgs {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
     pub seed: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Args;
+
+    use super::*;
+
+    #[test]
+    fn every_argument_has_a_heading() {
+        let command = || clap::Command::new("command");
+        for command in [
+            CompareArgs::augment_args(command()),
+            ExperimentArgs::augment_args(command()),
+            ReportArgs::augment_args(command()),
+        ] {
+            assert!(command.get_arguments().count() > 4);
+            for arg in command.get_arguments() {
+                let heading = arg.get_help_heading();
+                let known = ["Input and output", "Method", "Run"];
+                assert!(heading.is_some_and(|h| known.contains(&h)), "{}: {heading:?}", arg.get_id());
+            }
+        }
+    }
+}
