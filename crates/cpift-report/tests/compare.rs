@@ -1,4 +1,4 @@
-//! `compare`: the best in bold, differences with intervals, every format, and what is refused.
+//! `compare`: the best in bold, differences with intervals, every format, and refusals.
 
 mod support;
 
@@ -195,7 +195,7 @@ fn runs_that_answered_other_questions_are_refused_by_both_names() {
         assert!(paths && error.contains(part) && error.contains("--force"), "{part}: {error}");
         try_compare(&f, &["a", "b"], &[], true).unwrap();
     }
-    // What scoring counted is no setting.
+    // Counts made while scoring are not compared as settings.
     let f = two();
     f.edit("b", |s| s["tasks"][0]["settings"]["truncated"] = json!(3));
     compared(&f, &["a", "b"], &[]);

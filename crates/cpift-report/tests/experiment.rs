@@ -1,5 +1,4 @@
-//! `experiment`: means over seeds, two-way intervals, forgetting, every format, and what is
-//! refused.
+//! `experiment`: means over seeds, two-way intervals, forgetting, every format, and refusals.
 
 mod support;
 
@@ -37,7 +36,7 @@ fn json_of(f: &Folder, file: &std::path::Path) -> Value {
     serde_json::from_str(&show(f, file, &["--format", "json"])).unwrap()
 }
 
-/// Scores of one task for each seed, as store/METHOD-SEED; their folders.
+/// Writes scores of one task per seed as store/METHOD-SEED and returns the directories.
 fn store(f: &Folder, method: &str, seeds: &[&[f64]]) -> Vec<String> {
     let folder = |i: usize| format!("store/{method}-{i}");
     seeds.iter().enumerate().for_each(|(i, rows)| drop(f.score_at(&folder(i), &[("copy", rows)])));
@@ -181,7 +180,7 @@ fn losses_have_intervals_too() {
     let file = two(&f, &[&[1.0; 2], &[1.0; 2]], &[&[1.0; 2], &[1.0; 2]]);
     for seed in 0..2 {
         f.losses_at(&format!("store/a-{seed}"), "copy", &[(1.0, 1), (4.0, 2)]);
-        // The second seed gains half a nat a token on every row, the first none.
+        // The second seed gains half a nat per token on every row, the first none.
         let gain = 0.5 * f64::from(seed);
         f.losses_at(&format!("store/b-{seed}"), "copy", &[(1.0 - gain, 1), (4.0 - 2.0 * gain, 2)]);
     }
@@ -240,7 +239,7 @@ fn forgetting_is_what_the_second_task_did() {
     // and +50.
     assert_eq!(lines[0], ["full-sft", "−40.0 ± 20.0", "**+53.3 ± 11.5**", "2", "3", "-"]);
     assert_eq!(lines[1][..5], ["cpi-ft", "**−10.0 ± 10.0**", "+50.0 ± 0.0", "2", "3"]);
-    // 1 - 10/40. Drawn whole, the pairs are cut by 1 - 30/100 and by 1 - 0/20.
+    // 1 - 10/40. Resamples of one pair alone give 1 - 30/100 and 1 - 0/20.
     assert_eq!(lines[1][5], "75.0 [70.0, 100.0]", "{text}");
     let pairs = cells(&text, &["copy", "pick"]);
     assert_eq!(pairs[0], ["copy", "pick", "−50.0 ± 14.1", "**−15.0 ± 7.1**"]);

@@ -1,5 +1,5 @@
-//! report.html by a parser: what is on it, that every picture has its numbers, and that nothing on
-//! it can act.
+//! report.html through an HTML parser: its content, the numbers behind every picture, and no content
+//! that can act.
 
 mod support;
 
@@ -100,7 +100,7 @@ fn what_a_model_wrote_is_text_and_nothing_else() {
         policy.starts_with("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
             && !policy.contains("script")
     );
-    // The markup of the page itself names no other place; the hostile row's address is text.
+    // The page's own markup links to no other place; the address in the hostile row is text.
     assert!(!include_str!("../src/style.css").contains("url(") && !page.contains("@import"));
     let outputs: Vec<String> =
         section(&html, "outputs").select(&Selector::parse("td pre").unwrap()).map(text).collect();
@@ -216,7 +216,7 @@ fn a_run_of_experiments_alone_is_a_run() {
     }
 }
 
-/// The rows of the first table of scores, and what is said of the scores that are in none.
+/// The rows of the first table of scores, and the list of scores that are in no table.
 fn scored(f: &Folder, more: &[&str]) -> (Vec<String>, Vec<String>) {
     let page = text_of(f, more);
     let html = Html::parse_document(&page);
@@ -250,9 +250,9 @@ fn scores_that_cannot_be_compared_are_listed_and_the_others_shown() {
         assert!(other.starts_with(part), "{part}: {other}");
     }
     assert!(others[0].contains("found: 0") && others[1].contains("copy against copy, pick"), "{others:?}");
-    // Another baseline has others to go with it.
+    // Other scores are comparable with another baseline.
     assert_eq!(scored(&f, &["--baseline", "short"]).0, ["short"]);
-    // Without any for base, the most that go together.
+    // If none are comparable with base, the largest comparable set is shown.
     f.edit("base", |scores| scores["tasks"][0]["settings"]["rows"] = 3.into());
     f.score("fused", &[("copy", &[0.0; 4]), ("pick", &[0.0; 4])]);
     assert_eq!(scored(&f, &[]).0, ["fused", "cpi-ft"]);
@@ -327,7 +327,7 @@ fn a_heat_map_of_many_tasks_scrolls_in_its_box() {
     let masks: Vec<(&str, &std::path::Path)> = names.iter().map(|name| (name.as_str(), mask.as_path())).collect();
     cpift_testkit::masks::write_groups(&f.path("groups.json"), &f.path("base-model"), &[&group], &masks);
     let page = text_of(&f, &[]);
-    // For scripts/check-report.sh, as the other one.
+    // For scripts/check-report.sh, which opens it in a browser.
     std::fs::write(concat!(env!("CARGO_TARGET_TMPDIR"), "/many-tasks.html"), &page).unwrap();
     let html = Html::parse_document(&page);
     let map = section(&html, "overlap");
