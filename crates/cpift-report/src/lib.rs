@@ -1,21 +1,17 @@
-//! Scores compared, and a whole run as one page: what `cpift-eval compare`, `experiment` and `report` do. Without libtorch.
+//! The commands `cpift-eval compare`, `experiment` and `report`: scores of several checkpoints side
+//! by side, experiments over seeds, and a whole run as one page. Needs no libtorch.
+//!
+//! `statistics` reads and compares scores, `tables` writes them as text, `svg` draws plots, and
+//! `pages` puts both together from the building blocks of `html`.
 
 mod args;
-mod bootstrap;
-mod chart;
-mod comparison;
-mod experiment;
 mod html;
-mod outputs;
-mod page;
-mod pairing;
-mod runs;
-mod text;
-mod unit;
+mod pages;
+mod statistics;
+mod svg;
+mod tables;
 
 pub use args::{CompareArgs, ExperimentArgs, Format, ReportArgs};
-pub use comparison::{Comparison, Question};
-pub use unit::{ANS_FORMULA, Unit};
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -25,17 +21,20 @@ use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output, write_text};
 use cpift_core::run::cli::{Common, print};
 
-use experiment::Experiment;
-use text::Bold;
+use statistics::comparison::{Comparison, Question};
+use statistics::experiment::Experiment;
+use statistics::runs;
+use tables::data;
+use tables::markdown::{self, Bold};
 
 /// Runs `cpift-eval compare`.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] for arguments that make no sense; [`cpift_core::BadInput`] when a run cannot be read or compared, or the
-/// output exists.
+/// [`cpift_core::Usage`] for contradictory arguments; [`cpift_core::BadInput`] when a run cannot be
+/// read or compared, or the output exists.
 pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
     if common.json && !matches!(args.format, Format::Terminal | Format::Json) {
-        return Err(usage("--json and --format name different forms"));
+        return Err(usage("--json and --format name different formats"));
     }
     if let Some(out) = &args.out {
         check_output(out, common.force())?;
@@ -47,12 +46,12 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
     let question = Question { baseline: args.baseline.clone(), resamples: args.resamples, seed: args.seed };
     let comparison = Comparison::new(runs, question)?;
     let text = match args.format {
-        _ if common.json => format!("{}\n", text::json(&comparison)),
-        Format::Terminal => text::markdown(&comparison, bold(args.out.as_deref())),
-        Format::Markdown => text::markdown(&comparison, Bold::Markdown),
-        Format::Csv => text::csv(&comparison),
-        Format::Json => format!("{}\n", text::json(&comparison)),
-        Format::Html => page::compared(&comparison),
+        _ if common.json => format!("{}\n", data::comparison_json(&comparison)),
+        Format::Terminal => markdown::comparison(&comparison, bold(args.out.as_deref())),
+        Format::Markdown => markdown::comparison(&comparison, Bold::Markdown),
+        Format::Csv => data::comparison_csv(&comparison),
+        Format::Json => format!("{}\n", data::comparison_json(&comparison)),
+        Format::Html => pages::compared(&comparison),
     };
     show(args.out.as_deref(), &text, common)
 }
@@ -63,7 +62,7 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
 /// As [`compare`].
 pub fn experiment(args: &ExperimentArgs, common: &Common) -> Result<()> {
     if common.json && !matches!(args.format, Format::Terminal | Format::Json) {
-        return Err(usage("--json and --format name different forms"));
+        return Err(usage("--json and --format name different formats"));
     }
     if let Some(out) = &args.out {
         check_output(out, common.force())?;
@@ -72,17 +71,17 @@ pub fn experiment(args: &ExperimentArgs, common: &Common) -> Result<()> {
     let question = Question { baseline: None, resamples: args.resamples, seed: args.seed };
     let experiment = Experiment::read(&args.file, question, common.force())?;
     let text = match args.format {
-        _ if common.json => format!("{}\n", experiment::json(&experiment)),
-        Format::Terminal => experiment::markdown(&experiment, bold(args.out.as_deref())),
-        Format::Markdown => experiment::markdown(&experiment, Bold::Markdown),
-        Format::Csv => experiment::csv(&experiment),
-        Format::Json => format!("{}\n", experiment::json(&experiment)),
-        Format::Html => page::experiment(&experiment),
+        _ if common.json => format!("{}\n", data::experiment_json(&experiment)),
+        Format::Terminal => markdown::experiment(&experiment, bold(args.out.as_deref())),
+        Format::Markdown => markdown::experiment(&experiment, Bold::Markdown),
+        Format::Csv => data::experiment_csv(&experiment),
+        Format::Json => format!("{}\n", data::experiment_json(&experiment)),
+        Format::Html => pages::experiment(&experiment),
     };
     show(args.out.as_deref(), &text, common)
 }
 
-/// Bold type where a person reads it from a terminal.
+/// Bold type if the output goes to a terminal.
 fn bold(out: Option<&Path>) -> Bold {
     let terminal = out.is_none() && std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     if terminal { Bold::Terminal } else { Bold::Markdown }
@@ -101,12 +100,12 @@ fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
 /// Runs `cpift-eval report`.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] when the folder is none of a run or the page exists; what is missing or unreadable inside is said on the
-/// page.
+/// [`cpift_core::BadInput`] when the directory is not one of a run, or the page exists. Missing and
+/// unreadable parts of the run are reported on the page.
 pub fn report(args: &ReportArgs, common: &Common) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| args.run.join("report.html"));
     check_output(&out, common.force())?;
-    write_text(&out, &page::render(args)?, common.force())?;
+    write_text(&out, &pages::render(args)?, common.force())?;
     log::info!("wrote {}", out.display());
     common.print_json(&serde_json::json!({"out": out.display().to_string()}));
     Ok(())

@@ -1,6 +1,10 @@
-//! Heat maps as SVG pictures: readable on their own, in light and in dark, in every viewer.
+//! SVG: shapes drawn on a canvas, and heat maps as pictures that stand alone, readable in light and
+//! in dark in every viewer.
+//!
+//! All SVG of the workspace is written here. A [`Canvas`] becomes an element of a page, whose style
+//! sheet colours its classes; a [`Picture`] becomes a document with a style sheet of its own.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// The type of labels is 13 pixels high, of notes 12.
 const STYLE: &str = "
@@ -14,7 +18,7 @@ const STYLE: &str = "
   .on-light { fill: #1b1f24 } .on-dark { fill: #ffffff }
 ";
 
-/// Room around the drawing.
+/// Margin around the drawing, in pixels.
 const MARGIN: usize = 16;
 
 /// Longest label that is drawn whole, in characters.
@@ -32,7 +36,7 @@ impl Rgb {
         format!("#{:02x}{:02x}{:02x}", self.0, self.1, self.2)
     }
 
-    /// The class of text on this colour: whichever of dark and light stands out more (WCAG 2 contrast).
+    /// The class of text on this colour: dark or light, by the higher WCAG 2 contrast.
     fn ink(self) -> &'static str {
         let linear = |c: u8| (f64::from(c) / 255.0).powf(2.2);
         let light = 0.2126 * linear(self.0) + 0.7152 * linear(self.1) + 0.0722 * linear(self.2);
@@ -40,7 +44,7 @@ impl Rgb {
     }
 }
 
-/// From values to colours.
+/// The colour scale of a heat map.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scale {
     /// 0 (pale) to this value (dark).
@@ -62,7 +66,7 @@ impl Scale {
         }
     }
 
-    /// Where a value lies on the scale, 0 to 1; values beyond its ends lie on them.
+    /// Position of a value on the scale, 0 to 1; values beyond an end are at that end.
     fn place(self, value: f64) -> f64 {
         let place = match self {
             Self::Sequential(max) => value / max,
@@ -88,16 +92,119 @@ pub struct Cell<'a> {
     pub place: (usize, usize, usize, usize),
     /// Its colour.
     pub color: Rgb,
-    /// What is written on it; may be empty.
+    /// Text on it; may be empty.
     pub text: &'a str,
-    /// What a viewer says when the pointer rests on it.
+    /// Text shown when the pointer rests on it.
     pub title: &'a str,
 }
 
-/// A picture being drawn; it grows with what is drawn on it.
+/// An element; `content` is SVG. Attributes without a value are left out.
+fn element(name: &str, attributes: &[(&str, &dyn Display)], content: &str) -> String {
+    let mut out = format!("<{name}");
+    for (key, value) in attributes {
+        let value = escape(&value.to_string());
+        if !value.is_empty() {
+            let _ = write!(out, " {key}=\"{value}\"");
+        }
+    }
+    if content.is_empty() { out + "/>" } else { format!("{out}>{content}</{name}>") }
+}
+
+/// The text that a viewer shows when the pointer rests on the element around it; nothing where it
+/// is empty.
+fn title(text: &str) -> String {
+    if text.is_empty() { String::new() } else { element("title", &[], &escape(text)) }
+}
+
+/// A coordinate, to a tenth of a pixel.
+fn number(value: f64) -> String {
+    let text = format!("{:.1}", value + 0.0);
+    text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
+}
+
+/// Shapes, one per line, with coordinates in pixels. Every shape has a class of the style sheet
+/// that it is shown with.
+///
+/// Markup in texts is escaped. Control characters are not: a [`Picture`] replaces them, as XML
+/// cannot hold them, and a page decides how it shows them.
+#[derive(Debug, Default)]
+pub struct Canvas {
+    body: String,
+}
+
+impl Canvas {
+    fn add(&mut self, shape: &str) {
+        self.body.push_str(shape);
+        self.body.push('\n');
+    }
+
+    /// Text with its baseline at `y`.
+    pub fn text(&mut self, x: f64, y: f64, class: &str, text: &str) {
+        self.add(&element("text", &[("class", &class), ("x", &number(x)), ("y", &number(y))], &escape(text)));
+    }
+
+    /// A name of at most `width` pixels. Longer ones are cut and have the whole name as their
+    /// title.
+    pub fn name(&mut self, x: f64, y: f64, class: &str, width: f64, name: &str) {
+        let fits = (1..=name.chars().count()).rev().find(|&k| text_width(&shortened(name, k)) as f64 <= width);
+        let content = titled(&shortened(name, fits.unwrap_or(1)), name);
+        self.add(&element("text", &[("class", &class), ("x", &number(x)), ("y", &number(y))], &content));
+    }
+
+    /// A rectangle at (left, top, width, height).
+    pub fn rect(&mut self, (x, y, width, height): (f64, f64, f64, f64), class: &str, text: &str) {
+        let (x, y, width, height) = (number(x), number(y), number(width), number(height));
+        let place: [(&str, &dyn Display); 5] =
+            [("class", &class), ("x", &x), ("y", &y), ("width", &width), ("height", &height)];
+        self.add(&element("rect", &place, &title(text)));
+    }
+
+    /// A straight line.
+    pub fn line(&mut self, from: (f64, f64), to: (f64, f64), class: &str) {
+        self.curve(&[from, to], class, "");
+    }
+
+    /// A line through points.
+    pub fn curve(&mut self, points: &[(f64, f64)], class: &str, text: &str) {
+        let point = |(i, (x, y)): (usize, &(f64, f64))| {
+            format!("{}{} {}", if i == 0 { "M" } else { "L" }, number(*x), number(*y))
+        };
+        let d: String = points.iter().enumerate().map(point).collect();
+        self.add(&element("path", &[("class", &class), ("d", &d)], &title(text)));
+    }
+
+    /// A point.
+    pub fn dot(&mut self, (x, y): (f64, f64), class: &str, text: &str) {
+        let place: [(&str, &dyn Display); 4] =
+            [("class", &class), ("cx", &number(x)), ("cy", &number(y)), ("r", &"3.5")];
+        self.add(&element("circle", &place, &title(text)));
+    }
+
+    /// The drawing as an element of a page; `label` is what a screen reader says of it, `class` may
+    /// be empty.
+    pub fn finish(self, (width, height): (f64, f64), class: &str, label: &str) -> String {
+        let (width, height) = (number(width), number(height));
+        let attributes: [(&str, &dyn Display); 6] = [
+            ("role", &"img"),
+            ("class", &class),
+            ("aria-label", &label),
+            ("viewBox", &format!("0 0 {width} {height}")),
+            ("width", &width),
+            ("height", &height),
+        ];
+        element("svg", &attributes, &format!("\n{}", self.body))
+    }
+}
+
+/// A shortened text, with the whole one as its title where they differ.
+fn titled(short: &str, whole: &str) -> String {
+    (if short == whole { String::new() } else { title(whole) }) + &escape(short)
+}
+
+/// A heat map that stands alone, as a document of its own; it grows with what is drawn on it.
 pub struct Picture {
     title: String,
-    body: String,
+    canvas: Canvas,
     right: usize,
     bottom: usize,
 }
@@ -105,7 +212,7 @@ pub struct Picture {
 impl Picture {
     /// A picture with a headline. `title` is what a screen reader says of it.
     pub fn new(headline: &str, title: &str) -> Self {
-        let mut picture = Self { title: title.to_owned(), body: String::new(), right: 0, bottom: 0 };
+        let mut picture = Self { title: title.to_owned(), canvas: Canvas::default(), right: 0, bottom: 0 };
         picture.text((MARGIN, 30), "head", headline);
         picture
     }
@@ -114,7 +221,8 @@ impl Picture {
         (self.right, self.bottom) = (self.right.max(right), self.bottom.max(bottom));
     }
 
-    /// Text with its baseline at `at`, in the classes of the style sheet (`head`, `small`, `tiny`, `middle`, `end`).
+    /// Text with its baseline at `at`, in the classes of the style sheet (`head`, `small`, `tiny`,
+    /// `middle`, `end`).
     pub fn text(&mut self, (x, y): (usize, usize), class: &str, text: &str) {
         let width = text_width(text) * if class.contains("head") { 13 } else { 10 } / 10;
         let right = match class {
@@ -123,77 +231,71 @@ impl Picture {
             _ => x + width,
         };
         self.grow(right, y + 4);
-        let class = if class.is_empty() { String::new() } else { format!(" class=\"{class}\"") };
-        let _ = writeln!(self.body, "<text{class} x=\"{x}\" y=\"{y}\">{}</text>", escape(text));
+        self.canvas.text(x as f64, y as f64, class, &xml(text));
     }
 
     /// A label that ends at `at`, cut where it is very long.
-    pub fn row_label(&mut self, at: (usize, usize), text: &str) {
-        self.label(&format!("class=\"end\" x=\"{}\" y=\"{}\"", at.0, at.1), text);
+    pub fn row_label(&mut self, (x, y): (usize, usize), text: &str) {
+        self.label(&[("class", &"end"), ("x", &x), ("y", &y)], text);
     }
 
-    /// A label over a column of this width: upright where it fits, leaning to the right otherwise. [`label_height`] says how
-    /// much room it takes above `at`, the middle of the column.
+    /// A label over a column of this width: upright where it fits, leaning to the right otherwise.
+    /// [`label_height`] says how much room it takes above `at`, the middle of the column.
     pub fn column_label(&mut self, (x, y): (usize, usize), width: usize, text: &str) {
         if text_width(text) <= width {
-            self.label(&format!("class=\"middle\" x=\"{x}\" y=\"{y}\""), text);
+            self.label(&[("class", &"middle"), ("x", &x), ("y", &y)], text);
         } else {
             self.grow(x + label_width([text]) * 3 / 4, y);
-            self.label(&format!("transform=\"translate({} {y}) rotate(-45)\"", x + 4), text);
+            self.label(&[("transform", &format!("translate({} {y}) rotate(-45)", x + 4))], text);
         }
     }
 
-    fn label(&mut self, attributes: &str, text: &str) {
-        let short = shortened(text, LABEL);
-        let title = if short == text { String::new() } else { format!("<title>{}</title>", escape(text)) };
-        let _ = writeln!(self.body, "<text {attributes}>{title}{}</text>", escape(&short));
+    fn label(&mut self, attributes: &[(&str, &dyn Display)], text: &str) {
+        let content = titled(&xml(&shortened(text, LABEL)), &xml(text));
+        self.canvas.add(&element("text", attributes, &content));
     }
 
     /// A cell with its value in the middle.
     pub fn cell(&mut self, cell: &Cell<'_>) {
         let (x, y, width, height) = cell.place;
         self.grow(x + width, y + height);
-        let (title, fill) = (escape(cell.title), cell.color.hex());
-        let _ = write!(
-            self.body,
-            "<g><title>{title}</title><rect x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\" fill=\"{fill}\"/>"
-        );
+        let place: [(&str, &dyn Display); 5] =
+            [("x", &x), ("y", &y), ("width", &width), ("height", &height), ("fill", &cell.color.hex())];
+        let mut content = title(&xml(cell.title)) + &element("rect", &place, "");
         if !cell.text.is_empty() {
-            let (x, y, ink) = (x + width / 2, y + height / 2 + 4, cell.color.ink());
-            let _ = write!(
-                self.body,
-                "<text class=\"small middle {ink}\" x=\"{x}\" y=\"{y}\">{}</text>",
-                escape(cell.text)
-            );
+            let class = format!("small middle {}", cell.color.ink());
+            let place: [(&str, &dyn Display); 3] =
+                [("class", &class), ("x", &(x + width / 2)), ("y", &(y + height / 2 + 4))];
+            content += &element("text", &place, &escape(&xml(cell.text)));
         }
-        self.body.push_str("</g>\n");
+        self.canvas.add(&element("g", &[], &content));
     }
 
     /// A frame around cells.
     pub fn frame(&mut self, (x, y, width, height): (usize, usize, usize, usize)) {
-        let _ = writeln!(
-            self.body,
-            "<rect class=\"frame\" x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\" fill=\"none\"/>"
-        );
+        let place: [(&str, &dyn Display); 6] =
+            [("class", &"frame"), ("x", &x), ("y", &y), ("width", &width), ("height", &height), ("fill", &"none")];
+        self.canvas.add(&element("rect", &place, ""));
     }
 
     /// The colours of `scale` as a bar that begins at `at`, with these values marked under it.
     pub fn legend(&mut self, (x, y): (usize, usize), scale: Scale, marks: &[(f64, String)]) {
         const WIDTH: usize = 320;
         let stops = scale.stops();
-        self.body.push_str("<linearGradient id=\"scale\">");
-        for (i, stop) in stops.iter().enumerate() {
+        let stop = |(i, stop): (usize, &Rgb)| {
             let offset = i as f64 / (stops.len() - 1) as f64;
-            let _ = write!(self.body, "<stop offset=\"{offset}\" stop-color=\"{}\"/>", stop.hex());
-        }
-        let _ = writeln!(
-            self.body,
-            "</linearGradient>\n<rect x=\"{x}\" y=\"{y}\" width=\"{WIDTH}\" height=\"12\" fill=\"url(#scale)\"/>"
-        );
+            element("stop", &[("offset", &offset), ("stop-color", &stop.hex())], "")
+        };
+        let colors: String = stops.iter().enumerate().map(stop).collect();
+        self.canvas.add(&element("linearGradient", &[("id", &"scale")], &colors));
+        let bar: [(&str, &dyn Display); 5] =
+            [("x", &x), ("y", &y), ("width", &WIDTH), ("height", &12), ("fill", &"url(#scale)")];
+        self.canvas.add(&element("rect", &bar, ""));
         self.grow(x + WIDTH, y + 12);
         for (value, label) in marks {
             let at = x + (scale.place(*value) * WIDTH as f64).round() as usize;
-            let _ = writeln!(self.body, "<path d=\"M{at} {}v5\" stroke=\"#8a929c\"/>", y + 12);
+            let d = format!("M{at} {}v5", y + 12);
+            self.canvas.add(&element("path", &[("d", &d), ("stroke", &"#8a929c")], ""));
             self.text((at, y + 30), "tiny middle", label);
         }
     }
@@ -206,7 +308,7 @@ impl Picture {
         }
     }
 
-    /// Where what is drawn so far ends at the bottom.
+    /// Lower end of what is drawn so far.
     pub fn bottom(&self) -> usize {
         self.bottom
     }
@@ -214,23 +316,34 @@ impl Picture {
     /// The picture as an SVG document.
     pub fn finish(self) -> String {
         let (width, height) = (self.right + MARGIN, self.bottom + MARGIN);
-        format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
-             height=\"{height}\" font-family=\"system-ui, sans-serif\" font-size=\"13\" role=\"img\" \
-             aria-labelledby=\"title\">\n<title id=\"title\">{}</title>\n<style>{STYLE}</style>\n\
-             <rect class=\"paper\" width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n{}</svg>\n",
-            escape(&self.title),
-            self.body
-        )
+        let attributes: [(&str, &dyn Display); 8] = [
+            ("xmlns", &"http://www.w3.org/2000/svg"),
+            ("viewBox", &format!("0 0 {width} {height}")),
+            ("width", &width),
+            ("height", &height),
+            ("font-family", &"system-ui, sans-serif"),
+            ("font-size", &13),
+            ("role", &"img"),
+            ("aria-labelledby", &"title"),
+        ];
+        let paper: [(&str, &dyn Display); 4] =
+            [("class", &"paper"), ("width", &"100%"), ("height", &"100%"), ("fill", &"#ffffff")];
+        let parts = [
+            element("title", &[("id", &"title")], &escape(&xml(&self.title))),
+            element("style", &[], STYLE),
+            element("rect", &paper, ""),
+            self.canvas.body,
+        ];
+        element("svg", &attributes, &format!("\n{}", parts.join("\n"))) + "\n"
     }
 }
 
-/// Room that labels take beside their rows.
+/// Width that labels take beside their rows.
 pub fn label_width<'a>(labels: impl IntoIterator<Item = &'a str>) -> usize {
     labels.into_iter().map(|l| text_width(&shortened(l, LABEL))).max().unwrap_or(0)
 }
 
-/// Room that labels take above their columns of this width.
+/// Height that labels take above their columns of this width.
 pub fn label_height<'a>(labels: impl IntoIterator<Item = &'a str>, width: usize) -> usize {
     let height = |label: &str| if text_width(label) <= width { 16 } else { 14 + label_width([label]) * 3 / 4 };
     labels.into_iter().map(height).max().unwrap_or(0)
@@ -244,7 +357,8 @@ pub fn shortened(text: &str, longest: usize) -> String {
     text.chars().take(longest - 1).chain(['…']).collect()
 }
 
-/// Width of 13-pixel text, on the safe side: scripts like Chinese have characters as wide as they are high.
+/// Upper estimate of the width of 13-pixel text: characters of scripts like Chinese are as wide as
+/// they are high.
 pub fn text_width(text: &str) -> usize {
     let width = |c: char| match c {
         c if u32::from(c) >= 0x1100 => 14,
@@ -256,7 +370,13 @@ pub fn text_width(text: &str) -> usize {
     text.chars().map(width).sum()
 }
 
-/// Text as it may stand in XML; characters XML cannot hold are replaced.
+/// Text without the characters that XML cannot hold.
+fn xml(text: &str) -> String {
+    let held = |c: char| !c.is_control() && !matches!(c, '\u{fffe}' | '\u{ffff}');
+    text.chars().map(|c| if held(c) { c } else { '\u{fffd}' }).collect()
+}
+
+/// Text as content of an element or as a quoted attribute.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -265,7 +385,6 @@ fn escape(text: &str) -> String {
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
             '"' => out.push_str("&quot;"),
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }
@@ -278,7 +397,11 @@ mod tests {
 
     #[test]
     fn names_are_escaped() {
-        assert_eq!(escape("a<b>&\"c\"\u{1}\u{ffff}"), "a&lt;b&gt;&amp;&quot;c&quot;\u{fffd}\u{fffd}");
+        let shown = "a&lt;b&gt;&amp;&quot;c&quot;\u{fffd}\u{fffd}";
+        assert_eq!(escape(&xml("a<b>&\"c\"\u{1}\u{ffff}")), shown);
+        let mut picture = Picture::new("x", "a<b>&\"c\"\u{1}\u{ffff}");
+        picture.row_label((0, 0), "a<b>&\"c\"\u{1}\u{ffff}");
+        assert_eq!(picture.finish().matches(shown).count(), 2);
     }
 
     #[test]
@@ -302,5 +425,12 @@ mod tests {
         picture.row_label((400, 20), &name);
         let svg = picture.finish();
         assert!(svg.contains(&format!("<title>{name}</title>{}…</text>", "n".repeat(43))), "{svg}");
+    }
+    #[test]
+    fn names_on_a_canvas_are_cut_to_their_width_and_keep_their_whole_name_as_a_title() {
+        let mut canvas = Canvas::default();
+        canvas.name(0.0, 0.0, "end", 60.0, "a-name-that-is-far-too-long");
+        let svg = canvas.finish((10.0, 10.0), "", "x");
+        assert!(svg.contains("<title>a-name-that-is-far-too-long</title>a-nam…</text>"), "{svg}");
     }
 }

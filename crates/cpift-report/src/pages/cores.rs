@@ -1,4 +1,4 @@
-//! The core regions: how much they overlap, and where in the model they lie.
+//! The core regions: their overlap, and their density by layer and role.
 
 use std::path::Path;
 
@@ -7,46 +7,50 @@ use cpift_core::Mask;
 use cpift_core::format::density::{Stats, stats};
 use cpift_core::format::groups::{Groups, TauMode};
 use cpift_core::format::names::OUTSIDE;
+use cpift_core::format::svg::Canvas;
 
-use super::{entries, file_name};
-use crate::chart::{Svg, diverging, legend, sequential};
-use crate::experiment::counted;
-use crate::html::{Table, escape, figure, missing, paragraph};
+use maud::{Markup, html};
 
-/// Sides of a cell of the heat map: of few tasks, and of so many that a telephone could show none of their numbers whole.
+use super::folder::{entries, file_name};
+use crate::html::{Table, figure, missing, paragraph, scale_legend, scrolling_picture};
+use crate::svg::{diverging, picture, sequential};
+use crate::tables::sheet::counted;
+
+/// Sides of a cell of the heat map, in pixels: for few tasks, and for so many that the map must
+/// scroll on a telephone.
 const CELLS: (f64, f64) = (58.0, 46.0);
-/// The most tasks that are few.
+/// Largest number of tasks that counts as few.
 const FEW: usize = 6;
 
-/// The Jaccard matrix in training order, and the groups.
-pub fn overlap(folder: &Path) -> Result<String> {
+/// The section with the groups and the Jaccard matrix in training order.
+pub(crate) fn overlap(folder: &Path) -> Result<Markup> {
     let path = folder.join("groups.json");
     if !path.is_file() {
-        return Ok(missing("No groups.json: cpift-group has not run in this folder."));
+        return Ok(missing("No groups.json: cpift-group has not run in this directory."));
     }
     let groups = Groups::read(&path)?;
-    let items: String = groups
-        .groups
-        .iter()
-        .enumerate()
-        .map(|(i, group)| {
-            let score = groups.order.scores.get(i).map_or(String::new(), |s| format!(" ({s:.4})"));
-            format!("<li>{}{score}</li>\n", escape(&group.join(", ")))
-        })
-        .collect();
+    let score = |i: usize| groups.order.scores.get(i).map_or(String::new(), |s| format!(" ({s:.4})"));
     let tau = if groups.tau_mode == TauMode::Auto { "chosen as the most stable" } else { "given" };
     let words = format!(
-        "τ = {:.4} ({tau}) makes {} of {} tasks, trained in this order ({}{}):",
+        "τ = {:.4} ({tau}) gives {} of {} tasks, trained in this order ({}{}):",
         groups.tau,
         counted(groups.groups.len(), "group"),
         groups.tasks.len(),
         groups.order.method,
         groups.order.seed.map_or(String::new(), |seed| format!(", seed {seed}"))
     );
-    Ok(format!("{}<ol>\n{items}</ol>\n{}", paragraph(&words), heat_map(&groups)))
+    Ok(html! {
+        (paragraph(&words))
+        ol {
+            "\n"
+            @for (i, group) in groups.groups.iter().enumerate() { li { (group.join(", ")) (score(i)) } "\n" }
+        }
+        "\n"
+        (heat_map(&groups))
+    })
 }
 
-fn heat_map(groups: &Groups) -> String {
+fn heat_map(groups: &Groups) -> Markup {
     let order: Vec<usize> =
         groups.task_order().iter().filter_map(|t| groups.tasks.iter().position(|x| x == t)).collect();
     let pairs = order.iter().flat_map(|&a| order.iter().map(move |&b| (a, b))).filter(|(a, b)| a != b);
@@ -56,10 +60,10 @@ fn heat_map(groups: &Groups) -> String {
     let many = order.len() > FEW;
     let size = if many { CELLS.1 } else { CELLS.0 };
     let side = size * order.len() as f64;
-    let mut svg = Svg::new(left + side + 2.0, top + side + 2.0);
+    let mut svg = Canvas::default();
     let header: Vec<String> =
         ["task".to_owned()].into_iter().chain(order.iter().map(|&t| groups.tasks[t].clone())).collect();
-    let mut table = Table::new("Jaccard similarity of core regions; in brackets what chance gives", &header);
+    let mut table = Table::new("Jaccard similarity of core regions (in brackets: expected by chance)", &header);
     for (i, &a) in order.iter().enumerate() {
         let (name, at) = (&groups.tasks[a], size * i as f64);
         svg.name(left - 8.0, top + at + size / 2.0 + 4.0, "end", left - 10.0, name);
@@ -85,64 +89,68 @@ fn heat_map(groups: &Groups) -> String {
         start += side;
     }
     let label = format!("Heat map: Jaccard similarity of the core regions of {}", groups.task_order().join(", "));
-    let caption = format!(
-        "{}<br>Jaccard similarity of every two core regions, in training order; the groups are framed.",
-        legend('q', ["0", &format!("chance gives up to {chance:.4}"), &format!("{max:.3}")])
-    );
-    let picture = if many { svg.finish_scrolling(&label) } else { svg.finish(&label) };
-    figure(&[picture], &caption, vec![table])
+    let chance = format!("chance: up to {chance:.4}");
+    let caption = html! {
+        (scale_legend('q', ["0", &chance, &format!("{max:.3}")])) br;
+        "Jaccard similarity of every pair of core regions, in training order; the groups are framed."
+    };
+    let size = (left + side + 2.0, top + side + 2.0);
+    let picture = if many { scrolling_picture(svg, size, &label) } else { picture(svg, size, &label) };
+    figure(&[picture], &caption, &[table])
 }
 
-/// The density of every mask by layer and role. Counting maps the files and reads them once.
-pub fn density(folder: &Path) -> Result<String> {
+/// The section with the density of every mask by layer and role. It reads each mask file once.
+pub(crate) fn density(folder: &Path) -> Result<Markup> {
     let files: Vec<_> = entries(&folder.join("masks"))?
         .into_iter()
         .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
         .collect();
     if files.is_empty() {
-        return Ok(missing("No masks: the folder masks/ holds no NAME.safetensors. cpift-mask extract makes them."));
+        return Ok(missing(
+            "No masks: the directory masks/ contains no NAME.safetensors. cpift-mask extract writes them.",
+        ));
     }
     let mut all: Vec<(String, Stats)> = Vec::new();
     for path in &files {
         all.push((file_name(path).trim_end_matches(".safetensors").to_owned(), stats(&Mask::open(path)?)));
     }
     let reach = all.iter().map(|(_, stats)| reach(stats)).fold(1.0, f64::max);
-    let pictures: Vec<String> = all.iter().map(|(task, stats)| tile(task, stats, reach)).collect();
+    let pictures: Vec<Markup> = all.iter().map(|(task, stats)| tile(task, stats, reach)).collect();
     let mut percents: Vec<String> = Vec::new();
     for (_, stats) in &all {
         let percent = format!("{} %", short(stats.mask.percent));
         percents.extend((!percents.contains(&percent)).then_some(percent));
     }
     let times = |power: f64| format!("{} times", power.exp2());
-    let caption = format!(
-        "{}<br>{}",
-        legend('d', [&format!("1/{} or less", reach.exp2()), "middle: as dense as an even spread", &times(reach)]),
-        escape(&format!(
-            "How dense each task's core region is, for every layer (down) and role (across), over what an even spread would give: \
-             orange where the task changed more than its share, blue where less. p = {}.",
-            percents.join(", ")
-        ))
+    let words = format!(
+        "Density of each task's core region by layer (down) and role (across), relative to an even spread: orange where the \
+         task changed more than its share, blue where less. p = {}.",
+        percents.join(", ")
     );
-    Ok(figure(&pictures, &caption, all.iter().map(|(task, stats)| numbers(task, stats)).collect()))
+    let ends = [&format!("1/{} or less", reach.exp2()), "middle: as dense as an even spread", &times(reach)];
+    let caption = html! { (scale_legend('d', ends)) br; (words) };
+    let tables: Vec<Table> = all.iter().map(|(task, stats)| numbers(task, stats)).collect();
+    Ok(figure(&pictures, &caption, &tables))
 }
 
 fn even(stats: &Stats) -> f64 {
     if stats.mask.d == 0 { 0.0 } else { stats.mask.selected as f64 / stats.mask.d as f64 }
 }
 
-/// How far densities go from an even spread, in powers of two: whole, and at most four.
+/// Largest ratio of a density to an even spread, or its inverse, as a power of two: a whole number,
+/// at most four.
 fn reach(stats: &Stats) -> f64 {
     let densities = stats.matrix.density.iter().flatten().copied().flatten();
     let powers = densities.map(|d| (d / even(stats)).log2().abs()).filter(|power| power.is_finite());
     powers.fold(1.0, f64::max).ceil().min(4.0)
 }
 
-fn tile(task: &str, stats: &Stats, reach: f64) -> String {
+fn tile(task: &str, stats: &Stats, reach: f64) -> Markup {
     let matrix = &stats.matrix;
     let (left, top, width) = (58.0, 44.0, 34.0);
     let height = if matrix.layers.len() > 12 { 11.0 } else { 20.0 };
     let size = (left + width * matrix.roles.len() as f64, top + height * matrix.layers.len() as f64);
-    let mut svg = Svg::new(size.0.max(220.0), size.1 + 2.0);
+    let mut svg = Canvas::default();
     svg.name(0.0, 14.0, "head", 200.0, task);
     for (j, role) in matrix.roles.iter().enumerate() {
         let x = left + width * (j as f64 + 0.5);
@@ -168,7 +176,8 @@ fn tile(task: &str, stats: &Stats, reach: f64) -> String {
         }
     }
     let densest = stats.roles.iter().max_by(|a, b| a.density.total_cmp(&b.density)).map_or("", |r| &r.name);
-    svg.finish(&format!("Density of the core region of {task} by layer and role; densest role: {densest}"))
+    let label = format!("Density of the core region of {task} by layer and role; densest role: {densest}");
+    picture(svg, (size.0.max(220.0), size.1 + 2.0), &label)
 }
 
 fn numbers(task: &str, stats: &Stats) -> Table {
@@ -192,7 +201,7 @@ fn numbers(task: &str, stats: &Stats) -> Table {
     table
 }
 
-/// A number as it was likely typed: to four places, without the zeros at its end; smaller ones whole.
+/// A number to four decimals, without trailing zeros; numbers below 0.001 with all digits.
 fn short(value: f64) -> String {
     let text = format!("{value:.4}");
     let text = text.trim_end_matches('0').trim_end_matches('.');

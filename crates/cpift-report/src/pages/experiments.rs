@@ -1,56 +1,53 @@
-//! Experiments over seeds on the page: for each its question, its tables and a picture.
+//! Experiments over seeds: for each its question, its tables with notes, and a picture.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use maud::{Markup, html};
 
-use super::plots::{Heads, Line, Mark, bars, dots, lines, reach};
-use super::scores::unit_words;
-use super::{entries, file_name};
+use super::folder::{entries, file_name};
+use super::scores::unit_name;
 use crate::args::ReportArgs;
-use crate::chart::{series, series_legend};
-use crate::comparison::Question;
-use crate::experiment::{Axis, Column, Experiment, Forgetting, Outcome, Seeds, Sheet, Spread};
-use crate::html::{Table, escape, figure, missing, page, paragraph};
-use crate::text::delta_text;
-use crate::unit::Unit;
+use crate::html::{Table, figure, missing, notes, page, paragraph, series_legend};
+use crate::statistics::comparison::Question;
+use crate::statistics::experiment::{Column, Experiment, Forgetting, Outcome, SeedScores};
+use crate::statistics::experiment_file::Axis;
+use crate::statistics::unit::{Spread, Unit};
+use crate::svg::{Heads, Line, Mark, bars, dots, lines, reach};
+use crate::tables::sheet::{self, Sheet};
 
-/// The experiments of a run, by name.
+/// The experiment files of a run, by name.
 ///
 /// # Errors
-/// A folder that cannot be listed.
-pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// [`cpift_core::BadInput`] when the directory cannot be listed.
+pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = entries(&folder.join("experiments"))?;
     files.retain(|path| path.extension().is_some_and(|e| e == "json"));
     Ok(files)
 }
 
-/// All of them; one that cannot be read leaves its message in its place.
-pub fn section(args: &ReportArgs, files: &[PathBuf]) -> String {
+/// The section with all experiments; in place of one that cannot be read is its error message.
+pub(crate) fn section(args: &ReportArgs, files: &[PathBuf]) -> Markup {
     let one = |path: &PathBuf| {
         let question = Question { baseline: None, resamples: args.resamples, seed: args.seed };
         match Experiment::read(path, question, false) {
-            Ok(experiment) => format!("<h3>{}</h3>\n{}", escape(&experiment.head.title), body(&experiment)),
-            Err(e) => format!(
-                "<h3>{}</h3>\n{}",
-                escape(&file_name(path)),
-                missing(&format!("This experiment could not be shown: {e:#}"))
-            ),
+            Ok(experiment) => html! { h3 { (experiment.head.title) } "\n" (body(&experiment)) },
+            Err(e) => html! {
+                h3 { (file_name(path)) } "\n"
+                (missing(&format!("This experiment cannot be shown: {e:#}")))
+            },
         }
     };
-    files.iter().map(one).collect()
+    html! { @for path in files { (one(path)) } }
 }
 
-/// `cpift-eval experiment --format html`.
-pub fn alone(experiment: &Experiment) -> String {
+/// The page of `cpift-eval experiment --format html`.
+pub(crate) fn alone(experiment: &Experiment) -> String {
     let title = &experiment.head.title;
-    let body = body(experiment);
-    page(title, &format!("<main>\n<h1>{}</h1>\n{body}</main>\n", escape(title)))
+    page(title, &html! { main { "\n" h1 { (title) } "\n" (body(experiment)) } "\n" })
 }
 
-fn body(experiment: &Experiment) -> String {
-    let tables: String = experiment.sheets().into_iter().map(table).collect();
-    let words: String = experiment.words().iter().map(|text| format!("<li>{}</li>\n", escape(text))).collect();
+fn body(experiment: &Experiment) -> Markup {
     let picture = match &experiment.outcome {
         Outcome::Scores(seeds) => match &seeds.axis {
             Some(axis) => sweep(seeds, axis),
@@ -58,34 +55,34 @@ fn body(experiment: &Experiment) -> String {
         },
         Outcome::Forgetting(forgetting) => changes(forgetting),
     };
-    let question = paragraph(&experiment.head.question);
-    format!("{question}{tables}<ul class=\"note\">\n{words}</ul>\n{picture}")
+    html! {
+        (paragraph(&experiment.head.question))
+        @for sheet in sheet::sheets(experiment) { (table(&sheet)) }
+        (notes("note", sheet::notes(experiment)))
+        (picture)
+    }
 }
 
-fn table(sheet: Sheet) -> String {
+fn table(sheet: &Sheet) -> Markup {
     let mut table = Table::new(&sheet.caption, &sheet.header);
     for column in 1..sheet.names {
         table = table.name_column(column);
     }
     for line in &sheet.lines {
-        let cell = |(text, best): &(String, bool)| match best {
-            true => format!("<strong>{}</strong>", escape(text)),
-            false => escape(text),
-        };
-        table.html_row(line.iter().map(cell));
+        table.markup_row(line.iter().map(|(text, best)| html! { @if *best { strong { (text) } } @else { (text) } }));
     }
-    table.finish()
+    table.markup()
 }
 
-/// The mean and its standard deviation, as a picture shows them.
+/// A mean with its standard deviation to either side.
 fn spread_mark(name: &str, spread: &Spread, unit: Unit, text: String) -> Mark {
     let (mean, sd) = (spread.mean(), spread.sd());
     let ends = sd.map(|sd| (unit.shown(mean - sd), unit.shown(mean + sd)));
     Mark { name: name.to_owned(), value: unit.shown(mean), ends, text }
 }
 
-/// One picture for all tasks, then one a task: differences to the baseline where there is one.
-fn methods(experiment: &Experiment, seeds: &Seeds) -> String {
+/// One plot for all tasks, then one per task: differences to the baseline, or scores without one.
+fn methods(experiment: &Experiment, seeds: &SeedScores) -> Markup {
     let base = experiment.head.baseline.as_deref().filter(|_| seeds.compared());
     let columns = [seeds.overall()].into_iter().chain(&seeds.scores);
     let columns: Vec<(&Column, Vec<Mark>)> = columns.map(|c| (c, marks(seeds, c, base.is_some()))).collect();
@@ -96,18 +93,18 @@ fn methods(experiment: &Experiment, seeds: &Seeds) -> String {
     );
     let mut pictures = Vec::new();
     for (column, marks) in columns.iter().filter(|(_, marks)| !marks.is_empty()) {
-        let head = column.task.as_deref().unwrap_or_else(|| overall_words(column));
+        let head = column.task.as_deref().unwrap_or_else(|| overall_name(column));
         let alike = columns.iter().filter(|(c, _)| c.unit == column.unit).flat_map(|(_, marks)| marks);
         let label = match base {
             Some(name) => format!("{head}, {} against {name}", column.figure),
             None => format!("{head}, {}", column.figure),
         };
-        let unit = if base.is_some() { unit_words(column.unit) } else { column.unit.symbol() };
+        let unit = if base.is_some() { unit_name(column.unit) } else { column.unit.symbol() };
         pictures.push(dots(&Heads { head, unit, label }, marks, reach(alike), base));
         marks.iter().for_each(|m| table.row(&[format!("{head}, {}", m.name), m.text.clone(), unit.to_owned()]));
     }
     if pictures.is_empty() {
-        return missing("There is nothing to draw: no method has a figure that another could be held against.");
+        return missing("Nothing to plot: no method has a figure to compare.");
     }
     let lines = match (base, seeds.seeds) {
         (Some(_), _) => " Lines: 95 % intervals, as above.",
@@ -117,16 +114,16 @@ fn methods(experiment: &Experiment, seeds: &Seeds) -> String {
     let losses = columns.iter().any(|(column, _)| column.unit == Unit::Nats);
     let losses = if losses { " Losses (nats) are better to the left." } else { "" };
     let what = base.map_or("Every method".to_owned(), |name| format!("Each method's difference to {name}"));
-    let caption = format!("{what}, over all tasks first. One scale for each unit.{lines}{losses}");
-    figure(&pictures, &escape(&caption), vec![table])
+    let caption = format!("{what}, over all tasks first. One scale per unit.{lines}{losses}");
+    figure(&pictures, &html! { (caption) }, &[table])
 }
 
-/// What a figure over all tasks is called.
-fn overall_words(column: &Column) -> &str {
+/// The name of a figure over all tasks.
+fn overall_name(column: &Column) -> &str {
     if column.unit == Unit::Percent { "mean of the tasks" } else { &column.figure }
 }
 
-fn marks(seeds: &Seeds, column: &Column, differences: bool) -> Vec<Mark> {
+fn marks(seeds: &SeedScores, column: &Column, differences: bool) -> Vec<Mark> {
     let unit = column.unit;
     let of = |row: usize| {
         let name = &seeds.rows[row].name;
@@ -136,15 +133,15 @@ fn marks(seeds: &Seeds, column: &Column, differences: bool) -> Vec<Mark> {
         }
         let delta = column.deltas[row].as_ref()?;
         let ends = delta.interval.map(|(low, high)| (unit.shown(low), unit.shown(high)));
-        Some(Mark { name: name.clone(), value: unit.shown(delta.value), ends, text: delta_text(unit, delta) })
+        Some(Mark { name: name.clone(), value: unit.shown(delta.value), ends, text: delta.text(unit) })
     };
     (0..seeds.rows.len()).filter_map(of).collect()
 }
 
-/// One line a series: the figure over all tasks by x.
-fn sweep(seeds: &Seeds, axis: &Axis) -> String {
+/// One line per series: the figure over all tasks by x.
+fn sweep(seeds: &SeedScores, axis: &Axis) -> Markup {
     let column = seeds.overall();
-    let (head, unit) = (overall_words(column), column.unit);
+    let (head, unit) = (overall_name(column), column.unit);
     let mut all: Vec<Line> = Vec::new();
     for (row, cell) in seeds.rows.iter().zip(&column.cells) {
         let (Some(x), Some(spread)) = (row.x, cell.spread()) else { continue };
@@ -156,7 +153,7 @@ fn sweep(seeds: &Seeds, axis: &Axis) -> String {
         }
     }
     if all.is_empty() {
-        return missing("There is nothing to draw: no method has a figure over all tasks.");
+        return missing("Nothing to plot: no method has a figure over all tasks.");
     }
     all.iter_mut().for_each(|line| line.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
     let header = ["method", "series", &axis.label, head].map(str::to_owned);
@@ -168,28 +165,29 @@ fn sweep(seeds: &Seeds, axis: &Axis) -> String {
     }
     let heads = Heads { head, unit: unit.symbol(), label: head.to_owned() };
     let picture = lines(&heads, &axis.label, axis.log, &all);
-    let legend = match all.as_slice() {
-        [one] if one.name.is_empty() => String::new(),
-        all => series_legend(all.iter().enumerate().map(|(i, line)| (series(i), line.name.as_str()))),
-    };
+    let named = all.len() > 1 || !all[0].name.is_empty();
     let bars = if seeds.seeds > 1 { " Upright lines: one standard deviation over seeds to either side." } else { "" };
     let scale = if axis.log { " (logarithmic)" } else { "" };
-    let caption = format!("{legend}{}", escape(&format!("By {}{scale}: {head}.{bars}", axis.label)));
-    figure(&[picture], &caption, vec![table])
+    let caption = html! {
+        @if named { (series_legend(all.iter().map(|line| line.name.as_str()).enumerate())) }
+        "By " (axis.label) (scale) ": " (head) "." (bars)
+    };
+    figure(&[picture], &caption, &[table])
 }
 
-/// Two bars a method.
-fn changes(forgetting: &Forgetting) -> String {
+/// Two bars per method: ΔA and ΔB.
+fn changes(forgetting: &Forgetting) -> Markup {
     let unit = forgetting.unit;
     let mark = |name: &str, spread: &Spread| spread_mark(name, spread, unit, spread.signed(unit));
     let pairs: Vec<[Mark; 2]> =
         forgetting.methods.iter().map(|m| [mark(&m.name, &m.first), mark(&m.name, &m.second)]).collect();
     let header = ["method", "ΔA", "ΔB"].map(str::to_owned);
-    let mut table = Table::new(&format!("ΔA and ΔB of every method ({})", unit_words(unit)), &header);
+    let mut table = Table::new(&format!("ΔA and ΔB of every method ({})", unit_name(unit)), &header);
     pairs.iter().for_each(|[a, b]| table.row(&[a.name.clone(), a.text.clone(), b.text.clone()]));
-    let names = ["ΔA: the first task, after the second", "ΔB: the second task"];
-    let legend = series_legend(names.iter().enumerate().map(|(i, name)| (series(i), *name)));
-    let heads = Heads { head: "ΔA and ΔB", unit: unit_words(unit), label: "ΔA and ΔB by method".to_owned() };
-    let words = "Bars to the left are losses, to the right gains. Thin lines: one standard deviation over pairs and seeds to either side.";
-    figure(&[bars(&heads, &pairs)], &format!("{legend}{}", escape(words)), vec![table])
+    let heads = Heads { head: "ΔA and ΔB", unit: unit_name(unit), label: "ΔA and ΔB by method".to_owned() };
+    let caption = html! {
+        (series_legend([(0, "ΔA: the first task, after the second"), (1, "ΔB: the second task")]))
+        "Bars to the left are losses, to the right gains. Thin lines: one standard deviation over pairs and seeds to either side."
+    };
+    figure(&[bars(&heads, &pairs)], &caption, &[table])
 }

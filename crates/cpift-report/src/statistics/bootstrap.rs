@@ -1,19 +1,20 @@
-//! The paired bootstrap: how far the mean difference of two runs on the same rows could lie elsewhere.
+//! The paired bootstrap: confidence intervals of differences between two runs on the same rows.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// The share of resamples the interval holds.
-pub const LEVEL: f64 = 0.95;
+/// Confidence level of the intervals.
+pub(crate) const LEVEL: f64 = 0.95;
 
-/// What one row adds to a figure of two runs that are compared: to each a sum and a weight. A figure is the sum over the weight: a score
-/// weighs 1, a loss the number of its tokens.
+/// Contribution of one row to a figure of two runs: for each run a sum and a weight. The figure is
+/// the total sum divided by the total weight; a score has weight 1, a loss the number of its
+/// tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Pair {
-    /// To the run that the other is compared with.
-    pub base: [f64; 2],
-    /// To the other.
-    pub run: [f64; 2],
+pub(crate) struct Pair {
+    /// Contribution to the baseline's figure.
+    pub(crate) base: [f64; 2],
+    /// Contribution to the other run's figure.
+    pub(crate) run: [f64; 2],
 }
 
 impl Pair {
@@ -23,28 +24,28 @@ impl Pair {
         }
     }
 
-    /// How the figure of the one differs from that of the other.
+    /// The difference between the two runs' figures over these rows.
     fn difference(&self, difference: Difference) -> f64 {
         difference(self.base[0] / self.base[1], self.run[0] / self.run[1])
     }
 }
 
-/// The difference of two figures: that of the baseline, then the other.
-pub type Difference = fn(f64, f64) -> f64;
+/// The difference of two figures, the baseline's first.
+pub(crate) type Difference = fn(f64, f64) -> f64;
 
-/// The difference over all rows, each with a pair a seed: the mean over the seeds.
-pub fn difference(rows: &[Vec<Pair>], difference: Difference) -> f64 {
+/// The difference over all rows, each with one pair per seed: the mean over the seeds.
+pub(crate) fn difference(rows: &[Vec<Pair>], difference: Difference) -> f64 {
     let seeds = rows.first().map_or(0, Vec::len);
     let mut sums = vec![Pair::default(); seeds];
     rows.iter().for_each(|row| sums.iter_mut().zip(row).for_each(|(sum, pair)| sum.add(pair)));
     sums.iter().map(|sum| sum.difference(difference)).sum::<f64>() / seeds as f64
 }
 
-/// The stream of the draws of seeds: no task's.
+/// Random stream for the draws of seeds; tasks use the streams from 0 up.
 const SEEDS: u64 = u64::MAX;
 
-/// Draws of `seeds` seeds with replacement: for each of `resamples` the share every seed has in it.
-pub fn shares(seeds: usize, resamples: usize, seed: u64) -> Vec<Vec<f64>> {
+/// Draws `seeds` seeds with replacement: for each resample, the share of every seed.
+pub(crate) fn shares(seeds: usize, resamples: usize, seed: u64) -> Vec<Vec<f64>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(SEEDS);
     let mut draw = || {
@@ -55,12 +56,19 @@ pub fn shares(seeds: usize, resamples: usize, seed: u64) -> Vec<Vec<f64>> {
     (0..resamples).map(|_| draw()).collect()
 }
 
-/// Differences over samples of `rows`, drawn with replacement, in the order they were drawn: the seeds as `shares` drew them, and rows
-/// drawn anew for each, the same for all seeds. Runs compared on one task (`stream`) get the same draws of rows.
+/// Differences over resamples, in the order they were drawn: the seeds in the given `shares`, and
+/// for each resample new rows drawn with replacement, the same rows for all seeds. Runs compared on
+/// one task (`stream`) get the same draws of rows.
 ///
 /// # Panics
-/// When there are no rows.
-pub fn two_way(rows: &[Vec<Pair>], shares: &[Vec<f64>], seed: u64, stream: u64, difference: Difference) -> Vec<f64> {
+/// When `rows` is empty.
+pub(crate) fn two_way(
+    rows: &[Vec<Pair>],
+    shares: &[Vec<f64>],
+    seed: u64,
+    stream: u64,
+    difference: Difference,
+) -> Vec<f64> {
     assert!(!rows.is_empty(), "nothing to draw from");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(stream);
@@ -78,9 +86,9 @@ pub fn two_way(rows: &[Vec<Pair>], shares: &[Vec<f64>], seed: u64, stream: u64, 
     shares.iter().map(&mut draw).collect()
 }
 
-/// Ratios of two sums over clusters drawn with replacement, each with its share in both; a draw whose lower sum is not below zero
-/// has none.
-pub fn ratios(clusters: &[(f64, f64)], resamples: usize, seed: u64) -> Vec<Option<f64>> {
+/// Ratios of two sums over clusters drawn with replacement; each cluster adds to both. A draw whose
+/// lower sum is not below zero has no ratio.
+pub(crate) fn ratios(clusters: &[(f64, f64)], resamples: usize, seed: u64) -> Vec<Option<f64>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let n = clusters.len();
     let mut ratio = || {
@@ -94,17 +102,17 @@ pub fn ratios(clusters: &[(f64, f64)], resamples: usize, seed: u64) -> Vec<Optio
     (0..resamples).map(|_| ratio()).collect()
 }
 
-/// The percentile interval of such means.
+/// The percentile interval of resampled values.
 ///
 /// # Panics
-/// When there are none.
-pub fn interval(mut means: Vec<f64>) -> (f64, f64) {
+/// When `means` is empty.
+pub(crate) fn interval(mut means: Vec<f64>) -> (f64, f64) {
     means.sort_by(f64::total_cmp);
     let tail = (1.0 - LEVEL) / 2.0;
     (percentile(&means, tail), percentile(&means, 1.0 - tail))
 }
 
-/// As `numpy.percentile` does: linear between the two nearest values.
+/// Linear between the two nearest values, as `numpy.percentile`.
 fn percentile(sorted: &[f64], share: f64) -> f64 {
     let at = share * (sorted.len() - 1) as f64;
     let (below, above) = (at.floor() as usize, at.ceil() as usize);
@@ -135,15 +143,17 @@ mod tests {
 
     #[test]
     fn the_interval_is_the_normal_one_for_many_rows() {
-        // 400 rows, half of them better by one: mean 0.5, standard error 0.025, so about 0.5 ± 0.049.
+        // 400 rows, half of them better by one: mean 0.5, standard error 0.025, so about 0.5 ±
+        // 0.049.
         let (low, high) = interval(draw(&rows((0..400).map(|i| f64::from(i % 2))), 10_000, 7, 0));
         assert!((low - 0.451).abs() < 0.004 && (high - 0.549).abs() < 0.004, "{low} {high}");
     }
 
     #[test]
     fn the_interval_of_a_loss_is_that_of_a_ratio_of_sums() {
-        // 400 rows of 1 and 3 tokens, the long ones better by one nat a token: 0.75 in all. The delta method's standard error of the
-        // ratio is sqrt(sum (d - 0.75 w)^2) / sum w = sqrt(200 * 0.75^2 * 2) / 800 = 0.01875.
+        // 400 rows of 1 and 3 tokens, the long ones better by one nat per token: 0.75 in all. The
+        // delta method's standard error of the ratio is sqrt(sum (d - 0.75 w)^2) / sum w = sqrt(200
+        // * 0.75^2 * 2) / 800 = 0.01875.
         let row = |w: f64, d: f64| vec![Pair { base: [2.0 * w, w], run: [2.0 * w + d, w] }];
         let rows: Vec<_> = (0..400).map(|i| if i % 2 == 0 { row(1.0, 0.0) } else { row(3.0, 3.0) }).collect();
         assert_eq!(difference(&rows, |base, run| run - base), 0.75);
@@ -164,14 +174,16 @@ mod tests {
     #[test]
     fn seeds_and_rows_each_add_their_variance() {
         let seeds = |differences: [f64; 2]| differences.map(|d| Pair { base: [0.0, 1.0], run: [d, 1.0] }).to_vec();
-        // Rows alike, two seeds apart by 2: a resample's mean is 0, 1 or 2, with chances 1/4, 1/2, 1/4.
+        // Rows alike, two seeds apart by 2: a resample's mean is 0, 1 or 2, with chances 1/4, 1/2,
+        // 1/4.
         let drawn = draw(&[seeds([0.0, 2.0]), seeds([0.0, 2.0])], 8000, 3, 0);
         let near = |value: f64| drawn.iter().filter(|m| (*m - value).abs() < 1e-12).count() as f64 / 8000.0;
         assert!((near(0.0) - 0.25).abs() < 0.02 && (near(1.0) - 0.5).abs() < 0.02, "{} {}", near(0.0), near(1.0));
         assert_eq!(near(0.0) + near(1.0) + near(2.0), 1.0);
         let draws = shares(2, 8000, 3);
         assert!(shares(2, 99, 3) == draws[..99] && shares(2, 99, 4) != draws[..99], "the seed sets them");
-        // Seeds alike, rows 0 and 2: the same chances, for the rows are the same for both seeds.
+        // SeedScores alike, rows 0 and 2: the same chances, for the rows are the same for both
+        // seeds.
         let drawn = draw(&[seeds([0.0, 0.0]), seeds([2.0, 2.0])], 8000, 3, 0);
         let middle = drawn.iter().filter(|m| (*m - 1.0).abs() < 1e-12).count() as f64 / 8000.0;
         assert!((middle - 0.5).abs() < 0.02, "{middle}");

@@ -1,52 +1,53 @@
-//! The scored checkpoints that are compared: read, and checked to be answers to the same questions.
+//! The scored checkpoints that are compared: read with their outputs, and checked to answer the
+//! same questions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::BadInput;
 use cpift_core::error::usage;
-use cpift_core::format::scores::{FORMAT_VERSION, Scores, TaskScore};
+use cpift_core::format::scores::{FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
+use cpift_core::{BadInput, files};
+use serde::Deserialize;
+use serde_json::Value;
 
-use crate::outputs::{self, Output};
-
-/// What scoring counted, as opposed to what it was told: runs may differ in these.
-pub const COUNTS: [&str; 5] = ["dropped", "prompts_cut", "skipped", "truncated", "verdicts"];
+/// Settings that are counts made while scoring: runs may differ in them and stay comparable.
+pub(crate) const COUNTS: [&str; 5] = ["dropped", "prompts_cut", "skipped", "truncated", "verdicts"];
 
 /// A scored checkpoint.
 #[derive(Debug, Clone)]
-pub struct Run {
-    /// What its row is called.
-    pub name: String,
-    /// The folder or file it was read from.
-    pub path: PathBuf,
+pub(crate) struct Run {
+    /// The name of its row.
+    pub(crate) name: String,
+    /// The directory or file it was read from.
+    pub(crate) path: PathBuf,
     /// Its scores.
-    pub scores: Scores,
-    /// Its outputs by task, where they are beside the scores.
-    pub outputs: Option<BTreeMap<String, Vec<Output>>>,
+    pub(crate) scores: Scores,
+    /// Its outputs by task, if outputs.jsonl is beside the scores.
+    pub(crate) outputs: Option<BTreeMap<String, Vec<Output>>>,
 }
 
 impl Run {
     /// Reads one run.
     ///
     /// # Errors
-    /// [`BadInput`] when scores or outputs cannot be read; another version of scores.json is read as far as it can be with `force`.
-    pub fn read(name: &str, path: &Path, force: bool) -> Result<Self> {
-        Ok(Self { outputs: outputs::read(path)?, ..Self::read_scores(name, path, force)? })
+    /// [`BadInput`] when scores or outputs cannot be read; another version of scores.json is read
+    /// as far as it can be with `force`.
+    pub(crate) fn read(name: &str, path: &Path, force: bool) -> Result<Self> {
+        Ok(Self { outputs: read_outputs(path)?, ..Self::read_scores(name, path, force)? })
     }
 
     /// Reads one run's scores and nothing else.
     ///
     /// # Errors
     /// As [`Run::read`].
-    pub fn read_scores(name: &str, path: &Path, force: bool) -> Result<Self> {
+    pub(crate) fn read_scores(name: &str, path: &Path, force: bool) -> Result<Self> {
         let scores = if force { Scores::read_any_version(path)? } else { Scores::read(path)? };
         Ok(Self { name: name.to_owned(), path: path.to_owned(), scores, outputs: None })
     }
 
-    /// The run without what was said on its rows, which may be long; their scores stay.
-    #[must_use]
-    pub fn without_texts(mut self) -> Self {
+    /// Drops the texts of prompts and outputs, which may be long, and keeps the rows' scores.
+    pub(crate) fn without_texts(mut self) -> Self {
         for output in self.outputs.iter_mut().flat_map(BTreeMap::values_mut).flatten() {
             (output.prompt, output.output, output.reference, output.extracted) = (None, None, None, None);
         }
@@ -54,17 +55,17 @@ impl Run {
     }
 
     /// The score of one task.
-    pub fn task(&self, name: &str) -> Option<&TaskScore> {
+    pub(crate) fn task(&self, name: &str) -> Option<&TaskScore> {
         self.scores.tasks.iter().find(|t| t.task == name)
     }
 }
 
-/// Reads `[NAME=]DIR` arguments; a run without a name takes its folder's.
+/// Reads `[NAME=]DIR` arguments; a run without a name takes the directory's.
 ///
 /// # Errors
-/// [`BadInput`] when a file cannot be read, or runs answer different questions (unless `force`); [`cpift_core::Usage`] when two runs
-/// have one name.
-pub fn read_all(arguments: &[String], force: bool) -> Result<Vec<Run>> {
+/// [`BadInput`] when a file cannot be read or, without `force`, when the runs are not comparable;
+/// [`cpift_core::Usage`] when two runs have one name.
+pub(crate) fn read_all(arguments: &[String], force: bool) -> Result<Vec<Run>> {
     let named: Vec<(String, PathBuf)> = arguments.iter().map(|argument| named(argument)).collect::<Result<_>>()?;
     let mut runs: Vec<Run> = Vec::new();
     for (name, path) in named {
@@ -79,12 +80,12 @@ pub fn read_all(arguments: &[String], force: bool) -> Result<Vec<Run>> {
     Ok(runs)
 }
 
-/// The name and the path of an argument. A path may hold `=` too: one that is there as it stands has no name before it, nor has one
-/// with a folder before its first `=`.
+/// Splits an argument into name and path. A path may contain `=` itself: if the whole argument is
+/// an existing path, or has a `/` before its first `=`, it has no name.
 fn named(argument: &str) -> Result<(String, PathBuf)> {
     let path = Path::new(argument);
     match argument.split_once('=').filter(|(name, _)| !path.exists() && !name.contains('/')) {
-        Some(("", _) | (_, "")) => Err(usage(format!("{argument} is no [NAME=]RUN: it has nothing on one side of ="))),
+        Some(("", _) | (_, "")) => Err(usage(format!("{argument} is no [NAME=]RUN: one side of = is empty"))),
         Some((name, path)) => Ok((name.to_owned(), PathBuf::from(path))),
         None => Ok((default_name(path), path.to_owned())),
     }
@@ -95,11 +96,11 @@ fn default_name(path: &Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
 }
 
-/// Refuses runs on other tasks, rows, metrics or settings than one before them.
+/// Refuses runs whose tasks, rows, metrics or settings differ from an earlier run's.
 ///
 /// # Errors
 /// [`BadInput`] that names both runs and the first difference.
-pub fn check_comparable(runs: &[Run]) -> Result<()> {
+pub(crate) fn check_comparable(runs: &[Run]) -> Result<()> {
     for (i, other) in runs.iter().enumerate() {
         if let Some((first, difference)) = conflict(&runs[..i], other) {
             return Err(refusal(first, other, difference));
@@ -108,17 +109,18 @@ pub fn check_comparable(runs: &[Run]) -> Result<()> {
     Ok(())
 }
 
-/// The first of `runs` that `other` differs from, and in what.
-pub fn conflict<'a>(runs: impl IntoIterator<Item = &'a Run>, other: &Run) -> Option<(&'a Run, Difference)> {
+/// The first of `runs` that `other` differs from, with the difference.
+pub(crate) fn conflict<'a>(runs: impl IntoIterator<Item = &'a Run>, other: &Run) -> Option<(&'a Run, Difference)> {
     let of = |run: &'a Run| Some((run, task_list_differences(&run.scores.tasks, &other.scores.tasks).next()?));
     runs.into_iter().find_map(of)
 }
 
-/// As [`check_comparable`], for runs that need not have the same tasks: those that two of them have must be the same ones.
+/// As [`check_comparable`], for runs that need not have the same tasks: only tasks that two runs
+/// share are checked.
 ///
 /// # Errors
 /// [`BadInput`] that names both runs and the first difference.
-pub fn check_shared_tasks(runs: &[Run]) -> Result<()> {
+pub(crate) fn check_shared_tasks(runs: &[Run]) -> Result<()> {
     match shared_differences(runs).into_iter().next() {
         Some((first, other, difference)) => Err(refusal(first, other, difference)),
         None => Ok(()),
@@ -135,24 +137,24 @@ fn shared_differences(runs: &[Run]) -> Vec<(&Run, &Run, Difference)> {
     found
 }
 
-/// All that sets runs apart from the first, for those who compare them by force.
-pub fn differences(runs: &[Run]) -> Vec<String> {
+/// All differences from the first run, listed under tables made with `--force`.
+pub(crate) fn differences(runs: &[Run]) -> Vec<String> {
     let Some((first, others)) = runs.split_first() else { return Vec::new() };
     let of = |other| task_list_differences(&first.scores.tasks, other).collect::<Vec<_>>();
     let pairs = others.iter().flat_map(|other| of(&other.scores.tasks).into_iter().map(move |d| (other, d)));
-    let words = pairs.map(|(other, difference)| difference_words(first, other, &difference));
+    let words = pairs.map(|(other, difference)| difference_text(first, other, &difference));
     other_versions(runs).into_iter().chain(words).collect()
 }
 
 /// As [`differences`], for runs that need not have the same tasks.
-pub fn differences_of_shared_tasks(runs: &[Run]) -> Vec<String> {
+pub(crate) fn differences_of_shared_tasks(runs: &[Run]) -> Vec<String> {
     let differences = shared_differences(runs);
-    let words = differences.iter().map(|(first, other, difference)| difference_words(first, other, difference));
+    let words = differences.iter().map(|(first, other, difference)| difference_text(first, other, difference));
     other_versions(runs).into_iter().chain(words).collect()
 }
 
-fn difference_words(first: &Run, other: &Run, difference: &Difference) -> String {
-    format!("{} {}.", other.name, difference.words(first))
+fn difference_text(first: &Run, other: &Run, difference: &Difference) -> String {
+    format!("{} {}.", other.name, difference.text(first))
 }
 
 fn other_versions(runs: &[Run]) -> Vec<String> {
@@ -174,19 +176,19 @@ fn refusal(first: &Run, other: &Run, difference: Difference) -> anyhow::Error {
         .into()
 }
 
-/// What differs, and both sides of it.
-pub struct Difference {
-    /// What it is.
-    pub what: String,
-    /// As the first run has it.
-    pub first: String,
-    /// As the other has it.
-    pub other: String,
+/// A difference between two runs.
+pub(crate) struct Difference {
+    /// The setting that differs.
+    pub(crate) what: String,
+    /// Its value in the first run.
+    pub(crate) first: String,
+    /// Its value in the other.
+    pub(crate) other: String,
 }
 
 impl Difference {
-    /// What is said of the other run, after its name.
-    pub fn words(&self, first: &Run) -> String {
+    /// The difference as a phrase that follows the other run's name.
+    pub(crate) fn text(&self, first: &Run) -> String {
         format!("differs from {} in {}: {} against {}", first.name, self.what, self.other, self.first)
     }
 }
@@ -206,7 +208,7 @@ fn task_differences(a: &TaskScore, b: &TaskScore) -> impl Iterator<Item = Differ
     let digests = of("the evaluation file", a.eval_digest.to_string(), b.eval_digest.to_string());
     let metrics = a.metric.as_ref().zip(b.metric.as_ref());
     let metrics = metrics.and_then(|(x, y)| of("the metric", x.name.clone(), y.name.clone()));
-    // A run that no judge has read yet is as comparable as its loss is.
+    // A run that is not judged yet can still be compared by its loss.
     let judged = a.metric.is_some() && b.metric.is_some();
     let matters = |key: &&String| !COUNTS.contains(&key.as_str()) && (judged || !key.starts_with("judge"));
     let keys: BTreeSet<&String> = a.settings.keys().chain(b.settings.keys()).filter(matters).collect();
@@ -215,6 +217,71 @@ fn task_differences(a: &TaskScore, b: &TaskScore) -> impl Iterator<Item = Differ
     let settings: Vec<Difference> =
         keys.into_iter().filter_map(|key| of(&format!("the setting {key}"), side(a, key), side(b, key))).collect();
     digests.into_iter().chain(metrics).chain(settings)
+}
+
+/// One line of outputs.jsonl; other fields are the metric's own.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub(crate) struct Output {
+    /// The task's name.
+    pub(crate) task: String,
+    /// The row's number in the evaluation file.
+    pub(crate) row: u64,
+    /// The prompt, if recorded.
+    #[serde(default)]
+    pub(crate) prompt: Option<Value>,
+    /// The model's output.
+    #[serde(default)]
+    pub(crate) output: Option<Value>,
+    /// The reference answer.
+    #[serde(default)]
+    pub(crate) reference: Option<Value>,
+    /// The part of the output that was scored, if not all of it.
+    #[serde(default)]
+    pub(crate) extracted: Option<Value>,
+    /// The row's score; `None` if it could not be scored, such as a judge's reply without a rating.
+    #[serde(default)]
+    pub(crate) score: Option<f64>,
+    /// The loss on the reference answer, summed over its target tokens, in nats.
+    #[serde(default)]
+    pub(crate) nll: Option<f64>,
+    /// Number of those target tokens; 0 if none fits.
+    #[serde(default)]
+    pub(crate) targets: Option<u64>,
+}
+
+/// Reads the outputs of a run by task, in the order of the file; `None` if the run has no
+/// outputs.jsonl.
+///
+/// # Errors
+/// [`BadInput`] with the line that cannot be read, or a row that occurs twice.
+fn read_outputs(scores: &Path) -> Result<Option<BTreeMap<String, Vec<Output>>>> {
+    let path = match scores.is_dir() {
+        true => scores.join(OUTPUTS),
+        false => scores.with_file_name(OUTPUTS),
+    };
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let mut tasks: BTreeMap<String, Vec<Output>> = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    for (i, line) in files::read_text(&path)?.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let output: Output = serde_json::from_str(line).map_err(|e| {
+            BadInput::new(&path, format!("line {} is not a row of outputs: {e}", i + 1))
+                .hint("score the model again with this version")
+        })?;
+        if !seen.insert((output.task.clone(), output.row)) {
+            return Err(BadInput::new(&path, format!("line {}: duplicate row", i + 1))
+                .found(format!("task {}, row {}", output.task, output.row))
+                .into());
+        }
+        tasks.entry(output.task.clone()).or_default().push(output);
+    }
+    Ok(Some(tasks))
+}
+
+/// A field as text: strings unchanged, other values as JSON.
+pub(crate) fn field_text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 #[cfg(test)]

@@ -1,41 +1,43 @@
-//! An experiment's tables and the words under them, the same for text and page.
+//! Tables of experiments and the notes under them, the same for text and page.
 
-use super::{Cell, Column, Experiment, Forgetting, Method, Outcome, Seeds, counted};
-use crate::comparison::Question;
-use crate::text::{Text, delta_text};
-use crate::unit::{ANS_FORMULA, Unit};
+use std::fmt::Write as _;
 
-/// A table: cells and whether they stand out.
+use crate::statistics::comparison::Question;
+use crate::statistics::experiment::{Cell, Column, Experiment, Forgetting, Method, Outcome, SeedScores};
+use crate::statistics::unit::{ANS_FORMULA, Spread, Unit};
+
+/// A cell of a table, and true if it is the best of its column.
+pub(crate) type Text = (String, bool);
+
+/// A table of an experiment.
 #[derive(Debug, Clone)]
-pub struct Sheet {
-    /// What it shows.
-    pub caption: String,
-    /// Names of the columns; what follows a line break may be set small.
-    pub header: Vec<String>,
-    /// Its lines; the first cell names one.
-    pub lines: Vec<Vec<Text>>,
-    /// How many columns from the left are names.
-    pub names: usize,
+pub(crate) struct Sheet {
+    /// Caption.
+    pub(crate) caption: String,
+    /// Names of the columns; the part after a line break is the unit.
+    pub(crate) header: Vec<String>,
+    /// Rows of cells.
+    pub(crate) lines: Vec<Vec<Text>>,
+    /// Number of columns, from the left, that hold names.
+    pub(crate) names: usize,
 }
 
-impl Experiment {
-    /// The tables.
-    pub fn sheets(&self) -> Vec<Sheet> {
-        match &self.outcome {
-            Outcome::Scores(seeds) => {
-                let base = self.head.baseline.as_deref().filter(|_| seeds.compared());
-                [scores(seeds)].into_iter().chain(base.map(|name| differences(seeds, name))).collect()
-            }
-            Outcome::Forgetting(forgetting) => vec![changes(forgetting), by_pair(forgetting)],
+/// The tables of an experiment.
+pub(crate) fn sheets(experiment: &Experiment) -> Vec<Sheet> {
+    match &experiment.outcome {
+        Outcome::Scores(seeds) => {
+            let base = experiment.head.baseline.as_deref().filter(|_| seeds.compared());
+            [scores(seeds)].into_iter().chain(base.map(|name| differences(seeds, name))).collect()
         }
+        Outcome::Forgetting(forgetting) => vec![changes(forgetting), by_pair(forgetting)],
     }
+}
 
-    /// What was done, and what the reader must know.
-    pub fn words(&self) -> Vec<String> {
-        match &self.outcome {
-            Outcome::Scores(seeds) => seeds_words(seeds, &self.head.baseline, &self.question),
-            Outcome::Forgetting(forgetting) => forgetting_words(forgetting, &self.question),
-        }
+/// The notes under the tables of an experiment: method, intervals, and what limits them.
+pub(crate) fn notes(experiment: &Experiment) -> Vec<String> {
+    match &experiment.outcome {
+        Outcome::Scores(seeds) => seeds_notes(seeds, &experiment.head.baseline, &experiment.question),
+        Outcome::Forgetting(forgetting) => forgetting_notes(forgetting, &experiment.question),
     }
 }
 
@@ -52,17 +54,17 @@ fn heading(column: &Column) -> String {
     }
 }
 
-/// The cells that tell a row from others: its name, and its place on the axis.
-fn named(seeds: &Seeds, row: usize) -> impl Iterator<Item = Text> {
+/// The cells that identify a row: its name, and its position on the axis.
+fn named(seeds: &SeedScores, row: usize) -> impl Iterator<Item = Text> {
     let row = &seeds.rows[row];
     [plain(&row.name)].into_iter().chain(row.x.map(|x| plain(x.to_string())))
 }
 
-fn name_columns(seeds: &Seeds) -> impl Iterator<Item = String> {
+fn name_columns(seeds: &SeedScores) -> impl Iterator<Item = String> {
     ["method".to_owned()].into_iter().chain(seeds.axis.as_ref().map(|axis| axis.label.clone()))
 }
 
-fn scores(seeds: &Seeds) -> Sheet {
+fn scores(seeds: &SeedScores) -> Sheet {
     let tokens = seeds.rows.iter().any(|row| row.tokens.is_some());
     let more = tokens.then(|| "tokens".to_owned());
     let header = name_columns(seeds).chain(more).chain(seeds.columns().map(heading)).collect();
@@ -78,12 +80,11 @@ fn scores(seeds: &Seeds) -> Sheet {
     Sheet { caption, header, lines: (0..seeds.rows.len()).map(line).collect(), names: 1 }
 }
 
-fn differences(seeds: &Seeds, baseline: &str) -> Sheet {
+fn differences(seeds: &SeedScores, baseline: &str) -> Sheet {
     let header = name_columns(seeds).chain(seeds.columns().map(heading)).collect();
     let line = |row: usize| {
-        let cell = |column: &Column| {
-            plain(column.deltas[row].as_ref().map_or("-".into(), |delta| delta_text(column.unit, delta)))
-        };
+        let cell =
+            |column: &Column| plain(column.deltas[row].as_ref().map_or("-".into(), |delta| delta.text(column.unit)));
         named(seeds, row).chain(seeds.columns().map(cell)).collect()
     };
     let rows = (0..seeds.rows.len()).filter(|row| seeds.baselines[*row].is_some());
@@ -93,10 +94,10 @@ fn differences(seeds: &Seeds, baseline: &str) -> Sheet {
     Sheet { caption: format!("Difference to {baseline}{place}"), header, lines: rows.map(line).collect(), names: 1 }
 }
 
-fn seeds_words(seeds: &Seeds, baseline: &Option<String>, question: &Question) -> Vec<String> {
-    let mut words = vec![format!("{} Best in bold.", seeds.spread_words())];
+fn seeds_notes(seeds: &SeedScores, baseline: &Option<String>, question: &Question) -> Vec<String> {
+    let mut words = vec![format!("{} Best in bold.", seeds.spread_text())];
     if let Some(name) = baseline.as_ref().filter(|_| seeds.compared()) {
-        words.push(format!("Differences to {name}: {}.", seeds.interval_words(question)));
+        words.push(format!("Differences to {name}: {}.", seeds.interval_text(question)));
         if seeds.seeds > 1 {
             let n = seeds.seeds;
             words.push(format!(
@@ -111,7 +112,7 @@ fn seeds_words(seeds: &Seeds, baseline: &Option<String>, question: &Question) ->
     words
 }
 
-/// Which of `values` are the best, where they differ.
+/// For each of `values`, true if it is the largest; all false if all are equal.
 fn best(values: &[Option<f64>]) -> Vec<bool> {
     let known = values.iter().flatten();
     let (low, high) = known.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
@@ -146,7 +147,7 @@ fn changes(forgetting: &Forgetting) -> Sheet {
 }
 
 /// The share of the baseline's loss that a method avoids, in percent, with its interval.
-pub fn cut_text(method: &Method) -> String {
+pub(crate) fn cut_text(method: &Method) -> String {
     let percent = |share: f64| Unit::Percent.text(share).replace('-', "−");
     method.cut.as_ref().map_or("-".to_owned(), |cut| match cut.interval {
         Some((low, high)) => format!("{} [{}, {}]", percent(cut.value), percent(low), percent(high)),
@@ -159,15 +160,15 @@ fn by_pair(forgetting: &Forgetting) -> Sheet {
     let names = methods.iter().map(|method| method.name.clone());
     let header = ["first", "second"].map(str::to_owned).into_iter().chain(names).collect();
     let line = |pair: &(String, String)| {
-        let spreads: Vec<Option<super::Spread>> = methods
+        let spreads: Vec<Option<Spread>> = methods
             .iter()
             .map(|method| {
                 let values: Vec<f64> = method.of_pair(pair).map(|change| change.first).collect();
-                (!values.is_empty()).then_some(super::Spread { values })
+                (!values.is_empty()).then_some(Spread { values })
             })
             .collect();
-        let best = best(&spreads.iter().map(|s| s.as_ref().map(super::Spread::mean)).collect::<Vec<_>>());
-        let cell = |(spread, best): (&Option<super::Spread>, bool)| {
+        let best = best(&spreads.iter().map(|s| s.as_ref().map(Spread::mean)).collect::<Vec<_>>());
+        let cell = |(spread, best): (&Option<Spread>, bool)| {
             (spread.as_ref().map_or("-".to_owned(), |s| s.signed(forgetting.unit)), best)
         };
         [plain(&pair.0), plain(&pair.1)].into_iter().chain(spreads.iter().zip(best).map(cell)).collect()
@@ -180,7 +181,7 @@ fn by_pair(forgetting: &Forgetting) -> Sheet {
     }
 }
 
-fn forgetting_words(forgetting: &Forgetting, question: &Question) -> Vec<String> {
+fn forgetting_notes(forgetting: &Forgetting, question: &Question) -> Vec<String> {
     let over = if forgetting.has_seeds() { "pairs and seeds" } else { "pairs" };
     let unit = match forgetting.unit {
         Unit::Percent => "percentage points",
@@ -194,9 +195,55 @@ fn forgetting_words(forgetting: &Forgetting, question: &Question) -> Vec<String>
     if let Some(base) = forgetting.baseline.map(|base| &forgetting.methods[base].name) {
         words.push(format!(
             "Loss avoided: 1 − ΔA/ΔA of {base}, in percent, with its interval ({}).",
-            forgetting.interval_words(question)
+            forgetting.interval_text(question)
         ));
     }
     words.extend(forgetting.notes.iter().cloned());
     words
+}
+
+/// `1 seed`, `2 seeds`.
+pub(crate) fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+/// Text with control characters replaced by their symbols, and characters that change the writing
+/// direction by their codes, so that a model's output cannot rearrange the text around it. Line
+/// breaks and tabs stay.
+pub(crate) fn symbols(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' | '\t' => out.push(c),
+            '\u{7f}' => out.push('\u{2421}'),
+            c if c < ' ' => out.push(char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}')),
+            '\u{80}'..='\u{9f}'
+            | '\u{61c}'
+            | '\u{200e}'
+            | '\u{200f}'
+            | '\u{202a}'..='\u{202e}'
+            | '\u{2028}'
+            | '\u{2029}'
+            | '\u{2066}'..='\u{2069}'
+            | '\u{feff}'
+            | '\u{fffe}'
+            | '\u{ffff}' => {
+                let _ = write!(out, "⟨U+{:04X}⟩", u32::from(c));
+            }
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_that_could_act_are_shown_as_symbols() {
+        assert_eq!(symbols("\u{0}\u{1b}[1m\n\t\u{7f}"), "␀␛[1m\n\t␡");
+        assert_eq!(symbols("a\u{202e}b\u{2066}"), "a⟨U+202E⟩b⟨U+2066⟩");
+        assert_eq!(symbols("{{ 7 * 7 }} {% x %} ‘æ汉’"), "{{ 7 * 7 }} {% x %} ‘æ汉’");
+    }
 }

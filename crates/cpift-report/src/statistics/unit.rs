@@ -1,18 +1,20 @@
-//! What a figure is measured in: how it is shown, which way is better, and what it adds to the Average Normalised Score.
+//! Units of figures: their format, the direction that is better, their share in the Average
+//! Normalised Score; and values spread over seeds.
 
-/// The formula under every table. The paper publishes none, so none is claimed to match its column.
-pub const ANS_FORMULA: &str = "ANS (Average Normalised Score): the mean over the tasks with a metric, each brought to 0 to 10: \
+/// The formula printed under every table. The paper publishes none, so no match with its column is
+/// claimed.
+pub(crate) const ANS_FORMULA: &str = "ANS (Average Normalised Score): the mean over the tasks with a metric, each brought to 0 to 10: \
                                10 x metric for accuracy and CodeBLEU, the judge's rating as given. \
                                No parity with the paper's column is claimed: its formula is not published.";
 
 /// The unit of a figure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
+pub(crate) enum Unit {
     /// A fraction, shown in percent; more is better.
     Percent,
     /// A judge's rating, 1 to 10; more is better.
     Rating,
-    /// A negative log-likelihood in nats a token; less is better.
+    /// A negative log-likelihood in nats per token; less is better.
     Nats,
     /// A perplexity: e to the loss; less is better.
     Perplexity,
@@ -22,7 +24,7 @@ pub enum Unit {
 
 impl Unit {
     /// The unit of the figure called `name` in scores.json.
-    pub fn of(name: &str) -> Self {
+    pub(crate) fn of(name: &str) -> Self {
         match name {
             "nll" => Self::Nats,
             "perplexity" => Self::Perplexity,
@@ -31,8 +33,8 @@ impl Unit {
         }
     }
 
-    /// What differences are called.
-    pub fn symbol(self) -> &'static str {
+    /// The unit's symbol after a figure's name.
+    pub(crate) fn symbol(self) -> &'static str {
         match self {
             Self::Percent => "%",
             Self::Rating => "of 10",
@@ -42,38 +44,39 @@ impl Unit {
     }
 
     /// The direction that is better: 1 upwards, -1 downwards.
-    pub fn direction(self) -> f64 {
+    pub(crate) fn direction(self) -> f64 {
         if self.is_loss() { -1.0 } else { 1.0 }
     }
 
-    /// Whether it comes from the loss on the reference answers.
-    pub fn is_loss(self) -> bool {
+    /// Returns true if the figure comes from the loss on the reference answers.
+    pub(crate) fn is_loss(self) -> bool {
         matches!(self, Self::Nats | Self::Perplexity)
     }
 
-    /// How a baseline's figure and another's, each as rows add up to it, make a difference in this unit. Rows of a perplexity add up to
-    /// its loss.
-    pub fn difference(self) -> fn(f64, f64) -> f64 {
+    /// The function that gives the difference between the baseline's figure and another's, each
+    /// computed from rows. The rows of a perplexity give its loss, so the exponential is taken
+    /// there.
+    pub(crate) fn difference(self) -> fn(f64, f64) -> f64 {
         match self {
             Self::Perplexity => |base, run| run.exp() - base.exp(),
             _ => |base, run| run - base,
         }
     }
 
-    /// A value in the unit that is shown.
-    pub fn shown(self, value: f64) -> f64 {
+    /// A value in the unit that tables show: percent for fractions.
+    pub(crate) fn shown(self, value: f64) -> f64 {
         if self == Self::Percent { 100.0 * value } else { value }
     }
 
     /// A value as text, without its symbol.
-    pub fn text(self, value: f64) -> String {
+    pub(crate) fn text(self, value: f64) -> String {
         let text = self.rounded(value);
-        // Minus zero is no other value than zero.
+        // Rounding may leave a minus sign on zero.
         if is_zero(&text) { text.replace('-', "") } else { text }
     }
 
     /// A difference as text: with its sign.
-    pub fn signed(self, value: f64) -> String {
+    pub(crate) fn signed(self, value: f64) -> String {
         let text = self.rounded(value);
         match text.strip_prefix('-') {
             _ if is_zero(&text) => text.replace('-', ""),
@@ -82,7 +85,7 @@ impl Unit {
         }
     }
 
-    /// A perplexity may be of any size: large ones have an exponent.
+    /// A perplexity may be of any size; large ones are written with an exponent.
     fn rounded(self, value: f64) -> String {
         let shown = self.shown(value);
         if self == Self::Perplexity && shown.abs() >= 1e6 {
@@ -102,13 +105,48 @@ impl Unit {
     }
 
     /// A metric on the scale of the Average Normalised Score, 0 to 10.
-    pub fn normalised(self, value: f64) -> f64 {
+    pub(crate) fn normalised(self, value: f64) -> f64 {
         if self == Self::Percent { 10.0 * value } else { value }
     }
 }
 
 fn is_zero(text: &str) -> bool {
     text.chars().all(|c| matches!(c, '-' | '0' | '.'))
+}
+
+/// One value per seed, or per pair of tasks.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Spread {
+    /// The values, in their order.
+    pub(crate) values: Vec<f64>,
+}
+
+impl Spread {
+    /// The mean.
+    pub(crate) fn mean(&self) -> f64 {
+        self.values.iter().sum::<f64>() / self.values.len() as f64
+    }
+
+    /// The sample standard deviation (n − 1); `None` for one value.
+    pub(crate) fn sd(&self) -> Option<f64> {
+        let (n, mean) = (self.values.len() as f64, self.mean());
+        let squares: f64 = self.values.iter().map(|v| (v - mean).powi(2)).sum();
+        (self.values.len() > 1).then(|| (squares / (n - 1.0)).sqrt())
+    }
+
+    /// `mean ± sd`, or the one value.
+    pub(crate) fn text(&self, unit: Unit) -> String {
+        unit.text(self.mean()) + &self.sd_text(unit)
+    }
+
+    /// As [`Spread::text`], with the sign of a difference.
+    pub(crate) fn signed(&self, unit: Unit) -> String {
+        unit.signed(self.mean()) + &self.sd_text(unit)
+    }
+
+    fn sd_text(&self, unit: Unit) -> String {
+        self.sd().map_or(String::new(), |sd| format!(" ± {}", unit.text(sd)))
+    }
 }
 
 #[cfg(test)]

@@ -1,17 +1,20 @@
-//! The course of training: losses of every probe and model, and what later stages cost earlier tasks.
+//! Training: loss curves of every probe and model, and held-out losses over the stages, which show
+//! forgetting.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
+use cpift_core::format::svg::Canvas;
 use cpift_core::{BadInput, files};
+use maud::{Markup, html};
 use serde::Deserialize;
 
-use super::models;
-use crate::chart::{Axis, Svg, series, series_legend};
-use crate::html::{Table, escape, figure, missing};
+use super::folder::models;
+use crate::html::{Table, figure, missing, series_legend};
+use crate::svg::{Axis, WIDTH, picture, series};
 
-/// One line of metrics.jsonl: a step's figures, or held-out losses after a step.
+/// One line of metrics.jsonl: the metrics of a step, or held-out losses after a step.
 #[derive(Deserialize)]
 struct Line {
     #[serde(default)]
@@ -25,17 +28,18 @@ struct Line {
     eval_loss: Option<HeldOut>,
 }
 
-/// Held-out losses by task; none where a loss was not finite, for which JSON has no number.
+/// Held-out losses by task; `None` for a loss that was not finite, for which JSON has no number.
 type HeldOut = BTreeMap<String, Option<f64>>;
 
-/// The figures of one model.
+/// The metrics of one model.
 struct Course {
-    /// Its folder under the run's.
+    /// Path under the run's directory.
     name: String,
     stages: Vec<Stage>,
 }
 
-/// One stage of it; its steps are counted from 1, the model's from where the stage before ended.
+/// One stage of training. Its steps are counted from 1; `before` is the number of steps of earlier
+/// stages.
 struct Stage {
     label: String,
     before: u64,
@@ -54,7 +58,7 @@ impl Course {
         let mut stages: Vec<Stage> = Vec::new();
         for (i, line) in files::read_text(&path)?.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let line: Line = serde_json::from_str(line)
-                .map_err(|e| BadInput::new(&path, format!("line {} holds no figures of a step: {e}", i + 1)))?;
+                .map_err(|e| BadInput::new(&path, format!("line {} holds no metrics of a step: {e}", i + 1)))?;
             if stages.last().is_none_or(|stage| stage.label != line.stage) {
                 let before = stages.last().map_or(0, |s| s.before + s.steps);
                 let label = line.stage.clone();
@@ -71,7 +75,7 @@ impl Course {
         self.stages.last().map_or(0, |s| s.before + s.steps)
     }
 
-    /// The held-out losses of one task by the model's step.
+    /// The held-out losses of one task, by step of the model.
     fn held_out(&self, task: &str) -> Vec<(u64, f64)> {
         let of = |s: &Stage| -> Vec<(u64, f64)> {
             s.held_out.iter().filter_map(|(step, map)| Some((s.before + step, (*map.get(task)?)?))).collect()
@@ -97,7 +101,7 @@ fn courses(folder: &Path) -> Result<Vec<Course>> {
     models(folder)?.into_iter().filter_map(|name| Course::read(folder, name).transpose()).collect()
 }
 
-/// The tasks with held-out losses in any course, by name: one colour each.
+/// Colour of each task with held-out losses, by name.
 fn colors(courses: &[Course]) -> BTreeMap<String, usize> {
     let mut tasks: Vec<&String> = courses.iter().flat_map(Course::tasks).collect();
     tasks.sort();
@@ -105,54 +109,60 @@ fn colors(courses: &[Course]) -> BTreeMap<String, usize> {
     tasks.into_iter().enumerate().map(|(i, task)| (task.clone(), i)).collect()
 }
 
-/// The loss curves.
-pub fn curves(folder: &Path) -> Result<String> {
+/// The section with the loss curves.
+pub(crate) fn curves(folder: &Path) -> Result<Markup> {
     let courses = courses(folder)?;
     if courses.is_empty() {
-        return Ok(missing("No metrics.jsonl in the folders of the probes and models."));
+        return Ok(missing("No metrics.jsonl in the directories of the probes and models."));
     }
     let colors = colors(&courses);
-    let pictures: Vec<String> = courses.iter().map(|course| curve_tile(course, &colors)).collect();
+    let pictures: Vec<Markup> = courses.iter().map(|course| curve_tile(course, &colors)).collect();
     let header = ["model, stage", "steps", "tokens", "first loss", "last loss", "held-out loss, first to last"];
     let mut table = Table::new("Losses of every probe and model", &header.map(str::to_owned)).text_column(5);
     for (course, stage) in courses.iter().flat_map(|c| c.stages.iter().map(move |s| (c, s))) {
         let loss = |entry: Option<&(u64, f64)>| entry.map_or("–".to_owned(), |(_, loss)| format!("{loss:.4}"));
-        let held_out: Vec<String> = colors.keys().filter_map(|task| held_out_words(stage, task)).collect();
+        let held_out: Vec<String> = colors.keys().filter_map(|task| held_out_text(stage, task)).collect();
         let held_out = if held_out.is_empty() { "–".to_owned() } else { held_out.join(", ") };
         let name = format!("{}, {}", course.name, stage.label);
         let (first, last) = (loss(stage.losses.first()), loss(stage.losses.last()));
         table.row(&[name, stage.steps.to_string(), stage.tokens.to_string(), first, last, held_out]);
     }
-    let lines = colors.iter().map(|(task, i)| (series(*i), task.as_str()));
     let words = if colors.is_empty() {
         "Training loss by step (grey). No held-out losses: --eval-every N of cpift-probe and cpift-train writes them."
     } else {
         "Training loss by step (grey) and held-out loss by task (in colour, starting at the first evaluation)."
     };
-    let legend = if colors.is_empty() { String::new() } else { series_legend(lines) };
-    let caption = format!("{legend}{} Dotted lines: where a stage ends.", escape(words));
-    Ok(figure(&pictures, &caption, vec![table]))
+    let caption = html! {
+        @if !colors.is_empty() { (color_legend(&colors)) }
+        (words) " Dotted lines: ends of stages."
+    };
+    Ok(figure(&pictures, &caption, &[table]))
 }
 
-fn held_out_words(stage: &Stage, task: &str) -> Option<String> {
+fn color_legend(colors: &BTreeMap<String, usize>) -> Markup {
+    series_legend(colors.iter().map(|(task, i)| (*i, task.as_str())))
+}
+
+fn held_out_text(stage: &Stage, task: &str) -> Option<String> {
     let values: Vec<Option<f64>> = stage.held_out.iter().filter_map(|(_, map)| map.get(task).copied()).collect();
     let (first, last) = (values.first()?, values.last()?);
-    Some(format!("{task} {} to {}", loss_words(*first), loss_words(*last)))
+    Some(format!("{task} {} to {}", loss_text(*first), loss_text(*last)))
 }
 
-fn loss_words(loss: Option<f64>) -> String {
+fn loss_text(loss: Option<f64>) -> String {
     loss.map_or("not finite".to_owned(), |loss| format!("{loss:.4}"))
 }
 
-const SIZE: (f64, f64) = (336.0, 196.0);
-/// Left, top, right and bottom of where lines are drawn.
+/// Width and height of a plot.
+const SIZE: (f64, f64) = (WIDTH, 196.0);
+/// Left, top, right and bottom of the area for lines.
 const PLOT: (f64, f64, f64, f64) = (36.0, 28.0, 332.0, 160.0);
-/// Points of a line: more than can be told apart.
+/// Largest number of points of a line; more could not be distinguished.
 const POINTS: usize = 240;
 
 /// An empty plot with its axes.
-fn plot(head: &str, across: (u64, &str), top: f64) -> (Svg, Axis, Axis) {
-    let mut svg = Svg::new(SIZE.0, SIZE.1);
+fn plot(head: &str, across: (u64, &str), top: f64) -> (Canvas, Axis, Axis) {
+    let mut svg = Canvas::default();
     svg.name(0.0, 14.0, "head", SIZE.0, head);
     let y = Axis::new(0.0, top, (PLOT.3, PLOT.1), 4);
     for (value, text) in y.marks() {
@@ -164,7 +174,7 @@ fn plot(head: &str, across: (u64, &str), top: f64) -> (Svg, Axis, Axis) {
     (svg, x, y)
 }
 
-fn curve_tile(course: &Course, colors: &BTreeMap<String, usize>) -> String {
+fn curve_tile(course: &Course, colors: &BTreeMap<String, usize>) -> Markup {
     let losses: Vec<(f64, f64)> =
         course.stages.iter().flat_map(|s| s.losses.iter().map(|(step, l)| ((s.before + step) as f64, *l))).collect();
     let losses = thinned(&losses);
@@ -188,10 +198,10 @@ fn curve_tile(course: &Course, colors: &BTreeMap<String, usize>) -> String {
     let ends = |p: &[(f64, f64)]| {
         p.first().zip(p.last()).map_or(String::new(), |(a, b)| format!(", {:.3} to {:.3}", a.1, b.1))
     };
-    svg.finish(&format!("Loss of {} over {} steps{}", course.name, course.steps(), ends(&losses)))
+    picture(svg, SIZE, &format!("Loss of {} over {} steps{}", course.name, course.steps(), ends(&losses)))
 }
 
-/// At most [`POINTS`] points: means of equal runs of steps.
+/// At most [`POINTS`] points, each the mean of the same number of steps.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let size = points.len().div_ceil(POINTS).max(1);
     let mean =
@@ -199,8 +209,8 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.chunks(size).map(|chunk| (mean(chunk, |p| p.0), mean(chunk, |p| p.1))).collect()
 }
 
-/// Held-out losses at the end of every stage.
-pub fn forgetting(folder: &Path) -> Result<String> {
+/// The section with held-out losses at the end of every stage.
+pub(crate) fn forgetting(folder: &Path) -> Result<Markup> {
     let courses: Vec<Course> = courses(folder)?
         .into_iter()
         .filter(|course| course.stages.iter().filter(|s| !s.held_out.is_empty()).count() > 1)
@@ -211,25 +221,22 @@ pub fn forgetting(folder: &Path) -> Result<String> {
         ));
     }
     let colors = colors(&courses);
-    let pictures: Vec<String> = courses.iter().map(|course| stage_tile(course, &colors)).collect();
+    let pictures: Vec<Markup> = courses.iter().map(|course| stage_tile(course, &colors)).collect();
     let tables: Vec<Table> = courses.iter().map(|course| stage_table(course, &colors)).collect();
-    let caption = format!(
-        "{}{}",
-        series_legend(colors.iter().map(|(task, i)| (series(*i), task.as_str()))),
-        escape(
-            "Held-out loss of every task at the end of each stage. A line that rises again is a task being forgotten."
-        )
-    );
-    Ok(figure(&pictures, &caption, tables))
+    let caption = html! {
+        (color_legend(&colors))
+        "Held-out loss of every task at the end of each stage. A rising line is a task being forgotten."
+    };
+    Ok(figure(&pictures, &caption, &tables))
 }
 
-/// A task's loss at the end of every stage that has one: stage from 1, loss.
+/// A task's last loss in every stage that has one, with the stage's number from 1.
 fn ends(course: &Course, task: &str) -> Vec<(usize, Option<f64>)> {
     let last = |s: &Stage| s.held_out.iter().rev().find_map(|(_, map)| map.get(task).copied());
     course.stages.iter().enumerate().filter_map(|(k, s)| Some((k + 1, last(s)?))).collect()
 }
 
-fn stage_tile(course: &Course, colors: &BTreeMap<String, usize>) -> String {
+fn stage_tile(course: &Course, colors: &BTreeMap<String, usize>) -> Markup {
     let finite = |task: &String| -> Vec<(usize, f64)> {
         ends(course, task).into_iter().filter_map(|(k, loss)| Some((k, loss?))).collect()
     };
@@ -246,7 +253,8 @@ fn stage_tile(course: &Course, colors: &BTreeMap<String, usize>) -> String {
             svg.dot(*point, &series(*color), &format!("{task} after stage {k}: {loss:.4}"));
         }
     }
-    svg.finish(&format!("Held-out loss of every task at the end of {} stages of {}", course.stages.len(), course.name))
+    let stages = course.stages.len();
+    picture(svg, SIZE, &format!("Held-out loss of every task at the end of {stages} stages of {}", course.name))
 }
 
 fn stage_table(course: &Course, colors: &BTreeMap<String, usize>) -> Table {
@@ -259,8 +267,7 @@ fn stage_table(course: &Course, colors: &BTreeMap<String, usize>) -> Table {
         let ends = ends(course, task);
         let Some((_, last)) = ends.last() else { continue };
         let lowest = ends.iter().filter_map(|(_, loss)| *loss).fold(f64::INFINITY, f64::min);
-        let of =
-            |k: usize| ends.iter().find(|(stage, _)| *stage == k).map_or("–".to_owned(), |(_, l)| loss_words(*l));
+        let of = |k: usize| ends.iter().find(|(stage, _)| *stage == k).map_or("–".to_owned(), |(_, l)| loss_text(*l));
         let forgotten = last.map_or("–".to_owned(), |last| format!("{:.4}", last - lowest));
         let cells = (1..=course.stages.len()).map(of);
         let row: Vec<String> = [task.clone()].into_iter().chain(cells).chain([forgotten]).collect();

@@ -1,4 +1,5 @@
-//! RUN_DIR/experiments/NAME.json: which scores folders an experiment is made of, seed by seed.
+//! RUN_DIR/experiments/NAME.json: the methods of an experiment, with the scores directories of
+//! every seed.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -9,119 +10,120 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// The form of the file that is read.
-pub const FORMAT_VERSION: u32 = 1;
+/// Format version of the file.
+pub(crate) const FORMAT_VERSION: u32 = 1;
 
-/// An experiment's file, checked: its rows have what their kind asks for, and its paths stay under the run's folder.
+/// An experiment's file, checked: its rows have the fields of their kind, and its paths stay under
+/// the run's directory.
 #[derive(Debug, Clone)]
-pub struct File {
-    /// Where it was read from.
-    pub path: PathBuf,
-    /// The folder of the run: its paths are relative to this.
-    pub run_dir: PathBuf,
-    /// What is said about it.
-    pub head: Head,
-    /// Its methods.
-    pub rows: Rows,
+pub(crate) struct File {
+    /// Path of the file.
+    pub(crate) path: PathBuf,
+    /// Directory of the run, which the paths of the file are relative to.
+    pub(crate) run_dir: PathBuf,
+    /// Name, question and baseline.
+    pub(crate) head: Head,
+    /// The methods.
+    pub(crate) rows: Rows,
 }
 
-/// What an experiment says about itself.
+/// An experiment's description.
 #[derive(Debug, Clone)]
-pub struct Head {
-    /// Its short name.
-    pub name: String,
-    /// Its headline.
-    pub title: String,
-    /// What it asks, in a sentence.
-    pub question: String,
-    /// The row that differences are taken to.
-    pub baseline: Option<String>,
-    /// What the rows are a sweep over.
-    pub axis: Option<Axis>,
+pub(crate) struct Head {
+    /// Short name.
+    pub(crate) name: String,
+    /// Headline.
+    pub(crate) title: String,
+    /// The question, in one sentence.
+    pub(crate) question: String,
+    /// Name of the row that the others are compared with.
+    pub(crate) baseline: Option<String>,
+    /// The axis, if the rows are a sweep.
+    pub(crate) axis: Option<Axis>,
 }
 
-/// What a sweep goes over.
+/// The axis of a sweep.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Axis {
-    /// Its name and unit.
-    pub label: String,
-    /// Whether equal steps are equal factors.
+pub(crate) struct Axis {
+    /// Name and unit.
+    pub(crate) label: String,
+    /// True for a logarithmic axis.
     #[serde(default)]
-    pub log: bool,
+    pub(crate) log: bool,
 }
 
 /// The rows of either kind.
 #[derive(Debug, Clone)]
-pub enum Rows {
+pub(crate) enum Rows {
     /// Methods with the scores of each seed.
     Scores(Vec<ScoreRow>),
-    /// Methods with what training on a second task did to the first.
+    /// Methods with scores before and after training on a second task.
     Forgetting(Vec<PairRow>),
 }
 
-/// A method and its scores, one folder a seed.
+/// A method and its scores, one directory per seed.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ScoreRow {
+pub(crate) struct ScoreRow {
     /// The method.
-    pub name: String,
-    /// The line of a sweep it belongs to.
+    pub(crate) name: String,
+    /// The line of the sweep's plot.
     #[serde(default)]
-    pub series: Option<String>,
-    /// Its place in the sweep.
+    pub(crate) series: Option<String>,
+    /// Position on the axis of the sweep.
     #[serde(default)]
-    pub x: Option<f64>,
-    /// Tokens it was trained on.
+    pub(crate) x: Option<f64>,
+    /// Number of training tokens.
     #[serde(default)]
-    pub tokens: Option<u64>,
-    /// Scores folders, in the order of the seeds.
-    pub runs: Vec<Inside>,
-    /// What the reader must know.
+    pub(crate) tokens: Option<u64>,
+    /// Scores directories, in the order of the seeds.
+    pub(crate) runs: Vec<InsideRun>,
+    /// A note under the table.
     #[serde(default)]
-    pub note: Option<String>,
+    pub(crate) note: Option<String>,
 }
 
 /// A method trained on one task and then on another.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct PairRow {
+pub(crate) struct PairRow {
     /// The method.
-    pub name: String,
-    /// Its pairs of tasks; a pair occurs once a seed.
-    pub pairs: Vec<Pair>,
-    /// What the reader must know.
+    pub(crate) name: String,
+    /// Pairs of tasks; a pair occurs once per seed.
+    pub(crate) pairs: Vec<Pair>,
+    /// A note under the table.
     #[serde(default)]
-    pub note: Option<String>,
+    pub(crate) note: Option<String>,
 }
 
 /// Scores after the first task and after the second.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Pair {
+pub(crate) struct Pair {
     /// The task trained first.
-    pub first: String,
+    pub(crate) first: String,
     /// The task trained after it.
-    pub second: String,
-    /// The scores folder after the first.
-    pub after_first: Inside,
-    /// The scores folder after the second.
-    pub after_second: Inside,
+    pub(crate) second: String,
+    /// Scores directory after the first task.
+    pub(crate) after_first: InsideRun,
+    /// Scores directory after the second task.
+    pub(crate) after_second: InsideRun,
 }
 
-/// A path under the run's folder.
+/// A path under the run's directory.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Inside(pub String);
+pub(crate) struct InsideRun(pub(crate) String);
 
-impl TryFrom<String> for Inside {
+impl TryFrom<String> for InsideRun {
     type Error = String;
 
     fn try_from(path: String) -> Result<Self, String> {
         let plain = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
         match !path.is_empty() && Path::new(&path).components().all(plain) {
             true => Ok(Self(path)),
-            false => Err(format!("`{path}` is no path under the run's folder: relative, without `..`")),
+            false => Err(format!("`{path}` is no path under the run's directory: it must be relative, without `..`")),
         }
     }
 }
@@ -150,11 +152,11 @@ struct Raw {
 }
 
 impl File {
-    /// Reads the file; the scores it names are not opened.
+    /// Reads the file. The scores that it names are not opened.
     ///
     /// # Errors
-    /// [`BadInput`] when it is of another version, or not what its kind asks for.
-    pub fn read(path: &Path) -> Result<Self> {
+    /// [`BadInput`] for another format version, or fields that do not fit its kind.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
         let value: Value = json::read(path)?;
         json::check_version(path, "an experiment", json::version_of(&value), FORMAT_VERSION)?;
         let raw: Raw =
@@ -172,6 +174,23 @@ impl File {
     }
 }
 
+impl File {
+    /// The scores directory of a row.
+    ///
+    /// # Errors
+    /// [`BadInput`] naming the row if the directory has no scores.json.
+    pub(crate) fn scores_dir(&self, row: &str, folder: &InsideRun) -> Result<PathBuf> {
+        let path = self.run_dir.join(&folder.0);
+        if path.join("scores.json").is_file() {
+            return Ok(path);
+        }
+        Err(BadInput::new(&path, "no scores.json in this directory")
+            .expected(format!("the scores of {row}, which {} names", self.path.display()))
+            .hint("make it with cpift-eval run --out")
+            .into())
+    }
+}
+
 fn parsed<T: DeserializeOwned>(path: &Path, rows: Vec<Value>) -> Result<Vec<T>> {
     let row = |(i, value)| {
         serde_json::from_value(value).map_err(|e| BadInput::new(path, format!("row {}: {e}", i + 1)).into())
@@ -179,20 +198,20 @@ fn parsed<T: DeserializeOwned>(path: &Path, rows: Vec<Value>) -> Result<Vec<T>> 
     rows.into_iter().enumerate().map(row).collect()
 }
 
-/// The parent of the folder the file lies in.
+/// The parent of the directory that the file is in.
 fn run_dir(path: &Path) -> Result<PathBuf> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let up = |folder: &Path| folder.parent().map(Path::to_owned);
     let found = match folder.file_name() {
         Some(_) => up(folder),
-        // `.` and `..` have no parent by name.
+        // `.` and `..` have no parent in the path itself.
         None => up(&Path::new(".").join(folder).canonicalize()?),
     };
-    let found = found.ok_or_else(|| BadInput::new(path, "lies in no folder of a run"))?;
+    let found = found.ok_or_else(|| BadInput::new(path, "is not in a subdirectory of a run"))?;
     Ok(if found.as_os_str().is_empty() { PathBuf::from(".") } else { found })
 }
 
-/// What is wrong with an experiment whose fields are all there.
+/// The first inconsistency of an experiment whose fields are all present.
 fn problem(head: &Head, rows: &Rows) -> Option<String> {
     let names: Vec<&str> = match rows {
         Rows::Scores(rows) => rows.iter().map(|row| row.name.as_str()).collect(),
@@ -202,7 +221,7 @@ fn problem(head: &Head, rows: &Rows) -> Option<String> {
         return Some("has no rows".into());
     }
     if let Some(baseline) = head.baseline.as_ref().filter(|b| !names.contains(&b.as_str())) {
-        return Some(format!("the baseline {baseline} is none of the rows: {}", names.join(", ")));
+        return Some(format!("the baseline {baseline} is not among the rows: {}", names.join(", ")));
     }
     match rows {
         Rows::Scores(rows) => seeds_problem(rows).or_else(|| sweep_problem(head.axis.as_ref(), rows)),
@@ -218,7 +237,8 @@ fn seeds_problem(rows: &[ScoreRow]) -> Option<String> {
         if n == 0 {
             Some(format!("{} has no runs", row.name))
         } else {
-            (n != expected).then(|| format!("{} has {expected} runs and {} has {n}: one a seed", first.name, row.name))
+            (n != expected)
+                .then(|| format!("{} has {expected} runs and {} has {n}: one per seed", first.name, row.name))
         }
     };
     rows.iter().find_map(of)
@@ -226,15 +246,17 @@ fn seeds_problem(rows: &[ScoreRow]) -> Option<String> {
 
 fn sweep_problem(axis: Option<&Axis>, rows: &[ScoreRow]) -> Option<String> {
     let alone = |row: &ScoreRow| match (axis, row.x) {
-        (None, Some(_)) => Some(format!("{} has an x, and the experiment no axis", row.name)),
-        (None, None) if row.series.is_some() => Some(format!("{} has a series, and the experiment no axis", row.name)),
+        (None, Some(_)) => Some(format!("{} has an x, but the experiment has no axis", row.name)),
+        (None, None) if row.series.is_some() => {
+            Some(format!("{} has a series, but the experiment has no axis", row.name))
+        }
         (Some(axis), None) => Some(format!("{} has no x on the axis {}", row.name, axis.label)),
         (Some(axis), Some(x)) if axis.log && x <= 0.0 => Some(format!("{} is at {x} on a log axis", row.name)),
         _ => None,
     };
     let twice = |(i, row): (usize, &ScoreRow)| {
         let same = |other: &&ScoreRow| other.x == row.x && (other.name == row.name || other.series == row.series);
-        // Without an axis it is the name alone that tells rows apart.
+        // Without an axis, rows differ by name alone.
         let same = |other: &&ScoreRow| if axis.is_some() { same(other) } else { other.name == row.name };
         let at = row.x.map_or(String::new(), |x| format!(" at {x} (of one name or series)"));
         rows[..i].iter().find(same).map(|_| format!("{} occurs twice{at}", row.name))
@@ -262,7 +284,7 @@ mod tests {
 
     #[test]
     fn paths_stay_under_the_runs_folder() {
-        let inside = |path: &str| Inside::try_from(path.to_owned()).is_ok();
+        let inside = |path: &str| InsideRun::try_from(path.to_owned()).is_ok();
         assert!(["store/a", "a", "./a/b", "a..b/..c"].iter().all(|path| inside(path)));
         assert!(["", "/a", "..", "../a", "a/../../b", "a/..", "./.."].iter().all(|path| !inside(path)));
     }
