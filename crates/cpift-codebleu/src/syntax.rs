@@ -87,8 +87,7 @@ impl Forms {
             (_, false) => format!("{:?}", node.kind()),
         };
         // An error without an erroneous child is a hidden missing token that is printed all the
-        // same, such as the end of an
-        // `#include`.
+        // same, such as the end of an `#include`.
         if node.has_error() && !node.is_error() && !open.error_below && node.child_count() > 0 {
             head.push_str("MISSING");
         }

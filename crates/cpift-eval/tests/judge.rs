@@ -16,7 +16,7 @@ fn by_digits(server_answer: &str) -> Act {
 }
 
 #[test]
-fn grades_become_the_metric_and_what_is_no_grade_is_counted_apart() {
+fn grades_become_the_metric_and_other_verdicts_are_counted() {
     let e = Evaluation::new(&["4", "7", "99", "none", "8"]);
     let server = Server::start(|r, _| match r.answer().as_str() {
         "none" => says("I would rather not say."),
@@ -128,7 +128,9 @@ fn a_limit_by_another_judge_shows_its_grades_alone() {
     let e = Evaluation::new(&["4", "7"]);
     let server = Server::start(|r, _| by_digits(&r.answer()));
     e.judge(&server, &[]).ok();
-    e.judge_more("k", &server, &["--limit", "1"]).ok().says(&["the grades by {\"model\":\"j\"", "give way"]);
+    e.judge_more("k", &server, &["--limit", "1"])
+        .ok()
+        .says(&["the grades by {\"model\":\"k\"", "replace those by {\"model\":\"j\""]);
     let task = e.task(0);
     assert_eq!((&task["metric"]["n"], &task["settings"]["verdicts"]["failed"]), (&json!(1), &json!(0)));
     let last: Value = serde_json::from_str(e.read("outputs.jsonl").lines().last().unwrap()).unwrap();
@@ -161,7 +163,7 @@ fn the_judging_leaves_a_record_that_a_rerun_without_questions_keeps() {
 
 /// Three requests wait for each other: fewer in flight would time out, more would be counted.
 #[test]
-fn as_many_requests_as_allowed_are_under_way_and_no_more() {
+fn concurrency_is_reached_and_not_exceeded() {
     static NOW: AtomicUsize = AtomicUsize::new(0);
     static MOST: AtomicUsize = AtomicUsize::new(0);
     let e = Evaluation::new(&["1", "2", "3", "4", "5", "6", "7", "8", "9"]);
@@ -177,7 +179,7 @@ fn as_many_requests_as_allowed_are_under_way_and_no_more() {
 }
 
 #[test]
-fn what_is_written_does_not_depend_on_the_concurrency() {
+fn outputs_do_not_depend_on_the_concurrency() {
     let answers = ["1", "2", "3", "x", "5", "66", "7"];
     let judged = |concurrency: &str| {
         let e = Evaluation::new(&answers);

@@ -20,7 +20,7 @@ fn fails_once(act: Failing) -> Server {
 }
 
 #[test]
-fn what_passes_is_asked_again() {
+fn transient_failures_are_retried() {
     let cases: [(Failing, &str); 5] = [
         (|| respond(429, "{\"error\": \"slow down\"}"), "429"),
         (|| respond(500, "oops"), "500"),
@@ -31,7 +31,7 @@ fn what_passes_is_asked_again() {
     for (act, named) in cases {
         let e = Evaluation::new(&["a"]);
         let server = fails_once(act);
-        e.judge(&server, &["--timeout", "2", "--retries", "3"]).ok().says(&[named, "asked again", &server.url]);
+        e.judge(&server, &["--timeout", "2", "--retries", "3"]).ok().says(&[named, "retrying in", &server.url]);
         assert_eq!(server.requests().len(), 4, "{named}");
         assert_eq!(e.task(0)["metric"]["value"], 6.0, "{named}");
     }
@@ -57,7 +57,7 @@ fn a_retry_waits_as_long_as_the_endpoint_asks_for() {
 }
 
 #[test]
-fn what_does_not_pass_is_counted_and_only_that_is_asked_again() {
+fn lasting_failures_are_counted_and_only_their_questions_asked_again() {
     let e = Evaluation::new(&["good", "bad"]);
     let broken = Server::start(|r, _| if r.answer() == "bad" { respond(500, "oops") } else { says("[[6]]") });
     e.judge(&broken, &["--retries", "1"]).expect_code(1).says(&[
@@ -77,7 +77,7 @@ fn what_does_not_pass_is_counted_and_only_that_is_asked_again() {
 }
 
 #[test]
-fn bodies_that_are_no_completion_are_shown_by_their_beginning() {
+fn bodies_that_are_not_completions_are_quoted() {
     let long = "x".repeat(5000);
     let cases = [
         ("<html>\n<body>Sign in</body></html>".to_owned(), "found: \"<html>\\n<body>Sign in"),
@@ -120,7 +120,7 @@ fn a_judge_that_fails_throughout_leaves_the_grades_that_were_there() {
 }
 
 #[test]
-fn a_reply_without_use_is_no_verdict_and_is_asked_again() {
+fn a_useless_reply_is_not_a_verdict_and_is_asked_again() {
     let cases: [(Failing, &str); 4] = [
         (|| ends("null", "stop"), "the reply is empty"),
         (|| ends("\" \\n\"", "stop"), "the reply is empty"),
@@ -165,7 +165,7 @@ fn texts_in_parts_and_replies_without_counts_are_read() {
 
 /// Newer OpenAI models refuse two fields that all others accept.
 #[test]
-fn fields_that_are_refused_are_asked_for_otherwise_once_for_all() {
+fn refused_fields_are_replaced_for_all_further_requests() {
     let e = Evaluation::new(&["a", "b", "c"]);
     let server = Server::start(|r, _| {
         let refuse = |what: &str| respond(400, &format!("{{\"error\": {{\"message\": \"{what}\"}}}}"));
@@ -201,7 +201,7 @@ fn fields_that_are_refused_are_asked_for_otherwise_once_for_all() {
 fn an_error_under_a_status_of_success_is_treated_by_its_code() {
     let e = Evaluation::new(&["a"]);
     let server = fails_once(|| respond(200, "{\"error\": {\"code\": 429, \"message\": \"slow down\"}}"));
-    e.judge(&server, &[]).ok().says(&["error 429", "slow down", "asked again"]);
+    e.judge(&server, &[]).ok().says(&["error 429", "slow down", "retrying in"]);
     assert_eq!((server.requests().len(), &e.task(0)["metric"]["value"]), (4, &json!(6.0)));
     let e = Evaluation::new(&["a"]);
     let server =

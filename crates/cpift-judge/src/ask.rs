@@ -105,7 +105,7 @@ impl Queue {
             match endpoint.ask(&question.messages) {
                 Err(Failure::Passing { error, retry_after }) if attempt < retries => {
                     let wait = wait_before_retry(&question.key, attempt, retry_after);
-                    warn!("{error:#}\n  asked again in {:.1} s", wait.as_secs_f64());
+                    warn!("{error:#}\n  retrying in {:.1} s", wait.as_secs_f64());
                     if self.stopped_within(wait) {
                         return Err(Failure::Passing { error, retry_after });
                     }

@@ -185,11 +185,11 @@ impl Endpoint {
     fn remember(&self, form: Form) {
         let mut kept = self.form.lock().unwrap_or_else(PoisonError::into_inner);
         if form.limit != kept.limit && form.limit != Form::FIRST.limit {
-            info!("{}: takes {} for {}", self.url, form.limit, Form::FIRST.limit);
+            info!("{}: accepts {} instead of {}", self.url, form.limit, Form::FIRST.limit);
             kept.limit = form.limit;
         }
         if kept.temperature && !form.temperature {
-            warn!("{}: refuses temperature 0: another run may grade otherwise", self.url);
+            warn!("{}: refuses temperature 0, so grades may differ between runs", self.url);
             kept.temperature = false;
         }
     }
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_status_means_for_the_next_request() {
+    fn statuses_are_classified() {
         let endpoint = endpoint("http://h/v1", Some("sk-secret")).unwrap();
         let kind = |status: u16| match endpoint.refused(StatusCode::from_u16(status).unwrap(), b"", None) {
             Failure::Fatal(_) => "fatal",

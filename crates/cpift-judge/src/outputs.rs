@@ -93,8 +93,11 @@ impl Outputs {
     }
 
     /// Rewrites the file. Each answer gets its grade as `score` and `extracted`, and the judge's
-    /// reply as `verdict`; without a grade
-    /// `score` is null. Tasks without any verdict are left unchanged.
+    /// reply as `verdict`; without a grade `score` is null. Tasks without any verdict are left
+    /// unchanged.
+    ///
+    /// # Errors
+    /// A file that cannot be replaced.
     pub(crate) fn write(&mut self, verdicts: &Verdicts) -> Result<()> {
         let judged = |answer: &&Answer| verdicts.get(&answer.question.key).is_some();
         let tasks: BTreeSet<String> =
@@ -170,7 +173,7 @@ impl Grades {
         }
         let by = json!({"model": judge, "wording": WORDING});
         if let Some(other) = task.settings.get(JUDGE).filter(|other| !other.is_null() && **other != by) {
-            warn!("{}: the grades by {other} give way to those by {by}", task.task);
+            warn!("{}: the grades by {by} replace those by {other}", task.task);
         }
         task.metric = self.mean();
         let counts = json!({"rated": self.ratings.len(), "unrated": self.unrated, "out_of_range": self.out_of_range,

@@ -26,7 +26,7 @@ use crate::verdicts::{self, Verdict, Verdicts};
 #[derive(clap::Args, Debug)]
 pub struct JudgeArgs {
     /// Directory written by `cpift-eval run`; its tasks with metric = "judge" are graded
-    #[arg(value_name = "RUN", help_heading = "Input and output")]
+    #[arg(value_name = "RUN")]
     pub run: PathBuf,
     /// Base URL of the endpoint, including /v1: requests go to URL/chat/completions [default:
     /// $OPENAI_BASE_URL]
@@ -54,7 +54,7 @@ pub struct JudgeArgs {
     #[arg(long, value_name = "S", default_value_t = 120, help_heading = "Run")]
     pub timeout: u64,
     /// Retries of a request after a timeout, a lost connection, status 429 or 5xx. The first wait
-    /// is half a second and doubles with each retry; Retry-After takes precedence
+    /// is half a second and doubles with each retry, up to a minute; Retry-After can lengthen it
     #[arg(long, value_name = "N", default_value_t = 5, help_heading = "Run")]
     pub retries: u32,
 }

@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_each_whole_verdict_once() {
+    fn complete_lines_are_kept_without_duplicates() {
         let dir = tempfile::tempdir().unwrap();
         let [one, two, none] = ["one", "two", "none"].map(|name| dir.path().join(name));
         [&one, &two, &none].iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_read_when_the_judge_has_ended() {
+    fn kept_waits_for_a_running_judge() {
         let dir = tempfile::tempdir().unwrap();
         let mut verdicts = Verdicts::open(&dir.path().join(FILE_NAME)).unwrap();
         let (tell, told) = std::sync::mpsc::channel();
