@@ -1,34 +1,65 @@
-//! The options of a multiple choice and the right one, in the forms that data sets have them.
+//! The fields of a row that metrics read: the reference answer, and the options of a multiple
+//! choice in the forms found in data sets.
 
 use anyhow::Result;
+use cpift_core::BadInput;
 use cpift_core::format::tasks::Task;
 use cpift_data::{Row, shown};
-use serde_json::Value;
+use serde_json::{Number, Value};
 
-use super::{field_error, number_text};
+/// An error for `field` of `row`.
+pub(crate) fn field_error(task: &Task, row: &Row, field: &str, expected: &str, found: &Value) -> BadInput {
+    row.place
+        .bad(format!("the field {field} does not fit the metric of {}", task.name))
+        .expected(expected)
+        .found(shown(found))
+}
 
-/// The options of a row.
-pub struct Choices {
-    /// Their texts, without letters.
-    pub options: Vec<String>,
-    /// Index of the right one.
-    pub answer: usize,
+/// The reference answer of a row: `answer`, a text or a number, else the last message.
+///
+/// # Errors
+/// [`BadInput`] for an `answer` of another type.
+pub(crate) fn reference(task: &Task, row: &Row) -> Result<String> {
+    match row.fields.get("answer") {
+        None | Some(Value::Null) => Ok(row.reference().to_owned()),
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(Value::Number(number)) => Ok(number_text(number)),
+        Some(other) => Err(field_error(task, row, "answer", "a text or a number", other).into()),
+    }
+}
+
+/// The shortest text of a number: 42 for 42 and 42.0.
+fn number_text(number: &Number) -> String {
+    match number.as_f64() {
+        Some(0.0) => "0".to_owned(),
+        Some(value) if number.is_f64() => value.to_string(),
+        _ => number.to_string(),
+    }
+}
+
+/// The options of a multiple choice.
+pub(crate) struct Choices {
+    /// Texts without letters.
+    pub(crate) options: Vec<String>,
+    /// Index of the correct option.
+    pub(crate) answer: usize,
     letters: Vec<char>,
 }
 
 impl Choices {
-    /// A, B, … for each option; the row's own labels where its last turn answers with one of those.
-    pub fn letters(&self) -> impl Iterator<Item = char> {
+    /// Letters of the options: A, B, …, or the row's own labels if its last turn answers with one
+    /// of them.
+    pub(crate) fn letters(&self) -> impl Iterator<Item = char> {
         self.letters.iter().copied()
     }
 
-    /// The right option.
-    pub fn right(&self) -> &str {
+    /// Text of the correct option.
+    pub(crate) fn right(&self) -> &str {
         &self.options[self.answer]
     }
 
-    /// The letter of another option than the right one that the row's last turn answers with.
-    pub fn other_letter(&self, row: &Row) -> Option<char> {
+    /// The letter that the row's last turn answers with, if it is that of a wrong option.
+    pub(crate) fn other_letter(&self, row: &Row) -> Option<char> {
         let said = bare(row.reference());
         let is_said = |letter: &char| said.chars().eq([*letter]);
         let other = self.letters().position(|letter| is_said(&letter)).is_some_and(|i| i != self.answer);
@@ -36,14 +67,14 @@ impl Choices {
     }
 }
 
-/// The columns that hold the right option: our own name, and ARC's.
+/// Fields with the correct option: our own name, and ARC's.
 const ANSWERS: [&str; 2] = ["answer", "answerKey"];
 
-/// `choices` and `answer` (or `answerKey`) of a row.
+/// Reads `choices` and `answer` (or `answerKey`) of a row.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] naming the row and the field that is missing, does not fit, or can be read in two ways.
-pub fn choices(task: &Task, row: &Row) -> Result<Choices> {
+/// [`BadInput`] for a field that is missing, invalid or ambiguous.
+pub(crate) fn choices(task: &Task, row: &Row) -> Result<Choices> {
     let field = |name: &str| row.fields.get(name).filter(|value| !value.is_null());
     let null = Value::Null;
     let list = field("choices").unwrap_or(&null);
@@ -71,10 +102,10 @@ pub fn choices(task: &Task, row: &Row) -> Result<Choices> {
     Ok(Choices { options: listed.options, answer, letters })
 }
 
-/// Options as a row lists them.
+/// Options as listed in a row.
 struct Listed {
     options: Vec<String>,
-    /// As many as options, all different.
+    /// One distinct label per option.
     labels: Option<Vec<String>>,
 }
 
@@ -107,17 +138,17 @@ impl Listed {
         }
     }
 
-    /// The option that `answer` names. The error is what to show where it can be read in two ways.
+    /// Index of the option that `answer` names. The error describes an ambiguous answer.
     fn answer(&self, answer: &Value) -> Result<usize, Option<String>> {
         let mut readings: Vec<(usize, &str)> = Vec::new();
         let text = word(answer).ok_or(None)?;
         let bare = bare(&text);
         let mut found = |index: Option<usize>, what| readings.extend(index.map(|index| (index, what)));
-        // The index from 0, of numbers with or without a fraction of zero.
+        // An index from 0, as an integer or a float without a fraction.
         let index = bare.parse::<f64>().ok().filter(|number| number.fract() == 0.0 && *number >= 0.0);
         let index = index.map(|number| number as usize).filter(|index| *index < self.options.len());
         match &self.labels {
-            // Digits as text are a label's, never an index: ARC counts from 1.
+            // Digits as text are labels, never an index: ARC counts from 1.
             Some(labels) => {
                 let same = |label: &String| label.trim() == bare;
                 let alike = || labels.iter().position(|label| label.trim().eq_ignore_ascii_case(bare));
@@ -150,7 +181,7 @@ impl Listed {
         }
     }
 
-    /// The labels where `reference` is the right one of them, else letters.
+    /// The labels if `reference` is the correct one of them, else A, B, ….
     fn letters(&self, answer: usize, reference: &str) -> Vec<char> {
         let single = |label: &String| label.chars().next().filter(|_| label.chars().count() == 1);
         let labels = self.labels.as_ref().filter(|labels| labels[answer] == bare(reference));
@@ -159,12 +190,12 @@ impl Listed {
     }
 }
 
-/// A, B, … for an index below 26.
+/// Letter of an index below 26.
 fn letter(index: usize) -> char {
     ('A'..='Z').nth(index).unwrap_or('?')
 }
 
-/// A text or a number as text.
+/// Text of a string or a number.
 fn word(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
@@ -173,7 +204,7 @@ fn word(value: &Value) -> Option<String> {
     }
 }
 
-/// `text` without white space, parentheses, a dot or a colon around it: `(B)`, `B.`, `B)`.
+/// Strips white space, parentheses, a dot or a colon: `(B)`, `B.`, `B)`.
 fn bare(text: &str) -> &str {
     let text = text.trim();
     text.strip_prefix('(').unwrap_or(text).trim_end_matches([')', '.', ':']).trim()
@@ -184,6 +215,36 @@ mod tests {
     use super::*;
     use cpift_data::{Message, Place};
     use serde_json::json;
+
+    #[test]
+    fn references_are_texts_and_numbers_in_their_shortest_form() {
+        let task: Task = serde_json::from_value(
+            json!({"name": "t", "train": "d.jsonl", "eval": "d.jsonl", "metric": "exact-match"}),
+        )
+        .unwrap();
+        let of = |fields: Value| {
+            let messages = vec![Message::new("user", "q"), Message::new("assistant", "last")];
+            let fields = fields.as_object().unwrap().clone();
+            reference(&task, &Row { messages, fields, place: Place::default() }).map_err(|e| e.to_string())
+        };
+        for (answer, expected) in [
+            (json!(42), "42"),
+            (json!(42.0), "42"),
+            (json!(-7.0), "-7"),
+            (json!(-0.0), "0"),
+            (json!(0.1), "0.1"),
+            (json!(1e-7), "0.0000001"),
+            (json!(9_007_199_254_740_993_i64), "9007199254740993"),
+            (json!(" a"), " a"),
+            (Value::Null, "last"),
+        ] {
+            assert_eq!(of(json!({"answer": answer})).unwrap(), expected, "{answer}");
+        }
+        assert_eq!(of(json!({})).unwrap(), "last");
+        for other in [json!(true), json!(["a"]), json!({"a": 1})] {
+            assert!(of(json!({"answer": other})).unwrap_err().contains("a text or a number"), "{other}");
+        }
+    }
 
     fn read(fields: &Value, reference: &str) -> Result<Choices> {
         let messages = vec![Message::new("user", "q"), Message::new("assistant", reference)];
@@ -219,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_matched_before_anything_is_counted() {
+    fn labels_take_precedence_over_indexes() {
         let arc = |labels: [&str; 3]| json!({"text": ["w", "x", "y"], "label": labels});
         let objects = json!([{"text": "w", "label": "A"}, {"label": "B", "text": "x"}, {"text": "y", "label": "C"}]);
         for (choices, right) in [
@@ -237,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_read_in_two_ways_or_none_is_refused() {
+    fn ambiguous_and_unreadable_answers_are_refused() {
         let texts = json!(["w", "x"]);
         let digits = json!({"text": ["w", "x", "y"], "label": ["1", "2", "3"]});
         for (fields, parts) in [

@@ -1,5 +1,5 @@
-//! A chat endpoint of the test's own, and an evaluation's folder to judge.
-#![allow(dead_code, reason = "each test file uses its own part")]
+//! A chat server for tests, and an evaluation's directory to judge.
+#![allow(dead_code, reason = "each test file uses a part")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,20 +12,20 @@ use std::time::Instant;
 use cpift_testkit::{Run, run_with};
 use serde_json::{Value, json};
 
-/// The secret that must not be seen anywhere.
+/// The API key, which must not appear anywhere.
 pub const KEY: &str = "sk-test-0123456789abcdef";
 
-/// What the endpoint does with a request.
+/// Reaction of the server to a request.
 pub enum Act {
     /// Responds with a status, header lines and a body.
     Respond(u16, &'static str, String),
-    /// Says nothing until the client leaves.
+    /// Sends nothing until the client disconnects.
     Stall,
     /// Closes the connection.
     Drop,
 }
 
-/// A request as the endpoint saw it.
+/// A request as received.
 #[derive(Clone)]
 pub struct Request {
     pub head: String,
@@ -34,7 +34,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// The answer that is to be graded.
+    /// The answer to grade.
     pub fn answer(&self) -> String {
         let text = self.body["messages"][1]["content"].as_str().unwrap();
         let (_, rest) = text.split_once("(the answer to grade):\n").unwrap();
@@ -51,14 +51,15 @@ pub fn says(text: &str) -> Act {
 
 type Behaviour = Box<dyn Fn(&Request, usize) -> Act + Send + Sync>;
 
-/// A server on loopback; every connection has a thread and serves one request.
+/// A server on loopback with one thread and one request per connection.
 pub struct Server {
     pub url: String,
     seen: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Server {
-    /// Serves with `behave`, which is given each request and how many were like it before (same body).
+    /// Serves with `behave`, called with each request and the number of earlier requests with the
+    /// same body.
     pub fn start(behave: impl Fn(&Request, usize) -> Act + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
@@ -114,13 +115,13 @@ fn serve(stream: TcpStream, behave: &Behaviour, seen: &Mutex<Vec<Request>>) {
     }
 }
 
-/// The folder that cpift-eval run would write, without a model.
+/// The directory that `cpift-eval run` would write, without a model.
 pub struct Evaluation {
     pub dir: tempfile::TempDir,
 }
 
 impl Evaluation {
-    /// Two tasks for the judge with `answers` each, and one that is none of its business.
+    /// Two tasks to judge with `answers` each, and one that is not judged.
     pub fn new(answers: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let digest = "0".repeat(64);
@@ -149,7 +150,8 @@ impl Evaluation {
         self.dir.path()
     }
 
-    /// Judges by the real binary with [`KEY`] in the environment, and looks for the key wherever it could have gone.
+    /// Runs the judge with [`KEY`] in the environment, and searches all files and output for the
+    /// key.
     pub fn judge(&self, server: &Server, more: &[&str]) -> Run {
         let run = self.judge_env(server, more, &[("OPENAI_API_KEY", KEY)]);
         let files = fs::read_dir(self.path()).unwrap().map(|entry| entry.unwrap().path());
@@ -157,7 +159,7 @@ impl Evaluation {
         for (place, text) in texts.chain([("stdout".into(), run.stdout.clone()), ("stderr".into(), run.stderr.clone())])
         {
             assert!(!text.contains(KEY), "the key is in {place}:\n{text}");
-            // A dump of the request, which may hold the key in another form.
+            // A dump of the request may contain the key in another form.
             assert!(!text.to_lowercase().contains("authorization"), "a header is in {place}:\n{text}");
         }
         run
@@ -179,10 +181,10 @@ impl Evaluation {
     }
 
     fn run(&self, server: &Server, model: &str, more: &[&str], env: &[(&str, &str)]) -> Run {
-        let fixed = [self.path().to_str().unwrap(), "--base-url", &server.url, "--judge-model", model];
+        let fixed = ["judge", self.path().to_str().unwrap(), "--base-url", &server.url, "--judge-model", model];
         let args = fixed.into_iter().chain(more.iter().copied());
         let env: Vec<(&str, &str)> = [("CPIFT_LOG", "trace")].into_iter().chain(env.iter().copied()).collect();
-        run_with(env!("CARGO_BIN_EXE_cpift-judge"), args, &env)
+        run_with(env!("CARGO_BIN_EXE_cpift-eval"), args, &env)
     }
 
     pub fn task(&self, index: usize) -> Value {

@@ -1,18 +1,18 @@
-//! The tokens of a tree, numbered, with their text as the data flow sees it.
+//! The tokens of a syntax tree, numbered, with the text that the data flow compares.
 
 use std::collections::HashMap;
 
 use tree_sitter::{Node, Point};
 
-/// A token: where it stands in the order of the code, and the number of its text.
+/// A token: its index in source order and the number of its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Token {
-    pub index: u32,
-    pub name: u32,
+pub(crate) struct Token {
+    pub(crate) index: u32,
+    pub(crate) name: u32,
 }
 
-/// The tokens by the bytes they cover.
-pub struct Tokens<'a> {
+/// The tokens by their byte range.
+pub(crate) struct Tokens<'a> {
     by_range: HashMap<(usize, usize), Token>,
     names: HashMap<String, u32>,
     lines: Vec<Line<'a>>,
@@ -21,19 +21,20 @@ pub struct Tokens<'a> {
 /// A line of the code.
 struct Line<'a> {
     text: &'a str,
-    /// Where each character starts, and the end; empty where characters are bytes.
+    /// Byte index of each character and of the end; empty for ASCII text.
     starts: Vec<usize>,
 }
 
-/// Whether `node` is one token: it has no children, or is a string, whose parts do not count. Comments are none.
-pub fn is_token(node: Node) -> bool {
+/// Returns true if `node` is one token: it has no children, or is a string, whose parts are
+/// ignored. Comments are not tokens.
+pub(crate) fn is_token(node: Node) -> bool {
     let whole = node.child_count() == 0 || matches!(node.kind(), "string_literal" | "string" | "character_literal");
     whole && node.kind() != "comment"
 }
 
 impl<'a> Tokens<'a> {
-    /// The tokens under `root`; `None` where the tree is deeper than `max_depth`.
-    pub fn new(root: Node, code: &'a str, max_depth: usize) -> Option<Self> {
+    /// Collects the tokens under `root`, or returns `None` if the tree is deeper than `max_depth`.
+    pub(crate) fn new(root: Node, code: &'a str, max_depth: usize) -> Option<Self> {
         let lines = code.split('\n').map(Line::new).collect();
         let mut tokens = Self { by_range: HashMap::new(), names: HashMap::new(), lines };
         let mut cursor = root.walk();
@@ -64,12 +65,13 @@ impl<'a> Tokens<'a> {
         let text = self.text(node.start_position(), node.end_position());
         let next = self.names.len() as u32;
         let name = *self.names.entry(text).or_insert(next);
-        // Tokens of no width at one place are one: the last.
+        // Of several zero-width tokens at one position the last one counts.
         self.by_range.insert((node.start_byte(), node.end_byte()), Token { index, name });
     }
 
-    /// The text between two places, without the ends of lines. Columns are bytes to the grammar, but are taken for characters: the PyPI
-    /// package does so, and in lines with other than ASCII the text moves to the right.
+    /// The text between two positions, without line ends. The grammar's columns are bytes but are
+    /// read as characters, as in the PyPI package: in lines with non-ASCII characters the text is
+    /// shifted to the right.
     fn text(&self, start: Point, end: Point) -> String {
         let line =
             |row: usize, from: usize, to: usize| self.lines.get(row).map_or("", |line| line.characters(from, to));
@@ -82,13 +84,13 @@ impl<'a> Tokens<'a> {
         text
     }
 
-    /// The token that is `node`, if one is.
-    pub fn of(&self, node: Node) -> Option<Token> {
+    /// The token with the byte range of `node`.
+    pub(crate) fn of(&self, node: Node) -> Option<Token> {
         self.by_range.get(&(node.start_byte(), node.end_byte())).copied()
     }
 
-    /// Whether the grammar fixes the token's text, as that of keywords and punctuation.
-    pub fn is_fixed(&self, node: Node, token: Token) -> bool {
+    /// Returns true if the grammar fixes the token's text, as for keywords and punctuation.
+    pub(crate) fn is_fixed(&self, node: Node, token: Token) -> bool {
         self.names.get(node.kind()) == Some(&token.name)
     }
 }
@@ -103,7 +105,7 @@ impl<'a> Line<'a> {
         Self { text, starts }
     }
 
-    /// The characters from `from` to before `to`, as far as there are any.
+    /// The characters `from..to`, clipped to the line.
     fn characters(&self, from: usize, to: usize) -> &'a str {
         let byte = |character: usize| match self.starts.is_empty() {
             true => character.min(self.text.len()),

@@ -1,21 +1,22 @@
-//! Judging through the real binary, against an endpoint of the test's own: the grades and what is kept.
+//! `cpift-eval judge` through the real binary, against a server in the test: grades and kept
+//! verdicts.
 
-mod common;
+mod judge_server;
 
 use std::fs;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{Act, Evaluation, KEY, Server, says};
+use judge_server::{Act, Evaluation, KEY, Server, says};
 use serde_json::{Value, json};
 
-/// Grades an answer by the digits in it.
+/// A reply whose grade is the answer itself.
 fn by_digits(server_answer: &str) -> Act {
     says(&format!("So so. Rating: [[{server_answer}]]"))
 }
 
 #[test]
-fn grades_become_the_metric_and_what_is_no_grade_is_counted_apart() {
+fn grades_become_the_metric_and_other_verdicts_are_counted() {
     let e = Evaluation::new(&["4", "7", "99", "none", "8"]);
     let server = Server::start(|r, _| match r.answer().as_str() {
         "none" => says("I would rather not say."),
@@ -44,7 +45,7 @@ fn grades_become_the_metric_and_what_is_no_grade_is_counted_apart() {
         .map(|row| row["score"].clone())
         .collect();
     assert_eq!(scores, [json!(4.0), json!(7.0), Value::Null, Value::Null, json!(8.0)]);
-    // What was said, and what was read in it.
+    // The judge's reply and the grade read from it.
     let rows: Vec<Value> = e.read("outputs.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!((&rows[1]["verdict"], &rows[1]["extracted"]), (&json!("So so. Rating: [[4]]"), &json!(4.0)));
     assert_eq!((&rows[7]["verdict"], &rows[7]["extracted"]), (&json!("I would rather not say."), &Value::Null));
@@ -74,7 +75,7 @@ fn the_judge_sees_the_conversation_the_answer_and_the_key() {
         assert_eq!((&request.body["model"], &request.body["temperature"]), (&json!("j"), &json!(0)));
         assert_eq!(request.answer(), "It is blue.");
     }
-    let text = |r: &common::Request| r.body["messages"][1]["content"].as_str().unwrap().to_owned();
+    let text = |r: &judge_server::Request| r.body["messages"][1]["content"].as_str().unwrap().to_owned();
     let chat = requests.iter().map(text).find(|text| text.contains("Question 0")).unwrap();
     assert!(chat.contains("### user:\nHello\n\n### assistant:\nHi\n\n### user:\nQuestion 0\n"), "{chat}");
     // Without a variable no key is sent.
@@ -92,7 +93,7 @@ fn a_rerun_asks_nothing_and_an_interrupted_one_only_what_is_missing() {
     let (scores, outputs) = (e.read("scores.json"), e.read("outputs.jsonl"));
     e.judge(&server, &[]).ok();
     assert_eq!(server.requests().len(), 6, "asked twice");
-    // As a kill leaves it: the last verdict cut short.
+    // An interrupted run leaves an incomplete last line.
     let verdicts = e.read("verdicts.jsonl");
     fs::write(e.path().join("verdicts.jsonl"), &verdicts[..verdicts.len() - 9]).unwrap();
     e.judge(&server, &[]).ok();
@@ -115,7 +116,7 @@ fn equal_questions_are_asked_once_and_a_limit_chooses_the_first() {
     e.judge(&server, &[]).ok();
     assert_eq!(server.requests().len(), 5);
     assert_eq!(e.task(0)["metric"]["n"], 3);
-    // What is known already counts, whatever the limit; only the unasked ones among the first would be failures.
+    // Known verdicts count whatever the limit.
     let (scores, outputs) = (e.read("scores.json"), e.read("outputs.jsonl"));
     e.judge(&server, &["--limit", "1"]).ok();
     assert_eq!((server.requests().len(), e.read("scores.json"), e.read("outputs.jsonl")), (5, scores, outputs));
@@ -127,7 +128,9 @@ fn a_limit_by_another_judge_shows_its_grades_alone() {
     let e = Evaluation::new(&["4", "7"]);
     let server = Server::start(|r, _| by_digits(&r.answer()));
     e.judge(&server, &[]).ok();
-    e.judge_more("k", &server, &["--limit", "1"]).ok().says(&["the grades by {\"model\":\"j\"", "give way"]);
+    e.judge_more("k", &server, &["--limit", "1"])
+        .ok()
+        .says(&["the grades by {\"model\":\"k\"", "replace those by {\"model\":\"j\""]);
     let task = e.task(0);
     assert_eq!((&task["metric"]["n"], &task["settings"]["verdicts"]["failed"]), (&json!(1), &json!(0)));
     let last: Value = serde_json::from_str(e.read("outputs.jsonl").lines().last().unwrap()).unwrap();
@@ -142,7 +145,7 @@ fn the_judging_leaves_a_record_that_a_rerun_without_questions_keeps() {
     e.judge(&server, &["--max-tokens", "300"]).ok();
     let text = e.read("judge.cpift.json");
     let record: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!((&record["stage"], &record["inputs"]["scores"]["digest"]), (&json!("cpift-judge"), &json!(before)));
+    assert_eq!((&record["stage"], &record["inputs"]["scores"]["digest"]), (&json!("cpift-eval"), &json!(before)));
     let arguments = record["arguments"].as_array().unwrap();
     assert!(arguments.contains(&json!("--judge-model")) && arguments.contains(&json!(server.url)), "{record}");
     let facts = &record["facts"];
@@ -158,9 +161,9 @@ fn the_judging_leaves_a_record_that_a_rerun_without_questions_keeps() {
     assert!(facts["asked"] == 1 && facts["questions"] != json!(questions), "{facts}");
 }
 
-/// Three requests wait for each other, so that fewer at a time would end in a time-out; more would be counted.
+/// Three requests wait for each other: fewer in flight would time out, more would be counted.
 #[test]
-fn as_many_requests_as_allowed_are_under_way_and_no_more() {
+fn concurrency_is_reached_and_not_exceeded() {
     static NOW: AtomicUsize = AtomicUsize::new(0);
     static MOST: AtomicUsize = AtomicUsize::new(0);
     let e = Evaluation::new(&["1", "2", "3", "4", "5", "6", "7", "8", "9"]);
@@ -176,7 +179,7 @@ fn as_many_requests_as_allowed_are_under_way_and_no_more() {
 }
 
 #[test]
-fn what_is_written_does_not_depend_on_the_concurrency() {
+fn outputs_do_not_depend_on_the_concurrency() {
     let answers = ["1", "2", "3", "x", "5", "66", "7"];
     let judged = |concurrency: &str| {
         let e = Evaluation::new(&answers);
@@ -195,16 +198,16 @@ fn folders_and_arguments_that_cannot_be_judged() {
     let e = Evaluation::new(&["a"]);
     e.judge(&server, &["--concurrency", "0"]).usage_error(&["--concurrency"]);
     e.judge(&server, &["--max-tokens", "0"]).usage_error(&["--max-tokens"]);
-    e.judge_as(&format!("x{KEY}"), &server).usage_error(&["the key stands in an argument"]);
+    e.judge_as(&format!("x{KEY}"), &server).usage_error(&["an argument contains the key and would be recorded"]);
     e.judge(&server, &["--key-env", KEY]).usage_error(&["NAME of an environment variable"]);
     e.judge(&server, &["--key-env", "CPIFT_NOT_SET"]).usage_error(&["NAME of an environment variable"]);
-    let fixed = [e.path().to_str().unwrap(), "--judge-model", "j"];
-    let none = cpift_testkit::run_with(env!("CARGO_BIN_EXE_cpift-judge"), fixed, &[("OPENAI_BASE_URL", "")]);
-    none.usage_error(&["--base-url", "OPENAI_BASE_URL"]);
+    let fixed = ["judge", e.path().to_str().unwrap(), "--judge-model", "j"];
+    let none = cpift_testkit::run_with(env!("CARGO_BIN_EXE_cpift-eval"), fixed, &[("OPENAI_BASE_URL", "")]);
+    none.usage_error(&["no endpoint", "--base-url", "OPENAI_BASE_URL"]);
     fs::write(e.path().join("outputs.jsonl"), "{\"task\": \"alpaca\", \"output\": \"x\"}\n").unwrap();
     e.judge(&server, &[]).bad_input(&["outputs.jsonl", "line 1", "expected: output, and messages"]);
     fs::write(e.path().join("scores.json"), e.read("scores.json").replace("\"judge\": null", "")).unwrap();
-    e.judge(&server, &[]).bad_input(&["no answers to grade", "metric = \"judge\""]);
+    e.judge(&server, &[]).bad_input(&["contains no answers to grade", "metric = \"judge\""]);
     fs::remove_file(e.path().join("scores.json")).unwrap();
     e.judge(&server, &[]).bad_input(&["scores.json"]);
     assert!(server.requests().is_empty());
@@ -214,8 +217,8 @@ fn folders_and_arguments_that_cannot_be_judged() {
 fn the_address_may_come_from_the_environment_and_the_key_from_any_variable() {
     let server = Server::start(|_, _| says("[[5]]"));
     let e = Evaluation::new(&["a"]);
-    let fixed = [e.path().to_str().unwrap(), "--judge-model", "j", "--key-env", "MY_KEY"];
+    let fixed = ["judge", e.path().to_str().unwrap(), "--judge-model", "j", "--key-env", "MY_KEY"];
     let env = [("OPENAI_BASE_URL", server.url.as_str()), ("MY_KEY", KEY)];
-    cpift_testkit::run_with(env!("CARGO_BIN_EXE_cpift-judge"), fixed, &env).ok();
+    cpift_testkit::run_with(env!("CARGO_BIN_EXE_cpift-eval"), fixed, &env).ok();
     assert!(server.requests()[0].head.contains(KEY));
 }

@@ -1,37 +1,37 @@
-//! Endpoints that fail, each in its way, through the real binary.
+//! `cpift-eval judge` through the real binary, against endpoints that fail.
 
-mod common;
+mod judge_server;
 
 use std::time::{Duration, SystemTime};
 
-use common::{Act, Evaluation, KEY, Server, says};
+use judge_server::{Act, Evaluation, KEY, Server, says};
 use serde_json::json;
 
 fn respond(status: u16, body: &str) -> Act {
     Act::Respond(status, "", body.to_owned())
 }
 
-/// How an endpoint fails.
+/// A failing reply.
 type Failing = fn() -> Act;
 
-/// The first request for each question fails by `act`, the second is answered.
+/// A server on which the first request for each question fails with `act` and the second succeeds.
 fn fails_once(act: Failing) -> Server {
     Server::start(move |_, before| if before == 0 { act() } else { says("[[6]]") })
 }
 
 #[test]
-fn what_passes_is_asked_again() {
+fn transient_failures_are_retried() {
     let cases: [(Failing, &str); 5] = [
         (|| respond(429, "{\"error\": \"slow down\"}"), "429"),
         (|| respond(500, "oops"), "500"),
         (|| respond(503, ""), "503"),
         (|| Act::Drop, "no reply"),
-        (|| Act::Stall, "time-out"),
+        (|| Act::Stall, "timeout"),
     ];
     for (act, named) in cases {
         let e = Evaluation::new(&["a"]);
         let server = fails_once(act);
-        e.judge(&server, &["--timeout", "2", "--retries", "3"]).ok().says(&[named, "asked again", &server.url]);
+        e.judge(&server, &["--timeout", "2", "--retries", "3"]).ok().says(&[named, "retrying in", &server.url]);
         assert_eq!(server.requests().len(), 4, "{named}");
         assert_eq!(e.task(0)["metric"]["value"], 6.0, "{named}");
     }
@@ -57,7 +57,7 @@ fn a_retry_waits_as_long_as_the_endpoint_asks_for() {
 }
 
 #[test]
-fn what_does_not_pass_is_counted_and_only_that_is_asked_again() {
+fn lasting_failures_are_counted_and_only_their_questions_asked_again() {
     let e = Evaluation::new(&["good", "bad"]);
     let broken = Server::start(|r, _| if r.answer() == "bad" { respond(500, "oops") } else { says("[[6]]") });
     e.judge(&broken, &["--retries", "1"]).expect_code(1).says(&[
@@ -77,7 +77,7 @@ fn what_does_not_pass_is_counted_and_only_that_is_asked_again() {
 }
 
 #[test]
-fn bodies_that_are_no_completion_are_shown_by_their_beginning() {
+fn bodies_that_are_not_completions_are_quoted() {
     let long = "x".repeat(5000);
     let cases = [
         ("<html>\n<body>Sign in</body></html>".to_owned(), "found: \"<html>\\n<body>Sign in"),
@@ -90,7 +90,7 @@ fn bodies_that_are_no_completion_are_shown_by_their_beginning() {
         let e = Evaluation::new(&["a"]);
         let server = Server::start(move |_, _| respond(200, &body));
         let run = e.judge(&server, &[]).expect_code(1);
-        let run = run.says(&[&server.url, "no chat completion", "choices[0].message.content", shown]);
+        let run = run.says(&[&server.url, "not a chat completion", "choices[0].message.content", shown]);
         assert!(run.stderr.len() < 3000, "{}", run.stderr);
         assert_eq!(server.requests().len(), 2, "asked again: {shown}");
         // No verdict: the task still waits for a judge.
@@ -120,7 +120,7 @@ fn a_judge_that_fails_throughout_leaves_the_grades_that_were_there() {
 }
 
 #[test]
-fn a_reply_without_use_is_no_verdict_and_is_asked_again() {
+fn a_useless_reply_is_not_a_verdict_and_is_asked_again() {
     let cases: [(Failing, &str); 4] = [
         (|| ends("null", "stop"), "the reply is empty"),
         (|| ends("\" \\n\"", "stop"), "the reply is empty"),
@@ -136,7 +136,7 @@ fn a_reply_without_use_is_no_verdict_and_is_asked_again() {
         e.judge(&server, &["--max-tokens", "64"]).ok();
         assert_eq!((server.requests().len(), &e.task(0)["metric"]["value"]), (4, &json!(6.0)), "{named}");
     }
-    // One that was cut off behind its rating has said what was asked for.
+    // A reply cut off after its rating counts.
     let e = Evaluation::new(&["a"]);
     let server = Server::start(|_, _| ends("\"[[7]] because\"", "length"));
     e.judge(&server, &[]).ok();
@@ -163,9 +163,9 @@ fn texts_in_parts_and_replies_without_counts_are_read() {
     }
 }
 
-/// As the newer models of OpenAI refuse two fields that all others take.
+/// Newer OpenAI models refuse two fields that all others accept.
 #[test]
-fn fields_that_are_refused_are_asked_for_otherwise_once_for_all() {
+fn refused_fields_are_replaced_for_all_further_requests() {
     let e = Evaluation::new(&["a", "b", "c"]);
     let server = Server::start(|r, _| {
         let refuse = |what: &str| respond(400, &format!("{{\"error\": {{\"message\": \"{what}\"}}}}"));
@@ -185,12 +185,12 @@ fn fields_that_are_refused_are_asked_for_otherwise_once_for_all() {
     }
     let record: serde_json::Value = serde_json::from_str(&e.read("judge.cpift.json")).unwrap();
     assert!(record["facts"]["temperature"].is_null());
-    // A refusal that stays is shown, and asked about three times at most.
+    // A persistent refusal is reported after at most three requests per question.
     let e = Evaluation::new(&["a"]);
     let server = Server::start(|_, _| respond(400, "max_tokens and temperature are bad"));
     e.judge(&server, &["--limit", "1", "--concurrency", "1"]).expect_code(1).says(&["the question is refused"]);
     assert_eq!(server.requests().len(), 6);
-    // With another status nothing is asked otherwise.
+    // Another status does not change the form of the request.
     let e = Evaluation::new(&["a"]);
     let server = Server::start(|_, _| respond(422, "max_tokens"));
     e.judge(&server, &[]).expect_code(1);
@@ -201,7 +201,7 @@ fn fields_that_are_refused_are_asked_for_otherwise_once_for_all() {
 fn an_error_under_a_status_of_success_is_treated_by_its_code() {
     let e = Evaluation::new(&["a"]);
     let server = fails_once(|| respond(200, "{\"error\": {\"code\": 429, \"message\": \"slow down\"}}"));
-    e.judge(&server, &[]).ok().says(&["error 429", "slow down", "asked again"]);
+    e.judge(&server, &[]).ok().says(&["error 429", "slow down", "retrying in"]);
     assert_eq!((server.requests().len(), &e.task(0)["metric"]["value"]), (4, &json!(6.0)));
     let e = Evaluation::new(&["a"]);
     let server =
@@ -228,7 +228,7 @@ fn a_refused_key_stops_everything_at_once_and_is_not_repeated() {
         run.bad_input(&[&server.url, "the key is refused", "Incorrect API key: (key)", "OPENAI_API_KEY"]);
         assert!(server.requests().len() <= 2, "the next request may be on its way when the first is refused");
         assert_eq!(before, (e.read("scores.json"), e.read("outputs.jsonl")));
-        e.judge_env(&server, &[], &[("OPENAI_API_KEY", "")]).bad_input(&["a key is wanted"]);
+        e.judge_env(&server, &[], &[("OPENAI_API_KEY", "")]).bad_input(&["the endpoint requires a key"]);
     }
 }
 
