@@ -25,7 +25,8 @@ fn section<'a>(help: &'a str, title: &str) -> Vec<&'a str> {
 }
 
 fn subcommands(help: &str) -> Vec<&str> {
-    let names = section(help, "Commands:").into_iter().filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+    let names =
+        section(help, "Commands:").into_iter().filter(|line| line.starts_with("  ") && !line.starts_with("   "));
     names.filter_map(|line| line.split_whitespace().next()).filter(|name| !SHARED.contains(name)).collect()
 }
 
@@ -60,7 +61,8 @@ fn every_flag_stands_under_a_heading() {
         let top = help(name, &[]);
         for subcommand in subcommands(&top).into_iter().map(Some).chain([None]) {
             let text = subcommand.map_or_else(|| top.clone(), |subcommand| help(name, &[subcommand]));
-            let flags = section(&text, "Options:").into_iter().map(str::trim_start).filter(|line| line.starts_with('-'));
+            let flags =
+                section(&text, "Options:").into_iter().map(str::trim_start).filter(|line| line.starts_with('-'));
             let loose: Vec<&str> =
                 flags.filter(|line| !line.starts_with("-h, --help") && !line.starts_with("-V, --version")).collect();
             assert!(loose.is_empty(), "{name} {subcommand:?}: {loose:?}");

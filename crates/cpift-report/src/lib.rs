@@ -18,7 +18,11 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::error::usage;
-use cpift_core::files::{check_not_input, check_output, write_text};
+use cpift_core::files::{StagedFile, check_not_input, check_output, write_text};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::Scores;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
 use cpift_core::run::cli::{Common, print};
 
 use statistics::comparison::{Comparison, Question};
@@ -26,6 +30,9 @@ use statistics::experiment::Experiment;
 use statistics::runs;
 use tables::data;
 use tables::markdown::{self, Bold};
+
+/// Program whose commands these are, in records.
+const STAGE: &str = "cpift-eval";
 
 /// Runs `cpift-eval compare`.
 ///
@@ -36,12 +43,20 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
     if common.json && !matches!(args.format, Format::Terminal | Format::Json) {
         return Err(usage("--json and --format name different formats"));
     }
+    let mut recorder = Recorder::start(STAGE);
     if let Some(out) = &args.out {
+        if common.up_to_date(&Expected::new(STAGE, out)) {
+            return Ok(());
+        }
         check_output(out, common.force())?;
     }
-    let runs = runs::read_all(&args.runs, common.force())?;
+    let runs = runs::read_all(&args.runs, common.force)?;
     if let Some(out) = &args.out {
         check_not_input("--out", out, runs.iter().map(|run| run.path.as_path()))?;
+        for run in &runs {
+            let scores = Scores::file(&run.path);
+            recorder.input(format!("scores:{}", run.name), &scores, Digest::of_file(&scores)?);
+        }
     }
     let question = Question { baseline: args.baseline.clone(), resamples: args.resamples, seed: args.seed };
     let comparison = Comparison::new(runs, question)?;
@@ -53,7 +68,10 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
         Format::Json => format!("{}\n", data::comparison_json(&comparison)),
         Format::Html => pages::compared(&comparison),
     };
-    show(args.out.as_deref(), &text, common)
+    match &args.out {
+        Some(out) => write(out, &text, recorder, common),
+        None => show(None, &text, common),
+    }
 }
 
 /// Runs `cpift-eval experiment`.
@@ -87,6 +105,11 @@ fn bold(out: Option<&Path>) -> Bold {
     if terminal { Bold::Terminal } else { Bold::Markdown }
 }
 
+/// Writes `text` to `out`, with its record beside it.
+fn write(out: &Path, text: &str, recorder: Recorder, common: &Common) -> Result<()> {
+    recorder.commit(StagedFile::of_text(out, text, common.force())?.into_path(), &[])
+}
+
 fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
     match out {
         Some(out) => write_text(out, text, common.force()),
@@ -104,8 +127,17 @@ fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
 /// unreadable parts of the run are reported on the page.
 pub fn report(args: &ReportArgs, common: &Common) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| args.run.join("report.html"));
+    let mut recorder = Recorder::start(STAGE);
+    if common.up_to_date(&Expected::new(STAGE, &out)) {
+        return Ok(());
+    }
     check_output(&out, common.force())?;
-    write_text(&out, &pages::render(args)?, common.force())?;
+    // The page follows every artifact of the run: each has a record, which names when it was made.
+    for file in pages::record_files(&args.run, &out)? {
+        let role = file.strip_prefix(&args.run).unwrap_or(&file).display().to_string();
+        recorder.input(role, &file, Digest::of_file(&file)?);
+    }
+    write(&out, &pages::render(args, &out)?, recorder, common)?;
     log::info!("wrote {}", out.display());
     common.print_json(&serde_json::json!({"out": out.display().to_string()}));
     Ok(())

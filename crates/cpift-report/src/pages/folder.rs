@@ -7,7 +7,7 @@ use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::files::RECORD_NAME;
 use cpift_core::format::json;
-use cpift_core::record::provenance::Provenance;
+use cpift_core::record::provenance::{Provenance, beside};
 use maud::{Markup, html};
 
 use crate::html::{Table, missing, paragraph, verbatim};
@@ -61,14 +61,23 @@ const DEPTH: usize = 3;
 /// An artifact's path under the run's directory, and its record or the reason it cannot be read.
 pub(crate) type Record = (String, Result<Provenance, String>);
 
-/// Finds all records under `folder`, ordered by start time.
+/// Finds the files of all records under `folder`, but for that of the page itself.
 ///
 /// # Errors
 /// [`BadInput`] when a directory cannot be listed.
-pub(crate) fn find(folder: &Path) -> Result<Vec<Record>> {
+pub(crate) fn record_files(folder: &Path, page_file: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     collect(folder, DEPTH, &mut files)?;
-    let mut records: Vec<Record> = files
+    files.retain(|file| *file != beside(page_file));
+    Ok(files)
+}
+
+/// Finds all records under `folder`, but for that of the page itself, ordered by start time.
+///
+/// # Errors
+/// [`BadInput`] when a directory cannot be listed.
+pub(crate) fn find(folder: &Path, page_file: &Path) -> Result<Vec<Record>> {
+    let mut records: Vec<Record> = record_files(folder, page_file)?
         .iter()
         .map(|path| {
             let record = json::read::<Provenance>(path).map_err(|e| e.to_string());

@@ -7,6 +7,8 @@ mod folder;
 mod scores;
 mod training;
 
+use std::path::Path;
+
 use anyhow::Result;
 use cpift_core::BadInput;
 use maud::{Markup, html};
@@ -17,6 +19,7 @@ use crate::statistics::comparison::{Comparison, Question};
 use crate::tables::sheet::counted;
 
 pub(crate) use experiments::alone as experiment;
+pub(crate) use folder::record_files;
 pub(crate) use scores::compared;
 
 /// A section of the page.
@@ -34,15 +37,15 @@ impl Section {
     }
 }
 
-/// Renders the page of the run in `args.run`. Missing and unreadable parts are reported on the
+/// Renders the page of the run in `args.run`, for `page_file`. Missing and unreadable parts are reported on the
 /// page.
 ///
 /// # Errors
 /// [`BadInput`] when the directory is not one of a run; [`cpift_core::Usage`] for a baseline
 /// without scores, or a number of resamples out of range.
-pub(crate) fn render(args: &ReportArgs) -> Result<String> {
+pub(crate) fn render(args: &ReportArgs, page_file: &Path) -> Result<String> {
     let dir = &args.run;
-    let records = folder::find(dir)?;
+    let records = folder::find(dir, page_file)?;
     let experiments = experiments::files(dir)?;
     if records.is_empty() && experiments.is_empty() && !dir.join("scores").is_dir() {
         return Err(BadInput::new(dir, "not the directory of a run")
