@@ -84,7 +84,7 @@ fn a_tokenizer_is_never_left_behind_in_silence() {
     assert_eq!(bytes(&world.path("second/tokenizer.json")), b"of b");
     assert!(world.path("second/chat_template.jinja").exists() && world.path("second/generation_config.json").exists());
     let line = LINEAR.replace("@out", "@third");
-    world.refused(&format!("{line} --copy-from @none"), &["@none: no such folder"]);
+    world.refused(&format!("{line} --copy-from @none"), &["@none: no such directory"]);
 }
 
 #[test]

@@ -113,7 +113,7 @@ fn masks_are_checked_and_named() {
         world.refused(&format!("{line} {flag}"), &["@short", "tensor: w", "expected: 3 elements", "found: 2 elements"]);
     }
     world.refused(&format!("{line} --protect @a/model.safetensors"), &["model.safetensors: not a mask"]);
-    world.misused(&format!("{line} --mask c=@kept"), &["--mask c", "expected 1 to 2 or the name of a folder"]);
+    world.misused(&format!("{line} --mask c=@kept"), &["--mask c", "expected 1 to 2 or the name of a directory"]);
     world.misused(&format!("{line} --mask 3=@kept"), &["--mask 3"]);
     world.misused(&format!("{line} --mask b=@kept --mask 2=@kept"), &["--mask 2", "has one already"]);
     world.misused(&format!("{line} --mask 1=@kept"), &["mask of the first model has no effect"]);

@@ -57,7 +57,10 @@ fn digest_says_of_inputs_and_outputs_what_the_record_says() {
 fn one_changed_weight_is_found() {
     let world = merged();
     overwrite_last(&world, 4.5);
-    world.refused("verify @out", &["@out: the content is not what cpift.json records", "expected", "found: digest"]);
+    world.refused(
+        "verify @out",
+        &["@out: the content differs from the digest in cpift.json", "expected", "found: digest"],
+    );
 }
 
 #[test]

@@ -184,7 +184,7 @@ fn folders_layers_and_vocabularies_are_checked_on_disk() {
     let error = on_disk(SLERP, 24, [""; 2]).unwrap_err();
     assert!(error.contains("models with 32 layers") && error.contains("24 layers in "), "{error}");
     let error = on_disk(&linear("").replace("{model: b}", "{model: c}"), 1, [""; 2]).unwrap_err();
-    assert!(error.contains("names a model that is not a folder"), "{error}");
+    assert!(error.contains("names a model that is not a directory"), "{error}");
 
     let tokenizer = SLERP.to_owned() + "tokenizer_source: base\n";
     let (one, two) = (r#"{"x": 0}"#, r#"{"x": 1}"#);
@@ -204,6 +204,6 @@ fn a_model_of_the_hub_is_to_be_downloaded_first() {
         read(&path).unwrap_err().to_string()
     };
     assert!(hint("org/name").contains("huggingface-cli download org/name"));
-    assert!(hint("org/name+org/lora").contains("an adapter is merged"));
-    assert!(hint("./org/name").contains("relative to the folder"));
+    assert!(hint("org/name+org/lora").contains("an adapter must be merged"));
+    assert!(hint("./org/name").contains("relative to the directory"));
 }
