@@ -1,5 +1,5 @@
-//! The model card, README.md of the output: inputs and method, the hub's YAML front matter, and the recipe or command that
-//! reproduces the merge.
+//! The model card, README.md of the output: inputs and method, the hub's YAML front matter, and the
+//! recipe or command that reproduces the merge.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -64,7 +64,8 @@ fn front_matter<'a>(models: impl Iterator<Item = &'a Path>) -> String {
     text + "library_name: transformers\ntags:\n  - merge\n  - cpift\n---\n\n"
 }
 
-/// Returns true if a path has the form of a name on the hub, `organisation/model`, under which downloads are often kept.
+/// Returns true if a path has the form of a name on the hub, `organisation/model`, under which
+/// downloads are often kept.
 fn is_hub_id(name: &str) -> bool {
     let part = |part: &str| {
         part.starts_with(|c: char| c.is_ascii_alphanumeric())

@@ -13,10 +13,12 @@ use crate::methods::Conflict;
 use crate::request::{CpiRequest, Method, ModelRequest, OutputRequest, Request, Space, TaskWeights};
 use crate::setting::Setting;
 
-/// Merge checkpoints of one model, by standard methods or by the core transplant and SLERP of CPI-FT
+/// Merge checkpoints of one model, by standard methods or by the core transplant and SLERP of
+/// CPI-FT
 ///
-/// Checkpoints are Hugging Face directories: config.json and model.safetensors, or shards with an index, in F64, F32, F16
-/// or BF16. All inputs are checked before any output starts; the output directory appears complete or not at all.
+/// Checkpoints are Hugging Face directories: config.json and model.safetensors, or shards with an
+/// index, in F64, F32, F16 or BF16. All inputs are checked before any output starts; the output
+/// directory appears complete or not at all.
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
 #[derive(Parser, Debug)]
@@ -38,13 +40,15 @@ pub(crate) enum Command {
     SphericalMean(SphericalMeanArgs),
     /// Weighted sum of task vectors (differences from a base), added to the base
     TaskArithmetic(TaskArithmeticArgs),
-    /// TIES: task vectors trimmed to their largest elements, and summed where they agree with the elected sign
+    /// TIES: task vectors trimmed to their largest elements, and summed where they agree with the
+    /// elected sign
     Ties(TiesArgs),
     /// DARE: task vectors with elements dropped at random, and summed
     Dare(DareArgs),
     /// Merge by a recipe in mergekit's YAML
     Recipe(RecipeArgs),
-    /// Transplant each task's core region bit for bit, and interpolate backbone and tasks elsewhere by SLERP
+    /// Transplant each task's core region bit for bit, and interpolate backbone and tasks elsewhere
+    /// by SLERP
     Cpi(CpiArgs),
     /// Check a checkpoint: structure, NaN and Inf, and the digest recorded in its cpift.json
     Verify(VerifyArgs),
@@ -76,12 +80,13 @@ pub(crate) struct ModelArgs {
     /// Directory of a model; without --base the first gives config.json, tokenizer and buffers
     #[arg(long = "model", value_name = "DIR", required = true)]
     models: Vec<PathBuf>,
-    /// Mask of a model (from cpift-mask): outside it the model's elements are those of the backbone, which is the base or
-    /// else the first model. NAME is the model's position in the order of --model, from 1, or the name of its directory
+    /// Mask of a model (from cpift-mask): outside it the model's elements are those of the
+    /// backbone, which is the base or else the first model. NAME is the model's position in the
+    /// order of --model, from 1, or the name of its directory
     #[arg(long = "mask", value_name = "NAME=FILE")]
     masks: Vec<Named>,
-    /// Mask of the elements at which the output is the backbone bit for bit (after the cast to --dtype); they take no part
-    /// in angles, trims and sums
+    /// Mask of the elements at which the output is the backbone bit for bit (after the cast to
+    /// --dtype); they take no part in angles, trims and sums
     #[arg(long, value_name = "FILE")]
     protect: Option<PathBuf>,
 }
@@ -136,8 +141,8 @@ pub(crate) struct TaskVectorArgs {
     /// Checkpoint the models were fine-tuned from; gives config.json, tokenizer and buffers
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     base: PathBuf,
-    /// Weight of a model, once per --model in the same order; V,V,... is a gradient over the layers, FILTER=V applies to
-    /// tensors whose name contains FILTER [default: all 1]
+    /// Weight of a model, once per --model in the same order; V,V,... is a gradient over the
+    /// layers, FILTER=V applies to tensors whose name contains FILTER [default: all 1]
     #[arg(long = "weight", value_name = "V", allow_negative_numbers = true, help_heading = "Method")]
     weights: Vec<Setting>,
     /// Factor of the sum of the task vectors; repeated as --t of slerp [default: 1]
@@ -158,11 +163,12 @@ impl TaskVectorArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Method")]
 pub(crate) struct DensityArgs {
-    /// Share of a model's task vector that is kept, 0 to 1: once for all models, or once per --model in the same order
+    /// Share of a model's task vector that is kept, 0 to 1: once for all models, or once per
+    /// --model in the same order
     #[arg(long = "density", value_name = "V", required = true, allow_negative_numbers = true)]
     densities: Vec<Setting>,
-    /// Scale the elements that are kept up to the sum of magnitudes of the whole task vector [default: true for dare, false
-    /// for ties]
+    /// Scale the elements that are kept up to the sum of magnitudes of the whole task vector
+    /// [default: true for dare, false for ties]
     #[arg(long, value_name = "BOOL")]
     rescale: Option<bool>,
 }
@@ -203,8 +209,8 @@ impl SphereArgs {
 pub(crate) struct LinearArgs {
     #[command(flatten)]
     models: ModelArgs,
-    /// Weight of a model, once per --model in the same order; V,V,... is a gradient over the layers, FILTER=V applies to
-    /// tensors whose name contains FILTER [default: all equal]
+    /// Weight of a model, once per --model in the same order; V,V,... is a gradient over the
+    /// layers, FILTER=V applies to tensors whose name contains FILTER [default: all equal]
     #[arg(long = "weight", value_name = "V", allow_negative_numbers = true, help_heading = "Method")]
     weights: Vec<Setting>,
     /// Divide the weights by their sum
@@ -226,15 +232,16 @@ impl LinearArgs {
 pub(crate) struct SlerpArgs {
     #[command(flatten)]
     models: ModelArgs,
-    /// Position between the first (0) and the second (1) model. V,V,... is a gradient from the first layer to the last;
-    /// FILTER=V applies to tensors whose name contains FILTER. Repeated, the first that fits a tensor counts; those without
-    /// a filter come after all others [default: 0.5]
+    /// Position between the first (0) and the second (1) model. V,V,... is a gradient from the
+    /// first layer to the last; FILTER=V applies to tensors whose name contains FILTER. Repeated,
+    /// the first that fits a tensor counts; those without a filter come after all others [default:
+    /// 0.5]
     #[arg(long = "t", value_name = "V", allow_negative_numbers = true, help_heading = "Method")]
     t: Vec<Setting>,
     #[command(flatten)]
     sphere: SphereArgs,
-    /// Angle in radians below which, or within which of π, interpolation is linear [default: 0.0316, whose cosine is
-    /// 0.9995]
+    /// Angle in radians below which, or within which of π, interpolation is linear [default:
+    /// 0.0316, whose cosine is 0.9995]
     #[arg(long, value_name = "RAD", allow_negative_numbers = true, help_heading = "Method")]
     epsilon: Option<f64>,
     #[command(flatten)]
@@ -255,12 +262,14 @@ impl SlerpArgs {
 pub(crate) struct SphericalMeanArgs {
     #[command(flatten)]
     models: ModelArgs,
-    /// Weight of a model, once per --model in the same order, not negative; divided by their sum [default: all equal]
+    /// Weight of a model, once per --model in the same order, not negative; divided by their sum
+    /// [default: all equal]
     #[arg(long = "weight", value_name = "V", allow_negative_numbers = true, help_heading = "Method")]
     weights: Vec<Setting>,
     #[command(flatten)]
     sphere: SphereArgs,
-    /// The mean is linear if all angles are below this angle in radians, or if any is within it of π [default: 0]
+    /// The mean is linear if all angles are below this angle in radians, or if any is within it of
+    /// π [default: 0]
     #[arg(long, value_name = "RAD", allow_negative_numbers = true, help_heading = "Method")]
     epsilon: Option<f64>,
     #[command(flatten)]
@@ -376,8 +385,8 @@ pub(crate) struct CpiArgs {
     /// Interpolate the weights (as in the paper) or their differences from --base
     #[arg(long, value_enum, default_value = "weights", help_heading = "Method")]
     space: Space,
-    /// Angle in radians below which, or within which of π, interpolation is linear [default: 0.0316, whose cosine is
-    /// 0.9995]
+    /// Angle in radians below which, or within which of π, interpolation is linear [default:
+    /// 0.0316, whose cosine is 0.9995]
     #[arg(long, value_name = "RAD", allow_negative_numbers = true, help_heading = "Method")]
     epsilon: Option<f64>,
     #[command(flatten)]
@@ -432,7 +441,8 @@ pub(crate) struct VerifyArgs {
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct DigestArgs {
-    /// Hugging Face directories (digest of tensors, config and tokenizer) or files (digest of the bytes)
+    /// Hugging Face directories (digest of tensors, config and tokenizer) or files (digest of the
+    /// bytes)
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
 }
@@ -443,8 +453,8 @@ pub(crate) struct OutputArgs {
     /// Output directory; an existing one is refused unless --force is given
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     pub(crate) out: PathBuf,
-    /// Dtype of the result: f32, bf16, f16 or f64 [default: that of all inputs, for cpi of all tasks; an error if they
-    /// differ]
+    /// Dtype of the result: f32, bf16, f16 or f64 [default: that of all inputs, for cpi of all
+    /// tasks; an error if they differ]
     #[arg(long, value_name = "DTYPE", help_heading = "Input and output")]
     dtype: Option<Dtype>,
     /// Size of the largest shard: bytes, or a number with KB, MB, GB, KiB, MiB or GiB
@@ -456,8 +466,8 @@ pub(crate) struct OutputArgs {
         help_heading = "Input and output"
     )]
     shard_size: u64,
-    /// Directory whose tokenizer, chat template and generation config the output gets [default: --base if given, else the
-    /// first model]
+    /// Directory whose tokenizer, chat template and generation config the output gets [default:
+    /// --base if given, else the first model]
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     copy_from: Option<PathBuf>,
     /// Print the plan (inputs, operation per tensor, output) and write nothing
@@ -510,7 +520,8 @@ impl ValueEnum for Space {
     }
 }
 
-/// All values of a repeated flag as one setting, those without a filter last; `None` if the flag was not given.
+/// All values of a repeated flag as one setting, those without a filter last; `None` if the flag
+/// was not given.
 fn one(given: &[Setting]) -> Option<Setting> {
     let (filtered, rest): (Vec<_>, Vec<_>) =
         given.iter().flat_map(|setting| setting.rules().iter().cloned()).partition(|rule| rule.filter.is_some());
@@ -519,8 +530,8 @@ fn one(given: &[Setting]) -> Option<Setting> {
     (!given.is_empty()).then_some(all)
 }
 
-/// Parses `5GB`, `500MB`, `200KiB` or plain bytes, as `save_pretrained` takes them: K, M and G are powers of 1000, Ki, Mi
-/// and Gi of 1024.
+/// Parses `5GB`, `500MB`, `200KiB` or plain bytes, as `save_pretrained` takes them: K, M and G are
+/// powers of 1000, Ki, Mi and Gi of 1024.
 fn parse_shard_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("expected bytes or a size such as 5GB, 500MB or 2GiB, found {text:?}");
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -557,7 +568,8 @@ mod tests {
         }
     }
 
-    /// Checks the flags that are defined here; those of [`Common`] are not theirs.
+    /// Checks the flags that are defined here; those of [`Common`] get their headings in
+    /// cpift-core.
     #[test]
     fn every_flag_stands_under_a_heading_and_headings_keep_their_order() {
         const HEADINGS: [&str; 3] = ["Input and output", "Method", "Run"];

@@ -1,10 +1,12 @@
-//! Merges of checkpoints: linear, SLERP, spherical mean, task arithmetic, TIES, DARE, and stage 3 of CPI-FT.
+//! Merges of checkpoints: linear, SLERP, spherical mean, task arithmetic, TIES, DARE, and stage 3
+//! of CPI-FT.
 //!
-//! Data flows one way. [`cli`] and [`recipe`] turn flags and recipes into a [`Request`], free of clap. The plan checks it
-//! against the checkpoints it names and resolves it to one rule per tensor. The engine streams the tensors through all
-//! threads: it measures what a rule needs to know of the whole tensor (inner products, cut-offs), and writes the result
-//! while the tensor is still in a cache. The methods are the arithmetic on slices. A report sums up the merge, and the card
-//! says how to reproduce it.
+//! Data flows one way. [`cli`] and [`recipe`] turn flags and recipes into a [`Request`], free of
+//! clap. The plan checks it against the checkpoints it names and resolves it to one rule per
+//! tensor. The engine streams the tensors through all threads: it measures what a rule needs to
+//! know of the whole tensor (inner products, cut-offs), and writes the result while the tensor is
+//! still in a cache. The methods are the arithmetic on slices. A report sums up the merge, and the
+//! card says how to reproduce it.
 
 pub mod card;
 pub mod cli;
@@ -77,7 +79,8 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-/// Merges by one of the plain methods. Flags of the output take precedence over the request, which a recipe may have made.
+/// Merges by one of the plain methods. Flags of the output take precedence over the request, which
+/// a recipe may have made.
 fn merge_models(mut request: Request, args: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
     let mut output = args.request(common.force());
     output.dtype = output.dtype.or(request.dtype);

@@ -14,10 +14,12 @@ use crate::engine::{self, InputHashes, Output, TensorStats};
 use crate::plan::{Plan, check_space};
 use crate::report::Summary;
 
-/// Runs `plan` with `card` as the model card. The output directory appears complete, with cpift.json, or not at all.
+/// Runs `plan` with `card` as the model card. The output directory appears complete, with
+/// cpift.json, or not at all.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] if an input has a number that is not finite; too little disk space, or a failed write.
+/// [`cpift_core::BadInput`] if an input has a number that is not finite; too little disk space, or
+/// a failed write.
 pub(crate) fn merge(plan: &Plan, card: &str, mut record: Recorder) -> Result<Summary> {
     check_space(&plan.output.dir, plan.bytes_to_write(), files::available_bytes(&plan.output.dir)?)?;
     plan.check_masks_of_tasks()?;

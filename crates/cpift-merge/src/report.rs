@@ -1,5 +1,5 @@
-//! Reports: the summary of a merge (counts, branches, angles) for the log, `--json` and provenance, and the preview that
-//! `--dry-run` prints.
+//! Reports: the summary of a merge (counts, branches, angles) for the log, `--json` and provenance,
+//! and the preview that `--dry-run` prints.
 
 use std::fmt::Write;
 
@@ -25,7 +25,8 @@ pub(crate) struct Summary {
     tensors: usize,
     /// Number of elements of all tensors.
     parameters: u64,
-    /// Number of interpolations per branch, in the order of [`Branch::ALL`]; one interpolation per tensor and task.
+    /// Number of interpolations per branch, in the order of [`Branch::ALL`]; one interpolation per
+    /// tensor and task.
     branches: [u64; 4],
     /// All angles in degrees, in ascending order.
     angles: Vec<f64>,
@@ -35,7 +36,8 @@ pub(crate) struct Summary {
     conflicts: u64,
     /// Names of the tensors that are not parameters and are copied from the backbone.
     copied: Vec<String>,
-    /// Number of elements at the cut-offs of trims, and number of those kept by position alone; for methods that trim.
+    /// Number of elements at the cut-offs of trims, and number of those kept by position alone; for
+    /// methods that trim.
     trimmed: Option<[u64; 2]>,
 }
 
@@ -149,7 +151,8 @@ impl Summary {
     }
 }
 
-/// Prints the plan on stdout, as text or JSON. Angles are measured, which reads the inputs; nothing is written.
+/// Prints the plan on stdout, as text or JSON. Angles are measured, which reads the inputs; nothing
+/// is written.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] if a number that must be measured is not finite.

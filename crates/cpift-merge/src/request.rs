@@ -9,7 +9,8 @@ use crate::methods::Conflict;
 use crate::methods::sphere::COLLINEAR_COSINE;
 use crate::setting::Setting;
 
-/// Method of a merge of models. `cpi` is not one of them: its inputs are of another kind ([`CpiRequest`]).
+/// Method of a merge of models. `cpi` is not one of them: its inputs are of another kind
+/// ([`CpiRequest`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Method {
     /// Weighted mean or sum of the models.
@@ -20,11 +21,13 @@ pub enum Method {
     SphericalMean,
     /// Weighted sum of the task vectors (differences from the base), added to the base.
     TaskArithmetic,
-    /// Task vectors trimmed to their largest elements, of which those with the elected sign are merged.
+    /// Task vectors trimmed to their largest elements, of which those with the elected sign are
+    /// merged.
     Ties,
     /// Task vectors with elements dropped at random, then added as in task arithmetic.
     DareLinear,
-    /// Task vectors with elements dropped at random, of which those with the elected sign are merged.
+    /// Task vectors with elements dropped at random, of which those with the elected sign are
+    /// merged.
     DareTies,
 }
 
@@ -145,7 +148,8 @@ pub struct Request {
     pub space: Space,
     /// Dtype of the output; by default that of the models.
     pub dtype: Option<Dtype>,
-    /// Directory of the output's tokenizer and other side files; by default the base or first model.
+    /// Directory of the output's tokenizer and other side files; by default the base or first
+    /// model.
     pub side_files: Option<PathBuf>,
     /// Mask of the elements at which the output is the backbone.
     pub protect: Option<PathBuf>,

@@ -1,12 +1,14 @@
-//! Settings: numbers that may depend on tensor name and layer, such as `t` of slerp, by mergekit's filters and gradients.
+//! Settings: numbers that may depend on tensor name and layer, such as `t` of slerp, by mergekit's
+//! filters and gradients.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A number per tensor, as rules in order of precedence: the first whose filter fits the tensor's name gives the value.
+/// A number per tensor, as rules in order of precedence: the first whose filter fits the tensor's
+/// name gives the value.
 ///
-/// On the command line a rule is `0.5`, `0,0.3,1` (a gradient over the layers) or `self_attn=0,0.5,1` (the same for
-/// tensors whose name contains `self_attn`; `*` fits every name).
+/// On the command line a rule is `0.5`, `0,0.3,1` (a gradient over the layers) or
+/// `self_attn=0,0.5,1` (the same for tensors whose name contains `self_attn`; `*` fits every name).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Setting {
     rules: Vec<Rule>,
@@ -32,7 +34,8 @@ impl Rule {
         self.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()))
     }
 
-    /// Value at a layer; outside the layers (embeddings, final norm, output embedding) the first value.
+    /// Value at a layer; outside the layers (embeddings, final norm, output embedding) the first
+    /// value.
     fn at(&self, layer: Option<(usize, usize)>) -> Option<f64> {
         let last = self.values.len().checked_sub(1)?;
         let position = match layer {
@@ -80,10 +83,12 @@ impl Setting {
         self.rules.is_empty()
     }
 
-    /// Value for the tensor `name`, which belongs to `layer` = (index, number of layers) or to none.
+    /// Value for the tensor `name`, which belongs to `layer` = (index, number of layers) or to
+    /// none.
     ///
-    /// Values are interpolated between the two nearest of a gradient. A tensor outside the layers gets the first value
-    /// of a gradient, and one of a model with a single layer the last. `None` if no rule fits the name.
+    /// Values are interpolated between the two nearest of a gradient. A tensor outside the layers
+    /// gets the first value of a gradient, and one of a model with a single layer the last. `None`
+    /// if no rule fits the name.
     pub fn at(&self, name: &str, layer: Option<(usize, usize)>) -> Option<f64> {
         self.rules.iter().find(|rule| rule.fits(name)).and_then(|rule| rule.at(layer))
     }

@@ -1,4 +1,5 @@
-//! `verify`: checks that a checkpoint is well-formed and finite, and that its content has the digest in its cpift.json.
+//! `verify`: checks that a checkpoint is well-formed and finite, and that its content has the
+//! digest in its cpift.json.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,7 +28,8 @@ struct NotFinite {
 /// Checks the checkpoint at `path` and returns the findings as JSON.
 ///
 /// # Errors
-/// [`BadInput`] if it cannot be opened, has NaN or Inf, or differs from the record in its cpift.json.
+/// [`BadInput`] if it cannot be opened, has NaN or Inf, or differs from the record in its
+/// cpift.json.
 pub fn verify(path: &Path) -> Result<Value> {
     let checkpoint = Checkpoint::open(path)?;
     let views: Vec<TensorView<'_>> = checkpoint.parameters().collect();
@@ -65,7 +67,8 @@ pub fn verify(path: &Path) -> Result<Value> {
     Err(error.found(found).hint("regenerate the checkpoint, or copy it again").into())
 }
 
-/// Refuses metadata other than `format: pt`, without which transformers does not load a file; the digest does not cover it.
+/// Refuses metadata other than `format: pt`, without which transformers does not load a file; the
+/// digest does not cover it.
 fn check_metadata(checkpoint: &Checkpoint) -> Result<()> {
     let written = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     match checkpoint.metadata().find(|(_, metadata)| **metadata != written) {
@@ -88,7 +91,8 @@ fn recorded(checkpoint: &Checkpoint) -> Result<Option<Digest>> {
     Ok(record.output.map(|r| r.blake3))
 }
 
-/// Reads the checkpoint once; returns the elements of each of `views` that are not finite, and the digest.
+/// Reads the checkpoint once; returns the elements of each of `views` that are not finite, and the
+/// digest.
 fn scan(checkpoint: &Checkpoint, views: &[TensorView<'_>]) -> Result<(Vec<Option<NotFinite>>, Digest)> {
     let specs: Vec<TensorSpec> = checkpoint.tensors().map(|view| view.spec()).collect();
     let hasher = PieceHasher::new(&specs, CHUNK);

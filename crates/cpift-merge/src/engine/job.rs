@@ -1,4 +1,5 @@
-//! The work of a merge: its tensors cut into chunks, and everything the threads share while they process them.
+//! The work of a merge: its tensors cut into chunks, and everything the threads share while they
+//! process them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,8 +18,9 @@ use crate::methods::{Claims, Conflict, Rule};
 use crate::plan::{Inputs, Model, Plan, Source};
 use crate::request::Space;
 
-/// Number of elements that one job takes: its bytes in two inputs and the output fit in a core's second-level cache, and a
-/// write is long enough to hide the cost of the system call. A power of two, as pieces of a digest are.
+/// Number of elements that one job takes: its bytes in two inputs and the output fit in a core's
+/// second-level cache, and a write is long enough to hide the cost of the system call. A power of
+/// two, as pieces of a digest are.
 pub(crate) const CHUNK: usize = 1 << 17;
 
 /// A merge as the passes need it.
@@ -114,7 +116,8 @@ pub(super) fn pieces_of(tensor: usize, numel: usize) -> impl Iterator<Item = Pie
     })
 }
 
-/// Runs of tensors that keep all threads busy and, unless a tensor is large, fit in the last-level cache.
+/// Runs of tensors that keep all threads busy and, unless a tensor is large, fit in the last-level
+/// cache.
 pub(super) fn batches(tensors: &[Tensor<'_>]) -> Vec<Range<usize>> {
     let enough = 8 * rayon::current_num_threads();
     let (mut batches, mut start, mut filled) = (Vec::new(), 0, 0);
@@ -128,7 +131,8 @@ pub(super) fn batches(tensors: &[Tensor<'_>]) -> Vec<Range<usize>> {
     batches
 }
 
-/// Calls `each` for every piece, on all threads, and returns the results in the order of the pieces.
+/// Calls `each` for every piece, on all threads, and returns the results in the order of the
+/// pieces.
 ///
 /// # Errors
 /// The first error in that order.

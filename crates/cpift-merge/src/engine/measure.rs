@@ -1,5 +1,5 @@
-//! Statistics of a whole tensor that its rule needs before it can be written: inner products, cut-offs of trims, sums of
-//! magnitudes.
+//! Statistics of a whole tensor that its rule needs before it can be written: inner products,
+//! cut-offs of trims, sums of magnitudes.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -37,8 +37,8 @@ pub(crate) struct TensorStats {
 /// Sums over a tensor, or over a part of it.
 #[derive(Debug, Clone, PartialEq)]
 struct Measure {
-    /// Inner products of the operands, or of their differences from the base, over the elements that
-    /// are neither core nor protected.
+    /// Inner products of the operands, or of their differences from the base, over the elements
+    /// that are neither core nor protected.
     gram: Gram,
     core: u64,
     conflicts: u64,
@@ -61,7 +61,8 @@ impl Measure {
     }
 }
 
-/// Measures the tensors of a batch. Tensors merged by a linear combination need no measurement and are not read.
+/// Measures the tensors of a batch. Tensors merged by a linear combination need no measurement and
+/// are not read.
 ///
 /// # Errors
 /// [`BadInput`] naming file, tensor and element if a number is not finite.
@@ -111,7 +112,8 @@ fn read_piece<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, pie
     sum.map_err(|(start, len)| tensor.not_finite(start, len).into())
 }
 
-/// Sums over the blocks of a piece; the error is the range (start, length) of a block with a number that is not finite.
+/// Sums over the blocks of a piece; the error is the range (start, length) of a block with a number
+/// that is not finite.
 #[inline(always)]
 fn read_blocks<T: Number>(
     job: &Job<'_>,
@@ -194,8 +196,8 @@ fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<Ten
     })
 }
 
-/// Elements of task vector `operand` that are kept, exactly as many of the largest as `density` asks for, and the ties at the
-/// cut-off.
+/// Elements of task vector `operand` that are kept, exactly as many of the largest as `density`
+/// asks for, and the ties at the cut-off.
 fn trim(tensor: &Tensor<'_>, operand: usize, density: f64, rescale: bool) -> (Filter, Ties) {
     let free = tensor.free();
     if free == 0 {

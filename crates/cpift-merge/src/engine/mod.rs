@@ -1,10 +1,11 @@
 //! Passes over the tensors, in small pieces on all threads.
 //!
-//! Tensors are taken a few at a time: what a method needs to know of a whole tensor is measured, then the tensor is written
-//! while its bytes are still in a cache. The unit of work is a chunk of one tensor, and its result does not depend on the
-//! thread that computes it; sums over chunks are taken in the order of the tensor. The output therefore has the same bytes
-//! at any number of threads, and a thread needs a few blocks of numbers and one chunk of output, whatever the size of a
-//! tensor.
+//! Tensors are taken a few at a time: what a method needs to know of a whole tensor is measured,
+//! then the tensor is written while its bytes are still in a cache. The unit of work is a chunk of
+//! one tensor, and its result does not depend on the thread that computes it; sums over chunks are
+//! taken in the order of the tensor. The output therefore has the same bytes at any number of
+//! threads, and a thread needs a few blocks of numbers and one chunk of output, whatever the size
+//! of a tensor.
 
 mod job;
 mod measure;
@@ -23,11 +24,12 @@ use crate::plan::Plan;
 use job::{Job, Shared};
 use tensor::{BLOCK, Tensor};
 
-/// Merges every tensor into `output` and returns the statistics of each; `hashes` is filled by the same passes.
+/// Merges every tensor into `output` and returns the statistics of each; `hashes` is filled by the
+/// same passes.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] naming file, tensor and element if a number is not finite, in an input or after the cast to the
-/// output's dtype.
+/// [`cpift_core::BadInput`] naming file, tensor and element if a number is not finite, in an input
+/// or after the cast to the output's dtype.
 pub(crate) fn run(plan: &Plan, hashes: &InputHashes<'_>, output: &Output) -> Result<Vec<TensorStats>> {
     let job = Job::of(plan);
     let shared = Shared::new(&job, Some(hashes), "merging");
@@ -41,7 +43,8 @@ pub(crate) fn run(plan: &Plan, hashes: &InputHashes<'_>, output: &Output) -> Res
     Ok(stats)
 }
 
-/// Returns the statistics of every tensor as far as they can be measured without writing: all but the trims.
+/// Returns the statistics of every tensor as far as they can be measured without writing: all but
+/// the trims.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] if a number that must be measured is not finite.

@@ -1,4 +1,5 @@
-//! One parameter in all inputs, and blocks of its numbers: decoded, checked, and restricted to the masks of the operands.
+//! One parameter in all inputs, and blocks of its numbers: decoded, checked, and restricted to the
+//! masks of the operands.
 
 use cpift_core::{BadInput, Dtype, TensorView};
 
@@ -54,7 +55,8 @@ impl<'a> Tensor<'a> {
         self.operands.iter().map(|operand| &operand.view).chain(&self.base)
     }
 
-    /// The error that names the first element in this range that is not finite, of the operands or the base.
+    /// The error that names the first element in this range that is not finite, of the operands or
+    /// the base.
     pub fn not_finite(&self, start: usize, len: usize) -> BadInput {
         let mut values = vec![0f64; len];
         for view in self.views() {
@@ -101,8 +103,9 @@ impl<T: Number> Block<T> {
         }
     }
 
-    /// Reads elements `start..start + len` of the operands, and of the base if `with_base` is set; outside its mask an
-    /// operand gets the elements of the backbone. Returns true if every element read is finite.
+    /// Reads elements `start..start + len` of the operands, and of the base if `with_base` is set;
+    /// outside its mask an operand gets the elements of the backbone. Returns true if every element
+    /// read is finite.
     #[inline(always)]
     pub fn load(&mut self, tensor: &Tensor<'_>, start: usize, len: usize, with_base: bool) -> bool {
         let mut finite = true;
@@ -135,7 +138,8 @@ impl<T: Number> Block<T> {
         }
     }
 
-    /// Sets the elements of operands and base whose bits are set to zero, which takes them out of every sum.
+    /// Sets the elements of operands and base whose bits are set to zero, which takes them out of
+    /// every sum.
     pub fn clear(&mut self, bits: &[u8], start: usize) {
         for values in self.operands.iter_mut().chain([&mut self.base]).filter(|v| !v.is_empty()) {
             inside(bits, start, values, |_, v| *v = T::default());

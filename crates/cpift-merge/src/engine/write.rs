@@ -1,4 +1,5 @@
-//! The write pass: the result of every element, cast to the output dtype, hashed and written while it is in a cache.
+//! The write pass: the result of every element, cast to the output dtype, hashed and written while
+//! it is in a cache.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -88,7 +89,8 @@ impl Output {
                 let _done = SetOnDrop(&done);
                 work()
             };
-            // The system reports a failed write once: an error that this thread got would not be reported again.
+            // The system reports a failed write once: an error that this thread got would not be
+            // reported again.
             let flushed = flusher.join().expect("the thread does not panic");
             result.and_then(|value| flushed.map(|()| value))
         })
@@ -116,14 +118,16 @@ impl Drop for SetOnDrop<'_> {
 enum Fault {
     /// An input has a number that is not finite in the block of this start and length.
     NotFinite(usize, usize),
-    /// A result in the block of this start is out of the range of the dtype; all results of the block.
+    /// A result in the block of this start is out of the range of the dtype; all results of the
+    /// block.
     OutOfRange(usize, Vec<f64>),
 }
 
 /// Writes the tensors of a batch.
 ///
 /// # Errors
-/// [`BadInput`] if a number is not finite, in an input or after the cast to the output's dtype; a failed write.
+/// [`BadInput`] if a number is not finite, in an input or after the cast to the output's dtype; a
+/// failed write.
 pub(super) fn write(shared: &Shared<'_>, batch: Range<usize>, stats: &[TensorStats], output: &Output) -> Result<()> {
     let tensors = &shared.job.tensors;
     let pieces = job::pieces(tensors, batch.clone());
@@ -209,7 +213,8 @@ fn write_blocks<T: Number>(
     Ok(())
 }
 
-/// Sets the elements of each task vector that its filter drops to zero, and those that are protected.
+/// Sets the elements of each task vector that its filter drops to zero, and those that are
+/// protected.
 #[inline(always)]
 fn thin<T: Number>(tensor: &Tensor<'_>, filters: &[Filter], start: usize, ties: &mut [u64], block: &mut Block<T>) {
     if let Some(bits) = tensor.protected {

@@ -1,4 +1,5 @@
-//! Arithmetic of the methods on slices: the result of one tensor, given its elements in every input.
+//! Arithmetic of the methods on slices: the result of one tensor, given its elements in every
+//! input.
 
 pub(crate) mod region;
 pub(crate) mod sign_merge;
@@ -48,7 +49,8 @@ impl Rule {
         }
     }
 
-    /// The combination that follows from the inner products of the operands; empty for TIES and DARE.
+    /// The combination that follows from the inner products of the operands; empty for TIES and
+    /// DARE.
     pub fn combination(&self, gram: &Gram, epsilon: f64) -> Combination {
         match self {
             Self::Linear(coefficients) => Combination { coefficients: coefficients.clone(), steps: Vec::new() },

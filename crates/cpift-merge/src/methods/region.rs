@@ -1,14 +1,16 @@
-//! Regions of a tensor as packed bits (bit b of byte a is element 8a + b): visiting their elements, the core regions of all
-//! tasks, and the value of an element that belongs to several.
+//! Regions of a tensor as packed bits (bit b of byte a is element 8a + b): visiting their elements,
+//! the core regions of all tasks, and the value of an element that belongs to several.
 
 use cpift_core::format::mask::bit;
 
-/// Calls `each` with position and value of every element whose bit is set; `values[0]` is element `start`, a multiple of 8.
+/// Calls `each` with position and value of every element whose bit is set; `values[0]` is element
+/// `start`, a multiple of 8.
 pub(crate) fn inside<T>(bits: &[u8], start: usize, values: &mut [T], each: impl FnMut(usize, &mut T)) {
     by_bit(bits, start, values, 0, each);
 }
 
-/// Calls `each` with position and value of every element whose bit is not set; otherwise as [`inside`].
+/// Calls `each` with position and value of every element whose bit is not set; otherwise as
+/// [`inside`].
 pub(crate) fn outside<T>(bits: &[u8], start: usize, values: &mut [T], each: impl FnMut(usize, &mut T)) {
     by_bit(bits, start, values, 0xFF, each);
 }
@@ -63,8 +65,8 @@ impl<'a> Claims<'a> {
         Self { bits }
     }
 
-    /// Number of elements in `start..start + len` that are core to at least one task, and number of those that are core
-    /// to at least two.
+    /// Number of elements in `start..start + len` that are core to at least one task, and number of
+    /// those that are core to at least two.
     ///
     /// `start` is a multiple of 8.
     pub fn count(&self, start: usize, len: usize) -> (u64, u64) {
@@ -73,14 +75,16 @@ impl<'a> Claims<'a> {
         })
     }
 
-    /// Calls `each` with the position, counted from `start`, of every core element in `start..start + len`, in order.
+    /// Calls `each` with the position, counted from `start`, of every core element in `start..start
+    /// + len`, in order.
     pub fn for_each(&self, start: usize, len: usize, mut each: impl FnMut(usize)) {
         for (a, any, _) in self.bytes(start, len).filter(|(_, any, _)| *any != 0) {
             (0..8).filter(|b| any >> b & 1 == 1).for_each(|b| each(8 * a + b));
         }
     }
 
-    /// For each byte of the range its index, the elements that some task claims and those that several claim.
+    /// For each byte of the range its index, the elements that some task claims and those that
+    /// several claim.
     fn bytes(&self, start: usize, len: usize) -> impl Iterator<Item = (usize, u8, u8)> {
         debug_assert_eq!(start % 8, 0);
         let first = start / 8;
@@ -94,8 +98,8 @@ impl<'a> Claims<'a> {
         })
     }
 
-    /// Value of the core element at `index` of the tensor; `values[i]` is the value in task i, and `moved` gives a task's
-    /// distance from the base.
+    /// Value of the core element at `index` of the tensor; `values[i]` is the value in task i, and
+    /// `moved` gives a task's distance from the base.
     pub fn resolve(&self, rule: Conflict, index: usize, values: &[f64], moved: impl Fn(usize) -> f64) -> f64 {
         let mut claimants = (0..self.bits.len()).filter(|&i| bit(self.bits[i], index));
         let first = claimants.next().expect("a core element is claimed by a task");
@@ -119,7 +123,8 @@ impl<'a> Claims<'a> {
     }
 }
 
-/// |θ⁽ⁱ⁾ − θ⁽⁰⁾| of one element as the mask stage ranks it: in f32, or in f64 if an input is F64 (`wide`).
+/// |θ⁽ⁱ⁾ − θ⁽⁰⁾| of one element as the mask stage ranks it: in f32, or in f64 if an input is F64
+/// (`wide`).
 pub(crate) fn magnitude(value: f64, base: f64, wide: bool) -> f64 {
     let delta = (value - base).abs();
     // Rounding the f64 difference of two f32 values gives exactly their f32 difference.

@@ -1,15 +1,16 @@
-//! TIES and DARE: task vectors thinned by size or at random, weighted, and summed, optionally only where they agree with
-//! the elected sign.
+//! TIES and DARE: task vectors thinned by size or at random, weighted, and summed, optionally only
+//! where they agree with the elected sign.
 //!
-//! Differences from the base and the election are taken in f32 (f64 if an input is F64), sums in f64.
+//! Differences from the base and the election are taken in f32 (f64 if an input is F64), sums in
+//! f64.
 
 use std::ops::{Add, Mul, Sub};
 
 use cpift_core::stream::random::splitmix64;
 use cpift_core::stream::select::Score;
 
-/// Type in which a tensor is merged: `f32`, which holds every element of an F32, F16 or BF16 input exactly, or `f64` if an
-/// input is F64.
+/// Type in which a tensor is merged: `f32`, which holds every element of an F32, F16 or BF16 input
+/// exactly, or `f64` if an input is F64.
 pub(crate) trait Number: Score + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> {
     /// The magnitude.
     fn abs(self) -> Self;
@@ -84,7 +85,8 @@ pub(crate) enum Keep {
     Above {
         /// Smallest magnitude that is kept.
         threshold: f64,
-        /// Number of elements equal to the threshold that are kept in each chunk, the first ones; empty if all are.
+        /// Number of elements equal to the threshold that are kept in each chunk, the first ones;
+        /// empty if all are.
         ties: Vec<u64>,
     },
     /// Elements whose random number of 53 bits is below `limit`.
@@ -118,8 +120,8 @@ impl Keep {
         }
     }
 
-    /// Sets the elements that are not kept to zero; `values[0]` is element `start` of the tensor, and `ties` the number of
-    /// elements equal to the threshold that may still be kept.
+    /// Sets the elements that are not kept to zero; `values[0]` is element `start` of the tensor,
+    /// and `ties` the number of elements equal to the threshold that may still be kept.
     #[inline(always)]
     pub fn apply<T: Number>(&self, values: &mut [T], start: usize, ties: &mut u64) {
         let zero = T::default();
@@ -148,7 +150,8 @@ impl Keep {
     }
 }
 
-/// Key of the random numbers of one tensor of one model: seed, index and name mixed, eight bytes at a time.
+/// Key of the random numbers of one tensor of one model: seed, index and name mixed, eight bytes at
+/// a time.
 pub(crate) fn key(seed: u64, model: usize, tensor: &str) -> u64 {
     let words = tensor.as_bytes().chunks(8).map(|chunk| {
         let mut word = [0; 8];
@@ -167,7 +170,8 @@ pub(crate) fn subtract_base<T: Number>(operands: &mut [Vec<T>], base: &[T]) {
     }
 }
 
-/// Sum of magnitudes, in sixteen running sums whose order never depends on the machine or the number of threads.
+/// Sum of magnitudes, in sixteen running sums whose order never depends on the machine or the
+/// number of threads.
 #[inline(always)]
 pub(crate) fn sum_of_magnitudes<T: Number>(values: &[T]) -> f64 {
     let (chunks, rest) = values.as_chunks::<16>();
@@ -195,8 +199,8 @@ impl SignMerge {
         }
     }
 
-    /// Merges the thinned task vectors `operands` about `base` into `out`. `sums` and `divisors` are working space; all
-    /// slices are as long as `base`.
+    /// Merges the thinned task vectors `operands` about `base` into `out`. `sums` and `divisors`
+    /// are working space; all slices are as long as `base`.
     #[inline(always)]
     pub fn merge<T: Number>(
         &self,
@@ -233,7 +237,8 @@ impl SignMerge {
         }
     }
 
-    /// Sums the weighted task vectors into `votes`; the sign of the sum is the one elected, + for zero.
+    /// Sums the weighted task vectors into `votes`; the sign of the sum is the one elected, + for
+    /// zero.
     #[inline(always)]
     fn vote<T: Number>(&self, filters: &[Filter], operands: &[Vec<T>], votes: &mut [T]) {
         votes.fill(T::default());
@@ -265,7 +270,8 @@ mod tests {
 
     #[test]
     fn only_what_agrees_with_the_elected_sign_counts() {
-        // Element 0: both up. 1: 3 against −1, + wins. 2: 1 against −3, − wins. 3: 1 against −1, a draw is +. 4: nobody moves.
+        // Element 0: both up. 1: 3 against −1, + wins. 2: 1 against −3, − wins. 3: 1 against −1, a
+        // draw is +. 4: nobody moves.
         let (base, a, b) = ([1.0; 5], [3.0, 4.0, 2.0, 2.0, 1.0], [5.0, 0.0, -2.0, 0.0, 1.0]);
         let found = merged(&rule(true, true, &[1.0, 1.0]), &base, &[&a, &b]);
         assert_eq!(found, [1.0 + 1.5, 1.0 + 1.5, 1.0 - 1.5, 1.0 + 0.5, 1.0]);

@@ -1,4 +1,5 @@
-//! Spherical interpolation computed from inner products: angles, branches, and the linear combination that follows.
+//! Spherical interpolation computed from inner products: angles, branches, and the linear
+//! combination that follows.
 
 use std::f64::consts::PI;
 
@@ -7,10 +8,12 @@ use cpift_core::format::dtype::Float;
 /// Cosine of the default ε; below this angle two tensors count as collinear.
 pub const COLLINEAR_COSINE: f64 = 0.9995;
 
-/// Smallest ε in effect, in radians: `acos` of a rounded cosine cannot tell smaller angles from zero.
+/// Smallest ε in effect, in radians: `acos` of a rounded cosine cannot tell smaller angles from
+/// zero.
 const SMALLEST_EPSILON: f64 = 1e-7;
 
-/// A squared norm below this share of the terms it is the sum of has been cancelled down to rounding errors.
+/// A squared norm below this share of the terms it is the sum of has been cancelled down to
+/// rounding errors.
 const CANCELLED: f64 = 64.0 * f64::EPSILON;
 
 /// Form of interpolation between two tensors.
@@ -70,7 +73,8 @@ impl Gram {
         }
         for i in 0..self.k {
             for j in 0..i {
-                // Three products in one reading of two vectors, of which the two squares count once.
+                // Three products in one reading of two vectors, of which the two squares count
+                // once.
                 let [xx, xy, yy] = match base {
                     None => products(&pieces[i], &pieces[j], |x, _| x, &pieces[i]),
                     Some(base) => products(&pieces[i], &pieces[j], |x, b| x - b, base),
@@ -131,10 +135,12 @@ impl Gram {
     }
 }
 
-/// Running sums of an inner product: their number and order never depend on the machine or the number of threads.
+/// Running sums of an inner product: their number and order never depend on the machine or the
+/// number of threads.
 const LANES: usize = 16;
 
-/// x·x, x·y and y·y, after `about` has combined every element with that of `base` at the same position.
+/// x·x, x·y and y·y, after `about` has combined every element with that of `base` at the same
+/// position.
 #[inline(always)]
 fn products<T: Float>(x: &[T], y: &[T], about: impl Fn(f64, f64) -> f64, base: &[T]) -> [f64; 3] {
     let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
@@ -175,8 +181,8 @@ pub struct Step {
 }
 
 impl Combination {
-    /// Writes Σ cᵢ vᵢ to `out`, or base + Σ cᵢ (vᵢ − base) if there is a base. `sums` is working space; all slices are as
-    /// long as `out`.
+    /// Writes Σ cᵢ vᵢ to `out`, or base + Σ cᵢ (vᵢ − base) if there is a base. `sums` is working
+    /// space; all slices are as long as `out`.
     #[inline(always)]
     pub(crate) fn apply<T: Float>(&self, vectors: &[Vec<T>], base: Option<&[T]>, sums: &mut [f64], out: &mut [T]) {
         if let ([a, b], None) = (&self.coefficients[..], base)
@@ -187,7 +193,8 @@ impl Combination {
             out.iter_mut().zip(pairs).for_each(|(o, (x, y))| *o = T::from_f64(a * x.to_f64() + b * y.to_f64()));
             return;
         }
-        // Sums begin at −0.0 and terms with coefficient zero are left out, so that a −0.0 is preserved.
+        // Sums begin at −0.0 and terms with coefficient zero are left out, so that a −0.0 is
+        // preserved.
         sums.fill(-0.0);
         for (c, values) in self.coefficients.iter().zip(vectors).filter(|(c, _)| **c != 0.0) {
             match base {
@@ -250,10 +257,11 @@ impl Step {
     }
 }
 
-/// The mean of all vectors on the sphere (Karcher mean of their directions), times the mean of their norms; `weights`
-/// sum to 1.
+/// The mean of all vectors on the sphere (Karcher mean of their directions), times the mean of
+/// their norms; `weights` sum to 1.
 ///
-/// A zero vector has no direction and counts in the mean norm only. The angle of the step is the largest between any two.
+/// A zero vector has no direction and counts in the mean norm only. The angle of the step is the
+/// largest between any two.
 pub fn spherical_mean(gram: &Gram, weights: &[f64], epsilon: f64) -> Combination {
     let norms: Vec<f64> = (0..gram.len()).map(|i| gram.get(i, i).sqrt()).collect();
     let step = widest(gram, &norms, epsilon);
@@ -283,7 +291,8 @@ fn widest(gram: &Gram, norms: &[f64], epsilon: f64) -> Step {
     widest
 }
 
-/// Coefficients of the unit vector that is the mean of the directions; `None` if the mean is undefined.
+/// Coefficients of the unit vector that is the mean of the directions; `None` if the mean is
+/// undefined.
 fn karcher(gram: &Gram, norms: &[f64], weights: &[f64]) -> Option<Vec<f64>> {
     let with_direction = |i: &usize| norms[*i] > 0.0;
     let mut mean: Vec<f64> =
@@ -295,7 +304,8 @@ fn karcher(gram: &Gram, norms: &[f64], weights: &[f64]) -> Option<Vec<f64>> {
         for i in (0..gram.len()).filter(with_direction) {
             let cos = (gram.with(i, &mean) / norms[i]).clamp(-1.0, 1.0);
             let sin = ((1.0 - cos) * (1.0 + cos)).sqrt();
-            // The direction's logarithm at the mean: its tangent part, stretched to the length of the angle.
+            // The direction's logarithm at the mean: its tangent part, stretched to the length of
+            // the angle.
             let stretch = if sin > 1e-12 { sin.atan2(cos) / sin } else { 1.0 };
             let weight = weights[i] / total * stretch;
             step.iter_mut().zip(&mean).for_each(|(s, m)| *s -= weight * cos * m);

@@ -50,7 +50,8 @@ impl Source {
         Ok(Self { role: role.into(), checkpoint, config, digest: OnceLock::new() })
     }
 
-    /// Digest of its content, if it has been computed or is recorded in a cpift.json whose sizes and mtimes still match.
+    /// Digest of its content, if it has been computed or is recorded in a cpift.json whose sizes
+    /// and mtimes still match.
     pub fn known_digest(&self) -> Option<&Digest> {
         if self.digest.get().is_none()
             && let Some(record) = Provenance::recorded_digest(self.path())
@@ -88,8 +89,8 @@ impl Source {
     }
 }
 
-/// Unties the sources with a tied output embedding if others have one of their own: theirs gets the values of the input
-/// embedding.
+/// Unties the sources with a tied output embedding if others have one of their own: theirs gets the
+/// values of the input embedding.
 pub(crate) fn share_head(sources: &mut [&mut Source]) {
     let Some(own) = sources.iter().find(|s| !s.checkpoint.tied() && s.checkpoint.get(HEAD).is_some()) else { return };
     let own = own.path().to_owned();
@@ -103,8 +104,8 @@ pub(crate) fn share_head(sources: &mut [&mut Source]) {
     }
 }
 
-/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying, vocabulary, parameters and
-/// shapes. Warns about settings and tokenizers that differ.
+/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying,
+/// vocabulary, parameters and shapes. Warns about settings and tokenizers that differ.
 ///
 /// # Errors
 /// [`BadInput`] that names the first difference.
@@ -166,7 +167,8 @@ fn check_same_integers(first: &Source, other: &Source) -> Result<()> {
     Ok(())
 }
 
-/// Warns about differing settings that change what the weights mean; the output takes those of the first model.
+/// Warns about differing settings that change what the weights mean; the output takes those of the
+/// first model.
 fn warn_of_settings(first: &Source, other: &Source) {
     for key in ["rms_norm_eps", "hidden_act", "head_dim", "sliding_window"] {
         let (ours, theirs) = (&first.config[key], &other.config[key]);
@@ -188,7 +190,8 @@ fn warn_of_settings(first: &Source, other: &Source) {
     }
 }
 
-/// Context length for configs without `max_position_embeddings`, the same for both that are compared.
+/// Context length for configs without `max_position_embeddings`, the same for both that are
+/// compared.
 const POSITIONS: f64 = 2048.0;
 
 fn warn_of_setting(first: &Source, other: &Source, key: &str, ours: &Value, theirs: &Value) {
@@ -199,8 +202,8 @@ fn warn_of_setting(first: &Source, other: &Source, key: &str, ours: &Value, thei
     );
 }
 
-/// Warns if two directories have different tokens at the same id, naming the first. A merge mixes rows of the embeddings,
-/// so that equal ids must mean equal tokens.
+/// Warns if two directories have different tokens at the same id, naming the first. A merge mixes
+/// rows of the embeddings, so that equal ids must mean equal tokens.
 fn warn_of_tokens(first: &Path, other: &Path) {
     let (Some(ours), Some(theirs)) = (tokens(first), tokens(other)) else { return };
     let ids = ours.keys().chain(theirs.keys().filter(|id| !ours.contains_key(id)));
@@ -218,8 +221,8 @@ fn warn_of_tokens(first: &Path, other: &Path) {
     );
 }
 
-/// Tokens by id: those of tokenizer.json, then those added by tokenizer_config.json. `None` if there is no readable
-/// tokenizer.
+/// Tokens by id: those of tokenizer.json, then those added by tokenizer_config.json. `None` if
+/// there is no readable tokenizer.
 fn tokens(folder: &Path) -> Option<BTreeMap<u64, String>> {
     let file: Value = json::read(&folder.join("tokenizer.json")).ok()?;
     let mut tokens = BTreeMap::new();
@@ -251,7 +254,8 @@ fn tokens(folder: &Path) -> Option<BTreeMap<u64, String>> {
     Some(tokens)
 }
 
-/// Refuses embeddings with different numbers of tokens, a common difference between fine-tunes of one base.
+/// Refuses embeddings with different numbers of tokens, a common difference between fine-tunes of
+/// one base.
 fn check_vocabulary(first: &Source, other: &Source) -> Result<()> {
     for view in first.checkpoint.parameters().filter(|view| TensorKind::Embeddings.matches(view.name)) {
         let Some(found) = other.checkpoint.get(view.name) else { continue };

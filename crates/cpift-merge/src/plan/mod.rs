@@ -1,5 +1,5 @@
-//! A merge checked and resolved, complete before any work or output starts, from a request for one of the plain methods or
-//! for `cpi`.
+//! A merge checked and resolved, complete before any work or output starts, from a request for one
+//! of the plain methods or for `cpi`.
 
 mod inputs;
 mod output;
@@ -84,7 +84,8 @@ impl Plan {
     /// Resolves a merge by one of the plain methods.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] for settings out of range, [`BadInput`] for inputs that cannot be merged.
+    /// [`cpift_core::Usage`] for settings out of range, [`BadInput`] for inputs that cannot be
+    /// merged.
     pub fn of_models(request: &Request, output: &OutputRequest) -> Result<Self> {
         rules::check(request)?;
         check_output(output)?;
@@ -128,7 +129,8 @@ impl Plan {
     /// Resolves a merge by `cpi`.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] for settings out of range, [`BadInput`] for inputs that do not belong together.
+    /// [`cpift_core::Usage`] for settings out of range, [`BadInput`] for inputs that do not belong
+    /// together.
     pub fn of_tasks(request: &CpiRequest, output: &OutputRequest) -> Result<Self> {
         let epsilon = request.epsilon.unwrap_or_else(|| COLLINEAR_COSINE.acos());
         rules::check_epsilon(epsilon)?;
@@ -171,8 +173,8 @@ impl Plan {
         })
     }
 
-    /// Checkpoint that gives config.json and buffers, and replaces a masked model outside its mask: the backbone of `cpi`,
-    /// else the base, or the first model if there is no base.
+    /// Checkpoint that gives config.json and buffers, and replaces a masked model outside its mask:
+    /// the backbone of `cpi`, else the base, or the first model if there is no base.
     pub fn backbone(&self) -> &Arc<Source> {
         match (&self.inputs, &self.base) {
             (Inputs::Tasks { backbone, .. }, _) => backbone,
@@ -210,8 +212,8 @@ impl Plan {
         parameters.map(|view| TensorSpec { dtype: self.output.dtype, ..view.spec() }).collect()
     }
 
-    /// Tensors of the backbone that are copied unchanged. A tied lm_head is not: transformers restores it from the input
-    /// embedding.
+    /// Tensors of the backbone that are copied unchanged. A tied lm_head is not: transformers
+    /// restores it from the input embedding.
     pub fn copies(&self) -> Vec<TensorView<'_>> {
         let others = self.backbone().checkpoint.not_parameters();
         others.filter(|(_, why)| *why != Excluded::Tied).map(|(view, _)| view).collect()
@@ -228,8 +230,9 @@ impl Plan {
         self.sources().flat_map(|s| s.checkpoint.tensors()).map(|v| v.bytes.len() as u64).sum()
     }
 
-    /// Refuses masks that were extracted from another checkpoint than their task's. Tasks whose digest is not known yet are
-    /// passed over, so the check is repeated after the tasks have been read.
+    /// Refuses masks that were extracted from another checkpoint than their task's. Tasks whose
+    /// digest is not known yet are passed over, so the check is repeated after the tasks have been
+    /// read.
     ///
     /// # Errors
     /// [`BadInput`] naming both.

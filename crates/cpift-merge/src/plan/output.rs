@@ -28,11 +28,12 @@ pub(crate) struct Destination {
 }
 
 impl Destination {
-    /// Resolves `request`: the dtype is that of `dtype_of` by default, the configuration that of `backbone`, and the side
-    /// files those of `side_files` by default.
+    /// Resolves `request`: the dtype is that of `dtype_of` by default, the configuration that of
+    /// `backbone`, and the side files those of `side_files` by default.
     ///
     /// # Errors
-    /// [`BadInput`] if the dtypes differ, or if one of `inputs` has a tokenizer and the output would have none.
+    /// [`BadInput`] if the dtypes differ, or if one of `inputs` has a tokenizer and the output
+    /// would have none.
     pub fn resolve(
         request: &OutputRequest,
         dtype_of: &[&Source],
@@ -119,7 +120,7 @@ fn check_side_files(folder: &Path, inputs: &[&Source]) -> Result<()> {
 /// # Errors
 /// Names both numbers.
 pub(crate) fn check_space(dir: &Path, needed: u64, available: u64) -> Result<()> {
-    // config.json, tokenizer and record are small beside the weights.
+    // config.json, tokenizer and record are small compared with the weights.
     const SIDE_FILES: u64 = 32 << 20;
     let needed = needed + SIDE_FILES.min(needed);
     if needed <= available {

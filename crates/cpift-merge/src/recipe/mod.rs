@@ -1,8 +1,10 @@
-//! Recipes in mergekit's YAML, for the methods that both programs have. Keys that are not known are errors.
+//! Recipes in mergekit's YAML, for the methods that both programs have. Keys that are not known are
+//! errors.
 //!
-//! Settings mean the same as in mergekit 0.1.5. The parameters of a model come before those of its slice, and those before
-//! the recipe's own; in each, the first entry whose filter is a part of the tensor's name counts. A list of numbers is
-//! spread over the layers, and tensors outside the layers get its first number.
+//! Settings mean the same as in mergekit 0.1.5. The parameters of a model come before those of its
+//! slice, and those before the recipe's own; in each, the first entry whose filter is a part of the
+//! tensor's name counts. A list of numbers is spread over the layers, and tensors outside the
+//! layers get its first number.
 //!
 //! Settings that mergekit has no key for stand under `cpift`, which it ignores: see [`write`].
 
@@ -24,7 +26,7 @@ use serde_json::Value;
 use crate::request::Request;
 use parse::{LONGEST, Recipe, parse_recipe, too_long};
 
-/// Reads the recipe at `path` and checks it against the folders it names.
+/// Reads the recipe at `path` and checks it against the directories it names.
 ///
 /// # Errors
 /// [`BadInput`] that names the file and the key.
@@ -41,7 +43,8 @@ pub fn read(path: &Path) -> Result<Request> {
     Ok(recipe.request)
 }
 
-/// Checks that the directories named by `recipe` exist, and that their layers and vocabularies are those it asks for.
+/// Checks that the directories named by `recipe` exist, and that their layers and vocabularies are
+/// those it asks for.
 fn check(file: &Path, recipe: &Recipe) -> Result<()> {
     let request = &recipe.request;
     let models = || request.models.iter().map(|model| model.path.as_path()).chain(request.base.as_deref());
@@ -90,8 +93,8 @@ fn check_layers(file: &Path, model: &Path, layers: usize) -> Result<()> {
         .into())
 }
 
-/// Refuses a model whose vocabulary differs from that of `source`. mergekit would rearrange its embeddings; here they are
-/// merged unchanged.
+/// Refuses a model whose vocabulary differs from that of `source`. mergekit would rearrange its
+/// embeddings; here they are merged unchanged.
 fn check_vocabulary(file: &Path, source: &Path, model: &Path) -> Result<()> {
     let (expected, found) = (vocabulary(source)?, vocabulary(model)?);
     let Some(expected) = expected else {

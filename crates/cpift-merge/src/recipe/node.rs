@@ -1,4 +1,5 @@
-//! A place in a recipe: its value, the settings read from it, and the path of keys to it, so that every error names it.
+//! A place in a recipe: its value, the settings read from it, and the path of keys to it, so that
+//! every error names it.
 
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -102,7 +103,8 @@ impl<'a> Node<'a> {
         Ok(list.iter().enumerate().map(entry).collect())
     }
 
-    /// A mapping with no other than the `known` keys. `hint` may explain why another key is not supported.
+    /// A mapping with no other than the `known` keys. `hint` may explain why another key is not
+    /// supported.
     pub fn fields(&self, known: &[&str], hint: impl Fn(&str) -> Option<String>) -> Result<Fields<'a>> {
         let Some(map) = self.value.as_object() else {
             return self.unexpected(&format!("a mapping with {}", known.join(", ")));
@@ -211,14 +213,15 @@ fn in_range(node: &Node<'_>, range: &RangeInclusive<f64>) -> Result<f64> {
     Err(node.error("is out of range").expected(expected).found(node.shown()).into())
 }
 
-/// The entry of `known` of which `word` may be a misspelling: at most two edits away and mostly the same.
+/// The entry of `known` of which `word` may be a misspelling: at most two edits away and mostly the
+/// same.
 fn closest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let near = known.iter().map(|k| (distance(word, k), *k)).min()?;
     (near.0 <= 2 && near.0 * 2 < near.1.len()).then_some(near.1)
 }
 
-/// Number of letters to change, add, drop or swap with their neighbour to get from `a` to `b`; 3 if the lengths differ by
-/// more than 2.
+/// Number of letters to change, add, drop or swap with their neighbour to get from `a` to `b`; 3 if
+/// the lengths differ by more than 2.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().take(64).collect(), b.chars().collect());
     if a.len().abs_diff(b.len()) > 2 {

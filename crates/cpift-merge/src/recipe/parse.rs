@@ -109,7 +109,7 @@ fn yaml(text: &str, path: &Path) -> Result<Value> {
 fn unsupported_key(key: &str) -> Option<String> {
     let hint = match key {
         "modules" => "models of several modules are not supported",
-        "chat_template" => "the output gets the chat template of its tokenizer: name that folder as tokenizer_source",
+        "chat_template" => "the output gets the chat template of its tokenizer: name its directory as tokenizer_source",
         _ => return None,
     };
     Some(hint.to_owned())
@@ -128,8 +128,8 @@ fn base<'a>(fields: &Fields<'a>, inputs: &Inputs<'a>) -> Result<Option<&'a str>>
     Ok(inputs.base.or(global))
 }
 
-/// Models in the order of the request: that of the file, except that a base that is merged like the others comes first,
-/// because it gives config.json.
+/// Models in the order of the request: that of the file, except that a base that is merged like the
+/// others comes first, because it gives config.json.
 fn models(method: Method, inputs: &Inputs<'_>, base: Option<&str>, global: &Scope<'_>) -> Result<Vec<ModelRequest>> {
     let mut models = Vec::new();
     for input in &inputs.models {
@@ -189,7 +189,8 @@ fn shared_parameters(request: &mut Request, scopes: &[&Scope<'_>]) -> Result<()>
         log::info!("int8_mask has no effect: cpift-merge holds no masks of whole tensors in memory");
     }
     if request.method == Method::SphericalMean {
-        // The mean is always computed to full precision: settings that ask for at least mergekit's default are accepted.
+        // The mean is always computed to full precision: settings that ask for at least mergekit's
+        // default are accepted.
         setting(scopes, "max_iter", 10.0..=1e9)?;
         setting(scopes, "tol", 0.0..=1e-5)?;
     }
@@ -225,7 +226,8 @@ fn refuse_gradients(root: &Node<'_>, request: &Request, slices: usize) -> Result
     Err(root.error(&format!("a gradient over {slices} slices is not supported")).hint(ONE_SLICE).into())
 }
 
-/// Dtype of the output: `out_dtype`, or else `dtype`, which in mergekit is also that of the arithmetic.
+/// Dtype of the output: `out_dtype`, or else `dtype`, which in mergekit is also that of the
+/// arithmetic.
 fn dtype(fields: &Fields<'_>) -> Result<Option<Dtype>> {
     let read = |key: &str| fields.get(key).map(|node| dtype_of(&node)).transpose();
     let (dtype, out) = (read("dtype")?, read("out_dtype")?);
@@ -244,7 +246,7 @@ fn dtype_of(node: &Node<'_>) -> Result<Dtype> {
 /// Directory that gives the tokenizer, if the recipe names one.
 fn tokenizer<'a>(fields: &Fields<'a>, base: Option<&'a str>) -> Result<Option<&'a str>> {
     let source = match (fields.get("tokenizer_source"), fields.get("tokenizer")) {
-        (Some(_), Some(node)) => return Err(node.error("stands beside tokenizer_source").into()),
+        (Some(_), Some(node)) => return Err(node.error("cannot be given together with tokenizer_source").into()),
         (source, None) => source,
         (None, Some(node)) => {
             let embeddings = |key: &str| {
@@ -256,7 +258,9 @@ fn tokenizer<'a>(fields: &Fields<'a>, base: Option<&'a str>) -> Result<Option<&'
     };
     let Some(node) = source else { return Ok(None) };
     match (folder(&node)?, base) {
-        ("union", _) => Err(node.error("a union of vocabularies is not supported").expected("base or a folder").into()),
+        ("union", _) => {
+            Err(node.error("a union of vocabularies is not supported").expected("base or a directory").into())
+        }
         ("base", None) => Err(node.error("there is no base_model").found("base").into()),
         ("base", base) => Ok(base),
         (path, _) => Ok(Some(path)),
@@ -304,7 +308,9 @@ fn inputs<'a>(method: Method, recipe: &Fields<'a>) -> Result<Inputs<'a>> {
             Ok(Inputs { models, slice: None, base: None, slices: None })
         }
         (None, Some(slices)) => of_slices(method, &slices.entries()?),
-        (Some(_), Some(slices)) => Err(slices.error("stands beside models").expected("one of the two").into()),
+        (Some(_), Some(slices)) => {
+            Err(slices.error("cannot be given together with models").expected("one of the two").into())
+        }
         (None, None) => Err(recipe.node().error("a key is missing").expected("models or slices").into()),
     }
 }
@@ -391,8 +397,8 @@ fn frankenmerge(node: &Node<'_>, start: usize, end: Option<usize>) -> Error {
         .into()
 }
 
-/// Refuses parameters of one of several slices: mergekit restarts every gradient at each slice, and assigns the embeddings
-/// to one of them.
+/// Refuses parameters of one of several slices: mergekit restarts every gradient at each slice, and
+/// assigns the embeddings to one of them.
 fn refuse_own_parameters(slice: &Inputs<'_>) -> Result<()> {
     let scopes = slice.models.iter().map(|model| &model.own).chain([&slice.slice]);
     match scopes.flatten().next() {

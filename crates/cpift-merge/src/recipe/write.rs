@@ -11,8 +11,9 @@ use crate::setting::{Rule, Setting};
 
 /// Recipe of `request` for an output of `dtype`.
 ///
-/// mergekit reads it too and gives the same result in f32. It ignores the keys under `cpift`: `seed`, `epsilon`, `space`,
-/// `base` of the differences and `protect` of the whole merge, `mask` and (of a spherical mean) `weight` of a model.
+/// mergekit reads it too and gives the same result in f32. It ignores the keys under `cpift`:
+/// `seed`, `epsilon`, `space`, `base` of the differences and `protect` of the whole merge, `mask`
+/// and (of a spherical mean) `weight` of a model.
 pub fn write(request: &Request, dtype: Dtype) -> String {
     let mut text = format!("merge_method: {}\n", request.method.recipe_name());
     let base = base(request);
