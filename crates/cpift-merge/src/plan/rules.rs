@@ -82,7 +82,7 @@ fn check_numbers(request: &Request) -> Result<()> {
         model.density.values().try_for_each(|density| require_unit("--density", density))?;
         for weight in model.weight.values() {
             if !weight.is_finite() {
-                return Err(usage(format!("--weight must be finite numbers, found {weight}")));
+                return Err(usage(format!("--weight must be a finite number, found {weight}")));
             }
             if request.method == Method::SphericalMean && weight < 0.0 {
                 return Err(usage(format!("--weight of a spherical mean must not be negative, found {weight}")));

@@ -6,7 +6,7 @@
 //! tensor's name counts. A list of numbers is spread over the layers, and tensors outside the
 //! layers get its first number.
 //!
-//! Settings that mergekit has no key for stand under `cpift`, which it ignores: see [`write`].
+//! Settings that mergekit has no key for stand under `cpift`, which it ignores: see [`write()`].
 
 mod node;
 mod parse;
