@@ -10,7 +10,7 @@ use crate::methods::sphere::COLLINEAR_COSINE;
 use crate::setting::Setting;
 
 /// Method of a merge of models. `cpi` is not one of them: its inputs are of another kind
-/// ([`CpiRequest`]).
+/// (`CpiRequest`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Method {
     /// Weighted mean or sum of the models.
