@@ -11,7 +11,7 @@ use cpift_core::format::dtype::Float;
 use cpift_core::format::json;
 use cpift_core::record::provenance::{self, Provenance};
 use cpift_core::stream::hashing::PieceHasher;
-use cpift_core::stream::simd;
+use cpift_core::dispatch;
 use cpift_core::{BadInput, Checkpoint, TensorSpec, TensorView};
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -102,7 +102,7 @@ fn scan(checkpoint: &Checkpoint, views: &[TensorView<'_>]) -> Result<(Vec<Option
         let chunks = view.bytes.par_chunks(CHUNK * size).enumerate();
         let found = chunks.filter_map(|(i, bytes)| {
             hasher.add(index, i * CHUNK, bytes);
-            let found = simd::dispatch!(not_finite(view, bytes))?;
+            let found = dispatch!(not_finite(view, bytes))?;
             Some(NotFinite { first: i * CHUNK + found.first, ..found })
         });
         found.reduce_with(|a, b| NotFinite { count: a.count + b.count, first: a.first.min(b.first) })

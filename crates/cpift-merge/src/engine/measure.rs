@@ -8,7 +8,7 @@ use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::format::mask::Ties;
 use cpift_core::stream::select::{Cut, Source, find_cut};
-use cpift_core::stream::simd;
+use cpift_core::dispatch;
 use rayon::prelude::*;
 
 use super::job::{self, Job, Piece, Pool, Shared};
@@ -108,7 +108,7 @@ fn read_tensors(
 }
 
 fn read_piece<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, piece: &Piece) -> Result<Measure> {
-    let sum = pool.with(|block, _| simd::dispatch!(read_blocks(job, tensor, piece, block)));
+    let sum = pool.with(|block, _| dispatch!(read_blocks(job, tensor, piece, block)));
     sum.map_err(|(start, len)| tensor.not_finite(start, len).into())
 }
 
@@ -261,7 +261,7 @@ impl<T: Number> Source<T> for Magnitudes<'_, T> {
         let taken = self.spare.lock().expect("no thread panics here").pop();
         let (mut values, mut base) = taken.unwrap_or_default();
         out.clear();
-        simd::dispatch!(self.read(&piece, &mut values, &mut base, out));
+        dispatch!(self.read(&piece, &mut values, &mut base, out));
         self.spare.lock().expect("no thread panics here").push((values, base));
     }
 }

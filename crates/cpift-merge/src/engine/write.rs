@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Result;
 use cpift_core::format::digest::Digest;
 use cpift_core::stream::hashing::PieceHasher;
-use cpift_core::stream::simd;
+use cpift_core::dispatch;
 use cpift_core::{BadInput, CheckpointWriter, Dtype, TensorSpec, TensorView};
 
 use super::job::{self, CHUNK, Job, Piece, Pool, Shared};
@@ -159,7 +159,7 @@ fn write_piece<T: Number>(
     pool.with(|block, bytes| {
         let size = job.dtype.size();
         bytes.resize(piece.elements.len() * size, 0);
-        let done = simd::dispatch!(write_blocks(job, tensor, stats, piece, block, bytes));
+        let done = dispatch!(write_blocks(job, tensor, stats, piece, block, bytes));
         match done {
             Ok(()) => output.put(tensor.operands[0].view.name, piece.elements.start, size, bytes),
             Err(Fault::NotFinite(start, len)) => Err(tensor.not_finite(start, len).into()),
