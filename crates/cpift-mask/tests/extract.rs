@@ -187,7 +187,7 @@ fn ties_are_reported_and_warned_of() {
     assert_eq!(chosen(&mask).iter().map(|c| c.1).collect::<Vec<_>>(), [40, 41, 42, 43, 90]);
     let args: Vec<&str> =
         args.into_iter().map(|a| if a == base.to_str().unwrap() { tuned.to_str().unwrap() } else { a }).collect();
-    run(BIN, [&args[..], &["--force"]].concat()).ok().says(&["warn: ", "no parameter moved", "position alone"]);
+    run(BIN, [&args[..], &["--force"]].concat()).ok().says(&["warn: ", "no parameter changed", "position alone"]);
 }
 
 #[test]

@@ -298,7 +298,7 @@ fn squares_of_another_model_and_flags_that_do_not_go_together() {
     refuses(&|f| drop(f.insert("scalar".into(), Tensor::f32(&[1], &[0.0]))), &["shape differs", "found: [1]"]);
     refuses(&|f| drop(f.insert("more".into(), Tensor::f32(&[1], &[0.0]))), &["does not have", "tensor: more"]);
     let s = Setting::new(&base, &tuned, &good);
-    s.run("magnitude", &[]).usage_error(&["--fisher has no part in --score magnitude"]);
+    s.run("magnitude", &[]).usage_error(&["--score magnitude does not use --fisher"]);
     s.run("trace", &[]).usage_error(&["fisher", "blend", "relative"]);
     let [b, t, f] = s.inputs.each_ref().map(|p| p.to_str().unwrap());
     let line = ["extract", "--base", b, "--tuned", t];

@@ -188,7 +188,7 @@ fn masks_that_cannot_be_followed() {
         MaskWriter::create(&s.like, &header).unwrap().write("model.norm.weight", 0, &[2]).unwrap();
     };
     write(&["norms"], 9);
-    s.run(&[]).bad_input(&[like, "leaves out of D", "tensor: model.norm.weight"]);
+    s.run(&[]).bad_input(&[like, "excluded from D", "tensor: model.norm.weight"]);
     write(&[], 12);
     s.run(&[]).bad_input(&[like, "expected: 12", "found: 13"]);
     write(&["biases"], 13);
