@@ -1,5 +1,5 @@
-//! A guess at the threshold of a part from a sample: two scores between which it almost surely lies, or,
-//! if very many scores are equal, that score itself.
+//! A guess at the threshold of a part from a sample: two scores between which it almost surely
+//! lies, or, if very many scores are equal, that score itself.
 
 use cpift_core::dispatch;
 use cpift_core::format::mask::Metric;
@@ -16,8 +16,8 @@ const RUN: usize = 64;
 const RUNS: usize = 16 * 1024;
 const SHARE: usize = 1024;
 
-/// Half width of the bracket, in standard errors of the sample's quantile. Neighbours in a matrix row move
-/// alike, so a sample of runs tells less than its size says; the width allows for that.
+/// Half width of the bracket, in standard errors of the sample's quantile. Neighbours in a matrix
+/// row move alike, so a sample of runs tells less than its size says; the width allows for that.
 const SPAN: f64 = 12.0;
 
 /// Parts up to this size are not sampled: all their elements are candidates, if `limit` allows.
@@ -26,7 +26,8 @@ const SMALL: u64 = 64 * 1024;
 /// Assumption about the threshold before the part is read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Guess<T> {
-    /// Scores above `high` are chosen, scores below `low` are not; scores from `low` to `high` are candidates.
+    /// Scores above `high` are chosen, scores below `low` are not; scores from `low` to `high` are
+    /// candidates.
     Bracket {
         /// Lowest score of a candidate.
         low: T,
@@ -54,7 +55,8 @@ impl<T: Score> Guess<T> {
     }
 }
 
-/// Guesses the `k`-th largest score of `part`, 1 ≤ k ≤ its size, leaving at most about `limit` candidates.
+/// Guesses the `k`-th largest score of `part`, 1 ≤ k ≤ its size, leaving at most about `limit`
+/// candidates.
 pub fn guess<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64, limit: usize) -> Guess<T> {
     let n = part.numel();
     if n <= SMALL.min(limit as u64) {
@@ -80,8 +82,8 @@ pub fn guess<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64, lim
     Guess::Tied { score, share: share.clamp(0.0, 1.0) }
 }
 
-/// Scores of runs spread evenly over the part, each at a random offset in its stretch. The same on every
-/// machine.
+/// Scores of runs spread evenly over the part, each at a random offset in its stretch. The same on
+/// every machine.
 fn sample<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric) -> Vec<T> {
     let runs = (part.numel() as usize / SHARE).clamp(1, RUNS);
     let chunks = part.chunks.len();

@@ -23,9 +23,9 @@ const STAGE: &str = env!("CARGO_PKG_NAME");
 /// Finds the core region of a task: the exact top p % of a model's parameters by the size of their
 /// update in fine-tuning.
 ///
-/// The pipeline uses `extract`. `tensors` chooses whole tensors, as TRACE does, and `random` draws a
-/// control of the size of another mask. All write the same file format: safetensors with one U8 tensor
-/// of packed bits per parameter.
+/// The pipeline uses `extract`. `tensors` chooses whole tensors, as TRACE does, and `random` draws
+/// a control of the size of another mask. All write the same file format: safetensors with one U8
+/// tensor of packed bits per parameter.
 ///
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 bad input.
 #[derive(Parser, Debug)]
@@ -39,16 +39,18 @@ pub struct Args {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Write the mask of the elements that changed most between two checkpoints, or that --score ranks highest
+    /// Write the mask of the elements that changed most between two checkpoints, or that --score
+    /// ranks highest
     Extract(ExtractArgs),
     /// Write the mask of the most important tensors, each chosen whole (the selection of TRACE)
     ///
-    /// The importance of a tensor is ½·minmax(root mean square of its update) + ½·minmax(mean of its
-    /// squared gradients), where minmax scales the figures of all tensors to 0..1; without --fisher it is
-    /// the root mean square alone. Equally important tensors are chosen in bytewise name order. The mask
-    /// has the format of `extract`.
+    /// The importance of a tensor is ½·minmax(root mean square of its update) + ½·minmax(mean of
+    /// its squared gradients), where minmax scales the figures of all tensors to 0..1; without
+    /// --fisher it is the root mean square alone. Equally important tensors are chosen in bytewise
+    /// name order. The mask has the format of `extract`.
     Tensors(TensorsArgs),
-    /// Write a control: as many elements as another mask has, drawn uniformly at random from the same parameters
+    /// Write a control: as many elements as another mask has, drawn uniformly at random from the
+    /// same parameters
     ///
     /// To measure what a core region contributes, pass the control to cpift-group, cpift-merge or
     /// cpift-train in place of the mask.
@@ -67,18 +69,19 @@ struct ExtractArgs {
     /// Checkpoint after fine-tuning on one task, with the same tensor names and shapes
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     tuned: PathBuf,
-    /// Sums of squared gradients saved by cpift-probe, for --score fisher and blend: a .safetensors file or a
-    /// directory, with the names and shapes of the parameters
+    /// Sums of squared gradients saved by cpift-probe, for --score fisher and blend: a .safetensors
+    /// file or a directory, with the names and shapes of the parameters
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     fisher: Option<PathBuf>,
     /// Mask to write
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     out: PathBuf,
-    /// Density by layer and role to write as JSON, with a picture of the same name and the extension .svg;
-    /// not written by default
+    /// Density by layer and role to write as JSON, with a picture of the same name and the
+    /// extension .svg; not written by default
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     stats: Option<PathBuf>,
-    /// Share of the parameters to choose, in percent: above 0, at most 100. The count is exactly ⌊p·D/100⌋
+    /// Share of the parameters to choose, in percent: above 0, at most 100. The count is exactly
+    /// ⌊p·D/100⌋
     #[arg(long, value_name = "P", default_value = "1", allow_negative_numbers = true, help_heading = "Method")]
     percent: Percent,
     /// Elements that are ranked together
@@ -122,7 +125,8 @@ struct RandomArgs {
     /// Mask to write
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     out: PathBuf,
-    /// Draw as many elements in each tensor as the mask has there; by default only the total is the same
+    /// Draw as many elements in each tensor as the mask has there; by default only the total is the
+    /// same
     #[arg(long, help_heading = "Method")]
     per_tensor: bool,
     /// Seed of the draw; a seed gives the same elements on any machine
@@ -135,7 +139,8 @@ struct StatsArgs {
     /// Mask to read
     #[arg(value_name = "FILE", help_heading = "Input and output")]
     file: PathBuf,
-    /// JSON file to write, with the tables and the matrix of layers by roles; not written by default
+    /// JSON file to write, with the tables and the matrix of layers by roles; not written by
+    /// default
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     out: Option<PathBuf>,
     /// Picture to write, the density by layer and role as SVG; not written by default

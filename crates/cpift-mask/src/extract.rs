@@ -44,8 +44,8 @@ impl Plan {
     /// Writes the mask, the statistics and the record, or nothing.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] if nothing would be chosen; [`BadInput`] for a value that is not finite or an
-    /// output that exists.
+    /// [`cpift_core::Usage`] if nothing would be chosen; [`BadInput`] for a value that is not
+    /// finite or an output that exists.
     pub(crate) fn run(&self, recorder: Recorder) -> Result<Summary> {
         // Scores are computed in f32 unless an input is wider.
         if self.inputs.wide() { self.run_as::<f64>(recorder) } else { self.run_as::<f32>(recorder) }

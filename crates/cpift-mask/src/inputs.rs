@@ -1,4 +1,5 @@
-//! The inputs of a mask (base, tuned, squared gradients): opened, compared with each other, cut into parts and hashed.
+//! The inputs of a mask (base, tuned, squared gradients): opened, compared with each other, cut
+//! into parts and hashed.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -39,7 +40,8 @@ impl Inputs {
     /// Opens the inputs and checks that all have the parameters of the base.
     ///
     /// # Errors
-    /// [`cpift_core::BadInput`] for an input that cannot be opened, or a name, shape or dtype that does not match.
+    /// [`cpift_core::BadInput`] for an input that cannot be opened, or a name, shape or dtype that
+    /// does not match.
     pub(crate) fn open(base: &Path, tuned: &Path, fisher: Option<&Path>) -> Result<Self> {
         let mut inputs = Self {
             base: Checkpoint::open(base)?,
@@ -51,8 +53,8 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// If only one of base and tuned has an output embedding of its own, the other's input embedding stands for
-    /// its output embedding, as tied checkpoints are loaded.
+    /// If only one of base and tuned has an output embedding of its own, the other's input
+    /// embedding stands for its output embedding, as tied checkpoints are loaded.
     fn share_head(&mut self) {
         const HEAD: &str = "lm_head.weight";
         let Self { base, tuned, .. } = self;
@@ -72,7 +74,8 @@ impl Inputs {
         self.all().flat_map(Checkpoint::files)
     }
 
-    /// Returns true if any parameter is stored in more than 32 bits; scores are then computed in f64.
+    /// Returns true if any parameter is stored in more than 32 bits; scores are then computed in
+    /// f64.
     pub(crate) fn wide(&self) -> bool {
         self.all().any(|c| c.parameters().any(|v| v.dtype == Dtype::F64))
     }

@@ -1,4 +1,5 @@
-//! Stage 1 of CPI-FT: the core region of a task, the exact top p % of a model's parameters by the size of their update.
+//! Stage 1 of CPI-FT: the core region of a task, the exact top p % of a model's parameters by the
+//! size of their update.
 //!
 //! | step of `extract` | module |
 //! | --- | --- |
@@ -10,7 +11,8 @@
 //! | read the part, write the mask's bits; search exactly where the guess was wrong | [`sweep`] |
 //! | header, record, summary | `extract` |
 //!
-//! `tensors` chooses whole tensors, `random` draws a control, and `stats` shows the density of a mask.
+//! `tensors` chooses whole tensors, `random` draws a control, and `stats` shows the density of a
+//! mask.
 
 pub mod bracket;
 mod cli;

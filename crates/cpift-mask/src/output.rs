@@ -7,7 +7,8 @@ use cpift_core::files::StagedPath;
 use cpift_core::format::mask::{MaskHeader, MaskWriter};
 use cpift_core::record::provenance::Recorder;
 
-/// Writes the mask `out` with `bits` by tensor (all others zero) and the record beside it, or nothing.
+/// Writes the mask `out` with `bits` by tensor (all others zero) and the record beside it, or
+/// nothing.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] if `out` exists and `force` is false.

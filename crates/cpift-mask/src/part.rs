@@ -6,8 +6,8 @@ use cpift_core::stream::select::{Score, Source};
 use cpift_core::{BadInput, TensorView, dispatch};
 use rayon::prelude::*;
 
-/// Elements per chunk: a multiple of 8, so that chunks end on whole bytes of a mask; a power of two,
-/// so that each chunk can be hashed by itself; small enough that an index fits 16 bits.
+/// Elements per chunk: a multiple of 8, so that chunks end on whole bytes of a mask; a power of
+/// two, so that each chunk can be hashed by itself; small enough that an index fits 16 bits.
 pub(crate) const CHUNK: usize = 64 * 1024;
 
 /// Elements per block; the values of a block fit the L1 cache.
@@ -140,8 +140,9 @@ impl<T: Score + Arithmetic> Block<T> {
         Self { base: zeros, scores: zeros, fisher: zeros }
     }
 
-    /// Scores of elements `start..start + len` of pair number `pair`. A score is NaN or infinite if a
-    /// value is, and NaN if a squared gradient is negative. Call inside [`cpift_core::dispatch!`].
+    /// Scores of elements `start..start + len` of pair number `pair`. A score is NaN or infinite if
+    /// a value is, and NaN if a squared gradient is negative. Call inside
+    /// [`cpift_core::dispatch!`].
     ///
     /// # Panics
     /// If the metric needs squared gradients and the part has none, or if it ranks no elements.
@@ -298,8 +299,8 @@ impl<T: Score + Arithmetic> Source<T> for PartScores<'_> {
     }
 }
 
-/// Returns an error if `chunk` has a weight that is not finite, or a squared gradient that is negative or
-/// not finite.
+/// Returns an error if `chunk` has a weight that is not finite, or a squared gradient that is
+/// negative or not finite.
 ///
 /// # Errors
 /// [`BadInput`] naming the first such element.
@@ -341,7 +342,8 @@ mod tests {
 
     #[test]
     fn a_square_is_never_negative_and_never_minus_zero() {
-        // The exact search orders scores by their bits, which would put −0.0 above every other score.
+        // The exact search orders scores by their bits, which would put −0.0 above every other
+        // score.
         assert_eq!([0.0f32, -0.0, 2.5].map(|f| f.square().to_bits()), [0.0f32, 0.0, 2.5].map(f32::to_bits));
         assert_eq!([0.0f64, -0.0, 2.5].map(|f| f.square().to_bits()), [0.0f64, 0.0, 2.5].map(f64::to_bits));
         assert!([-1e-40f32, f32::NAN, f32::NEG_INFINITY].iter().all(|f| f.square().is_nan()));

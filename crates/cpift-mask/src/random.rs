@@ -1,4 +1,5 @@
-//! `random`: a control mask with as many elements as another, drawn uniformly at random from the same D.
+//! `random`: a control mask with as many elements as another, drawn uniformly at random from the
+//! same D.
 
 use std::path::PathBuf;
 
@@ -120,8 +121,8 @@ fn draw_over_all<'a>(rng: &mut ChaCha8Rng, counts: &[Count<'a>]) -> Vec<(&'a str
     counts.iter().map(slice).collect()
 }
 
-/// `k` of `n` bits, every choice equally likely: bits are drawn until as many different ones are found as are set, or as are not,
-/// whichever are fewer.
+/// `k` of `n` bits, every choice equally likely: bits are drawn until as many different ones are
+/// found as are set, or as are not, whichever are fewer.
 fn draw(rng: &mut ChaCha8Rng, n: u64, k: u64) -> Vec<u8> {
     let mut bits = vec![0u8; n.div_ceil(8) as usize];
     let mut left = k.min(n - k);
@@ -161,7 +162,8 @@ mod tests {
             assert_eq!(count_ones(&bits), k);
             assert!(indices(&bits).all(|i| i < n as usize));
         }
-        // Of 20,000 draws of 5 of 20, or of 15, each element is in a quarter: 5,000 give or take 61.
+        // Of 20,000 draws of 5 of 20, or of 15, each element is in a quarter: 5,000 give or take
+        // 61.
         for k in [5, 15] {
             let mut seen = [0f64; 20];
             (0..20_000).for_each(|_| indices(&draw(rng, 20, k)).for_each(|i| seen[i] += 1.0));

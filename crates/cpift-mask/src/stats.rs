@@ -74,8 +74,8 @@ const HEIGHT: usize = 20;
 /// Gap between the cells and the sums at the right and at the bottom.
 const GAP: usize = 10;
 
-/// Layers × roles, with sums at the right and at the bottom. Colours show the logarithm of density over the
-/// share of D that is chosen: red above it, blue below it.
+/// Layers × roles, with sums at the right and at the bottom. Colours show the logarithm of density
+/// over the share of D that is chosen: red above it, blue below it.
 fn picture(stats: &Stats) -> String {
     let MaskHeader { d, selected, .. } = stats.mask;
     let even = if d == 0 { 0.0 } else { selected as f64 / d as f64 };
@@ -140,7 +140,8 @@ impl Sums {
     }
 }
 
-/// Figures of a cell of the matrix, of a row's sum or a column's; `None` if the model has no such elements.
+/// Figures of a cell of the matrix, of a row's sum or a column's; `None` if the model has no such
+/// elements.
 fn sums(stats: &Stats, row: usize, column: usize) -> Option<Sums> {
     let matrix = &stats.matrix;
     let of = |r: &Row, ranked: bool| Sums {

@@ -1,7 +1,8 @@
-//! The exact choice of a part's `k` largest scores: one pass over the part where the guess of [`crate::bracket`] is right, else an
-//! exact search and a second pass.
+//! The exact choice of a part's `k` largest scores: one pass over the part where the guess of
+//! [`crate::bracket`] is right, else an exact search and a second pass.
 //!
-//! The first pass checks and hashes all elements, writes the bits of those above the guess, and keeps or counts those it leaves open.
+//! The first pass checks and hashes all elements, writes the bits of those above the guess, and
+//! keeps or counts those it leaves open.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -15,7 +16,8 @@ use rayon::prelude::*;
 use crate::bracket::{Guess, guess};
 use crate::part::{Arithmetic, Block, Chunk, Pair, Part, PartScores, refuse_not_finite};
 
-/// [`Pass::limit`] of the program. In f32 a candidate takes 6 bytes, and 4 more while it is settled.
+/// [`Pass::limit`] of the program. In f32 a candidate takes 6 bytes, and 4 more while it is
+/// settled.
 pub const LIMIT: usize = 32 << 20;
 
 /// Settings and outputs of a pass over the elements.
@@ -64,7 +66,8 @@ enum Open<T> {
     Kept(Vec<Candidates<T>>),
     /// Too many to keep.
     Lost,
-    /// Number of elements equal to `score` per chunk; their bits are written in the first `taken` chunks.
+    /// Number of elements equal to `score` per chunk; their bits are written in the first `taken`
+    /// chunks.
     Tied { score: T, counts: Vec<u64>, taken: usize },
 }
 
@@ -113,11 +116,12 @@ pub(crate) fn hash(hashers: [Option<&PieceHasher>; 3], pair: &Pair<'_>, chunk: C
     }
 }
 
-/// Reads `part` once: checks and hashes its elements, writes the bits above `guess`, and keeps or counts
-/// those that the guess leaves open.
+/// Reads `part` once: checks and hashes its elements, writes the bits above `guess`, and keeps or
+/// counts those that the guess leaves open.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite, or a negative square; I/O errors.
+/// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite, or a
+/// negative square; I/O errors.
 pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pass<'_>) -> Result<ScanResult<T>> {
     let chunks = part.chunks.len();
     let taken = match guess {
@@ -195,8 +199,9 @@ impl<T: Score + Arithmetic> Worker<T> {
         Ok(())
     }
 
-    /// Puts the bits above the guess into `bits`, with ties if `take` is true, and the candidates of a bracket
-    /// into `index` and `score`. Returns the numbers above and inside, and true if all scores are finite.
+    /// Puts the bits above the guess into `bits`, with ties if `take` is true, and the candidates
+    /// of a bracket into `index` and `score`. Returns the numbers above and inside, and true if all
+    /// scores are finite.
     #[inline(always)]
     fn classify(
         &mut self,
@@ -247,8 +252,8 @@ impl<T: Score + Arithmetic> Worker<T> {
 }
 
 impl<T: Score + Arithmetic> ScanResult<T> {
-    /// Chooses among the open elements so that the `k` largest scores are chosen, and writes their bits.
-    /// Returns `None` if the guess was wrong or left too many elements open.
+    /// Chooses among the open elements so that the `k` largest scores are chosen, and writes their
+    /// bits. Returns `None` if the guess was wrong or left too many elements open.
     pub fn settle(&self, part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
         let open: u64 = match &self.open {
             Open::Kept(candidates) => candidates.iter().map(|c| c.index.len() as u64).sum(),
@@ -285,7 +290,8 @@ fn settle_kept<T: Score>(candidates: &[Candidates<T>], part: &Part<'_>, k: u64, 
     Ok(cut)
 }
 
-/// Writes the bits of the first `k` ties. Only chunks between the guessed and the real last one are read again.
+/// Writes the bits of the first `k` ties. Only chunks between the guessed and the real last one are
+/// read again.
 fn settle_tied<T: Score + Arithmetic>(
     threshold: T,
     counts: &[u64],
@@ -318,7 +324,8 @@ fn cut<T: Score>(candidates: &[Candidates<T>], k: u64) -> Cut<T> {
 }
 
 impl<T: Score> Candidates<T> {
-    /// Sets the bits of the candidates above the threshold and of the first `room` candidates equal to it.
+    /// Sets the bits of the candidates above the threshold and of the first `room` candidates equal
+    /// to it.
     fn write(&self, part: &Part<'_>, threshold: T, mut room: u64, writer: &MaskWriter) -> Result<()> {
         let chunk = part.chunks[self.chunk];
         let (name, offset) = (part.pairs[chunk.pair].base.name, chunk.start as u64 / 8);
@@ -348,8 +355,8 @@ impl<T: Score + Arithmetic> Packer<T> {
         Self { scores: Vec::new(), bytes: Vec::new() }
     }
 
-    /// Writes the bits of chunk `i`: the elements above the threshold and the first `room` equal to it. Returns
-    /// the number of bits set.
+    /// Writes the bits of chunk `i`: the elements above the threshold and the first `room` equal to
+    /// it. Returns the number of bits set.
     pub fn write(&mut self, part: &Part<'_>, i: usize, threshold: T, room: u64, pass: &Pass<'_>) -> Result<u64> {
         let chunk = part.chunks[i];
         PartScores { part, metric: pass.metric }.scores(i, &mut self.scores);
@@ -402,7 +409,8 @@ fn ties_before<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, threshold
     counts
 }
 
-/// Packs `score > threshold`, and the first `room` elements equal to it; bit b of byte a is element 8a + b.
+/// Packs `score > threshold`, and the first `room` elements equal to it; bit b of byte a is element
+/// 8a + b.
 fn pack<T: Score>(scores: &[T], threshold: T, mut room: u64, bytes: &mut Vec<u8>) {
     match room {
         0 => pack_where(scores, bytes, |s| s > threshold),

@@ -165,8 +165,8 @@ fn weigh(ranked: &mut [Ranked]) {
     ranked.sort_by(|a, b| b.importance.total_cmp(&a.importance));
 }
 
-/// Sums of Δ² and of F over each tensor of `part`, in f64. Chunks are added in order, so that the sums do not
-/// depend on the number of threads.
+/// Sums of Δ² and of F over each tensor of `part`, in f64. Chunks are added in order, so that the
+/// sums do not depend on the number of threads.
 fn sums(part: &Part<'_>, hashers: [Option<&PieceHasher>; 3], done: &(dyn Fn(u64) + Sync)) -> Result<Vec<[f64; 2]>> {
     let work = |block: &mut Block<f64>, chunk: &Chunk| {
         hash(hashers, &part.pairs[chunk.pair], *chunk);

@@ -68,7 +68,8 @@ fn check(base: &Tensors, tuned: &Tensors) {
     check_metric(base, tuned, Metric::Magnitude, "magnitude");
 }
 
-/// Extracts in every scope at several p and compares with the sort, and the bytes at 1, 2 and 8 threads.
+/// Extracts in every scope at several p and compares with the sort, and the bytes at 1, 2 and 8
+/// threads.
 fn check_metric(base: &Tensors, tuned: &Tensors, metric: Metric, score: &str) {
     let dir = tempfile::tempdir().unwrap();
     let b = write_checkpoint(&dir.path().join("base"), base);

@@ -1,5 +1,5 @@
-//! `extract --score fisher` and `--score blend` against a brute-force sort, and on squared gradients that cannot be used, through the
-//! real binary.
+//! `extract --score fisher` and `--score blend` against a brute-force sort, and on squared
+//! gradients that cannot be used, through the real binary.
 
 mod common;
 
@@ -186,7 +186,8 @@ fn what_is_constant_counts_nothing() {
     let s = Setting::new(&base, &tuned, &constant);
     let [b, t, _] = s.inputs.each_ref().map(|p| p.to_str().unwrap());
     run(BIN, ["extract", "--base", b, "--tuned", t, "--out", s.out().to_str().unwrap()]).ok();
-    // Only the distances differ, and scaling keeps their order where it does not make two of them equal.
+    // Only the distances differ, and scaling keeps their order where it does not make two of them
+    // equal.
     assert_eq!(blend, chosen(&Mask::open(&s.out()).unwrap()));
     check(&base, &base, &constant);
     s.run("fisher", &["--force"]).ok().says(&["warn: ", "1055 of the 1055 chosen", "position", "smaller --percent"]);

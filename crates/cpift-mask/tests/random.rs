@@ -118,7 +118,8 @@ fn the_seed_alone_decides() {
         assert!(run("8", "1") != first);
     }
     assert!(bytes(&[]) == bytes(&["--seed", "0"]));
-    // The draws are part of the format of a run: another generator would give other controls under the same seed.
+    // The draws are part of the format of a run: another generator would give other controls under
+    // the same seed.
     let digest = |mask: &Mask| chosen(mask).iter().take(3).map(|(_, i)| *i).collect::<Vec<_>>();
     assert_eq!(digest(&s.mask(&["--seed", "7"])), FIRST);
 }
