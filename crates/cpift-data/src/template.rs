@@ -1,4 +1,4 @@
-//! Chat templates: the Jinja that transformers runs, by minijinja with Python's manners.
+//! Chat templates: the Jinja of transformers, run by minijinja with Python's methods.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,23 +10,24 @@ use minijinja::{Environment, Error, ErrorKind, context};
 use regex::Regex;
 use serde::Serialize;
 
-use crate::rows::Message;
+use crate::conversation::Message;
 
-/// Work a template may do before it is stopped; real ones use a few thousand steps.
+/// Limit on the work of a template; real ones need a few thousand steps.
 const FUEL: u64 = 10_000_000;
 
-/// The special tokens a template can name, such as `bos_token`.
+/// Special tokens that a template can use, such as `bos_token`.
 pub type SpecialTokens = BTreeMap<String, String>;
 
-/// Further variables of a template, such as `enable_thinking`: `template_args` of tasks.toml.
+/// More variables of a template, such as `enable_thinking`: `template_args` in tasks.toml.
 pub type TemplateArgs = serde_json::Map<String, serde_json::Value>;
 
-/// Marks around the output of a `{% generation %}` block. Unicode reserves both code points for a program's own use, so that no
-/// text holds them.
+/// Marks around the output of a `{% generation %}` block: noncharacters of Unicode, which no text
+/// contains.
 const BLOCK_START: char = '\u{fdd2}';
 const BLOCK_END: char = '\u{fdd3}';
 
-/// A chat template's refusal of a conversation, such as roles out of order; the message is the template's own.
+/// An error that a chat template raised, such as roles out of order, with the template's own
+/// message.
 #[derive(Debug)]
 pub struct Refusal(String);
 
@@ -42,9 +43,10 @@ impl std::error::Error for Refusal {}
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
-    /// The closing mark of the reasoning that comes before an answer, such as `</think>`, where the template knows one.
+    /// Closing mark of the reasoning before an answer, such as `</think>`, if the template contains
+    /// one.
     pub reasoning_end: Option<String>,
-    /// True if `{% generation %}` blocks mark the assistant's text.
+    /// True if the template has `{% generation %}` blocks around the assistant's text.
     pub marks_answers: bool,
 }
 
@@ -52,11 +54,11 @@ impl ChatTemplate {
     /// Parses `source`.
     ///
     /// # Errors
-    /// A sentence that says where the syntax breaks.
+    /// A sentence with the place of the syntax error.
     pub fn new(source: &str) -> Result<Self> {
         let source = jinja_lines(source);
         let mut environment = environment();
-        // A filter block has the white space rules of the block that it stands for.
+        // A filter block has the white space rules of the block that it replaces.
         let block = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a constant that parses");
         let plain = block.replace_all(&source, |found: &regex::Captures<'_>| {
             let body = if found.get(2).is_some() { "endfilter" } else { "filter assistant_block" };
@@ -69,12 +71,12 @@ impl ChatTemplate {
         Ok(Self { environment, reasoning_end, marks_answers: block.is_match(&source), source })
     }
 
-    /// The template as it was given.
+    /// Source of the template.
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// Renders `messages`; with `add_generation_prompt` the assistant's header follows.
+    /// Renders `messages`, followed by the assistant's header if `add_generation_prompt` is true.
     ///
     /// # Errors
     /// The message that the template raised, such as roles out of order.
@@ -88,7 +90,7 @@ impl ChatTemplate {
         Ok(self.render_marked(messages, special, args, add_generation_prompt)?.0)
     }
 
-    /// As [`ChatTemplate::render`], with the bytes that `{% generation %}` blocks wrote.
+    /// As [`ChatTemplate::render`], with the bytes written by `{% generation %}` blocks.
     ///
     /// # Errors
     /// As [`ChatTemplate::render`].
@@ -116,7 +118,7 @@ impl ChatTemplate {
     }
 }
 
-/// `text` without the marks of blocks, and the bytes that each block wrote.
+/// `text` without block marks, and the bytes that each block wrote.
 fn unmark(text: &str) -> (String, Vec<Range<usize>>) {
     let (mut plain, mut blocks, mut start) = (String::with_capacity(text.len()), Vec::new(), 0);
     for c in text.chars() {
@@ -129,12 +131,12 @@ fn unmark(text: &str) -> (String, Vec<Range<usize>>) {
     (plain, blocks)
 }
 
-/// `source` with the line ends that Jinja gives a template, whatever the file has.
+/// `source` with line breaks normalised to `\n`, as Jinja does.
 pub(crate) fn jinja_lines(source: &str) -> String {
     source.replace("\r\n", "\n").replace('\r', "\n")
 }
 
-/// Jinja as transformers sets it up: its functions and filters, Python's methods, and bounded work.
+/// Jinja as transformers configures it: functions and filters, Python's methods, bounded work.
 pub(crate) fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
@@ -155,15 +157,15 @@ pub(crate) fn environment() -> Environment<'static> {
     environment
 }
 
-/// The date that templates may print, taken once for each template: SOURCE_DATE_EPOCH (seconds since 1970, UTC) where it is set,
-/// else now. Set it to give the same tokens on another day.
+/// Date for templates, taken once per template: SOURCE_DATE_EPOCH (seconds since 1970, UTC) if set,
+/// else now. Set it to get the same tokens on another day.
 fn template_date() -> chrono::DateTime<chrono::Local> {
     let fixed = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse().ok());
     let fixed = fixed.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
     fixed.map_or_else(chrono::Local::now, |date| date.with_timezone(&chrono::Local))
 }
 
-/// `tojson` as transformers defines it: Python's `json.dumps(ensure_ascii=False)`, with an optional indent.
+/// `tojson` as in transformers: Python's `json.dumps(ensure_ascii=False)` with an optional indent.
 fn to_python_json(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     kwargs.assert_all_used()?;
@@ -183,7 +185,7 @@ fn to_python_json(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     Ok(Value::from_safe_string(text))
 }
 
-/// Separators `", "` and `": "`, as `json.dumps` has them.
+/// Separators `", "` and `": "`, as in `json.dumps`.
 struct PythonFormatter;
 
 impl serde_json::ser::Formatter for PythonFormatter {

@@ -1,4 +1,5 @@
-//! Data files as people have them: every format and file kind, what stays of a row, and what is refused with which words.
+//! Data files as people have them: every format and file kind, what stays of a row, and what is
+//! refused with which words.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -144,7 +145,7 @@ fn rows_that_cannot_be_used_are_named_with_what_was_expected_and_found() {
     let calling = json!({"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f"}}]});
     for (row, parts) in [
         (json!({"text": "x", "label": 1}), ["no conversation", "text, label", "tasks.toml"].as_slice()),
-        (json!({"question": "q", "answer": 2, "options": []}), &["no conversation", "hint: say how"]),
+        (json!({"question": "q", "answer": 2, "options": []}), &["no conversation", "hint: build the conversation"]),
         (json!({}), &["no fields"]),
         (json!([1]), &["not a JSON object", "found: [1]"]),
         (json!({"messages": []}), &["the conversation is empty"]),
@@ -156,10 +157,13 @@ fn rows_that_cannot_be_used_are_named_with_what_was_expected_and_found() {
         (json!({"messages": [assistant]}), &["turn 1 has the role \"assistant\" where \"user\" is due"]),
         (json!({"messages": [user, turn("bot", "a")]}), &["role \"bot\""]),
         (json!({"messages": [user, turn("assistant", "")]}), &["turn 2, of the assistant, has empty content"]),
-        (json!({"messages": [user, calling]}), &["turn 2, is a tool's", "found: tool_calls", "hint"]),
-        (json!({"messages": [user, assistant, turn("tool", "4")]}), &["turn 3, is a tool's", "role: tool"]),
-        (json!({"conversations": [{"from": "observation", "value": "4"}]}), &["is a tool's", "from: observation"]),
-        (json!({"conversations": [{"from": "function_call", "value": "4"}]}), &["is a tool's"]),
+        (json!({"messages": [user, calling]}), &["turn 2, belongs to a tool", "found: tool_calls", "hint"]),
+        (json!({"messages": [user, assistant, turn("tool", "4")]}), &["turn 3, belongs to a tool", "role: tool"]),
+        (
+            json!({"conversations": [{"from": "observation", "value": "4"}]}),
+            &["belongs to a tool", "from: observation"],
+        ),
+        (json!({"conversations": [{"from": "function_call", "value": "4"}]}), &["belongs to a tool"]),
         (json!({"conversations": [{"from": "bing", "value": "4"}]}), &["turn 1, is from \"bing\"", "human or user"]),
         (json!({"conversations": [{"role": "user", "content": "4"}]}), &["does not end with the assistant"]),
         (json!({"conversations": [{"role": null, "value": "4"}]}), &["turn 1, has no text as its role", "found: null"]),
@@ -255,7 +259,8 @@ fn a_parquet_file_is_not_believed_to_be_larger_than_it_is() {
         let error = read("d.parquet", bytes, Format::Auto).unwrap_err();
         assert!(exit_code(&error) == 3 && format!("{error:#}").contains(part), "{error:#}");
     };
-    // Metadata of a version and, in a field that nobody knows, 2,147,483,647 booleans: the library would count them.
+    // Metadata of a version and, in a field that nobody knows, 2,147,483,647 booleans: the library
+    // would count them.
     let metadata = [0x15, 2, 0xb9, 0xf1, 0xff, 0xff, 0xff, 0xff, 7, 0];
     let length = (metadata.len() as u32).to_le_bytes();
     refused([b"PAR1", &metadata[..], &length, b"PAR1"].concat(), "its metadata does not end");
@@ -270,7 +275,8 @@ fn a_parquet_file_is_not_believed_to_be_larger_than_it_is() {
     let mut bytes = whole.clone();
     bytes.splice(7..9, [0x80, 0x80, 0x80, 0x80, 8]);
     refused(bytes, "claims to grow more than a thousandfold");
-    // The third field of the metadata is the number of rows, 3, before the list of their groups: then 2^40.
+    // The third field of the metadata is the number of rows, 3, before the list of their groups:
+    // then 2^40.
     let (length, mark) = (whole.len() - 8, whole.len() - 4);
     let start = length - u32::from_le_bytes(whole[length..mark].try_into().unwrap()) as usize;
     let at = start + whole[start..].windows(3).position(|part| part == [0x16, 6, 0x19]).unwrap() + 1;
@@ -300,7 +306,7 @@ fn files_that_cannot_be_read_are_refused() {
         ("d.json", b"[\n1, nan]", &["line 2", "expected ident"]),
         ("d.csv", b"question,answer\n", &["unknown kind", ".jsonl, .json or .parquet", "hint"]),
         ("data", b"", &["unknown kind"]),
-        ("d.parquet", b"PAR1 is how it begins", &["Parquet", "expected: a whole Parquet file"]),
+        ("d.parquet", b"PAR1 is how it begins", &["Parquet", "expected: a complete Parquet file"]),
         ("d.parquet", &whole[..whole.len() - 1], &["Parquet"]),
         ("d.parquet", &wrong_codec, &["Parquet"]),
     ] {
@@ -381,7 +387,8 @@ fn numbers_that_json_lacks_are_no_error_in_columns_that_nobody_reads() {
 
 #[test]
 fn binary_columns_are_text_where_they_are_utf8() {
-    // scripts/oracle/golden_parquet.py: question and answer as bytes, id as bytes that are no text, score with NaN.
+    // scripts/oracle/golden_parquet.py: question and answer as bytes, id as bytes that are no text,
+    // score with NaN.
     let rows = read_rows(&golden("binary.parquet"), &Layout::Format(Format::Auto)).unwrap();
     assert_eq!(turns(&rows[0]), ["user: où ?", "assistant: là"]);
     assert_eq!(turns(&rows[1]), ["user: q", "assistant: a"]);

@@ -1,5 +1,5 @@
-//! Chat templates against transformers (fixtures/golden/chat_templates.json, made by scripts/oracle/golden_templates.py), and which
-//! tokens the loss counts.
+//! Chat templates against transformers (fixtures/golden/chat_templates.json, made by
+//! scripts/oracle/golden_templates.py), and which tokens the loss counts.
 
 use std::path::{Path, PathBuf};
 

@@ -1,13 +1,13 @@
-//! What the rows of a file say beside their conversations, for one warning a kind and file.
+//! Remarks on the rows of a file: one warning per kind and file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use log::warn;
 
-use crate::place::Place;
+use crate::files::raw::Place;
 
-/// Keys of turns and columns that are not used, counted over a file.
+/// Unused keys of turns and unused columns, counted over a file.
 #[derive(Default)]
 pub struct Notes {
     unused: BTreeMap<String, Seen>,
@@ -15,7 +15,7 @@ pub struct Notes {
     system: Option<Seen>,
 }
 
-/// How often something was seen, and where first.
+/// Number of occurrences and position of the first.
 struct Seen {
     count: usize,
     first: String,
@@ -32,26 +32,26 @@ fn count(map: &mut BTreeMap<String, Seen>, key: &str, place: &Place) {
     map.insert(key.to_owned(), seen);
 }
 
-/// Keys in which data sets keep what a model thought before its answer.
+/// Keys with a model's reasoning before its answer.
 const REASONING: [&str; 4] = ["reasoning_content", "reasoning", "thinking", "thoughts"];
 
 impl Notes {
-    /// A key of a turn that changes nothing here.
+    /// Notes a key of a turn that is not used.
     pub fn unused_key(&mut self, key: &str, place: &Place) {
         count(&mut self.unused, key, place);
     }
 
-    /// A key that asks for training on a turn that is not the assistant's.
+    /// Notes a key that turns training on for a turn of the system or the user.
     pub fn not_trained(&mut self, key: &str, place: &Place) {
         count(&mut self.not_trained, key, place);
     }
 
-    /// A column `system` that is another than the system turn in the list.
+    /// Notes a column `system` that differs from the system turn in the list.
     pub fn other_system(&mut self, place: &Place) {
         self.system = Some(Seen::again(self.system.take(), place));
     }
 
-    /// Logs a warning for each.
+    /// Logs one warning per kind.
     pub fn log(&self, file: &Path) {
         self.warnings().iter().for_each(|warning| warn!("{}: {warning}", file.display()));
     }
@@ -60,24 +60,24 @@ impl Notes {
         let mut warnings = Vec::new();
         for (key, Seen { count, first }) in &self.unused {
             let hint = if REASONING.contains(&key.as_str()) {
-                "the chat template does not see this text and the loss does not count it: write it into the content, in the \
-                 form that the model's template knows, to train on it"
+                "the chat template does not get this text and it is not trained; to train on it, put it into the content in the \
+                 form that the model's chat template uses"
             } else {
-                "content and role make the conversation, and weight, train or loss say which turns are trained"
+                "content and role make the conversation; weight, train and loss say which turns are trained"
             };
             warnings.push(format!("the key {key} of {}, first in {first}, is not used\n  hint: {hint}", turns(*count)));
         }
         for (key, Seen { count, first }) in &self.not_trained {
             warnings.push(format!(
-                "the key {key} asks for training on {} of the system or the user, first in {first}: the loss counts the \
-                 assistant's turns only",
+                "the key {key} turns training on for {} of the system or the user, first in {first}; only assistant turns are \
+                 trained",
                 turns(*count)
             ));
         }
         if let Some(Seen { count, first }) = &self.system {
             warnings.push(format!(
-                "{count} rows, the first {first}, have a column system that is another than the system turn of the \
-                 conversation, which is taken"
+                "{count} rows, first {first}, have a column system that differs from the system turn of the conversation; \
+                 the turn is used"
             ));
         }
         warnings
@@ -129,7 +129,7 @@ mod tests {
         assert!(found[0].starts_with("the key loss of 1 turn, first in line 1, is not used"), "{found:?}");
         assert!(
             found[1]
-                .starts_with("the key weight asks for training on 1 turn of the system or the user, first in line 1")
+                .starts_with("the key weight turns training on for 1 turn of the system or the user, first in line 1")
         );
     }
 
@@ -141,9 +141,6 @@ mod tests {
         };
         assert!(warnings(&[row("s"), row("")]).is_empty());
         let found = warnings(&[row("s"), row("t"), row("u")]);
-        assert!(
-            found.len() == 1 && found[0].starts_with("2 rows, the first line 2, have a column system"),
-            "{found:?}"
-        );
+        assert!(found.len() == 1 && found[0].starts_with("2 rows, first line 2, have a column system"), "{found:?}");
     }
 }
