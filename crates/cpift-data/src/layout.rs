@@ -12,7 +12,7 @@ use crate::conversation::{Message, is_empty_system};
 use crate::files::raw::{Fields, Place, has_unusable, reason};
 use crate::formats;
 use crate::formats::notes::Notes;
-use crate::template::{environment, jinja_lines};
+use crate::jinja::{environment, jinja_lines, write_value};
 
 /// Conversion of rows to conversations.
 pub enum Layout {
@@ -116,7 +116,7 @@ impl RowTemplate {
             if value.is_none() {
                 return Err(Error::new(ErrorKind::InvalidOperation, "a null would be written as text"));
             }
-            minijinja::escape_formatter(out, state, value)
+            write_value(out, state, value)
         });
         environment.add_template_owned(key, jinja_lines(source)).map_err(|e| anyhow!("{e:#}"))?;
         Ok(Self { environment, key })

@@ -7,7 +7,7 @@
 //! | columns to a conversation, by a known format or by templates of tasks.toml | `formats`, `layout` |
 //! | a checked conversation with its place in the file | `conversation`, `rows` |
 //! | a checkpoint's tokenizer with the tokens of all its files | `tokenizer` |
-//! | a conversation to text by the checkpoint's chat template | `template`, `chat` |
+//! | a conversation to text by the checkpoint's chat template | `jinja`, `template`, `chat` |
 //! | text to tokens and loss targets | `targets` |
 //! | a file's rows to examples within the context | `example` |
 
@@ -16,6 +16,7 @@ mod conversation;
 mod example;
 mod files;
 mod formats;
+mod jinja;
 mod layout;
 mod rows;
 mod targets;
