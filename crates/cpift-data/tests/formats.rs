@@ -46,6 +46,7 @@ fn every_format_is_told_from_its_fields() {
     let (user, both) = (json!([{"role": "user", "content": "q"}]), ["user: q", "assistant: a"]);
     let three = ["system: s", "user: q", "assistant: a"];
     let messages = said("role", "content", [("system", "s"), ("user", "q"), ("assistant", "a")]);
+    let three_turns = messages.as_array().unwrap();
     let sharegpt = said("from", "value", [("system", "s"), ("human", "q"), ("gpt", "a")]);
     let openai = said("from", "value", [("system", "s"), ("user", "q"), ("assistant", "a")]);
     let cases: Vec<(Value, &[&str], &[&str])> = vec![
@@ -66,6 +67,12 @@ fn every_format_is_told_from_its_fields() {
         (json!({"prompt": "q", "completion": "a"}), &both, &[]),
         (json!({"prompt": user, "completion": [{"role": "assistant", "content": "a"}]}), &both, &[]),
         (json!({"question": "q", "answer": "a"}), &both, &["answer"]),
+        (json!({"system": "s", "prompt": "q", "completion": "a"}), &three, &[]),
+        (json!({"system": "s", "question": "q", "answer": "a"}), &three, &["answer"]),
+        (json!({"system": "s", "data": ["q", "a"]}), &three, &[]),
+        (json!({"system": "t", "prompt": three_turns[..2], "completion": three_turns[2..]}), &three, &[]),
+        (json!({"system": " ", "prompt": "q", "completion": "a"}), &both, &[]),
+        (json!({"system": 7, "prompt": "q", "completion": "a"}), &both, &["system"]),
         (
             json!({"id": "0", "data": ["q", "a", "q2", "a2"]}),
             &["user: q", "assistant: a", "user: q2", "assistant: a2"],
@@ -300,7 +307,9 @@ fn files_that_cannot_be_read_are_refused() {
         ),
         ("d.json", b"[{\"question\": \"q\", \"answer\": \"a\"}, 3]", &["row 2", "not a JSON object", "found: 3"]),
         ("d.json", b"[{\"question\": \"q\"", &["not a list of JSON objects", "EOF"]),
-        ("d.json", b"{\"question\": \"q\"}\n{\"question\": \"q\"}", &["not a list", "hint", ".jsonl"]),
+        ("d.json", b"{\"question\": \"q\"}\n{\"question\": \"q\"}", &["not a list", "hint", "named .jsonl"]),
+        ("d.json", b"{\"version\": 1, \"data\": [{}]}", &["not a list", "fields version, data", "hint: a list inside"]),
+        ("d.jsonl", b"[\n{\"question\": \"q\"}\n]", &["line 1", "not a JSON object", "hint", "named .json"]),
         ("d.jsonl", b"\xff\xfe", &["UTF-8", "UTF-16"]),
         ("d.jsonl", b"{}\n\n{\"question\": \"caf\xe9\"}", &["line 3", "UTF-8", "0xE9", "character 18", "ISO-8859-1"]),
         ("d.json", b"[\n1, nan]", &["line 2", "expected ident"]),
@@ -372,6 +381,10 @@ fn numbers_that_json_lacks_are_no_error_in_columns_that_nobody_reads() {
     for (row, parts) in [
         ("{\"prompt\": \"q\", \"completion\": NaN}", ["line 3", "completion is not text", "found: NaN"]),
         ("{\"messages\": -Infinity}", ["line 3", "messages is not a list", "found: -Infinity"]),
+        (
+            "{\"prompt\": \"q\", \"completion\": 18446744073709551616}",
+            ["line 3", "not text", "found: 18446744073709551616"],
+        ),
         ("{\"text\": NaN}", ["line 3", "no conversation", "text (NaN)"]),
         ("{\"messages\": [{\"role\": \"user\", \"content\": NaN}]}", ["line 3", "as its content", "found: NaN"]),
         ("{\"a\": NaN, \"b\": NaN \"c\": 1}", ["line 3", "expected `,` or `}`", "column 21: \"a\": NaN, \"b\": NaN"]),

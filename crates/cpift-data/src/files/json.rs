@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_json::error::Category;
 
-use super::raw::{Fields, Place, shown, unusable};
+use super::raw::{Fields, Place, names, shown, unusable};
 
 /// Reads JSONL; blank lines are skipped.
 pub fn read_lines(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
@@ -21,9 +21,11 @@ pub fn read_lines(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
         if !line.trim().is_empty() {
             let place = Place { file: file.clone(), row: i + 1 };
             let value = parse(line).map_err(|Wrong { what, column, .. }| {
-                place
+                let error = place
                     .bad(format!("not a JSON object: {what}"))
-                    .found(format!("column {column}: {}", near(line, column)))
+                    .found(format!("column {column}: {}", near(line, column)));
+                let list = text.trim_start().starts_with('[');
+                if list { error.hint("a file with one list of objects must be named .json") } else { error }
             })?;
             rows.push((place.clone(), object(value, &place)?));
         }
@@ -38,8 +40,15 @@ pub fn read_list(file: &Arc<Path>) -> Result<Vec<(Place, Fields)>> {
     let list: Vec<Value> = parse(text).map_err(|Wrong { what, line, column }| {
         let at = if line == 0 { String::new() } else { format!(" at line {line}, column {column}") };
         let error = BadInput::new(file, format!("not a list of JSON objects: {what}{at}")).expected("[{…}, {…}, …]");
-        let lines = text.trim_start().starts_with('{');
-        if lines { error.hint("a file with one object per line must be named .jsonl") } else { error }
+        let mut objects = serde_json::Deserializer::from_str(text).into_iter::<Fields>();
+        match (objects.next(), objects.next()) {
+            (Some(Ok(_)), Some(_)) => error.hint("a file with one object per line must be named .jsonl"),
+            (Some(Ok(object)), None) => {
+                let error = error.found(names(&object));
+                error.hint("a list inside the object must be saved on its own, or its rows one per line as .jsonl")
+            }
+            _ => error,
+        }
     })?;
     let places = (1..).map(|row| Place { file: file.clone(), row });
     places.zip(list).map(|(place, value)| Ok((place.clone(), object(value, &place)?))).collect()
@@ -79,17 +88,19 @@ struct Wrong {
     column: usize,
 }
 
-/// Parses JSON as Python writes it: NaN, Infinity, -Infinity and numbers beyond f64 become markers.
+/// Parses JSON as Python writes it: NaN, Infinity, -Infinity, numbers beyond f64 and integers beyond 64
+/// bits become markers.
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Wrong> {
-    let first = match serde_json::from_str(text) {
-        Ok(value) => return Ok(value),
-        Err(error) => error,
+    let first = serde_json::from_str(text);
+    let marked = match &first {
+        Ok(_) if !has_long_number(text) => None,
+        Ok(_) => mark(text),
+        Err(error) if error.classify() == Category::Syntax => mark(text),
+        Err(_) => None,
     };
-    let marked = match first.classify() {
-        Category::Syntax => mark(text),
-        _ => None,
+    let Some(Marked { text: rewritten, grown }) = marked else {
+        return first.map_err(|error| wrong(&error, text, &[], text));
     };
-    let Some(Marked { text: rewritten, grown }) = marked else { return Err(wrong(&first, text, &[], text)) };
     serde_json::from_str(&rewritten).map_err(|error| wrong(&error, &rewritten, &grown, text))
 }
 
@@ -168,7 +179,17 @@ fn is_of_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.' | b'_')
 }
 
+/// Returns true if `text` has as many digits in a row as an integer beyond 64 bits has at least.
+fn has_long_number(text: &str) -> bool {
+    text.as_bytes().chunk_by(|a, b| a.is_ascii_digit() && b.is_ascii_digit()).any(|run| run.len() >= 19)
+}
+
 fn is_no_json_number(word: &str) -> bool {
+    let digits = word.strip_prefix('-').unwrap_or(word);
+    let integer = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    if integer && word.parse::<i64>().is_err() && word.parse::<u64>().is_err() {
+        return true;
+    }
     let number = || word.strip_prefix('-').unwrap_or(word).starts_with(|c: char| c.is_ascii_digit());
     matches!(word, "NaN" | "Infinity" | "-Infinity") || number() && word.parse().is_ok_and(f64::is_infinite)
 }

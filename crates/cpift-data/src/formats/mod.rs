@@ -2,16 +2,17 @@
 //!
 //! | format | fields | conversation |
 //! | --- | --- | --- |
-//! | messages | `messages`: [turn], `system`? | as it is |
-//! | sharegpt | `conversations` or `conversation`: [turn], `system`? | as it is |
-//! | alpaca | `instruction`, `output`, `input`?, `system`?, `history`? | pairs of history; instruction, a line break, input; output |
+//! | messages | `messages`: [turn] | as it is |
+//! | sharegpt | `conversations` or `conversation`: [turn] | as it is |
+//! | alpaca | `instruction`, `output`, `input`?, `history`? | pairs of history; instruction, a line break, input; output |
 //! | prompt-completion | `prompt`, `completion` | user and assistant (texts), or the two lists of turns joined |
 //! | gsm8k | `question`, `answer` | user and assistant |
 //! | ultrachat | `data`: [text] | user and assistant alternating |
 //!
 //! A turn is {role, content} or {from, value} in any combination, under either list name; see
-//! [`turns`]. An empty system turn is dropped. The columns of the conversation are removed from the
-//! row, except GSM8K's `answer`, which its metric compares with.
+//! [`turns`]. With every format a text in the column `system` becomes the system turn. An empty system
+//! turn is dropped. The columns of the conversation are removed from the row, except GSM8K's `answer`,
+//! which its metric compares with.
 
 pub mod notes;
 mod turns;
@@ -23,10 +24,21 @@ use serde_json::Value;
 use crate::conversation::{Message, is_empty_system};
 use crate::files::raw::{Fields, Place, list, names, need, need_list, need_text, reason, take, text};
 use notes::Notes;
-use turns::{chat, take_system};
+use turns::{add_system, chat, is_nothing};
 
 /// Columns with a list of turns.
 const LISTS: [&str; 3] = ["messages", "conversations", "conversation"];
+
+/// Columns that TRL passes to the chat template.
+const FOR_TEMPLATE: [&str; 3] = ["tools", "documents", "chat_template_kwargs"];
+
+/// Columns with a text that a question refers to.
+const BACKGROUND: [&str; 4] = ["context", "passage", "document", "article"];
+
+/// Returns true for a value that is empty, or whose text is that of an empty JSON value.
+fn holds_nothing(value: &Value) -> bool {
+    is_nothing(value) || value.as_str().is_some_and(|text| ["", "[]", "{}", "null", "None"].contains(&text.trim()))
+}
 
 /// The first format of the table above that fits `fields`. Null counts as absent: Parquet files and
 /// joined data sets have it in columns that a row does not use.
@@ -75,24 +87,36 @@ pub fn take_conversation(
     place: &Place,
     notes: &mut Notes,
 ) -> Result<(Format, Vec<Message>)> {
-    let format = if format == Format::Auto { detect(fields, place)? } else { format };
+    let detected = format == Format::Auto;
+    let format = if detected { detect(fields, place)? } else { format };
     let [messages, conversations, conversation] = LISTS;
     let mut turns = match format {
         Format::Auto => unreachable!("detection names a format"),
         Format::Messages => turns::conversation(fields, LISTS, place, notes),
         Format::Sharegpt => turns::conversation(fields, [conversations, conversation, messages], place, notes),
         Format::Ultrachat => ultrachat(fields, place),
-        Format::Alpaca => alpaca(fields, place),
+        Format::Alpaca => alpaca(fields, place, notes),
         Format::PromptCompletion => prompt_completion(fields, place, notes),
         Format::Gsm8k => gsm8k(fields, place),
     }?;
+    let one_text_per_turn = matches!(format, Format::PromptCompletion | Format::Gsm8k | Format::Ultrachat);
+    if one_text_per_turn && fields.get("system").is_some_and(Value::is_string) {
+        add_system(&mut turns, fields, place, notes)?;
+    }
     turns.retain(|turn| !is_empty_system(turn));
+    for (name, value) in fields.iter().filter(|(_, value)| !holds_nothing(value)) {
+        if FOR_TEMPLATE.contains(&name.as_str()) {
+            notes.not_in_template(name, place);
+        } else if detected && format == Format::Gsm8k && BACKGROUND.contains(&name.as_str()) && value.is_string() {
+            notes.not_in_prompt(name, place);
+        }
+    }
     Ok((format, turns))
 }
 
 /// User: `instruction` and `input`, joined by a line break as LLaMA-Factory does; empty ones are
 /// left out. Assistant: `output`.
-fn alpaca(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
+fn alpaca(fields: &mut Fields, place: &Place, notes: &mut Notes) -> Result<Vec<Message>> {
     let input = take(fields, "input").map(|value| text(value, "input", place)).transpose()?;
     // Some rows have no instruction, only an input.
     let missing = fields.get("instruction").is_none_or(Value::is_null) && input.as_ref().is_some_and(|i| !i.is_empty());
@@ -100,11 +124,12 @@ fn alpaca(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
     fields.shift_remove("instruction");
     let parts: Vec<String> = [instruction, input].into_iter().flatten().filter(|part| !part.is_empty()).collect();
     let answer = need_text(fields, "output", place)?;
-    let mut messages: Vec<Message> = take_system(fields, place)?.into_iter().collect();
+    let mut messages = Vec::new();
     if let Some(earlier) = take(fields, "history") {
         messages.extend(history(earlier, place)?);
     }
     messages.extend([Message::new("user", parts.join("\n")), Message::new("assistant", answer)]);
+    add_system(&mut messages, fields, place, notes)?;
     Ok(messages)
 }
 

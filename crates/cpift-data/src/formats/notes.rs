@@ -13,6 +13,8 @@ pub struct Notes {
     unused: BTreeMap<String, Seen>,
     not_trained: BTreeMap<String, Seen>,
     system: Option<Seen>,
+    not_in_template: BTreeMap<String, Seen>,
+    not_in_prompt: BTreeMap<String, Seen>,
 }
 
 /// Number of occurrences and position of the first.
@@ -51,6 +53,16 @@ impl Notes {
         self.system = Some(Seen::again(self.system.take(), place));
     }
 
+    /// Notes a column that other tools pass to the chat template.
+    pub fn not_in_template(&mut self, column: &str, place: &Place) {
+        count(&mut self.not_in_template, column, place);
+    }
+
+    /// Notes a column that the question of the row probably refers to.
+    pub fn not_in_prompt(&mut self, column: &str, place: &Place) {
+        count(&mut self.not_in_prompt, column, place);
+    }
+
     /// Logs one warning per kind.
     pub fn log(&self, file: &Path) {
         self.warnings().iter().for_each(|warning| warn!("{}: {warning}", file.display()));
@@ -80,8 +92,30 @@ impl Notes {
                  the turn is used"
             ));
         }
+        for (column, Seen { count, first }) in &self.not_in_template {
+            let hint = match column.as_str() {
+                "tools" => "leave out rows that need tools, or describe the tools in the system turn",
+                _ => "template_args in tasks.toml sets variables of the chat template for all rows of a task",
+            };
+            warnings.push(format!(
+                "the column {column} of {}, first {first}, is not passed to the chat template\n  hint: {hint}",
+                rows(*count)
+            ));
+        }
+        for (column, Seen { count, first }) in &self.not_in_prompt {
+            warnings.push(format!(
+                "the column {column} of {}, first {first}, is not in the prompt, which is the column question alone\n  hint: \
+                 build the conversation from columns in tasks.toml: prompt = \"{{{{ {column} }}}}\\n{{{{ question }}}}\" and \
+                 completion = \"{{{{ answer }}}}\"",
+                rows(*count)
+            ));
+        }
         warnings
     }
+}
+
+fn rows(count: usize) -> String {
+    if count == 1 { "1 row".into() } else { format!("{count} rows") }
 }
 
 fn turns(count: usize) -> String {
@@ -131,6 +165,25 @@ mod tests {
             found[1]
                 .starts_with("the key weight turns training on for 1 turn of the system or the user, first in line 1")
         );
+    }
+
+    #[test]
+    fn columns_that_change_the_prompt_elsewhere_are_warned_of() {
+        let turns = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]);
+        let row = |tools: Value| json!({"messages": turns, "tools": tools, "context": "c"});
+        assert!(warnings(&[row(json!([])), row(json!("[]")), row(Value::Null), row(json!(" {} "))]).is_empty());
+        let found = warnings(&[row(json!([])), row(json!([{"name": "f"}])), row(json!("[{}]"))]);
+        assert!(
+            found.len() == 1 && found[0].starts_with("the column tools of 2 rows, first line 2, is not passed to"),
+            "{found:?}"
+        );
+        let found = warnings(&[json!({"messages": turns, "chat_template_kwargs": {"enable_thinking": false}})]);
+        assert!(found.len() == 1 && found[0].contains("hint: template_args in tasks.toml"), "{found:?}");
+        let row = |column: &str, value: Value| json!({"question": "q", "answer": "a", column: value});
+        assert!(warnings(&[row("id", json!("7")), row("context", json!("")), row("choices", json!(["a"]))]).is_empty());
+        let found = warnings(&[row("passage", json!("p"))]);
+        let prompt = r#"prompt = "{{ passage }}\n{{ question }}" and completion"#;
+        assert!(found.len() == 1 && found[0].contains(prompt), "{found:?}");
     }
 
     #[test]

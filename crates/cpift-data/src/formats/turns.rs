@@ -39,16 +39,21 @@ pub fn conversation(fields: &mut Fields, names: [&str; 3], place: &Place, notes:
     let name = names.into_iter().find(has).unwrap_or(names[0]);
     let mut turns = chat(need_list(fields, name, place)?, name, true, place, notes)?;
     // Next to `messages`, a column that is no string has another meaning.
-    if name == "messages" && !fields.get("system").is_some_and(Value::is_string) {
-        return Ok(turns);
+    if name != "messages" || fields.get("system").is_some_and(Value::is_string) {
+        add_system(&mut turns, fields, place, notes)?;
     }
+    Ok(turns)
+}
+
+/// Puts the text of the column `system` before `turns`, unless they have a system turn of their own.
+pub fn add_system(turns: &mut Vec<Message>, fields: &mut Fields, place: &Place, notes: &mut Notes) -> Result<()> {
     let own = turns.iter().find(|turn| turn.role == "system" && !turn.content.trim().is_empty());
     match (take_system(fields, place)?, own.map(|own| own.content.clone())) {
         (Some(system), None) => turns.insert(0, system),
         (Some(system), Some(own)) if system.content != own => notes.other_system(place),
         _ => {}
     }
-    Ok(turns)
+    Ok(())
 }
 
 /// The turns of a list, the value of the field `what`. Assistant turns are trained as their keys
@@ -223,7 +228,7 @@ impl Turn<'_> {
 
 /// Returns true for values that exports write for an absent key: null, and empty texts, lists and
 /// objects.
-fn is_nothing(value: &Value) -> bool {
+pub fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::String(text) => text.is_empty(),
@@ -234,7 +239,7 @@ fn is_nothing(value: &Value) -> bool {
 }
 
 /// The optional column `system` as a turn; an empty one counts as absent.
-pub fn take_system(fields: &mut Fields, place: &Place) -> Result<Option<Message>> {
+fn take_system(fields: &mut Fields, place: &Place) -> Result<Option<Message>> {
     let Some(value) = take(fields, "system") else { return Ok(None) };
     let turn = Message::new("system", text(value, "system", place)?);
     Ok((!is_empty_system(&turn)).then_some(turn))
