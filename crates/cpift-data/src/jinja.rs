@@ -33,6 +33,9 @@ pub fn environment() -> Environment<'static> {
     // In Python a string and a mapping have a length and items, and a boolean is a number.
     let is_sequence = |value: &Value| matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map);
     environment.add_test("sequence", is_sequence);
+    // None is not iterable: templates test `tools is iterable` before they take its length.
+    let is_iterable = |value: &Value| !value.is_none() && value.try_iter().is_ok();
+    environment.add_test("iterable", is_iterable);
     environment.add_test("number", |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool));
     environment
 }
@@ -372,6 +375,10 @@ mod tests {
             (
                 "{{ 'x' is sequence }} {{ map is sequence }} {{ yes is number }} {{ 'x' is number }}",
                 "True True True False",
+            ),
+            (
+                "{{ none is iterable }} {{ yes is iterable }} {{ 'x' is iterable }} {{ map is iterable }} {{ nothing is iterable }}",
+                "False False True True True",
             ),
             ("{{ map | tojson(ensure_ascii=False) }}", r#"{"b": 1, "a": [1, {"x": null}]}"#),
             ("{{ 'é🌊\u{7f}' | tojson(ensure_ascii=True) }}", r#""\u00e9\ud83c\udf0a\u007f""#),

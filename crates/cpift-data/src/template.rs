@@ -64,6 +64,13 @@ impl ChatTemplate {
             let body = if found.get(2).is_some() { "endfilter" } else { "filter assistant_block" };
             format!("{{%{} {body} {}%}}", &found[1], &found[3])
         });
+        // In Jinja an undefined variable has the length 0, such as the tool calls of a turn without them.
+        for name in ["length", "count"] {
+            environment.add_filter(name, |value: &Value| match value.is_undefined() {
+                true => Ok(0),
+                false => minijinja::filters::length(value),
+            });
+        }
         environment.add_filter("assistant_block", |text: String| format!("{BLOCK_START}{text}{BLOCK_END}"));
         environment.add_template_owned("chat", plain.clone().into_owned()).map_err(|e| anyhow!("{e:#}"))?;
         let reasoning = Regex::new(r"</[\w:]*think[\w:]*>|\[/THINK\]").expect("a constant that parses");
