@@ -104,6 +104,17 @@ fn every_format_is_told_from_its_fields() {
             &[],
         ),
         // System turns that say nothing.
+        (
+            json!({"messages": [{"role": "system", "content": null}, user[0], {"role": "assistant", "content": "a"}]}),
+            &both,
+            &[],
+        ),
+        (
+            json!({"conversations": [{"from": "system", "value": null}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            "system": "s"}),
+            &three,
+            &[],
+        ),
         (json!({"messages": said("role", "content", [("system", ""), ("user", "q"), ("assistant", "a")])}), &both, &[]),
         (
             json!({"conversations": said("from", "value", [("system", " \n"), ("human", "q"), ("gpt", "a")])}),
@@ -157,6 +168,11 @@ fn rows_that_cannot_be_used_are_named_with_what_was_expected_and_found() {
         (json!([1]), &["not a JSON object", "found: [1]"]),
         (json!({"messages": []}), &["the conversation is empty"]),
         (json!({"messages": "q"}), &["messages is not a list", "found: \"q\""]),
+        (
+            json!({"messages": "[{\"role\": \"user\"}]"}),
+            &["messages is not a list", "hint: the list was saved as text"],
+        ),
+        (json!({"messages": [{"role": "system"}, user]}), &["turn 1, has no text as its content", "nothing"]),
         (json!({"messages": ["q"]}), &["messages, turn 1, is not an object", "role"]),
         (json!({"messages": [user, {"role": "assistant"}]}), &["turn 2, has no text as its content", "nothing"]),
         (json!({"messages": [user, {"role": "assistant", "content": [1]}]}), &["content", "found: [1]"]),

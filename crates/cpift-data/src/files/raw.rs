@@ -156,7 +156,11 @@ pub fn text(value: Value, what: &str, place: &Place) -> Result<String> {
 pub fn list(value: Value, what: &str, place: &Place) -> Result<Vec<Value>> {
     match value {
         Value::Array(list) => Ok(list),
-        other => bail!(place.bad(format!("{what} is not a list")).expected("[…]").found(shown(&other))),
+        other => {
+            let error = place.bad(format!("{what} is not a list")).expected("[…]").found(shown(&other));
+            let json = other.as_str().is_some_and(|text| text.trim_start().starts_with('['));
+            bail!(if json { error.hint("the list was saved as text: parse it and save the rows again") } else { error })
+        }
     }
 }
 

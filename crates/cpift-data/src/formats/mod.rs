@@ -32,7 +32,7 @@ const LISTS: [&str; 3] = ["messages", "conversations", "conversation"];
 /// Columns that TRL passes to the chat template.
 const FOR_TEMPLATE: [&str; 3] = ["tools", "documents", "chat_template_kwargs"];
 
-/// Columns with a text that a question refers to.
+/// Columns with a text that a question or an instruction refers to.
 const BACKGROUND: [&str; 4] = ["context", "passage", "document", "article"];
 
 /// Returns true for a value that is empty, or whose text is that of an empty JSON value.
@@ -104,10 +104,11 @@ pub fn take_conversation(
         add_system(&mut turns, fields, place, notes)?;
     }
     turns.retain(|turn| !is_empty_system(turn));
+    let one_prompt = matches!(format, Format::Gsm8k | Format::Alpaca);
     for (name, value) in fields.iter().filter(|(_, value)| !holds_nothing(value)) {
         if FOR_TEMPLATE.contains(&name.as_str()) {
             notes.not_in_template(name, place);
-        } else if detected && format == Format::Gsm8k && BACKGROUND.contains(&name.as_str()) && value.is_string() {
+        } else if detected && one_prompt && BACKGROUND.contains(&name.as_str()) && value.is_string() {
             notes.not_in_prompt(name, place);
         }
     }

@@ -104,9 +104,8 @@ impl Notes {
         }
         for (column, Seen { count, first }) in &self.not_in_prompt {
             warnings.push(format!(
-                "the column {column} of {}, first {first}, is not in the prompt, which is the column question alone\n  hint: \
-                 build the conversation from columns in tasks.toml: prompt = \"{{{{ {column} }}}}\\n{{{{ question }}}}\" and \
-                 completion = \"{{{{ answer }}}}\"",
+                "the column {column} of {}, first {first}, is not in the prompt\n  hint: build the conversation from columns in \
+                 tasks.toml, for example prompt = \"{{{{ {column} }}}}\\n{{{{ question }}}}\" and completion = \"{{{{ answer }}}}\"",
                 rows(*count)
             ));
         }
@@ -181,6 +180,11 @@ mod tests {
         assert!(found.len() == 1 && found[0].contains("hint: template_args in tasks.toml"), "{found:?}");
         let row = |column: &str, value: Value| json!({"question": "q", "answer": "a", column: value});
         assert!(warnings(&[row("id", json!("7")), row("context", json!("")), row("choices", json!(["a"]))]).is_empty());
+        let found = warnings(&[json!({"instruction": "q", "output": "a", "context": "c"})]);
+        assert!(
+            found.len() == 1 && found[0].starts_with("the column context of 1 row, first line 1, is not in"),
+            "{found:?}"
+        );
         let found = warnings(&[row("passage", json!("p"))]);
         let prompt = r#"prompt = "{{ passage }}\n{{ question }}" and completion"#;
         assert!(found.len() == 1 && found[0].contains(prompt), "{found:?}");

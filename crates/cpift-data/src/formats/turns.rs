@@ -83,6 +83,12 @@ impl Turn<'_> {
         };
         self.refuse_tools(&turn)?;
         let role = self.role(&mut turn)?;
+        // Exports write null for a system turn that a conversation does not have.
+        let null = SPEECH.iter().filter_map(|key| turn.get(*key)).all(Value::is_null);
+        if role == "system" && null && SPEECH.iter().any(|key| turn.contains_key(*key)) {
+            SPEECH.iter().for_each(|key| drop(turn.shift_remove(*key)));
+            turn.insert(SPEECH[0].to_owned(), Value::from(""));
+        }
         let content = self.content(&mut turn)?;
         let asked = self.training(&mut turn, role, notes)?;
         for (key, _) in turn.iter().filter(|(_, value)| !is_nothing(value)) {
