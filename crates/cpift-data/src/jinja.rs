@@ -1,5 +1,5 @@
-//! Jinja as transformers runs it, by minijinja: its functions and filters, and values written as Python
-//! writes them.
+//! Jinja as transformers runs it, by minijinja: its functions and filters, and values written as
+//! Python writes them.
 
 use std::fmt::Write as _;
 
@@ -95,7 +95,8 @@ fn python_str(value: &Value) -> Result<String, Error> {
     Ok(out)
 }
 
-/// Appends Python's `repr(value)`. A tuple of a template is written as a list, which it is to minijinja.
+/// Appends Python's `repr(value)`. A tuple of a template is written as a list, which it is to
+/// minijinja.
 fn python_repr(value: &Value, out: &mut String) -> Result<(), Error> {
     match value.kind() {
         ValueKind::String => string_repr(value.as_str().unwrap_or_default(), out),
@@ -226,8 +227,8 @@ fn split(state: &State<'_, '_>, value: &Value, text: &str, name: &str, args: &[V
     Ok(parts.into_iter().map(Value::from).collect())
 }
 
-/// `tojson` as in transformers: Python's `json.dumps` with ensure_ascii, indent, separators and sort_keys,
-/// by position or by name.
+/// `tojson` as in transformers: Python's `json.dumps` with ensure_ascii, indent, separators and
+/// sort_keys, by position or by name.
 fn to_json(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
     let (positional, kwargs): (&[Value], Kwargs) = from_args(&args)?;
     let argument = |place: usize, key: &str| match positional.get(place) {

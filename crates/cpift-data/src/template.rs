@@ -22,8 +22,8 @@ pub type TemplateArgs = serde_json::Map<String, serde_json::Value>;
 const BLOCK_START: char = '\u{fdd2}';
 const BLOCK_END: char = '\u{fdd3}';
 
-/// An error of rendering: one that the chat template raised, such as roles out of order, or one in the
-/// template itself.
+/// An error of rendering: one that the chat template raised, such as roles out of order, or one in
+/// the template itself.
 #[derive(Debug)]
 pub struct Refusal {
     raised: bool,
@@ -64,7 +64,8 @@ impl ChatTemplate {
             let body = if found.get(2).is_some() { "endfilter" } else { "filter assistant_block" };
             format!("{{%{} {body} {}%}}", &found[1], &found[3])
         });
-        // In Jinja an undefined variable has the length 0, such as the tool calls of a turn without them.
+        // In Jinja an undefined variable has the length 0, such as the tool calls of a turn without
+        // them.
         for name in ["length", "count"] {
             environment.add_filter(name, |value: &Value| match value.is_undefined() {
                 true => Ok(0),

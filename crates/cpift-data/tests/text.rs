@@ -64,7 +64,8 @@ fn a_template_opens_no_file() {
 
 #[test]
 fn templates_test_what_a_turn_or_the_call_lacks_as_in_jinja() {
-    // Published templates of Nemotron 3 take the length of `tools` where it is iterable, and some that of `tool_calls`.
+    // Published templates of Nemotron 3 take the length of `tools` where it is iterable, and some
+    // that of `tool_calls`.
     let source = "{% for m in messages %}{{ m.tool_calls | length }}{{ m.content }}{% endfor %}{% if tools is iterable and tools | \
                   length > 0 %}tools{% endif %}";
     let render = |args: Value| {

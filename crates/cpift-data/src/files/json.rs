@@ -88,8 +88,8 @@ struct Wrong {
     column: usize,
 }
 
-/// Parses JSON as Python writes it: NaN, Infinity, -Infinity, numbers beyond f64 and integers beyond 64
-/// bits become markers.
+/// Parses JSON as Python writes it: NaN, Infinity, -Infinity, numbers beyond f64 and integers
+/// beyond 64 bits become markers.
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Wrong> {
     let first = serde_json::from_str(text);
     let marked = match &first {

@@ -10,9 +10,9 @@
 //! | ultrachat | `data`: [text] | user and assistant alternating |
 //!
 //! A turn is {role, content} or {from, value} in any combination, under either list name; see
-//! [`turns`]. With every format a text in the column `system` becomes the system turn. An empty system
-//! turn is dropped. The columns of the conversation are removed from the row, except GSM8K's `answer`,
-//! which its metric compares with.
+//! [`turns`]. With every format a text in the column `system` becomes the system turn. An empty
+//! system turn is dropped. The columns of the conversation are removed from the row, except GSM8K's
+//! `answer`, which its metric compares with.
 
 pub mod notes;
 mod turns;

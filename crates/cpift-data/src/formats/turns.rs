@@ -45,7 +45,8 @@ pub fn conversation(fields: &mut Fields, names: [&str; 3], place: &Place, notes:
     Ok(turns)
 }
 
-/// Puts the text of the column `system` before `turns`, unless they have a system turn of their own.
+/// Puts the text of the column `system` before `turns`, unless they have a system turn of their
+/// own.
 pub fn add_system(turns: &mut Vec<Message>, fields: &mut Fields, place: &Place, notes: &mut Notes) -> Result<()> {
     let own = turns.iter().find(|turn| turn.role == "system" && !turn.content.trim().is_empty());
     match (take_system(fields, place)?, own.map(|own| own.content.clone())) {
