@@ -1,4 +1,5 @@
-//! `cpift-mask stats`: the matrix of layers by roles against a loop over single bits, its files and its picture.
+//! `cpift-mask stats`: the matrix of layers by roles against a loop over single bits, its files and
+//! its picture.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,7 +25,8 @@ const TENSORS: [(&str, &str, &str); 9] = [
     ("model.norm.weight", "outside", "norm"),
 ];
 
-/// A mask of random sizes and bits, with those of `excluded` kinds all zero; its counts by layer and role.
+/// A mask of random sizes and bits, with those of `excluded` kinds all zero; its counts by layer
+/// and role.
 struct Setting {
     dir: TempDir,
     mask: PathBuf,

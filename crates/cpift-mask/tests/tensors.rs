@@ -173,7 +173,7 @@ fn equal_importances_are_chosen_by_name_and_nothing_moved_is_warned_of() {
         assert_eq!(names, ["lm_head.weight", "model.embed_tokens.weight"]);
     }
     let s = Setting::new([still.clone(), still.clone(), still]);
-    s.run(false, &[]).ok().says(&["warn: ", "no parameter moved", "--tuned"]);
+    s.run(false, &[]).ok().says(&["warn: ", "no parameter changed", "--tuned"]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The score of an element, and the scores of a part's chunks.
+//! The elements that are ranked together, the score of each, and the chunks in which they are read.
 
 use anyhow::Result;
 use cpift_core::format::mask::Metric;
@@ -6,61 +6,146 @@ use cpift_core::stream::select::{Score, Source};
 use cpift_core::{BadInput, TensorView, dispatch};
 use rayon::prelude::*;
 
-use crate::parts::{CHUNK, Chunk, Pair, Part};
+/// Elements per chunk: a multiple of 8, so that chunks end on whole bytes of a mask; a power of
+/// two, so that each chunk can be hashed by itself; small enough that an index fits 16 bits.
+pub(crate) const CHUNK: usize = 64 * 1024;
 
-/// ε of [`Metric::Relative`]: keeps a weight that was zero from dividing by zero.
+/// Elements per block; the values of a block fit the L1 cache.
+const BLOCK: usize = 1024;
+
+/// ε of [`Metric::Relative`]: avoids a division by zero where the base weight is zero.
 const EPSILON: f64 = 1e-8;
 
-/// Elements whose scores are computed at a time: small enough for the first cache.
-pub const BLOCK: usize = 1024;
+/// One parameter in all inputs: same shape, floating-point dtype in each.
+#[derive(Clone, Copy)]
+pub(crate) struct Pair<'a> {
+    /// The parameter before fine-tuning.
+    pub base: TensorView<'a>,
+    /// The parameter after fine-tuning.
+    pub tuned: TensorView<'a>,
+    /// Its sums of squared gradients, if given.
+    pub fisher: Option<TensorView<'a>>,
+    /// Its index among all tensors of base, tuned and fisher; the hashers count by it.
+    pub positions: [usize; 3],
+}
 
-/// Where values lie, to scale them to 0..1.
+impl<'a> Pair<'a> {
+    /// Views of base, tuned and, if given, fisher.
+    #[inline(always)]
+    pub fn views(&self) -> impl Iterator<Item = &TensorView<'a>> {
+        [&self.base, &self.tuned].into_iter().chain(&self.fisher)
+    }
+}
+
+/// Consecutive elements of one pair.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chunk {
+    /// Index of the pair in [`Part::pairs`].
+    pub pair: usize,
+    /// First element, a multiple of 8.
+    pub start: usize,
+    /// Number of elements, at most [`CHUNK`].
+    pub len: usize,
+}
+
+impl Chunk {
+    /// First element and length of each block of the chunk.
+    #[inline(always)]
+    pub fn blocks(self) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.len).step_by(BLOCK).map(move |at| (self.start + at, BLOCK.min(self.len - at)))
+    }
+}
+
+/// Parameters whose elements are ranked together, in bytewise name order.
+pub struct Part<'a> {
+    /// Name in messages.
+    pub(crate) label: String,
+    /// The parameters.
+    pub(crate) pairs: Vec<Pair<'a>>,
+    /// All elements of the pairs, in order.
+    pub(crate) chunks: Vec<Chunk>,
+    /// Ranges of |Δ| and F over the part; only [`Metric::Blend`] reads them.
+    pub(crate) ranges: [MinMax; 2],
+}
+
+impl<'a> Part<'a> {
+    /// Cuts `pairs` into chunks.
+    pub(crate) fn new(label: impl Into<String>, pairs: Vec<Pair<'a>>) -> Self {
+        let chunks = pairs
+            .iter()
+            .enumerate()
+            .flat_map(|(pair, p)| {
+                let n = p.base.numel();
+                (0..n).step_by(CHUNK).map(move |start| Chunk { pair, start, len: CHUNK.min(n - start) })
+            })
+            .collect();
+        Self { label: label.into(), pairs, chunks, ranges: Default::default() }
+    }
+
+    /// Number of elements.
+    pub(crate) fn numel(&self) -> u64 {
+        self.pairs.iter().map(|p| p.base.numel() as u64).sum()
+    }
+
+    /// Size of the elements in all inputs, in bytes.
+    pub(crate) fn nbytes(&self) -> u64 {
+        self.pairs.iter().flat_map(Pair::views).map(|view| view.bytes.len() as u64).sum()
+    }
+
+    /// Size of the elements of `chunk` in all inputs, in bytes.
+    pub(crate) fn chunk_bytes(&self, chunk: Chunk) -> u64 {
+        self.pairs[chunk.pair].views().map(|view| (chunk.len * view.dtype.size()) as u64).sum()
+    }
+}
+
+/// Range of a set of values, for min-max scaling.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Extent {
-    /// The smallest value.
+pub(crate) struct MinMax {
+    /// Smallest value.
     low: f64,
-    /// The largest less the smallest; infinite where all are equal, so that all become 0.
+    /// Largest minus smallest value; infinite if all are equal, so that all scale to 0.
     span: f64,
 }
 
-impl Default for Extent {
+impl Default for MinMax {
     fn default() -> Self {
         Self { low: 0.0, span: f64::INFINITY }
     }
 }
 
-impl Extent {
-    /// From the smallest and the largest value.
+impl MinMax {
+    /// The range from `low` to `high`.
     pub fn new<T: Score + Arithmetic>(low: T, high: T) -> Self {
         let span = if high > low { high.distance(low).to_f64() } else { f64::INFINITY };
         Self { low: low.to_f64(), span }
     }
 
-    /// `value` between 0, the smallest, and 1, the largest.
+    /// Maps the smallest value to 0 and the largest to 1.
     pub fn scale(self, value: f64) -> f64 {
         value.scaled(self.low, self.span)
     }
 }
 
-/// Room for the values and scores of one block.
-pub struct Block<T> {
+/// Buffers for the values and scores of one block.
+pub(crate) struct Block<T> {
     base: [T; BLOCK],
     scores: [T; BLOCK],
     fisher: [T; BLOCK],
 }
 
 impl<T: Score + Arithmetic> Block<T> {
-    /// All zero.
+    /// Zero-filled buffers.
     pub fn new() -> Self {
         let zeros = [T::default(); BLOCK];
         Self { base: zeros, scores: zeros, fisher: zeros }
     }
 
-    /// The scores of elements `start..start + len` of a pair of `part`; NaN or infinite where a value is, or a square is negative.
-    /// Call inside [`cpift_core::dispatch!`].
+    /// Scores of elements `start..start + len` of pair number `pair`. A score is NaN or infinite if
+    /// a value is, and NaN if a squared gradient is negative. Call inside
+    /// [`cpift_core::dispatch!`].
     ///
     /// # Panics
-    /// When the metric needs squared gradients and the part has none, or ranks no elements.
+    /// If the metric needs squared gradients and the part has none, or if it ranks no elements.
     #[inline(always)]
     pub fn scores(&mut self, part: &Part<'_>, pair: usize, metric: Metric, start: usize, len: usize) -> &[T] {
         let pair = &part.pairs[pair];
@@ -80,10 +165,12 @@ impl<T: Score + Arithmetic> Block<T> {
             }
             Metric::Fisher => scores.iter_mut().zip(fisher).for_each(|(score, f)| *score = f.square()),
             Metric::Blend => {
-                let [moved, felt] = part.extents.map(|e| (T::from_f64(e.low), T::from_f64(e.span)));
+                let [delta_range, fisher_range] = part.ranges.map(|r| (T::from_f64(r.low), T::from_f64(r.span)));
                 scores.iter_mut().zip(base).zip(fisher).for_each(|((t, b), f)| {
                     let (distance, square) = (t.distance(*b), f.square());
-                    *t = distance.scaled(moved.0, moved.1).mean(square.scaled(felt.0, felt.1));
+                    *t = distance
+                        .scaled(delta_range.0, delta_range.1)
+                        .mean(square.scaled(fisher_range.0, fisher_range.1));
                 });
             }
             Metric::Rms | Metric::Trace | Metric::Random => panic!("{metric:?} ranks no elements"),
@@ -92,11 +179,11 @@ impl<T: Score + Arithmetic> Block<T> {
     }
 }
 
-/// Where |Δ| and F lie among the elements of `part`.
+/// Ranges of |Δ| and F over the elements of `part`.
 ///
 /// # Errors
-/// [`BadInput`] where one of them is not finite.
-pub fn extents<T: Score + Arithmetic>(part: &Part<'_>) -> Result<[Extent; 2]> {
+/// [`BadInput`] naming the first value that is not finite.
+pub(crate) fn ranges<T: Score + Arithmetic>(part: &Part<'_>) -> Result<[MinMax; 2]> {
     let infinity = T::from_f64(f64::INFINITY);
     let none = [(infinity, T::from_f64(f64::NEG_INFINITY)); 2];
     let wider = |a: [(T, T); 2], b: [(T, T); 2]| {
@@ -122,14 +209,14 @@ pub fn extents<T: Score + Arithmetic>(part: &Part<'_>) -> Result<[Extent; 2]> {
     };
     let found = part.chunks.par_iter().map_init(Block::new, chunk).reduce(|| none, wider);
     if found.iter().any(|(_, high)| *high == infinity) {
-        part.chunks.iter().try_for_each(|chunk| refuse_unusable::<T>(&part.pairs[chunk.pair], *chunk))?;
+        part.chunks.iter().try_for_each(|chunk| refuse_not_finite::<T>(&part.pairs[chunk.pair], *chunk))?;
         return Err(BadInput::new(
             part.pairs[0].tuned.file,
-            "a distance from the base overflows, so none can be scaled",
+            "an update |Δ| overflows, so that scores cannot be scaled to 0..1",
         )
         .into());
     }
-    Ok(found.map(|(low, high)| Extent::new(low, high)))
+    Ok(found.map(|(low, high)| MinMax::new(low, high)))
 }
 
 impl<T: Score + Arithmetic> Default for Block<T> {
@@ -138,13 +225,13 @@ impl<T: Score + Arithmetic> Default for Block<T> {
     }
 }
 
-/// What scores are made with.
+/// Arithmetic of the scores, in f32 and f64.
 pub trait Arithmetic: Sized {
     /// |self − base|, never −0.0.
     fn distance(self, base: Self) -> Self;
     /// self / (|base| + epsilon).
     fn relative_to(self, base: Self, epsilon: Self) -> Self;
-    /// self, never −0.0; NaN where it is negative, as no sum of squares is.
+    /// self, never −0.0; NaN if negative, because a sum of squares cannot be.
     fn square(self) -> Self;
     /// (self − low) / span.
     fn scaled(self, low: Self, span: Self) -> Self;
@@ -186,9 +273,9 @@ macro_rules! arithmetic_impl {
 arithmetic_impl!(f32);
 arithmetic_impl!(f64);
 
-/// The scores of a part, for the search that keeps none of them.
+/// Computes the scores of a part anew on each pass, for the exact search.
 pub struct PartScores<'a> {
-    /// The part.
+    /// Elements that are ranked.
     pub part: &'a Part<'a>,
     /// The quantity that is ranked.
     pub metric: Metric,
@@ -212,11 +299,12 @@ impl<T: Score + Arithmetic> Source<T> for PartScores<'_> {
     }
 }
 
-/// Refuses a chunk with a weight that is NaN or infinite, or a squared gradient that is negative besides.
+/// Returns an error if `chunk` has a weight that is not finite, or a squared gradient that is
+/// negative or not finite.
 ///
 /// # Errors
-/// [`BadInput`] naming the first such element of the chunk.
-pub fn refuse_unusable<T: Score + Arithmetic>(pair: &Pair<'_>, chunk: Chunk) -> Result<()> {
+/// [`BadInput`] naming the first such element.
+pub(crate) fn refuse_not_finite<T: Score + Arithmetic>(pair: &Pair<'_>, chunk: Chunk) -> Result<()> {
     let mut values = vec![T::default(); chunk.len];
     let mut first = |view: &TensorView<'_>, usable: fn(&T) -> bool| {
         view.read(chunk.start, &mut values);
@@ -232,12 +320,12 @@ pub fn refuse_unusable<T: Score + Arithmetic>(pair: &Pair<'_>, chunk: Chunk) -> 
         false => (
             "a weight is not finite",
             "finite numbers",
-            "the training that made this checkpoint diverged: lower its learning rate or clip its gradients",
+            "the training run diverged: lower its learning rate or clip its gradients",
         ),
         true => (
             "a squared gradient is negative or not finite",
             "finite numbers, 0 or above",
-            "--fisher takes the sums of squares that a probe saved, not gradients or weights",
+            "--fisher takes the sums of squared gradients that cpift-probe saves, not gradients or weights",
         ),
     };
     Err(BadInput::new(view.file, format!("{what}, at flat index {}", chunk.start + i))
@@ -254,7 +342,8 @@ mod tests {
 
     #[test]
     fn a_square_is_never_negative_and_never_minus_zero() {
-        // The exact search orders scores by their bits, where −0.0 would come first of all.
+        // The exact search orders scores by their bits, which would put −0.0 above every other
+        // score.
         assert_eq!([0.0f32, -0.0, 2.5].map(|f| f.square().to_bits()), [0.0f32, 0.0, 2.5].map(f32::to_bits));
         assert_eq!([0.0f64, -0.0, 2.5].map(|f| f.square().to_bits()), [0.0f64, 0.0, 2.5].map(f64::to_bits));
         assert!([-1e-40f32, f32::NAN, f32::NEG_INFINITY].iter().all(|f| f.square().is_nan()));
@@ -262,10 +351,10 @@ mod tests {
 
     #[test]
     fn scaling_is_from_0_to_1_and_0_where_all_are_equal() {
-        let extent = Extent::new(2.0f32, 10.0);
+        let extent = MinMax::new(2.0f32, 10.0);
         assert_eq!([2.0, 4.0, 10.0].map(|v| extent.scale(v)), [0.0, 0.25, 1.0]);
-        assert_eq!(Extent::new(3.0f64, 3.0).scale(3.0), 0.0);
-        // What is not finite stays so that it is found.
-        assert!(Extent::default().scale(f64::NAN).is_nan() && Extent::default().scale(f64::INFINITY).is_nan());
+        assert_eq!(MinMax::new(3.0f64, 3.0).scale(3.0), 0.0);
+        // Values that are not finite stay so and are detected later.
+        assert!(MinMax::default().scale(f64::NAN).is_nan() && MinMax::default().scale(f64::INFINITY).is_nan());
     }
 }
