@@ -54,7 +54,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let kind = args.kind(device);
     let session = Session::for_inference(&args.model, list.template()?, device, kind)?;
     recorder.input("model", &args.model, session.digest.clone());
-    recorder.tasks(&list, plans.iter().map(|plan| plan.task.name.as_str()))?;
+    recorder.tasks(&list, plans.iter().map(|plan| plan.inputs.task.name.as_str()))?;
     [scores::FILE_NAME, OUTPUTS].iter().for_each(|name| recorder.also(&args.out.join(name)));
     let staged = StagedDir::create(&args.out, common.force())?;
     let mut outputs = BufWriter::new(File::create(staged.path().join(OUTPUTS)).context("creating outputs.jsonl")?);
