@@ -4,13 +4,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// Failed: disk full, out of memory, non-finite loss and the like.
-pub const EXIT_FAILED: u8 = 1;
+pub(crate) const EXIT_FAILED: u8 = 1;
 /// Usage: an argument that cannot be parsed or is out of range.
-pub const EXIT_USAGE: u8 = 2;
+pub(crate) const EXIT_USAGE: u8 = 2;
 /// Bad input: a file, shape, format or content that cannot be used.
-pub const EXIT_BAD_INPUT: u8 = 3;
+pub(crate) const EXIT_BAD_INPUT: u8 = 3;
 /// Stopped when asked to, with the state saved: run again to go on (EX_TEMPFAIL of sysexits.h).
-pub const EXIT_STOPPED: u8 = 75;
+pub(crate) const EXIT_STOPPED: u8 = 75;
 
 /// A file that cannot be used: which, where in it, what was expected, what was found, and how to mend it.
 #[derive(Debug, Clone, PartialEq, Eq)]

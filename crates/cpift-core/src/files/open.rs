@@ -33,7 +33,7 @@ pub fn read_text(path: &Path) -> Result<String> {
 ///
 /// # Errors
 /// [`BadInput`] when it is missing, longer or not UTF-8, with the line of the first byte that is not.
-pub fn read_text_of(path: &Path, limit: u64) -> Result<String> {
+pub(crate) fn read_text_of(path: &Path, limit: u64) -> Result<String> {
     let mut bytes = Vec::new();
     let file = open(path)?;
     let len = file.metadata().map_or(0, |meta| meta.len()).min(limit);
@@ -78,7 +78,7 @@ pub fn map(path: &Path) -> Result<Mmap> {
 ///
 /// # Errors
 /// [`BadInput`] with the way to the file.
-pub fn refuse_stand_in(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn refuse_stand_in(path: &Path, bytes: &[u8]) -> Result<()> {
     let error = if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
         let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1024)]).into_owned();
         let size = text.lines().find_map(|line| line.strip_prefix("size "));

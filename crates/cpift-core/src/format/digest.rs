@@ -78,7 +78,7 @@ impl DigestRecord {
     ///
     /// # Errors
     /// I/O errors.
-    pub fn stamp(folder: &Path, blake3: Digest) -> Result<Self> {
+    pub(crate) fn stamp(folder: &Path, blake3: Digest) -> Result<Self> {
         Ok(Self { blake3, files: stamps(folder)? })
     }
 
@@ -86,19 +86,19 @@ impl DigestRecord {
     ///
     /// # Errors
     /// As [`Digest::of_file`].
-    pub fn of_staged(path: &Path, dest: &Path) -> Result<Self> {
+    pub(crate) fn of_staged(path: &Path, dest: &Path) -> Result<Self> {
         let name = dest.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Self { blake3: Digest::of_file(path)?, files: vec![stamp(name, path)?] })
     }
 
     /// Returns true if the plain file at `path` has the size and time it had when the digest was computed.
-    pub fn holds_for_file(&self, path: &Path) -> bool {
+    pub(crate) fn holds_for_file(&self, path: &Path) -> bool {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         stamp(name, path).is_ok_and(|now| self.files == [now])
     }
 
     /// Returns true if every weight file the digest covers is gone from `folder`.
-    pub fn lost_weights(&self, folder: &Path) -> bool {
+    pub(crate) fn lost_weights(&self, folder: &Path) -> bool {
         let mut weights = self.files.iter().filter(|file| file.name.contains(".safetensors")).peekable();
         weights.peek().is_some() && weights.all(|file| !folder.join(&file.name).exists())
     }
@@ -119,7 +119,7 @@ impl FileStamp {
 
     /// Returns true if the file was last written before `unix` (in seconds), so that a digest taken later than that is of
     /// the file as it is.
-    pub fn is_before(&self, unix: u64) -> bool {
+    pub(crate) fn is_before(&self, unix: u64) -> bool {
         self.mtime_ns / 1_000_000_000 < unix
     }
 }

@@ -21,7 +21,7 @@ pub enum Dtype {
 
 impl Dtype {
     /// The dtypes that can be read, for messages.
-    pub const KNOWN: &str = "F64, F32, F16, BF16, I64, U64, I32, U32, I16, U16, I8, U8 or BOOL";
+    pub(crate) const KNOWN: &str = "F64, F32, F16, BF16, I64, U64, I32, U32, I16, U16, I8, U8 or BOOL";
 
     const ALL: [(Self, &'static str, usize); 13] = [
         (Self::F64, "F64", 8),
@@ -219,14 +219,14 @@ fn encode<const N: usize, T: Copy>(values: &[T], bytes: &mut [u8], convert: impl
 
 /// Exact.
 #[inline(always)]
-pub fn bf16_to_f32(bits: u16) -> f32 {
+fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
 /// Exact. Exponent and mantissa move to their place in an f32, and a multiplication by 2^112 mends the bias, for subnormal
 /// numbers too.
 #[inline(always)]
-pub fn f16_to_f32(bits: u16) -> f32 {
+fn f16_to_f32(bits: u16) -> f32 {
     const BIAS: f32 = f32::from_bits((112 + 127) << 23);
     const SPECIAL: u32 = 0x7c00 << 13;
     let (sign, rest) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff) << 13);
@@ -236,7 +236,7 @@ pub fn f16_to_f32(bits: u16) -> f32 {
 
 /// Rounds to nearest, ties to even.
 #[inline(always)]
-pub fn f32_to_bf16(value: f32) -> u16 {
+fn f32_to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     let nan = bits >> 16 | 0x40;
@@ -245,7 +245,7 @@ pub fn f32_to_bf16(value: f32) -> u16 {
 
 /// Rounds to nearest, ties to even.
 #[inline(always)]
-pub fn f32_to_f16(value: f32) -> u16 {
+fn f32_to_f16(value: f32) -> u16 {
     /// The power of two whose unit in the last place, as an f32, is the smallest f16: adding it rounds subnormal numbers.
     const MAGIC: u32 = (127 - 15 + 23 - 10 + 1) << 23;
     const SMALLEST_NORMAL: u32 = 113 << 23;

@@ -18,7 +18,7 @@ use crate::format::safetensors::{FileWriter, MappedFile, TensorSpec};
 pub const FORMAT_VERSION: u32 = 1;
 
 /// The metadata key that holds [`MaskHeader`] as JSON.
-pub const METADATA_KEY: &str = "cpift";
+pub(crate) const METADATA_KEY: &str = "cpift";
 
 /// What a mask file says of itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

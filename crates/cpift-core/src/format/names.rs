@@ -60,7 +60,7 @@ fn key(name: &str) -> Option<(String, u32)> {
 }
 
 /// The roles a parameter can have.
-pub const ROLES: [&str; 11] = ["q", "k", "v", "o", "gate", "up", "down", "norm", "embed", "head", "other"];
+pub(crate) const ROLES: [&str; 11] = ["q", "k", "v", "o", "gate", "up", "down", "norm", "embed", "head", "other"];
 
 /// The role of a parameter: one of [`ROLES`].
 pub fn role(name: &str) -> &'static str {

@@ -221,7 +221,7 @@ impl FileWriter {
     ///
     /// # Panics
     /// When it does take more room.
-    pub fn replace_metadata(&self, metadata: &BTreeMap<String, String>) -> Result<()> {
+    pub(crate) fn replace_metadata(&self, metadata: &BTreeMap<String, String>) -> Result<()> {
         let (header, _, _) = lay_out(&self.specs, metadata, self.header_len);
         assert_eq!(header.len(), self.header_len, "the metadata has outgrown its place");
         self.file.write_all_at(&header, 0).with_context(|| format!("writing {}", self.path.display()))

@@ -264,7 +264,7 @@ impl Tasks {
     }
 
     /// Returns true if [`Tasks::role`] gives `role`.
-    pub fn is_role(role: &str) -> bool {
+    pub(crate) fn is_role(role: &str) -> bool {
         role == "tasks" || role.starts_with("tasks:")
     }
 
@@ -272,7 +272,7 @@ impl Tasks {
     ///
     /// # Errors
     /// As [`Tasks::read`] and [`Tasks::digest`].
-    pub fn digest_of_role(path: &Path, role: &str) -> Option<Result<Digest>> {
+    pub(crate) fn digest_of_role(path: &Path, role: &str) -> Option<Result<Digest>> {
         Self::is_role(role).then(|| {
             let tasks = Self::read(path)?;
             match role.strip_prefix("tasks:") {

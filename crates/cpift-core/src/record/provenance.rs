@@ -167,7 +167,7 @@ impl Recorder {
 }
 
 /// Where the record of the output `out` lies: in a folder, beside a file.
-pub fn of_output(out: &Path) -> PathBuf {
+pub(crate) fn of_output(out: &Path) -> PathBuf {
     if out.is_dir() { out.join(RECORD_NAME) } else { beside(out) }
 }
 

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::Deserialize;
 
-use super::config::read_config;
-use super::config::tied;
-use super::{found, prefix};
+use super::diagnose;
+use super::sidecar::{read_config, tied};
+use super::wrappers::Wrappers;
 use crate::error::BadInput;
 use crate::format::dtype::{Dtype, Float};
 use crate::format::json;
@@ -76,8 +76,8 @@ impl Checkpoint {
                 .expected("a Hugging Face folder or a .safetensors file")
                 .into());
         }
-        if found::is_pickle(path) {
-            return Err(found::refuse_pickle(BadInput::new(path, "is no safetensors file"), path).into());
+        if diagnose::is_pickle(path) {
+            return Err(diagnose::refuse_pickle(BadInput::new(path, "is no safetensors file"), path).into());
         }
         let file = MappedFile::open(path)?;
         Self::assemble(path, vec![file])
@@ -95,7 +95,7 @@ impl Checkpoint {
             }
             (true, false) => vec![MappedFile::open(&single)?],
             (false, true) => open_shards(folder, &index)?,
-            (false, false) => return Err(found::instead_of_weights(folder).into()),
+            (false, false) => return Err(diagnose::no_weights(folder).into()),
         };
         if folder.join("adapter_config.json").exists() {
             log_once::warn(format!(
@@ -112,7 +112,7 @@ impl Checkpoint {
 
     fn assemble(root: &Path, files: Vec<MappedFile>) -> Result<Self> {
         let names = files.iter().flat_map(|file| file.entries.keys().map(|name| (name.as_str(), file.path.as_path())));
-        let clean = prefix::Wrappers::find(root, names)?;
+        let clean = Wrappers::find(root, names)?;
         let mut home: BTreeMap<String, (usize, Entry)> = BTreeMap::new();
         for (i, file) in files.iter().enumerate() {
             for (name, entry) in &file.entries {

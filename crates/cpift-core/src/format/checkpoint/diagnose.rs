@@ -17,7 +17,7 @@ const FORMATS: [(&str, &str, &str); 6] = [
 ];
 
 /// The error for a folder without model.safetensors and without an index.
-pub(super) fn instead_of_weights(folder: &Path) -> BadInput {
+pub(super) fn no_weights(folder: &Path) -> BadInput {
     if let Some(adapter) = adapter(folder) {
         return adapter;
     }
@@ -148,7 +148,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
-        instead_of_weights(dir.path()).to_string()
+        no_weights(dir.path()).to_string()
     }
 
     #[test]

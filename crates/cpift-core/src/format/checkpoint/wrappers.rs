@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::found;
+use super::diagnose;
 use crate::error::BadInput;
 use crate::log_once;
 
@@ -26,8 +26,8 @@ impl Wrappers {
     /// # Errors
     /// [`BadInput`] where some names have a prefix and others do not, or where the tensors are an adapter's.
     pub(super) fn find<'a>(root: &Path, names: impl Iterator<Item = (&'a str, &'a Path)> + Clone) -> Result<Self> {
-        if let Some((name, file)) = names.clone().find(|(name, _)| found::is_adapter_tensor(name)) {
-            return Err(found::adapter_tensor(root, file, name).into());
+        if let Some((name, file)) = names.clone().find(|(name, _)| diagnose::is_adapter_tensor(name)) {
+            return Err(diagnose::adapter_tensor(root, file, name).into());
         }
         let mut prefix = String::new();
         loop {
