@@ -1,8 +1,8 @@
-//! Heat maps as SVG pictures: readable on their own, in light and in dark, in every viewer.
+//! Heat maps as self-contained SVG pictures for light and dark color schemes.
 
 use std::fmt::Write;
 
-/// The type of labels is 13 pixels high, of notes 12.
+/// Style sheet. Labels are 13 pixels high, notes 12.
 const STYLE: &str = "
   text { font: 13px system-ui, sans-serif; fill: #1b1f24 }
   .paper { fill: #ffffff } .head { font-size: 16px; font-weight: 600 } .small { font-size: 12px } .tiny { font-size: 11px }
@@ -14,17 +14,17 @@ const STYLE: &str = "
   .on-light { fill: #1b1f24 } .on-dark { fill: #ffffff }
 ";
 
-/// Room around the drawing.
+/// Margin around the drawing, in pixels.
 const MARGIN: usize = 16;
 
-/// Longest label that is drawn whole, in characters.
+/// Longest label that is drawn in full, in characters.
 const LABEL: usize = 44;
 
-/// A colour by its red, green and blue.
+/// Color as red, green and blue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rgb(pub u8, pub u8, pub u8);
 
-/// The colour of cells that have no value to show.
+/// Color of cells without a value.
 pub const GREY: Rgb = Rgb(0xdf, 0xe3, 0xe8);
 
 impl Rgb {
@@ -32,7 +32,7 @@ impl Rgb {
         format!("#{:02x}{:02x}{:02x}", self.0, self.1, self.2)
     }
 
-    /// The class of text on this colour: whichever of dark and light stands out more (WCAG 2 contrast).
+    /// Class of text on this color: dark or light, whichever has the higher contrast (WCAG 2).
     fn ink(self) -> &'static str {
         let linear = |c: u8| (f64::from(c) / 255.0).powf(2.2);
         let light = 0.2126 * linear(self.0) + 0.7152 * linear(self.1) + 0.0722 * linear(self.2);
@@ -40,12 +40,12 @@ impl Rgb {
     }
 }
 
-/// From values to colours.
+/// Color scale.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scale {
-    /// 0 (pale) to this value (dark).
+    /// From 0 (pale) to this value (dark).
     Sequential(f64),
-    /// Minus this value (blue) over 0 (pale) to this value (red).
+    /// From minus this value (blue) through 0 (pale) to this value (red).
     Diverging(f64),
 }
 
@@ -62,7 +62,7 @@ impl Scale {
         }
     }
 
-    /// Where a value lies on the scale, 0 to 1; values beyond its ends lie on them.
+    /// Position of a value on the scale, clamped to 0 to 1.
     fn place(self, value: f64) -> f64 {
         let place = match self {
             Self::Sequential(max) => value / max,
@@ -71,7 +71,7 @@ impl Scale {
         if place.is_nan() { 0.0 } else { place.clamp(0.0, 1.0) }
     }
 
-    /// The colour of a value.
+    /// Color of a value.
     pub fn color(self, value: f64) -> Rgb {
         let stops = self.stops();
         let at = self.place(value) * (stops.len() - 1) as f64;
@@ -82,19 +82,19 @@ impl Scale {
     }
 }
 
-/// A coloured rectangle with a value on it.
+/// Colored rectangle with a text on it.
 pub struct Cell<'a> {
-    /// Left, top, width, height.
+    /// Left, top, width and height.
     pub place: (usize, usize, usize, usize),
-    /// Its colour.
+    /// Fill color.
     pub color: Rgb,
-    /// What is written on it; may be empty.
+    /// Text on the cell; may be empty.
     pub text: &'a str,
-    /// What a viewer says when the pointer rests on it.
+    /// Tooltip.
     pub title: &'a str,
 }
 
-/// A picture being drawn; it grows with what is drawn on it.
+/// A picture under construction. It grows with its content.
 pub struct Picture {
     title: String,
     body: String,
@@ -103,7 +103,7 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// A picture with a headline. `title` is what a screen reader says of it.
+    /// Creates a picture with a headline and a `title` for screen readers.
     pub fn new(headline: &str, title: &str) -> Self {
         let mut picture = Self { title: title.to_owned(), body: String::new(), right: 0, bottom: 0 };
         picture.text((MARGIN, 30), "head", headline);
@@ -114,7 +114,8 @@ impl Picture {
         (self.right, self.bottom) = (self.right.max(right), self.bottom.max(bottom));
     }
 
-    /// Text with its baseline at `at`, in the classes of the style sheet (`head`, `small`, `tiny`, `middle`, `end`).
+    /// Adds text with its baseline at `(x, y)`, in classes of the style sheet (`head`, `small`,
+    /// `tiny`, `middle`, `end`).
     pub fn text(&mut self, (x, y): (usize, usize), class: &str, text: &str) {
         let width = text_width(text) * if class.contains("head") { 13 } else { 10 } / 10;
         let right = match class {
@@ -127,13 +128,13 @@ impl Picture {
         let _ = writeln!(self.body, "<text{class} x=\"{x}\" y=\"{y}\">{}</text>", escape(text));
     }
 
-    /// A label that ends at `at`, cut where it is very long.
+    /// Adds a label that ends at `at`; a very long one is shortened.
     pub fn row_label(&mut self, at: (usize, usize), text: &str) {
         self.label(&format!("class=\"end\" x=\"{}\" y=\"{}\"", at.0, at.1), text);
     }
 
-    /// A label over a column of this width: upright where it fits, leaning to the right otherwise. [`label_height`] says how
-    /// much room it takes above `at`, the middle of the column.
+    /// Adds a label above a column of this `width`, whose center is `x`: horizontal if it fits,
+    /// rotated by 45° otherwise. [`label_height`] is the room it takes above `y`.
     pub fn column_label(&mut self, (x, y): (usize, usize), width: usize, text: &str) {
         if text_width(text) <= width {
             self.label(&format!("class=\"middle\" x=\"{x}\" y=\"{y}\""), text);
@@ -149,7 +150,7 @@ impl Picture {
         let _ = writeln!(self.body, "<text {attributes}>{title}{}</text>", escape(&short));
     }
 
-    /// A cell with its value in the middle.
+    /// Adds a cell with its text in the center.
     pub fn cell(&mut self, cell: &Cell<'_>) {
         let (x, y, width, height) = cell.place;
         self.grow(x + width, y + height);
@@ -169,7 +170,7 @@ impl Picture {
         self.body.push_str("</g>\n");
     }
 
-    /// A frame around cells.
+    /// Adds a frame around cells.
     pub fn frame(&mut self, (x, y, width, height): (usize, usize, usize, usize)) {
         let _ = writeln!(
             self.body,
@@ -177,7 +178,7 @@ impl Picture {
         );
     }
 
-    /// The colours of `scale` as a bar that begins at `at`, with these values marked under it.
+    /// Adds the colors of `scale` as a bar at `(x, y)`, with these values marked below it.
     pub fn legend(&mut self, (x, y): (usize, usize), scale: Scale, marks: &[(f64, String)]) {
         const WIDTH: usize = 320;
         let stops = scale.stops();
@@ -198,7 +199,7 @@ impl Picture {
         }
     }
 
-    /// Lines of notes below what is drawn so far.
+    /// Adds lines of notes below the current content.
     pub fn notes(&mut self, lines: &[String]) {
         for line in lines {
             let y = self.bottom + 16;
@@ -206,12 +207,12 @@ impl Picture {
         }
     }
 
-    /// Where what is drawn so far ends at the bottom.
+    /// Bottom edge of the current content.
     pub fn bottom(&self) -> usize {
         self.bottom
     }
 
-    /// The picture as an SVG document.
+    /// Returns the SVG document.
     pub fn finish(self) -> String {
         let (width, height) = (self.right + MARGIN, self.bottom + MARGIN);
         format!(
@@ -225,18 +226,18 @@ impl Picture {
     }
 }
 
-/// Room that labels take beside their rows.
+/// Width of the widest row label.
 pub fn label_width<'a>(labels: impl IntoIterator<Item = &'a str>) -> usize {
     labels.into_iter().map(|l| text_width(&shortened(l, LABEL))).max().unwrap_or(0)
 }
 
-/// Room that labels take above their columns of this width.
+/// Height of the tallest column label, for columns of this `width`.
 pub fn label_height<'a>(labels: impl IntoIterator<Item = &'a str>, width: usize) -> usize {
     let height = |label: &str| if text_width(label) <= width { 16 } else { 14 + label_width([label]) * 3 / 4 };
     labels.into_iter().map(height).max().unwrap_or(0)
 }
 
-/// Text of at most `longest` characters.
+/// Shortens `text` to at most `longest` characters, with an ellipsis.
 pub fn shortened(text: &str, longest: usize) -> String {
     if text.chars().count() <= longest {
         return text.to_owned();
@@ -244,7 +245,8 @@ pub fn shortened(text: &str, longest: usize) -> String {
     text.chars().take(longest - 1).chain(['…']).collect()
 }
 
-/// Width of 13-pixel text, on the safe side: scripts like Chinese have characters as wide as they are high.
+/// Upper estimate of the width of 13-pixel text. Chinese and similar characters are as wide as they
+/// are high.
 pub fn text_width(text: &str) -> usize {
     let width = |c: char| match c {
         c if u32::from(c) >= 0x1100 => 14,
@@ -256,7 +258,7 @@ pub fn text_width(text: &str) -> usize {
     text.chars().map(width).sum()
 }
 
-/// Text as it may stand in XML; characters XML cannot hold are replaced.
+/// Escapes text for XML and replaces characters that XML does not allow.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -282,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn colours_run_from_end_to_end_and_carry_readable_text() {
+    fn colors_span_the_scale_and_text_on_them_is_readable() {
         let scale = Scale::Sequential(2.0);
         assert_eq!(
             (scale.color(0.0), scale.color(2.0), scale.color(9.0)),
@@ -291,12 +293,12 @@ mod tests {
         assert_eq!((scale.color(0.0).ink(), scale.color(2.0).ink()), ("on-light", "on-dark"));
         let scale = Scale::Diverging(3.0);
         assert_eq!((scale.color(-9.0), scale.color(0.0), scale.color(3.0)), (DIVERGING[0], DIVERGING[2], DIVERGING[4]));
-        // Nothing to compare with: 0/0 is the low end.
+        // 0/0 maps to the low end.
         assert_eq!(Scale::Sequential(0.0).color(0.0), SEQUENTIAL[0]);
     }
 
     #[test]
-    fn long_labels_are_cut_and_keep_their_whole_name_as_a_title() {
+    fn long_labels_are_shortened_and_keep_the_full_name_as_a_title() {
         let name = "n".repeat(60);
         let mut picture = Picture::new("x", "x");
         picture.row_label((400, 20), &name);

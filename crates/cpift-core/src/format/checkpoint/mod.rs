@@ -1,4 +1,5 @@
-//! Hugging Face checkpoints: directories (one file, or shards with an index) and bare safetensors files.
+//! Hugging Face checkpoints: directories (one file, or shards with an index) and bare safetensors
+//! files.
 
 mod diagnose;
 pub(crate) mod reader;

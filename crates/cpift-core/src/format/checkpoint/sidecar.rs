@@ -1,4 +1,5 @@
-//! The files beside the weights of a checkpoint directory: config.json, tokenizer, chat template and generation config.
+//! The files beside the weights of a checkpoint directory: config.json, tokenizer, chat template
+//! and generation config.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +12,7 @@ use crate::error::BadInput;
 use crate::format::dtype::Dtype;
 use crate::format::json;
 
-/// Files that belong to a checkpoint and travel with it unchanged, in bytewise order.
+/// Files that are part of a checkpoint and are copied with it, in bytewise order.
 pub(crate) const SIDECAR_FILES: [&str; 19] = [
     "added_tokens.json",
     "chat_template.jinja",
@@ -34,15 +35,13 @@ pub(crate) const SIDECAR_FILES: [&str; 19] = [
     "vocab.txt",
 ];
 
-/// Copies the side files that exist in `from` into the folder `to`, except config.json, which the caller writes.
-///
-/// # Errors
-/// I/O errors that name the file.
+/// Copies the side files that exist in `from` to the directory `to`, except config.json, which the
+/// caller writes.
 pub fn copy_sidecars(from: &Path, to: &Path) -> Result<()> {
     for name in SIDECAR_FILES.into_iter().filter(|n| *n != "config.json") {
         let source = from.join(name);
         if source.is_file() {
-            // Read and write rather than fs::copy: the copy gets the umask's mode, not the source's.
+            // Not fs::copy, which would copy the mode too: outputs get the mode of the umask.
             let bytes = fs::read(&source).with_context(|| format!("reading {}", source.display()))?;
             fs::write(to.join(name), bytes).with_context(|| format!("writing {name} into {}", to.display()))?;
         }
@@ -50,10 +49,10 @@ pub fn copy_sidecars(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Reads the config.json of a checkpoint folder.
+/// Reads the config.json of a checkpoint directory.
 ///
 /// # Errors
-/// [`BadInput`] when it is missing or not a JSON object.
+/// [`BadInput`] if it is missing or not a JSON object.
 pub fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join("config.json");
     if !path.exists()
@@ -68,14 +67,14 @@ pub fn read_config(folder: &Path) -> Result<Value> {
     Err(BadInput::new(path, "not a model's config").expected("a JSON object").into())
 }
 
-/// Whether config.json says that the output embedding is the input embedding: `tie_word_embeddings`, which Gemma leaves out.
+/// Returns `tie_word_embeddings` of config.json, if given. Gemma configs omit it and are tied.
 pub(super) fn tied(config: &Value) -> Option<bool> {
     let gemma = || config.get("model_type").and_then(Value::as_str).is_some_and(|t| t.starts_with("gemma"));
     config.get("tie_word_embeddings").and_then(Value::as_bool).or_else(|| gemma().then_some(true))
 }
 
-/// Returns `config` with `tie_word_embeddings` set to false where it ties embeddings that are not `tied` in the checkpoint,
-/// so that whoever loads the output keeps both.
+/// Returns `config` with `tie_word_embeddings` set to false if it ties embeddings that differ in
+/// the checkpoint, so that loading the output keeps both.
 pub fn with_head_of(tied_in_file: bool, mut config: Value) -> Value {
     if !tied_in_file
         && tied(&config) == Some(true)
@@ -86,8 +85,8 @@ pub fn with_head_of(tied_in_file: bool, mut config: Value) -> Value {
     config
 }
 
-/// `config` with every `torch_dtype` and `dtype` (as newer transformers spell it) set to `dtype`, those of nested configs such
-/// as `text_config` too; `torch_dtype` is added where there is neither.
+/// Returns `config` with every `torch_dtype` and `dtype` (the newer spelling) set to `dtype`, also
+/// in nested configs such as `text_config`. If there is neither, `torch_dtype` is added.
 pub fn with_torch_dtype(mut config: Value, dtype: Dtype) -> Value {
     if let Some(name) = dtype.torch_name()
         && !set_dtype(&mut config, name)
@@ -98,7 +97,7 @@ pub fn with_torch_dtype(mut config: Value, dtype: Dtype) -> Value {
     config
 }
 
-/// Sets what is there; whether there was anything at this level.
+/// Sets the existing dtype fields. Returns true if there was one at this level.
 fn set_dtype(config: &mut Value, name: &str) -> bool {
     let mut found = false;
     for (key, value) in config.as_object_mut().into_iter().flatten() {
@@ -118,7 +117,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn every_dtype_of_a_config_is_set() {
+    fn all_dtype_fields_of_a_config_are_set() {
         let config = json!({"dtype": "bfloat16", "torch_dtype": "bfloat16", "text_config": {"torch_dtype": "float16"}});
         let expected = json!({"dtype": "float32", "torch_dtype": "float32", "text_config": {"torch_dtype": "float32"}});
         assert_eq!(with_torch_dtype(config, Dtype::F32), expected);
