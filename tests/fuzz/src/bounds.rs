@@ -1,4 +1,5 @@
-//! What the targets share: inputs become files in memory, and no reader may allocate more than a small multiple of them.
+//! What the targets share: inputs become files in memory, and no reader may allocate more than a
+//! small multiple of them.
 
 use std::alloc::System;
 use std::fs::File;
@@ -38,7 +39,8 @@ pub fn clean() {
     let _ = std::fs::remove_dir_all(folder());
 }
 
-/// Runs `reader`; an allocation that brings it above its share of `input` bytes ends the process, which is a finding.
+/// Runs `reader`; an allocation that brings it above its share of `input` bytes ends the process,
+/// which is a finding.
 pub fn bounded<R>(input: usize, reader: impl FnOnce() -> R) -> R {
     bounded_by(CONSTANT + PER_BYTE * input, reader)
 }
@@ -65,7 +67,8 @@ pub fn write(name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// Writes a safetensors file of this header, with the right length before it and as many zeros behind it as it describes.
+/// Writes a safetensors file of this header, with the right length before it and as many zeros
+/// behind it as it describes.
 pub fn write_framed(name: &str, header: &[u8], data: &[u8]) -> PathBuf {
     let path = folder().join(name);
     let mut file = File::create(&path).expect("memory has room for the input");

@@ -1,4 +1,5 @@
-//! The inputs of a target in one file: each with its length before it, four bytes, the lowest first.
+//! The inputs of a target in one file: each with its length before it, four bytes, the lowest
+//! first.
 
 /// The inputs of a packed corpus.
 ///

@@ -1,4 +1,5 @@
-//! A checkpoint folder: index, config.json, cpift.json and the headers of two shards, zero bytes between them.
+//! A checkpoint folder: index, config.json, cpift.json and the headers of two shards, zero bytes
+//! between them.
 use cpift_core::Checkpoint;
 use cpift_core::format::checkpoint::check_same_parameters;
 use cpift_core::format::digest::Digest;

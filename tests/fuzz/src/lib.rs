@@ -1,5 +1,6 @@
-//! What every reader of files holds to, whatever the bytes: no panic, no more memory than its bound, and the properties that each
-//! target names. `driver/` gives the targets to libFuzzer; `tests/replay.rs` runs them over the inputs in `corpora/`.
+//! What every reader of files holds to, whatever the bytes: no panic, no more memory than its
+//! bound, and the properties that each target names. `driver/` gives the targets to libFuzzer;
+//! `tests/replay.rs` runs them over the inputs in `corpora/`.
 
 mod bounds;
 mod config;

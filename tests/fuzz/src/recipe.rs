@@ -1,4 +1,5 @@
-//! A recipe in mergekit's YAML. What is read can be written as a recipe, and reads back as the same request.
+//! A recipe in mergekit's YAML. What is read can be written as a recipe, and reads back as the same
+//! request.
 use std::path::Path;
 
 use cpift_core::Dtype;

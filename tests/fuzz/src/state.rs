@@ -1,5 +1,6 @@
-//! A state to resume from: state.json, the figures, and the headers of weights and moments, zero bytes between them. No state passes
-//! unless its digests are those of its files, which no input here has by chance.
+//! A state to resume from: state.json, the figures, and the headers of weights and moments, zero
+//! bytes between them. No state passes unless its digests are those of its files, which no input
+//! here has by chance.
 
 use std::fs;
 

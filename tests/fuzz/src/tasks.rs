@@ -1,4 +1,5 @@
-//! tasks.toml, whose tasks may name the file a.jsonl. Every task of a list that is read can be asked for.
+//! tasks.toml, whose tasks may name the file a.jsonl. Every task of a list that is read can be
+//! asked for.
 
 use cpift_core::format::tasks::Tasks;
 use cpift_data::Layout;

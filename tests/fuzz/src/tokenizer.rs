@@ -1,4 +1,5 @@
-//! tokenizer.json, tokenizer_config.json and a conversation's text, zero bytes between them: what opens renders, and encodes as text.
+//! tokenizer.json, tokenizer_config.json and a conversation's text, zero bytes between them: what
+//! opens renders, and encodes as text.
 
 use cpift_data::{ChatText, Message, TemplateArgs};
 

@@ -22,7 +22,8 @@ macro_rules! fuzz {
     };
 }
 
-/// A panic of a library that its caller catches is no finding; one of ours ends the program at once, with its stack.
+/// A panic of a library that its caller catches is no finding; one of ours ends the program at
+/// once, with its stack.
 pub fn let_callers_catch() {
     set_hook(Box::new(|info| {
         if info.location().is_some_and(|at| at.file().contains("/registry/")) {
