@@ -74,7 +74,8 @@ fn of_two_concurrent_writers_one_wins_and_the_other_reports_it() {
             .collect();
         let out = chain.path(&links[0].out);
         let content = bytes(&out);
-        let winner = alone.iter().position(|known| *known == content).expect("the output is that of one of the two runs");
+        let winner =
+            alone.iter().position(|known| *known == content).expect("the output is that of one of the two runs");
         let arguments = record(&out)["arguments"].as_array().unwrap().clone();
         let mut own = links[winner].args.iter().zip(&arguments);
         assert!(own.all(|(own, recorded)| recorded == own), "the record is from the other run");

@@ -1,10 +1,10 @@
-//! The inputs of a target in one file: each with its length before it, four bytes, the lowest
-//! first.
+//! Packed corpus: the inputs of a target in one file, each preceded by its length as a
+//! little-endian u32.
 
-/// The inputs of a packed corpus.
+/// Splits a packed corpus into its inputs.
 ///
 /// # Panics
-/// When the file is cut short.
+/// If the file is truncated.
 pub fn unpack(mut packed: &[u8]) -> Vec<&[u8]> {
     let mut inputs = Vec::new();
     while let Some((length, rest)) = packed.split_first_chunk() {
@@ -12,6 +12,6 @@ pub fn unpack(mut packed: &[u8]) -> Vec<&[u8]> {
         inputs.push(input);
         packed = rest;
     }
-    assert!(packed.is_empty(), "a corpus that is cut short");
+    assert!(packed.is_empty(), "a truncated corpus");
     inputs
 }

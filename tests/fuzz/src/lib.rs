@@ -1,6 +1,6 @@
-//! What every reader of files holds to, whatever the bytes: no panic, no more memory than its
-//! bound, and the properties that each target names. `driver/` gives the targets to libFuzzer;
-//! `tests/replay.rs` runs them over the inputs in `corpora/`.
+//! Fuzz targets of all file readers. For any input a reader must not panic, must stay within its
+//! memory bound, and must keep the properties that its target checks. `driver/` runs the targets
+//! under libFuzzer, `tests/replay.rs` on the inputs in `corpora/`.
 
 mod bounds;
 mod config;
@@ -18,10 +18,10 @@ mod tokenizer;
 
 pub use bounds::clean;
 
-/// A reader with its checks, run on the bytes of an input; whether it was read, not refused.
+/// Reader with its checks. Takes an input and returns true if the reader accepted it.
 pub type Target = fn(&[u8]) -> bool;
 
-/// All targets by their names.
+/// All targets by name.
 pub const TARGETS: [(&str, Target); 11] = [
     ("config", config::run),
     ("data", data::run),
@@ -36,10 +36,10 @@ pub const TARGETS: [(&str, Target); 11] = [
     ("tokenizer", tokenizer::run),
 ];
 
-/// The target called `name`.
+/// Returns the target called `name`.
 ///
 /// # Panics
-/// When there is none.
+/// If there is none.
 pub fn target(name: &str) -> Target {
     TARGETS.iter().find(|(known, _)| *known == name).unwrap_or_else(|| panic!("no target {name}")).1
 }

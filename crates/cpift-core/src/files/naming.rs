@@ -98,13 +98,13 @@ impl Drop for NewFolders {
 ///
 /// # Errors
 /// [`BadInput`] if another run has written `dest` in the meantime.
-pub(super) fn give_name(from: &Path, dest: &Path, force: bool, aside: &Path) -> Result<()> {
+pub(super) fn rename_output(from: &Path, dest: &Path, force: bool, aside: &Path) -> Result<()> {
     let renamed = if !force {
         match renameat_with(CWD, from, CWD, dest, RenameFlags::NOREPLACE) {
-            Err(Errno::EXIST) => return Err(written_meanwhile(dest).into()),
+            Err(Errno::EXIST) => return Err(written_by_another_run(dest).into()),
             // Some network file systems do not implement RENAME_NOREPLACE.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                check_output(dest, false).map_err(|_| written_meanwhile(dest))?;
+                check_output(dest, false).map_err(|_| written_by_another_run(dest))?;
                 fs::rename(from, dest)
             }
             other => other.map_err(Into::into),
@@ -124,7 +124,7 @@ pub(super) fn give_name(from: &Path, dest: &Path, force: bool, aside: &Path) -> 
     renamed.with_context(|| format!("renaming to {}", dest.display()))
 }
 
-fn written_meanwhile(dest: &Path) -> BadInput {
+fn written_by_another_run(dest: &Path) -> BadInput {
     BadInput::new(dest, "another run has written this output in the meantime; it is kept")
         .hint("--force replaces it; or choose another --out")
 }
@@ -132,7 +132,7 @@ fn written_meanwhile(dest: &Path) -> BadInput {
 /// Locks `folder` until it is closed, so that no other run renames outputs in it and an output and
 /// its record come from the same run. If the file system has no locks, or the wait times out, the
 /// rename goes ahead without the lock.
-pub(super) fn wait_for_turn(folder: &File) {
+pub(super) fn lock_for_rename(folder: &File) {
     let start = Instant::now();
     while matches!(folder.try_lock(), Err(TryLockError::WouldBlock)) && start.elapsed() < LOCK_TIMEOUT {
         std::thread::sleep(Duration::from_millis(1));

@@ -79,7 +79,7 @@ pub fn map(path: &Path) -> Result<Mmap> {
 ///
 /// # Errors
 /// [`BadInput`] with a hint how to get the file.
-pub(crate) fn refuse_stand_in(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn refuse_placeholder(path: &Path, bytes: &[u8]) -> Result<()> {
     let error = if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
         let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1024)]).into_owned();
         let size = text.lines().find_map(|line| line.strip_prefix("size "));

@@ -17,7 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-use super::naming::{NewFolders, check_output, check_output_dir, give_name, wait_for_turn};
+use super::naming::{NewFolders, check_output, check_output_dir, lock_for_rename, rename_output};
 use crate::error::BadInput;
 
 const SUFFIX: &str = ".partial";
@@ -114,7 +114,7 @@ impl Staging {
     fn rename(&self) -> Result<()> {
         let folder = self.folder_of_output()?;
         let _no_signal = unfinished();
-        self.give_name()?;
+        self.rename_output()?;
         self.sync(&folder)
     }
 
@@ -123,10 +123,10 @@ impl Staging {
     /// output with a record that does not match it, never a new output with the old record.
     fn rename_with(&self, record: &Self, also: &[StagedFile]) -> Result<()> {
         let folder = self.folder_of_output()?;
-        wait_for_turn(&folder);
+        lock_for_rename(&folder);
         let _no_signal = unfinished();
         let order = if self.force { [record, self] } else { [self, record] };
-        also.iter().map(|file| &file.staging).chain(order).try_for_each(Self::give_name)?;
+        also.iter().map(|file| &file.staging).chain(order).try_for_each(Self::rename_output)?;
         self.sync(&folder)
     }
 
@@ -141,8 +141,8 @@ impl Staging {
         folder.sync_all().with_context(|| format!("syncing {} to disk", self.dest.display()))
     }
 
-    fn give_name(&self) -> Result<()> {
-        give_name(&self.path(), &self.dest, self.force, &self.folder.path().join("old"))
+    fn rename_output(&self) -> Result<()> {
+        rename_output(&self.path(), &self.dest, self.force, &self.folder.path().join("old"))
     }
 }
 

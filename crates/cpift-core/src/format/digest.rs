@@ -1,5 +1,5 @@
 //! Content digests: BLAKE3 over names, dtypes, shapes and hashes of tensors, plus config and
-//! tokenizer for folders.
+//! tokenizer for directories.
 
 use std::fmt;
 use std::fs;

@@ -18,7 +18,7 @@ const LONGEST: u64 = 256 << 20;
 /// [`BadInput`] with line and column if the text is not JSON or not a `T`.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = open::read_text_of(path, LONGEST)?;
-    open::refuse_stand_in(path, text.as_bytes())?;
+    open::refuse_placeholder(path, text.as_bytes())?;
     serde_json::from_str(&text).map_err(|e| BadInput::new(path, format!("cannot be read as JSON: {e}")).into())
 }
 

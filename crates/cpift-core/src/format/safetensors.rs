@@ -118,7 +118,7 @@ fn each_once<'de, D: Deserializer<'de>>(input: D) -> Result<HashMap<String, Tens
 /// Reads and checks the header. Returns the offset at which the data begins, and the header, whose
 /// tensors fill the data exactly.
 fn read_header(path: &Path, map: &[u8]) -> Result<(usize, Metadata)> {
-    open::refuse_stand_in(path, map)?;
+    open::refuse_placeholder(path, map)?;
     let data_start = check_lengths(path, map)?;
     let Header { metadata, tensors } = serde_json::from_slice(&map[8..data_start])
         .map_err(|e| BadInput::new(path, format!("not a valid safetensors header: {e}")))?;

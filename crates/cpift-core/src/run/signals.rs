@@ -57,12 +57,12 @@ enum Answer {
 /// # Errors
 /// If the handlers cannot be set.
 pub(crate) fn listen() -> Result<()> {
-    const HEARD: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1];
-    let heard: SigSet = HEARD.into_iter().collect();
-    let mut signals = Signals::new(HEARD.map(|s| s as i32)).context("listening for signals")?;
-    heard.thread_block().context("blocking signals")?;
-    let hear = move || {
-        if let Err(error) = heard.thread_unblock() {
+    const HANDLED: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1];
+    let handled: SigSet = HANDLED.into_iter().collect();
+    let mut signals = Signals::new(HANDLED.map(|s| s as i32)).context("listening for signals")?;
+    handled.thread_block().context("blocking signals")?;
+    let handle = move || {
+        if let Err(error) = handled.thread_unblock() {
             log::warn!("signals cannot be received: {error}");
         }
         let mut warned: Option<(i32, Instant)> = None;
@@ -85,7 +85,7 @@ pub(crate) fn listen() -> Result<()> {
             }
         }
     };
-    std::thread::Builder::new().spawn(hear).map(drop).context("starting the signal thread")
+    std::thread::Builder::new().spawn(handle).map(drop).context("starting the signal thread")
 }
 
 fn is_warning(signal: i32) -> bool {
