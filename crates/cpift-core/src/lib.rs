@@ -6,7 +6,7 @@
 //!
 //! 1. [`error`], [`log_once`]
 //! 2. [`files`]: opening, staging and renaming
-//! 3. [`format`]: file formats
+//! 3. [`mod@format`]: file formats
 //! 4. [`stream`]: passes over large arrays
 //! 5. [`record`]: provenance and the up-to-date rule
 //! 6. [`run`]: command line, signals, progress

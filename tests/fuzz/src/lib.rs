@@ -4,7 +4,6 @@
 
 mod bounds;
 mod config;
-pub mod corpus;
 mod data;
 mod groups;
 mod header;
@@ -42,4 +41,19 @@ pub const TARGETS: [(&str, Target); 11] = [
 /// If there is none.
 pub fn target(name: &str) -> Target {
     TARGETS.iter().find(|(known, _)| *known == name).unwrap_or_else(|| panic!("no target {name}")).1
+}
+
+/// Splits a packed corpus into its inputs, each preceded by its length as a little-endian u32.
+///
+/// # Panics
+/// If the file is truncated.
+pub fn unpack(mut packed: &[u8]) -> Vec<&[u8]> {
+    let mut inputs = Vec::new();
+    while let Some((length, rest)) = packed.split_first_chunk() {
+        let (input, rest) = rest.split_at(u32::from_le_bytes(*length) as usize);
+        inputs.push(input);
+        packed = rest;
+    }
+    assert!(packed.is_empty(), "a truncated corpus");
+    inputs
 }

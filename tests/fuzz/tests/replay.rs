@@ -3,8 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use cpift_fuzz::corpus::unpack;
-use cpift_fuzz::{TARGETS, clean};
+use cpift_fuzz::{TARGETS, clean, unpack};
 
 #[test]
 fn every_input_is_accepted_or_refused() {

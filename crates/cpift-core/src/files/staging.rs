@@ -281,7 +281,7 @@ impl StagedPath {
     }
 
     /// As [`StagedPath::commit`], but first commits the files in `also`, and commits the `record`
-    /// of the output with it. If two runs write the same output, all these files are of the same
+    /// of the output with it. If two runs write the same output, all these files come from the same
     /// run.
     pub(crate) fn commit_with(self, record: StagedFile, also: &[StagedFile]) -> Result<()> {
         sync(&self.path())?;
@@ -401,7 +401,7 @@ mod tests {
         fs::create_dir(&out).unwrap();
         fs::write(out.join("stale"), "").unwrap();
         assert!(StagedDir::create(&out, false).is_err());
-        assert!(StagedDir::create(&out, true).is_err(), "a folder that is not ours");
+        assert!(StagedDir::create(&out, true).is_err(), "a directory that is not ours");
         assert!(out.join("stale").exists());
         fs::write(out.join("cpift.json"), "").unwrap();
         let staged = StagedDir::create(&out, true).unwrap();

@@ -14,7 +14,7 @@ use crate::files::staging;
 /// Current [`Phase`] of the stage; 0 outside any phase.
 static PHASE: AtomicU8 = AtomicU8::new(0);
 /// Signal that asked the stage to stop; 0 for none.
-static ASKED: AtomicI32 = AtomicI32::new(0);
+static STOP_SIGNAL: AtomicI32 = AtomicI32::new(0);
 
 /// The same signal within this time of the first is a duplicate: Slurm signals all processes of a
 /// job, and the scripts that started the stage forward the signal too.
@@ -70,13 +70,13 @@ pub(crate) fn listen() -> Result<()> {
             if warned.is_some_and(|(before, at)| before == signal && at.elapsed() < DUPLICATE_WINDOW) {
                 continue;
             }
-            let first = ASKED.load(Ordering::SeqCst) == 0;
+            let first = STOP_SIGNAL.load(Ordering::SeqCst) == 0;
             match answer(signal, PHASE.load(Ordering::SeqCst), first) {
                 Answer::Wait(what) => {
                     if is_warning(signal) {
                         warned.get_or_insert_with(|| (signal, Instant::now()));
                     }
-                    let _ = ASKED.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
+                    let _ = STOP_SIGNAL.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
                     log::info!("{}: {what}", name(signal));
                 }
                 // Exit without destructors, because other threads still use what they would
@@ -124,7 +124,7 @@ impl Drop for SignalScope {
 
 /// Returns the name of the signal that asked the stage to stop, if any.
 pub fn stop_asked() -> Option<&'static str> {
-    match ASKED.load(Ordering::SeqCst) {
+    match STOP_SIGNAL.load(Ordering::SeqCst) {
         0 => None,
         signal => Some(name(signal)),
     }
