@@ -72,7 +72,17 @@ def stages_of(artifacts):
         for need in (place(need)[0] for need in artifact.needs):
             if need != name and need not in stage.needs:
                 stage.needs.append(need)
-    return stages
+    ordered = {}
+
+    def add(name):
+        if name not in ordered:
+            for need in stages[name].needs:
+                add(need)
+            ordered[name] = stages[name]
+
+    for name in stages:
+        add(name)
+    return ordered
 
 
 def submit(stage, stages, queued, cluster, run, dry_run):

@@ -12,7 +12,8 @@ fn three() -> Setting {
     Setting::new(&[("a", every(0..100, 1)), ("b", every(50..150, 1)), ("c", every(400..500, 1))])
 }
 
-/// Replaces the mask of `b` by one with a changed header, and expects a refusal that names both masks.
+/// Replaces the mask of `b` by one with a changed header, and expects a refusal that names both
+/// masks.
 #[track_caller]
 fn refuses(change: impl FnOnce(&mut MaskHeader), parts: &[&str]) {
     let s = three();

@@ -1,4 +1,4 @@
-//! The `cpift-merge` program: parse, run, one error print, exit code.
+//! The `cpift-merge` program: parse, run, print an error once, exit code.
 
 use std::process::ExitCode;
 

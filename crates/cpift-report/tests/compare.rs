@@ -1,4 +1,4 @@
-//! `compare`: the best in bold, differences with intervals, every format, and what is refused.
+//! `compare`: the best in bold, differences with intervals, every format, and refusals.
 
 mod support;
 
@@ -55,7 +55,8 @@ fn the_best_of_each_column_is_bold_by_its_own_direction() {
 #[test]
 fn intervals_come_from_rows_matched_by_task_and_number() {
     let f = Folder::new();
-    // Differences by row: 1, 1, ..., in another order of lines in one file; the mean difference is 1 whatever is drawn.
+    // Differences by row: 1, 1, ..., in another order of lines in one file; the mean difference is
+    // 1 whatever is drawn.
     f.score("a", &[("copy", &[0.0, 0.5, 0.25, 0.75])]);
     f.score("b", &[("copy", &[0.125, 0.625, 0.375, 0.875])]);
     let path = f.path("scores/b/outputs.jsonl");
@@ -194,7 +195,7 @@ fn runs_that_answered_other_questions_are_refused_by_both_names() {
         assert!(paths && error.contains(part) && error.contains("--force"), "{part}: {error}");
         try_compare(&f, &["a", "b"], &[], true).unwrap();
     }
-    // What scoring counted is no setting.
+    // Counts made while scoring are not compared as settings.
     let f = two();
     f.edit("b", |s| s["tasks"][0]["settings"]["truncated"] = json!(3));
     compared(&f, &["a", "b"], &[]);
@@ -245,7 +246,7 @@ fn arguments_that_make_no_sense_are_usage_errors() {
     let f = two();
     for (runs, more, part) in [
         (&["a", "a"][..], &[][..], "two runs are called a"),
-        (&["a", "b"], &["--baseline", "c"], "none of the runs: a, b"),
+        (&["a", "b"], &["--baseline", "c"], "not among the runs: a, b"),
         (&["a", "b"], &["--resamples", "0"], "--resamples"),
         (&["a"], &["b="], "is no [NAME=]RUN"),
     ] {

@@ -45,19 +45,20 @@ fn two(a: [f64; 3], b: [f64; 3]) -> Folder {
 
 #[test]
 fn losses_have_paired_intervals_over_rows() {
-    // Every row is better by half a nat a token, whatever is drawn.
+    // Every row is better by half a nat per token, whatever is drawn.
     let json = json_of(&two([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]));
     for figure in ["nll", "mean nll"] {
         let ends = delta(&json, figure)["interval"].as_array().unwrap();
         assert!(ends.iter().all(|end| (end.as_f64().unwrap() + 0.5).abs() < 1e-12), "{figure}: {ends:?}");
     }
     assert_eq!(delta(&json, "nll")["paired_rows"], json!(3), "a row without a token is in no loss");
-    // Losses of 1 and 2 nats a token: a perplexity of e^2 is e^2 - e more than one of e.
+    // Losses of 1 and 2 nats per token: a perplexity of e^2 is e^2 - e more than one of e.
     let json = json_of(&two([1.0; 3], [2.0; 3]));
     let expected = 2f64.exp() - 1f64.exp();
     let ends = delta(&json, "perplexity")["interval"].as_array().unwrap();
     assert!(ends.iter().all(|end| (end.as_f64().unwrap() - expected).abs() < 1e-12), "{ends:?}");
-    // Rows count by their tokens: -1 nat on one of seven, and the rows drawn are those of either end.
+    // Rows are weighted by their tokens: the mean is -1 nat on one token of seven, and resamples
+    // range from no such row to several.
     let json = json_of(&two([1.0; 3], [0.0, 1.0, 1.0]));
     let (value, ends) = (delta(&json, "nll")["value"].as_f64().unwrap(), &delta(&json, "nll")["interval"]);
     assert!((value + 1.0 / 7.0).abs() < 1e-12 && ends[0].as_f64().unwrap() < -0.3 && ends[1] == json!(0.0), "{ends}");

@@ -103,6 +103,11 @@ impl MetricValue {
 }
 
 impl Scores {
+    /// Path of the scores at `path`: the file itself, or scores.json in the directory.
+    pub fn file(path: &Path) -> PathBuf {
+        if path.is_dir() { path.join(FILE_NAME) } else { path.to_owned() }
+    }
+
     /// Reads a scores.json, or the one inside a directory.
     ///
     /// # Errors
@@ -166,7 +171,7 @@ impl Scores {
 }
 
 fn open(path: &Path) -> Result<(PathBuf, serde_json::Value)> {
-    let file = if path.is_dir() { path.join(FILE_NAME) } else { path.to_owned() };
+    let file = Scores::file(path);
     let value = json::read(&file)?;
     Ok((file, value))
 }

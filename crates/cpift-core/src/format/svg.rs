@@ -1,6 +1,9 @@
-//! Heat maps as self-contained SVG pictures for light and dark color schemes.
+//! SVG drawings: shapes on a canvas, and self-contained heat maps for light and dark color schemes.
+//!
+//! All SVG of the workspace is written here. A [`Canvas`] becomes an element of an HTML page, whose
+//! style sheet colors its classes. A [`Picture`] becomes a document with its own style sheet.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// Style sheet. Labels are 13 pixels high, notes 12.
 const STYLE: &str = "
@@ -40,7 +43,7 @@ impl Rgb {
     }
 }
 
-/// Color scale.
+/// Color scale of a heat map.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scale {
     /// From 0 (pale) to this value (dark).
@@ -94,10 +97,112 @@ pub struct Cell<'a> {
     pub title: &'a str,
 }
 
-/// A picture under construction. It grows with its content.
+/// Formats an element with `content`, which is SVG. Empty attributes are omitted.
+fn element(name: &str, attributes: &[(&str, &dyn Display)], content: &str) -> String {
+    let mut out = format!("<{name}");
+    for (key, value) in attributes {
+        let value = escape(&value.to_string());
+        if !value.is_empty() {
+            let _ = write!(out, " {key}=\"{value}\"");
+        }
+    }
+    if content.is_empty() { out + "/>" } else { format!("{out}>{content}</{name}>") }
+}
+
+/// Formats a title element, which viewers show as a tooltip; empty for an empty text.
+fn title(text: &str) -> String {
+    if text.is_empty() { String::new() } else { element("title", &[], &escape(text)) }
+}
+
+/// Formats a coordinate to a tenth of a pixel.
+fn number(value: f64) -> String {
+    let text = format!("{:.1}", value + 0.0);
+    text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
+}
+
+/// Drawing with coordinates in pixels, one shape per line. Every shape has a class of the style
+/// sheet of its page.
+///
+/// Markup in texts is escaped. Control characters are not: a [`Picture`] replaces them because XML
+/// does not allow them, and an HTML page decides how to show them.
+#[derive(Debug, Default)]
+pub struct Canvas {
+    body: String,
+}
+
+impl Canvas {
+    fn add(&mut self, shape: &str) {
+        self.body.push_str(shape);
+        self.body.push('\n');
+    }
+
+    /// Adds text with its baseline at `y`.
+    pub fn text(&mut self, x: f64, y: f64, class: &str, text: &str) {
+        self.add(&element("text", &[("class", &class), ("x", &number(x)), ("y", &number(y))], &escape(text)));
+    }
+
+    /// Adds a name of at most `width` pixels. Longer names are shortened, with the full name as their
+    /// title.
+    pub fn name(&mut self, x: f64, y: f64, class: &str, width: f64, name: &str) {
+        let fits = (1..=name.chars().count()).rev().find(|&k| text_width(&shortened(name, k)) as f64 <= width);
+        let content = titled(&shortened(name, fits.unwrap_or(1)), name);
+        self.add(&element("text", &[("class", &class), ("x", &number(x)), ("y", &number(y))], &content));
+    }
+
+    /// Adds a rectangle at (left, top, width, height).
+    pub fn rect(&mut self, (x, y, width, height): (f64, f64, f64, f64), class: &str, text: &str) {
+        let (x, y, width, height) = (number(x), number(y), number(width), number(height));
+        let place: [(&str, &dyn Display); 5] =
+            [("class", &class), ("x", &x), ("y", &y), ("width", &width), ("height", &height)];
+        self.add(&element("rect", &place, &title(text)));
+    }
+
+    /// Adds a straight line.
+    pub fn line(&mut self, from: (f64, f64), to: (f64, f64), class: &str) {
+        self.curve(&[from, to], class, "");
+    }
+
+    /// Adds a line through points.
+    pub fn curve(&mut self, points: &[(f64, f64)], class: &str, text: &str) {
+        let point = |(i, (x, y)): (usize, &(f64, f64))| {
+            format!("{}{} {}", if i == 0 { "M" } else { "L" }, number(*x), number(*y))
+        };
+        let d: String = points.iter().enumerate().map(point).collect();
+        self.add(&element("path", &[("class", &class), ("d", &d)], &title(text)));
+    }
+
+    /// Adds a dot.
+    pub fn dot(&mut self, (x, y): (f64, f64), class: &str, text: &str) {
+        let place: [(&str, &dyn Display); 4] =
+            [("class", &class), ("cx", &number(x)), ("cy", &number(y)), ("r", &"3.5")];
+        self.add(&element("circle", &place, &title(text)));
+    }
+
+    /// Returns the drawing as an element of a page. `label` is the text for screen readers; `class`
+    /// may be empty.
+    pub fn finish(self, (width, height): (f64, f64), class: &str, label: &str) -> String {
+        let (width, height) = (number(width), number(height));
+        let attributes: [(&str, &dyn Display); 6] = [
+            ("role", &"img"),
+            ("class", &class),
+            ("aria-label", &label),
+            ("viewBox", &format!("0 0 {width} {height}")),
+            ("width", &width),
+            ("height", &height),
+        ];
+        element("svg", &attributes, &format!("\n{}", self.body))
+    }
+}
+
+/// Formats a shortened text, with the full text as its title if they differ.
+fn titled(short: &str, whole: &str) -> String {
+    (if short == whole { String::new() } else { title(whole) }) + &escape(short)
+}
+
+/// Self-contained heat map under construction. It grows with its content.
 pub struct Picture {
     title: String,
-    body: String,
+    canvas: Canvas,
     right: usize,
     bottom: usize,
 }
@@ -105,7 +210,7 @@ pub struct Picture {
 impl Picture {
     /// Creates a picture with a headline and a `title` for screen readers.
     pub fn new(headline: &str, title: &str) -> Self {
-        let mut picture = Self { title: title.to_owned(), body: String::new(), right: 0, bottom: 0 };
+        let mut picture = Self { title: title.to_owned(), canvas: Canvas::default(), right: 0, bottom: 0 };
         picture.text((MARGIN, 30), "head", headline);
         picture
     }
@@ -124,77 +229,71 @@ impl Picture {
             _ => x + width,
         };
         self.grow(right, y + 4);
-        let class = if class.is_empty() { String::new() } else { format!(" class=\"{class}\"") };
-        let _ = writeln!(self.body, "<text{class} x=\"{x}\" y=\"{y}\">{}</text>", escape(text));
+        self.canvas.text(x as f64, y as f64, class, &xml(text));
     }
 
-    /// Adds a label that ends at `at`; a very long one is shortened.
-    pub fn row_label(&mut self, at: (usize, usize), text: &str) {
-        self.label(&format!("class=\"end\" x=\"{}\" y=\"{}\"", at.0, at.1), text);
+    /// Adds a label that ends at `(x, y)`; a very long one is shortened.
+    pub fn row_label(&mut self, (x, y): (usize, usize), text: &str) {
+        self.label(&[("class", &"end"), ("x", &x), ("y", &y)], text);
     }
 
     /// Adds a label above a column of this `width`, whose center is `x`: horizontal if it fits,
     /// rotated by 45° otherwise. [`label_height`] is the room it takes above `y`.
     pub fn column_label(&mut self, (x, y): (usize, usize), width: usize, text: &str) {
         if text_width(text) <= width {
-            self.label(&format!("class=\"middle\" x=\"{x}\" y=\"{y}\""), text);
+            self.label(&[("class", &"middle"), ("x", &x), ("y", &y)], text);
         } else {
             self.grow(x + label_width([text]) * 3 / 4, y);
-            self.label(&format!("transform=\"translate({} {y}) rotate(-45)\"", x + 4), text);
+            self.label(&[("transform", &format!("translate({} {y}) rotate(-45)", x + 4))], text);
         }
     }
 
-    fn label(&mut self, attributes: &str, text: &str) {
-        let short = shortened(text, LABEL);
-        let title = if short == text { String::new() } else { format!("<title>{}</title>", escape(text)) };
-        let _ = writeln!(self.body, "<text {attributes}>{title}{}</text>", escape(&short));
+    fn label(&mut self, attributes: &[(&str, &dyn Display)], text: &str) {
+        let content = titled(&xml(&shortened(text, LABEL)), &xml(text));
+        self.canvas.add(&element("text", attributes, &content));
     }
 
     /// Adds a cell with its text in the center.
     pub fn cell(&mut self, cell: &Cell<'_>) {
         let (x, y, width, height) = cell.place;
         self.grow(x + width, y + height);
-        let (title, fill) = (escape(cell.title), cell.color.hex());
-        let _ = write!(
-            self.body,
-            "<g><title>{title}</title><rect x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\" fill=\"{fill}\"/>"
-        );
+        let place: [(&str, &dyn Display); 5] =
+            [("x", &x), ("y", &y), ("width", &width), ("height", &height), ("fill", &cell.color.hex())];
+        let mut content = title(&xml(cell.title)) + &element("rect", &place, "");
         if !cell.text.is_empty() {
-            let (x, y, ink) = (x + width / 2, y + height / 2 + 4, cell.color.ink());
-            let _ = write!(
-                self.body,
-                "<text class=\"small middle {ink}\" x=\"{x}\" y=\"{y}\">{}</text>",
-                escape(cell.text)
-            );
+            let class = format!("small middle {}", cell.color.ink());
+            let place: [(&str, &dyn Display); 3] =
+                [("class", &class), ("x", &(x + width / 2)), ("y", &(y + height / 2 + 4))];
+            content += &element("text", &place, &escape(&xml(cell.text)));
         }
-        self.body.push_str("</g>\n");
+        self.canvas.add(&element("g", &[], &content));
     }
 
     /// Adds a frame around cells.
     pub fn frame(&mut self, (x, y, width, height): (usize, usize, usize, usize)) {
-        let _ = writeln!(
-            self.body,
-            "<rect class=\"frame\" x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\" fill=\"none\"/>"
-        );
+        let place: [(&str, &dyn Display); 6] =
+            [("class", &"frame"), ("x", &x), ("y", &y), ("width", &width), ("height", &height), ("fill", &"none")];
+        self.canvas.add(&element("rect", &place, ""));
     }
 
     /// Adds the colors of `scale` as a bar at `(x, y)`, with these values marked below it.
     pub fn legend(&mut self, (x, y): (usize, usize), scale: Scale, marks: &[(f64, String)]) {
         const WIDTH: usize = 320;
         let stops = scale.stops();
-        self.body.push_str("<linearGradient id=\"scale\">");
-        for (i, stop) in stops.iter().enumerate() {
+        let stop = |(i, stop): (usize, &Rgb)| {
             let offset = i as f64 / (stops.len() - 1) as f64;
-            let _ = write!(self.body, "<stop offset=\"{offset}\" stop-color=\"{}\"/>", stop.hex());
-        }
-        let _ = writeln!(
-            self.body,
-            "</linearGradient>\n<rect x=\"{x}\" y=\"{y}\" width=\"{WIDTH}\" height=\"12\" fill=\"url(#scale)\"/>"
-        );
+            element("stop", &[("offset", &offset), ("stop-color", &stop.hex())], "")
+        };
+        let colors: String = stops.iter().enumerate().map(stop).collect();
+        self.canvas.add(&element("linearGradient", &[("id", &"scale")], &colors));
+        let bar: [(&str, &dyn Display); 5] =
+            [("x", &x), ("y", &y), ("width", &WIDTH), ("height", &12), ("fill", &"url(#scale)")];
+        self.canvas.add(&element("rect", &bar, ""));
         self.grow(x + WIDTH, y + 12);
         for (value, label) in marks {
             let at = x + (scale.place(*value) * WIDTH as f64).round() as usize;
-            let _ = writeln!(self.body, "<path d=\"M{at} {}v5\" stroke=\"#8a929c\"/>", y + 12);
+            let d = format!("M{at} {}v5", y + 12);
+            self.canvas.add(&element("path", &[("d", &d), ("stroke", &"#8a929c")], ""));
             self.text((at, y + 30), "tiny middle", label);
         }
     }
@@ -215,14 +314,25 @@ impl Picture {
     /// Returns the SVG document.
     pub fn finish(self) -> String {
         let (width, height) = (self.right + MARGIN, self.bottom + MARGIN);
-        format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
-             height=\"{height}\" font-family=\"system-ui, sans-serif\" font-size=\"13\" role=\"img\" \
-             aria-labelledby=\"title\">\n<title id=\"title\">{}</title>\n<style>{STYLE}</style>\n\
-             <rect class=\"paper\" width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n{}</svg>\n",
-            escape(&self.title),
-            self.body
-        )
+        let attributes: [(&str, &dyn Display); 8] = [
+            ("xmlns", &"http://www.w3.org/2000/svg"),
+            ("viewBox", &format!("0 0 {width} {height}")),
+            ("width", &width),
+            ("height", &height),
+            ("font-family", &"system-ui, sans-serif"),
+            ("font-size", &13),
+            ("role", &"img"),
+            ("aria-labelledby", &"title"),
+        ];
+        let paper: [(&str, &dyn Display); 4] =
+            [("class", &"paper"), ("width", &"100%"), ("height", &"100%"), ("fill", &"#ffffff")];
+        let parts = [
+            element("title", &[("id", &"title")], &escape(&xml(&self.title))),
+            element("style", &[], STYLE),
+            element("rect", &paper, ""),
+            self.canvas.body,
+        ];
+        element("svg", &attributes, &format!("\n{}", parts.join("\n"))) + "\n"
     }
 }
 
@@ -245,8 +355,8 @@ pub fn shortened(text: &str, longest: usize) -> String {
     text.chars().take(longest - 1).chain(['…']).collect()
 }
 
-/// Upper estimate of the width of 13-pixel text. Chinese and similar characters are as wide as they
-/// are high.
+/// Upper estimate of the width of 13-pixel text: Chinese and similar characters are as wide as
+/// they are high.
 pub fn text_width(text: &str) -> usize {
     let width = |c: char| match c {
         c if u32::from(c) >= 0x1100 => 14,
@@ -258,7 +368,13 @@ pub fn text_width(text: &str) -> usize {
     text.chars().map(width).sum()
 }
 
-/// Escapes text for XML and replaces characters that XML does not allow.
+/// Replaces characters that XML does not allow.
+fn xml(text: &str) -> String {
+    let allowed = |c: char| !c.is_control() && !matches!(c, '\u{fffe}' | '\u{ffff}');
+    text.chars().map(|c| if allowed(c) { c } else { '\u{fffd}' }).collect()
+}
+
+/// Escapes text for the content of an element or a quoted attribute.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -267,7 +383,6 @@ fn escape(text: &str) -> String {
             '<' => out.push_str("&lt;"),
             '>' => out.push_str("&gt;"),
             '"' => out.push_str("&quot;"),
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }
@@ -280,7 +395,11 @@ mod tests {
 
     #[test]
     fn names_are_escaped() {
-        assert_eq!(escape("a<b>&\"c\"\u{1}\u{ffff}"), "a&lt;b&gt;&amp;&quot;c&quot;\u{fffd}\u{fffd}");
+        let shown = "a&lt;b&gt;&amp;&quot;c&quot;\u{fffd}\u{fffd}";
+        assert_eq!(escape(&xml("a<b>&\"c\"\u{1}\u{ffff}")), shown);
+        let mut picture = Picture::new("x", "a<b>&\"c\"\u{1}\u{ffff}");
+        picture.row_label((0, 0), "a<b>&\"c\"\u{1}\u{ffff}");
+        assert_eq!(picture.finish().matches(shown).count(), 2);
     }
 
     #[test]
@@ -304,5 +423,12 @@ mod tests {
         picture.row_label((400, 20), &name);
         let svg = picture.finish();
         assert!(svg.contains(&format!("<title>{name}</title>{}…</text>", "n".repeat(43))), "{svg}");
+    }
+    #[test]
+    fn names_on_a_canvas_are_shortened_to_their_width_and_keep_the_full_name_as_a_title() {
+        let mut canvas = Canvas::default();
+        canvas.name(0.0, 0.0, "end", 60.0, "a-name-that-is-far-too-long");
+        let svg = canvas.finish((10.0, 10.0), "", "x");
+        assert!(svg.contains("<title>a-name-that-is-far-too-long</title>a-nam…</text>"), "{svg}");
     }
 }

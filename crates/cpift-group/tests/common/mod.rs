@@ -13,10 +13,11 @@ use tempfile::TempDir;
 
 pub const BIN: &str = env!("CARGO_BIN_EXE_cpift-group");
 
-/// Positions in the model below, all tensors after one another in bytewise name order.
+/// Positions in the model below, with its tensors concatenated in bytewise name order.
 pub type Region = BTreeSet<usize>;
 
-/// Elements of each tensor: a size that is no multiple of 8, one that fills several blocks, and one of each kind.
+/// Elements of each tensor. One size is not a multiple of 8, one fills several blocks, and there is a
+/// tensor of each kind.
 pub const MODEL: [(&str, usize); 4] = [
     ("lm_head.weight", 1003),
     ("model.embed_tokens.weight", 300_001),
@@ -59,7 +60,7 @@ pub fn write_mask(path: &Path, region: &Region, header: &MaskHeader) {
     }
 }
 
-/// A folder with masks, and one for the outputs.
+/// A directory with masks, and one for the outputs.
 pub struct Setting {
     pub dir: TempDir,
     pub out: PathBuf,

@@ -1,4 +1,5 @@
-//! A small run folder as the pipeline lays it out, with rows that would act on a careless page.
+//! A small run directory as the pipeline lays it out, with outputs that would act on a page that does
+//! not escape them.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::collections::BTreeMap;
@@ -62,7 +63,8 @@ impl Folder {
         self.path(folder)
     }
 
-    /// Gives the rows of a task in outputs.jsonl their losses, as sums and numbers of tokens, and scores.json what they come to.
+    /// Gives the rows of a task in outputs.jsonl their losses, as sums and numbers of tokens, and
+    /// scores.json the mean.
     pub fn losses_at(&self, folder: &str, task: &str, losses: &[(f64, u64)]) {
         let path = self.path(&format!("{folder}/outputs.jsonl"));
         let with_loss = |line: &str| {
@@ -86,7 +88,7 @@ impl Folder {
         });
     }
 
-    /// Writes experiments/NAME.json: `more` over the fields that every experiment has. Its path.
+    /// Writes experiments/NAME.json, with the fields of every experiment and `more`; returns its path.
     pub fn experiment(&self, name: &str, kind: &str, more: &Value) -> PathBuf {
         let mut value = json!({"format_version": 1, "name": name, "title": format!("The {name} experiment"),
             "question": "Does it hold?", "kind": kind});
@@ -156,7 +158,7 @@ impl Folder {
         self.experiment("3-forgetting", "forgetting", &json!({"baseline": "full-sft", "rows": rows}));
     }
 
-    /// Everything a finished pipeline leaves.
+    /// All files of a finished pipeline.
     pub fn whole() -> Self {
         let f = Self::new();
         let base = write_tiny_model(&f.path("base-model"), 1);
@@ -198,7 +200,7 @@ impl Folder {
     }
 }
 
-/// The score of a task on four rows; without a metric where there is none.
+/// The score of a task on four rows.
 pub fn task_score(task: &str, metric: Option<MetricValue>) -> TaskScore {
     let nll = MetricValue { name: "nll".into(), value: 2.0, stderr: Some(0.1), n: 4 };
     let settings = BTreeMap::from([("rows".to_owned(), json!(4)), ("truncated".to_owned(), json!(0))]);
