@@ -1,4 +1,5 @@
-//! The help texts of all programs, frozen in tests/help: a changed flag shows as a changed file. `UPDATE_HELP=1` rewrites them.
+//! Help texts of all programs, compared with the files in tests/help, so that a changed flag shows up
+//! as a changed file. `UPDATE_HELP=1` rewrites them.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -8,7 +9,7 @@ use std::process::{Command, Stdio};
 use cpift_testkit::chain::program;
 
 const PROGRAMS: [&str; 6] = ["cpift-probe", "cpift-mask", "cpift-group", "cpift-merge", "cpift-train", "cpift-eval"];
-/// The same in every program, and shown once.
+/// Subcommands that every program has; their help texts are recorded once.
 const SHARED: [&str; 3] = ["up-to-date", "completions", "help"];
 
 fn help(name: &str, subcommand: &[&str]) -> String {
@@ -31,7 +32,7 @@ fn subcommands(help: &str) -> Vec<&str> {
 }
 
 #[test]
-fn help_texts_are_those_on_record() {
+fn help_texts_are_as_recorded() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("help");
     let update = std::env::var_os("UPDATE_HELP").is_some();
     let mut changed = Vec::new();
@@ -42,7 +43,7 @@ fn help_texts_are_those_on_record() {
         for subcommand in subcommands(&top).into_iter().chain(shared.iter().copied()) {
             write!(text, "\n$ {name} {subcommand} --help\n{}", help(name, &[subcommand])).unwrap();
         }
-        // Trailing spaces of wrapped lines are not part of the text.
+        // clap leaves trailing spaces at wrapped lines.
         let text: String = text.lines().map(|line| format!("{}\n", line.trim_end())).collect();
         let file = folder.join(format!("{name}.txt"));
         if update {
@@ -56,7 +57,7 @@ fn help_texts_are_those_on_record() {
 }
 
 #[test]
-fn every_flag_stands_under_a_heading() {
+fn every_flag_is_under_a_heading() {
     for name in PROGRAMS {
         let top = help(name, &[]);
         for subcommand in subcommands(&top).into_iter().map(Some).chain([None]) {

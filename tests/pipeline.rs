@@ -1,6 +1,6 @@
-//! The six programs end to end, chained by scripts/pipeline.mk on a tiny model: what is transplanted and frozen keeps its bits,
-//! a rerun gives the same bytes, and an edited data file reruns what depends on it and nothing else; status, Slurm submission, make
-//! and the experiments agree on what a change concerns.
+//! The six programs end to end, run by scripts/pipeline.mk on a tiny model. Transplanted and frozen
+//! elements keep their bits, a rerun gives the same bytes, and editing a data file reruns only what
+//! depends on it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -36,12 +36,12 @@ impl Pipeline {
         self.dir.path().join(name)
     }
 
-    /// Runs make and returns what it printed: the name of every artifact it made.
+    /// Runs make and returns the names of the artifacts that it made.
     fn make(&self, run: &str) -> Vec<String> {
         self.make_with(run, &[])
     }
 
-    /// As [`Pipeline::make`], with more settings.
+    /// As [`Pipeline::make`], with additional settings.
     fn make_with(&self, run: &str, more: &[&str]) -> Vec<String> {
         let bin = programs();
         let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
@@ -51,7 +51,8 @@ impl Pipeline {
             .args([variable("BIN", &bin), variable("BASE", &self.path("base")), variable("RUN", &self.path(run))])
             .arg(variable("TASKS", &self.path("data/tasks.toml")))
             .args(["PROBE_TOKENS=600", "BACKBONE_TOKENS=600", "FINAL_TOKENS=1200", "P=5", "ORDER=overlap"])
-            // Over 1: every task is a group of its own, so that two stages have something to freeze.
+            // With TAU above 1 every task is a group of its own, so that two stages freeze
+            // parameters.
             .args([
                 "METHODS=full-sft multi-stage cpi-ft",
                 "TAU=1.1",
@@ -65,7 +66,7 @@ impl Pipeline {
         let stdout = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "make\n{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
         let made: Vec<(String, String)> = stdout.lines().filter_map(made_line).collect();
-        // Each is counted once, and there are as many as were announced.
+        // Every artifact is counted once, up to the announced total.
         let mut counts: Vec<String> = made.iter().map(|(count, _)| count.clone()).collect();
         counts.sort_by_key(|count| count.split('/').next().unwrap().parse::<usize>().unwrap());
         let expected: Vec<String> = (1..=made.len()).map(|k| format!("{k}/{}", made.len())).collect();
@@ -92,7 +93,7 @@ impl Pipeline {
     }
 }
 
-/// Count and name of a line like `[ 3/20] probe-copy    1.2 s`; none where it is of make's own.
+/// Count and name in a line such as `[ 3/20] probe-copy    1.2 s`; none for other lines.
 fn made_line(line: &str) -> Option<(String, String)> {
     let (count, rest) = line.strip_prefix('[')?.split_once("] ")?;
     let [name, seconds, "s"] = rest.split_whitespace().collect::<Vec<_>>()[..] else { panic!("{line}") };
@@ -100,7 +101,7 @@ fn made_line(line: &str) -> Option<(String, String)> {
     Some((count.trim().to_owned(), name.to_owned()))
 }
 
-/// Element `i` of an F32 tensor.
+/// Bytes of element `i` of an F32 tensor.
 fn element<'a>(tensors: &'a Tensors, name: &str, i: usize) -> &'a [u8] {
     &tensors[name].bytes[4 * i..4 * i + 4]
 }
@@ -121,8 +122,8 @@ fn assert_transplanted(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
     assert!(checked > 100, "only {checked} elements are core to one task alone");
 }
 
-/// The last stage froze the cores of the first groups, stage by stage. That they keep their bits from there on is tested in
-/// cpift-train, where the state between stages is at hand.
+/// Asserts that each stage froze the cores of the groups before it. cpift-train's tests check that
+/// these keep their bits, because they have access to the state between stages.
 fn assert_frozen(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
     let order = p.groups();
     let text = fs::read_to_string(p.path("run/cpi-ft/cpift.json")).unwrap();
@@ -140,8 +141,8 @@ fn assert_frozen(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
     assert_eq!(stages.len(), 3);
 }
 
-/// The last stage of cpi-ft saw the balanced mixture in every stage, that of cpi-ft-group each group's own rows; both from one fused model,
-/// with one budget.
+/// Asserts that cpi-ft trained on the balanced mixture in every stage and cpi-ft-group on the rows
+/// of each group, both from the same fused model and with the same budget.
 fn assert_rows_of_the_last_stages(p: &Pipeline) {
     let of = |name: &str| -> (Value, Vec<u64>, Value) {
         let text = fs::read_to_string(p.path("run").join(name).join("cpift.json")).unwrap();
@@ -188,8 +189,8 @@ fn the_whole_pipeline() {
     assert_frozen(&p, &masks);
     assert_rows_of_the_last_stages(&p);
 
-    assert!(p.make_with("run", &all).is_empty(), "nothing is left to do");
-    // A comma parts the arguments of make's own functions.
+    assert!(p.make_with("run", &all).is_empty(), "everything is up to date");
+    // A comma in the path, because it separates the arguments of make's functions.
     p.make_with("again,here", &all);
     for model in ["probes/copy", "backbone", "fused", "cpi-ft", "cpi-ft-group", "full-sft", "multi-stage"] {
         let bytes = |run: &str| fs::read(p.path(run).join(model).join("model.safetensors")).unwrap();
@@ -197,15 +198,15 @@ fn the_whole_pipeline() {
     }
     p.clean_probes("run").ok();
     assert!(!p.path("run/probes/copy/model.safetensors").exists());
-    assert!(p.make_with("run", &all).is_empty(), "probes may go once masks and fused model are made");
-    // They are made again for what needs them, and only those.
+    assert!(p.make_with("run", &all).is_empty(), "probes are not needed once masks and fused model exist");
+    // Only the probes that are needed are remade.
     fs::remove_file(p.path("run/masks/pick.safetensors")).unwrap();
     p.clean_probes("run").expect_code(2).says(&["mask-pick is missing", "probe-pick is still needed"]);
     assert_eq!(p.make_with("run", &all), ["mask-pick", "probe-pick"]);
 }
 
 #[test]
-fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
+fn editing_a_data_file_reruns_only_what_depends_on_it() {
     let p = Pipeline::new();
     let all = p.make("run");
     let stamp = |name: &str| -> SystemTime { fs::metadata(p.path("run").join(name)).unwrap().modified().unwrap() };
@@ -222,7 +223,8 @@ fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
     let expected: Vec<String> = all.into_iter().filter(|m| !spared(m)).collect();
     assert_eq!(made, expected);
     assert_eq!(untouched.iter().map(|n| stamp(n)).collect::<Vec<_>>(), before);
-    // Rows to score on: that task of every model, and what its scores are part of.
+    // Evaluation rows affect the scores of every model on that task, and everything made from these
+    // scores.
     let eval: Vec<Value> = (0..3).map(|i| row(&format!("say w{i}"), &format!("w{i}"))).collect();
     write_rows(&p.path("data/copy/eval.jsonl"), &eval);
     let models = ["base", "cpi-ft", "full-sft", "multi-stage"];
@@ -234,7 +236,7 @@ fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
 }
 
 #[test]
-fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
+fn cpi_ft_plus_changes_only_core_elements_after_the_mixture() {
     let p = Pipeline::new();
     let made = p.make_with("run", &["METHODS=full-sft capped-mixture cpi-ft-plus", "CAP=8", "PLUS_LR=1e-3"]);
     assert!(
@@ -246,11 +248,11 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
     assert!(!made.iter().any(|m| ["backbone", "fused", "multi-stage", "cpi-ft"].contains(&m.as_str())), "{made:?}");
     let table = fs::read_to_string(p.path("run/table.md")).unwrap();
     assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 6, "{table}");
-    // Nothing is fused: the probes may go, and nothing is to be made for that.
+    // Nothing is fused, so the probes can be deleted without anything being remade.
     p.clean_probes("run").ok();
     assert!(!p.path("run/probes/copy/model.safetensors").exists());
     assert!(p.make_with("run", &["METHODS=full-sft capped-mixture cpi-ft-plus", "CAP=8", "PLUS_LR=1e-3"]).is_empty());
-    // The table follows what is compared.
+    // The table is remade for another set of methods.
     assert_eq!(p.make_with("run", &["METHODS=full-sft", "CAP=8", "PLUS_LR=1e-3"]), ["report", "table"]);
     assert!(!fs::read_to_string(p.path("run/table.md")).unwrap().contains("cpi-ft-plus"));
     let [before, after] = ["run/mixture", "run/cpi-ft-plus"].map(|folder| p.read(folder));
@@ -269,14 +271,15 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
     assert!(moved > 0);
     let record = fs::read_to_string(p.path("run/cpi-ft-plus/cpift.json")).unwrap();
     assert!(record.contains("\"--trainable\""), "{record}");
-    // The rate of its own counts over that of TRAIN_FLAGS.
+    // PLUS_LR overrides the learning rate in TRAIN_FLAGS.
     let metrics = fs::read_to_string(p.path("run/cpi-ft-plus/metrics.jsonl")).unwrap();
     let steps = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let rates: Vec<f64> = steps.filter_map(|step| step["lr"].as_f64()).collect();
     assert!(rates.iter().any(|rate| *rate > 5e-4) && rates.iter().all(|rate| *rate <= 1e-3), "{rates:?}");
 }
 
-/// What would be made without any setting but METHODS: name and command of every artifact.
+/// Returns name and command of every artifact that make would make with `methods` as its only
+/// settings.
 fn planned(p: &Pipeline, methods: &[&str]) -> BTreeMap<String, String> {
     let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
     let output = Command::new("make")
@@ -294,7 +297,7 @@ fn planned(p: &Pipeline, methods: &[&str]) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn the_default_is_what_did_best_and_the_published_method_is_one_setting_away() {
+fn defaults_are_the_best_method_and_one_setting_selects_the_published_one() {
     let p = Pipeline::new();
     let default = planned(&p, &[]);
     let says = |plan: &BTreeMap<String, String>, name: &str, parts: &[&str]| {
@@ -302,7 +305,7 @@ fn the_default_is_what_did_best_and_the_published_method_is_one_setting_away() {
         assert!(parts.iter().all(|part| format!("{command} ").contains(&format!("{part} "))), "{parts:?} in {command}");
     };
     assert!(!default.contains_key("cpi-ft") && !default.contains_key("multi-stage"), "{default:?}");
-    // The same for every method: three probes, the mixture and the last stage.
+    // The same budget for every method: three probes, the mixture and the last stage.
     says(&default, "full-sft", &["--tokens 1540000"]);
     says(&default, "capped-mixture", &["--tokens 1540000", "--sample 1000"]);
     says(&default, "probe-pick", &["--tokens 30000"]);

@@ -1,4 +1,5 @@
-//! make, `make status`, Slurm submission and the experiments agree on what a change concerns.
+//! make, `make status`, Slurm submission and the experiments agree on the outputs that a change
+//! affects.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,7 +11,7 @@ use cpift_testkit::chain::programs;
 use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
 use cpift_testkit::run_command;
 
-/// The same budgets and arguments as [`World::settings`] gives to the pipeline.
+/// Experiment suite with the budgets and arguments that [`World::settings`] passes to the pipeline.
 const SUITE: &str = r#"
 base = "given"
 tasks = "given"
@@ -29,7 +30,7 @@ plus = {}
 budget = { probe = 600, backbone = 600, final = 600, fisher = 80, pair = 800 }
 "#;
 
-/// A finished pipeline and a finished experiment over one base and one task list.
+/// A finished pipeline and a finished experiment with the same base and task list.
 struct World {
     dir: tempfile::TempDir,
 }
@@ -97,7 +98,7 @@ impl World {
         command
     }
 
-    /// With the pipeline's settings in the environment.
+    /// Prepares a script with the settings of the pipeline in its environment.
     fn script(&self, name: &str, more: &[&str], changes: &[&str]) -> Command {
         let mut command = Command::new(root().join(name));
         command.args(more).env("PYTHONDONTWRITEBYTECODE", "1").env("CLUSTER", root().join("scripts/slurm/cluster.env"));
@@ -108,7 +109,7 @@ impl World {
         command
     }
 
-    /// Artifacts that make would make, those of its -n.
+    /// Artifacts that make would make, according to `make -n`.
     fn by_make(&self, changes: &[&str]) -> BTreeSet<String> {
         let printed = run_command(self.make(&["-n", "all"], changes)).ok().stdout;
         let logs = format!("{}/logs/", self.path("run").display());
@@ -138,16 +139,17 @@ impl World {
         due
     }
 
-    /// Steps that the experiment would run, by the names that the pipeline has for them: scores are not among them, because the
-    /// experiment scores all tasks in one step.
+    /// Steps that the experiment would run, by their names in the pipeline. Scores are excluded,
+    /// because the experiment scores all tasks in one step.
     fn by_experiment(&self) -> BTreeSet<String> {
         let printed = run_command(self.experiment(&["--dry-run"])).ok().stdout;
         let name = |line: &str| line.rsplit_once("-s0-").map(|(name, _)| name.to_owned());
         printed.lines().filter_map(name).filter(|name| !name.starts_with("score-")).collect()
     }
 
-    /// Asserts that all four say that `expected` is due, apart from scores, table and report, which follow.
-    fn concerns(&self, what: &str, expected: &[&str], changes: &[&str]) {
+    /// Asserts that all four report that `expected` must be made, apart from scores, table and
+    /// report, which depend on it.
+    fn expect_due(&self, what: &str, expected: &[&str], changes: &[&str]) {
         let expected: BTreeSet<String> = expected.iter().map(|name| (*name).to_owned()).collect();
         let made = self.by_make(changes);
         assert_eq!(made, self.by_status(changes), "{what}: make and status");
@@ -175,7 +177,7 @@ fn is_score(name: &str) -> bool {
     name.starts_with("score") || name == "table" || name == "report"
 }
 
-/// Sets a record's version to that of another program.
+/// Sets the version in a record to an older one.
 fn made_by_another_version(record: &Path) {
     let text = fs::read_to_string(record).unwrap();
     let version = format!("\"version\": \"{}\"", env!("CARGO_PKG_VERSION"));
@@ -184,7 +186,7 @@ fn made_by_another_version(record: &Path) {
 }
 
 #[test]
-fn all_agree_on_what_a_change_concerns() {
+fn all_tools_agree_on_the_outputs_that_a_change_affects() {
     let world = World::new();
     let store = |prefix: &str| -> PathBuf {
         let mut found = fs::read_dir(world.path("lab/store")).unwrap().map(|entry| entry.unwrap().path());
@@ -192,47 +194,47 @@ fn all_agree_on_what_a_change_concerns() {
     };
     let everything_after_masks = ["groups", "backbone", "fused", "cpi-ft"];
     let after = |names: &[&'static str]| [names, &everything_after_masks].concat();
-    world.concerns("nothing", &[], &[]);
-    world.concerns("another number of threads", &[], &["THREADS=2"]);
+    world.expect_due("nothing", &[], &[]);
+    world.expect_due("another number of threads", &[], &["THREADS=2"]);
 
-    // A touched file is the same file.
+    // Touching a file changes nothing.
     for name in ["data/copy/train.jsonl", "data/tasks.toml", "base/model.safetensors", "run/masks/copy.safetensors"] {
         let file = fs::File::options().write(true).open(world.path(name)).unwrap();
         file.set_modified(SystemTime::now() + Duration::from_secs(5)).unwrap();
     }
-    world.concerns("touched files", &[], &[]);
+    world.expect_due("touched files", &[], &[]);
 
     // A changed flag of one stage.
     fs::write(world.path("suite.toml"), SUITE.replace("p = 5", "p = 6")).unwrap();
-    world.concerns("p", &after(&["mask-copy", "mask-count", "mask-pick"]), &["P=6"]);
+    world.expect_due("p", &after(&["mask-copy", "mask-count", "mask-pick"]), &["P=6"]);
     fs::write(world.path("suite.toml"), SUITE).unwrap();
 
     // The task list: a comment, the settings of one task.
     let tasks = fs::read_to_string(world.path("data/tasks.toml")).unwrap();
     fs::write(world.path("data/tasks.toml"), format!("# A comment.\n{tasks}")).unwrap();
-    world.concerns("a comment in tasks.toml", &[], &[]);
+    world.expect_due("a comment in tasks.toml", &[], &[]);
     let named = "name = \"count\"";
     assert!(tasks.contains(named), "{tasks}");
     fs::write(world.path("data/tasks.toml"), tasks.replace(named, &format!("{named}\nsample = 5"))).unwrap();
-    world.concerns("a task's settings", &after(&["probe-count", "mask-count", "full-sft"]), &[]);
+    world.expect_due("a task's settings", &after(&["probe-count", "mask-count", "full-sft"]), &[]);
     fs::write(world.path("data/tasks.toml"), &tasks).unwrap();
 
     // A row.
     let rows = fs::read(world.path("data/copy/train.jsonl")).unwrap();
     write_rows(&world.path("data/copy/train.jsonl"), &[row("say a", "a"), row("say b", "b")]);
-    world.concerns("a row", &after(&["probe-copy", "mask-copy", "full-sft"]), &[]);
+    world.expect_due("a row", &after(&["probe-copy", "mask-copy", "full-sft"]), &[]);
     fs::write(world.path("data/copy/train.jsonl"), rows).unwrap();
-    world.concerns("the row as it was", &[], &[]);
+    world.expect_due("the row as it was", &[], &[]);
 
-    // Outputs that are gone, and those of another version.
+    // Deleted outputs, and outputs of another version.
     let (mask, kept) = (world.path("run/masks/pick.safetensors"), store("mask-pick-"));
     let bytes = fs::read(&mask).unwrap();
     fs::remove_file(&mask).unwrap();
     fs::remove_file(&kept).unwrap();
-    world.concerns("a deleted output", &after(&["mask-pick"]), &[]);
+    world.expect_due("a deleted output", &after(&["mask-pick"]), &[]);
     [&mask, &kept].iter().for_each(|path| fs::write(path, &bytes).unwrap());
-    world.concerns("the output as it was", &[], &[]);
+    world.expect_due("the output as it was", &[], &[]);
     made_by_another_version(&world.path("run/probes/pick/cpift.json"));
     made_by_another_version(&store("probe-pick-").join("cpift.json"));
-    world.concerns("a newer program", &after(&["probe-pick", "mask-pick"]), &[]);
+    world.expect_due("a newer program", &after(&["probe-pick", "mask-pick"]), &[]);
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A warning before the time limit at any moment of a job, from its first instants on, leaves it queued again and nothing at work. Of Slurm
-# there is only an scontrol that says what it is asked.
+# A job that is warned before its time limit, at any moment from its start on, is requeued and
+# leaves no process running. A stub of scontrol that logs its arguments stands in for Slurm.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

@@ -1,11 +1,12 @@
 //! Files and formats of CPI-FT: checkpoints, masks, groups, tasks, scores and provenance.
 //!
-//! The stages exchange files only, and this crate is the one place that knows their form. It holds no
-//! stage logic and does not link libtorch. Its modules are layers; each uses those above it in this list:
+//! The stages communicate only through files, and this crate defines the formats. It contains no
+//! stage logic and does not link libtorch. Its modules form layers; each uses only those listed
+//! before it:
 //!
 //! 1. [`error`], [`log_once`]
 //! 2. [`files`]: opening, staging and renaming
-//! 3. [`format`]: what is inside the files
+//! 3. [`mod@format`]: file formats
 //! 4. [`stream`]: passes over large arrays
 //! 5. [`record`]: provenance and the up-to-date rule
 //! 6. [`run`]: command line, signals, progress

@@ -1,16 +1,17 @@
-//! Messages that are logged once in a process, however often their cause is met: a checkpoint is opened several times in one run.
+//! Messages that are logged once per process. A run opens the same checkpoint several times, and
+//! its warnings should not repeat.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 static LOGGED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
-/// Logs a warning, unless the same text has been logged.
+/// Logs a warning unless the same text has been logged before.
 pub fn warn(message: String) {
     log(log::Level::Warn, message);
 }
 
-/// Logs a line for the user, unless the same text has been logged.
+/// Logs an informational line unless the same text has been logged before.
 pub fn info(message: String) {
     log(log::Level::Info, message);
 }
@@ -31,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_counts_once() {
+    fn a_message_is_logged_once() {
         assert!(first_time("a"));
         assert!(!first_time("a"));
         assert!(first_time("b"));

@@ -1,4 +1,5 @@
-//! A safetensors file: as it is, or (after a byte `h`) framed, so that the length before the header is right.
+//! A safetensors file: as it is, or, after a byte `h`, framed with the correct header length.
+
 use cpift_core::format::safetensors::MappedFile;
 
 use crate::bounds;

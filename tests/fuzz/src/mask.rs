@@ -1,5 +1,6 @@
-//! A mask: a safetensors file as it is, framed (after `h`), or (after `m`) the mask's own metadata and the bits of its one
-//! tensor `w`, a zero byte between them.
+//! A mask: a safetensors file as it is, or framed (after a byte `h`), or, after a byte `m`, the
+//! mask metadata and the bits of its only tensor `w`, separated by a zero byte.
+
 use cpift_core::Mask;
 use cpift_core::format::mask::indices;
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! scores.json. What is read can be written and read again.
+//! scores.json, read, written and read again.
 
 use cpift_core::format::scores::Scores;
 

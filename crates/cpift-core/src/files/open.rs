@@ -1,4 +1,4 @@
-//! Opening, reading and mapping files, with errors that name the file and a way out.
+//! Opening, reading and mapping files, with errors that name the file and suggest a fix.
 
 use std::fs::File;
 use std::io::Read;
@@ -13,10 +13,10 @@ use crate::error::BadInput;
 /// Opens `path` for reading.
 ///
 /// # Errors
-/// [`BadInput`] when it is missing or is not a file.
+/// [`BadInput`] if it is missing or not a file.
 pub fn open(path: &Path) -> Result<File> {
     if path.is_dir() {
-        return Err(BadInput::new(path, "is a folder").expected("a file").into());
+        return Err(BadInput::new(path, "is a directory").expected("a file").into());
     }
     File::open(path).map_err(|e| refuse(path, "opened", &e))
 }
@@ -24,16 +24,17 @@ pub fn open(path: &Path) -> Result<File> {
 /// Reads a whole UTF-8 file.
 ///
 /// # Errors
-/// [`BadInput`] when it is missing or not UTF-8.
+/// [`BadInput`] if it is missing or not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
     read_text_of(path, u64::MAX)
 }
 
-/// Reads a whole UTF-8 file of at most `limit` bytes; one without end, such as a device, is no trap.
+/// Reads a whole UTF-8 file of at most `limit` bytes. Endless files such as devices are refused at
+/// that length.
 ///
 /// # Errors
-/// [`BadInput`] when it is missing, longer or not UTF-8, with the line of the first byte that is not.
-pub fn read_text_of(path: &Path, limit: u64) -> Result<String> {
+/// [`BadInput`] if it is missing, too long, or not UTF-8 (with the line of the first invalid byte).
+pub(crate) fn read_text_of(path: &Path, limit: u64) -> Result<String> {
     let mut bytes = Vec::new();
     let file = open(path)?;
     let len = file.metadata().map_or(0, |meta| meta.len()).min(limit);
@@ -47,7 +48,7 @@ pub fn read_text_of(path: &Path, limit: u64) -> Result<String> {
     String::from_utf8(bytes).map_err(|error| not_utf8(path, error.as_bytes(), error.utf8_error().valid_up_to()).into())
 }
 
-/// The error of a text whose byte at `at` is not UTF-8.
+/// Error for a text whose byte at `at` is not UTF-8.
 fn not_utf8(path: &Path, bytes: &[u8], at: usize) -> BadInput {
     let lines = bytes[..at].iter().filter(|byte| **byte == b'\n').count() + 1;
     let start = bytes[..at].iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
@@ -64,60 +65,59 @@ fn not_utf8(path: &Path, bytes: &[u8], at: usize) -> BadInput {
 /// Maps `path` read-only; an empty file gives an empty map.
 ///
 /// # Errors
-/// [`BadInput`] when it cannot be opened.
+/// [`BadInput`] if it cannot be opened.
 #[allow(unsafe_code)]
 pub fn map(path: &Path) -> Result<Mmap> {
     let file = open(path)?;
-    // SAFETY: the mapping is read-only and we never write to inputs; a file that another process truncates while we
-    // read it raises SIGBUS, which is documented as an unsupported use.
+    // SAFETY: the mapping is read-only and we never write to inputs. If another process truncates
+    // the file while we read it, SIGBUS is raised; this is documented as unsupported.
     unsafe { Mmap::map(&file) }.map_err(|e| refuse(path, "mapped", &e))
 }
 
-/// Refuses what lies in place of a file that was not fetched: a git-lfs pointer, a page of the web site; and weights of another format under
-/// this name.
+/// Refuses a placeholder for a file that was not downloaded (a git-lfs pointer, an HTML page) and
+/// GGUF weights under another name.
 ///
 /// # Errors
-/// [`BadInput`] with the way to the file.
-pub fn refuse_stand_in(path: &Path, bytes: &[u8]) -> Result<()> {
+/// [`BadInput`] with a hint how to get the file.
+pub(crate) fn refuse_placeholder(path: &Path, bytes: &[u8]) -> Result<()> {
     let error = if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
         let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1024)]).into_owned();
         let size = text.lines().find_map(|line| line.strip_prefix("size "));
-        BadInput::new(path, "a git-lfs pointer, not the file that it stands for")
+        BadInput::new(path, "a git-lfs pointer instead of the file")
             .expected(size.map_or("the file".to_owned(), |size| format!("a file of {size} bytes")))
             .found(format!("a pointer of {} bytes", bytes.len()))
-            .hint("fetch the file: git lfs pull in the clone, or hf download")
+            .hint("download the file with `git lfs pull` or `hf download`")
     } else if bytes.starts_with(b"GGUF") {
         BadInput::new(path, "weights in the GGUF format of llama.cpp")
             .expected("a safetensors file")
-            .hint("take the safetensors repository that they were converted from")
+            .hint("use the safetensors repository they were converted from")
     } else if [&b"<!DOCTYPE"[..], b"<!doctype", b"<html"].iter().any(|page| bytes.starts_with(page)) {
-        BadInput::new(path, "a page of a web site, not the file")
+        BadInput::new(path, "an HTML page instead of the file")
             .found("text that begins with <")
-            .hint("fetch the file itself: on the Hub its address has /resolve/ in place of /blob/")
+            .hint("download the file itself: its URL on the Hub contains /resolve/ instead of /blob/")
     } else {
         return Ok(());
     };
     Err(error.into())
 }
 
-/// What cannot be opened or mapped is a bad input, unless it is the system that has come to an end.
+/// Error for a file that cannot be opened or mapped: a bad input, unless the process has run out of
+/// memory or file handles.
 fn refuse(path: &Path, done: &str, error: &std::io::Error) -> anyhow::Error {
     let message = format!("cannot be {done}: {error}");
     let (hint, what) = match Errno::from_io_error(error) {
         Some(Errno::NOMEM) => ("a memory limit is reached (ulimit -v); files are mapped whole", "memory"),
         Some(Errno::MFILE | Errno::NFILE) => ("a limit of open files is reached (ulimit -n)", "file handles"),
-        _ => return BadInput::new(path, message).expected("an ordinary file that can be read").into(),
+        _ => return BadInput::new(path, message).expected("a readable regular file").into(),
     };
     anyhow!("{}: {message}\n  hint: {hint}", path.display()).context(format!("out of {what}"))
 }
 
-/// Free space, in bytes, of the file system that `dest` is or would be on.
-///
-/// # Errors
-/// I/O errors.
+/// Free space, in bytes, on the file system of `dest`, which need not exist yet.
 pub fn available_bytes(dest: &Path) -> Result<u64> {
-    let absolute = std::path::absolute(dest).with_context(|| format!("finding the folder of {}", dest.display()))?;
+    let absolute = std::path::absolute(dest).with_context(|| format!("resolving the path {}", dest.display()))?;
     let existing = absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
-    let stat = rustix::fs::statvfs(existing).with_context(|| format!("asking for free space at {}", dest.display()))?;
+    let stat =
+        rustix::fs::statvfs(existing).with_context(|| format!("querying the free space at {}", dest.display()))?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -1,4 +1,4 @@
-//! How a core region lies in a model: the bits of its mask, counted by layer and by role.
+//! Distribution of a core region over a model: the bits of its mask, counted by layer and by role.
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -6,50 +6,50 @@ use serde::Serialize;
 use crate::format::mask::{Mask, MaskHeader, count_ones};
 use crate::format::names::{LayerRows, ROLES, TensorKind, role};
 
-/// What a mask says of itself and where its bits are.
+/// Metadata of a mask and the distribution of its bits.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Stats {
-    /// p in percent, D, scope, ties, digests.
+    /// Metadata: p in percent, D, scope, ties, digests.
     pub mask: MaskHeader,
-    /// By decoder layer; the last row is what lies outside the layers.
+    /// Counts by decoder layer; the last row is for the tensors outside the layers.
     pub layers: Vec<Row>,
-    /// By role, in the order of [`ROLES`]; roles the model does not have are left out.
+    /// Counts by role (see [`role`]); roles that the model does not have are omitted.
     pub roles: Vec<Row>,
-    /// Every layer by every role.
+    /// Counts by layer and role.
     pub matrix: Matrix,
 }
 
 /// One line of a table.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
-    /// The layer's number, `outside`, or the role.
+    /// Number of the layer, `outside`, or the role.
     pub name: String,
-    /// Elements, those left out of D included.
+    /// Number of elements, including those excluded from D.
     pub elements: u64,
-    /// Bits set.
+    /// Number of bits set.
     pub selected: u64,
-    /// `selected / elements`; 0 where there are no elements.
+    /// `selected / elements`; 0 if there are no elements.
     pub density: f64,
-    /// `selected` over all bits set.
+    /// `selected` divided by the number of bits set in the whole mask.
     pub share: f64,
 }
 
-/// Counts for every layer and role, [layers × roles].
+/// Counts per layer and role, [layers × roles].
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Matrix {
-    /// Names of the rows, those of [`Stats::layers`].
+    /// Names of the rows, as in [`Stats::layers`].
     pub layers: Vec<String>,
-    /// Names of the columns, those of [`Stats::roles`].
+    /// Names of the columns, as in [`Stats::roles`].
     pub roles: Vec<&'static str>,
-    /// Elements, those left out of D included.
+    /// Number of elements, including those excluded from D.
     pub elements: Vec<Vec<u64>>,
-    /// Bits set.
+    /// Number of bits set.
     pub selected: Vec<Vec<u64>>,
-    /// `selected / elements`; none where there is nothing, or nothing but what is left out of D.
+    /// `selected / elements`; none if no element of the cell is in D.
     pub density: Vec<Vec<Option<f64>>>,
 }
 
-/// Elements, those of them in D, and bits set.
+/// Numbers of elements, of elements in D, and of bits set.
 #[derive(Clone, Copy, Default)]
 struct Sums {
     elements: u64,
@@ -67,7 +67,7 @@ impl Sums {
     }
 }
 
-/// Counts the bits of `mask` by layer and by role: one pass over the file, which is mapped and not held in memory.
+/// Counts the bits of `mask` by layer and by role in one pass over the mapped file.
 pub fn stats(mask: &Mask) -> Stats {
     let excluded: Vec<TensorKind> = mask.header.excluded.iter().filter_map(|kind| kind.parse().ok()).collect();
     let rows = LayerRows::new(mask.header.numel.keys().map(String::as_str));
@@ -77,7 +77,7 @@ pub fn stats(mask: &Mask) -> Stats {
         ROLES.into_iter().filter(|r| counted.iter().any(|(name, _)| role(name) == *r)).collect();
     let mut cells = vec![vec![Sums::default(); roles.len()]; rows.labels.len()];
     for (name, selected) in counted {
-        let column = roles.iter().position(|r| *r == role(name)).expect("all roles that occur are columns");
+        let column = roles.iter().position(|r| *r == role(name)).expect("every role that occurs is a column");
         let elements = mask.header.numel[name];
         let ranked = if excluded.iter().any(|kind| kind.matches(name)) { 0 } else { elements };
         let cell = &mut cells[rows.row(name)][column];

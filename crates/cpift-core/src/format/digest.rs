@@ -1,4 +1,5 @@
-//! Content digests: BLAKE3 over names, dtypes, shapes and hashes of tensors, plus config and tokenizer for folders.
+//! Content digests: BLAKE3 over names, dtypes, shapes and hashes of tensors, plus config and
+//! tokenizer for directories.
 
 use std::fmt;
 use std::fs;
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoint::sidecar::SIDECAR_FILES;
 use crate::files::open;
 
-/// A BLAKE3 digest in hexadecimal.
+/// BLAKE3 digest in hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Digest(String);
@@ -23,22 +24,22 @@ impl fmt::Display for Digest {
 }
 
 impl Digest {
-    /// Zeros, as long as any digest.
+    /// A digest of zeros, to reserve room for one.
     pub fn blank() -> Self {
         Self("0".repeat(2 * blake3::OUT_LEN))
     }
 
-    /// The digest of the bytes of a plain file.
+    /// Digest of the bytes of a file.
     ///
     /// # Errors
-    /// [`crate::error::BadInput`] when it cannot be read.
+    /// [`crate::error::BadInput`] if it cannot be read.
     pub fn of_file(path: &Path) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
         hasher.update_rayon(&open::map(path)?);
         Ok(Self::of_hasher(&hasher))
     }
 
-    /// The digest of `chunks` one after another.
+    /// Digest of the concatenation of `chunks`.
     pub fn of_chunks(chunks: impl IntoIterator<Item = impl AsRef<[u8]>>) -> Self {
         let mut hasher = blake3::Hasher::new();
         for chunk in chunks {
@@ -56,12 +57,13 @@ impl Digest {
     }
 }
 
-/// A digest with the sizes and times of the files it was computed from, so that a reader can tell whether it still holds.
+/// Digest with the sizes and mtimes of the files it was computed from, which tell whether it is
+/// still valid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DigestRecord {
     /// The digest.
     pub blake3: Digest,
-    /// The files it covers.
+    /// Files it covers.
     pub files: Vec<FileStamp>,
 }
 
@@ -74,52 +76,52 @@ pub struct FileStamp {
 }
 
 impl DigestRecord {
-    /// Stamps the files of `folder`, whose digest is known to be `blake3`.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn stamp(folder: &Path, blake3: Digest) -> Result<Self> {
+    /// Records the sizes and mtimes of the files of `folder`, whose digest is known to be `blake3`.
+    pub(crate) fn stamp(folder: &Path, blake3: Digest) -> Result<Self> {
         Ok(Self { blake3, files: stamps(folder)? })
     }
 
-    /// Computes the digest of a plain file that will be called `dest` and stamps it; a rename changes neither size nor time.
+    /// Computes the digest of a file that will be renamed to `dest`; a rename changes neither size
+    /// nor mtime.
     ///
     /// # Errors
     /// As [`Digest::of_file`].
-    pub fn of_staged(path: &Path, dest: &Path) -> Result<Self> {
+    pub(crate) fn of_staged(path: &Path, dest: &Path) -> Result<Self> {
         let name = dest.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Self { blake3: Digest::of_file(path)?, files: vec![stamp(name, path)?] })
     }
 
-    /// Returns true if the plain file at `path` has the size and time it had when the digest was computed.
-    pub fn holds_for_file(&self, path: &Path) -> bool {
+    /// Returns true if the file at `path` has the size and mtime it had when the digest was
+    /// computed.
+    pub(crate) fn holds_for_file(&self, path: &Path) -> bool {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         stamp(name, path).is_ok_and(|now| self.files == [now])
     }
 
-    /// Returns true if every weight file the digest covers is gone from `folder`.
-    pub fn lost_weights(&self, folder: &Path) -> bool {
+    /// Returns true if every weight file the digest covers has been deleted from `folder`.
+    pub(crate) fn lost_weights(&self, folder: &Path) -> bool {
         let mut weights = self.files.iter().filter(|file| file.name.contains(".safetensors")).peekable();
         weights.peek().is_some() && weights.all(|file| !folder.join(&file.name).exists())
     }
 
-    /// Returns true if the files of `folder` have the sizes and times they had when the digest was computed.
+    /// Returns true if the files of `folder` have the sizes and mtimes they had when the digest was
+    /// computed.
     pub fn holds_for(&self, folder: &Path) -> bool {
         stamps(folder).is_ok_and(|now| now == self.files)
     }
 }
 
 impl FileStamp {
-    /// Stamps of the plain file or checkpoint folder at `path`; none if it cannot be read.
+    /// Stamps of the file or checkpoint directory at `path`; empty if it cannot be read.
     pub fn of(path: &Path) -> Vec<Self> {
         let name = || path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let found = if path.is_dir() { stamps(path) } else { stamp(name(), path).map(|one| vec![one]) };
         found.unwrap_or_default()
     }
 
-    /// Returns true if the file was last written before `unix` (in seconds), so that a digest taken later than that is of
-    /// the file as it is.
-    pub fn is_before(&self, unix: u64) -> bool {
+    /// Returns true if the file was last written before `unix` (in seconds), so that a digest
+    /// computed after that time is of the current content.
+    pub(crate) fn is_before(&self, unix: u64) -> bool {
         self.mtime_ns / 1_000_000_000 < unix
     }
 }

@@ -1,6 +1,6 @@
-//! Element types of tensors, and reading and writing floating-point elements of any of them.
+//! Element types of tensors, and conversion of floating-point elements.
 
-/// An element type of the safetensors format.
+/// Element type of the safetensors format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs, reason = "the names are the format's own")]
 pub enum Dtype {
@@ -20,8 +20,8 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// The dtypes that can be read, for messages.
-    pub const KNOWN: &str = "F64, F32, F16, BF16, I64, U64, I32, U32, I16, U16, I8, U8 or BOOL";
+    /// Supported dtypes, for messages.
+    pub(crate) const KNOWN: &str = "F64, F32, F16, BF16, I64, U64, I32, U32, I16, U16, I8, U8 or BOOL";
 
     const ALL: [(Self, &'static str, usize); 13] = [
         (Self::F64, "F64", 8),
@@ -39,22 +39,22 @@ impl Dtype {
         (Self::Bool, "BOOL", 1),
     ];
 
-    /// The dtype as the format spells it, such as `BF16`.
+    /// Name in the safetensors format, such as `BF16`.
     pub fn name(self) -> &'static str {
         self.row().1
     }
 
-    /// Bytes of one element.
+    /// Bytes per element.
     pub fn size(self) -> usize {
         self.row().2
     }
 
-    /// Whether elements are floating-point numbers.
+    /// Returns true if elements are floating-point numbers.
     pub fn is_float(self) -> bool {
         matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
     }
 
-    /// Whether every value of the floating-point dtype `other` is a value of this one too.
+    /// Returns true if this dtype can represent every value of the floating-point dtype `other`.
     pub fn holds(self, other: Self) -> bool {
         self == other
             || matches!(
@@ -63,7 +63,7 @@ impl Dtype {
             )
     }
 
-    /// The name in `torch_dtype` of config.json, such as `bfloat16`; `None` for other than floats.
+    /// Name in `torch_dtype` of config.json, such as `bfloat16`; `None` for integers and booleans.
     pub fn torch_name(self) -> Option<&'static str> {
         match self {
             Self::F64 => Some("float64"),
@@ -99,7 +99,7 @@ impl Dtype {
     }
 }
 
-/// The floating-point dtypes by the names people type: `f32` or `float32`, and so on.
+/// Parses a floating-point dtype, such as `f32` or `float32`.
 impl std::str::FromStr for Dtype {
     type Err = String;
 
@@ -120,37 +120,38 @@ impl std::fmt::Display for Dtype {
     }
 }
 
-/// The arithmetic type of a stage: `f32`, or `f64` where an input is F64.
+/// Arithmetic type of a stage: `f32`, or `f64` if an input is F64.
 pub trait Float: Copy + PartialOrd + Send + Sync + 'static {
-    /// Converts elements stored as `dtype` (little endian, any alignment) to this type, exactly where it is wide enough.
+    /// Converts elements stored as `dtype` (little-endian, any alignment) to this type. The
+    /// conversion is exact if this type is wide enough.
     ///
     /// # Panics
-    /// When `dtype` is not floating-point or the lengths disagree.
+    /// If `dtype` is not floating-point or the lengths disagree.
     fn read(dtype: Dtype, bytes: &[u8], out: &mut [Self]);
 
-    /// Puts `values` into `bytes` as `dtype`, rounding to nearest, ties to even.
+    /// Stores `values` in `bytes` as `dtype`, rounding to nearest, ties to even.
     ///
     /// # Panics
-    /// When `dtype` is not floating-point or the lengths disagree.
+    /// If `dtype` is not floating-point or the lengths disagree.
     fn store(dtype: Dtype, values: &[Self], bytes: &mut [u8]);
 
-    /// Appends `values` to `out` as `dtype`, as [`Float::store`] does.
+    /// Appends `values` to `out` as `dtype`, with the rounding of [`Float::store`].
     ///
     /// # Panics
-    /// When `dtype` is not floating-point.
+    /// If `dtype` is not floating-point.
     fn write(dtype: Dtype, values: &[Self], out: &mut Vec<u8>) {
         let start = out.len();
         out.resize(start + values.len() * dtype.size(), 0);
         Self::store(dtype, values, &mut out[start..]);
     }
 
-    /// From `f64`, rounded.
+    /// Converts from `f64`, rounding to nearest.
     fn from_f64(value: f64) -> Self;
 
-    /// To `f64`, exactly.
+    /// Converts to `f64`, exactly.
     fn to_f64(self) -> f64;
 
-    /// Neither infinite nor NaN.
+    /// Returns true if the value is neither infinite nor NaN.
     fn is_finite(self) -> bool;
 }
 
@@ -175,7 +176,7 @@ macro_rules! float_impl {
                 match dtype {
                     Dtype::F64 => encode(values, bytes, |v| (v as f64).to_le_bytes()),
                     Dtype::F32 => encode(values, bytes, |v| (v as f32).to_le_bytes()),
-                    // By way of f32, as PyTorch casts.
+                    // Through f32, as PyTorch does.
                     Dtype::F16 => encode(values, bytes, |v| f32_to_f16(v as f32).to_le_bytes()),
                     Dtype::BF16 => encode(values, bytes, |v| f32_to_bf16(v as f32).to_le_bytes()),
                     other => panic!("{other} is not a floating-point dtype"),
@@ -215,18 +216,18 @@ fn encode<const N: usize, T: Copy>(values: &[T], bytes: &mut [u8], convert: impl
     }
 }
 
-// The conversions below have no branches, so that loops over them become vector code.
+// The conversions below have no branches, so that the compiler vectorizes loops over them.
 
-/// Exact.
+/// Converts exactly.
 #[inline(always)]
-pub fn bf16_to_f32(bits: u16) -> f32 {
+fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
-/// Exact. Exponent and mantissa move to their place in an f32, and a multiplication by 2^112 mends the bias, for subnormal
-/// numbers too.
+/// Converts exactly: exponent and mantissa are shifted into place, and a multiplication by 2^112
+/// corrects the bias, also for subnormal numbers.
 #[inline(always)]
-pub fn f16_to_f32(bits: u16) -> f32 {
+fn f16_to_f32(bits: u16) -> f32 {
     const BIAS: f32 = f32::from_bits((112 + 127) << 23);
     const SPECIAL: u32 = 0x7c00 << 13;
     let (sign, rest) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff) << 13);
@@ -236,7 +237,7 @@ pub fn f16_to_f32(bits: u16) -> f32 {
 
 /// Rounds to nearest, ties to even.
 #[inline(always)]
-pub fn f32_to_bf16(value: f32) -> u16 {
+fn f32_to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     let nan = bits >> 16 | 0x40;
@@ -245,8 +246,9 @@ pub fn f32_to_bf16(value: f32) -> u16 {
 
 /// Rounds to nearest, ties to even.
 #[inline(always)]
-pub fn f32_to_f16(value: f32) -> u16 {
-    /// The power of two whose unit in the last place, as an f32, is the smallest f16: adding it rounds subnormal numbers.
+fn f32_to_f16(value: f32) -> u16 {
+    /// Power of two whose unit in the last place, as an f32, is the smallest subnormal f16. Adding
+    /// it rounds subnormal numbers.
     const MAGIC: u32 = (127 - 15 + 23 - 10 + 1) << 23;
     const SMALLEST_NORMAL: u32 = 113 << 23;
     const OVERFLOW: u32 = 143 << 23;
@@ -292,7 +294,8 @@ mod tests {
                 half::bf16::from_bits(bits).to_f32().to_bits() & !0x40_0000
             );
         }
-        // Around every f16 and bf16, and half-way between neighbours, one f32 step to each side.
+        // One f32 step on either side of every f16 and bf16 value and of every midpoint between
+        // neighbors.
         for high in 0..=u16::MAX {
             for centre in [
                 u32::from(high) << 16,
@@ -316,7 +319,7 @@ mod tests {
     #[test]
     fn casts_round_to_nearest_even() {
         let mut out = Vec::new();
-        // 1 + 2^-8 lies half-way between two bf16 values; the even one is 1.
+        // 1 + 2^-8 is the midpoint of two bf16 values, of which 1 is even.
         f32::write(Dtype::BF16, &[1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8)], &mut out);
         let mut back = [0f32; 2];
         f32::read(Dtype::BF16, &out, &mut back);
@@ -324,8 +327,8 @@ mod tests {
     }
 
     #[test]
-    fn casts_see_the_last_bit_of_an_f32() {
-        // One f32 step above the half-way point is no tie: it goes up, in both half precisions.
+    fn casts_consider_the_last_bit_of_an_f32() {
+        // One f32 step above the midpoint is not a tie and rounds up, in both half precisions.
         for (dtype, half_way, up) in [(Dtype::BF16, 8, 7), (Dtype::F16, 11, 10)] {
             let value = 1.0 + 2f32.powi(-half_way) + f32::EPSILON;
             for cast in [f32::write as fn(Dtype, &[f32], &mut Vec<u8>), |d, v, out| f64::write(d, &[v[0].into()], out)]

@@ -1,4 +1,5 @@
-//! groups.json: the similarity of the tasks' core regions, the groups, and the order they train in.
+//! groups.json: the similarity of the tasks' core regions, the task groups, and their training
+//! order.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,79 +12,80 @@ use crate::files::staging;
 use crate::format::digest::Digest;
 use crate::format::json;
 
-/// The form of groups.json this program writes and reads.
+/// Format version of groups.json that this program reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// The content of groups.json.
+/// Content of groups.json.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Groups {
-    /// Form of the file.
+    /// Format version of the file.
     pub format_version: u32,
-    /// The similarity threshold τ.
+    /// Similarity threshold τ.
     pub tau: f64,
-    /// How the groups were made; none where τ made them.
+    /// Method that made the groups; none if they follow from τ.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partition: Option<Parting>,
-    /// Whether τ was given (`fixed`) or chosen from the data (`auto`).
+    /// Origin of τ: given (`fixed`) or chosen from the data (`auto`).
     pub tau_mode: TauMode,
-    /// Task names; rows and columns of the matrices.
+    /// Task names, in the order of the rows and columns of the matrices.
     pub tasks: Vec<String>,
     /// Jaccard similarity of every pair of core regions, [tasks × tasks].
     pub jaccard: Vec<Vec<f64>>,
-    /// The similarity two independent random regions of the same sizes would have, [tasks × tasks].
+    /// Expected similarity of two independent random regions of the same sizes, [tasks × tasks].
     pub chance: Vec<Vec<f64>>,
-    /// Kinds of tensors left out of the comparison.
+    /// Kinds of tensors excluded from the comparison.
     pub excluded: Vec<String>,
-    /// Task names by group, groups in training order.
+    /// Task names per group, groups in training order.
     pub groups: Vec<Vec<String>>,
-    /// How the order was chosen.
+    /// Method and figures of the training order.
     pub order: Order,
-    /// One group, or every task alone: staged training and freezing have nothing to work on.
+    /// True if there is only one group or every task is a group of its own, so that grouping has no
+    /// effect.
     pub trivial: bool,
-    /// Digest of the base all masks were made for.
+    /// Digest of the base checkpoint of all masks.
     pub base: Digest,
     /// Digest of each task's mask file.
     pub masks: BTreeMap<String, Digest>,
 }
 
-/// How groups were made that do not come from the overlap of core regions.
+/// Method of a grouping that does not follow from the overlap of core regions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "method", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Parting {
-    /// Tasks of one `kind` in tasks.toml are a group.
+    /// Tasks with the same `kind` in tasks.toml form a group.
     Kind {},
-    /// Those of another groups.json, in its order.
+    /// The groups of another groups.json, in its order.
     Like {},
-    /// A shuffle of the tasks, cut into groups of nearly equal size.
+    /// Shuffled tasks, split into groups of nearly equal size.
     Random {
-        /// Of the shuffle.
+        /// Seed of the shuffle.
         seed: u64,
-        /// Their number.
+        /// Number of groups.
         groups: usize,
     },
 }
 
-/// Where τ came from.
+/// Origin of τ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TauMode {
     /// Given on the command line.
     Fixed,
-    /// The middle of the longest interval of τ whose partition does not change and is not trivial.
+    /// Midpoint of the longest interval of τ with one and the same nontrivial partition.
     Auto,
 }
 
-/// How the order of the groups was chosen.
+/// Training order of the groups.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Order {
-    /// `random`, `difficulty`, `dependency`, `overlap`, or `like` another groups.json's.
+    /// `random`, `difficulty`, `dependency`, `overlap`, or `like` (taken from another groups.json).
     pub method: String,
-    /// The seed of `random`.
+    /// Seed of `random`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// The figure each group was ordered by, in training order; empty for `random`.
+    /// Figure by which each group was ordered, in training order; empty for `random`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub scores: Vec<f64>,
 }
@@ -92,8 +94,8 @@ impl Groups {
     /// Reads and checks a groups.json.
     ///
     /// # Errors
-    /// [`BadInput`] when it cannot be read, is of another version, does not place every task in exactly one group, or has a
-    /// matrix that is not tasks × tasks.
+    /// [`BadInput`] if it cannot be read, has another version, does not place every task in exactly
+    /// one group, or has a matrix that is not tasks × tasks.
     pub fn read(path: &Path) -> Result<Self> {
         let value: serde_json::Value = json::read(path)?;
         json::check_version(path, "a groups file", json::version_of(&value), FORMAT_VERSION)?;
@@ -121,14 +123,14 @@ impl Groups {
             return Ok(());
         }
         let columns: Vec<usize> = matrix.iter().map(Vec::len).collect();
-        Err(BadInput::new(path, format!("{name} does not have a row and a column for each task"))
+        Err(BadInput::new(path, format!("{name} does not have one row and one column per task"))
             .expected(format!("{n} rows of {n}"))
             .found(format!("{} rows of {columns:?}", matrix.len()))
             .hint("group the masks again")
             .into())
     }
 
-    /// Writes the file, whole or not at all.
+    /// Writes the file atomically.
     ///
     /// # Errors
     /// As [`staging::write_text`].
@@ -136,12 +138,12 @@ impl Groups {
         staging::write_text(path, &json::to_text(self)?, force)
     }
 
-    /// Task names in training order: group by group, inside a group as listed.
+    /// Task names in training order: group by group, within a group as listed.
     pub fn task_order(&self) -> Vec<&str> {
         self.groups.iter().flatten().map(String::as_str).collect()
     }
 
-    /// Checks that the mask file given for `task` is the one this grouping was made from, and returns its digest.
+    /// Checks that this grouping was made from the file `mask` for `task`, and returns its digest.
     ///
     /// # Errors
     /// [`BadInput`] with both digests.
@@ -162,7 +164,7 @@ impl Groups {
     /// Checks that `names` (of `--task` or `--mask` arguments) are exactly the tasks of this file.
     ///
     /// # Errors
-    /// [`BadInput`] naming the first difference.
+    /// [`BadInput`] with the first difference.
     pub fn check_names<'a>(&self, path: &Path, flag: &str, names: impl Iterator<Item = &'a String>) -> Result<()> {
         let given: std::collections::BTreeSet<&str> = names.map(String::as_str).collect();
         if let Some(task) = self.tasks.iter().find(|t| !given.contains(t.as_str())) {
@@ -171,7 +173,7 @@ impl Groups {
                 .into());
         }
         if let Some(extra) = given.iter().find(|g| !self.tasks.iter().any(|t| t == *g)) {
-            return Err(BadInput::new(path, format!("does not know the task {extra} given with {flag}"))
+            return Err(BadInput::new(path, format!("has no task {extra}, which {flag} names"))
                 .expected(self.tasks.join(", "))
                 .into());
         }
@@ -186,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn matrices_have_a_row_and_a_column_for_each_task() {
+    fn matrices_must_have_a_row_and_a_column_per_task() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("groups.json");
         let read = |jaccard: serde_json::Value, chance: serde_json::Value| {

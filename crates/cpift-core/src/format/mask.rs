@@ -1,4 +1,4 @@
-//! Core-region masks: one bit for each parameter of a base checkpoint, in a safetensors file.
+//! Core-region masks: one bit per parameter of a base checkpoint, in a safetensors file.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -14,106 +14,110 @@ use crate::format::dtype::Dtype;
 use crate::format::json;
 use crate::format::safetensors::{FileWriter, MappedFile, TensorSpec};
 
-/// The form of mask files this program writes and reads.
+/// Format version of mask files that this program reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// The metadata key that holds [`MaskHeader`] as JSON.
-pub const METADATA_KEY: &str = "cpift";
+/// Metadata key of the [`MaskHeader`], stored as JSON.
+pub(crate) const METADATA_KEY: &str = "cpift";
 
-/// What a mask file says of itself.
+/// Metadata of a mask file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaskHeader {
-    /// Form of the file.
+    /// Format version of the file.
     pub format_version: u32,
-    /// p, in percent of D; of the number of tensors where [`Scope::Whole`]; of the mask it is like where [`Metric::Random`].
+    /// p in percent of D, or of the number of tensors for [`Scope::Whole`]; for [`Metric::Random`],
+    /// that of the mask it imitates.
     pub percent: f64,
-    /// Over what the top p % is taken.
+    /// Set of elements from which the top p % are chosen.
     pub scope: Scope,
-    /// The quantity that is ranked.
+    /// Quantity by which elements are ranked.
     pub metric: Metric,
-    /// The seed of [`Metric::Random`].
+    /// Seed of [`Metric::Random`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// D: the number of parameters that were ranked.
+    /// D, the number of ranked parameters.
     #[serde(rename = "D")]
     pub d: u64,
     /// Number of bits set.
     pub selected: u64,
-    /// How the ties at the threshold fell; all zero where no element has a threshold to reach.
+    /// Ties at the threshold; all zero if there is no threshold.
     pub ties: Ties,
-    /// Kinds of tensors left out of D (`embeddings`, `norms`); their bits are all zero.
+    /// Kinds of tensors excluded from D (`embeddings`, `norms`); their bits are zero.
     pub excluded: Vec<String>,
     /// Digest of the base checkpoint.
     pub base: Digest,
     /// Digest of the tuned checkpoint.
     pub tuned: Digest,
-    /// Elements of each tensor, excluded ones included.
+    /// Number of elements of each tensor, including excluded tensors.
     pub numel: BTreeMap<String, u64>,
 }
 
-/// Over what the top p % is taken.
+/// Set of elements from which the top p % are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
     /// All parameters together (the paper).
     Global,
-    /// Each decoder layer by itself; everything outside the layers together.
+    /// Each decoder layer by itself, and all parameters outside the layers together.
     Layer,
     /// Each tensor by itself.
     Tensor,
-    /// Tensors are ranked, not elements, and chosen whole (cpift-mask tensors).
+    /// Whole tensors are ranked and chosen instead of elements (cpift-mask tensors).
     #[value(skip)]
     Whole,
 }
 
-/// The quantity that is ranked.
+/// Quantity by which elements are ranked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Metric {
     /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| (the paper).
     Magnitude,
-    /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| / (|θ⁽⁰⁾| + 10⁻⁸): how far a weight moved for its size.
+    /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| / (|θ⁽⁰⁾| + 10⁻⁸): the change relative to the size of the weight.
     Relative,
-    /// F, the sum of squared gradients that a probe saved (--fisher): how strongly the loss responds to a weight.
+    /// F, the sum of squared gradients saved by a probe (--fisher): the sensitivity of the loss to
+    /// a weight.
     Fisher,
-    /// ½·minmax(|θ⁽ⁱ⁾ − θ⁽⁰⁾|) + ½·minmax(F), each scaled to 0..1 over the elements that compete (--fisher).
+    /// ½·minmax(|θ⁽ⁱ⁾ − θ⁽⁰⁾|) + ½·minmax(F), each scaled to 0..1 over the elements of the scope
+    /// (--fisher).
     Blend,
-    /// Of a whole tensor: the root mean square of θ⁽ⁱ⁾ − θ⁽⁰⁾.
+    /// For whole tensors: the root mean square of θ⁽ⁱ⁾ − θ⁽⁰⁾.
     #[value(skip)]
     Rms,
-    /// Of a whole tensor: ½·minmax(root mean square of θ⁽ⁱ⁾ − θ⁽⁰⁾) + ½·minmax(mean of F), scaled over the tensors (TRACE).
+    /// For whole tensors: ½·minmax(root mean square of θ⁽ⁱ⁾ − θ⁽⁰⁾) + ½·minmax(mean of F), scaled
+    /// over the tensors (TRACE).
     #[value(skip)]
     Trace,
-    /// None: a control chosen at random by the seed (cpift-mask random).
+    /// None: a random control mask drawn with the seed (cpift-mask random).
     #[value(skip)]
     Random,
 }
 
-/// Ties at the threshold, summed over the scope's parts.
+/// Ties at the threshold, summed over the parts of the scope.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ties {
     /// Elements whose score equals the threshold.
     pub at_threshold: u64,
-    /// Of those, the ones chosen.
+    /// Number of these that are chosen.
     pub chosen: u64,
-    /// Chosen elements that only their position set apart from others not chosen.
+    /// Number of chosen elements that were preferred to equal ones only because of their position.
     pub decided_by_position: u64,
 }
 
-/// An opened mask.
+/// A mapped mask file.
 pub struct Mask {
-    /// What the file says of itself.
+    /// Metadata of the file.
     pub header: MaskHeader,
     file: MappedFile,
 }
 
 impl Mask {
-    /// Opens a mask file and checks its structure; the bits themselves are checked by [`Mask::verify`].
+    /// Opens a mask file and checks its structure. [`Mask::verify`] checks the bits.
     ///
     /// # Errors
-    /// [`BadInput`] when it is not a mask, is of another version or contradicts itself.
+    /// [`BadInput`] if it is not a mask, has another version or is inconsistent.
     pub fn open(path: &Path) -> Result<Self> {
         let file = MappedFile::open(path)?;
         let text = file.metadata.get(METADATA_KEY).ok_or_else(|| {
@@ -134,7 +138,7 @@ impl Mask {
             let numel = self.header.numel.get(name).copied();
             let expected = numel.map(|n| vec![n.div_ceil(8) as usize]);
             if entry.dtype != Dtype::U8 || expected.as_ref() != Some(&entry.shape) {
-                return Err(BadInput::new(&self.file.path, "a mask tensor of the wrong form")
+                return Err(BadInput::new(&self.file.path, "a mask tensor has the wrong dtype or shape")
                     .tensor(name)
                     .expected(expected.map_or("no such tensor".into(), |s| format!("U8 {s:?}")))
                     .found(format!("{} {:?}", entry.dtype, entry.shape))
@@ -147,27 +151,28 @@ impl Mask {
         Ok(())
     }
 
-    /// The file it was opened from.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.file.path
     }
 
-    /// All bytes of the file, for its digest.
+    /// Bytes of the whole file, for its digest.
     pub fn file_bytes(&self) -> &[u8] {
         self.file.whole()
     }
 
-    /// Names and packed bits of all tensors in bytewise name order; bit b of byte a is element 8a + b.
+    /// Names and packed bits of all tensors in bytewise name order. Bit b of byte a is element 8a +
+    /// b.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.file.entries.iter().map(|(name, entry)| (name.as_str(), self.file.bytes(entry)))
     }
 
-    /// The packed bits of one tensor.
+    /// Packed bits of one tensor.
     pub fn bits(&self, name: &str) -> Option<&[u8]> {
         self.file.entries.get(name).map(|entry| self.file.bytes(entry))
     }
 
-    /// Where the packed bits of one tensor lie in [`Mask::file_bytes`].
+    /// Byte range of the packed bits of one tensor in [`Mask::file_bytes`].
     pub fn range(&self, name: &str) -> Option<Range<usize>> {
         self.file.entries.get(name).map(|entry| entry.range.clone())
     }
@@ -175,7 +180,7 @@ impl Mask {
     /// Checks that the mask was made for `base`: digest, names and sizes.
     ///
     /// # Errors
-    /// [`BadInput`] that says what differs.
+    /// [`BadInput`] with the first difference.
     pub fn check_base(&self, base: &Checkpoint, digest: &Digest) -> Result<()> {
         for view in base.parameters() {
             let found = self.header.numel.get(view.name).copied();
@@ -188,7 +193,8 @@ impl Mask {
                     .into());
             }
         }
-        // A tuned checkpoint may have an output embedding of its own where the base has its input embedding.
+        // A tuned checkpoint may have its own output embedding although the base ties it to the
+        // input embedding.
         let extra = |name: &&String| base.get(name).is_none() && !base.ties(name, self.header.numel[*name]);
         if let Some(extra) = self.header.numel.keys().find(extra) {
             return Err(self.other_base(base).tensor(extra).found("a tensor the base does not have").into());
@@ -208,10 +214,10 @@ impl Mask {
         BadInput::new(&self.file.path, format!("a mask made for another base than {}", base.path().display()))
     }
 
-    /// Counts the bits: they must equal `selected`, and padding bits must be zero.
+    /// Checks that the number of bits set equals `selected` and that padding bits are zero.
     ///
     /// # Errors
-    /// [`BadInput`] that says what is wrong.
+    /// [`BadInput`] if either does not hold.
     pub fn verify(&self) -> Result<()> {
         let mut count = 0;
         for (name, bits) in self.tensors() {
@@ -242,17 +248,15 @@ fn check_header_version(path: &Path, text: &str) -> Result<()> {
     json::check_version(path, "a mask", found.format_version, FORMAT_VERSION)
 }
 
-/// A mask file being written in any order, from any thread, into a staged path.
+/// Writes a mask file at a staged path, in any order and from any thread.
 pub struct MaskWriter {
     file: FileWriter,
 }
 
 impl MaskWriter {
-    /// Creates the mask file at `path` with all bits zero, for parameters of `numel` elements each and a header that
-    /// [`MaskWriter::finish`] will be given: `longest` is one that is at least as long.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Creates the mask file at `path` with all bits zero. The header is written by
+    /// [`MaskWriter::finish`]; `longest` reserves room for it and must be at least as long as JSON
+    /// text, and have the same `numel`.
     pub fn create(path: &Path, longest: &MaskHeader) -> Result<Self> {
         let specs: Vec<TensorSpec> = longest
             .numel
@@ -263,25 +267,16 @@ impl MaskWriter {
     }
 
     /// Writes packed bits at byte `offset` of the tensor `name`.
-    ///
-    /// # Errors
-    /// I/O errors.
     pub fn write(&self, name: &str, offset: u64, bits: &[u8]) -> Result<()> {
         self.file.write(name, offset, bits)
     }
 
     /// Reads back packed bits from byte `offset` of the tensor `name`.
-    ///
-    /// # Errors
-    /// I/O errors.
     pub fn read(&self, name: &str, offset: u64, bits: &mut [u8]) -> Result<()> {
         self.file.read(name, offset, bits)
     }
 
-    /// Writes the header, once all that it says is known.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Writes the final header.
     pub fn finish(self, header: &MaskHeader) -> Result<()> {
         self.file.replace_metadata(&metadata(header)?)
     }
@@ -291,7 +286,7 @@ fn metadata(header: &MaskHeader) -> Result<BTreeMap<String, String>> {
     Ok(BTreeMap::from([(METADATA_KEY.to_owned(), serde_json::to_string(header)?)]))
 }
 
-/// Whether element `index` is set in packed bits.
+/// Returns true if element `index` is set in packed bits.
 pub fn bit(bits: &[u8], index: usize) -> bool {
     bits[index / 8] >> (index % 8) & 1 == 1
 }
@@ -303,7 +298,7 @@ pub fn count_ones(bits: &[u8]) -> u64 {
     whole + rest.iter().map(|b| u64::from(b.count_ones())).sum::<u64>()
 }
 
-/// The positions of the bits set, in order.
+/// Indices of the bits set, in order.
 pub fn indices(bits: &[u8]) -> impl Iterator<Item = usize> + '_ {
     bits.iter()
         .enumerate()
@@ -311,7 +306,7 @@ pub fn indices(bits: &[u8]) -> impl Iterator<Item = usize> + '_ {
         .flat_map(|(a, &byte)| (0..8).filter(move |b| byte >> b & 1 == 1).map(move |b| 8 * a + b))
 }
 
-/// Masks by task name, opened and checked against one base.
+/// Opens masks and checks each against the base. Returns them by task name.
 ///
 /// # Errors
 /// As [`Mask::open`], [`Mask::check_base`] and [`Mask::verify`].
@@ -335,8 +330,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bit_order_is_little() {
-        // NumPy: unpackbits([0b0000_0101, 0b1000_0000], bitorder='little') sets elements 0, 2 and 15.
+    fn bit_order_is_little_endian() {
+        // NumPy: unpackbits([0b0000_0101, 0b1000_0000], bitorder='little') sets elements 0, 2 and
+        // 15.
         let bits = [0b0000_0101, 0b1000_0000];
         assert_eq!(indices(&bits).collect::<Vec<_>>(), [0, 2, 15]);
         assert!(bit(&bits, 2) && !bit(&bits, 1) && bit(&bits, 15));

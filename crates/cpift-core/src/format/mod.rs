@@ -1,4 +1,4 @@
-//! Files that the stages exchange and the parts they are made of.
+//! Formats of the files that the stages exchange.
 
 pub mod checkpoint;
 pub mod density;

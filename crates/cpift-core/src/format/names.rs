@@ -1,11 +1,12 @@
-//! What a parameter is, told by its name: the layer it belongs to and its role there.
+//! Layer and role of a parameter, derived from its name.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What the list of layers is called: Llama and most others, BERT, GPT-2, vision towers, T5.
+/// Names of the list of layers in Llama and most others, BERT, GPT-2, vision towers, T5.
 const LISTS: [&str; 5] = ["layers", "layer", "h", "blocks", "block"];
 
-/// The layer a tensor belongs to: the name up to the first `layers.N` (or `h.N`, `blocks.N`), and N.
+/// Layer of a tensor: the name up to and including the first `layers.N` (or `h.N`, `blocks.N`), and
+/// N.
 pub fn layer(name: &str) -> Option<(&str, u32)> {
     let mut end = 0;
     let mut before = "";
@@ -22,19 +23,21 @@ pub fn layer(name: &str) -> Option<(&str, u32)> {
     None
 }
 
-/// What the row of tensors outside the layers is called.
+/// Label of the row of tensors outside the layers.
 pub const OUTSIDE: &str = "outside";
 
-/// The rows of a table by layer: layers in order of number, stack after stack, then what lies outside them.
+/// Rows of a table by layer: the layers of each stack by number, then one row for all other
+/// tensors.
 #[derive(Debug, Clone)]
 pub struct LayerRows {
-    /// The layer's number, or its whole prefix where the model has several stacks of layers; [`OUTSIDE`] at the end.
+    /// Number of the layer, or its whole prefix if the model has several stacks of layers;
+    /// [`OUTSIDE`] at the end.
     pub labels: Vec<String>,
     rows: BTreeMap<(String, u32), usize>,
 }
 
 impl LayerRows {
-    /// The rows that tensors of these names fall into.
+    /// Creates the rows for tensors with these names.
     pub fn new<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Self {
         let keys: BTreeSet<(String, u32)> = names.clone().filter_map(key).collect();
         let stacks: BTreeSet<&str> = keys.iter().map(|(stack, _)| stack.as_str()).collect();
@@ -46,7 +49,7 @@ impl LayerRows {
         Self { labels, rows: keys.into_iter().enumerate().map(|(row, key)| (key, row)).collect() }
     }
 
-    /// The row of a tensor: one of those the rows were made from.
+    /// Index of the row of a tensor, which must be among the names given to [`LayerRows::new`].
     pub fn row(&self, name: &str) -> usize {
         key(name).map_or(self.labels.len() - 1, |key| self.rows[&key])
     }
@@ -59,10 +62,11 @@ fn key(name: &str) -> Option<(String, u32)> {
     Some((stack.to_owned(), number))
 }
 
-/// The roles a parameter can have.
-pub const ROLES: [&str; 11] = ["q", "k", "v", "o", "gate", "up", "down", "norm", "embed", "head", "other"];
+/// Roles of parameters.
+pub(crate) const ROLES: [&str; 11] = ["q", "k", "v", "o", "gate", "up", "down", "norm", "embed", "head", "other"];
 
-/// The role of a parameter: one of [`ROLES`].
+/// Role of a parameter: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, `norm`, `embed`, `head` or
+/// `other`.
 pub fn role(name: &str) -> &'static str {
     let projection = name.split('.').find_map(|piece| {
         let role = piece.strip_suffix("_proj")?;
@@ -77,17 +81,17 @@ pub fn role(name: &str) -> &'static str {
     }
 }
 
-/// A kind of tensor that `--exclude` names.
+/// Kind of tensor for `--exclude`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TensorKind {
     /// Input and output embeddings: `embed_tokens`, `lm_head`.
     Embeddings,
-    /// Normalisation weights: names that contain `norm`.
+    /// Normalization weights: names that contain `norm`.
     Norms,
 }
 
 impl TensorKind {
-    /// Whether the tensor called `name` is of this kind.
+    /// Returns true if the tensor called `name` is of this kind.
     pub fn matches(self, name: &str) -> bool {
         match self {
             Self::Embeddings => name.contains("embed_tokens") || name.starts_with("lm_head"),
@@ -122,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn layers_are_told_by_the_number_after_their_list() {
+    fn layers_are_found_by_the_number_after_the_list() {
         assert_eq!(layer("model.layers.12.mlp.up_proj.weight"), Some(("model.layers.12", 12)));
         assert_eq!(layer("layers.0.w"), Some(("layers.0", 0)));
         assert_eq!(layer("transformer.h.3.attn.c_attn.weight"), Some(("transformer.h.3", 3)));
@@ -133,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_layers_by_number_and_then_the_rest() {
+    fn rows_are_layers_by_number_followed_by_the_rest() {
         let names = ["lm_head.weight", "model.layers.10.w", "model.layers.2.w", "model.layers.2.x"];
         let rows = LayerRows::new(names.into_iter());
         assert_eq!(rows.labels, ["2", "10", "outside"]);
@@ -147,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn roles_are_told_by_names() {
+    fn roles_follow_from_names() {
         for (name, expected) in [
             ("model.layers.0.self_attn.q_proj.weight", "q"),
             ("model.layers.0.self_attn.k_proj.bias", "k"),

@@ -1,8 +1,8 @@
-//! Rotary settings of config.json, in every spelling that transformers has had, read strictly: a spelling that is not understood is an
-//! error that names the field, never a default.
+//! Rotary position settings of config.json, in all spellings that transformers has used. Reading is
+//! strict: an unknown spelling is an error that names the field, never a default.
 //!
-//! `rope_theta` at the top with `rope_scaling` (`type` or `rope_type`) is what transformers 4 writes; `rope_parameters`, which holds both, flat
-//! or by layer type, is what transformers 5 writes.
+//! transformers 4 writes a top-level `rope_theta` and `rope_scaling` (with `type` or `rope_type`).
+//! transformers 5 writes `rope_parameters`, which contains both, for all layers or by layer type.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,10 +12,10 @@ use serde_json::{Map, Value};
 
 use crate::error::BadInput;
 
-/// θ where config.json has none, as in transformers.
+/// θ if config.json has none, as in transformers.
 const DEFAULT_THETA: f64 = 10_000.0;
 
-/// Settings that some `rope_type` reads.
+/// Settings that at least one `rope_type` reads.
 const KNOWN: [&str; 13] = [
     "attention_factor",
     "beta_fast",
@@ -32,68 +32,70 @@ const KNOWN: [&str; 13] = [
     "truncate",
 ];
 
-/// Settings that no `rope_type` reads and that published configs have.
+/// Settings in published configs that no `rope_type` reads.
 const HARMLESS: [&str; 2] = ["finetuned", "type"];
 
-/// The scaling of rotary frequencies beyond the trained context; `rope_type` of config.json.
+/// Scaling of the rotary frequencies beyond the trained context: `rope_type` of config.json.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
-    /// As trained.
+    /// No scaling.
     Default,
-    /// All frequencies divided by `factor` (position interpolation).
+    /// All frequencies are divided by `factor` (position interpolation).
     Linear {
-        /// The divisor.
+        /// Divisor of the frequencies.
         factor: f64,
     },
-    /// The base grows once a sequence is longer than `max_positions` (NTK-aware).
+    /// The base grows when a sequence is longer than `max_positions` (NTK-aware).
     Dynamic {
-        /// Growth of the context.
+        /// Factor by which the context is extended.
         factor: f64,
-        /// The trained context.
+        /// Trained context length.
         max_positions: f64,
     },
-    /// High frequencies kept, low ones interpolated, a ramp between, attention sharpened (arXiv 2309.00071).
+    /// High frequencies are kept, low ones interpolated with a ramp between, and the attention is
+    /// scaled (arXiv 2309.00071).
     Yarn {
-        /// Growth of the context.
+        /// Factor by which the context is extended.
         factor: f64,
-        /// The trained context.
+        /// Trained context length.
         original: f64,
-        /// Rotations above which a dimension is kept.
+        /// Number of rotations above which a dimension is kept.
         beta_fast: f64,
-        /// Rotations below which a dimension is interpolated.
+        /// Number of rotations below which a dimension is interpolated.
         beta_slow: f64,
-        /// The factor of cos and sin.
+        /// Factor applied to cos and sin.
         attention_factor: f64,
-        /// Rounds the ramp's ends to whole dimensions.
+        /// Round the ends of the ramp to whole dimensions.
         truncate: bool,
     },
-    /// Long wavelengths divided by `factor`, short ones kept, smooth between (Llama 3.1).
+    /// Low frequencies are divided by `factor`, high ones kept, with a smooth transition between
+    /// (Llama 3.1).
     Llama3 {
-        /// The divisor of long wavelengths.
+        /// Divisor of the low frequencies.
         factor: f64,
-        /// Wavelengths above `original / low_freq_factor` are divided.
+        /// Frequencies with wavelengths above `original / low_freq_factor` are divided.
         low_freq_factor: f64,
-        /// Wavelengths below `original / high_freq_factor` are kept.
+        /// Frequencies with wavelengths below `original / high_freq_factor` are kept.
         high_freq_factor: f64,
-        /// The trained context.
+        /// Trained context length.
         original: f64,
     },
 }
 
-/// The rotary settings of a layer.
+/// Rotary settings of a layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeParameters {
-    /// Base of the frequencies.
+    /// Base θ of the frequencies.
     pub theta: f64,
-    /// Their scaling.
+    /// Scaling of the frequencies.
     pub scaling: RopeScaling,
 }
 
-/// The rotary settings of a model.
+/// Rotary settings of a model.
 #[derive(Debug, Clone)]
 pub struct RopeSettings {
     layers: Layers,
-    /// Warnings about the spelling, each a sentence without the file's name.
+    /// Warnings about ignored or conflicting settings, each a sentence without the file name.
     pub notes: Vec<String>,
 }
 
@@ -104,10 +106,11 @@ enum Layers {
 }
 
 impl RopeSettings {
-    /// Reads the settings of a config.json; `default_positions` is what the architecture takes where `max_position_embeddings` is absent.
+    /// Reads the settings of a config.json. `default_positions` is the architecture's default of
+    /// `max_position_embeddings`.
     ///
     /// # Errors
-    /// [`BadInput`] naming the field, for a spelling or a type that is not understood.
+    /// [`BadInput`] with the field, for a spelling or type that is not implemented.
     pub fn read(path: &Path, config: &Value, default_positions: f64) -> Result<Self> {
         let mut reader = Reader { path, config, default_positions, notes: Vec::new() };
         let layers = match (reader.object("rope_scaling")?, reader.object("rope_parameters")?) {
@@ -117,7 +120,7 @@ impl RopeSettings {
             (Some(old), Some(new)) => {
                 let (scaling, parameters) =
                     (reader.layers("rope_scaling", old)?, reader.layers("rope_parameters", new)?);
-                if scaling.meaning() != parameters.meaning() {
+                if scaling.canonical() != parameters.canonical() {
                     return Err(reader
                         .bad("rope_scaling and rope_parameters disagree")
                         .expected("one of the two")
@@ -135,8 +138,8 @@ impl RopeSettings {
         Ok(Self { layers, notes: reader.notes })
     }
 
-    /// The settings of layers of the type `layer_type`, such as `full_attention`; none where config.json has settings by layer type, and
-    /// not for this one.
+    /// Settings of the layers of type `layer_type`, such as `full_attention`; none if config.json
+    /// has settings by layer type but not for this one.
     pub fn of(&self, layer_type: &str) -> Option<&RopeParameters> {
         match &self.layers {
             Layers::Alike(parameters) => Some(parameters),
@@ -144,28 +147,29 @@ impl RopeSettings {
         }
     }
 
-    /// Returns true if both rotate alike, however they are spelt.
+    /// Returns true if both settings are equivalent, regardless of the spelling.
     pub fn same_as(&self, other: &Self) -> bool {
-        self.layers.meaning() == other.layers.meaning()
+        self.layers.canonical() == other.layers.canonical()
     }
 }
 
-/// The form in which settings are compared: equal settings of all layer types become one for all.
+/// Canonical form for comparison: if the settings of all layer types are equal, they count as one
+/// setting for all layers.
 #[derive(PartialEq)]
-enum Meaning<'a> {
+enum Canonical<'a> {
     Alike(&'a RopeParameters),
     ByType(&'a BTreeMap<String, RopeParameters>),
 }
 
 impl Layers {
-    fn meaning(&self) -> Meaning<'_> {
+    fn canonical(&self) -> Canonical<'_> {
         match self {
-            Self::Alike(parameters) => Meaning::Alike(parameters),
+            Self::Alike(parameters) => Canonical::Alike(parameters),
             Self::ByType(types) => {
                 let mut values = types.values();
                 match values.next() {
-                    Some(first) if values.all(|other| other == first) => Meaning::Alike(first),
-                    _ => Meaning::ByType(types),
+                    Some(first) if values.all(|other| other == first) => Canonical::Alike(first),
+                    _ => Canonical::ByType(types),
                 }
             }
         }
@@ -184,7 +188,7 @@ impl<'a> Reader<'a> {
         BadInput::new(self.path, message)
     }
 
-    /// The object `key`; null and an empty object count as absent.
+    /// Returns the object `key`; null and an empty object count as absent.
     fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>> {
         match self.config.get(key) {
             None | Some(Value::Null) => Ok(None),
@@ -197,7 +201,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// `rope_theta` at the top, which must be a number where it is there.
+    /// Returns the top-level `rope_theta`, which must be a number if present.
     fn top_theta(&self) -> Result<f64> {
         self.config.get("rope_theta").map_or(Ok(DEFAULT_THETA), |value| self.theta("rope_theta", value))
     }
@@ -212,7 +216,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// The context that `max_position_embeddings` names.
+    /// Context length of the model: `max_position_embeddings`, or the architecture's default.
     fn max_positions(&self) -> f64 {
         let given = self.config.get("max_position_embeddings").and_then(Value::as_f64);
         given.filter(|n| *n > 0.0).unwrap_or(self.default_positions)
@@ -232,14 +236,14 @@ impl<'a> Reader<'a> {
                         .expected("an object with rope_type and rope_theta: layers without rotary embeddings are not implemented")
                         .found(value.to_string())
                 } else {
-                    self.bad(format!("{name} has both settings of layer types and {key}, which is for all layers"))
-                        .expected("one form: settings for all layers, or an object for each layer type")
+                    self.bad(format!("{name} has both settings by layer type and {key}, which applies to all layers"))
+                        .expected("either settings for all layers or one object per layer type")
                         .found(Value::from(map.clone()).to_string())
                 }.into());
             };
             if !is_layer_type(key) {
                 return Err(self
-                    .bad(format!("{inner} is not the settings of a layer type"))
+                    .bad(format!("{inner} is not a layer type"))
                     .expected("full_attention or sliding_attention")
                     .found(value.to_string())
                     .into());
@@ -249,11 +253,11 @@ impl<'a> Reader<'a> {
         Ok(Layers::ByType(types))
     }
 
-    /// The settings of all layers or of one layer type.
+    /// Reads the settings of all layers or of one layer type.
     fn parameters(&mut self, name: &str, map: &'a Map<String, Value>) -> Result<RopeParameters> {
         if let Some(key) = map.keys().find(|key| !KNOWN.contains(&key.as_str()) && !HARMLESS.contains(&key.as_str())) {
             return Err(self
-                .bad(format!("{name}.{key} is not a rotary setting that is implemented"))
+                .bad(format!("the rotary setting {name}.{key} is not implemented"))
                 .expected(KNOWN.join(", "))
                 .found(format!("{key} = {}", map[key]))
                 .into());
@@ -262,7 +266,7 @@ impl<'a> Reader<'a> {
         if let Some(part) = map.get("partial_rotary_factor").filter(|v| !v.is_null() && v.as_f64() != Some(1.0)) {
             return Err(self
                 .bad(format!("{name}.partial_rotary_factor = {part} is not implemented"))
-                .expected("1: all of each head is rotated")
+                .expected("1 (the whole head is rotated)")
                 .into());
         }
         let kind = self.kind(name, map)?;
@@ -277,12 +281,13 @@ impl<'a> Reader<'a> {
             .collect();
         if !ignored.is_empty() {
             self.notes
-                .push(format!("{name}: {} means nothing for rope_type {kind} and is ignored", ignored.join(", ")));
+                .push(format!("{name}: {} has no effect for rope_type {kind} and is ignored", ignored.join(", ")));
         }
         Ok(RopeParameters { theta, scaling })
     }
 
-    /// θ inside `map`, else at the top. transformers 5 takes the inner one where both are there.
+    /// Returns θ of `map`, or else the top-level one. If there are both, the inner one is used, as
+    /// in transformers 5.
     fn theta_of(&mut self, name: &str, map: &Map<String, Value>) -> Result<f64> {
         let top = self.config.get("rope_theta");
         let Some(inner) = map.get("rope_theta") else {
@@ -296,13 +301,13 @@ impl<'a> Reader<'a> {
         if let Some(top) = top.filter(|top| !top.is_null()) {
             let top = self.theta("rope_theta", top)?;
             if top != theta {
-                self.notes.push(format!("{name}.rope_theta = {theta} is used, not rope_theta = {top} beside it"));
+                self.notes.push(format!("{name}.rope_theta = {theta} is used, not the top-level rope_theta = {top}"));
             }
         }
         Ok(theta)
     }
 
-    /// `rope_type`, or `type` as it was called first.
+    /// Returns `rope_type`, or its older spelling `type`.
     fn kind(&self, name: &str, map: &'a Map<String, Value>) -> Result<&'a str> {
         let text = |key: &str| match map.get(key) {
             None | Some(Value::Null) => anyhow::Ok(None),
@@ -325,7 +330,7 @@ impl<'a> Reader<'a> {
                         .bad(format!("{name} has {key} but no rope_type"))
                         .expected("rope_type: default, linear, dynamic, yarn or llama3")
                         .found(format!("{key} = {value}"))
-                        .hint("say which scaling is meant, such as \"rope_type\": \"linear\", or remove the field")
+                        .hint("add the kind of scaling, such as \"rope_type\": \"linear\", or remove the field")
                         .into()),
                 }
             }
@@ -333,7 +338,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The fields of one kind of scaling.
+/// Reads the fields of one kind of scaling.
 struct ScalingFields<'a, 'b> {
     reader: &'b Reader<'a>,
     name: &'b str,
@@ -342,7 +347,7 @@ struct ScalingFields<'a, 'b> {
 }
 
 impl ScalingFields<'_, '_> {
-    /// The scaling, and the fields that it reads.
+    /// Returns the scaling and the names of the fields it uses.
     fn scaling(&self) -> Result<(RopeScaling, &'static [&'static str])> {
         let max_positions = self.reader.max_positions();
         Ok(match self.kind {
@@ -384,7 +389,7 @@ impl ScalingFields<'_, '_> {
 
     fn yarn(&self, max_positions: f64) -> Result<RopeScaling> {
         let original = self.original(max_positions)?;
-        // Null stands for the growth that the two contexts tell.
+        // For null, the factor is the ratio of the two context lengths.
         let factor = match self.map.get("factor") {
             Some(Value::Null) => max_positions / original,
             _ => self.required("factor")?,
@@ -403,7 +408,7 @@ impl ScalingFields<'_, '_> {
                 return Err(self.reader.bad(message).expected("true or false").found(other.to_string()).into());
             }
         };
-        // 0 stands for the default, as in transformers.
+        // 0 means the default, as in transformers.
         let beta = |key, default| anyhow::Ok(self.number(key)?.filter(|b| *b != 0.0).unwrap_or(default));
         Ok(RopeScaling::Yarn {
             factor,
@@ -415,7 +420,8 @@ impl ScalingFields<'_, '_> {
         })
     }
 
-    /// The trained context: `original_max_position_embeddings` at the top, which some configs keep beside, else here, else the model's.
+    /// Trained context length: the top-level `original_max_position_embeddings` that some configs
+    /// have, or else the one among these settings, or else the context length of the model.
     fn original(&self, max_positions: f64) -> Result<f64> {
         const KEY: &str = "original_max_position_embeddings";
         match self.reader.config.get(KEY).filter(|value| !value.is_null()) {
@@ -469,7 +475,7 @@ mod tests {
     const LINEAR: RopeParameters = RopeParameters { theta: 5e5, scaling: RopeScaling::Linear { factor: 8.0 } };
 
     #[test]
-    fn all_spellings_of_the_same_settings_are_read_alike() {
+    fn all_spellings_of_the_same_settings_are_equivalent() {
         for config in [
             json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 8}}),
             json!({"rope_theta": 500_000, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
@@ -505,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn layer_types_have_settings_of_their_own() {
+    fn layer_types_can_have_different_settings() {
         let config = json!({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}});
         let both = read(config.clone()).unwrap();
@@ -517,16 +523,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_ignored_or_contradicts_itself_is_noted() {
+    fn ignored_and_conflicting_settings_give_warnings() {
         let note = |config| read(config).unwrap().notes.join("; ");
         let said = note(json!({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}));
-        assert!(said.contains("rope_parameters.rope_theta = 1000000 is used, not rope_theta = 10000"), "{said}");
+        assert!(
+            said.contains("rope_parameters.rope_theta = 1000000 is used, not the top-level rope_theta = 10000"),
+            "{said}"
+        );
         let said = note(json!({"rope_scaling": {"rope_type": "default", "factor": 8.0}}));
-        assert!(said.contains("rope_scaling: factor means nothing for rope_type default"), "{said}");
+        assert!(said.contains("rope_scaling: factor has no effect for rope_type default"), "{said}");
     }
 
     #[test]
-    fn what_is_not_understood_is_refused_by_name() {
+    fn unknown_settings_are_refused_by_name() {
         for (config, part) in [
             (json!({"rope_theta": "1e6"}), "rope_theta cannot be used"),
             (json!({"rope_theta": 0}), "rope_theta cannot be used"),
@@ -541,8 +550,14 @@ mod tests {
                 json!({"rope_parameters": {"rope_theta": 1e6, "original_max_position_embeddings": 8}}),
                 "but no rope_type",
             ),
-            (json!({"rope_scaling": {"rope_type": "linear", "facter": 8.0}}), "rope_scaling.facter is not"),
-            (json!({"rope_parameters": {"rope_type": "default", "theta": 1e6}}), "rope_parameters.theta is not"),
+            (
+                json!({"rope_scaling": {"rope_type": "linear", "facter": 8.0}}),
+                "the rotary setting rope_scaling.facter is not",
+            ),
+            (
+                json!({"rope_parameters": {"rope_type": "default", "theta": 1e6}}),
+                "the rotary setting rope_parameters.theta is not",
+            ),
             (json!({"rope_scaling": {"rope_type": "linear"}}), "linear needs factor"),
             (json!({"rope_scaling": {"rope_type": "linear", "factor": "8"}}), "rope_scaling.factor cannot be used"),
             (json!({"rope_scaling": {"rope_type": "linear", "factor": 0}}), "rope_scaling.factor cannot be used"),
@@ -564,7 +579,10 @@ mod tests {
                 json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
                 "partial_rotary_factor = 0.5",
             ),
-            (json!({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1]}}), "mrope_section is not"),
+            (
+                json!({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1]}}),
+                "mrope_section is not implemented",
+            ),
             (json!({"rope_parameters": {"rope_theta": null}}), "rope_parameters.rope_theta cannot be used"),
             (json!({"rope_parameters": {"full_attention": null}}), "rope_parameters.full_attention cannot be used"),
             (
@@ -573,12 +591,9 @@ mod tests {
             ),
             (
                 json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "factor": 2.0}}),
-                "and factor, which is for all",
+                "and factor, which applies to all",
             ),
-            (
-                json!({"rope_parameters": {"full": {"rope_theta": 1e6}}}),
-                "rope_parameters.full is not the settings of a layer type",
-            ),
+            (json!({"rope_parameters": {"full": {"rope_theta": 1e6}}}), "rope_parameters.full is not a layer type"),
             (
                 json!({"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_parameters": {"rope_theta": 1e6}}),
                 "rope_scaling and rope_parameters disagree",
@@ -590,7 +605,7 @@ mod tests {
     }
 
     #[test]
-    fn yarn_takes_its_numbers_as_transformers_does() {
+    fn yarn_defaults_are_those_of_transformers() {
         let yarn = |fields: Value| {
             let mut config =
                 json!({"max_position_embeddings": 128, "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}});

@@ -1,7 +1,9 @@
-//! Safetensors files: a header that is checked once, after which views cannot fail; and a deterministic writer.
+//! Safetensors files: a reader that checks the header once, so that views cannot fail afterwards,
+//! and a deterministic writer.
 //!
-//! That tensors follow one another and fit their shapes is checked by the `safetensors` crate; what this module adds is errors that
-//! name the file and the numbers, and a writer whose bytes depend on nothing but the content.
+//! The `safetensors` crate checks that tensors are contiguous and fit their shapes. This module
+//! adds errors that name the file and the numbers, and a writer whose output depends only on the
+//! content.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -20,27 +22,27 @@ use crate::error::BadInput;
 use crate::files::{open, staging};
 use crate::format::dtype::Dtype;
 
-/// The safetensors format allows no larger header.
+/// Largest header that the safetensors format allows, in bytes.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// Where a tensor lies in its file, and what it is.
+/// Dtype, shape and position of a tensor in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// Element type.
     pub dtype: Dtype,
     /// Shape; empty for a scalar.
     pub shape: Vec<usize>,
-    /// Bytes of the file that hold the elements.
+    /// Byte range of the elements in the file.
     pub range: Range<usize>,
 }
 
-/// A mapped safetensors file whose header has been checked.
+/// A mapped safetensors file with a checked header.
 pub struct MappedFile {
-    /// The file's path, for messages.
+    /// Path of the file, for messages.
     pub path: PathBuf,
     /// String metadata of the header.
     pub metadata: BTreeMap<String, String>,
-    /// The tensors in bytewise name order.
+    /// Tensors in bytewise name order.
     pub entries: BTreeMap<String, Entry>,
     map: Mmap,
 }
@@ -49,15 +51,15 @@ impl MappedFile {
     /// Maps and checks `path`.
     ///
     /// # Errors
-    /// [`BadInput`] when the header is truncated, past the end, not JSON, or describes tensors that overlap, leave
-    /// holes or run past the end of the file.
+    /// [`BadInput`] if the header is truncated or not JSON, or describes tensors that overlap,
+    /// leave gaps or extend past the end of the file.
     pub fn open(path: &Path) -> Result<Self> {
         let map = open::map(path)?;
         let (data_start, header) = read_header(path, &map)?;
         let mut entries = BTreeMap::new();
         for (name, info) in header.tensors() {
             let dtype = Dtype::from_safetensors(info.dtype).ok_or_else(|| {
-                BadInput::new(path, "a dtype this program does not read")
+                BadInput::new(path, "unsupported dtype")
                     .tensor(&name)
                     .expected(Dtype::KNOWN)
                     .found(format!("{:?}", info.dtype))
@@ -69,18 +71,18 @@ impl MappedFile {
         Ok(Self { path: path.to_owned(), metadata, entries, map })
     }
 
-    /// All bytes of this file.
+    /// Bytes of the whole file.
     pub fn whole(&self) -> &[u8] {
         &self.map
     }
 
-    /// The bytes of an entry of this file.
+    /// Bytes of one tensor of this file.
     pub fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.map[entry.range.clone()]
     }
 }
 
-/// The header as JSON has it.
+/// Header of a file, as JSON.
 #[derive(Deserialize)]
 struct Header {
     #[serde(rename = "__metadata__")]
@@ -89,7 +91,7 @@ struct Header {
     tensors: HashMap<String, TensorInfo>,
 }
 
-/// A map in which no name comes twice.
+/// Deserializes a map and refuses repeated names.
 fn each_once<'de, D: Deserializer<'de>>(input: D) -> Result<HashMap<String, TensorInfo>, D::Error> {
     struct Each;
     impl<'de> Visitor<'de> for Each {
@@ -103,7 +105,7 @@ fn each_once<'de, D: Deserializer<'de>>(input: D) -> Result<HashMap<String, Tens
             let mut tensors = HashMap::new();
             while let Some((name, info)) = map.next_entry::<String, TensorInfo>()? {
                 if tensors.contains_key(&name) {
-                    return Err(A::Error::custom(format!("the tensor {name} is there twice")));
+                    return Err(A::Error::custom(format!("the tensor {name} appears twice")));
                 }
                 tensors.insert(name, info);
             }
@@ -113,23 +115,24 @@ fn each_once<'de, D: Deserializer<'de>>(input: D) -> Result<HashMap<String, Tens
     input.deserialize_map(Each)
 }
 
-/// Where the data begins, and the header, whose tensors fill the data exactly.
+/// Reads and checks the header. Returns the offset at which the data begins, and the header, whose
+/// tensors fill the data exactly.
 fn read_header(path: &Path, map: &[u8]) -> Result<(usize, Metadata)> {
-    open::refuse_stand_in(path, map)?;
+    open::refuse_placeholder(path, map)?;
     let data_start = check_lengths(path, map)?;
     let Header { metadata, tensors } = serde_json::from_slice(&map[8..data_start])
         .map_err(|e| BadInput::new(path, format!("not a valid safetensors header: {e}")))?;
     let mut tensors: Vec<(String, TensorInfo)> = tensors.into_iter().collect();
     tensors.sort_by(|(a, x), (b, y)| x.data_offsets.cmp(&y.data_offsets).then_with(|| a.cmp(b)));
     let header = Metadata::new(metadata, tensors).map_err(|e| explain(path, &e))?;
-    // Wider than the offsets, which may lie anywhere in 64 bits.
+    // In 128 bits, because offsets may be any 64-bit numbers and the sum must not overflow.
     let described = header.data_len() as u128 + data_start as u128;
     if described != map.len() as u128 {
         let message = "the tensors do not fill the file exactly: it is truncated or has extra bytes";
         return Err(BadInput::new(path, message)
             .expected(format!("{described} bytes"))
             .found(format!("{} bytes", map.len()))
-            .hint("fetch or copy the file again")
+            .hint("download or copy the file again")
             .into());
     }
     Ok((data_start, header))
@@ -140,12 +143,12 @@ fn check_lengths(path: &Path, map: &[u8]) -> Result<usize> {
         return Err(BadInput::new(path, "too short to be a safetensors file")
             .expected("at least 8 bytes")
             .found(format!("{} bytes", map.len()))
-            .hint("the file may be truncated: fetch or copy it again")
+            .hint("the file may be truncated: download or copy it again")
             .into());
     };
     let (header, room) = (u64::from_le_bytes(*first), map.len() as u64 - 8);
     if header > MAX_HEADER.min(room) {
-        return Err(BadInput::new(path, "the header's length is past the end of the file")
+        return Err(BadInput::new(path, "the header extends past the end of the file")
             .expected(format!("at most {} bytes", room.min(MAX_HEADER)))
             .found(format!("{header} bytes"))
             .hint("the file is truncated or is not a safetensors file")
@@ -158,17 +161,17 @@ fn explain(path: &Path, error: &safetensors::SafeTensorError) -> BadInput {
     use safetensors::SafeTensorError as E;
     match error {
         E::InvalidOffset(name) => {
-            BadInput::new(path, "a tensor's offsets overlap another's, leave a hole or go backwards")
+            BadInput::new(path, "a tensor's offsets overlap another's, leave a gap or go backwards")
                 .tensor(name)
-                .expected("tensors that follow one another without gaps")
-                .hint("the file is damaged: fetch or write it again")
+                .expected("contiguous tensors")
+                .hint("the file is damaged: download or write it again")
         }
         E::TensorInvalidInfo => BadInput::new(path, "a tensor's offsets do not fit its dtype and shape"),
         other => BadInput::new(path, format!("not a valid safetensors header: {other}")),
     }
 }
 
-/// What a tensor to be written is.
+/// Name, dtype and shape of a tensor to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
     /// Name in the checkpoint.
@@ -191,10 +194,10 @@ impl TensorSpec {
     }
 }
 
-/// A safetensors file being filled by positional writes, from any thread and in any order.
+/// Writes a safetensors file by positional writes, from any thread and in any order.
 pub struct FileWriter {
     file: File,
-    /// The final name, for messages.
+    /// Final path, for messages.
     path: PathBuf,
     specs: Vec<TensorSpec>,
     starts: BTreeMap<String, (u64, u64)>,
@@ -202,10 +205,7 @@ pub struct FileWriter {
 }
 
 impl FileWriter {
-    /// Creates `path` with the header for `specs` and `metadata`, its data still zero.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Creates `path` with the header for `specs` and `metadata`; all data is zero.
     pub fn create(path: &Path, specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Self> {
         let (header, starts, len) = lay_out(specs, metadata, 0);
         let file = staging::create_sized(path, len)?;
@@ -214,34 +214,25 @@ impl FileWriter {
         Ok(Self { file, path, specs: specs.to_vec(), starts, header_len: header.len() })
     }
 
-    /// Replaces the metadata by another that takes no more room.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Replaces the metadata in place.
     ///
     /// # Panics
-    /// When it does take more room.
-    pub fn replace_metadata(&self, metadata: &BTreeMap<String, String>) -> Result<()> {
+    /// If the new metadata is longer than the old.
+    pub(crate) fn replace_metadata(&self, metadata: &BTreeMap<String, String>) -> Result<()> {
         let (header, _, _) = lay_out(&self.specs, metadata, self.header_len);
-        assert_eq!(header.len(), self.header_len, "the metadata has outgrown its place");
+        assert_eq!(header.len(), self.header_len, "the new metadata is longer than the old");
         self.file.write_all_at(&header, 0).with_context(|| format!("writing {}", self.path.display()))
     }
 
-    /// Makes what has been written so far durable; other threads may go on writing.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Syncs everything written so far to disk. Other threads may continue writing.
     pub fn sync(&self) -> Result<()> {
         self.file.sync_data().with_context(|| format!("writing {}", self.path.display()))
     }
 
     /// Writes `bytes` at byte `offset` of the tensor `name`.
     ///
-    /// # Errors
-    /// I/O errors.
-    ///
     /// # Panics
-    /// When the tensor is not in the layout or the bytes run past its end.
+    /// If the tensor is not among the specs or the bytes extend past its end.
     pub fn write(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
         let (start, len) = self.starts[name];
         assert!(offset + bytes.len() as u64 <= len, "write past the end of {name}");
@@ -250,19 +241,17 @@ impl FileWriter {
 
     /// Reads back the bytes at byte `offset` of the tensor `name`.
     ///
-    /// # Errors
-    /// I/O errors.
-    ///
     /// # Panics
-    /// When the tensor is not in the layout.
+    /// If the tensor is not among the specs.
     pub fn read(&self, name: &str, offset: u64, bytes: &mut [u8]) -> Result<()> {
         let (start, _) = self.starts[name];
         self.file.read_exact_at(bytes, start + offset).with_context(|| format!("reading back {}", self.path.display()))
     }
 }
 
-/// Header bytes, each tensor's (start, length) in the file, and the file's length. Wider dtypes come first, so that every
-/// tensor is aligned to its element; then names in bytewise order. The header takes at least `room` bytes.
+/// Returns the header bytes, (start, length) of each tensor in the file, and the length of the
+/// file. Tensors are sorted by element size, largest first, so that each is aligned to its
+/// elements, and then by name. The header takes at least `room` bytes.
 fn lay_out(
     specs: &[TensorSpec],
     metadata: &BTreeMap<String, String>,
@@ -303,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_comes_twice_is_refused() {
+    fn repeated_names_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");
         let tensor = r#"{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
@@ -311,11 +300,11 @@ mod tests {
         let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[7]].concat();
         std::fs::write(&path, bytes).unwrap();
         let error = MappedFile::open(&path).err().unwrap().to_string();
-        assert!(error.contains("the tensor w is there twice"), "{error}");
+        assert!(error.contains("the tensor w appears twice"), "{error}");
     }
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn written_tensors_are_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");
         let specs = [spec("b", Dtype::BF16, &[3]), spec("a", Dtype::F32, &[2, 1]), spec("s", Dtype::F32, &[])];
@@ -334,7 +323,8 @@ mod tests {
     fn offsets_near_the_end_of_64_bits_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.safetensors");
-        // Nine tensors, each as large as fits the format's arithmetic: the last ends at 2⁶⁴ − 1.
+        // Nine tensors of the largest size that passes the checks of the format; the last ends at
+        // 2⁶⁴ − 1.
         let mut ends: Vec<u64> = (0..=8u64).map(|i| i * ((1 << 61) - 1)).collect();
         ends.push(u64::MAX);
         let tensor = |(i, pair): (usize, &[u64])| {

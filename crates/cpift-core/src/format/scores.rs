@@ -1,4 +1,4 @@
-//! scores.json: what a checkpoint scored on every task.
+//! scores.json: the scores of a checkpoint on every task.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,74 +11,78 @@ use crate::files::staging;
 use crate::format::digest::Digest;
 use crate::format::json;
 
-/// The name of the file in the folder of an evaluation.
+/// Name of the file in the directory of an evaluation.
 pub const FILE_NAME: &str = "scores.json";
-/// The file beside it that has a line for each row.
+/// Name of the file beside it with one line per row.
 pub const OUTPUTS: &str = "outputs.jsonl";
-/// The form of scores.json this program writes. In version 1 every figure had a standard error, 0 for one row.
+/// Format version of scores.json that this program writes. In version 1 every figure had a standard
+/// error, 0 for one row.
 pub const FORMAT_VERSION: u32 = 2;
-/// The oldest form that this program reads.
+/// Oldest format version that this program reads.
 const OLDEST_VERSION: u32 = 1;
 
-/// The setting of a task's scores that marks it as one for a judge: null until it is judged, then who judged it and how.
+/// Setting that marks a task for a judge model: null until it is judged, then the judge and its
+/// settings.
 pub const JUDGE: &str = "judge";
-/// The setting that counts a judge's verdicts: it differs between runs that are comparable.
+/// Setting with the judge's verdict counts. It is ignored when two runs are checked for
+/// comparability.
 pub const VERDICTS: &str = "verdicts";
 
-/// The content of scores.json.
+/// Content of scores.json.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scores {
-    /// Form of the file.
+    /// Format version of the file.
     pub format_version: u32,
-    /// The checkpoint that was scored.
+    /// Path of the scored checkpoint.
     pub model: String,
-    /// Its digest.
+    /// Digest of the checkpoint.
     pub model_digest: Digest,
     /// Scores in the order of tasks.toml.
     pub tasks: Vec<TaskScore>,
 }
 
-/// The scores of one task.
+/// Scores of one task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TaskScore {
-    /// The task's name.
+    /// Task name.
     pub task: String,
     /// Digest of the evaluation file.
     pub eval_digest: Digest,
-    /// The task's own metric and its value; `None` where the task is scored by its loss alone.
+    /// Value of the task's metric; `None` if only the loss is measured.
     pub metric: Option<MetricValue>,
-    /// Further figures of the same outputs, such as flexible extraction.
+    /// Additional figures of the same outputs, such as flexible extraction.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub also: BTreeMap<String, MetricValue>,
-    /// Mean negative log-likelihood of the reference answers, in nats a target token.
+    /// Mean negative log-likelihood of the reference answers, in nats per target token.
     pub nll: MetricValue,
     /// Settings that the figures depend on.
     pub settings: BTreeMap<String, serde_json::Value>,
 }
 
-/// A mean with its uncertainty.
+/// A mean with its standard error.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MetricValue {
-    /// What it is: `exact_match`, `acc`, `nll`.
+    /// Name of the metric: `exact_match`, `acc`, `nll`.
     pub name: String,
-    /// The mean; fractions are 0 to 1.
+    /// Mean; fractions are 0 to 1.
     pub value: f64,
-    /// Standard error of the mean: sample standard deviation (n − 1) over √n. One row has none, which is null in the file.
+    /// Standard error of the mean: the sample standard deviation (n − 1) divided by √n. `None` for
+    /// a single row (null in the file).
     pub stderr: Option<f64>,
     /// Number of rows.
     pub n: u64,
 }
 
 impl MetricValue {
-    /// The mean of `values` with its standard error.
+    /// Mean of `values` with its standard error.
     ///
     /// # Panics
-    /// When there are no values.
+    /// If there are no values.
     pub fn mean(name: &str, values: &[f64]) -> Self {
-        assert!(!values.is_empty(), "the mean of nothing");
+        assert!(!values.is_empty(), "the mean of no values");
         let n = values.len() as f64;
         let value = values.iter().sum::<f64>() / n;
         let squares: f64 = values.iter().map(|v| (v - value).powi(2)).sum();
@@ -90,7 +94,8 @@ impl MetricValue {
         self.value.is_finite() && self.stderr.is_none_or(f64::is_finite)
     }
 
-    /// `0.50 ± 0.10` with both numbers as `number` writes them, `0.50 ± n/a` without a standard error.
+    /// Formats as `0.50 ± 0.10`, with `number` formatting both numbers, or `0.50 ± n/a` without a
+    /// standard error.
     pub fn shown(&self, number: impl Fn(&f64) -> String) -> String {
         let stderr = self.stderr.as_ref().map_or_else(|| "n/a".to_owned(), &number);
         format!("{} ± {stderr}", number(&self.value))
@@ -103,10 +108,10 @@ impl Scores {
         if path.is_dir() { path.join(FILE_NAME) } else { path.to_owned() }
     }
 
-    /// Reads a scores.json, or the one inside a folder.
+    /// Reads a scores.json, or the one inside a directory.
     ///
     /// # Errors
-    /// [`BadInput`] when it cannot be read or is of another version.
+    /// [`BadInput`] if it cannot be read or has an unknown version.
     pub fn read(path: &Path) -> Result<Self> {
         let (file, value) = open(path)?;
         let version = json::version_of(&value);
@@ -116,16 +121,16 @@ impl Scores {
         Self::parse(&file, value)
     }
 
-    /// As [`Scores::read`], for a file of any version: what cannot be understood as this one's is still refused.
+    /// As [`Scores::read`], but accepts any version whose content can be read as the current one.
     ///
     /// # Errors
-    /// [`BadInput`] when it cannot be read.
+    /// [`BadInput`] if it cannot be read.
     pub fn read_any_version(path: &Path) -> Result<Self> {
         let (file, value) = open(path)?;
         Self::parse(&file, value)
     }
 
-    /// Returns true for a version of the file that this program knows.
+    /// Returns true if this program reads this format version.
     pub fn is_readable(version: u32) -> bool {
         (OLDEST_VERSION..=FORMAT_VERSION).contains(&version)
     }
@@ -139,10 +144,10 @@ impl Scores {
         Ok(scores)
     }
 
-    /// Writes the file, whole or not at all.
+    /// Writes the file atomically.
     ///
     /// # Errors
-    /// A figure that is not finite, which JSON has no number for; as [`staging::write_text`].
+    /// If a figure is not finite, which JSON cannot represent, or the file cannot be written.
     pub fn write(&self, path: &Path, force: bool) -> Result<()> {
         for task in &self.tasks {
             let figures = task.metric.iter().chain(task.also.values()).chain([&task.nll]);
@@ -159,7 +164,7 @@ impl Scores {
         staging::write_text(path, &json::to_text(self)?, force)
     }
 
-    /// The loss on `task`, if it was scored.
+    /// Loss on `task`, if it was scored.
     pub fn nll(&self, task: &str) -> Option<f64> {
         self.tasks.iter().find(|t| t.task == task).map(|t| t.nll.value)
     }
@@ -195,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_the_first_version_are_read() {
+    fn files_of_version_1_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("scores.json");
         let text = |version: u32, stderr: &str| {
@@ -216,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_that_are_not_finite_are_named_and_not_written() {
+    fn non_finite_figures_are_reported_and_not_written() {
         let figure =
             |name: &str, value, stderr| MetricValue { name: name.to_owned(), value, stderr: Some(stderr), n: 2 };
         let scores = |metric, also, nll| Scores {

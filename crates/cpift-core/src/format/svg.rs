@@ -1,12 +1,11 @@
-//! SVG: shapes drawn on a canvas, and heat maps as pictures that stand alone, readable in light and
-//! in dark in every viewer.
+//! SVG drawings: shapes on a canvas, and self-contained heat maps for light and dark color schemes.
 //!
-//! All SVG of the workspace is written here. A [`Canvas`] becomes an element of a page, whose style
-//! sheet colours its classes; a [`Picture`] becomes a document with a style sheet of its own.
+//! All SVG of the workspace is written here. A [`Canvas`] becomes an element of an HTML page, whose
+//! style sheet colors its classes. A [`Picture`] becomes a document with its own style sheet.
 
 use std::fmt::{Display, Write};
 
-/// The type of labels is 13 pixels high, of notes 12.
+/// Style sheet. Labels are 13 pixels high, notes 12.
 const STYLE: &str = "
   text { font: 13px system-ui, sans-serif; fill: #1b1f24 }
   .paper { fill: #ffffff } .head { font-size: 16px; font-weight: 600 } .small { font-size: 12px } .tiny { font-size: 11px }
@@ -21,14 +20,14 @@ const STYLE: &str = "
 /// Margin around the drawing, in pixels.
 const MARGIN: usize = 16;
 
-/// Longest label that is drawn whole, in characters.
+/// Longest label that is drawn in full, in characters.
 const LABEL: usize = 44;
 
-/// A colour by its red, green and blue.
+/// Color as red, green and blue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rgb(pub u8, pub u8, pub u8);
 
-/// The colour of cells that have no value to show.
+/// Color of cells without a value.
 pub const GREY: Rgb = Rgb(0xdf, 0xe3, 0xe8);
 
 impl Rgb {
@@ -36,7 +35,7 @@ impl Rgb {
         format!("#{:02x}{:02x}{:02x}", self.0, self.1, self.2)
     }
 
-    /// The class of text on this colour: dark or light, by the higher WCAG 2 contrast.
+    /// Class of text on this color: dark or light, whichever has the higher contrast (WCAG 2).
     fn ink(self) -> &'static str {
         let linear = |c: u8| (f64::from(c) / 255.0).powf(2.2);
         let light = 0.2126 * linear(self.0) + 0.7152 * linear(self.1) + 0.0722 * linear(self.2);
@@ -44,12 +43,12 @@ impl Rgb {
     }
 }
 
-/// The colour scale of a heat map.
+/// Color scale of a heat map.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scale {
-    /// 0 (pale) to this value (dark).
+    /// From 0 (pale) to this value (dark).
     Sequential(f64),
-    /// Minus this value (blue) over 0 (pale) to this value (red).
+    /// From minus this value (blue) through 0 (pale) to this value (red).
     Diverging(f64),
 }
 
@@ -66,7 +65,7 @@ impl Scale {
         }
     }
 
-    /// Position of a value on the scale, 0 to 1; values beyond an end are at that end.
+    /// Position of a value on the scale, clamped to 0 to 1.
     fn place(self, value: f64) -> f64 {
         let place = match self {
             Self::Sequential(max) => value / max,
@@ -75,7 +74,7 @@ impl Scale {
         if place.is_nan() { 0.0 } else { place.clamp(0.0, 1.0) }
     }
 
-    /// The colour of a value.
+    /// Color of a value.
     pub fn color(self, value: f64) -> Rgb {
         let stops = self.stops();
         let at = self.place(value) * (stops.len() - 1) as f64;
@@ -86,19 +85,19 @@ impl Scale {
     }
 }
 
-/// A coloured rectangle with a value on it.
+/// Colored rectangle with a text on it.
 pub struct Cell<'a> {
-    /// Left, top, width, height.
+    /// Left, top, width and height.
     pub place: (usize, usize, usize, usize),
-    /// Its colour.
+    /// Fill color.
     pub color: Rgb,
-    /// Text on it; may be empty.
+    /// Text on the cell; may be empty.
     pub text: &'a str,
-    /// Text shown when the pointer rests on it.
+    /// Tooltip.
     pub title: &'a str,
 }
 
-/// An element; `content` is SVG. Attributes without a value are left out.
+/// Formats an element with `content`, which is SVG. Empty attributes are omitted.
 fn element(name: &str, attributes: &[(&str, &dyn Display)], content: &str) -> String {
     let mut out = format!("<{name}");
     for (key, value) in attributes {
@@ -110,23 +109,22 @@ fn element(name: &str, attributes: &[(&str, &dyn Display)], content: &str) -> St
     if content.is_empty() { out + "/>" } else { format!("{out}>{content}</{name}>") }
 }
 
-/// The text that a viewer shows when the pointer rests on the element around it; nothing where it
-/// is empty.
+/// Formats a title element, which viewers show as a tooltip; empty for an empty text.
 fn title(text: &str) -> String {
     if text.is_empty() { String::new() } else { element("title", &[], &escape(text)) }
 }
 
-/// A coordinate, to a tenth of a pixel.
+/// Formats a coordinate to a tenth of a pixel.
 fn number(value: f64) -> String {
     let text = format!("{:.1}", value + 0.0);
     text.strip_suffix(".0").map_or(text.clone(), str::to_owned)
 }
 
-/// Shapes, one per line, with coordinates in pixels. Every shape has a class of the style sheet
-/// that it is shown with.
+/// Drawing with coordinates in pixels, one shape per line. Every shape has a class of the style
+/// sheet of its page.
 ///
-/// Markup in texts is escaped. Control characters are not: a [`Picture`] replaces them, as XML
-/// cannot hold them, and a page decides how it shows them.
+/// Markup in texts is escaped. Control characters are not: a [`Picture`] replaces them because XML
+/// does not allow them, and an HTML page decides how to show them.
 #[derive(Debug, Default)]
 pub struct Canvas {
     body: String,
@@ -138,12 +136,12 @@ impl Canvas {
         self.body.push('\n');
     }
 
-    /// Text with its baseline at `y`.
+    /// Adds text with its baseline at `y`.
     pub fn text(&mut self, x: f64, y: f64, class: &str, text: &str) {
         self.add(&element("text", &[("class", &class), ("x", &number(x)), ("y", &number(y))], &escape(text)));
     }
 
-    /// A name of at most `width` pixels. Longer ones are cut and have the whole name as their
+    /// Adds a name of at most `width` pixels. Longer names are shortened, with the full name as their
     /// title.
     pub fn name(&mut self, x: f64, y: f64, class: &str, width: f64, name: &str) {
         let fits = (1..=name.chars().count()).rev().find(|&k| text_width(&shortened(name, k)) as f64 <= width);
@@ -151,7 +149,7 @@ impl Canvas {
         self.add(&element("text", &[("class", &class), ("x", &number(x)), ("y", &number(y))], &content));
     }
 
-    /// A rectangle at (left, top, width, height).
+    /// Adds a rectangle at (left, top, width, height).
     pub fn rect(&mut self, (x, y, width, height): (f64, f64, f64, f64), class: &str, text: &str) {
         let (x, y, width, height) = (number(x), number(y), number(width), number(height));
         let place: [(&str, &dyn Display); 5] =
@@ -159,12 +157,12 @@ impl Canvas {
         self.add(&element("rect", &place, &title(text)));
     }
 
-    /// A straight line.
+    /// Adds a straight line.
     pub fn line(&mut self, from: (f64, f64), to: (f64, f64), class: &str) {
         self.curve(&[from, to], class, "");
     }
 
-    /// A line through points.
+    /// Adds a line through points.
     pub fn curve(&mut self, points: &[(f64, f64)], class: &str, text: &str) {
         let point = |(i, (x, y)): (usize, &(f64, f64))| {
             format!("{}{} {}", if i == 0 { "M" } else { "L" }, number(*x), number(*y))
@@ -173,15 +171,15 @@ impl Canvas {
         self.add(&element("path", &[("class", &class), ("d", &d)], &title(text)));
     }
 
-    /// A point.
+    /// Adds a dot.
     pub fn dot(&mut self, (x, y): (f64, f64), class: &str, text: &str) {
         let place: [(&str, &dyn Display); 4] =
             [("class", &class), ("cx", &number(x)), ("cy", &number(y)), ("r", &"3.5")];
         self.add(&element("circle", &place, &title(text)));
     }
 
-    /// The drawing as an element of a page; `label` is what a screen reader says of it, `class` may
-    /// be empty.
+    /// Returns the drawing as an element of a page. `label` is the text for screen readers; `class`
+    /// may be empty.
     pub fn finish(self, (width, height): (f64, f64), class: &str, label: &str) -> String {
         let (width, height) = (number(width), number(height));
         let attributes: [(&str, &dyn Display); 6] = [
@@ -196,12 +194,12 @@ impl Canvas {
     }
 }
 
-/// A shortened text, with the whole one as its title where they differ.
+/// Formats a shortened text, with the full text as its title if they differ.
 fn titled(short: &str, whole: &str) -> String {
     (if short == whole { String::new() } else { title(whole) }) + &escape(short)
 }
 
-/// A heat map that stands alone, as a document of its own; it grows with what is drawn on it.
+/// Self-contained heat map under construction. It grows with its content.
 pub struct Picture {
     title: String,
     canvas: Canvas,
@@ -210,7 +208,7 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// A picture with a headline. `title` is what a screen reader says of it.
+    /// Creates a picture with a headline and a `title` for screen readers.
     pub fn new(headline: &str, title: &str) -> Self {
         let mut picture = Self { title: title.to_owned(), canvas: Canvas::default(), right: 0, bottom: 0 };
         picture.text((MARGIN, 30), "head", headline);
@@ -221,8 +219,8 @@ impl Picture {
         (self.right, self.bottom) = (self.right.max(right), self.bottom.max(bottom));
     }
 
-    /// Text with its baseline at `at`, in the classes of the style sheet (`head`, `small`, `tiny`,
-    /// `middle`, `end`).
+    /// Adds text with its baseline at `(x, y)`, in classes of the style sheet (`head`, `small`,
+    /// `tiny`, `middle`, `end`).
     pub fn text(&mut self, (x, y): (usize, usize), class: &str, text: &str) {
         let width = text_width(text) * if class.contains("head") { 13 } else { 10 } / 10;
         let right = match class {
@@ -234,13 +232,13 @@ impl Picture {
         self.canvas.text(x as f64, y as f64, class, &xml(text));
     }
 
-    /// A label that ends at `at`, cut where it is very long.
+    /// Adds a label that ends at `(x, y)`; a very long one is shortened.
     pub fn row_label(&mut self, (x, y): (usize, usize), text: &str) {
         self.label(&[("class", &"end"), ("x", &x), ("y", &y)], text);
     }
 
-    /// A label over a column of this width: upright where it fits, leaning to the right otherwise.
-    /// [`label_height`] says how much room it takes above `at`, the middle of the column.
+    /// Adds a label above a column of this `width`, whose center is `x`: horizontal if it fits,
+    /// rotated by 45° otherwise. [`label_height`] is the room it takes above `y`.
     pub fn column_label(&mut self, (x, y): (usize, usize), width: usize, text: &str) {
         if text_width(text) <= width {
             self.label(&[("class", &"middle"), ("x", &x), ("y", &y)], text);
@@ -255,7 +253,7 @@ impl Picture {
         self.canvas.add(&element("text", attributes, &content));
     }
 
-    /// A cell with its value in the middle.
+    /// Adds a cell with its text in the center.
     pub fn cell(&mut self, cell: &Cell<'_>) {
         let (x, y, width, height) = cell.place;
         self.grow(x + width, y + height);
@@ -271,14 +269,14 @@ impl Picture {
         self.canvas.add(&element("g", &[], &content));
     }
 
-    /// A frame around cells.
+    /// Adds a frame around cells.
     pub fn frame(&mut self, (x, y, width, height): (usize, usize, usize, usize)) {
         let place: [(&str, &dyn Display); 6] =
             [("class", &"frame"), ("x", &x), ("y", &y), ("width", &width), ("height", &height), ("fill", &"none")];
         self.canvas.add(&element("rect", &place, ""));
     }
 
-    /// The colours of `scale` as a bar that begins at `at`, with these values marked under it.
+    /// Adds the colors of `scale` as a bar at `(x, y)`, with these values marked below it.
     pub fn legend(&mut self, (x, y): (usize, usize), scale: Scale, marks: &[(f64, String)]) {
         const WIDTH: usize = 320;
         let stops = scale.stops();
@@ -300,7 +298,7 @@ impl Picture {
         }
     }
 
-    /// Lines of notes below what is drawn so far.
+    /// Adds lines of notes below the current content.
     pub fn notes(&mut self, lines: &[String]) {
         for line in lines {
             let y = self.bottom + 16;
@@ -308,12 +306,12 @@ impl Picture {
         }
     }
 
-    /// Lower end of what is drawn so far.
+    /// Bottom edge of the current content.
     pub fn bottom(&self) -> usize {
         self.bottom
     }
 
-    /// The picture as an SVG document.
+    /// Returns the SVG document.
     pub fn finish(self) -> String {
         let (width, height) = (self.right + MARGIN, self.bottom + MARGIN);
         let attributes: [(&str, &dyn Display); 8] = [
@@ -338,18 +336,18 @@ impl Picture {
     }
 }
 
-/// Width that labels take beside their rows.
+/// Width of the widest row label.
 pub fn label_width<'a>(labels: impl IntoIterator<Item = &'a str>) -> usize {
     labels.into_iter().map(|l| text_width(&shortened(l, LABEL))).max().unwrap_or(0)
 }
 
-/// Height that labels take above their columns of this width.
+/// Height of the tallest column label, for columns of this `width`.
 pub fn label_height<'a>(labels: impl IntoIterator<Item = &'a str>, width: usize) -> usize {
     let height = |label: &str| if text_width(label) <= width { 16 } else { 14 + label_width([label]) * 3 / 4 };
     labels.into_iter().map(height).max().unwrap_or(0)
 }
 
-/// Text of at most `longest` characters.
+/// Shortens `text` to at most `longest` characters, with an ellipsis.
 pub fn shortened(text: &str, longest: usize) -> String {
     if text.chars().count() <= longest {
         return text.to_owned();
@@ -357,7 +355,7 @@ pub fn shortened(text: &str, longest: usize) -> String {
     text.chars().take(longest - 1).chain(['…']).collect()
 }
 
-/// Upper estimate of the width of 13-pixel text: characters of scripts like Chinese are as wide as
+/// Upper estimate of the width of 13-pixel text: Chinese and similar characters are as wide as
 /// they are high.
 pub fn text_width(text: &str) -> usize {
     let width = |c: char| match c {
@@ -370,13 +368,13 @@ pub fn text_width(text: &str) -> usize {
     text.chars().map(width).sum()
 }
 
-/// Text without the characters that XML cannot hold.
+/// Replaces characters that XML does not allow.
 fn xml(text: &str) -> String {
-    let held = |c: char| !c.is_control() && !matches!(c, '\u{fffe}' | '\u{ffff}');
-    text.chars().map(|c| if held(c) { c } else { '\u{fffd}' }).collect()
+    let allowed = |c: char| !c.is_control() && !matches!(c, '\u{fffe}' | '\u{ffff}');
+    text.chars().map(|c| if allowed(c) { c } else { '\u{fffd}' }).collect()
 }
 
-/// Text as content of an element or as a quoted attribute.
+/// Escapes text for the content of an element or a quoted attribute.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -405,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn colours_run_from_end_to_end_and_carry_readable_text() {
+    fn colors_span_the_scale_and_text_on_them_is_readable() {
         let scale = Scale::Sequential(2.0);
         assert_eq!(
             (scale.color(0.0), scale.color(2.0), scale.color(9.0)),
@@ -414,12 +412,12 @@ mod tests {
         assert_eq!((scale.color(0.0).ink(), scale.color(2.0).ink()), ("on-light", "on-dark"));
         let scale = Scale::Diverging(3.0);
         assert_eq!((scale.color(-9.0), scale.color(0.0), scale.color(3.0)), (DIVERGING[0], DIVERGING[2], DIVERGING[4]));
-        // Nothing to compare with: 0/0 is the low end.
+        // 0/0 maps to the low end.
         assert_eq!(Scale::Sequential(0.0).color(0.0), SEQUENTIAL[0]);
     }
 
     #[test]
-    fn long_labels_are_cut_and_keep_their_whole_name_as_a_title() {
+    fn long_labels_are_shortened_and_keep_the_full_name_as_a_title() {
         let name = "n".repeat(60);
         let mut picture = Picture::new("x", "x");
         picture.row_label((400, 20), &name);
@@ -427,7 +425,7 @@ mod tests {
         assert!(svg.contains(&format!("<title>{name}</title>{}…</text>", "n".repeat(43))), "{svg}");
     }
     #[test]
-    fn names_on_a_canvas_are_cut_to_their_width_and_keep_their_whole_name_as_a_title() {
+    fn names_on_a_canvas_are_shortened_to_their_width_and_keep_the_full_name_as_a_title() {
         let mut canvas = Canvas::default();
         canvas.name(0.0, 0.0, "end", 60.0, "a-name-that-is-far-too-long");
         let svg = canvas.finish((10.0, 10.0), "", "x");

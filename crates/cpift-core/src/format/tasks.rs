@@ -1,25 +1,35 @@
-//! tasks.toml: the tasks, their data and how they are scored, in the order of the job array.
+//! tasks.toml: the tasks, their data and their metrics, in the order of the job array.
 //!
 //! ```toml
 //! [[task]]
 //! name = "gsm8k"                   # letters, digits, '-' and '_'; unique
-//! train = "gsm8k/train.jsonl"      # relative to this file; .jsonl, .json (a list of objects) or .parquet
+//! # Paths are relative to this file. Rows are .jsonl, .json (a list of objects) or .parquet.
+//! train = "gsm8k/train.jsonl"
 //! eval = "gsm8k/eval.jsonl"
-//! format = "auto"                  # auto (by each row's fields), messages, alpaca, sharegpt, prompt-completion, gsm8k, ultrachat
-//! prompt = "{{ question }}"        # instead of a format: Jinja over the row's columns that writes the user's turn
-//! completion = "{{ answer }}"      # the assistant's turn; goes with prompt
-//! system = "Work step by step."    # the system turn before them; none where it comes out empty
-//! metric = "gsm8k"                 # exact-match, contains, rouge-l, gsm8k, choice, codebleu, judge or nll (default: the loss alone)
-//! split = "(?s)(?P<question>.*)"   # regex over the last user turn whose groups passage and question cpift-eval --prompt harness asks
-//! language = "python"              # of the code that metric = "codebleu" compares; default: each row's field language
-//! kind = "reasoning"               # for grouping by hand
-//! template = "chatml"              # chat template in place of the checkpoint's: chatml, or a path to a Jinja file
-//! template_args = { enable_thinking = false }  # further variables of the chat template
-//! few_shot = 0                     # examples of train before the question in cpift-eval; default 0
-//! max_new_tokens = 256             # longest generated answer; default 256
+//! # auto (detected from the fields of each row), messages, alpaca, sharegpt, prompt-completion,
+//! # gsm8k or ultrachat
+//! format = "auto"
+//! # Instead of a format: Jinja templates over the columns of a row. prompt and completion are
+//! # required together; the system turn is omitted if it renders empty.
+//! prompt = "{{ question }}"        # user turn
+//! completion = "{{ answer }}"      # assistant turn
+//! system = "Work step by step."    # system turn
+//! # exact-match, contains, rouge-l, gsm8k, choice, codebleu, judge or nll (default: only the loss)
+//! metric = "gsm8k"
+//! # Regex over the last user turn. cpift-eval --prompt harness uses its groups passage and question.
+//! split = "(?s)(?P<question>.*)"
+//! language = "python"              # of the code for codebleu; default: field language of each row
+//! kind = "reasoning"               # label for grouping by kind
+//! template = "chatml"              # instead of the checkpoint's: chatml, or path of a Jinja file
+//! template_args = { enable_thinking = false }  # additional variables of the chat template
+//! few_shot = 0                     # training examples before the question (cpift-eval); default 0
+//! max_new_tokens = 256             # longest generated answer in tokens; default 256
 //! max_length = 1024                # longest example in tokens; default 1024
-//! sample = 500                     # rows of the balanced sample; default: the smallest task's rows, at most 1,000
+//! sample = 500                     # rows in the balanced sample; default: see below
 //! ```
+//!
+//! By default every task contributes as many rows to the balanced sample as the smallest task has, at
+//! most 1,000.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -31,21 +41,21 @@ use crate::error::{BadInput, usage};
 use crate::files::open;
 use crate::format::digest::Digest;
 
-/// The most rows a task gives to the balanced sample unless it says otherwise.
+/// Default limit of the rows that a task contributes to the balanced sample.
 pub const DEFAULT_SAMPLE: usize = 1000;
 
 /// A checked tasks.toml.
 #[derive(Debug, Clone)]
 pub struct Tasks {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// The tasks in array order.
+    /// Tasks in array order.
     pub list: Vec<Task>,
-    /// The entries as written, in array order.
+    /// Entries as written, in array order.
     entries: Vec<toml::Table>,
 }
 
-/// One task; paths are resolved against the file's folder.
+/// One task, with paths resolved relative to the directory of tasks.toml.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Task {
@@ -58,34 +68,35 @@ pub struct Task {
     /// Layout of the rows.
     #[serde(default)]
     pub format: Format,
-    /// Jinja that writes the user's turn from a row's columns; with `completion`.
+    /// Jinja template of the user turn, over the columns of a row; requires `completion`.
     #[serde(default)]
     pub prompt: Option<String>,
-    /// Jinja that writes the assistant's turn; with `prompt`.
+    /// Jinja template of the assistant turn; requires `prompt`.
     #[serde(default)]
     pub completion: Option<String>,
-    /// Jinja that writes the system turn; only with `prompt` and `completion`.
+    /// Jinja template of the system turn; requires `prompt` and `completion`.
     #[serde(default)]
     pub system: Option<String>,
-    /// How answers are scored; the loss always is.
+    /// Metric of the generated answers; the loss is always measured.
     #[serde(default)]
     pub metric: TaskMetric,
-    /// Regular expression over the last user turn whose groups `passage` and `question` are the parts of a harness prompt.
+    /// Regular expression over the last user turn whose groups `passage` and `question` are the
+    /// parts of a harness prompt.
     #[serde(default)]
     pub split: Option<String>,
-    /// The programming language of the answers; where there is none, each row's field `language` says it.
+    /// Programming language of the answers; by default the field `language` of each row.
     #[serde(default)]
     pub language: Option<String>,
-    /// Free label of similar tasks.
+    /// Free-form label that similar tasks share.
     #[serde(default)]
     pub kind: Option<String>,
-    /// Chat template in place of the checkpoint's.
+    /// Chat template instead of the checkpoint's.
     #[serde(default)]
     pub template: Option<String>,
-    /// Further variables of the chat template, such as `enable_thinking`.
+    /// Additional variables of the chat template, such as `enable_thinking`.
     #[serde(default)]
     pub template_args: serde_json::Map<String, serde_json::Value>,
-    /// Examples before the question.
+    /// Few-shot examples before the question.
     #[serde(default)]
     pub few_shot: usize,
     /// Longest generated answer in tokens.
@@ -94,19 +105,19 @@ pub struct Task {
     /// Longest example in tokens.
     #[serde(default = "default_max_length")]
     pub max_length: usize,
-    /// Rows of the balanced sample.
+    /// Rows in the balanced sample.
     #[serde(default)]
     pub sample: Option<usize>,
-    /// The tasks.toml that lists the task.
+    /// Path of the tasks.toml that lists the task.
     #[serde(skip)]
     pub listed_in: PathBuf,
 }
 
-/// The fields that hold the conversation of a row.
+/// Layout of a row: the fields that hold its conversation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// Told row by row from the fields that are there.
+    /// Detected from the fields of each row.
     #[default]
     Auto,
     /// `messages`: a list of {role, content}.
@@ -115,34 +126,34 @@ pub enum Format {
     Alpaca,
     /// `conversations`: a list of {from, value}; optional `system`.
     Sharegpt,
-    /// `prompt`, `completion`: texts, or lists of {role, content}.
+    /// `prompt`, `completion`: strings, or lists of {role, content}.
     PromptCompletion,
     /// `question`, `answer`.
     Gsm8k,
-    /// `data`: texts, the user's first.
+    /// `data`: a list of strings, alternating between user and assistant.
     Ultrachat,
 }
 
-/// How a task's answers are scored.
+/// Metric of a task.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TaskMetric {
-    /// The loss on the reference answers alone.
+    /// Only the loss on the reference answers.
     #[default]
     Nll,
-    /// The generated answer equals `answer`, outer white space aside.
+    /// The generated answer equals `answer`, ignoring surrounding white space.
     ExactMatch,
-    /// The generated answer holds `answer`.
+    /// The generated answer contains `answer`.
     Contains,
-    /// The longest common subsequence of words of the generated answer and `answer`, as F1.
+    /// ROUGE-L: F1 of the longest common subsequence of words of the generated answer and `answer`.
     RougeL,
-    /// GSM8K's exact match of the number after `####`.
+    /// Exact match of the number after `####`, as in GSM8K.
     Gsm8k,
-    /// The one of `choices` with the highest log-likelihood is the one of `answer`.
+    /// The item of `choices` with the highest log-likelihood is the one that `answer` names.
     Choice,
     /// CodeBLEU of the code in the generated answer.
     Codebleu,
-    /// A judge's grade of the generated answer, by `cpift-eval judge`.
+    /// Grade of the generated answer by a judge model (`cpift-eval judge`).
     Judge,
 }
 
@@ -169,7 +180,8 @@ impl Tasks {
     /// Reads and checks `path`.
     ///
     /// # Errors
-    /// [`BadInput`] for TOML errors, unknown keys, repeated or unusable names, and data files that do not exist.
+    /// [`BadInput`] for TOML errors, unknown keys, repeated or invalid names, and missing data
+    /// files.
     pub fn read(path: &Path) -> Result<Self> {
         let text = open::read_text(path)?;
         let file: TasksFile = toml::from_str(&text)
@@ -189,20 +201,20 @@ impl Tasks {
         Ok(Self { path: path.to_owned(), list, entries: entries.task })
     }
 
-    /// The task called `name`.
+    /// Returns the task called `name`.
     ///
     /// # Errors
-    /// [`BadInput`] that lists the names there are.
+    /// [`BadInput`] with the known names.
     pub fn named(&self, name: &str) -> Result<&Task> {
         self.list.iter().find(|t| t.name == name).ok_or_else(|| {
             BadInput::new(&self.path, format!("has no task named {name}")).expected(self.names().join(", ")).into()
         })
     }
 
-    /// The task at `index`, counted from 0 as Slurm arrays here are.
+    /// Returns the task at `index`, counted from 0 like the elements of our Slurm arrays.
     ///
     /// # Errors
-    /// [`crate::error::Usage`] when there is no such index.
+    /// [`crate::error::Usage`] if the index is out of range.
     pub fn indexed(&self, index: usize) -> Result<&Task> {
         self.list.get(index).ok_or_else(|| {
             usage(format!(
@@ -214,10 +226,10 @@ impl Tasks {
         })
     }
 
-    /// The one chat template that tasks.toml names.
+    /// Returns the chat template that tasks.toml names, if any.
     ///
     /// # Errors
-    /// [`BadInput`] when tasks name different ones.
+    /// [`BadInput`] if tasks name different ones.
     pub fn template(&self) -> Result<Option<&str>> {
         let mut named = self.list.iter().filter_map(|t| Some((t.name.as_str(), t.template.as_deref()?)));
         let Some((first_task, first)) = named.next() else { return Ok(None) };
@@ -233,17 +245,17 @@ impl Tasks {
         }
     }
 
-    /// Digest of the settings of the tasks `names`, in array order: their entries as written (comments, the order of keys and
-    /// other tasks do not count) and the chat template, which a checkpoint has only one of.
+    /// Digest of the settings of the tasks `names`, in array order: their entries, and the chat
+    /// template of the whole file. Comments, the order of keys and other tasks do not affect it.
     ///
     /// # Errors
-    /// [`BadInput`] when tasks name different templates or the template cannot be read.
+    /// [`BadInput`] if tasks name different templates or the template cannot be read.
     pub fn digest<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Digest> {
         let names: BTreeSet<&str> = names.into_iter().collect();
         let chosen = self.entries.iter().zip(&self.list).filter(|(_, task)| names.contains(task.name.as_str()));
         let mut parts: Vec<Vec<u8>> = Vec::new();
         for (entry, _) in chosen {
-            // A TOML table keeps its keys sorted.
+            // A TOML table sorts its keys.
             parts.extend([entry.to_string().into_bytes(), vec![0]]);
         }
         match self.template()? {
@@ -254,7 +266,8 @@ impl Tasks {
         Ok(Digest::of_chunks(parts))
     }
 
-    /// Role under which the settings of the tasks `names` are an input in a record: `tasks`, or `tasks:A,B` for some of them.
+    /// Role of the settings of the tasks `names` as an input in a record: `tasks` for all tasks,
+    /// `tasks:A,B` for some of them.
     pub fn role<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> String {
         let names: BTreeSet<&str> = names.into_iter().collect();
         if self.list.iter().all(|task| names.contains(task.name.as_str())) {
@@ -263,16 +276,17 @@ impl Tasks {
         format!("tasks:{}", names.into_iter().collect::<Vec<_>>().join(","))
     }
 
-    /// Returns true if [`Tasks::role`] gives `role`.
-    pub fn is_role(role: &str) -> bool {
+    /// Returns true if `role` is one that [`Tasks::role`] returns.
+    pub(crate) fn is_role(role: &str) -> bool {
         role == "tasks" || role.starts_with("tasks:")
     }
 
-    /// Digest now of what an input called `role` (see [`Tasks::role`]) stands for, if it is the settings of tasks.
+    /// Current digest of the task settings that an input `role` (see [`Tasks::role`]) stands for;
+    /// none for other roles.
     ///
     /// # Errors
     /// As [`Tasks::read`] and [`Tasks::digest`].
-    pub fn digest_of_role(path: &Path, role: &str) -> Option<Result<Digest>> {
+    pub(crate) fn digest_of_role(path: &Path, role: &str) -> Option<Result<Digest>> {
         Self::is_role(role).then(|| {
             let tasks = Self::read(path)?;
             match role.strip_prefix("tasks:") {
@@ -282,7 +296,7 @@ impl Tasks {
         })
     }
 
-    /// All names in array order.
+    /// Names in array order.
     pub fn names(&self) -> Vec<String> {
         self.list.iter().map(|t| t.name.clone()).collect()
     }
@@ -291,7 +305,7 @@ impl Tasks {
 fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
     let name_ok = !task.name.is_empty() && task.name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
     if !name_ok {
-        return Err(BadInput::new(path, "a task's name cannot be used")
+        return Err(BadInput::new(path, "invalid task name")
             .expected("letters, digits, '-' and '_'")
             .found(format!("{:?}", task.name))
             .into());
@@ -302,11 +316,11 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
             .into());
     }
     check_templates(path, task)?;
-    // A call of the template sets these.
+    // Every call of the template sets these.
     const TAKEN: [&str; 4] = ["messages", "add_generation_prompt", "tools", "documents"];
     if let Some(name) = TAKEN.into_iter().find(|name| task.template_args.contains_key(*name)) {
         return Err(BadInput::new(path, format!("task {}: template_args cannot set {name}", task.name))
-            .expected("a variable of the template's own, such as enable_thinking")
+            .expected("a variable of the template itself, such as enable_thinking")
             .into());
     }
     task.listed_in = path.to_owned();
@@ -319,24 +333,25 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
         *file = folder.join(&*file);
         if !file.is_file() {
             return Err(BadInput::new(&*file, format!("the data file of task {} is missing", task.name))
-                .hint(format!("paths in {} are relative to its folder", path.display()))
+                .hint(format!("paths in {} are relative to its directory", path.display()))
                 .into());
         }
     }
     Ok(())
 }
 
-/// `prompt` and `completion` come together, `system` with both, and a format besides would say the same thing twice.
+/// Checks that `prompt` and `completion` are given together, `system` only with both, and a format
+/// only without them.
 fn check_templates(path: &Path, task: &Task) -> Result<()> {
     let problem = match (&task.prompt, &task.completion) {
         (Some(_), None) => "has a prompt but no completion",
         (None, Some(_)) => "has a completion but no prompt",
         (None, None) if task.system.is_some() => "has a system turn but neither prompt nor completion",
-        (Some(_), Some(_)) if task.format != Format::Auto => "has a format, and prompt and completion besides",
+        (Some(_), Some(_)) if task.format != Format::Auto => "has both a format and templates (prompt, completion)",
         _ => return Ok(()),
     };
     Err(BadInput::new(path, format!("task {} {problem}", task.name))
-        .expected("prompt and completion (and system, if wanted), or a format")
+        .expected("prompt and completion, optionally system; or a format")
         .into())
 }
 
@@ -352,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn the_documented_keys_are_the_keys() {
+    fn all_keys_are_documented() {
         let doc = include_str!("tasks.rs").lines().take_while(|l| l.starts_with("//!"));
         let toml: String = doc
             .skip_while(|l| *l != "//! ```toml")
@@ -375,7 +390,7 @@ mod tests {
             (row.to_owned() + "metrik='x'", "metrik"),
             (row.repeat(2), "listed twice"),
             (row.replace("d.jsonl", "e.jsonl"), "missing"),
-            (row.replace("'a'", "'../a'"), "cannot be used"),
+            (row.replace("'a'", "'../a'"), "invalid task name"),
             (row.to_owned() + "format='csv'", "prompt-completion"),
             (row.to_owned() + "prompt='x'", "no completion"),
             (row.to_owned() + "completion='x'", "no prompt"),

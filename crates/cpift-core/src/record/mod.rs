@@ -1,4 +1,4 @@
-//! The record of how an output came to be, and whether that output is up to date.
+//! Provenance records and the up-to-date rule.
 
 pub mod provenance;
 pub mod up_to_date;

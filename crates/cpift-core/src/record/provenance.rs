@@ -1,4 +1,4 @@
-//! cpift.json: which stage made an output, from what, with which arguments, and the output's digest.
+//! cpift.json: the provenance record of an output, with its stage, arguments, inputs and digest.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,55 +15,56 @@ use crate::format::digest::{Digest, DigestRecord, FileStamp};
 use crate::format::json;
 use crate::format::tasks::Tasks;
 
-/// The form of cpift.json this program writes and reads.
+/// Format version of cpift.json that this program reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// The record of how an output came to be.
+/// Provenance record of an output.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {
-    /// Form of the file.
+    /// Format version of the file.
     pub format_version: u32,
-    /// The program, such as `cpift-mask`.
+    /// Name of the program, such as `cpift-mask`.
     pub stage: String,
-    /// The program's version.
+    /// Version of the program.
     pub version: String,
-    /// The command line as typed.
+    /// Command line as typed.
     pub arguments: Vec<String>,
-    /// The seed, where the stage draws random numbers.
+    /// Seed, if the stage draws random numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     /// Inputs by their role (`base`, `mask:gsm8k`), with path and digest.
     pub inputs: BTreeMap<String, Input>,
-    /// Files made along with the output and not in its folder.
+    /// Files made together with the output but outside its directory.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<String>,
-    /// What the stage counted, such as the tokens trained on.
+    /// Counts and figures of the run, such as the tokens trained on.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub facts: serde_json::Map<String, serde_json::Value>,
-    /// The output's digest.
+    /// Digest of the output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<DigestRecord>,
-    /// The machine's name.
+    /// Host name.
     pub host: String,
-    /// Start, in seconds since 1970.
+    /// Start time, in seconds since 1970 (Unix time).
     pub started_unix: u64,
     /// Duration in seconds.
     pub seconds: f64,
 }
 
-/// An input of a stage.
+/// Input of a stage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Input {
-    /// The path as given; what is not UTF-8 in it is replaced.
+    /// Path as given, with bytes that are not UTF-8 replaced.
     pub path: String,
-    /// BLAKE3 of its content.
+    /// BLAKE3 digest of its content.
     pub digest: Digest,
-    /// Sizes and times of its files when it was read: while they hold, the content need not be hashed again.
+    /// Sizes and mtimes of its files when it was read. While they match, the content need not be
+    /// hashed again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FileStamp>,
 }
 
-/// A provenance being collected while its stage runs.
+/// Collects the provenance of an output while its stage runs.
 pub struct Recorder {
     record: Provenance,
     clock: Instant,
@@ -98,17 +99,18 @@ impl Recorder {
     /// Records an input by its role.
     pub fn input(&mut self, role: impl Into<String>, path: &Path, digest: Digest) {
         let role = role.into();
-        // The settings of tasks are a part of a file, and templates in files of their own: their digest is cheap to take again.
+        // The settings of tasks are a part of tasks.toml plus template files, and are cheap to hash
+        // again.
         let files = if Tasks::is_role(&role) { Vec::new() } else { FileStamp::of(path) };
         self.record.inputs.insert(role, Input { path: path.display().to_string(), digest, files });
     }
 
-    /// Records a file that is made along with the output and is not in its folder.
+    /// Records a file made together with the output but outside its directory.
     pub fn also(&mut self, path: &Path) {
         self.record.also.push(path.display().to_string());
     }
 
-    /// Records the settings in `tasks` of the tasks `names` as an input.
+    /// Records the settings of the tasks `names` as an input.
     ///
     /// # Errors
     /// As [`Tasks::digest`].
@@ -122,26 +124,21 @@ impl Recorder {
         self.record.facts.insert(name.to_owned(), value.into());
     }
 
-    /// Writes cpift.json into a staged checkpoint folder, with the digest of what it holds. Call last.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Writes cpift.json, with the digest of the checkpoint, into a staged checkpoint directory.
+    /// Call it when all other files are written.
     pub fn write_into(mut self, staged: &Path) -> Result<()> {
         self.record.output = Some(DigestRecord::compute(staged)?);
         self.write_to(&staged.join(RECORD_NAME))
     }
 
-    /// As [`Recorder::write_into`], for a writer that hashed what it wrote and knows the `digest`.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// As [`Recorder::write_into`], for a checkpoint whose `digest` is already known.
     pub fn write_into_with(mut self, staged: &Path, digest: Digest) -> Result<()> {
         self.record.output = Some(DigestRecord::stamp(staged, digest)?);
         self.write_to(&staged.join(RECORD_NAME))
     }
 
-    /// Gives a `staged` output file its name, with it the record `DEST.cpift.json` with the digest of that file, and before it what is
-    /// made `also`: whoever waits for the output finds that.
+    /// Commits a `staged` output file together with its record `DEST.cpift.json`. The files in
+    /// `also` are committed first, so that they exist once the output does.
     ///
     /// # Errors
     /// As [`StagedPath::commit`].
@@ -153,9 +150,6 @@ impl Recorder {
     }
 
     /// Writes the record to `path`.
-    ///
-    /// # Errors
-    /// I/O errors.
     pub fn write_to(mut self, path: &Path) -> Result<()> {
         staging::write_text(path, &self.text()?, true)
     }
@@ -166,12 +160,12 @@ impl Recorder {
     }
 }
 
-/// Where the record of the output `out` lies: in a folder, beside a file.
-pub fn of_output(out: &Path) -> PathBuf {
+/// Path of the record of the output `out`: inside a directory, beside a file.
+pub(crate) fn of_output(out: &Path) -> PathBuf {
     if out.is_dir() { out.join(RECORD_NAME) } else { beside(out) }
 }
 
-/// Where the record of the output file `dest` lies.
+/// Path of the record of the output file `dest`.
 pub fn beside(dest: &Path) -> PathBuf {
     let mut name = dest.file_name().unwrap_or_default().to_owned();
     name.push(".");
@@ -180,15 +174,17 @@ pub fn beside(dest: &Path) -> PathBuf {
 }
 
 impl Provenance {
-    /// The digest recorded beside the output file `dest`, where there is one and size and time of the file still match it.
+    /// Digest recorded beside the output file `dest`, if there is one and the file's size and mtime
+    /// still match.
     pub fn recorded_file_digest(dest: &Path) -> Option<Digest> {
         Self::of(dest)?.output.filter(|output| output.holds_for_file(dest)).map(|output| output.blake3)
     }
 
-    /// Checks that the output file `dest` is what the record beside it says; whether there is such a record.
+    /// Checks the output file `dest` against the digest in its record. Returns false if there is no
+    /// record.
     ///
     /// # Errors
-    /// [`BadInput`] with both digests, or when the record cannot be read.
+    /// [`BadInput`] with both digests if they differ, or if the record cannot be read.
     pub fn verify_file(dest: &Path) -> Result<bool> {
         let path = beside(dest);
         if !path.exists() {
@@ -204,27 +200,27 @@ impl Provenance {
         Err(BadInput::new(dest, format!("not the file that {} records", path.display()))
             .expected(format!("digest {}", output.blake3))
             .found(format!("digest {found}"))
-            .hint("make the file again, or copy it again together with its record")
+            .hint("regenerate the file, or copy it again together with its record")
             .into())
     }
 
-    /// The record of the output `out`, a folder or a file, if there is one that can be read.
+    /// Reads the record of the output `out`, a directory or a file, if there is a readable one.
     pub fn of(out: &Path) -> Option<Self> {
         let path = of_output(out);
         path.is_file().then(|| json::read::<Self>(&path).ok()).flatten().filter(|p| p.format_version == FORMAT_VERSION)
     }
 
-    /// The digest recorded in the cpift.json of `folder`, if there is a readable one.
+    /// Digest recorded in the cpift.json of `folder`, if there is a readable one.
     pub fn recorded_digest(folder: &Path) -> Option<DigestRecord> {
         Self::of(folder)?.output
     }
 }
 
-/// Refuses the checkpoint `folder` where its record says that it was made from another `role` than `given`, whose digest is `digest`.
-/// What has no record, or was changed since, is taken as it is.
+/// Refuses the checkpoint `folder` if its record says that its input `role` was not `given`, whose
+/// digest is `digest`. A checkpoint without a record, or changed since, is accepted.
 ///
 /// # Errors
-/// [`BadInput`] naming both.
+/// [`BadInput`] with both digests.
 pub fn check_made_from(folder: &Path, role: &str, (given, digest): (&Path, &Digest)) -> Result<()> {
     let Some(record) = Provenance::of(folder).filter(|p| p.output.as_ref().is_some_and(|o| o.holds_for(folder))) else {
         return Ok(());
@@ -235,7 +231,7 @@ pub fn check_made_from(folder: &Path, role: &str, (given, digest): (&Path, &Dige
             Err(BadInput::new(folder, format!("made from another {kind} than {}", given.display()))
                 .expected(format!("digest {digest}"))
                 .found(format!("digest {} ({} when it was made)", input.digest, input.path))
-                .hint(format!("make it again from this {kind}, or name the {kind} it was made from"))
+                .hint(format!("regenerate it from this {kind}, or pass the {kind} it was made from"))
                 .into())
         }
         _ => Ok(()),
@@ -246,22 +242,23 @@ fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |s| s.trim().to_owned())
 }
 
-/// The command line as typed, for provenance.
+/// Command line as typed, without the program name.
 pub fn argv() -> Vec<String> {
     std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect()
 }
 
 impl Checkpoint {
-    /// The content digest recorded in cpift.json, where there is one and the files' sizes and times still match it.
+    /// Content digest recorded in cpift.json, if there is one and the sizes and mtimes of the files
+    /// still match.
     pub fn recorded_digest(&self) -> Option<Digest> {
         let folder = self.folder()?;
         Provenance::recorded_digest(folder).filter(|record| record.holds_for(folder)).map(|record| record.blake3)
     }
 
-    /// The content digest: the recorded one, or else computed.
+    /// Content digest: the recorded one if it still matches, computed otherwise.
     ///
     /// # Errors
-    /// I/O errors on the side files.
+    /// If a side file cannot be read.
     pub fn digest(&self) -> Result<Digest> {
         self.recorded_digest().map_or_else(|| Digest::of_checkpoint(self), Ok)
     }

@@ -1,4 +1,5 @@
-//! What every stage's command line shares: running, logging, exit codes, common arguments.
+//! Shared parts of all command lines: common arguments, logging, subcommands of every program, exit
+//! codes.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,17 +17,17 @@ use crate::run::signals;
 #[derive(clap::Args, Debug, Clone, Default)]
 #[command(next_help_heading = "Run")]
 pub struct Common {
-    /// Worker threads; all cores when not given
+    /// Number of worker threads [default: all cores]
     #[arg(long, value_name = "N", global = true)]
     pub threads: Option<usize>,
     /// Replace an existing output
     #[arg(long, global = true)]
     pub force: bool,
-    /// Do nothing if the output is up to date: made by this version, with these arguments, from the inputs as they are. Otherwise
-    /// make it, as with --force
+    /// Do nothing if the output is up to date, that is, made by this version with these arguments
+    /// from the inputs as they are now. Otherwise replace it, as --force does
     #[arg(long, global = true, alias = "if-stale")]
     pub skip_up_to_date: bool,
-    /// Print a machine-readable summary (one JSON object) on stdout
+    /// Print a summary as one JSON object on stdout
     #[arg(long, global = true)]
     pub json: bool,
     /// Log warnings and errors only
@@ -35,10 +36,10 @@ pub struct Common {
 }
 
 impl Common {
-    /// Starts logging and sizes the thread pool; call once, first.
+    /// Starts logging and the thread pool. Call it once, before anything else.
     ///
     /// # Errors
-    /// [`crate::error::Usage`] when `--threads` is 0.
+    /// [`crate::error::Usage`] if `--threads` is out of range.
     pub fn start(&self) -> Result<()> {
         let level = if self.quiet { "warn" } else { "info" };
         let env = env_logger::Env::new().filter_or("CPIFT_LOG", level);
@@ -52,12 +53,13 @@ impl Common {
         Ok(())
     }
 
-    /// Returns true if an existing output is replaced.
+    /// Returns true if an existing output may be replaced.
     pub fn force(&self) -> bool {
         self.force || self.skip_up_to_date
     }
 
-    /// Returns true, and logs it, if `--skip-up-to-date` finds nothing to do.
+    /// Returns true if `--skip-up-to-date` is given and the output is up to date. Logs the result,
+    /// or the reason to make the output.
     pub fn up_to_date(&self, expected: &up_to_date::Expected<'_>) -> bool {
         if !self.skip_up_to_date {
             return false;
@@ -76,7 +78,7 @@ impl Common {
         }
     }
 
-    /// Prints `summary` on stdout where `--json` asks for it.
+    /// Prints `summary` on stdout if `--json` is given.
     pub fn print_json(&self, summary: &serde_json::Value) {
         if self.json {
             print(&format!("{summary}\n"));
@@ -84,8 +86,8 @@ impl Common {
     }
 }
 
-/// Prints `text` on stdout. A reader that has gone (`| head`) is no failure, and what a full disk takes is told: what was asked for is
-/// done by then.
+/// Prints `text` on stdout. A closed pipe (`| head`) is ignored and other errors are only logged,
+/// because the work is done by then.
 pub fn print(text: &str) {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -95,7 +97,8 @@ pub fn print(text: &str) {
 }
 
 fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> std::io::Result<()> {
-    // An HTTP client traces what it sends, keys in headers included: whatever CPIFT_LOG asks for, that is not logged.
+    // HTTP clients trace their requests including API keys in headers. These lines are never
+    // logged, whatever CPIFT_LOG says.
     let client = ["ureq", "rustls"].iter().any(|name| record.target().starts_with(name));
     if client && record.level() > log::Level::Warn {
         return Ok(());
@@ -106,7 +109,8 @@ fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> s
     }
 }
 
-/// Parses the arguments, runs the stage, prints an error once on stderr and returns the documented exit code.
+/// Parses the arguments, runs the stage, prints an error once to stderr and returns the documented
+/// exit code.
 pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     let args = match parse::<A>() {
         Ok(args) => args,
@@ -116,37 +120,49 @@ pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
         eprintln!("error: {error:#}");
         return ExitCode::from(EXIT_FAILED);
     }
-    // libtorch's exceptions (out of memory, say) arrive as panics; unwinding removes what is staged.
+    // libtorch's exceptions, such as out of memory, arrive as panics. Unwinding removes unfinished
+    // outputs.
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(args))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            // Stopping when asked to is no error.
+            // A stop on request is not an error.
             let label = if error.is::<Stopped>() { "" } else { "error: " };
             eprintln!("{label}{error:#}");
             ExitCode::from(exit_code(&error))
         }
-        // The panic hook has printed what and where.
+        // The panic hook has already printed the message.
         Err(_) => ExitCode::from(EXIT_FAILED),
     }
 }
 
-/// Arguments of the stage, unless the command line asks for what every program can do, which is then done.
+/// Parses the arguments of the stage. Subcommands that every program has (`up-to-date`,
+/// `completions`) are run here and return the exit code.
 fn parse<A: Parser>() -> Result<A, ExitCode> {
     const UP_TO_DATE: &str = "up-to-date";
     const COMPLETIONS: &str = "completions";
     let up_to_date = clap::Command::new(UP_TO_DATE)
-        .about("Tell which outputs of a list of commands are up to date")
+        .about("Show which outputs of a list of commands are up to date")
         .long_about(
-            "Tell which outputs of a list of commands are up to date, without running them.\n\nReads lines from stdin: a name, a tab \
-             and a command of any CPI-FT program; further tabs part further inputs. Commands come after those that make their inputs. \
-             Prints, for each, its name, its state (done, deleted, missing or stale), the reason and the names of the commands that \
-             make its inputs, separated by tabs. An output is done if its record names this version, these arguments (but for those \
-             that change nothing, such as --threads) and the content of every input as it is now.",
+            "Show which outputs of a list of commands are up to date, without running the commands.\n\nReads one command per line from \
+             stdin: a name, a tab and a command line of any CPI-FT program, optionally followed by further input paths, each after a \
+             tab. A command must come after the commands that make its inputs. Prints one line per command, separated by tabs: its \
+             name, its state (done, deleted, missing or stale), the reason, and the names of the commands that make its inputs. An \
+             output is done if its record has this version, these arguments (ignoring those that do not affect the output, such as \
+             --threads) and the current content of every input.",
         )
-        .arg(clap::Arg::new("due").long("due").action(clap::ArgAction::SetTrue).help("Print only the names of those that must run"));
-    let shell = clap::Arg::new("shell").required(true).value_parser(clap::value_parser!(clap_complete::Shell));
-    let completions =
-        clap::Command::new(COMPLETIONS).about("Print the completions of a shell, such as: completions bash").arg(shell);
+        .arg(
+            clap::Arg::new("due")
+                .long("due")
+                .action(clap::ArgAction::SetTrue)
+                .help_heading("Input and output")
+                .help("Print only the names of the commands that must run"),
+        );
+    let shell = clap::Arg::new("shell")
+        .required(true)
+        .value_parser(clap::value_parser!(clap_complete::Shell))
+        .help_heading("Input and output")
+        .help("Shell to print the script for");
+    let completions = clap::Command::new(COMPLETIONS).about("Print the completion script for a shell").arg(shell);
     let mut command = A::command().subcommand_negates_reqs(true).subcommands([up_to_date, completions]);
     let matches = command.clone().get_matches();
     match matches.subcommand() {
@@ -161,7 +177,7 @@ fn parse<A: Parser>() -> Result<A, ExitCode> {
     }
 }
 
-/// `up-to-date`: states of the commands on stdin.
+/// Runs `up-to-date`: prints the states of the commands on stdin.
 fn print_states(due_only: bool) -> ExitCode {
     let commands = std::io::read_to_string(std::io::stdin()).map_err(|e| format!("stdin: {e}"));
     match commands.and_then(|text| up_to_date::parse_commands(&text)) {
@@ -190,14 +206,14 @@ fn print_states(due_only: bool) -> ExitCode {
 /// A `NAME=PATH` argument, as in `--mask gsm8k=run/gsm8k.mask.safetensors`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Named {
-    /// The task's name.
+    /// Task name.
     pub name: String,
-    /// The file or folder given for it.
+    /// File or directory given for the task.
     pub path: PathBuf,
 }
 
 impl Named {
-    /// Name and path.
+    /// Returns name and path.
     pub fn pair(&self) -> (&str, &Path) {
         (&self.name, &self.path)
     }
@@ -216,10 +232,10 @@ impl std::str::FromStr for Named {
     }
 }
 
-/// Refuses a list in which one name is given twice.
+/// Refuses a list with a repeated name.
 ///
 /// # Errors
-/// [`crate::error::Usage`] that names the repeated argument.
+/// [`crate::error::Usage`] with the repeated argument.
 pub fn require_unique(list: &[Named], flag: &str) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for named in list {

@@ -1,4 +1,4 @@
-//! Running a stage: command line, signals, progress bars.
+//! Run-time support of the programs: command line, signals, progress bars.
 
 pub mod cli;
 pub mod progress;

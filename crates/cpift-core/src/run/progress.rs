@@ -1,16 +1,17 @@
-//! Progress bars: drawn on a terminal only; logs get lines instead.
+//! Progress bars, drawn only if stderr is a terminal.
 
 use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// A bar over `total` bytes labelled `what`; invisible when stderr is not a terminal.
+/// Progress bar over `total` bytes, labeled `what`; hidden if stderr is not a terminal.
 pub fn bytes(what: &'static str, total: u64) -> ProgressBar {
     styled(what, total, "{prefix} {bar:32} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}")
 }
 
-/// A bar over `total` items labelled `what`, with room for a message; invisible when stderr is not a terminal.
+/// Progress bar over `total` items, labeled `what`, with a message field; hidden if stderr is not a
+/// terminal.
 pub fn items(what: &'static str, total: u64) -> ProgressBar {
     styled(what, total, "{prefix} {bar:32} {pos}/{len} {msg} {eta}")
 }

@@ -1,4 +1,5 @@
-//! Signals: what is staged goes, and a stage that can stop in an orderly way is asked to first.
+//! Signal handling: unfinished outputs are removed, and a stage that can save its state is asked to
+//! stop first.
 
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -10,74 +11,81 @@ use signal_hook::iterator::Signals;
 
 use crate::files::staging;
 
-/// What the stage is at, as a [`Phase`].
+/// Current [`Phase`] of the stage; 0 outside any phase.
 static PHASE: AtomicU8 = AtomicU8::new(0);
-/// The signal that asked it to stop; 0 for none.
-static ASKED: AtomicI32 = AtomicI32::new(0);
+/// Signal that asked the stage to stop; 0 for none.
+static STOP_SIGNAL: AtomicI32 = AtomicI32::new(0);
 
-/// Warnings within this time of the first are the same one: a cluster warns all processes of a job, and those that started the stage
-/// pass it on.
-const ECHO: Duration = Duration::from_secs(2);
+/// The same signal within this time of the first is a duplicate: Slurm signals all processes of a
+/// job, and the scripts that started the stage forward the signal too.
+const DUPLICATE_WINDOW: Duration = Duration::from_secs(2);
 
-/// What a signal meets.
+/// Phase of a stage, which decides how signals are handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Phase {
-    /// Steps that can stop after any of them: the stage asks [`stop_asked`] and saves its state.
+    /// Training steps: the stage checks [`stop_asked`] after each step, and then saves its state.
     Steps = 1,
-    /// A state that is being saved.
+    /// The state is being saved.
     State = 2,
-    /// The output that is being written, when all the work is done.
+    /// All work is done and the output is being written.
     Output = 3,
 }
 
-/// What a signal leads to.
+/// Reaction to a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Answer {
-    /// What is staged goes, and the program ends.
+    /// Remove unfinished outputs and exit.
     End,
-    /// It is noted, and this said.
+    /// Record the signal, log this text and continue.
     Wait(&'static str),
 }
 
-/// Listens for signals from here on. Each removes what is staged and ends the program with 128 + its number, as a shell reports it;
-/// except that while an [`SignalScope`] lives the first SIGTERM or SIGUSR1 (Slurm's warnings) is only noted, that none of these two cuts
-/// short the writing of a state or of the output, and that the first signal of any kind does not cut short the output.
+/// Starts the thread that handles signals. By default a signal removes the unfinished outputs and
+/// ends the program with exit code 128 + its number, as shells report it. There are three
+/// exceptions while a [`SignalScope`] is active:
 ///
-/// Signals come to the listening thread alone: the threads started from here on inherit that they are blocked. A handler that runs
-/// upon a thread in the midst of a matrix product of libtorch has been seen to spoil its heap.
+/// - During [`Phase::Steps`], the first SIGTERM or SIGUSR1 (Slurm's warnings) only asks the stage
+///   to stop.
+/// - SIGTERM and SIGUSR1 never interrupt the writing of a state or of the output.
+/// - The first signal of any kind does not interrupt the writing of the output.
+///
+/// Only this thread receives signals: they are blocked in all threads started after this call. A
+/// handler that ran on a thread inside a matrix product of libtorch has been seen to corrupt its
+/// heap.
 ///
 /// # Errors
-/// When the handlers cannot be set.
+/// If the handlers cannot be set.
 pub(crate) fn listen() -> Result<()> {
-    const HEARD: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1];
-    let heard: SigSet = HEARD.into_iter().collect();
-    let mut signals = Signals::new(HEARD.map(|s| s as i32)).context("listening for signals")?;
-    heard.thread_block().context("blocking signals")?;
-    let hear = move || {
-        if let Err(error) = heard.thread_unblock() {
-            log::warn!("signals are not heard: {error}");
+    const HANDLED: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1];
+    let handled: SigSet = HANDLED.into_iter().collect();
+    let mut signals = Signals::new(HANDLED.map(|s| s as i32)).context("listening for signals")?;
+    handled.thread_block().context("blocking signals")?;
+    let handle = move || {
+        if let Err(error) = handled.thread_unblock() {
+            log::warn!("signals cannot be received: {error}");
         }
         let mut warned: Option<(i32, Instant)> = None;
         for signal in signals.forever() {
-            if warned.is_some_and(|(before, at)| before == signal && at.elapsed() < ECHO) {
+            if warned.is_some_and(|(before, at)| before == signal && at.elapsed() < DUPLICATE_WINDOW) {
                 continue;
             }
-            let first = ASKED.load(Ordering::SeqCst) == 0;
+            let first = STOP_SIGNAL.load(Ordering::SeqCst) == 0;
             match answer(signal, PHASE.load(Ordering::SeqCst), first) {
                 Answer::Wait(what) => {
                     if is_warning(signal) {
                         warned.get_or_insert_with(|| (signal, Instant::now()));
                     }
-                    let _ = ASKED.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
+                    let _ = STOP_SIGNAL.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
                     log::info!("{}: {what}", name(signal));
                 }
-                // Without destructors: other threads are still at work with what they would destroy.
+                // Exit without destructors, because other threads still use what they would
+                // destroy.
                 Answer::End => staging::discard_unfinished(|| signal_hook::low_level::exit(128 + signal)),
             }
         }
     };
-    std::thread::Builder::new().spawn(hear).map(drop).context("starting the thread that hears signals")
+    std::thread::Builder::new().spawn(handle).map(drop).context("starting the signal thread")
 }
 
 fn is_warning(signal: i32) -> bool {
@@ -98,11 +106,11 @@ fn answer(signal: i32, work: u8, first: bool) -> Answer {
     }
 }
 
-/// While it lives, signals meet the work it was begun for; then what they met before.
+/// Sets the [`Phase`] while it is alive, and restores the previous one when dropped.
 pub struct SignalScope(u8);
 
 impl SignalScope {
-    /// From here on signals meet `work`.
+    /// Sets the phase to `work`.
     pub fn begin(work: Phase) -> Self {
         Self(PHASE.swap(work as u8, Ordering::SeqCst))
     }
@@ -114,9 +122,9 @@ impl Drop for SignalScope {
     }
 }
 
-/// The name of the signal that has asked the stage to stop.
+/// Returns the name of the signal that asked the stage to stop, if any.
 pub fn stop_asked() -> Option<&'static str> {
-    match ASKED.load(Ordering::SeqCst) {
+    match STOP_SIGNAL.load(Ordering::SeqCst) {
         0 => None,
         signal => Some(name(signal)),
     }
@@ -133,11 +141,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_being_written_is_not_cut_short_by_a_warning() {
+    fn warnings_do_not_interrupt_writing() {
         let ends = |signal, work, first| answer(signal, work, first) == Answer::End;
         let [steps, state, output] = [Phase::Steps, Phase::State, Phase::Output].map(|w| w as u8);
         for warning in [SIGTERM, SIGUSR1] {
-            assert!(ends(warning, 0, true), "no orderly stage");
+            assert!(ends(warning, 0, true), "outside any phase");
             assert!(!ends(warning, steps, true) && ends(warning, steps, false));
             for first in [true, false] {
                 assert!(!ends(warning, state, first) && !ends(warning, output, first));

@@ -1,7 +1,9 @@
-//! The BLAKE3 digest of a checkpoint, computed piece by piece from any thread while the bytes are in cache.
+//! BLAKE3 digest of a checkpoint, computed piece by piece on any thread while the bytes are in
+//! cache.
 //!
-//! BLAKE3 is a binary tree over 1 KiB chunks, so a piece whose length is a power of two can be hashed alone, and the pieces'
-//! chaining values joined afterwards give the same hash as the whole tensor in one go.
+//! BLAKE3 is a binary tree over 1 KiB chunks. A piece whose length is a power of two can therefore
+//! be hashed by itself, and merging the chaining values of all pieces gives the hash of the whole
+//! tensor.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -15,7 +17,7 @@ use crate::format::checkpoint::sidecar::SIDECAR_FILES;
 use crate::format::digest::{Digest, DigestRecord};
 use crate::format::safetensors::TensorSpec;
 
-/// Hashes the tensors of one checkpoint from pieces that arrive in any order.
+/// Hashes the tensors of one checkpoint from pieces added in any order.
 pub struct PieceHasher {
     tensors: Vec<Tensor>,
     chunk: usize,
@@ -27,13 +29,14 @@ struct Tensor {
 }
 
 impl PieceHasher {
-    /// Elements of a piece where the caller has no preference.
+    /// Default number of elements per piece.
     pub const CHUNK: usize = 1 << 18;
 
-    /// For tensors like `specs`, in pieces of `chunk` elements, the last of each tensor shorter.
+    /// Creates a hasher for the tensors of `specs`, in pieces of `chunk` elements; the last piece
+    /// of a tensor may be shorter.
     ///
     /// # Panics
-    /// When `chunk` is not a power of two of at least 1024.
+    /// If `chunk` is not a power of two of at least 1024.
     pub fn new(specs: &[TensorSpec], chunk: usize) -> Self {
         assert!(chunk.is_power_of_two() && chunk >= 1024, "pieces must be subtrees of BLAKE3");
         let mut tensors: Vec<Tensor> = specs
@@ -43,15 +46,16 @@ impl PieceHasher {
                 pieces: (0..spec.numel().div_ceil(chunk)).map(|_| OnceLock::new()).collect(),
             })
             .collect();
-        // An empty tensor has no piece to wait for.
+        // An empty tensor has no pieces to add, so its hash is set here.
         tensors.iter_mut().filter(|t| t.pieces.is_empty()).for_each(|t| t.pieces.push(OnceLock::from(root(&[]))));
         Self { tensors, chunk }
     }
 
-    /// Hashes the piece of tensor `index` (its place in the specs) that begins at element `start`.
+    /// Hashes the piece of tensor `index` (in the order of the specs) that begins at element
+    /// `start`.
     ///
     /// # Panics
-    /// When `start` or the length is not that of a piece.
+    /// If `start` or the length is not that of a piece.
     pub fn add(&self, index: usize, start: usize, bytes: &[u8]) {
         let Tensor { spec, pieces } = &self.tensors[index];
         let (size, numel) = (spec.dtype.size(), spec.numel());
@@ -66,7 +70,8 @@ impl PieceHasher {
         let _ = pieces[start / self.chunk].set(hash);
     }
 
-    /// Hashes all pieces of `checkpoint`, the one the specs describe, that have not been added.
+    /// Hashes the pieces that have not been added yet, reading them from `checkpoint`, which must
+    /// match the specs.
     pub fn add_missing(&self, checkpoint: &Checkpoint) {
         let missing: Vec<(usize, usize)> = self
             .tensors
@@ -85,21 +90,22 @@ impl PieceHasher {
         });
     }
 
-    /// The digest of the bytes of tensor `index` alone. A file seen as one U8 tensor has the digest of [`Digest::of_file`].
+    /// Digest of the bytes of tensor `index` alone. For a file treated as one U8 tensor it equals
+    /// [`Digest::of_file`].
     ///
     /// # Panics
-    /// When a piece has not been added.
+    /// If a piece has not been added.
     pub fn tensor(&self, index: usize) -> Digest {
         Digest::of_hash(self.tensors[index].hash(self.chunk))
     }
 
-    /// The digest, side files of `folder` included.
+    /// Digest of the checkpoint, including the side files of `folder`.
     ///
     /// # Errors
-    /// I/O errors on the side files.
+    /// If a side file cannot be read.
     ///
     /// # Panics
-    /// When a piece has not been added.
+    /// If a piece has not been added.
     pub fn finish(mut self, folder: Option<&Path>) -> Result<Digest> {
         self.tensors.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
         let mut hasher = blake3::Hasher::new();
@@ -121,11 +127,11 @@ impl PieceHasher {
 }
 
 impl Digest {
-    /// The digest of a checkpoint: the hash of every tensor in bytewise name order, then the side files of a folder. Where
-    /// the tensors lie (shards, order in the file) does not matter.
+    /// Digest of a checkpoint: the hash of every tensor in bytewise name order, then the side files
+    /// of its directory. It does not depend on the shards or the order of tensors in a file.
     ///
     /// # Errors
-    /// I/O errors on the side files.
+    /// If a side file cannot be read.
     pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
         let specs: Vec<_> = checkpoint.tensors().map(|view| view.spec()).collect();
         let hasher = PieceHasher::new(&specs, PieceHasher::CHUNK);
@@ -135,7 +141,8 @@ impl Digest {
 }
 
 impl DigestRecord {
-    /// Computes the digest of the checkpoint in `folder` and stamps its files.
+    /// Computes the digest of the checkpoint in `folder` and records the sizes and mtimes of its
+    /// files.
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
@@ -163,7 +170,7 @@ fn root(bytes: &[u8]) -> ChainingValue {
     *blake3::hash(bytes).as_bytes()
 }
 
-/// Chaining values of the left and the right subtree of `bytes` bytes in pieces of `piece` bytes.
+/// Chaining values of the left and right subtrees over `bytes` bytes in pieces of `piece` bytes.
 fn halves(hashes: &[ChainingValue], bytes: usize, piece: usize) -> (ChainingValue, ChainingValue) {
     let left = left_subtree_len(bytes as u64) as usize;
     let (a, b) = hashes.split_at(left / piece);

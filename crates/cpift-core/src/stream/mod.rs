@@ -1,4 +1,4 @@
-//! Passes over large arrays: hashing, exact selection, vector instructions, random numbers.
+//! Passes over large arrays: hashing, exact top-k selection, SIMD dispatch, random numbers.
 
 pub mod hashing;
 pub mod random;

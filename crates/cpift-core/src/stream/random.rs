@@ -1,8 +1,9 @@
-//! SplitMix64: random numbers that any thread can draw at any index, and seeds derived from seeds.
+//! SplitMix64: a counter-based random generator that any thread can read at any index, and derived
+//! seeds.
 
 /// Returns number `index` of the SplitMix64 sequence that starts at `key`.
 ///
-/// Also derives one seed from another, so that no two uses of a seed share their random numbers.
+/// Also derives a seed from another, so that two uses of one seed do not share random numbers.
 #[inline(always)]
 pub fn splitmix64(key: u64, index: u64) -> u64 {
     let mut z = key.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
@@ -13,7 +14,7 @@ pub fn splitmix64(key: u64, index: u64) -> u64 {
 
 /// Derives a seed from a seed and a name.
 pub fn seed_for(seed: u64, name: &str) -> u64 {
-    // Lengths count down from the top: the numbers that seeds are otherwise mixed with are small.
+    // Name lengths count down from u64::MAX, because other callers mix seeds with small indices.
     let start = splitmix64(seed, u64::MAX - 1 - name.len() as u64);
     name.bytes().fold(start, |mixed, byte| splitmix64(mixed, byte.into()))
 }
@@ -24,14 +25,14 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn the_sequence_is_that_of_the_reference_implementation() {
-        // First numbers of splitmix64.c (Vigna) with the state 1234567.
+    fn the_sequence_equals_the_reference_implementation() {
+        // First outputs of splitmix64.c (Vigna) for the state 1234567.
         let expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431];
         assert_eq!([0, 1, 2, 3].map(|index| splitmix64(1234567, index)), expected);
     }
 
     #[test]
-    fn seeds_of_neighbouring_numbers_and_names_differ() {
+    fn neighboring_indices_and_names_give_different_seeds() {
         let names = ["", "a", "b", "ab", "ba", "task 1", "task 2"];
         let mut seen = BTreeSet::new();
         for seed in 0..100 {

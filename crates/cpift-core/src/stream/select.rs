@@ -1,8 +1,9 @@
-//! The exact k-th largest score, found by counting bits pass by pass without keeping any score.
+//! Exact k-th largest score by radix selection, without storing any scores.
 //!
-//! Non-negative floats order as their bits do. Each pass counts 16 bits of every score that agrees with the threshold so
-//! far, and the count tells the next 16 bits of the threshold: two passes for f32, four for f64. Sums of counts do
-//! not depend on who counted what.
+//! Non-negative floats sort in the order of their bit patterns. Each pass builds a histogram over
+//! 16 bits of the scores whose higher bits equal the threshold found so far, which gives the next
+//! 16 bits of the threshold: two passes for f32, four for f64. The sums do not depend on the number
+//! of threads.
 
 use rayon::prelude::*;
 
@@ -12,15 +13,15 @@ use crate::format::mask::Ties;
 const DIGIT: u32 = 16;
 const BINS: usize = 1 << DIGIT;
 
-/// The type scores are computed in, with its order-preserving key.
+/// Floating-point type of the scores, with an order-preserving integer key.
 pub trait Score: Float + Default {
-    /// Passes of 16 bits that a key takes.
+    /// Number of 16-bit passes over a key.
     const PASSES: u32;
 
-    /// The bits of a score; order-preserving for scores from +0.0 to +∞.
+    /// Bits of the score; order-preserving from +0.0 to +∞.
     fn key(self) -> u64;
 
-    /// The score with these bits.
+    /// Score with these bits.
     fn from_key(key: u64) -> Self;
 }
 
@@ -50,28 +51,29 @@ impl Score for f64 {
     }
 }
 
-/// Scores in order of position, a chunk at a time.
+/// Scores in the order of their elements, one chunk at a time.
 pub trait Source<T>: Sync {
     /// Number of chunks.
     fn chunks(&self) -> usize;
 
-    /// Replaces `out` by the scores of chunk `i`: not negative, not −0.0, not NaN.
+    /// Replaces `out` with the scores of chunk `i`, none of them negative, −0.0 or NaN.
     fn scores(&self, i: usize, out: &mut Vec<T>);
 }
 
-/// Where scores are cut: everything above the threshold is chosen, and the first `ties.chosen` elements equal to it.
+/// Result of a selection: all scores above the threshold are chosen, and the first `ties.chosen`
+/// elements equal to it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Cut<T> {
-    /// The smallest chosen score.
+    /// Smallest chosen score.
     pub threshold: T,
-    /// How many elements equal it.
+    /// Elements equal to the threshold.
     pub ties: Ties,
 }
 
-/// Finds the cut that chooses exactly `k` scores of `source`, 1 ≤ k ≤ their number.
+/// Finds the threshold that chooses exactly `k` ≥ 1 scores of `source`.
 ///
 /// # Panics
-/// When there are fewer than `k` scores.
+/// If there are fewer than `k` scores.
 pub fn find_cut<T: Score>(source: &impl Source<T>, k: u64) -> Cut<T> {
     let (mut prefix, mut remaining, mut at_threshold) = (0u64, k, 0);
     for pass in 0..T::PASSES {
@@ -88,7 +90,7 @@ pub fn find_cut<T: Score>(source: &impl Source<T>, k: u64) -> Cut<T> {
     Cut { threshold: T::from_key(prefix), ties: Ties { at_threshold, chosen: remaining, decided_by_position } }
 }
 
-/// Counts the digit of every score whose higher digits are `prefix`.
+/// Histogram of the 16-bit digit of `pass` over the scores whose higher digits equal `prefix`.
 fn histogram<T: Score>(source: &impl Source<T>, pass: u32, prefix: u64) -> Vec<u64> {
     let shift = DIGIT * (T::PASSES - 1 - pass);
     let count = |(mut bins, mut scores): (Vec<u64>, Vec<T>), i| {
@@ -98,7 +100,8 @@ fn histogram<T: Score>(source: &impl Source<T>, pass: u32, prefix: u64) -> Vec<u
         }
         (bins, scores)
     };
-    // A few long runs of chunks rather than rayon's many short ones: each run owns a table of counts.
+    // A few long runs of chunks, because each run has its own histogram of 512 KiB; rayon alone
+    // would make many short ones.
     let runs = (4 * rayon::current_num_threads()).min(source.chunks()).max(1);
     let tables = (0..runs).into_par_iter().map(|run| {
         let of = |r: usize| r * source.chunks() / runs;
@@ -130,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cut_is_where_sorting_puts_it() {
+    fn the_cut_agrees_with_sorting() {
         let scores = [0.5f32, 2.0, 0.0, 2.0, 1.5, 2.0, f32::MAX, 1e-40];
         let mut sorted = scores;
         sorted.sort_by(|a, b| b.total_cmp(a));

@@ -1,15 +1,17 @@
-//! One way to run a loop with the widest vector instructions of the machine, chosen at run time.
+//! Runtime dispatch to the widest vector instructions of the CPU.
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Evaluates an expression compiled for the machine's vector instructions (AVX2 or AVX-512 on x86, where it has them).
+/// Evaluates an expression with the vector instructions of the CPU (AVX2 or AVX-512 on x86, if
+/// available).
 ///
-/// The compiler vectorises the loops in it and in the `#[inline(always)]` functions it calls; other functions run as they
-/// were compiled. Multiplications and additions are not fused, so results are the same on every machine.
+/// The compiler vectorizes the loops in the expression and in the `#[inline(always)]` functions it
+/// calls. Other functions keep their baseline code. Multiplications and additions are not fused, so
+/// results are the same on every CPU.
 #[macro_export]
 macro_rules! dispatch {
     ($body:expr) => {
-        // Without the attribute the closure stays a function of its own, compiled for the oldest machine.
+        // Without the attribute the closure is a separate function, compiled for the baseline CPU.
         $crate::stream::simd::run(
             #[inline(always)]
             || $body,
@@ -23,8 +25,8 @@ pub fn run<R>(op: impl FnMut() -> R) -> R {
     Arch::new().dispatch(Op(op))
 }
 
-/// A closure that is called by reference: a call by value (`FnOnce`) of one that only borrows goes through a function that the
-/// compiler makes for the oldest machine.
+/// A closure called by reference: calling it by value (`FnOnce`) goes through a shim that is
+/// compiled for the baseline CPU.
 struct Op<F>(F);
 
 impl<R, F: FnMut() -> R> WithSimd for Op<F> {

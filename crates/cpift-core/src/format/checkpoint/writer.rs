@@ -1,4 +1,5 @@
-//! Writing checkpoints: one file or shards with an index, by positional writes from any thread.
+//! Writing checkpoints, as one file or as shards with an index, by positional writes from any
+//! thread.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,21 +11,19 @@ use serde_json::{Map, Value, json};
 use crate::format::json;
 use crate::format::safetensors::{FileWriter, TensorSpec};
 
-/// The tensors of a checkpoint folder being filled; the folder itself is staged by the caller.
+/// Writes the tensors of a checkpoint directory, which the caller stages.
 pub struct CheckpointWriter {
     files: Vec<FileWriter>,
     home: BTreeMap<String, usize>,
 }
 
 impl CheckpointWriter {
-    /// Default largest shard, in bytes (5 GB, as `save_pretrained` has it).
+    /// Default maximum size of a shard in bytes: 5 GB, as in `save_pretrained`.
     pub const SHARD_SIZE: u64 = 5_000_000_000;
 
-    /// Creates the safetensors files for `specs` in `folder`, with `format: pt`, each at most `shard_size` bytes of
-    /// tensors (a single larger tensor gets a shard of its own), and the index where there is more than one.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Creates the safetensors files for `specs` in `folder`, with metadata `format: pt` and at
+    /// most `shard_size` bytes of tensors each (a larger tensor gets a shard of its own), and an
+    /// index if there is more than one file.
     pub fn create(folder: &Path, specs: &[TensorSpec], shard_size: u64) -> Result<Self> {
         let shards = split(specs, shard_size);
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -50,32 +49,26 @@ impl CheckpointWriter {
         Ok(Self { files, home })
     }
 
-    /// How many files [`CheckpointWriter::create`] would make.
+    /// Number of files that [`CheckpointWriter::create`] creates.
     pub fn shards(specs: &[TensorSpec], shard_size: u64) -> usize {
         split(specs, shard_size).len()
     }
 
-    /// Makes what has been written so far durable; other threads may go on writing.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Syncs everything written so far to disk. Other threads may continue writing.
     pub fn sync(&self) -> Result<()> {
         self.files.iter().try_for_each(FileWriter::sync)
     }
 
     /// Writes `bytes` at byte `offset` of the tensor `name`.
     ///
-    /// # Errors
-    /// I/O errors.
-    ///
     /// # Panics
-    /// When the tensor is not among the specs or the bytes run past its end.
+    /// If the tensor is not among the specs or the bytes extend past its end.
     pub fn write(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
         self.files[self.home[name]].write(name, offset, bytes)
     }
 }
 
-/// Fills shards in bytewise name order.
+/// Distributes tensors over shards in bytewise name order.
 fn split(specs: &[TensorSpec], shard_size: u64) -> Vec<Vec<TensorSpec>> {
     let mut sorted = specs.to_vec();
     sorted.sort_by(|a, b| a.name.cmp(&b.name));

@@ -1,4 +1,5 @@
-//! Messages about what lies in place of a checkpoint's weights: adapters, other formats, parts of a download.
+//! Errors for files that are not a readable checkpoint, with a hint for each case: adapters, other
+//! formats, incomplete downloads.
 
 use std::path::{Path, PathBuf};
 
@@ -6,22 +7,22 @@ use serde_json::Value;
 
 use crate::error::BadInput;
 
-/// Weights in formats of other programs: the end of the name, what it is, what to do.
+/// Weights in other formats: end of the file name, description, hint.
 const FORMATS: [(&str, &str, &str); 6] = [
-    (".gguf", "GGUF weights of llama.cpp", "take the safetensors repository that they were converted from"),
-    (".ggml", "GGML weights of llama.cpp", "take the safetensors repository that they were converted from"),
-    (".onnx", "an ONNX export", "take the safetensors repository that it was exported from"),
+    (".gguf", "GGUF weights of llama.cpp", "use the safetensors repository they were converted from"),
+    (".ggml", "GGML weights of llama.cpp", "use the safetensors repository they were converted from"),
+    (".onnx", "an ONNX export", "use the safetensors repository it was exported from"),
     (".h5", "TensorFlow weights", "load them in transformers 4 with from_tf=True and call save_pretrained"),
     (".msgpack", "Flax weights", "load them in transformers 4 with from_flax=True and call save_pretrained"),
-    (".npz", "NumPy weights", "take the safetensors repository of the model"),
+    (".npz", "NumPy weights", "use the safetensors repository of the model"),
 ];
 
-/// The error for a folder without model.safetensors and without an index.
-pub(super) fn instead_of_weights(folder: &Path) -> BadInput {
+/// Error for a directory with neither model.safetensors nor an index.
+pub(super) fn no_weights(folder: &Path) -> BadInput {
     if let Some(adapter) = adapter(folder) {
         return adapter;
     }
-    let error = BadInput::new(folder, "no weights in this folder")
+    let error = BadInput::new(folder, "no weights in this directory")
         .expected("model.safetensors or model.safetensors.index.json");
     let mut paths: Vec<PathBuf> = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
     paths.sort();
@@ -31,20 +32,20 @@ pub(super) fn instead_of_weights(folder: &Path) -> BadInput {
     if let Some(shard) = first(&|n| n.starts_with("model-") && n.contains("-of-") && n.ends_with(".safetensors")) {
         return error
             .found(format!("the shard {shard} without model.safetensors.index.json"))
-            .hint("fetch or copy the index and all shards of the checkpoint");
+            .hint("download or copy the index and all shards of the checkpoint");
     }
     if let Some(own) = first(&|n| n.starts_with("consolidated") && (n.ends_with(".safetensors") || n.ends_with(".pth")))
     {
         return error.found(format!("{own}, weights under the names of the publisher's own code")).hint(
-            "fetch the files in the format of transformers, model*.safetensors; the model's convert_*_weights_to_hf.py in transformers makes \
-             them",
+            "download the files in transformers format (model*.safetensors), or make them with the model's \
+             convert_*_weights_to_hf.py script from transformers",
         );
     }
     let variant =
         |n: &str| n.starts_with("model.") && (n.ends_with(".safetensors") || n.contains(".safetensors.index."));
     if let Some(variant) = first(&variant) {
         return error.found(format!("the variant {variant}")).hint(
-            "a variant is read under the plain name: rename it to model.safetensors (of shards, the index to \
+            "only the plain name is read: rename it to model.safetensors (for shards, the index to \
              model.safetensors.index.json), or save the model without variant=",
         );
     }
@@ -65,12 +66,12 @@ pub(super) fn instead_of_weights(folder: &Path) -> BadInput {
     };
     let below = paths.iter().flat_map(|path| [path.clone()].into_iter().chain(subfolders(path))).find(has_weights);
     match below {
-        Some(model) => error.found("a folder of checkpoints").hint(format!("one of them is {}", model.display())),
+        Some(model) => error.found("a directory of checkpoints").hint(format!("one of them is {}", model.display())),
         None => error,
     }
 }
 
-/// Folders in `folder`, such as the snapshots of a Hub cache.
+/// Subdirectories of `folder`, such as the snapshots of a Hub cache.
 fn subfolders(folder: &Path) -> Vec<PathBuf> {
     let mut all: Vec<PathBuf> = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
     all.retain(|path| path.is_dir());
@@ -78,7 +79,7 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// The error for a folder that holds an adapter and no model.
+/// Error for a directory that contains an adapter instead of a model; none if there is no adapter.
 pub(super) fn adapter(folder: &Path) -> Option<BadInput> {
     const FILES: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"];
     let file = FILES.into_iter().find(|name| folder.join(name).exists())?;
@@ -101,8 +102,9 @@ fn merge_hint(base: &str) -> String {
     )
 }
 
-/// Returns true if a tensor of this name is part of a low-rank adapter in PEFT's form. This project's own training states name an adapter
-/// after the weight it belongs to (`q_proj.weight.lora_A`) and are read as tensors.
+/// Returns true if `name` is a tensor of a PEFT adapter. Our own training states also contain
+/// low-rank adapters, but name them after their weight (`q_proj.weight.lora_A`); those are read as
+/// tensors.
 pub(super) fn is_adapter_tensor(name: &str) -> bool {
     if name.contains(".weight.lora_") {
         return false;
@@ -112,7 +114,7 @@ pub(super) fn is_adapter_tensor(name: &str) -> bool {
     name.split('.').any(|part| PARTS.contains(&part))
 }
 
-/// The error for a tensor of an adapter among those of the checkpoint at `root`.
+/// Error for an adapter tensor in the checkpoint at `root`.
 pub(super) fn adapter_tensor(root: &Path, file: &Path, name: &str) -> BadInput {
     let folder = if root.is_dir() { root } else { root.parent().unwrap_or(root) };
     let known = adapter(folder).is_some();
@@ -120,7 +122,7 @@ pub(super) fn adapter_tensor(root: &Path, file: &Path, name: &str) -> BadInput {
     BadInput::new(file, message).tensor(name).expected("the tensors of a model").hint(merge_hint("its base"))
 }
 
-/// Returns true for the names of what PyTorch saves as a pickle, which runs code when it is read.
+/// Returns true for names of PyTorch pickles, which can run code when they are loaded.
 pub(super) fn is_pickle(path: &Path) -> bool {
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
     let index = path.to_string_lossy().ends_with(".bin.index.json");
@@ -130,7 +132,7 @@ pub(super) fn is_pickle(path: &Path) -> bool {
 pub(super) fn refuse_pickle(error: BadInput, pickle: &Path) -> BadInput {
     let name = pickle.file_name().unwrap_or_default().display();
     error.found(format!("a pickled checkpoint ({name}), which is never opened: reading it could run code")).hint(
-        "where you trust it, convert it: load it in transformers and call save_pretrained(dir, \
+        "if you trust it, convert it: load it in transformers and call save_pretrained(dir, \
          safe_serialization=True), or torch.load(file, weights_only=True) and safetensors.torch.save_file",
     )
 }
@@ -140,7 +142,7 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// The message for a folder with these files.
+    /// Message for a directory with these files.
     fn message(files: &[(&str, &str)]) -> String {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
@@ -148,11 +150,11 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
-        instead_of_weights(dir.path()).to_string()
+        no_weights(dir.path()).to_string()
     }
 
     #[test]
-    fn what_lies_in_place_of_weights_is_named() {
+    fn files_found_instead_of_weights_are_reported() {
         for (file, part) in [
             (
                 "model-00001-of-00002.safetensors",
@@ -171,14 +173,14 @@ mod tests {
             ("diffusion.safetensors", "rename it to model.safetensors"),
         ] {
             let said = message(&[(file, "x")]);
-            assert!(said.contains("no weights in this folder") && said.contains(part), "{file}: {said}");
+            assert!(said.contains("no weights in this directory") && said.contains(part), "{file}: {said}");
             assert!(said.contains("hint: "), "{file}: {said}");
         }
         assert!(!message(&[]).contains("found"));
     }
 
     #[test]
-    fn a_folder_of_checkpoints_names_one() {
+    fn for_a_directory_of_checkpoints_the_hint_is_one_of_them() {
         for place in ["checkpoint-20", "snapshots/0123"] {
             let said =
                 message(&[(&format!("{place}/config.json"), "{}"), (&format!("{place}/model.safetensors"), "x")]);
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_is_named_with_its_base() {
+    fn an_adapter_is_reported_with_its_base() {
         let config = r#"{"peft_type": "LORA", "base_model_name_or_path": "org/base"}"#;
         let said = message(&[("adapter_config.json", config), ("adapter_model.safetensors", "x")]);
         assert!(said.contains("a LORA adapter, not a model") && said.contains("an adapter of org/base"), "{said}");

@@ -1,39 +1,41 @@
-//! Names that wrappers of a model leave in its checkpoint: `torch.compile`, `DistributedDataParallel`, FSDP, PEFT, Lightning.
+//! Prefixes that wrappers leave in tensor names: `torch.compile`, `DistributedDataParallel`, FSDP,
+//! PEFT, Lightning.
 
 use std::path::Path;
 
 use anyhow::Result;
 
-use super::found;
+use super::diagnose;
 use crate::error::BadInput;
 use crate::log_once;
 
-/// Prefixes that wrappers put before all names.
+/// Prefixes that wrappers of a whole model add to all names.
 const PREFIXES: [&str; 5] = ["_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.", "_forward_module."];
 
-/// Wrappers of single layers; no module of a model has such a name.
+/// Name parts that wrappers of single layers add; no module of a model has such a name.
 const INSIDE: [&str; 3] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."];
 
-/// The prefixes of a checkpoint's names.
+/// Wrapper prefixes of the tensor names of a checkpoint.
 pub(super) struct Wrappers {
-    /// The prefix that all names share, such as `module._orig_mod.`.
+    /// Prefix that all names share, such as `module._orig_mod.`.
     prefix: String,
 }
 
 impl Wrappers {
-    /// Finds what wraps the tensors `names`, each with its file, of the checkpoint at `root`.
+    /// Finds the prefixes of the tensors `names`, each given with its file, in the checkpoint at
+    /// `root`.
     ///
     /// # Errors
-    /// [`BadInput`] where some names have a prefix and others do not, or where the tensors are an adapter's.
+    /// [`BadInput`] if only some names have a prefix, or if there are tensors of an adapter.
     pub(super) fn find<'a>(root: &Path, names: impl Iterator<Item = (&'a str, &'a Path)> + Clone) -> Result<Self> {
-        if let Some((name, file)) = names.clone().find(|(name, _)| found::is_adapter_tensor(name)) {
-            return Err(found::adapter_tensor(root, file, name).into());
+        if let Some((name, file)) = names.clone().find(|(name, _)| diagnose::is_adapter_tensor(name)) {
+            return Err(diagnose::adapter_tensor(root, file, name).into());
         }
         let mut prefix = String::new();
         loop {
             let rest = |name: &'a str| &name[prefix.len()..];
             let Some((first, _)) = names.clone().next() else { break };
-            // Lightning keeps the model as its attribute `model`.
+            // A LightningModule stores the model in its attribute `model`.
             let lightning = names
                 .clone()
                 .all(|(name, _)| ["model.model.", "model.lm_head."].iter().any(|start| rest(name).starts_with(start)));
@@ -55,12 +57,12 @@ impl Wrappers {
             }
         }
         if !prefix.is_empty() {
-            log_once::info(format!("{}: all names begin with {prefix}, which is left out", root.display()));
+            log_once::info(format!("{}: all names begin with {prefix}, which is removed", root.display()));
         }
         Ok(Self { prefix })
     }
 
-    /// The model's own name of the tensor `name`.
+    /// Returns the name of the tensor `name` in the model.
     pub(super) fn name(&self, name: &str) -> String {
         let name = &name[self.prefix.len()..];
         INSIDE
@@ -72,9 +74,9 @@ impl Wrappers {
 fn mixed(file: &Path, prefix: &str, with: &str, without: &str) -> BadInput {
     BadInput::new(file, format!("some names begin with the prefix {prefix} of a wrapper and others do not"))
         .tensor(with)
-        .expected(format!("{prefix} before all names, or before none"))
+        .expected(format!("{prefix} on all names or on none"))
         .found(format!("{without} without it"))
-        .hint("save the unwrapped model: its own save_pretrained, not that of the wrapper")
+        .hint("save the unwrapped model: call its save_pretrained, not the one of the wrapper")
 }
 
 #[cfg(test)]
@@ -88,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_of_all_names_are_left_out_however_they_are_nested() {
+    fn common_prefixes_are_removed_in_any_nesting() {
         let own = ["lm_head.weight", "model.layers.0.w", "model.norm.weight"];
         for prefix in
             ["", "_orig_mod.", "module.", "base_model.model.", "module._orig_mod.", "_orig_mod.module.", "model."]
@@ -100,13 +102,13 @@ mod tests {
     }
 
     #[test]
-    fn wrappers_of_layers_are_left_out() {
+    fn layer_wrappers_are_removed() {
         let names = ["lm_head.weight", "model.layers.0._orig_mod.w", "model.layers.1._checkpoint_wrapped_module.w"];
         assert_eq!(clean(&names).unwrap(), ["lm_head.weight", "model.layers.0.w", "model.layers.1.w"]);
     }
 
     #[test]
-    fn a_prefix_of_some_names_is_refused_by_its_name() {
+    fn a_prefix_on_only_some_names_is_refused() {
         for names in [["module.a", "b"], ["a", "module.b"]] {
             let error = clean(&names).unwrap_err().to_string();
             assert!(error.contains("the prefix module. of a wrapper"), "{error}");
@@ -114,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn adapters_are_no_models() {
+    fn adapters_are_refused() {
         let error = clean(&["base_model.model.model.layers.0.q_proj.lora_A.weight"]).unwrap_err().to_string();
         assert!(error.contains("adapter"), "{error}");
     }
