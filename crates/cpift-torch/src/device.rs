@@ -53,7 +53,7 @@ impl DeviceChoice {
         match wanted {
             Some(index) if index < count => Ok(Device::Cuda(index)),
             Some(index) => {
-                let reason = loaded.err().map_or(format!("{count} CUDA devices are visible"), |e| e.to_string());
+                let reason = loaded.err().map_or(format!("{count} CUDA devices are visible"), |e| format!("{e:#}"));
                 Err(usage(format!(
                     "--device cuda:{index} is not to be had: {reason}\n  hint: `make setup CUDA=1` lays out libtorch \
                      with CUDA; --device cpu works everywhere"

@@ -1,10 +1,11 @@
 //! The Rust face of shim/shim.cpp, and the run-time loading of libtorch's CUDA half.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{null, null_mut};
 
 use anyhow::{Result, bail};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Device, Kind, Tensor};
 
 type RawTensor = *mut c_void;
@@ -212,13 +213,9 @@ fn owned(tensor: RawTensor) -> Tensor {
 /// Loads libtorch_cuda.so, so that one binary serves CPU and CUDA. Must come before anything asks libtorch about CUDA:
 /// it remembers the first answer.
 pub(crate) fn load_cuda() -> Result<()> {
-    let name = CString::new("libtorch_cuda.so")?;
-    // SAFETY: loading a library runs its initialisers, which libtorch's are made for; the handle is never closed.
-    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    if handle.is_null() {
-        // SAFETY: dlerror returns a NUL-terminated string after a failed dlopen.
-        let message = unsafe { CStr::from_ptr(libc::dlerror()) };
-        bail!("{}", message.to_string_lossy());
-    }
+    // SAFETY: loading a library runs its initialisers, which libtorch's are made for.
+    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL)? };
+    // Never closed: libtorch keeps pointers into it.
+    std::mem::forget(library);
     Ok(())
 }
