@@ -94,7 +94,7 @@ fn open(args: &Args, device: Device) -> Result<(CausalLM, Parameters)> {
     let (config, parameters) = match &args.config {
         Some(file) => {
             let config = ModelConfig::from_json(&folder, &serde_json::from_slice(&std::fs::read(file)?)?)?;
-            let parameters = weights::random(&config, master, device);
+            let parameters = config.random_parameters(master, device);
             (config, parameters)
         }
         None => {

@@ -4,7 +4,7 @@
 mod golden;
 
 use cpift_torch::optim::AdamWConfig;
-use cpift_torch::schedule::CosineWithWarmup;
+use cpift_torch::optim::CosineWithWarmup;
 use cpift_torch::train::{StepConfig, Trainer, loss_and_gradients};
 use golden::{Golden, batch, list, max_abs};
 use tch::{Device, Kind, no_grad};

@@ -3,8 +3,9 @@
 mod golden;
 
 use cpift_torch::freeze::Freeze;
+use cpift_torch::loss::target_losses;
 use cpift_torch::optim::AdamWConfig;
-use cpift_torch::train::{PassConfig, StepConfig, Trainer, loss_and_gradients, target_losses};
+use cpift_torch::train::{PassConfig, StepConfig, Trainer, loss_and_gradients};
 use cpift_torch::weights::Parameters;
 use golden::{Golden, batch, max_abs};
 use tch::{Device, Kind, Tensor, no_grad};
