@@ -114,9 +114,9 @@ fn each_option_takes_away_what_it_is_for() {
     assert_eq!(part(&recomputed, "first block", "casts"), 2 * Sizes::of(&llama2()).block);
     let fused = job(llama2(), "--batch-size 1 --optimizer-in-backward --max-grad-norm 0");
     assert_eq!(part(&fused, "last block", "gradients"), 4 * Sizes::of(&llama2()).block);
-    let summed = job(llama2(), "--batch-size 1 --grad-accum 2 --master bf16");
+    let summed = job(llama2(), "--batch-size 1 --grad-accum 2 --master-dtype bf16");
     assert_eq!(part(&summed, "update", "gradients"), 4 * d, "sums are f32 whatever the weights are");
-    let bf16 = job(llama2(), "--batch-size 1 --master bf16 --optim-state bf16");
+    let bf16 = job(llama2(), "--batch-size 1 --master-dtype bf16 --optim-state-dtype bf16");
     assert_eq!((part(&bf16, "loss", "weights"), part(&bf16, "loss", "moments")), (2 * d, 4 * d));
     assert_eq!(part(&bf16, "loss", "casts"), 0, "there is nothing to cast");
     let frozen = Job { frozen: d / 100, ..job(llama2(), "--batch-size 1") };
@@ -146,7 +146,7 @@ fn the_advice_is_the_cheapest_that_fits() {
     assert_eq!(advised(100 * GIB).unwrap(), "--gradient-checkpointing --optimizer-in-backward --max-grad-norm 0");
     assert_eq!(advised(30 * GIB), None);
     let (options, total) = advice(&plain, 60 * GIB).fits.unwrap();
-    assert!(options.contains("--master bf16") && total <= 60 * GIB, "{options}");
+    assert!(options.contains("--master-dtype bf16") && total <= 60 * GIB, "{options}");
     // What is advised is what is computed for those options.
     let typed = job(llama2(), &format!("--batch-size 8 {}", advised(100 * GIB).unwrap()));
     assert_eq!(advice(&plain, 100 * GIB).fits.unwrap().1, typed.peak().total());

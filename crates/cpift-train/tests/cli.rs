@@ -104,10 +104,10 @@ fn the_last_stage_is_mixed_and_every_other_method_keeps_its_rows() {
     let cases: [(Args<'_>, Args<'_>, &str, [u64; 2]); 8] = [
         (&masks, &[], "mixed", [15, 15]),
         (&masks, &["--stage-data", "group"], "group", [5, 10]),
-        (&masks, &["--train", "only-cores"], "group", [5, 10]),
+        (&masks, &["--trainable", "cores"], "group", [5, 10]),
         (&masks, &["--replay", "0.2"], "group", [5, 11]),
         (&plain, &["--no-freeze"], "group", [5, 10]),
-        (&plain, &["--isolation", "evolving"], "group", [5, 10]),
+        (&plain, &["--isolation", "dynamic"], "group", [5, 10]),
         (&plain, &["--no-freeze", "--stage-data", "mixed"], "mixed", [15, 15]),
         // Where it is given twice, the last one counts, as of --lr: flags after those of the pipeline win.
         (&masks, &["--stage-data", "mixed", "--stage-data", "group"], "group", [5, 10]),
@@ -247,4 +247,29 @@ fn a_loss_that_is_not_finite_stops_before_the_update_and_leaves_nothing() {
     write_safetensors(&f.base.join("model.safetensors"), &weights);
     f.train("bad", &["--steps", "2"]).expect_code(1).says(&["step 1", "stopped before the update", "--lr"]);
     expect_entries(&f.path("runs"), &["out"]);
+}
+
+#[test]
+fn every_flag_has_a_heading_in_the_help() {
+    for command in ["run", "plan", "preview"] {
+        assert_headings(command);
+    }
+}
+
+/// Only what cpift-core adds, --help and --version stand without a heading of their own.
+fn assert_headings(command: &str) {
+    const SHARED: [&str; 6] = ["--threads", "--force", "--if-stale", "--json", "--quiet", "--help"];
+    let help = cpift_testkit::run(common::PROGRAM, [command, "--help"]).ok().stdout;
+    let mut heading = "";
+    for line in help.lines() {
+        if line.ends_with(':') && !line.starts_with(' ') {
+            heading = line;
+        }
+        let flag = line.trim_start().split(", ").last().filter(|flag| flag.starts_with("--"));
+        if let Some(flag) = flag.filter(|_| line.starts_with("  ") && heading == "Options:") {
+            let name = flag.split(' ').next().unwrap_or_default();
+            assert!(SHARED.contains(&name), "{command} {name} has no heading");
+        }
+    }
+    assert!(help.contains("\nInput and output:\n") && help.contains("\nData:\n"), "{help}");
 }

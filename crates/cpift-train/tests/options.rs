@@ -22,15 +22,15 @@ fn the_cores_of_earlier_groups_keep_their_bits_under_every_option() {
     for (i, options) in [
         vec!["--packing", "--grad-accum", "2", "--max-length", "64"],
         in_backward.to_vec(),
-        vec!["--optim-state", "bf16", "--loss-chunk", "3"],
-        [&in_backward[..], &["--master", "bf16", "--optim-state", "bf16"]].concat(),
-        vec!["--master", "bf16", "--compute-dtype", "bf16", "--grad-accum", "2"],
+        vec!["--optim-state-dtype", "bf16", "--loss-chunk", "3"],
+        [&in_backward[..], &["--master-dtype", "bf16", "--optim-state-dtype", "bf16"]].concat(),
+        vec!["--master-dtype", "bf16", "--compute-dtype", "bf16", "--grad-accum", "2"],
     ]
     .into_iter()
     .enumerate()
     {
         // bf16 weights are exact in memory only where the base is bf16.
-        let dtype = if options.contains(&"--master") { Dtype::BF16 } else { Dtype::F32 };
+        let dtype = if options.contains(&"--master-dtype") { Dtype::BF16 } else { Dtype::F32 };
         let f = Fixture::with_base(&with_negative_zeros(dtype));
         let first = f.path("first.json");
         write_groups(&first, &f.base, &[&["count"]], &[]);
@@ -45,8 +45,8 @@ fn the_cores_of_earlier_groups_keep_their_bits_under_every_option() {
 #[test]
 fn what_rounds_frozen_elements_is_warned_of() {
     let f = Fixture::new();
-    f.staged("master", &["--steps", "2", "--master", "bf16"]).ok().says(&[
-        "--master BF16 rounds",
+    f.staged("master", &["--steps", "2", "--master-dtype", "bf16"]).ok().says(&[
+        "--master-dtype BF16 rounds",
         "F32",
         "frozen elements",
     ]);
@@ -54,9 +54,9 @@ fn what_rounds_frozen_elements_is_warned_of() {
         .ok()
         .says(&["--save-dtype F16 rounds", "frozen elements"]);
     // Nothing is frozen, or nothing is rounded.
-    assert!(!f.train("plain", &["--steps", "2", "--master", "bf16"]).ok().stderr.contains("rounds"));
+    assert!(!f.train("plain", &["--steps", "2", "--master-dtype", "bf16"]).ok().stderr.contains("rounds"));
     let f = Fixture::with_base(&with_negative_zeros(Dtype::BF16));
-    assert!(!f.staged("bf16", &["--steps", "2", "--master", "bf16"]).ok().stderr.contains("rounds"));
+    assert!(!f.staged("bf16", &["--steps", "2", "--master-dtype", "bf16"]).ok().stderr.contains("rounds"));
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn updates_in_the_backward_pass_refuse_what_needs_all_gradients() {
     f.train("out", &["--optimizer-in-backward"]).usage_error(&["--max-grad-norm 0"]);
     f.train("out", &["--optimizer-in-backward", "--max-grad-norm", "0", "--grad-accum", "2"])
         .usage_error(&["--grad-accum 1"]);
-    f.train("out", &["--master", "f16"]).usage_error(&["--master must be f32 or bf16"]);
+    f.train("out", &["--master-dtype", "f16"]).usage_error(&["--master-dtype must be f32 or bf16"]);
 }
 
 #[test]

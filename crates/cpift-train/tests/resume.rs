@@ -111,7 +111,19 @@ fn killed_at_random(known: &Known, kills: usize, seed: u64) {
 fn killed_at_20_random_moments() {
     let known = Known::run(
         Fixture::new(),
-        &["--steps", "60", "--save-every", "4", "--keep", "2", "--packing", "--grad-accum", "2", "--max-length", "64"],
+        &[
+            "--steps",
+            "60",
+            "--save-every",
+            "4",
+            "--save-total-limit",
+            "2",
+            "--packing",
+            "--grad-accum",
+            "2",
+            "--max-length",
+            "64",
+        ],
     );
     killed_at_random(&known, 20, 1);
 }
@@ -125,9 +137,9 @@ fn killed_with_bf16_weights_and_moments() {
             "40",
             "--save-every",
             "3",
-            "--master",
+            "--master-dtype",
             "bf16",
-            "--optim-state",
+            "--optim-state-dtype",
             "bf16",
             "--gradient-checkpointing",
             "--optimizer-in-backward",
@@ -200,7 +212,7 @@ fn a_state_is_for_the_run_that_saved_it() {
     again(&["--resume"]).bad_input(&["state.json", "another train:pick"]);
     fs::write(&rows, text).unwrap();
     // What only watches a run may change.
-    again(&["--resume", "--log-every", "7", "--keep", "3"]).ok();
+    again(&["--resume", "--log-every", "7", "--save-total-limit", "3"]).ok();
     known.check_end("half");
     // A job that is queued again after it has finished; what is the default may be typed.
     again(&["--resume"]).ok().says(&["half is finished already"]);
@@ -233,7 +245,7 @@ fn only_the_newest_states_are_kept() {
     let known = Known::run(Fixture::new(), &["--steps", "200"]);
     let (status, _) = stopped(&known, "kept", &[Signal::TERM]);
     assert_eq!((status.code(), known.saved("kept").len()), (Some(75), 1));
-    let child = known.start("kept", &["--resume", "--save-every", "2", "--keep", "3"]);
+    let child = known.start("kept", &["--resume", "--save-every", "2", "--save-total-limit", "3"]);
     let clock = Instant::now();
     while known.saved("kept").len() < 3 {
         assert!(clock.elapsed() < Duration::from_secs(60), "{:?}", known.saved("kept"));
@@ -252,7 +264,7 @@ fn killed_with_losses_on_held_out_rows() {
 
 #[test]
 fn killed_with_f32_weights_and_bf16_moments() {
-    let known = Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--optim-state", "bf16"]);
+    let known = Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--optim-state-dtype", "bf16"]);
     killed_at_random(&known, 6, 4);
 }
 
@@ -320,16 +332,16 @@ fn force_passes_over_states_that_cannot_be_used() {
         let newest = known.states("bad").join(known.saved("bad").pop().unwrap());
         spoil(&newest);
         again(&["--resume"]).bad_input(&[part, newest.file_name().unwrap().to_str().unwrap(), "--resume --force"]);
-        again(&["--resume", "--force"]).ok().says(&["passing over a state", part]);
+        again(&["--resume", "--force"]).ok().says(&["skipping a saved state", part]);
         known.check_end("bad");
         fs::remove_dir_all(known.fixture.path("runs/bad")).unwrap();
     }
 }
 
 #[test]
-fn an_older_state_serves_where_the_newest_is_damaged() {
+fn an_older_state_is_used_if_the_newest_is_damaged() {
     let known = Known::run(Fixture::new(), &["--steps", "30"]);
-    let child = known.start("two", &["--save-every", "3", "--keep", "2"]);
+    let child = known.start("two", &["--save-every", "3", "--save-total-limit", "2"]);
     let clock = Instant::now();
     while known.saved("two").len() < 2 {
         assert!(clock.elapsed() < Duration::from_secs(60), "{:?}", known.saved("two"));

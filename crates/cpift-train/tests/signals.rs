@@ -145,7 +145,7 @@ fn two_runs_do_not_share_their_states() {
     wait_for(|| f.path("runs/out.checkpoints/step-0000001").exists().then_some(()));
     for more in [&["--resume"][..], &["--force"], &["--resume", "--force"]] {
         let (status, said) = end(start(&f, "out", &[&["--steps", "3000", "--save-every", "1"], more].concat()), &[]);
-        assert!(status.code() == Some(3) && said.contains("another run is at work"), "{more:?}: {said}");
+        assert!(status.code() == Some(3) && said.contains("another run is writing here"), "{more:?}: {said}");
     }
     let (status, said) = end(child, &[Signal::TERM]);
     assert_eq!(status.code(), Some(75), "{said}");

@@ -42,8 +42,8 @@ fn every_spoilt_byte_of_a_state_is_found() {
     let f = Fixture::new();
     let (args, state) = killed(&f);
     let verify = |path: &PathBuf| run(PROGRAM, ["verify".as_ref(), path.as_os_str()]);
-    verify(&state).ok().says(&["1 sound"]);
-    verify(&state.parent().unwrap().to_owned()).ok().says(&["sound"]);
+    verify(&state).ok().says(&["1 intact"]);
+    verify(&state.parent().unwrap().to_owned()).ok().says(&["intact"]);
     for name in ["weights/model.safetensors", "moments/model.safetensors", "metrics.jsonl"] {
         assert_eq!(SPOILER.each(&state.join(name), || verify_states(&state).is_ok()), 0, "{name}");
     }
@@ -59,7 +59,7 @@ fn every_spoilt_byte_of_a_state_is_found() {
     verify(&state).bad_input(&parts);
     let resume = args.iter().map(String::as_str).chain(["--resume"]);
     run(PROGRAM, resume).bad_input(&parts);
-    verify(&f.base).bad_input(&["holds no training state"]);
+    verify(&f.base).bad_input(&["contains no training state"]);
 }
 
 #[test]

@@ -178,7 +178,7 @@ impl ModelConfig {
         if strict && !self.unknown_fields.is_empty() {
             return Err(BadInput::new(path, "fields that this program does not know, which --strict-config refuses")
                 .found(self.unknown_fields.join(", "))
-                .hint("where a field has no say in the model's output, take it out of config.json or leave out --strict-config")
+                .hint("where a field has no effect on the output of the model, remove it from config.json or leave out --strict-config")
                 .into());
         }
         for field in &self.unknown_fields {

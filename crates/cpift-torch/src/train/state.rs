@@ -204,7 +204,7 @@ impl States {
         let differs = |key: &&String| saved.get(*key) != own.get(*key);
         let Some(key) = saved.keys().chain(own.keys()).find(differs) else { return Ok(()) };
         let shown = |run: &Map<String, Value>| run.get(key).map_or("nothing".to_owned(), Value::to_string);
-        Err(BadInput::new(path, format!("belongs to a run with another {key}"))
+        Err(BadInput::new(path, format!("of a run with another {key}"))
             .expected(shown(own))
             .found(shown(saved))
             .hint("resume with the arguments and inputs of the first run; --force starts over")
