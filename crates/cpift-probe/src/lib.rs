@@ -1,5 +1,5 @@
-//! Stage 1 of CPI-FT, first half: the probe. A short fine-tune of the base θ⁽⁰⁾ on one task's data gives θ⁽ⁱ⁾, whose
-//! difference from the base shows which parameters the task changes most.
+//! Stage 1 of CPI-FT, first half: the probe. A short fine-tune of the base θ⁽⁰⁾ on one task's data
+//! gives θ⁽ⁱ⁾, whose difference from the base shows which parameters the task changes most.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -30,13 +30,15 @@ const FISHER_HEADING: &str = "Method";
 
 /// Fine-tunes a base checkpoint on one task: θ⁽⁰⁾ and the task's data give the probe θ⁽ⁱ⁾.
 ///
-/// The output is a Hugging Face directory with metrics.jsonl (one line per step) and cpift.json (provenance). During the
-/// run, metrics.jsonl is in OUT.checkpoints. Probes of different tasks are independent: run them as a Slurm array, where
-/// --task-index defaults to SLURM_ARRAY_TASK_ID. Weights and optimizer are f32 whatever the dtype of the base unless
-/// --master-dtype and --optim-state-dtype say otherwise. The probe is saved as f32 unless --save-dtype says otherwise: bf16
-/// loses most of the small updates that cpift-mask ranks.
+/// The output is a Hugging Face directory with metrics.jsonl (one line per step) and cpift.json
+/// (provenance). During the run, metrics.jsonl is in OUT.checkpoints. Probes of different tasks are
+/// independent: run them as a Slurm array, where --task-index defaults to SLURM_ARRAY_TASK_ID.
+/// Weights and optimizer are f32 whatever the dtype of the base unless --master-dtype and
+/// --optim-state-dtype say otherwise. The probe is saved as f32 unless --save-dtype says otherwise:
+/// bf16 loses most of the small updates that cpift-mask ranks.
 ///
-/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the state saved.
+/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the
+/// state saved.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-probe", version)]
 pub struct Args {
@@ -50,18 +52,21 @@ pub struct Args {
     /// Task to train on, by name
     #[arg(long, value_name = "NAME", conflicts_with = "task_index", help_heading = IO)]
     pub task: Option<String>,
-    /// Task to train on, by its index in tasks.toml, from 0 [default: SLURM_ARRAY_TASK_ID, if --task is not given]
+    /// Task to train on, by its index in tasks.toml, from 0 [default: SLURM_ARRAY_TASK_ID, if
+    /// --task is not given]
     #[arg(long, value_name = "I", help_heading = IO)]
     pub task_index: Option<usize>,
     /// Output directory
     #[arg(long, aliases = ["output_dir", "output-dir"], value_name = "DIR", required_unless_present = "list")]
     #[arg(help_heading = IO)]
     pub out: Option<PathBuf>,
-    /// Only print the tasks, one per line: index, name, training file, evaluation file, separated by tabs
+    /// Only print the tasks, one per line: index, name, training file, evaluation file, separated
+    /// by tabs
     #[arg(long, conflicts_with_all = ["base", "out", "task", "task_index"], help_heading = IO)]
     pub list: bool,
-    /// Also save OUT/fisher: sums of squared gradients of batches of the task's rows at the trained weights, in f32, for
-    /// cpift-mask --score fisher and blend, and cpift-mask tensors. cpift.json records their tokens as fisher_tokens
+    /// Also save OUT/fisher: sums of squared gradients of batches of the task's rows at the trained
+    /// weights, in f32, for cpift-mask --score fisher and blend, and cpift-mask tensors. cpift.json
+    /// records their tokens as fisher_tokens
     #[arg(long, conflicts_with = "list", help_heading = FISHER_HEADING)]
     pub save_fisher: bool,
     /// Batches whose squared gradients are summed (TRACE uses 150)
@@ -91,7 +96,8 @@ struct Plan {
 /// Runs the stage.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training after.
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training
+/// after.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match (&args.base, &args.out) {

@@ -1,6 +1,8 @@
-//! Times training steps on made-up tokens: `bench_train --model DIR --shape 1x512 --steps 5 --threads 1 --json`.
+//! Times training steps on made-up tokens: `bench_train --model DIR --shape 1x512 --steps 5
+//! --threads 1 --json`.
 //!
-//! scripts/bench/train.sh and scripts/gpu.sh run it beside transformers; both sides make the same token ids.
+//! scripts/bench/train.sh and scripts/gpu.sh run it beside transformers; both sides make the same
+//! token ids.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;

@@ -1,5 +1,6 @@
-//! The golden models on a device: `check_parity --device cuda fixtures/golden --json` prints how far logits and losses are from what
-//! transformers computed on the CPU in f32, and whether that is within the dtype's tolerance. scripts/gpu.sh runs it.
+//! The golden models on a device: `check_parity --device cuda fixtures/golden --json` prints how
+//! far logits and losses are from what transformers computed on the CPU in f32, and whether that is
+//! within the dtype's tolerance. scripts/gpu.sh runs it.
 
 #[path = "../tests/golden/mod.rs"]
 mod golden;
@@ -32,7 +33,8 @@ struct Args {
 
 /// Largest differences that count as the same, relative to the largest expected logit and in nats.
 fn tolerance(compute: Kind) -> (f64, f64) {
-    // bf16 is about twice what bf16 on the CPU is off by: 8 bits in each of the dozen roundings on a path through a tiny model.
+    // bf16 is about twice what bf16 on the CPU is off by: 8 bits in each of the dozen roundings on
+    // a path through a tiny model.
     if compute == Kind::BFloat16 { (1e-1, 2e-2) } else { (1e-4, 1e-4) }
 }
 

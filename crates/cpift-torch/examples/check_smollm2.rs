@@ -1,7 +1,8 @@
-//! Checks a converted SmolLM2-135M-Instruct against transformers: loss on a paragraph, a greedy answer, and the token ids of
-//! 200 rows of real text. `check_smollm2 MODEL DATA`
+//! Checks a converted SmolLM2-135M-Instruct against transformers: loss on a paragraph, a greedy
+//! answer, and the token ids of 200 rows of real text. `check_smollm2 MODEL DATA`
 //!
-//! What transformers gave comes from scripts/oracle/check_smollm2.py and fixtures/golden/smollm2_tokens.json.
+//! What transformers gave comes from scripts/oracle/check_smollm2.py and
+//! fixtures/golden/smollm2_tokens.json.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! Fine-tuning arguments that cpift-probe and cpift-train share. The names of transformers' TrainingArguments and of TRL
-//! are accepted as hidden aliases.
+//! Fine-tuning arguments that cpift-probe and cpift-train share. The names of transformers'
+//! TrainingArguments and of TRL are accepted as hidden aliases.
 
 use std::path::PathBuf;
 
@@ -27,8 +27,8 @@ const RUN: &str = "Run";
 
 /// The fine-tuning arguments.
 ///
-/// Serialized, they are the arguments that the weights depend on, as [`TrainingArgs::describe`] lists them: an argument
-/// that has no influence on the weights is skipped.
+/// Serialized, they are the arguments that the weights depend on, as [`TrainingArgs::describe`]
+/// lists them: an argument that has no influence on the weights is skipped.
 #[derive(clap::Args, Debug, Clone, Serialize)]
 pub struct TrainingArgs {
     /// Optimizer steps in total, over all stages; excludes --tokens [default: 100]
@@ -50,7 +50,8 @@ pub struct TrainingArgs {
     #[arg(long, aliases = ["learning_rate", "learning-rate"], value_name = "F", overrides_with = "lr")]
     #[arg(allow_negative_numbers = true, default_value_t = 2e-5, help_heading = BUDGET)]
     pub lr: f64,
-    /// Fraction of the steps for linear warm-up, rounded up (the first has rate 0); a cosine to zero follows
+    /// Fraction of the steps for linear warm-up, rounded up (the first has rate 0); a cosine to
+    /// zero follows
     #[arg(long, aliases = ["warmup_ratio"], value_name = "F", allow_negative_numbers = true)]
     #[arg(default_value_t = 0.03, help_heading = BUDGET)]
     pub warmup_ratio: f64,
@@ -77,22 +78,23 @@ pub struct TrainingArgs {
     /// Do not train the embedding table, nor an output matrix tied to it
     #[arg(long, help_heading = OPTIMIZER)]
     pub freeze_embeddings: bool,
-    /// Pack whole examples into each batch, up to --batch-size times --max-length tokens (or times the length of the
-    /// longest example); they do not attend to one another
+    /// Pack whole examples into each batch, up to --batch-size times --max-length tokens (or times
+    /// the length of the longest example); they do not attend to one another
     #[arg(long, help_heading = DATA)]
     pub packing: bool,
-    /// Keep only the input of each block and recompute its activations in the backward pass: less memory, about a third
-    /// more work; bit-identical on the CPU
+    /// Keep only the input of each block and recompute its activations in the backward pass: less
+    /// memory, about a third more work; bit-identical on the CPU
     #[arg(long, aliases = ["gradient_checkpointing"], help_heading = MEMORY)]
     #[serde(skip)]
     pub gradient_checkpointing: bool,
-    /// Update each block as soon as its gradients are computed, so that the gradients of the whole model never exist;
-    /// bit-identical on the CPU. Needs --grad-accum 1 and --max-grad-norm 0, because accumulation and clipping keep all
-    /// gradients
+    /// Update each block as soon as its gradients are computed, so that the gradients of the whole
+    /// model never exist; bit-identical on the CPU. Needs --grad-accum 1 and --max-grad-norm 0,
+    /// because accumulation and clipping keep all gradients
     #[arg(long, help_heading = MEMORY)]
     #[serde(skip)]
     pub optimizer_in_backward: bool,
-    /// Dtype of the master weights, which the optimizer updates: f32, or bf16 with stochastic rounding
+    /// Dtype of the master weights, which the optimizer updates: f32, or bf16 with stochastic
+    /// rounding
     #[arg(long, alias = "master", value_name = "DTYPE", default_value = "f32", help_heading = MEMORY)]
     #[serde(rename = "master", serialize_with = "dtype_name")]
     pub master_dtype: Dtype,
@@ -127,7 +129,8 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "DTYPE", default_value = "f32", help_heading = MEMORY)]
     #[serde(skip)]
     pub save_dtype: Dtype,
-    /// Save a training state every N steps in OUT.checkpoints; a signal saves one in any case [default: never]
+    /// Save a training state every N steps in OUT.checkpoints; a signal saves one in any case
+    /// [default: never]
     #[arg(long, aliases = ["save_steps", "save-steps"], value_name = "N", help_heading = RESUME)]
     #[serde(skip)]
     pub save_every: Option<usize>,
@@ -135,12 +138,13 @@ pub struct TrainingArgs {
     #[arg(long, aliases = ["keep", "save_total_limit"], value_name = "N", default_value_t = 1, help_heading = RESUME)]
     #[serde(skip)]
     pub save_total_limit: usize,
-    /// Continue from the newest state in OUT.checkpoints, or start if there is none. --force skips states that are
-    /// damaged, of another version or of another run
+    /// Continue from the newest state in OUT.checkpoints, or start if there is none. --force skips
+    /// states that are damaged, of another version or of another run
     #[arg(long, help_heading = RESUME)]
     #[serde(skip)]
     pub resume: bool,
-    /// Compute the loss on held-out rows (each task's `eval` file) every N steps and at the end [default: never]
+    /// Compute the loss on held-out rows (each task's `eval` file) every N steps and at the end
+    /// [default: never]
     #[arg(long, aliases = ["eval_steps", "eval-steps"], value_name = "N", help_heading = LOGGING)]
     #[serde(skip)]
     pub eval_every: Option<usize>,
@@ -246,8 +250,8 @@ impl TrainingArgs {
         Precision { master: kind_of(self.master_dtype), compute }
     }
 
-    /// The arguments that the weights depend on, with the dtype and type of `device` resolved: the description of a run
-    /// that a saved state is compared with.
+    /// The arguments that the weights depend on, with the dtype and type of `device` resolved: the
+    /// description of a run that a saved state is compared with.
     pub fn describe(&self, device: Device) -> Map<String, Value> {
         let Ok(Value::Object(mut map)) = serde_json::to_value(self) else {
             unreachable!("the arguments are a struct of numbers, flags and names")

@@ -10,7 +10,8 @@ use tch::{Device, Tensor};
 
 use crate::device::to_device;
 
-/// Examples concatenated in a single row without padding; each is a document that attends only to itself.
+/// Examples concatenated in a single row without padding; each is a document that attends only to
+/// itself.
 ///
 /// The tensors are made on the host; [`Batch::to_device`] copies them.
 pub struct Batch {
@@ -81,7 +82,8 @@ impl Batch {
     }
 }
 
-/// An endless stream of indices into `n` examples: a new permutation for every epoch, determined by the seed.
+/// An endless stream of indices into `n` examples: a new permutation for every epoch, determined by
+/// the seed.
 pub struct Sampler {
     order: Vec<usize>,
     next: usize,
@@ -109,13 +111,15 @@ impl Sampler {
     }
 }
 
-/// Draws `count` of `examples` without replacement, in their own order; all of them if there are no more.
+/// Draws `count` of `examples` without replacement, in their own order; all of them if there are no
+/// more.
 pub fn balanced_sample(examples: &[Example], count: usize, seed: u64) -> Vec<Example> {
     if count >= examples.len() {
         return examples.to_vec();
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    // Selection sampling keeps the order: each example is taken with probability wanted / remaining.
+    // Selection sampling keeps the order: each example is taken with probability wanted /
+    // remaining.
     let mut wanted = count;
     let mut out = Vec::with_capacity(count);
     for (i, example) in examples.iter().enumerate() {
@@ -138,7 +142,8 @@ pub struct FeedConfig {
     pub row: Option<usize>,
 }
 
-/// An endless, seeded stream of steps; each step is `grad_accum` batches of indices into the examples.
+/// An endless, seeded stream of steps; each step is `grad_accum` batches of indices into the
+/// examples.
 pub struct Feeder {
     lengths: Vec<usize>,
     sampler: Sampler,

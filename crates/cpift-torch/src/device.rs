@@ -35,8 +35,8 @@ impl std::str::FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Sets libtorch's number of threads, loads its CUDA library if needed, and returns the device. Call
-    /// before the first tensor is made.
+    /// Sets libtorch's number of threads, loads its CUDA library if needed, and returns the device.
+    /// Call before the first tensor is made.
     ///
     /// # Errors
     /// [`cpift_core::Usage`] if CUDA is requested and not available.

@@ -1,4 +1,5 @@
-//! Safe wrappers of shim/, the C++ layer over libtorch, and loading of libtorch's CUDA library at run time.
+//! Safe wrappers of shim/, the C++ layer over libtorch, and loading of libtorch's CUDA library at
+//! run time.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -76,7 +77,8 @@ pub(crate) fn fused_adamw(tensors: &AdamWTensors<'_>, numbers: &AdamWNumbers<'_>
     let count = tensors.params.len();
     let lists = [&tensors.grads, &tensors.exp_avgs, &tensors.exp_avg_sqs, &tensors.steps];
     assert!(lists.iter().all(|list| list.len() == count));
-    // SAFETY: every pointer is an at::Tensor that outlives the call, and every list has `count` entries.
+    // SAFETY: every pointer is an at::Tensor that outlives the call, and every list has `count`
+    // entries.
     let code = unsafe {
         cpift_fused_adamw(
             raw(&tensors.params).as_ptr(),
@@ -97,13 +99,15 @@ pub(crate) fn fused_adamw(tensors: &AdamWTensors<'_>, numbers: &AdamWNumbers<'_>
     check(code, "AdamW step")
 }
 
-/// Gradients of `output` by `inputs`, given its own gradient (none: 1, for a scalar). Frees the graph.
+/// Gradients of `output` by `inputs`, given its own gradient (none: 1, for a scalar). Frees the
+/// graph.
 ///
 /// # Errors
 /// An error of libtorch, for example for an input that the output does not depend on.
 pub(crate) fn grad(output: &Tensor, grad_output: Option<&Tensor>, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let mut grads = vec![null_mut(); inputs.len()];
-    // SAFETY: every pointer is an at::Tensor that outlives the call; both lists have `inputs.len()` entries.
+    // SAFETY: every pointer is an at::Tensor that outlives the call; both lists have `inputs.len()`
+    // entries.
     let code = unsafe {
         cpift_grad(
             pointer(Some(output)),
@@ -129,7 +133,8 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
     owned(out)
 }
 
-/// Causal flash attention over documents concatenated in one row; q, k and v are [tokens, heads, head width].
+/// Causal flash attention over documents concatenated in one row; q, k and v are [tokens, heads,
+/// head width].
 pub(crate) fn flash_varlen(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     ends: &Tensor,
@@ -155,8 +160,9 @@ pub(crate) fn flash_varlen(
     Ok(owned(out))
 }
 
-/// Returns true if `device` runs variable-length flash attention and its backward pass for `heads` query and `kv_heads`
-/// key heads of width `head_dim` and each of `windows`: tries it once, on two tokens.
+/// Returns true if `device` runs variable-length flash attention and its backward pass for `heads`
+/// query and `kv_heads` key heads of width `head_dim` and each of `windows`: tries it once, on two
+/// tokens.
 pub(crate) fn has_flash_varlen(
     device: Device,
     [heads, kv_heads, head_dim]: [i64; 3],
@@ -190,7 +196,8 @@ pub(crate) fn cuda_total(index: usize) -> Option<u64> {
 
 fn check(code: c_int, what: &str) -> Result<()> {
     if code != 0 {
-        // SAFETY: the function returns a NUL-terminated string that is valid until the thread's next failing call.
+        // SAFETY: the function returns a NUL-terminated string that is valid until the thread's
+        // next failing call.
         let message = unsafe { CStr::from_ptr(cpift_error()) };
         bail!("{what}: {}", message.to_string_lossy());
     }
@@ -206,12 +213,13 @@ fn pointer(tensor: Option<&Tensor>) -> *const c_void {
 }
 
 fn owned(tensor: RawTensor) -> Tensor {
-    // SAFETY: the shim returns a heap-allocated at::Tensor, which tch frees when the Tensor is dropped.
+    // SAFETY: the shim returns a heap-allocated at::Tensor, which tch frees when the Tensor is
+    // dropped.
     unsafe { Tensor::from_ptr(tensor as *mut torch_sys::C_tensor) }
 }
 
-/// Loads libtorch_cuda.so, so that one binary runs on CPU and CUDA. Must be called before libtorch is asked about CUDA:
-/// it caches the first answer.
+/// Loads libtorch_cuda.so, so that one binary runs on CPU and CUDA. Must be called before libtorch
+/// is asked about CUDA: it caches the first answer.
 pub(crate) fn load_cuda() -> Result<()> {
     // SAFETY: loading a library runs its initialisers, which libtorch's are made for.
     let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL)? };

@@ -1,7 +1,8 @@
-//! Bit-exact freezing of single elements: their values are saved before a stage and restored after every update.
+//! Bit-exact freezing of single elements: their values are saved before a stage and restored after
+//! every update.
 //!
-//! Multiplying the update by a mask would not be bit-exact (−0.0 becomes +0.0) and would not cover weight decay; saved
-//! values are restored whatever the optimizer did.
+//! Multiplying the update by a mask would not be bit-exact (−0.0 becomes +0.0) and would not cover
+//! weight decay; saved values are restored whatever the optimizer did.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +18,8 @@ pub struct Freeze {
     frozen: BTreeMap<String, Frozen>,
 }
 
-/// Frozen elements of a parameter; indices are flat, int64 and ascending, values in the parameter's dtype.
+/// Frozen elements of a parameter; indices are flat, int64 and ascending, values in the parameter's
+/// dtype.
 enum Frozen {
     /// These elements.
     Elements { index: Tensor, saved: Tensor },
@@ -40,8 +42,8 @@ impl Frozen {
 }
 
 impl Freeze {
-    /// Freezes every element that is set in any of `masks` at its current value. The masks must have been checked against
-    /// the base checkpoint.
+    /// Freezes every element that is set in any of `masks` at its current value. The masks must
+    /// have been checked against the base checkpoint.
     ///
     /// # Errors
     /// [`BadInput`] if a mask lacks a parameter.
@@ -56,8 +58,8 @@ impl Freeze {
         Ok(Self { frozen })
     }
 
-    /// Freezes all but the elements that are set in any mask of `own` and in none of `earlier`. Keeps a copy of every
-    /// parameter.
+    /// Freezes all but the elements that are set in any mask of `own` and in none of `earlier`.
+    /// Keeps a copy of every parameter.
     ///
     /// # Errors
     /// [`BadInput`] if a mask lacks a parameter.
@@ -74,7 +76,8 @@ impl Freeze {
         Ok(Self { frozen })
     }
 
-    /// Freezes the elements with indices `positions` (flat, int64, by parameter) at their current values.
+    /// Freezes the elements with indices `positions` (flat, int64, by parameter) at their current
+    /// values.
     pub fn at(parameters: &Parameters, positions: &BTreeMap<String, Tensor>) -> Self {
         let frozen = |(name, index): (&String, &Tensor)| {
             (name.clone(), Frozen::elements(&parameters[name], index.shallow_clone()))
@@ -102,8 +105,8 @@ impl Freeze {
         self.len() == 0
     }
 
-    /// Zeroes the gradients of the frozen elements of the parameter `name`, so that the clip norm counts only
-    /// trainable elements.
+    /// Zeroes the gradients of the frozen elements of the parameter `name`, so that the clip norm
+    /// counts only trainable elements.
     pub fn zero_frozen_grads(&self, name: &str, grad: &mut Tensor) {
         let Some(frozen) = self.frozen.get(name) else { return };
         no_grad(|| {

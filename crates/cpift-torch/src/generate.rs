@@ -1,5 +1,5 @@
-//! Text generation for batches of prompts of unequal length, padded on the left, over a preallocated key-value
-//! cache; greedy, or sampled by temperature and nucleus (top-p).
+//! Text generation for batches of prompts of unequal length, padded on the left, over a
+//! preallocated key-value cache; greedy, or sampled by temperature and nucleus (top-p).
 //!
 //! Shape suffixes: b batch, s sequence, t keys, n new tokens, v vocabulary.
 
@@ -11,8 +11,8 @@ use tch::{Kind, Tensor, no_grad};
 
 use crate::model::{Attended, CausalLM, KvCache};
 
-/// Steps between two reads of the generated tokens on a CUDA device, each of which synchronises. Tokens after a
-/// row's end are dropped.
+/// Steps between two reads of the generated tokens on a CUDA device, each of which synchronises.
+/// Tokens after a row's end are dropped.
 const CUDA_READ_EVERY: usize = 8;
 
 /// Options of [`generate`].
@@ -39,9 +39,9 @@ pub struct Generated {
     pub text: String,
 }
 
-/// Generates answers to `prompts` (token ids), in order. Prompts are batched by length to keep padding low.
-/// `tick` is called for each prompt done. A sampled answer depends on the seed and the prompt's index, not on
-/// its batch.
+/// Generates answers to `prompts` (token ids), in order. Prompts are batched by length to keep
+/// padding low. `tick` is called for each prompt done. A sampled answer depends on the seed and the
+/// prompt's index, not on its batch.
 ///
 /// # Errors
 /// An error of the tokenizer while decoding.
@@ -105,7 +105,8 @@ impl Prefilled {
         let seen_bs = seen_bt.narrow(1, 0, s);
         let positions_bs = (seen_bs.cumsum(1, Kind::Int64) - 1).clamp_min(0);
         let causal = Tensor::ones([s, s], (Kind::Bool, device)).tril(0);
-        // A padding token attends to itself: a row in which all keys are masked would become NaN and spread.
+        // A padding token attends to itself: a row in which all keys are masked would become NaN
+        // and spread.
         let itself = Tensor::eye(s, (Kind::Int64, device)).to_kind(Kind::Bool);
         let mask = causal.logical_and(&seen_bs.view([b, 1, 1, s])).logical_or(&itself);
         let mut cache = model.cache(b, capacity);
@@ -115,7 +116,8 @@ impl Prefilled {
         Self { cache, seen_bt, position_b1, logits_bv }
     }
 
-    /// Attention of the next `s` tokens after the cache: to all tokens before, and causal among themselves.
+    /// Attention of the next `s` tokens after the cache: to all tokens before, and causal among
+    /// themselves.
     pub fn attended(&self, model: &CausalLM, s: i64) -> Attended {
         let (b, t) = (self.seen_bt.size()[0], self.cache.length() + s);
         let mut mask = self.seen_bt.narrow(1, 0, t).reshape([b, 1, 1, t]);
@@ -135,7 +137,8 @@ struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// Returns the ids generated after each of `prompts`, whose indices in the caller's list are `places`.
+    /// Returns the ids generated after each of `prompts`, whose indices in the caller's list are
+    /// `places`.
     fn answer(&self, prompts: &[&[i64]], places: &[usize]) -> Result<Vec<Vec<i64>>> {
         let most = self.options.max_new_tokens;
         let mut state = Prefilled::new(self.model, prompts, most);
@@ -169,7 +172,8 @@ impl Batch<'_> {
         Ok(answers)
     }
 
-    /// Appends the new tokens, one tensor [b] per step, to the answers of `rows`; returns the rows that continue.
+    /// Appends the new tokens, one tensor [b] per step, to the answers of `rows`; returns the rows
+    /// that continue.
     fn read(&self, answers: &mut [Vec<i64>], rows: &[usize], new: &[Tensor]) -> Result<Vec<i64>> {
         let new_bn: Vec<i64> = Vec::try_from(Tensor::stack(new, 1).reshape([-1])).expect("ids in one dimension");
         let mut keep = Vec::new();
@@ -195,8 +199,8 @@ impl Batch<'_> {
         Ok(false)
     }
 
-    /// Returns true if the end of the answer contains a stop string. Every token but special ones is at least one
-    /// byte of text.
+    /// Returns true if the end of the answer contains a stop string. Every token but special ones
+    /// is at least one byte of text.
     fn stops(&self, answer: &[i64]) -> Result<bool> {
         let Some(longest) = self.options.stop.iter().map(String::len).max() else { return Ok(false) };
         let tail = self.text.decode(&answer[answer.len().saturating_sub(longest + 8)..])?;
@@ -225,14 +229,15 @@ impl Prefilled {
 pub struct Sampling {
     /// Divisor of the logits; positive.
     pub temperature: f64,
-    /// Nucleus sampling (arXiv 1904.09751): the smallest set of likeliest tokens whose probability reaches this;
-    /// 1 keeps all tokens.
+    /// Nucleus sampling (arXiv 1904.09751): the smallest set of likeliest tokens whose probability
+    /// reaches this; 1 keeps all tokens.
     pub top_p: f64,
     /// Random seed.
     pub seed: u64,
 }
 
-/// The sampler of a batch. Each row has a generator of its own, so that its answer does not depend on its batch.
+/// The sampler of a batch. Each row has a generator of its own, so that its answer does not depend
+/// on its batch.
 struct Sampler {
     sampling: Sampling,
     generators: Vec<ChaCha8Rng>,
@@ -259,7 +264,8 @@ impl Sampler {
         }
         // A stable sort: of equal probabilities the smaller id comes first, on every device.
         let (sorted_bv, ids_bv) = probabilities_bv.sort_stable(true, -1, true);
-        // A token is in the nucleus if the tokens before it do not reach top_p; the first always is.
+        // A token is in the nucleus if the tokens before it do not reach top_p; the first always
+        // is.
         let before_bv = sorted_bv.cumsum(-1, Kind::Float) - &sorted_bv;
         let nucleus_bv = sorted_bv.masked_fill(&before_bv.ge(self.sampling.top_p), 0.0);
         let places_b = invert(&nucleus_bv, &draws_b1);
@@ -267,7 +273,8 @@ impl Sampler {
     }
 }
 
-/// Inverts the cumulative distribution: the first index whose cumulative weight exceeds the draw's share, [b].
+/// Inverts the cumulative distribution: the first index whose cumulative weight exceeds the draw's
+/// share, [b].
 fn invert(weights_bv: &Tensor, draws_b1: &Tensor) -> Tensor {
     let cumulative_bv = weights_bv.cumsum(-1, Kind::Double);
     let total_b1 = cumulative_bv.narrow(1, -1, 1);
@@ -291,7 +298,8 @@ mod tests {
 
     #[test]
     fn draws_follow_the_distribution_within_the_nucleus() {
-        // numpy: p = [.4 .3 .15 .1 .05]; the nucleus of 0.7 is the first two; of 0.71 the first three.
+        // numpy: p = [.4 .3 .15 .1 .05]; the nucleus of 0.7 is the first two; of 0.71 the first
+        // three.
         for (top_p, temperature, expected) in [
             (1.0, 1.0, [0.4, 0.3, 0.15, 0.1, 0.05]),
             (0.69, 1.0, [4.0 / 7.0, 3.0 / 7.0, 0.0, 0.0, 0.0]),

@@ -1,8 +1,9 @@
-//! libtorch for CPI-FT: models, batches, the optimizer, freezing, the training loop, generation and scoring.
+//! libtorch for CPI-FT: models, batches, the optimizer, freezing, the training loop, generation and
+//! scoring.
 //!
-//! A training step: examples of cpift-data become batches ([`data`]), [`model`] turns a batch into hidden states and
-//! `loss` into a loss, [`optim`] updates the parameters and [`freeze`] restores the frozen elements; [`train`] is the
-//! loop around it, [`session`] opens and saves checkpoints.
+//! A training step: examples of cpift-data become batches ([`data`]), [`model`] turns a batch into
+//! hidden states and `loss` into a loss, [`optim`] updates the parameters and [`freeze`] restores
+//! the frozen elements; [`train`] is the loop around it, [`session`] opens and saves checkpoints.
 
 pub mod args;
 pub mod data;

@@ -1,7 +1,8 @@
-//! Cross entropy at the target positions, computed in chunks, so that the logits of a whole batch never exist.
+//! Cross entropy at the target positions, computed in chunks, so that the logits of a whole batch
+//! never exist.
 //!
-//! The backward pass of the output head is written out: softmax − one-hot overwrites the log-probabilities.
-//! Shape suffixes: n targets, c targets of a chunk, e embedding, v vocabulary.
+//! The backward pass of the output head is written out: softmax − one-hot overwrites the
+//! log-probabilities. Shape suffixes: n targets, c targets of a chunk, e embedding, v vocabulary.
 
 use tch::{Kind, Tensor, no_grad};
 
@@ -18,7 +19,8 @@ pub(crate) struct HeadLoss {
     pub grad_matrix: Option<Tensor>,
 }
 
-/// Negative log-likelihood of each of `labels_n` given the normed hidden states: f32 [n], without a graph.
+/// Negative log-likelihood of each of `labels_n` given the normed hidden states: f32 [n], without a
+/// graph.
 pub fn target_losses(model: &CausalLM, normed_ne: &Tensor, labels_n: &Tensor, chunk: usize) -> Tensor {
     no_grad(|| {
         let matrix_ve = model.matrix(normed_ne.kind());
@@ -72,7 +74,8 @@ pub(crate) fn backward(
     })
 }
 
-/// Log-probabilities [c, v] in f32 and, if logits are soft-capped, the derivative of the cap at each logit.
+/// Log-probabilities [c, v] in f32 and, if logits are soft-capped, the derivative of the cap at
+/// each logit.
 fn log_probs(model: &CausalLM, hidden_ce: &Tensor, matrix_ve: &Tensor) -> (Tensor, Option<Tensor>) {
     let logits_cv = linear(hidden_ce, matrix_ve, None);
     let Some(cap) = model.config.logit_softcap else {

@@ -20,9 +20,9 @@ pub(crate) fn handled_by_another_thread() {
     CATCHING.set(true);
 }
 
-/// Runs `work`. If it runs out of memory, the error names the failed allocation, followed by `table`: the memory the work
-/// takes, and options that take less. Any other panic becomes an error with its first line; the panic hook has printed
-/// its location.
+/// Runs `work`. If it runs out of memory, the error names the failed allocation, followed by
+/// `table`: the memory the work takes, and options that take less. Any other panic becomes an error
+/// with its first line; the panic hook has printed its location.
 ///
 /// # Errors
 /// Errors of `work`, and its panics.
@@ -49,7 +49,8 @@ fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-/// Suppresses the output of out-of-memory panics that [`explain`] reports; the previous hook prints all others.
+/// Suppresses the output of out-of-memory panics that [`explain`] reports; the previous hook prints
+/// all others.
 fn install_hook() {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {

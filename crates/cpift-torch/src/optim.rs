@@ -1,5 +1,5 @@
-//! The optimizer: AdamW with decoupled weight decay, clipping to a global norm, the guard against values
-//! that are not finite, stochastic rounding to bf16, and the learning-rate schedule.
+//! The optimizer: AdamW with decoupled weight decay, clipping to a global norm, the guard against
+//! values that are not finite, stochastic rounding to bf16, and the learning-rate schedule.
 
 use std::f64::consts::PI;
 
@@ -10,8 +10,8 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::ffi::{AdamWNumbers, AdamWTensors, fused_adamw};
 use crate::weights::Parameters;
 
-/// The learning rate over a known number of steps: linear warm-up, then half a cosine to zero, as in
-/// transformers' `get_cosine_schedule_with_warmup`.
+/// The learning rate over a known number of steps: linear warm-up, then half a cosine to zero, as
+/// in transformers' `get_cosine_schedule_with_warmup`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CosineWithWarmup {
     /// Peak learning rate.
@@ -41,7 +41,8 @@ pub struct AdamWConfig {
     pub betas: (f64, f64),
     /// ε, added to the denominator.
     pub eps: f64,
-    /// Decoupled weight decay, applied to tensors of two or more dimensions: not to norms and biases.
+    /// Decoupled weight decay, applied to tensors of two or more dimensions: not to norms and
+    /// biases.
     pub weight_decay: f64,
     /// Dtype of the moments: f32, or bf16 with stochastic rounding.
     pub state: Kind,
@@ -96,7 +97,8 @@ impl AdamW {
         Self { config, slots: no_grad(|| parameters.map(slot).collect()) }
     }
 
-    /// Updates the parameters with indices `chosen` (in the list given to [`AdamW::new`]) by `grads`, one each.
+    /// Updates the parameters with indices `chosen` (in the list given to [`AdamW::new`]) by
+    /// `grads`, one each.
     ///
     /// # Errors
     /// An error of libtorch.
@@ -115,7 +117,8 @@ impl AdamW {
                     tensors.exp_avg_sqs.push(&slot.exp_avg_sq);
                     tensors.steps.push(&slot.step);
                 } else {
-                    // A seed of its own, so that the bits do not depend on which parameters are updated together.
+                    // A seed of its own, so that the bits do not depend on which parameters are
+                    // updated together.
                     tch::manual_seed(splitmix64(update.seed, i as u64) as i64);
                     self.step_widened(slot, grad, update)?;
                 }
@@ -127,8 +130,8 @@ impl AdamW {
         Ok(())
     }
 
-    /// Updates a parameter whose dtypes are not all f32: a part at a time is copied to f32, updated, and
-    /// rounded back stochastically.
+    /// Updates a parameter whose dtypes are not all f32: a part at a time is copied to f32,
+    /// updated, and rounded back stochastically.
     fn step_widened(&self, slot: &Slot, grad: &Tensor, update: Update<'_>) -> Result<()> {
         let count = slot.param.numel() as i64;
         let before = no_grad(|| slot.step.copy());
@@ -187,8 +190,9 @@ impl AdamW {
     }
 }
 
-/// Blocks updates after a loss or norm that is not finite, on the device and without synchronising, and
-/// clips gradients. Once a value was not finite, all later updates do nothing: the host may notice steps later.
+/// Blocks updates after a loss or norm that is not finite, on the device and without synchronising,
+/// and clips gradients. Once a value was not finite, all later updates do nothing: the host may
+/// notice steps later.
 pub struct Guard {
     /// One f32 element: 1 from the first value on that is not finite.
     found_inf: Tensor,
@@ -208,8 +212,8 @@ impl Guard {
         self.found_inf = no_grad(|| self.found_inf.max_other(&bad));
     }
 
-    /// Returns the global L2 norm of `grads`; with `max_norm`, the next update scales them to at most that
-    /// norm, as `torch.nn.utils.clip_grad_norm_` does.
+    /// Returns the global L2 norm of `grads`; with `max_norm`, the next update scales them to at
+    /// most that norm, as `torch.nn.utils.clip_grad_norm_` does.
     pub fn watch(&mut self, grads: &[Tensor], max_norm: Option<f64>) -> Tensor {
         let norms: Vec<Tensor> = grads.iter().map(|g| g.norm_scalaropt_dtype(2, Kind::Float)).collect();
         let norm = Tensor::stack(&norms, 0).norm();
@@ -227,10 +231,12 @@ impl Guard {
     }
 }
 
-/// Rounds an f32 tensor to bf16 stochastically: up or down with the probabilities that make the rounding
-/// unbiased, so that updates smaller than half a bf16 step are not lost. Draws from libtorch's generator.
+/// Rounds an f32 tensor to bf16 stochastically: up or down with the probabilities that make the
+/// rounding unbiased, so that updates smaller than half a bf16 step are not lost. Draws from
+/// libtorch's generator.
 pub fn stochastic_bf16(wide: &Tensor) -> Tensor {
-    // bf16 is the upper half of f32: adding 16 random bits to the lower half carries into the upper with that probability.
+    // bf16 is the upper half of f32: adding 16 random bits to the lower half carries into the upper
+    // with that probability.
     let noise = Tensor::randint(1 << 16, wide.size(), (Kind::Int, wide.device()));
     let bits = wide.contiguous().view_dtype(Kind::Int) + noise;
     bits.bitwise_and(-(1i64 << 16)).view_dtype(Kind::Float).to_kind(Kind::BFloat16)

@@ -1,4 +1,5 @@
-//! Scoring of given text: negative log-likelihood of targets, and of alternative continuations of a prompt.
+//! Scoring of given text: negative log-likelihood of targets, and of alternative continuations of a
+//! prompt.
 
 use anyhow::Result;
 use cpift_data::Example;
@@ -21,7 +22,8 @@ pub struct ExampleLoss {
     pub targets: usize,
 }
 
-/// The loss of every example, in order. Batches consist of examples of similar length, the longest first.
+/// The loss of every example, in order. Batches consist of examples of similar length, the longest
+/// first.
 pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tick: impl FnMut()) -> Vec<ExampleLoss> {
     let order = longest_first(examples.iter().map(|example| example.ids.len()));
     let mut out = vec![ExampleLoss { nll: 0.0, targets: 0 }; examples.len()];
@@ -66,8 +68,9 @@ pub struct Alternatives {
     pub continuations: Vec<Vec<i64>>,
 }
 
-/// Log-likelihood of each continuation given its context, in nats. A context runs through the model once for all its
-/// continuations. Batches consist of contexts of similar length; `tick` is called for each context done.
+/// Log-likelihood of each continuation given its context, in nats. A context runs through the model
+/// once for all its continuations. Batches consist of contexts of similar length; `tick` is called
+/// for each context done.
 ///
 /// # Errors
 /// A context or a continuation is empty.
@@ -115,7 +118,8 @@ fn batch_alternatives(model: &CausalLM, batch: &[&Alternatives]) -> Vec<Vec<f64>
     out
 }
 
-/// Summed log-likelihoods of one continuation per row; `first_bv` are the log-probabilities after the contexts.
+/// Summed log-likelihoods of one continuation per row; `first_bv` are the log-probabilities after
+/// the contexts.
 fn continuation_scores(model: &CausalLM, state: &mut Prefilled, first_bv: &Tensor, ids: &[&[i64]]) -> Vec<f64> {
     let (b, longest) = (ids.len() as i64, ids.iter().map(|ids| ids.len()).max().unwrap_or(1));
     let padded = ids.iter().flat_map(|ids| ids.iter().copied().chain(std::iter::repeat_n(0, longest - ids.len())));

@@ -1,4 +1,5 @@
-//! A checkpoint directory opened for training or scoring (weights, model, tokenizer), and saved again.
+//! A checkpoint directory opened for training or scoring (weights, model, tokenizer), and saved
+//! again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -55,7 +56,8 @@ pub struct Session {
 
 static STRICT_CONFIG: AtomicBool = AtomicBool::new(false);
 
-/// Sets `--strict-config` for the process: unknown fields of config.json are refused in every checkpoint it opens.
+/// Sets `--strict-config` for the process: unknown fields of config.json are refused in every
+/// checkpoint it opens.
 pub fn set_strict_config(strict: bool) {
     STRICT_CONFIG.store(strict, Ordering::Relaxed);
 }
@@ -77,7 +79,8 @@ pub struct ModelInfo {
 }
 
 impl ModelInfo {
-    /// Reads config.json and the tokenizer of `folder`; `template` overrides the checkpoint's chat template.
+    /// Reads config.json and the tokenizer of `folder`; `template` overrides the checkpoint's chat
+    /// template.
     ///
     /// # Errors
     /// [`BadInput`] if either cannot be used.
@@ -143,7 +146,8 @@ impl Session {
         Ok(session)
     }
 
-    /// Maximum length of an example of `task` in tokens: `asked`, else the task's max_length, capped at the model's context.
+    /// Maximum length of an example of `task` in tokens: `asked`, else the task's max_length,
+    /// capped at the model's context.
     pub fn context_of(&self, task: &Task, asked: Option<usize>) -> MaxLength {
         context_of(&self.model.config, task, asked)
     }
@@ -161,8 +165,9 @@ impl Session {
     }
 }
 
-/// Stores every matrix but the embedding in column-major order; values and shapes stay. On the CPU oneDNN multiplies
-/// a few rows by such a matrix about twice as fast. The embedding stays row-major, because lookups read its rows.
+/// Stores every matrix but the embedding in column-major order; values and shapes stay. On the CPU
+/// oneDNN multiplies a few rows by such a matrix about twice as fast. The embedding stays
+/// row-major, because lookups read its rows.
 fn store_by_columns(parameters: &mut Parameters) {
     no_grad(|| {
         for (_, weight) in parameters.iter_mut().filter(|(name, w)| w.dim() == 2 && *name != EMBEDDING) {

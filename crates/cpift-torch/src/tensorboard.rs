@@ -1,7 +1,7 @@
 //! TensorBoard event files: scalars only.
 //!
-//! The format is TensorFlow's TFRecord: length, checksum of the length, an `Event` message of event.proto, checksum of
-//! the message; the checksums are CRC-32C, rotated and offset ("masked").
+//! The format is TensorFlow's TFRecord: length, checksum of the length, an `Event` message of
+//! event.proto, checksum of the message; the checksums are CRC-32C, rotated and offset ("masked").
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -17,8 +17,9 @@ pub(crate) struct TensorBoard {
 }
 
 impl TensorBoard {
-    /// Creates a file in `folder`, and the directory if it is missing. Of earlier files there, TensorBoard shows only steps
-    /// before `first`: a resumed run writes the steps after its last saved state again.
+    /// Creates a file in `folder`, and the directory if it is missing. Of earlier files there,
+    /// TensorBoard shows only steps before `first`: a resumed run writes the steps after its last
+    /// saved state again.
     pub fn create(folder: &Path, first: i64) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
         let seconds = since_epoch() as u64;

@@ -1,4 +1,5 @@
-//! Files that the libtorch stages read, with single bytes spoilt: config.json, tokenizer files, data files.
+//! Files that the libtorch stages read, with single bytes spoilt: config.json, tokenizer files,
+//! data files.
 
 use std::alloc::System;
 use std::fs;

@@ -1,4 +1,5 @@
-//! Generation with cache and left padding gives what the plain forward pass gives, token for token; scoring agrees with it too.
+//! Generation with cache and left padding gives what the plain forward pass gives, token for token;
+//! scoring agrees with it too.
 
 mod golden;
 
@@ -42,7 +43,8 @@ fn batches_of_unequal_prompts_equal_one_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
     let session = session(dir.path());
     let prompts: Vec<Vec<i64>> = (0..9).map(|i| (0..3 + 4 * i).map(|j| (17 * i + 5 * j * j) % 250).collect()).collect();
-    // An id that the model does write ends some answers early, so that rows leave the batch at different times.
+    // An id that the model does write ends some answers early, so that rows leave the batch at
+    // different times.
     let free = reference(&session, &prompts[4], &[], 12);
     let eos = [free[5]];
     let expected: Vec<Vec<i64>> = prompts.iter().map(|p| reference(&session, p, &eos, 12)).collect();

@@ -1,4 +1,5 @@
-//! Low-rank adapters train as PEFT's do: fixtures/golden/lora.json, made by scripts/oracle/golden_lora.py.
+//! Low-rank adapters train as PEFT's do: fixtures/golden/lora.json, made by
+//! scripts/oracle/golden_lora.py.
 
 mod golden;
 

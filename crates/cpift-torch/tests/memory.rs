@@ -25,7 +25,8 @@ fn config(value: &Value) -> ModelConfig {
     ModelConfig::from_json(Path::new("m"), value).unwrap()
 }
 
-/// The number of parameters of the model that the loader builds: it is given a tensor of the shape it asks for until it has all.
+/// The number of parameters of the model that the loader builds: it is given a tensor of the shape
+/// it asks for until it has all.
 fn built(config: &ModelConfig) -> u64 {
     let mut parameters = Parameters::new();
     loop {
@@ -131,7 +132,8 @@ fn only_capped_attention_has_scores() {
         job.longest = longest;
         part(&job, "loss", "activations")
     };
-    // tanh in bf16, softmax in f32 and bf16, the mask: 8 bytes a score and head, one more for all heads.
+    // tanh in bf16, softmax in f32 and bf16, the mask: 8 bytes a score and head, one more for all
+    // heads.
     assert_eq!(gemma(4096) - gemma(2048), 42 * 4096 * 2048 * (16 * 8 + 1));
     let llama = |longest| part(&Job { longest, ..job(llama2(), "--batch-size 1") }, "loss", "activations");
     assert_eq!(llama(4096), llama(2048));

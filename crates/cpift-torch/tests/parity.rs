@@ -1,5 +1,5 @@
-//! Every family and the optimizer against transformers and PyTorch: fixtures/golden, made by scripts/oracle/golden_llama.py and
-//! golden_models.py.
+//! Every family and the optimizer against transformers and PyTorch: fixtures/golden, made by
+//! scripts/oracle/golden_llama.py and golden_models.py.
 
 mod golden;
 

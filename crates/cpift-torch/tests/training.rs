@@ -1,4 +1,5 @@
-//! The ways to save memory and time change nothing, or nothing that matters: every family, on the golden models.
+//! The ways to save memory and time change nothing, or nothing that matters: every family, on the
+//! golden models.
 
 mod golden;
 
@@ -50,7 +51,8 @@ fn recomputed_activations_give_the_same_bits() {
     }
 }
 
-/// The unit-by-unit pass against libtorch's own backward pass through the whole graph and its own cross entropy.
+/// The unit-by-unit pass against libtorch's own backward pass through the whole graph and its own
+/// cross entropy.
 #[test]
 fn the_whole_graph_gives_the_same_gradients() {
     for golden in Golden::here() {
@@ -196,7 +198,8 @@ fn clipping_leaves_frozen_elements_out() {
         let moved = (tensor.detach() - old).view([-1]);
         let frozen = moved.slice(0, None, None, 2);
         assert_eq!(max_abs(&frozen), 0.0, "{name}: a frozen element moved");
-        // AdamW's first step: −lr (g / (|g| + ε) + decay · w), g clipped; every second element is free.
+        // AdamW's first step: −lr (g / (|g| + ε) + decay · w), g clipped; every second element is
+        // free.
         let grad = grads[name].to_kind(Kind::Double).view([-1]) * (MAX_NORM / norm);
         let decay = if tensor.dim() > 1 { 0.1 } else { 0.0 };
         let expected = (&grad / (grad.abs() + 1.0) + old.to_kind(Kind::Double).view([-1]) * decay) * -1e-2;

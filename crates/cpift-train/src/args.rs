@@ -23,9 +23,11 @@ const MEMORY: &str = "Memory and speed";
 /// Heading of `--help`: what is printed.
 const LOGGING: &str = "Logging";
 
-/// Fine-tunes a checkpoint in stages, group by group, while the core regions of earlier groups stay frozen.
+/// Fine-tunes a checkpoint in stages, group by group, while the core regions of earlier groups stay
+/// frozen.
 ///
-/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the state saved.
+/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the
+/// state saved.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-train", version)]
 pub struct Args {
@@ -40,34 +42,40 @@ pub struct Args {
 /// The subcommands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Train: CPI-FT's last stage with --groups and --mask, plain multi-stage SFT with --groups --no-freeze, plain
-    /// multi-task SFT without --groups
+    /// Train: CPI-FT's last stage with --groups and --mask, plain multi-stage SFT with --groups
+    /// --no-freeze, plain multi-task SFT without --groups
     ///
-    /// With groups there is one stage per group, in the order of groups.json, and the budget (--steps or --tokens) is
-    /// divided equally. In stage k every element that is core to a task of an earlier group keeps its bits, as
-    /// --master-dtype and --save-dtype represent it. With masks every stage trains on the same balanced mixture of all
-    /// tasks, without masks on the rows of its own group (--stage-data). The optimizer starts afresh in every stage. The
-    /// output is a Hugging Face directory with metrics.jsonl (in OUT.checkpoints during the run) and cpift.json.
+    /// With groups there is one stage per group, in the order of groups.json, and the budget
+    /// (--steps or --tokens) is divided equally. In stage k every element that is core to a task of
+    /// an earlier group keeps its bits, as --master-dtype and --save-dtype represent it. With masks
+    /// every stage trains on the same balanced mixture of all tasks, without masks on the rows of
+    /// its own group (--stage-data). The optimizer starts afresh in every stage. The output is a
+    /// Hugging Face directory with metrics.jsonl (in OUT.checkpoints during the run) and
+    /// cpift.json.
     Run(Box<RunArgs>),
-    /// Print the memory and disk space that training takes, computed before anything is loaded, and options that make it
-    /// fit
+    /// Print the memory and disk space that training takes, computed before anything is loaded, and
+    /// options that make it fit
     ///
-    /// Memory is shown by part at the five moments of a step that can be its peak: the loss (all activations are kept),
-    /// the first and the last block of the backward pass, the embedding after them, and the update. It is computed, not
-    /// measured; what an allocator loses to fragmentation comes on top. LLaMA-2-7B, 1 x 4096 tokens, bf16 compute,
-    /// recomputation, updates in the backward pass, in GiB: f32 master weights and moments: weights 25.1, moments 50.2,
-    /// gradients 0.8, activations 2.0, casts 0.4, CUDA 1.0: 79.4; bf16 master weights and moments: weights 12.6, moments
-    /// 25.1, gradients 0.4, activations 2.0, CUDA 1.0: 41.0.
+    /// Memory is shown by part at the five moments of a step that can be its peak: the loss (all
+    /// activations are kept), the first and the last block of the backward pass, the embedding
+    /// after them, and the update. It is computed, not measured; what an allocator loses to
+    /// fragmentation comes on top. LLaMA-2-7B, 1 x 4096 tokens, bf16 compute, recomputation,
+    /// updates in the backward pass, in GiB: f32 master weights and moments: weights 25.1, moments
+    /// 50.2, gradients 0.8, activations 2.0, casts 0.4, CUDA 1.0: 79.4; bf16 master weights and
+    /// moments: weights 12.6, moments 25.1, gradients 0.4, activations 2.0, CUDA 1.0: 41.0.
     ///
     /// --device cuda --device-memory GIB plans for a device that this machine does not have.
     Plan(Box<PlanArgs>),
-    /// Show the first examples of each task as the model gets them: target tokens of the loss, truncation
+    /// Show the first examples of each task as the model gets them: target tokens of the loss,
+    /// truncation
     ///
-    /// Target tokens have a green background, the others are dim; without colours, targets stand between « and ». A line
-    /// break shows as ↵, other control characters as their symbols. All rows are read and counted. No weights are loaded.
-    /// With --json: a list of objects with ids, tokens and target, one value per token.
+    /// Target tokens have a green background, the others are dim; without colours, targets stand
+    /// between « and ». A line break shows as ↵, other control characters as their symbols. All
+    /// rows are read and counted. No weights are loaded. With --json: a list of objects with ids,
+    /// tokens and target, one value per token.
     Preview(PreviewArgs),
-    /// Check saved states against the digests saved with them; --resume does the same before it continues
+    /// Check saved states against the digests saved with them; --resume does the same before it
+    /// continues
     Verify(VerifyArgs),
 }
 
@@ -123,21 +131,23 @@ pub struct PlanArgs {
     /// Number of probes of the pipeline [default: the number of tasks, or 5]
     #[arg(long, value_name = "N", help_heading = METHOD)]
     pub probes: Option<u64>,
-    /// Share of the elements that are frozen, in percent: --percent of cpift-mask times the tasks of earlier groups
+    /// Share of the elements that are frozen, in percent: --percent of cpift-mask times the tasks
+    /// of earlier groups
     #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0, help_heading = ISOLATION)]
     pub frozen_percent: f64,
     /// How to fine-tune.
     #[command(flatten)]
     pub training: TrainingArgs,
-    /// Tokens per batch [default: --batch-size times --max-length, or the tasks' largest max_length, or 1024]
+    /// Tokens per batch [default: --batch-size times --max-length, or the tasks' largest
+    /// max_length, or 1024]
     #[arg(long, value_name = "N", help_heading = DATA)]
     pub batch_tokens: Option<u64>,
-    /// Memory of the device in GiB [default: that of --device; for the CPU that of the machine, within the limits on the
-    /// process]
+    /// Memory of the device in GiB [default: that of --device; for the CPU that of the machine,
+    /// within the limits on the process]
     #[arg(long, value_name = "GIB", allow_negative_numbers = true, help_heading = MEMORY)]
     pub device_memory: Option<f64>,
-    /// Compute rate of training in TFLOP/s (matmul rate of the device times the share training reaches), to estimate the
-    /// time [default: no estimate]
+    /// Compute rate of training in TFLOP/s (matmul rate of the device times the share training
+    /// reaches), to estimate the time [default: no estimate]
     #[arg(long, value_name = "F", allow_negative_numbers = true, help_heading = MEMORY)]
     pub tflops: Option<f64>,
 }
@@ -166,31 +176,32 @@ pub struct RunArgs {
     /// Freeze nothing: plain multi-stage SFT
     #[arg(long, requires = "groups", conflicts_with = "masks", help_heading = METHOD)]
     pub no_freeze: bool,
-    /// Trainable elements of a stage, apart from those frozen: `all`, or `cores` (TRACE, arXiv 2605.31025), the core
-    /// regions of the group's own tasks without those of earlier groups
+    /// Trainable elements of a stage, apart from those frozen: `all`, or `cores` (TRACE, arXiv
+    /// 2605.31025), the core regions of the group's own tasks without those of earlier groups
     #[arg(long, alias = "train", value_enum, value_name = "WHAT", default_value_t = Trainable::All)]
     #[arg(help_heading = METHOD)]
     pub trainable: Trainable,
     /// Share of each earlier task's rows that is added to the rows of every stage, 0 to 1
     #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true, help_heading = METHOD)]
     pub replay: f64,
-    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged at the end: a baseline,
-    /// without LoRA's savings of memory
+    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged
+    /// at the end: a baseline, without LoRA's savings of memory
     #[arg(long, value_name = "R", conflicts_with_all = ["masks", "optimizer_in_backward"], help_heading = METHOD)]
     pub lora_rank: Option<u32>,
     /// LoRA's α [default: twice the rank]
     #[arg(long, value_name = "F", requires = "lora_rank", help_heading = METHOD)]
     pub lora_alpha: Option<f64>,
-    /// Parameter isolation: `static`, the masks of earlier groups keep their bits; `dynamic` (EPI, arXiv 2604.14010),
-    /// without --mask: the elements that currently matter most to earlier groups' tasks keep their bits
+    /// Parameter isolation: `static`, the masks of earlier groups keep their bits; `dynamic` (EPI,
+    /// arXiv 2604.14010), without --mask: the elements that currently matter most to earlier
+    /// groups' tasks keep their bits
     #[arg(long, value_enum, value_name = "KIND", default_value_t = IsolationKind::Static, requires = "groups")]
     #[arg(help_heading = ISOLATION)]
     pub isolation: IsolationKind,
     /// With --isolation dynamic, share of the trainable parameters that is protected, in percent
     #[arg(long, value_name = "P", default_value_t = 5.0, help_heading = ISOLATION)]
     pub percent: f64,
-    /// With --isolation dynamic, β of the moving average of squared gradients of earlier tasks' rows (four batches per
-    /// update)
+    /// With --isolation dynamic, β of the moving average of squared gradients of earlier tasks'
+    /// rows (four batches per update)
     #[arg(long, value_name = "F", default_value_t = 0.9, help_heading = ISOLATION)]
     pub ema: f64,
     /// With --isolation dynamic, steps between updates of the mask
@@ -203,16 +214,17 @@ pub struct RunArgs {
     #[arg(long, value_name = "F,…", value_delimiter = ',', requires = "groups", allow_negative_numbers = true)]
     #[arg(help_heading = BUDGET)]
     pub stage_lr: Vec<f64>,
-    /// Train only on these tasks (names, separated by commas) [default: all, or those of groups.json]
+    /// Train only on these tasks (names, separated by commas) [default: all, or those of
+    /// groups.json]
     #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "groups", help_heading = DATA)]
     pub only: Vec<String>,
-    /// Rows of a stage: `mixed`, those of all tasks; `group`, those of the group's own tasks [default: mixed if --mask
-    /// freezes the cores of earlier groups, CPI-FT's last stage; group with --no-freeze, --isolation dynamic, --trainable
-    /// cores or --replay]
+    /// Rows of a stage: `mixed`, those of all tasks; `group`, those of the group's own tasks
+    /// [default: mixed if --mask freezes the cores of earlier groups, CPI-FT's last stage; group
+    /// with --no-freeze, --isolation dynamic, --trainable cores or --replay]
     #[arg(long, value_enum, value_name = "WHICH", overrides_with = "stage_data", help_heading = DATA)]
     pub stage_data: Option<StageData>,
-    /// Rows of each task: `balanced` (its `sample` in tasks.toml; default the smallest task's rows, at most 1000), `all`,
-    /// or a number [default: balanced when freezing, else all]
+    /// Rows of each task: `balanced` (its `sample` in tasks.toml; default the smallest task's rows,
+    /// at most 1000), `all`, or a number [default: balanced when freezing, else all]
     #[arg(long, value_name = "balanced|all|N", help_heading = DATA)]
     pub sample: Option<SampleRows>,
 }
@@ -273,7 +285,8 @@ impl RunArgs {
         Err(usage(problem))
     }
 
-    /// Rows of a stage: as given, else by the definition of the method that the other arguments select.
+    /// Rows of a stage: as given, else by the definition of the method that the other arguments
+    /// select.
     #[must_use]
     pub fn stage_data(&self) -> StageData {
         let last_stage = !self.masks.is_empty() && self.trainable == Trainable::All && self.replay == 0.0;

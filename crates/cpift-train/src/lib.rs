@@ -1,4 +1,5 @@
-//! Stage 4 of CPI-FT: multi-stage fine-tuning with the cores of earlier groups frozen, and its baselines.
+//! Stage 4 of CPI-FT: multi-stage fine-tuning with the cores of earlier groups frozen, and its
+//! baselines.
 
 mod args;
 mod memory_plan;
@@ -16,7 +17,8 @@ use cpift_torch::{memory, oom};
 /// Runs the stage.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training after.
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training
+/// after.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {

@@ -1,4 +1,5 @@
-//! `cpift-train plan`: the memory and disk space that training takes, computed before anything is loaded.
+//! `cpift-train plan`: the memory and disk space that training takes, computed before anything is
+//! loaded.
 
 use std::path::Path;
 
@@ -54,8 +55,9 @@ struct Time {
 }
 
 impl Time {
-    /// 6 FLOPs per parameter and token, forward and backward (Kaplan et al.,
-    /// [arXiv 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2. The scores of attention are not counted.
+    /// 6 FLOPs per parameter and token, forward and backward (Kaplan et al., [arXiv
+    /// 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2. The scores of
+    /// attention are not counted.
     fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
         let tokens = match training.budget() {
             Budget::Tokens(tokens) => tokens as u64,

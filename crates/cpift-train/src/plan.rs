@@ -1,4 +1,5 @@
-//! The plan of a run, complete before it starts: stages, their examples, the masks each stage freezes.
+//! The plan of a run, complete before it starts: stages, their examples, the masks each stage
+//! freezes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! `cpift-train preview`: the first examples of each task as training uses them, with target tokens highlighted.
+//! `cpift-train preview`: the first examples of each task as training uses them, with target tokens
+//! highlighted.
 
 use std::ffi::OsStr;
 use std::io::{IsTerminal, stdout};
@@ -17,8 +18,8 @@ use crate::args::PreviewArgs;
 /// Prints the examples; with `--json` a list of objects.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] for an argument; [`cpift_core::BadInput`] for data, a tokenizer or a template that training
-/// would refuse.
+/// [`cpift_core::Usage`] for an argument; [`cpift_core::BadInput`] for data, a tokenizer or a
+/// template that training would refuse.
 pub fn run(args: &PreviewArgs, common: &Common) -> Result<()> {
     if args.rows == 0 || args.max_length.is_some_and(|n| n < 2) {
         return Err(usage("--rows must be at least 1, --max-length at least 2"));
@@ -100,8 +101,8 @@ impl Shown {
         format!("--- {}, {}: {tokens} tokens{cut}, {targets} targets{left_out}\n", task.name, self.place)
     }
 
-    /// The text in runs of targets and others. A run extends to the start of the next one, so that no text between tokens is
-    /// lost.
+    /// The text in runs of targets and others. A run extends to the start of the next one, so that
+    /// no text between tokens is lost.
     fn runs(&self) -> Vec<Run<'_>> {
         let Tokenised { text, target, .. } = &self.tokens;
         let mut runs = Vec::new();
@@ -135,7 +136,8 @@ struct Run<'a> {
     target: bool,
 }
 
-/// Returns true for coloured output: as given, else on a terminal unless NO_COLOR is set and not empty (no-color.org).
+/// Returns true for coloured output: as given, else on a terminal unless NO_COLOR is set and not
+/// empty (no-color.org).
 fn coloured(asked: ColorChoice, terminal: bool, no_color: Option<&OsStr>) -> bool {
     match asked {
         ColorChoice::Always => true,
@@ -144,7 +146,8 @@ fn coloured(asked: ColorChoice, terminal: bool, no_color: Option<&OsStr>) -> boo
     }
 }
 
-/// The runs concatenated, with a line break at the end: targets on green and the rest dim, or targets between « and ».
+/// The runs concatenated, with a line break at the end: targets on green and the rest dim, or
+/// targets between « and ».
 fn paint(runs: &[Run<'_>], colour: bool) -> String {
     let mut out = String::new();
     for run in runs.iter().filter(|run| !run.text.is_empty()) {
@@ -164,8 +167,8 @@ fn paint(runs: &[Run<'_>], colour: bool) -> String {
     out
 }
 
-/// Writes `c` visibly: control characters as Unicode's pictures of them, and those that reorder or hide text as code
-/// points.
+/// Writes `c` visibly: control characters as Unicode's pictures of them, and those that reorder or
+/// hide text as code points.
 fn show(c: char, line_break: &str, out: &mut String) {
     match c {
         '\n' => out.push_str(line_break),

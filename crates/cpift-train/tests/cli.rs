@@ -14,7 +14,8 @@ use cpift_testkit::{Tensor, expect_entries, read_checkpoint, write_safetensors};
 fn the_cores_of_earlier_groups_keep_their_bits_in_f32_and_bf16() {
     for (dtype, name) in [(Dtype::F32, "f32"), (Dtype::BF16, "bf16")] {
         let f = Fixture::with_base(&with_negative_zeros(dtype));
-        // The stage before the freeze moves the core too: stop it there first, to know what the second stage starts from.
+        // The stage before the freeze moves the core too: stop it there first, to know what the
+        // second stage starts from.
         let first = f.path("first.json");
         write_groups(&first, &f.base, &[&["count"]], &[]);
         let first = first.to_str().unwrap();
@@ -109,7 +110,8 @@ fn the_last_stage_is_mixed_and_every_other_method_keeps_its_rows() {
         (&plain, &["--no-freeze"], "group", [5, 10]),
         (&plain, &["--isolation", "dynamic"], "group", [5, 10]),
         (&plain, &["--no-freeze", "--stage-data", "mixed"], "mixed", [15, 15]),
-        // Where it is given twice, the last one counts, as of --lr: flags after those of the pipeline win.
+        // Where it is given twice, the last one counts, as of --lr: flags after those of the
+        // pipeline win.
         (&masks, &["--stage-data", "mixed", "--stage-data", "group"], "group", [5, 10]),
     ];
     for (k, (first, more, data, rows)) in cases.into_iter().enumerate() {

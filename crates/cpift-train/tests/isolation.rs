@@ -1,4 +1,5 @@
-//! What may move beside CPI-FT's frozen cores: own cores only, a mask that moves, replayed rows, adapters.
+//! What may move beside CPI-FT's frozen cores: own cores only, a mask that moves, replayed rows,
+//! adapters.
 
 mod common;
 
@@ -71,7 +72,8 @@ fn killed_and_resumed_ends_the_same(f: &Fixture, args: &[&str], step: usize) {
     assert!(weights(f, "quiet") == weights(f, "killed"), "another end after {args:?}");
 }
 
-/// The rank of a matrix of `columns`, by elimination; what is below a thousandth of the largest value is nothing.
+/// The rank of a matrix of `columns`, by elimination; what is below a thousandth of the largest
+/// value is nothing.
 fn rank(mut matrix: Vec<f64>, columns: usize) -> usize {
     let rows = matrix.len() / columns;
     let nothing = 1e-3 * matrix.iter().fold(0.0_f64, |most, v| most.max(v.abs()));

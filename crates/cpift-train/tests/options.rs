@@ -1,4 +1,5 @@
-//! The training options of cpift-train through the real binary: what each does, and that frozen elements keep their bits under all.
+//! The training options of cpift-train through the real binary: what each does, and that frozen
+//! elements keep their bits under all.
 
 mod common;
 
@@ -126,7 +127,8 @@ fn each_stage_can_have_its_own_rate() {
 
 #[test]
 fn a_bad_gradient_in_the_backward_pass_says_what_has_moved() {
-    // Gradients in the first block whose squares are too large for f32, under a loss of the usual size.
+    // Gradients in the first block whose squares are too large for f32, under a loss of the usual
+    // size.
     let mut weights = tiny_weights(1);
     for (name, tensor) in &mut weights {
         let scale = match name.strip_prefix("model.layers.0.") {

@@ -1,4 +1,5 @@
-//! `cpift-train plan` through the real binary: against what a run takes, and against what the README shows.
+//! `cpift-train plan` through the real binary: against what a run takes, and against what the
+//! README shows.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,9 +49,9 @@ impl Fixture {
         serde_json::from_str(&run.stdout).unwrap()
     }
 
-    /// The most resident memory that a run has taken, in bytes, as the kernel keeps it: of three runs, since a look can come too early for the
-    /// highest. Freed memory goes back to the system at once, as tensors are counted
-    /// and not what malloc keeps.
+    /// The most resident memory that a run has taken, in bytes, as the kernel keeps it: of three
+    /// runs, since a look can come too early for the highest. Freed memory goes back to the system
+    /// at once, as tensors are counted and not what malloc keeps.
     fn measured(&self, more: &str) -> u64 {
         (0..3).map(|_| self.measured_once(more)).max().unwrap()
     }
@@ -108,7 +109,8 @@ fn masks_of_windows_are_in_the_sum() {
             peaks.push(plan);
         }
     }
-    // 256 documents of 96 tokens less one: a byte a pair for the batch, and four in each of the two blocks, or in one.
+    // 256 documents of 96 tokens less one: a byte a pair for the batch, and four in each of the two
+    // blocks, or in one.
     let pair = 96 * 96;
     assert_eq!((peaks[2] - peaks[0], peaks[3] - peaks[1]), ((256 - 1) * pair * 9, (256 * 5 - 9) * pair));
 }

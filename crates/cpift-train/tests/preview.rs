@@ -1,4 +1,5 @@
-//! `cpift-train preview` through the real binary, and what it says of data that training would refuse.
+//! `cpift-train preview` through the real binary, and what it says of data that training would
+//! refuse.
 
 use std::fs;
 use std::path::{Path, PathBuf};

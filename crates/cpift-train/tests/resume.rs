@@ -85,7 +85,8 @@ impl Known {
     }
 }
 
-/// Kills runs at random moments after a state more is saved, until `kills` were killed; then the run goes to its end.
+/// Kills runs at random moments after a state more is saved, until `kills` were killed; then the
+/// run goes to its end.
 fn killed_at_random(known: &Known, kills: usize, seed: u64) {
     let mut numbers = Numbers(seed);
     let mut done = 0;
@@ -185,7 +186,8 @@ fn a_signal_saves_and_stops() {
 
 #[test]
 fn a_second_signal_stops_at_once() {
-    // Steps long enough for both signals to come within one, once the state that is waited for is whole.
+    // Steps long enough for both signals to come within one, once the state that is waited for is
+    // whole.
     let known = Known::run(Fixture::new(), &["--steps", "10", "--batch-size", "800"]);
     let (status, said) = stopped(&known, "stopped", &[Signal::USR1, Signal::TERM]);
     assert_eq!(status.code(), Some(128 + Signal::TERM.as_raw()), "{said}");

@@ -1,4 +1,5 @@
-//! What is being written when a signal comes, what shows of a run at work, and two runs at once. The model's states take a while to write.
+//! What is being written when a signal comes, what shows of a run at work, and two runs at once.
+//! The model's states take a while to write.
 
 mod common;
 
@@ -97,7 +98,8 @@ fn a_second_warning_lets_a_state_be_saved() {
     expect_entries(&f.path("runs/out.checkpoints"), &["metrics.jsonl", "step-0000002"]);
 }
 
-/// A cluster warns all processes of a job, and the script around the stage passes its own warning on.
+/// A cluster warns all processes of a job, and the script around the stage passes its own warning
+/// on.
 #[test]
 fn one_warning_that_comes_from_several_sides_is_one() {
     let f = Fixture::new();

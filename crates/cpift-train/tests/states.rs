@@ -1,4 +1,5 @@
-//! Saved states that are not what was saved: `verify` finds every spoilt byte, and `--resume` does not go on from them.
+//! Saved states that are not what was saved: `verify` finds every spoilt byte, and `--resume` does
+//! not go on from them.
 
 mod common;
 

@@ -32,7 +32,8 @@ pub fn verdict(job: &Job, limit: Option<u64>) -> String {
     }
 }
 
-/// The table of a job that ran out of memory, and options that take less than the limit and less than the estimate.
+/// The table of a job that ran out of memory, and options that take less than the limit and less
+/// than the estimate.
 pub fn after_failure(job: &Job, limit: Option<u64>) -> String {
     let total = job.peak().total();
     let limit = limit.unwrap_or(total).min(total - total / 20);
@@ -41,11 +42,12 @@ pub fn after_failure(job: &Job, limit: Option<u64>) -> String {
 
 type Change = fn(&Job, u64) -> Option<(Job, String)>;
 
-/// Changes, cheapest first: a third more work; conditions on the step; more, smaller batches; rounded moments; rounded
-/// weights.
+/// Changes, cheapest first: a third more work; conditions on the step; more, smaller batches;
+/// rounded moments; rounded weights.
 const CHANGES: [Change; 5] = [checkpointing, in_backward, smaller_batch, moments, master];
 
-/// Finds the options that make `job` fit in `limit` bytes: the combination whose most expensive option is cheapest.
+/// Finds the options that make `job` fit in `limit` bytes: the combination whose most expensive
+/// option is cheapest.
 pub fn advice(job: &Job, limit: u64) -> Advice {
     let now = job.peak().total();
     let alone = CHANGES.iter().filter_map(|change| change(job, limit)).map(|(j, text)| (text, j.peak().total()));
@@ -77,7 +79,8 @@ fn checkpointing(job: &Job, _: u64) -> Option<(Job, String)> {
     (!done).then(|| (job, "--gradient-checkpointing".to_owned()))
 }
 
-/// Updates in the backward pass, without clipping and without gradient accumulation: both need all gradients.
+/// Updates in the backward pass, without clipping and without gradient accumulation: both need all
+/// gradients.
 fn in_backward(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
     let possible = !job.args.optimizer_in_backward && job.args.grad_accum == 1;

@@ -8,8 +8,9 @@ use tch::Device;
 use super::job::{PROGRAM, gib};
 use crate::ffi;
 
-/// Memory of `device` in bytes: of the GPU, or for the CPU that of the machine within the limits on this process (its
-/// cgroup's, as Slurm sets it, and `ulimit -v`). None if the system does not report it.
+/// Memory of `device` in bytes: of the GPU, or for the CPU that of the machine within the limits on
+/// this process (its cgroup's, as Slurm sets it, and `ulimit -v`). None if the system does not
+/// report it.
 pub fn available(device: Device) -> Option<u64> {
     match device {
         Device::Cuda(index) => ffi::cuda_total(index),
@@ -35,8 +36,8 @@ fn control_group() -> Option<u64> {
     std::path::Path::new(own).ancestors().filter_map(limit).min()
 }
 
-/// What [`left_by_ulimit`] returns, less the reserve, so that a job that fits passes [`check_address_space`] in another
-/// run. The program's resident memory is counted with the job.
+/// What [`left_by_ulimit`] returns, less the reserve, so that a job that fits passes
+/// [`check_address_space`] in another run. The program's resident memory is counted with the job.
 fn address_space() -> Option<u64> {
     Some(left_by_ulimit()?.saturating_sub(RESERVED + VARIES) + PROGRAM)
 }
@@ -53,8 +54,8 @@ const RESERVED: u64 = 384 << 20;
 /// Variation of the address space at start between runs: two arenas of glibc.
 const VARIES: u64 = 128 << 20;
 
-/// Refuses work on the CPU that takes `bytes` if `ulimit -v` leaves less: a library that fails to allocate may end the
-/// program without an error message.
+/// Refuses work on the CPU that takes `bytes` if `ulimit -v` leaves less: a library that fails to
+/// allocate may end the program without an error message.
 ///
 /// # Errors
 /// The bytes left and the bytes needed.

@@ -1,9 +1,10 @@
-//! Memory of a training step, by part and moment. Derived from the code of `model/`, `train/`, `optim` and `freeze`:
-//! it counts their tensors, not what an allocator loses to rounding and fragmentation.
+//! Memory of a training step, by part and moment. Derived from the code of `model/`, `train/`,
+//! `optim` and `freeze`: it counts their tensors, not what an allocator loses to rounding and
+//! fragmentation.
 //!
-//! Suffixes of shapes: e embedding, f MLP width, h query heads, k key heads, d head width, v vocabulary, n tokens.
-//! Autograd saves the input of a linear layer, both factors of a product, and the f32 copy that a norm squares, but
-//! not the terms of a sum.
+//! Suffixes of shapes: e embedding, f MLP width, h query heads, k key heads, d head width, v
+//! vocabulary, n tokens. Autograd saves the input of a linear layer, both factors of a product, and
+//! the f32 copy that a norm squares, but not the terms of a sum.
 
 use cpift_core::Dtype;
 use serde_json::{Value, json};
@@ -31,8 +32,8 @@ impl Moment {
     }
 }
 
-/// Memory that CUDA takes per process (context, kernels, cuBLAS workspaces), as nvidia-smi shows it: 0.5 to 1 GiB,
-/// depending on the GPU.
+/// Memory that CUDA takes per process (context, kernels, cuBLAS workspaces), as nvidia-smi shows
+/// it: 0.5 to 1 GiB, depending on the GPU.
 const CUDA_CONTEXT: u64 = 1 << 30;
 /// Elements that an update with mixed dtypes widens at a time (see `optim`).
 const WIDENED: u64 = 1 << 24;
@@ -44,12 +45,14 @@ impl Job {
         let (block, head, g) = (Block::of(self), Head::of(self), self.gradients(&s));
         let (weight, layers) = (self.args.master_dtype.size() as u64, s.blocks);
         let recompute = self.args.gradient_checkpointing;
-        // Weights are cast in the forward pass of a block, and the cast is kept with its activations.
+        // Weights are cast in the forward pass of a block, and the cast is kept with its
+        // activations.
         let cast = if weight == self.compute_bytes() { 0 } else { self.compute_bytes() };
         let kept = if recompute { 0 } else { layers };
         let inputs = (layers + 1) * block.input;
         let windowed = self.config.windows.iter().flatten().count() as u64;
-        // For the blocks whose activations are kept: all, or the recomputed one, which may have a window.
+        // For the blocks whose activations are kept: all, or the recomputed one, which may have a
+        // window.
         let masks =
             |kept: u64| windows(self) + block.window * if kept == layers { windowed } else { kept.min(windowed) };
         let moment = |name, gradients, activations, loss, casts, update| Moment {
@@ -94,7 +97,8 @@ impl Job {
             ),
             moment("embedding", g.embedding, 2 * block.input + masks(0), 0, 0, 0),
         ];
-        // With updates in the backward pass, the head is updated first, while all activations are kept.
+        // With updates in the backward pass, the head is updated first, while all activations are
+        // kept.
         all.push(if self.args.optimizer_in_backward {
             moment("update", g.update, inputs + kept * block.saved + masks(kept), 0, cast * kept * s.block, update)
         } else {
@@ -103,8 +107,8 @@ impl Job {
         all
     }
 
-    /// Bytes of gradients at each moment. They have the weights' dtype; the output matrix's gradient and sums over
-    /// batches are f32.
+    /// Bytes of gradients at each moment. They have the weights' dtype; the output matrix's
+    /// gradient and sums over batches are f32.
     fn gradients(&self, s: &Sizes) -> Gradients {
         let weight = self.args.master_dtype.size() as u64;
         let tied = self.config.tie_word_embeddings;
@@ -148,7 +152,8 @@ impl Job {
         }
     }
 
-    /// Temporaries of an update with mixed dtypes: f32 copies of a part of a tensor, and random bits for rounding.
+    /// Temporaries of an update with mixed dtypes: f32 copies of a part of a tensor, and random
+    /// bits for rounding.
     fn update(&self, s: &Sizes) -> u64 {
         let (weights, moments) = (self.args.master_dtype == Dtype::BF16, self.args.optim_state_dtype == Dtype::BF16);
         if !weights && !moments {
@@ -248,15 +253,16 @@ impl Block {
         Self {
             input: n * e * b,
             saved: n * (fixed + attention(job)) + scores.saved,
-            // Backward of the MLP needs twice its width; in the backward of attention the MLP is already freed.
+            // Backward of the MLP needs twice its width; in the backward of attention the MLP is
+            // already freed.
             transient: 2 * n * e * b + (2 * n * f * b).max(scores.transient.saturating_sub(n * mlp)),
             window: if c.attention_softcap.is_some() { 0 } else { windows(job) * b },
         }
     }
 }
 
-/// Bytes a norm over `width` elements saves per token: its f32 input (if that is no copy, only if `own`: not saved by
-/// another operation), and the normed values before the weight.
+/// Bytes a norm over `width` elements saves per token: its f32 input (if that is no copy, only if
+/// `own`: not saved by another operation), and the normed values before the weight.
 fn norm(c: &ModelConfig, bytes: u64, width: u64, own: bool) -> u64 {
     let input = if bytes != F32 || own { F32 } else { 0 };
     let normed = if c.gemma_norms { F32 } else { bytes };
@@ -277,8 +283,8 @@ fn attention(job: &Job) -> u64 {
     (h + 2 * k + results * h) * d * b + h * F32
 }
 
-/// Elements of the sliding-window masks of a batch: s × s for each document longer than the window, unless a flash
-/// kernel implements windows. The boolean masks take one byte per element.
+/// Elements of the sliding-window masks of a batch: s × s for each document longer than the window,
+/// unless a flash kernel implements windows. The boolean masks take one byte per element.
 fn windows(job: &Job) -> u64 {
     let longest = job.longest.min(job.tokens);
     let window = job.config.windows.iter().copied().flatten().next();
@@ -291,7 +297,8 @@ struct Scores {
     transient: u64,
 }
 
-/// Scores of each document, h × s × s: only soft-capped attention materialises them, as no fused kernel has the cap.
+/// Scores of each document, h × s × s: only soft-capped attention materialises them, as no fused
+/// kernel has the cap.
 fn scores(job: &Job) -> Scores {
     if job.config.attention_softcap.is_none() {
         return Scores { saved: 0, transient: 0 };
@@ -300,7 +307,8 @@ fn scores(job: &Job) -> Scores {
     let longest = job.longest.min(job.tokens).max(1);
     let one = heads * longest * longest;
     let all = heads * longest * job.tokens;
-    // Saved: tanh, softmax in f32, its cast if hidden states are not f32, and the mask, one byte per head.
+    // Saved: tanh, softmax in f32, its cast if hidden states are not f32, and the mask, one byte
+    // per head.
     let b = job.compute_bytes();
     let cast = if b == F32 { 0 } else { b };
     Scores { saved: all * (b + F32 + cast) + all / heads, transient: one * (2 * F32 + b) }
@@ -321,10 +329,12 @@ impl Head {
         let b = job.compute_bytes();
         let chunk = job.tokens.min(job.args.loss_chunk as u64) * v;
         let cast = if b == F32 { 0 } else { F32 };
-        // Logits, their cast in log_softmax, log-probabilities; with a soft cap also tanh, slope and capped logits.
+        // Logits, their cast in log_softmax, log-probabilities; with a soft cap also tanh, slope
+        // and capped logits.
         let capped = if c.logit_softcap.is_some() { 2 * b + F32 } else { 0 };
         let forward = chunk * (b + cast + F32 + capped);
-        // The gradient in f32 and its cast; the product for the matrix, and its f32 copy before it is added.
+        // The gradient in f32 and its cast; the product for the matrix, and its f32 copy before it
+        // is added.
         let slope = if c.logit_softcap.is_some() { F32 } else { 0 };
         let cast_gradient = if b == F32 { 0 } else { b };
         let product = v * e * (b + cast);

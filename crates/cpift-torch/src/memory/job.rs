@@ -50,14 +50,16 @@ pub fn read_model(path: &Path) -> Result<ModelConfig> {
 }
 
 impl Job {
-    /// A job with batches of `--batch-size` examples of `longest` tokens, capped at the model's context.
+    /// A job with batches of `--batch-size` examples of `longest` tokens, capped at the model's
+    /// context.
     pub fn new(config: ModelConfig, args: &TrainingArgs, longest: usize, cuda: bool) -> Self {
         let longest = longest.min(config.max_position_embeddings as usize) as u64;
         let tokens = longest * args.batch_size as u64;
         Self { config, args: args.clone(), tokens, longest, frozen: 0, cuda }
     }
 
-    /// The job of training the checkpoint `model` on the tasks of `tasks`, before anything is loaded.
+    /// The job of training the checkpoint `model` on the tasks of `tasks`, before anything is
+    /// loaded.
     ///
     /// # Errors
     /// [`cpift_core::BadInput`] for files that cannot be used.
@@ -135,13 +137,15 @@ impl Sizes {
     }
 }
 
-/// e, f, d, h, k and v: widths of residual stream, MLP and head; query heads, key heads, vocabulary size.
+/// e, f, d, h, k and v: widths of residual stream, MLP and head; query heads, key heads, vocabulary
+/// size.
 pub(super) fn dimensions(c: &ModelConfig) -> [u64; 6] {
     [c.hidden_size, c.intermediate_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads, c.vocab_size]
         .map(|n| n as u64)
 }
 
-/// Longest example in tokens: `--max-length`, else the tasks' largest `max_length`, else its default.
+/// Longest example in tokens: `--max-length`, else the tasks' largest `max_length`, else its
+/// default.
 pub fn longest_of(tasks: Option<&Tasks>, args: &TrainingArgs) -> usize {
     let largest = tasks.and_then(|t| t.list.iter().map(|task| task.max_length).max());
     args.max_length.or(largest).unwrap_or(DEFAULT_LENGTH)

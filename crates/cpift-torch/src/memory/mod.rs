@@ -1,6 +1,6 @@
-//! The memory that training takes, computed from config.json and the arguments before anything is loaded: `job` says
-//! what is trained, `estimate` adds up the step, `advice` finds options that fit, `disk` sizes the outputs of a
-//! pipeline, `device` reads the limits of the machine.
+//! The memory that training takes, computed from config.json and the arguments before anything is
+//! loaded: `job` says what is trained, `estimate` adds up the step, `advice` finds options that
+//! fit, `disk` sizes the outputs of a pipeline, `device` reads the limits of the machine.
 
 mod advice;
 mod device;
@@ -22,7 +22,8 @@ pub use job::{Job, Sizes, gib, longest_of, read_model};
 
 use job::PROGRAM;
 
-/// For [`crate::oom::explain`]: the memory of training `model` on `tasks`, with `frozen` elements, and what would take less.
+/// For [`crate::oom::explain`]: the memory of training `model` on `tasks`, with `frozen` elements,
+/// and what would take less.
 pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u64) -> String {
     let job = Job::of_run(model, tasks, args).map(|job| Job { frozen, ..job });
     let device = args.device.open(None);
@@ -32,7 +33,8 @@ pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u6
     }
 }
 
-/// Refuses to train `model` on `tasks` where `ulimit -v` does not leave the memory that it takes. What cannot be computed is not refused.
+/// Refuses to train `model` on `tasks` where `ulimit -v` does not leave the memory that it takes.
+/// What cannot be computed is not refused.
 ///
 /// # Errors
 /// Those of [`check_address_space`].

@@ -1,6 +1,7 @@
 //! Attention: masks, key-value cache, and the scores of each family.
 //!
-//! Shape suffixes: b batch, s sequence (queries), t keys, h query heads, k key-value heads, d head width, e embedding.
+//! Shape suffixes: b batch, s sequence (queries), t keys, h query heads, k key-value heads, d head
+//! width, e embedding.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -9,7 +10,8 @@ use super::config::ModelConfig;
 use super::layers::{Linear, Loader, RmsNorm, distinct_ropes, rotate};
 use crate::ffi;
 
-/// Inputs of attention that all blocks share: rotary factors in the dtype of the blocks, and the attention pattern.
+/// Inputs of attention that all blocks share: rotary factors in the dtype of the blocks, and the
+/// attention pattern.
 pub struct Attended {
     /// cos and sin for each of the model's rotary settings.
     pub(super) rotary: Vec<(Tensor, Tensor)>,
@@ -20,8 +22,8 @@ pub struct Attended {
 pub(super) enum Pattern {
     /// Documents concatenated in a single row: causal attention within each, none between them.
     Documents(Documents),
-    /// A mask [b, 1, s, t], and one restricted to the sliding window for the blocks that have one. Additive (0 or −∞)
-    /// for fused kernels, boolean if scores are soft-capped.
+    /// A mask [b, 1, s, t], and one restricted to the sliding window for the blocks that have one.
+    /// Additive (0 or −∞) for fused kernels, boolean if scores are soft-capped.
     Mask { full: Tensor, windowed: Option<Tensor> },
 }
 
@@ -42,7 +44,8 @@ impl Documents {
     }
 }
 
-/// Boolean [s, t]: each of the last `s` of `t` tokens attends to itself and the `window` − 1 tokens before.
+/// Boolean [s, t]: each of the last `s` of `t` tokens attends to itself and the `window` − 1 tokens
+/// before.
 pub(super) fn causal_window(s: i64, t: i64, window: i64, device: Device) -> Tensor {
     let all = Tensor::ones([s, t], (Kind::Bool, device));
     all.tril(t - s).logical_and(&all.triu(t - s - window + 1))
@@ -190,7 +193,8 @@ impl Scores {
         let (b, h, s, d) = q_bhsd.size4().expect("queries are [b, h, s, d]");
         let k = k_bktd.size()[1];
         if let Some(mask) = mask.filter(|_| s == 1 && h != k) {
-            // With one query, the heads that share a key head take the place of queries: no key is repeated.
+            // With one query, the heads that share a key head take the place of queries: no key is
+            // repeated.
             let grouped = q_bhsd.reshape([b, k, h / k, d]);
             let mask = mask.expand([b, 1, h / k, mask.size()[3]], true);
             let out = Tensor::scaled_dot_product_attention(
@@ -234,8 +238,9 @@ impl Scores {
     }
 }
 
-/// Attention with soft-capped scores (Gemma-2). No fused kernel implements the cap, so the scores of a document,
-/// [b, h, s, t], are materialised. Softmax in f32, as in transformers' eager attention.
+/// Attention with soft-capped scores (Gemma-2). No fused kernel implements the cap, so the scores
+/// of a document, [b, h, s, t], are materialised. Softmax in f32, as in transformers' eager
+/// attention.
 fn capped(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f64, cap: f64) -> Tensor {
     let groups = q.size()[1] / k.size()[1];
     let (k, v) = (k.repeat_interleave_self_int(groups, 1, None), v.repeat_interleave_self_int(groups, 1, None));

@@ -1,5 +1,5 @@
-//! The model configuration: config.json of the supported families. A field that changes the maths and is not
-//! implemented is an error.
+//! The model configuration: config.json of the supported families. A field that changes the maths
+//! and is not implemented is an error.
 
 use std::path::Path;
 
@@ -100,7 +100,8 @@ pub struct ModelConfig {
     pub attention_softcap: Option<f64>,
     /// Soft cap of logits.
     pub logit_softcap: Option<f64>,
-    /// Sliding window of each block: number of tokens a query attends to, itself included; none is full causal attention.
+    /// Sliding window of each block: number of tokens a query attends to, itself included; none is
+    /// full causal attention.
     pub windows: Vec<Option<i64>>,
     /// Unknown fields of config.json, with their values.
     pub unknown_fields: Vec<String>,
@@ -110,8 +111,8 @@ impl ModelConfig {
     /// Reads the parsed config.json of `folder`.
     ///
     /// # Errors
-    /// [`cpift_core::BadInput`] for an unknown architecture, a missing field, or a field that changes the maths and is
-    /// not implemented.
+    /// [`cpift_core::BadInput`] for an unknown architecture, a missing field, or a field that
+    /// changes the maths and is not implemented.
     pub fn from_json(folder: &Path, config: &Value) -> Result<Self> {
         let fields = Fields::new(folder, config);
         let family = family(&fields)?;
@@ -164,7 +165,8 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Unties the output matrix if `checkpoint`, whose config this is, has one of its own although config.json ties it.
+    /// Unties the output matrix if `checkpoint`, whose config this is, has one of its own although
+    /// config.json ties it.
     pub fn untie_as(&mut self, checkpoint: &Checkpoint) {
         self.tie_word_embeddings &= checkpoint.tied();
     }
@@ -225,8 +227,8 @@ fn refuse(fields: &Fields, key: &str) -> Result<()> {
     }
 }
 
-/// Returns true for biases on q, k and v, and on o. LLaMA's `attention_bias` covers all four; Mistral has none; Qwen2
-/// always has the first three.
+/// Returns true for biases on q, k and v, and on o. LLaMA's `attention_bias` covers all four;
+/// Mistral has none; Qwen2 always has the first three.
 fn attention_biases(family: Family, fields: &Fields) -> Result<(bool, bool)> {
     match family {
         Family::Llama | Family::Qwen3 | Family::Gemma2 => {
@@ -248,7 +250,8 @@ fn default_positions(family: Family) -> i64 {
     }
 }
 
-/// Activation function. Gemma-2 reads `hidden_activation` and ignores `hidden_act`, as in transformers.
+/// Activation function. Gemma-2 reads `hidden_activation` and ignores `hidden_act`, as in
+/// transformers.
 fn activation(family: Family, fields: &Fields) -> Result<Activation> {
     let (key, default) =
         if family == Family::Gemma2 { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };

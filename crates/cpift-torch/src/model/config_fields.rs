@@ -1,5 +1,5 @@
-//! The fields of a config.json: typed access with errors that name file and field; and which fields are read,
-//! have no effect on the output, or would change it.
+//! The fields of a config.json: typed access with errors that name file and field; and which fields
+//! are read, have no effect on the output, or would change it.
 
 use std::path::{Path, PathBuf};
 
@@ -95,7 +95,8 @@ impl Fields {
         self.typed(key, |v| v.as_array()?.iter().map(|w| w.as_str().map(str::to_owned)).collect())
     }
 
-    /// The rotary settings; `default_positions` is the family's default of `max_position_embeddings`.
+    /// The rotary settings; `default_positions` is the family's default of
+    /// `max_position_embeddings`.
     pub(super) fn rope(&self, default_positions: i64) -> Result<RopeSettings> {
         RopeSettings::read(&self.path, &Value::from(self.map.clone()), default_positions as f64)
     }
@@ -141,7 +142,8 @@ const READ: &[&str] = &[
     "vocab_size",
 ];
 
-/// Fields without effect on the loss of a causal language model: they concern training, storage, generation or serving.
+/// Fields without effect on the loss of a causal language model: they concern training, storage,
+/// generation or serving.
 const HARMLESS: &[&str] = &[
     // Falcon3 has it beside hidden_act.
     "activation",
@@ -244,7 +246,8 @@ const NEUTRAL: &[(&str, &[&str])] = &[
     ("use_rope", &["true"]),
 ];
 
-/// Prefixes of words in field names that change the maths in some family of transformers, unless the value is off.
+/// Prefixes of words in field names that change the maths in some family of transformers, unless
+/// the value is off.
 const MATHS: &[&str] = &[
     "adapter",
     "alibi",
@@ -295,8 +298,8 @@ const MATHS: &[&str] = &[
     "window",
 ];
 
-/// Refuses fields that change the maths and are not implemented; returns unknown fields with their values. An unknown
-/// field that is false, zero or empty is ignored.
+/// Refuses fields that change the maths and are not implemented; returns unknown fields with their
+/// values. An unknown field that is false, zero or empty is ignored.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the first refused field.

@@ -45,7 +45,8 @@ impl Block {
         })
     }
 
-    /// Maps hidden states [b, s, e] to hidden states [b, s, e]; a cache is extended by the new keys and values.
+    /// Maps hidden states [b, s, e] to hidden states [b, s, e]; a cache is extended by the new keys
+    /// and values.
     pub fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&KvCache>) -> Tensor {
         let mixed = self.self_attn.forward(&self.input_layernorm.forward(x_bse), attended, cache);
         match &self.around_mlp {
@@ -61,13 +62,15 @@ impl Block {
     }
 }
 
-/// A decoder-only language model; its tensors share storage with the [`Parameters`] it was built from.
+/// A decoder-only language model; its tensors share storage with the [`Parameters`] it was built
+/// from.
 pub struct CausalLM {
     /// Model configuration.
     pub config: ModelConfig,
     /// The decoder blocks in order.
     pub blocks: Vec<Block>,
-    /// Parameter names of each unit: the embedding, each block, the head (final norm and, unless tied, output matrix).
+    /// Parameter names of each unit: the embedding, each block, the head (final norm and, unless
+    /// tied, output matrix).
     pub units: Vec<Vec<String>>,
     embed_tokens: Tensor,
     norm: RmsNorm,
@@ -80,10 +83,12 @@ pub struct CausalLM {
 }
 
 impl CausalLM {
-    /// Builds the model over `parameters`; blocks compute in `compute`. `path` names the checkpoint in errors.
+    /// Builds the model over `parameters`; blocks compute in `compute`. `path` names the checkpoint
+    /// in errors.
     ///
     /// # Errors
-    /// [`cpift_core::BadInput`] for a tensor that is missing, has another shape, or is not part of the model.
+    /// [`cpift_core::BadInput`] for a tensor that is missing, has another shape, or is not part of
+    /// the model.
     pub fn new(mut config: ModelConfig, parameters: &Parameters, path: &Path, compute: Kind) -> Result<Self> {
         // transformers rounds the scale to the dtype of the hidden states first.
         config.embedding_scale = config.embedding_scale.map(|s| Tensor::from(s).to_kind(compute).double_value(&[]));
@@ -144,8 +149,8 @@ impl CausalLM {
         self.config.windows.iter().copied().flatten().next()
     }
 
-    /// Attention for documents concatenated in a single row, [1, Σ lengths]: causal within each document, positions
-    /// from 0 in each.
+    /// Attention for documents concatenated in a single row, [1, Σ lengths]: causal within each
+    /// document, positions from 0 in each.
     pub fn documents(&self, lengths: &[i64]) -> Attended {
         let device = self.device();
         let positions: Vec<i64> = lengths.iter().flat_map(|&n| 0..n).collect();
@@ -164,8 +169,8 @@ impl CausalLM {
         Attended { rotary, pattern: Pattern::Documents(Documents::new(lengths, window, ends, device)) }
     }
 
-    /// Attention with explicit positions [b, s] and a boolean mask [b, 1, s, t]; the queries are the last s of the t
-    /// tokens.
+    /// Attention with explicit positions [b, s] and a boolean mask [b, 1, s, t]; the queries are
+    /// the last s of the t tokens.
     pub fn masked(&self, positions_bs: &Tensor, mask: &Tensor) -> Attended {
         let (s, t) = (positions_bs.size()[1], mask.size()[3]);
         let rotary = self.rotary(positions_bs, t);

@@ -1,6 +1,8 @@
-//! The leaves of the model: Linear, RmsNorm, Rope, Mlp; and the loader that takes their tensors by name.
+//! The leaves of the model: Linear, RmsNorm, Rope, Mlp; and the loader that takes their tensors by
+//! name.
 //!
-//! Shape suffixes: b batch, s sequence, h heads, d head width; e is the embedding width, f the MLP width.
+//! Shape suffixes: b batch, s sequence, h heads, d head width; e is the embedding width, f the MLP
+//! width.
 
 use std::f64::consts::PI;
 use std::path::Path;
@@ -80,7 +82,8 @@ impl Linear {
     }
 }
 
-/// x / rms(x) · weight over the last dimension, normalised in f32 as in transformers. Gemma multiplies by 1 + weight, in f32.
+/// x / rms(x) · weight over the last dimension, normalised in f32 as in transformers. Gemma
+/// multiplies by 1 + weight, in f32.
 pub(super) struct RmsNorm {
     weight: Tensor,
     eps: f64,
@@ -112,8 +115,8 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// cos and sin, [b, 1, s, d] in f32, for integer positions [b, s]. `length` is the length of the longest
-    /// sequence; only dynamic scaling uses it.
+    /// cos and sin, [b, 1, s, d] in f32, for integer positions [b, s]. `length` is the length of
+    /// the longest sequence; only dynamic scaling uses it.
     pub fn cos_sin(&self, positions_bs: &Tensor, length: i64) -> (Tensor, Tensor) {
         let inv_freq = self.inv_freq(length as f64, positions_bs.device());
         let angles_bsd = positions_bs.to_kind(Kind::Float).unsqueeze(-1) * inv_freq;

@@ -1,8 +1,8 @@
-//! Decoder-only language models, leaf to root, with the names of their checkpoints: `config` reads config.json,
-//! `layers` has the leaves, then `attention`, then `decoder` with Block and CausalLM.
+//! Decoder-only language models, leaf to root, with the names of their checkpoints: `config` reads
+//! config.json, `layers` has the leaves, then `attention`, then `decoder` with Block and CausalLM.
 //!
-//! The trainer calls [`CausalLM::embed`], the blocks one at a time, and the head, so that it can keep, drop or
-//! recompute the activations between them.
+//! The trainer calls [`CausalLM::embed`], the blocks one at a time, and the head, so that it can
+//! keep, drop or recompute the activations between them.
 
 mod attention;
 mod config;

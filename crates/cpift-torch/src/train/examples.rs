@@ -10,7 +10,8 @@ use crate::model::CausalLM;
 use crate::score;
 use crate::session::ModelInfo;
 
-/// Encodes the training file of `task`, and logs the numbers of examples, truncated and dropped rows.
+/// Encodes the training file of `task`, and logs the numbers of examples, truncated and dropped
+/// rows.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the first row that cannot be used.
@@ -32,8 +33,8 @@ pub struct HeldOut {
 }
 
 impl HeldOut {
-    /// Reads the first `--eval-rows` rows of the evaluation file of each of `tasks`, truncated to the context; none
-    /// without `--eval-every`.
+    /// Reads the first `--eval-rows` rows of the evaluation file of each of `tasks`, truncated to
+    /// the context; none without `--eval-every`.
     ///
     /// # Errors
     /// [`cpift_core::BadInput`] naming the first row that cannot be used.

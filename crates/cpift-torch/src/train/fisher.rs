@@ -1,5 +1,6 @@
-//! The diagonal of the empirical Fisher information, as in TRACE ([arXiv 2605.31025](https://arxiv.org/abs/2605.31025)):
-//! squared gradients of the loss of batches at the weights after training.
+//! The diagonal of the empirical Fisher information, as in TRACE ([arXiv
+//! 2605.31025](https://arxiv.org/abs/2605.31025)): squared gradients of the loss of batches at the
+//! weights after training.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +16,8 @@ use crate::data::{Batch, FeedConfig, Feeder};
 use crate::session::Session;
 use crate::weights::{self, Parameters};
 
-/// Subdirectory of a probe with its sums of squared gradients, stored as the weights of a checkpoint.
+/// Subdirectory of a probe with its sums of squared gradients, stored as the weights of a
+/// checkpoint.
 pub const FISHER: &str = "fisher";
 
 /// Settings of [`squared_gradients`].
@@ -29,8 +31,8 @@ pub struct FisherConfig {
     pub seed: u64,
 }
 
-/// Sums the squared gradients of the mean loss over batches, by parameter and in f32; returns the sums and the number of
-/// tokens.
+/// Sums the squared gradients of the mean loss over batches, by parameter and in f32; returns the
+/// sums and the number of tokens.
 ///
 /// # Errors
 /// An error of libtorch.

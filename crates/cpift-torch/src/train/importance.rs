@@ -1,9 +1,10 @@
-//! Importance of each parameter to earlier tasks, tracked during training (Evolving Parameter Isolation,
-//! [arXiv 2604.14010](https://arxiv.org/abs/2604.14010)).
+//! Importance of each parameter to earlier tasks, tracked during training (Evolving Parameter
+//! Isolation, [arXiv 2604.14010](https://arxiv.org/abs/2604.14010)).
 //!
-//! Importance is an exponential moving average of squared gradients of the earlier tasks' loss at the current weights:
-//! `v ← β·v + (1 − β)·g²` (the first time `v = g²`). To compare layers, the values of each layer are divided by their
-//! mean; the parameters outside the layers count as one layer. The top p % of all parameters are protected.
+//! Importance is an exponential moving average of squared gradients of the earlier tasks' loss at
+//! the current weights: `v ← β·v + (1 − β)·g²` (the first time `v = g²`). To compare layers, the
+//! values of each layer are divided by their mean; the parameters outside the layers count as one
+//! layer. The top p % of all parameters are protected.
 
 use std::collections::BTreeMap;
 
@@ -51,7 +52,8 @@ impl Importance {
         self.updates == 0
     }
 
-    /// The ⌊p·D/100⌋ most important elements after normalisation; ties go to the first in bytewise name order, then by index.
+    /// The ⌊p·D/100⌋ most important elements after normalisation; ties go to the first in bytewise
+    /// name order, then by index.
     pub fn top(&self, percent: f64) -> Positions {
         no_grad(|| {
             let scores = self.normalised();
@@ -94,7 +96,8 @@ fn largest(scores: &BTreeMap<String, Tensor>, count: i64) -> Positions {
     let at_least = |threshold: i64| -> i64 {
         scores.values().map(|t| t.view_dtype(Kind::Int).ge(threshold).sum(Kind::Int64).int64_value(&[])).sum()
     };
-    // The bits of nonnegative floats are ordered like their values: search the largest threshold that enough elements reach.
+    // The bits of nonnegative floats are ordered like their values: search the largest threshold
+    // that enough elements reach.
     let (mut low, mut high) = (0i64, i64::from(f32::INFINITY.to_bits()) + 1);
     while high - low > 1 {
         let middle = low + (high - low) / 2;

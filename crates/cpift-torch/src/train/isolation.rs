@@ -1,5 +1,5 @@
-//! Parameter isolation: which elements may change in a stage. All of them; all but the cores of earlier tasks; only the
-//! own cores; or all but those that currently matter most to earlier tasks.
+//! Parameter isolation: which elements may change in a stage. All of them; all but the cores of
+//! earlier tasks; only the own cores; or all but those that currently matter most to earlier tasks.
 
 use anyhow::Result;
 use cpift_core::format::mask::Mask;
@@ -93,7 +93,8 @@ impl<'a> DynamicMask<'a> {
         step.is_multiple_of(self.config.interval)
     }
 
-    /// Measures importance at the current weights and freezes the top elements; others may change again.
+    /// Measures importance at the current weights and freezes the top elements; others may change
+    /// again.
     pub fn renew(&mut self, trainer: &mut Trainer<'_>, parameters: &Parameters) -> Result<Drift> {
         for _ in 0..REFRESH_BATCHES {
             let batch = Batch::at(self.config.examples, &self.feeder.next_step().concat()).to_device(trainer.device());
@@ -135,7 +136,8 @@ impl<'a> DynamicMask<'a> {
         first.chain(self.importance.state()).collect()
     }
 
-    /// Restores the mask after `steps` steps from the tensors of a saved state (see [`DynamicMask::blank`]).
+    /// Restores the mask after `steps` steps from the tensors of a saved state (see
+    /// [`DynamicMask::blank`]).
     pub fn restore(
         &mut self,
         restored: &Parameters,
@@ -203,7 +205,8 @@ mod tests {
                 .zip(&kept)
                 .map(|((_, a), (_, b))| a.iter().zip(b).filter(|(a, b)| a.to_bits() == b.to_bits()).count())
                 .sum();
-            // All but the protected elements change: without weight decay, those that have ever had a gradient.
+            // All but the protected elements change: without weight decay, those that have ever had
+            // a gradient.
             let frozen = mask.importance.top(10.0);
             for (name, index) in &frozen {
                 let (now, then) = (&parameters[name].flatten(0, -1), kept.iter().find(|(n, _)| n == name).unwrap());

@@ -1,9 +1,9 @@
-//! Low-rank adapters ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) as a baseline: every linear layer's weight is
-//! W = W₀ + (α/r)·B·A, and only A and B are trained.
+//! Low-rank adapters ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) as a baseline: every
+//! linear layer's weight is W = W₀ + (α/r)·B·A, and only A and B are trained.
 //!
-//! Their gradients follow from the weight's by the chain rule, ∂A = (α/r)·Bᵀ·∂W and ∂B = (α/r)·∂W·Aᵀ, so that the forward
-//! and backward pass stay the same and the weights are merged after every step. The training is LoRA's; the memory is
-//! that of full fine-tuning.
+//! Their gradients follow from the weight's by the chain rule, ∂A = (α/r)·Bᵀ·∂W and ∂B =
+//! (α/r)·∂W·Aᵀ, so that the forward and backward pass stay the same and the weights are merged
+//! after every step. The training is LoRA's; the memory is that of full fine-tuning.
 
 use cpift_core::stream::random::seed_for;
 use tch::{Kind, Tensor, no_grad};
@@ -44,7 +44,8 @@ struct Adapter {
 }
 
 impl Adapters {
-    /// New adapters for every linear layer among `units`: A uniform within ±1/√(inputs), as in PEFT, and B zero.
+    /// New adapters for every linear layer among `units`: A uniform within ±1/√(inputs), as in
+    /// PEFT, and B zero.
     pub fn new(units: &ParamGroups, config: LoraConfig) -> Self {
         let linear =
             |(_, (name, weight)): &(usize, &(String, Tensor))| weight.dim() == 2 && *name != EMBEDDING && *name != HEAD;
@@ -67,7 +68,8 @@ impl Adapters {
         Self { scale: config.alpha / config.rank as f64, list }
     }
 
-    /// A and B of each adapter by name, in the order of [`Adapters::gradients`]; they share storage.
+    /// A and B of each adapter by name, in the order of [`Adapters::gradients`]; they share
+    /// storage.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         let pair = |x: &Adapter| {
             [(format!("{}.lora_A", x.name), x.a.shallow_clone()), (format!("{}.lora_B", x.name), x.b.shallow_clone())]

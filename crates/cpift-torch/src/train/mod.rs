@@ -1,10 +1,11 @@
-//! The training core that cpift-probe and cpift-train share, in the order data takes: `examples` reads a task's rows,
-//! [`Run`] goes through its stages (`stage`), whose batches a thread of their own makes; [`Trainer`] (`step`) makes an
-//! optimizer step out of forward and backward passes (`pass`) that go unit by unit.
+//! The training core that cpift-probe and cpift-train share, in the order data takes: `examples`
+//! reads a task's rows, [`Run`] goes through its stages (`stage`), whose batches a thread of their
+//! own makes; [`Trainer`] (`step`) makes an optimizer step out of forward and backward passes
+//! (`pass`) that go unit by unit.
 //!
-//! [`Isolation`] says which elements may change (`importance` measures what a dynamic mask protects), `lora` trains
-//! adapters, `watch` writes metrics, `state` saves what a later start needs, `fisher` sums squared gradients after
-//! training.
+//! [`Isolation`] says which elements may change (`importance` measures what a dynamic mask
+//! protects), `lora` trains adapters, `watch` writes metrics, `state` saves what a later start
+//! needs, `fisher` sums squared gradients after training.
 
 mod examples;
 mod fisher;

@@ -1,5 +1,6 @@
-//! Forward and backward pass, unit by unit: embedding, each block, head. Each unit has an autograd graph of its own, so
-//! that gradients come one unit at a time, last unit first, and activations can be recomputed instead of kept.
+//! Forward and backward pass, unit by unit: embedding, each block, head. Each unit has an autograd
+//! graph of its own, so that gradients come one unit at a time, last unit first, and activations
+//! can be recomputed instead of kept.
 
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
@@ -28,7 +29,8 @@ pub(crate) struct ParamGroups {
 }
 
 impl ParamGroups {
-    /// All parameters of `model`; the embedding table (and a head tied to it) only with `embeddings`.
+    /// All parameters of `model`; the embedding table (and a head tied to it) only with
+    /// `embeddings`.
     pub fn new(model: &CausalLM, parameters: &Parameters, embeddings: bool) -> Self {
         let (mut list, mut places) = (Vec::new(), Vec::new());
         for unit in &model.units {
@@ -100,8 +102,8 @@ impl<'a> Forward<'a> {
         &self.head.sum
     }
 
-    /// Passes the gradients of each unit to `sink`, last unit first, with their indices in the list of trainable parameters;
-    /// the unit's activations are freed before.
+    /// Passes the gradients of each unit to `sink`, last unit first, with their indices in the list
+    /// of trainable parameters; the unit's activations are freed before.
     ///
     /// # Errors
     /// Errors of `sink` and of libtorch.

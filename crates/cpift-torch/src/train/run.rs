@@ -34,7 +34,8 @@ use crate::session::Session;
 /// Random stream of a stage that draws the rows importance is measured on.
 const IMPORTANCE: u64 = u64::MAX;
 
-/// A training run: trains a model in place through its stages, from the start or from a saved state.
+/// A training run: trains a model in place through its stages, from the start or from a saved
+/// state.
 pub struct Run<'a> {
     /// The open checkpoint.
     pub session: &'a Session,
@@ -63,12 +64,14 @@ struct Pending {
 }
 
 impl Run<'_> {
-    /// Trains through all stages and writes the directory `out`: the model, metrics.jsonl and the provenance, to which
-    /// `record` adds facts. Returns none if this run has already written `out`. `--force` removes old states.
+    /// Trains through all stages and writes the directory `out`: the model, metrics.jsonl and the
+    /// provenance, to which `record` adds facts. Returns none if this run has already written
+    /// `out`. `--force` removes old states.
     ///
     /// # Errors
-    /// A loss or norm that is not finite, with step and examples; [`Stopped`] after a signal, with the state saved;
-    /// [`cpift_core::BadInput`] for a state of another run, or if another run is writing `out`; failed writes.
+    /// A loss or norm that is not finite, with step and examples; [`Stopped`] after a signal, with
+    /// the state saved; [`cpift_core::BadInput`] for a state of another run, or if another run is
+    /// writing `out`; failed writes.
     pub fn write(
         &self,
         out: &Path,
@@ -329,8 +332,8 @@ impl<'a> StageRun<'a> {
             if done.chosen.len() > examples.len() {
                 examples.push(format!("and {} more", done.chosen.len() - examples.len()));
             }
-            // With updates in the backward pass, the head and the last blocks are updated before the first blocks' gradients
-            // are known.
+            // With updates in the backward pass, the head and the last blocks are updated before
+            // the first blocks' gradients are known.
             let stopped = if self.run.args.optimizer_in_backward && loss.is_finite() {
                 "stopped there; the blocks above the first bad gradient were updated already (--optimizer-in-backward)"
             } else {

@@ -1,4 +1,5 @@
-//! A stage of training: what it trains on, its number of steps, and its batches, which a thread of their own makes.
+//! A stage of training: what it trains on, its number of steps, and its batches, which a thread of
+//! their own makes.
 
 use std::panic::resume_unwind;
 use std::sync::mpsc::Receiver;
@@ -54,8 +55,8 @@ pub(crate) fn receive<T>(batches: &Receiver<T>, maker: &mut Option<ScopedJoinHan
     })
 }
 
-/// Number of steps of a stage. A budget in tokens is counted with the stage's own feeder, so that the schedule knows
-/// its length before the first step.
+/// Number of steps of a stage. A budget in tokens is counted with the stage's own feeder, so that
+/// the schedule knows its length before the first step.
 pub(crate) fn plan_steps(stage: &Stage<'_>, config: FeedConfig) -> usize {
     match stage.budget {
         Budget::Steps(n) => n,

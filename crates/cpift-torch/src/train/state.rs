@@ -1,10 +1,10 @@
-//! Saved training states: OUT.checkpoints/step-N is written whole or not at all and holds everything the rest of a run
-//! depends on.
+//! Saved training states: OUT.checkpoints/step-N is written whole or not at all and holds
+//! everything the rest of a run depends on.
 //!
-//! weights/ and moments/ (safetensors, in the dtypes of training), extra/ for adapters or a dynamic mask (f32),
-//! metrics.jsonl so far, and state.json with the digests of all files. The order of the data, the learning rate and the
-//! random bits follow from seed and step and are not saved. The running job writes OUT.checkpoints/metrics.jsonl, which
-//! stays if the run fails.
+//! weights/ and moments/ (safetensors, in the dtypes of training), extra/ for adapters or a dynamic
+//! mask (f32), metrics.jsonl so far, and state.json with the digests of all files. The order of the
+//! data, the learning rate and the random bits follow from seed and step and are not saved. The
+//! running job writes OUT.checkpoints/metrics.jsonl, which stays if the run fails.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -49,7 +49,8 @@ pub(crate) struct Progress {
     pub importance_tokens: usize,
 }
 
-/// Checks the state in `folder`, or all states in it, against the saved digests; returns their number.
+/// Checks the state in `folder`, or all states in it, against the saved digests; returns their
+/// number.
 ///
 /// # Errors
 /// [`BadInput`] naming the damaged file, or if there is no state.
@@ -102,7 +103,8 @@ impl Drop for StateLock {
 }
 
 impl States {
-    /// States of the run that writes `out`; `run` describes all arguments and inputs that the weights depend on.
+    /// States of the run that writes `out`; `run` describes all arguments and inputs that the
+    /// weights depend on.
     pub fn new(out: &Path, run: Map<String, Value>, args: &TrainingArgs) -> Self {
         let mut output = run.clone();
         output.insert("save_dtype".into(), args.save_dtype.name().into());
@@ -149,8 +151,8 @@ impl States {
         bail!("cannot lock the directory {}: other runs keep removing it", self.folder.display())
     }
 
-    /// Opens the newest state, which must belong to this run; none if there is no state. `force` skips and removes states
-    /// that are damaged, of another version or of another run.
+    /// Opens the newest state, which must belong to this run; none if there is no state. `force`
+    /// skips and removes states that are damaged, of another version or of another run.
     pub(crate) fn newest(&self, force: bool) -> Result<Option<SavedState>> {
         for (_, folder) in list(&self.folder)?.into_iter().rev() {
             match self.read(&folder) {
@@ -221,8 +223,8 @@ impl States {
         self.clear()
     }
 
-    /// Saves a state (`extra`: f32 tensors of adapters or a dynamic mask), removes the oldest beyond the limit, and returns
-    /// its directory.
+    /// Saves a state (`extra`: f32 tensors of adapters or a dynamic mask), removes the oldest
+    /// beyond the limit, and returns its directory.
     pub(crate) fn save(
         &self,
         total_steps: usize,

@@ -1,5 +1,5 @@
-//! The optimizer step: gradients of one or more batches, zeroed at frozen elements and clipped; the update; frozen
-//! elements restored.
+//! The optimizer step: gradients of one or more batches, zeroed at frozen elements and clipped; the
+//! update; frozen elements restored.
 
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
@@ -125,9 +125,9 @@ impl<'a> Trainer<'a> {
         Ok(all)
     }
 
-    /// Makes an optimizer step over `batches`, whose gradients are those of one large batch. From the first loss or norm
-    /// on that is not finite, nothing is updated; the caller notices when it reads the outcome. `seed` is that of the
-    /// step's stochastic rounding.
+    /// Makes an optimizer step over `batches`, whose gradients are those of one large batch. From
+    /// the first loss or norm on that is not finite, nothing is updated; the caller notices when it
+    /// reads the outcome. `seed` is that of the step's stochastic rounding.
     ///
     /// # Errors
     /// An error of libtorch.
@@ -157,8 +157,8 @@ impl<'a> Trainer<'a> {
         Ok(StepOutcome { loss, grad_norm })
     }
 
-    /// Loss and gradients of `batches`, summed and scaled by `scale`. Sums over batches are f32 whatever the dtype of the
-    /// weights.
+    /// Loss and gradients of `batches`, summed and scaled by `scale`. Sums over batches are f32
+    /// whatever the dtype of the weights.
     fn accumulate(&self, batches: &[Batch], scale: f64) -> Result<(Tensor, Vec<Tensor>)> {
         let mut loss = Tensor::zeros([], (Kind::Double, self.model.device()));
         let mut sums: Vec<Option<Tensor>> = self.units.list.iter().map(|_| None).collect();
@@ -180,7 +180,8 @@ impl<'a> Trainer<'a> {
         Ok((loss, grads.collect()))
     }
 
-    /// Makes a step that updates each unit in the backward pass, as soon as its gradients are computed.
+    /// Makes a step that updates each unit in the backward pass, as soon as its gradients are
+    /// computed.
     fn step_in_backward(&mut self, batch: &Batch, scale: f64, lr: f64, seed: u64) -> Result<StepOutcome> {
         // The pass borrows the units while the sink borrows self mutably.
         let units = std::mem::replace(&mut self.units, ParamGroups::none());

@@ -41,8 +41,8 @@ pub(crate) struct StepFigures {
 }
 
 impl Watch {
-    /// Starts the metrics at `path`, as a copy of `earlier` if given, and TensorBoard's files in `board`; the run starts at
-    /// step `first`.
+    /// Starts the metrics at `path`, as a copy of `earlier` if given, and TensorBoard's files in
+    /// `board`; the run starts at step `first`.
     pub fn start(
         path: PathBuf,
         earlier: Option<&Path>,
@@ -93,7 +93,8 @@ impl Watch {
         }
     }
 
-    /// Memory in MiB: peak of the tensors on a CUDA device, else current resident memory of the process.
+    /// Memory in MiB: peak of the tensors on a CUDA device, else current resident memory of the
+    /// process.
     fn memory_mib(&self) -> u64 {
         match self.device {
             Device::Cuda(index) => ffi::cuda_memory(index).map_or(0, |(_, peak)| peak >> 20),

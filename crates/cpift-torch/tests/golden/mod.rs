@@ -1,4 +1,5 @@
-//! Golden checkpoints of fixtures/golden: models with what transformers and PyTorch computed for them.
+//! Golden checkpoints of fixtures/golden: models with what transformers and PyTorch computed for
+//! them.
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
@@ -11,7 +12,8 @@ use cpift_torch::weights::{self, Parameters};
 use serde_json::Value;
 use tch::{Device, IndexOp, Kind, Tensor};
 
-/// A folder of fixtures/golden/llama (golden_llama.py) or fixtures/golden/models (golden_models.py).
+/// A folder of fixtures/golden/llama (golden_llama.py) or fixtures/golden/models
+/// (golden_models.py).
 pub struct Golden {
     pub name: String,
     folder: PathBuf,

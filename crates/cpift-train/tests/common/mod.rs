@@ -102,7 +102,8 @@ pub fn element(t: &Tensor, i: usize) -> &[u8] {
     &t.bytes[i * t.dtype.size()..(i + 1) * t.dtype.size()]
 }
 
-/// Asserts that exactly the core of `count`, the first group, kept its bits; in bf16 a free element may by chance.
+/// Asserts that exactly the core of `count`, the first group, kept its bits; in bf16 a free element
+/// may by chance.
 pub fn assert_frozen(before: &Tensors, after: &Tensors) {
     let (mut free, mut moved) = (0, 0);
     for (name, b) in before {
