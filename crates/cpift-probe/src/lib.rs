@@ -75,7 +75,7 @@ pub struct Args {
     /// Rows per batch of squared gradients
     #[arg(long, value_name = "N", default_value = "2", requires = "save_fisher", help_heading = FISHER_HEADING)]
     pub fisher_batch_size: NonZeroUsize,
-    /// How to fine-tune.
+    /// Fine-tuning arguments.
     #[command(flatten)]
     pub training: TrainingArgs,
     /// Arguments of every stage.

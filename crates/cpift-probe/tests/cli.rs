@@ -207,7 +207,7 @@ fn an_output_never_replaces_an_input() {
     };
     again(f.out(), &[]).usage_error(&["--out", "would replace the input"]);
     again(f.out(), &["--resume"]).usage_error(&["--out", "would replace the input"]);
-    // The states that --force removes, too.
+    // The states that --force removes as well.
     let states = f.out().with_file_name("probe.checkpoints");
     let state = states.join("step-0000001/weights");
     fs::create_dir_all(state.parent().unwrap()).unwrap();

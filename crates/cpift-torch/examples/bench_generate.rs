@@ -19,7 +19,7 @@ use serde_json::json;
 
 #[derive(Parser)]
 struct Args {
-    /// A Hugging Face folder.
+    /// Hugging Face directory.
     #[arg(long)]
     model: PathBuf,
     /// Prompts as token ids.

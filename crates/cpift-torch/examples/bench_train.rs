@@ -1,4 +1,4 @@
-//! Times training steps on made-up tokens: `bench_train --model DIR --shape 1x512 --steps 5
+//! Times training steps on synthetic tokens: `bench_train --model DIR --shape 1x512 --steps 5
 //! --threads 1 --json`.
 //!
 //! scripts/bench/train.sh and scripts/gpu.sh run it beside transformers; both sides make the same
@@ -24,7 +24,7 @@ use tch::Device;
 
 #[derive(Parser)]
 struct Args {
-    /// A Hugging Face folder.
+    /// Hugging Face directory.
     #[arg(long, required_unless_present = "config")]
     model: Option<PathBuf>,
     /// A config.json; needs --random.
@@ -146,7 +146,7 @@ fn main() -> Result<()> {
         let batch = ids.batch(sequences, tokens).to_device(device);
         let (cpu_start, clock) = (cpu_seconds(), Instant::now());
         let outcome = trainer.step(&[batch], args.lr, step as u64).context("a step")?;
-        // Reading waits for the device, so that the clock sees the whole step.
+        // Reading waits for the device, so that the time covers the whole step.
         losses.push(outcome.read().0);
         cpu.push(cpu_seconds() - cpu_start);
         wall.push(clock.elapsed().as_secs_f64());

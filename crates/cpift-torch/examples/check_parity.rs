@@ -23,7 +23,7 @@ struct Args {
     golden: PathBuf,
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Of the blocks; bf16 on CUDA and f32 on the CPU when not given.
+    /// Dtype of the blocks [default: bf16 on CUDA, f32 on the CPU]
     #[arg(long)]
     compute_dtype: Option<Dtype>,
     /// One JSON object instead of a table.
@@ -31,7 +31,7 @@ struct Args {
     json: bool,
 }
 
-/// Largest differences that count as the same, relative to the largest expected logit and in nats.
+/// Tolerances, relative to the largest expected logit, and in nats.
 fn tolerance(compute: Kind) -> (f64, f64) {
     // bf16 is about twice what bf16 on the CPU is off by: 8 bits in each of the dozen roundings on
     // a path through a tiny model.

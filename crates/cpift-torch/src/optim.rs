@@ -69,7 +69,7 @@ struct Slot {
     decays: bool,
 }
 
-/// What an update takes besides its gradients.
+/// Inputs of an update besides its gradients.
 #[derive(Clone, Copy)]
 pub struct Update<'a> {
     /// Learning rate.

@@ -1,4 +1,4 @@
-//! Checkpoints as they are published: every spelling of rotary settings, embeddings tied in
+//! Published checkpoints: every spelling of rotary settings, embeddings tied in
 //! config.json only, names with prefixes.
 
 mod golden;

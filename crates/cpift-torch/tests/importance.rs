@@ -1,4 +1,4 @@
-//! Importance and the elements on top are NumPy's: fixtures/golden/importance.json, made by
+//! Importance and the top elements equal NumPy's: fixtures/golden/importance.json, made by
 //! scripts/oracle/golden_importance.py.
 
 use std::collections::BTreeMap;

@@ -1,5 +1,5 @@
-//! The ways to save memory and time change nothing, or nothing that matters: every family, on the
-//! golden models.
+//! Options that save memory and time leave results identical, or equal within a tolerance: every
+//! family, on the golden models.
 
 mod golden;
 
@@ -124,7 +124,7 @@ fn documents_of_a_row_do_not_see_one_another() {
         let packed = losses(&documents);
         let alone: Vec<Tensor> = documents.chunks(1).map(losses).collect();
         let alone = Tensor::cat(&alone, 0);
-        // Each target's loss is of the order of 5 nats, of which f32 holds steps of 5e-7.
+        // Each target's loss is about 5 nats, where f32 has a resolution of 5e-7.
         let difference = max_abs(&(&packed - &alone));
         assert!(difference < 5e-6, "{}: losses differ by {difference}", golden.name);
         let mean = |t: &Tensor| t.mean(Kind::Double).double_value(&[]);
@@ -171,7 +171,7 @@ fn bf16_weights_move_on_average_as_f32_weights_do() {
     assert!((along - 1.0).abs() < 0.15, "bf16 weights went {along} of the way");
 }
 
-/// The norm counts what may move alone, and what it clips is what moves.
+/// The norm counts only trainable elements, and clipping scales only those.
 #[test]
 fn clipping_leaves_frozen_elements_out() {
     const MAX_NORM: f64 = 0.01;
@@ -218,14 +218,14 @@ fn nothing_moves_from_the_first_bad_value_on() {
         let mut trainer = Trainer::new(&model, &parameters, None, config);
         let all = batch(&golden.documents());
         trainer.step(&[batch(&golden.documents())], 1e-3, 0).unwrap();
-        // One weight of the head spoils the loss of every target.
+        // One weight of the head makes the loss of every target not finite.
         let norm = &parameters["model.norm.weight"];
         let good = norm.detach().copy();
         no_grad(|| drop(norm.get(0).fill_(f64::NAN)));
         let before: Vec<Tensor> = parameters.values().map(|t| t.detach().copy()).collect();
         assert!(trainer.step(&[all], 1e-3, 1).unwrap().read().0.is_nan());
         no_grad(|| norm.shallow_clone().copy_(&good));
-        // A good batch later does not start it again: the host may not have looked yet.
+        // A good batch later does not resume updates: the host may not have read the loss yet.
         assert!(trainer.step(&[batch(&golden.documents())], 1e-3, 2).unwrap().read().0.is_finite());
         for ((name, tensor), old) in parameters.iter().zip(&before) {
             assert!(name == "model.norm.weight" || same_bits(tensor, old), "{name} moved");

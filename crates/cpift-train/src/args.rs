@@ -135,7 +135,7 @@ pub struct PlanArgs {
     /// of earlier groups
     #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0, help_heading = ISOLATION)]
     pub frozen_percent: f64,
-    /// How to fine-tune.
+    /// Fine-tuning arguments.
     #[command(flatten)]
     pub training: TrainingArgs,
     /// Tokens per batch [default: --batch-size times --max-length, or the tasks' largest
@@ -207,7 +207,7 @@ pub struct RunArgs {
     /// With --isolation dynamic, steps between updates of the mask
     #[arg(long, value_name = "N", default_value_t = 50, help_heading = ISOLATION)]
     pub mask_interval: usize,
-    /// How to fine-tune.
+    /// Fine-tuning arguments.
     #[command(flatten)]
     pub training: TrainingArgs,
     /// Peak learning rate of each stage, separated by commas [default: --lr in all]

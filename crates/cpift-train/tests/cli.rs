@@ -14,8 +14,8 @@ use cpift_testkit::{Tensor, expect_entries, read_checkpoint, write_safetensors};
 fn the_cores_of_earlier_groups_keep_their_bits_in_f32_and_bf16() {
     for (dtype, name) in [(Dtype::F32, "f32"), (Dtype::BF16, "bf16")] {
         let f = Fixture::with_base(&with_negative_zeros(dtype));
-        // The stage before the freeze moves the core too: stop it there first, to know what the
-        // second stage starts from.
+        // The first stage changes the core too: stop after it, to know the start of the second
+        // stage.
         let first = f.path("first.json");
         write_groups(&first, &f.base, &[&["count"]], &[]);
         let first = first.to_str().unwrap();
@@ -36,7 +36,7 @@ fn the_cores_of_earlier_groups_keep_their_bits_in_f32_and_bf16() {
 fn the_cores_of_earlier_groups_keep_their_bits_on_mixed_rows() {
     let f = Fixture::with_base(&with_negative_zeros(Dtype::F32));
     let groups = f.path("groups.json");
-    // A second stage at a rate that moves nothing leaves what the first one made of the same rows.
+    // A second stage at a rate that changes nothing leaves the result of the first one.
     let first = ["--groups", groups.to_str().unwrap(), "--no-freeze", "--stage-data", "mixed", "--sample", "balanced"];
     let same = ["--steps", "8", "--weight-decay", "0"];
     f.train("first", &[&first[..], &same, &["--stage-lr", "1e-2,1e-40"]].concat()).ok();
@@ -101,7 +101,7 @@ fn the_last_stage_is_mixed_and_every_other_method_keeps_its_rows() {
     let masks = f.stages();
     let masks: Vec<&str> = masks.iter().map(String::as_str).collect();
     type Args<'a> = &'a [&'a str];
-    // Arguments, the rows that they mean, and the rows of each stage.
+    // Arguments, the rows that they select, and the number of rows of each stage.
     let cases: [(Args<'_>, Args<'_>, &str, [u64; 2]); 8] = [
         (&masks, &[], "mixed", [15, 15]),
         (&masks, &["--stage-data", "group"], "group", [5, 10]),
@@ -110,8 +110,8 @@ fn the_last_stage_is_mixed_and_every_other_method_keeps_its_rows() {
         (&plain, &["--no-freeze"], "group", [5, 10]),
         (&plain, &["--isolation", "dynamic"], "group", [5, 10]),
         (&plain, &["--no-freeze", "--stage-data", "mixed"], "mixed", [15, 15]),
-        // Where it is given twice, the last one counts, as of --lr: flags after those of the
-        // pipeline win.
+        // If given twice, the last one counts, as with --lr: flags after those of the pipeline
+        // win.
         (&masks, &["--stage-data", "mixed", "--stage-data", "group"], "group", [5, 10]),
     ];
     for (k, (first, more, data, rows)) in cases.into_iter().enumerate() {
@@ -258,7 +258,7 @@ fn every_flag_has_a_heading_in_the_help() {
     }
 }
 
-/// Only what cpift-core adds, --help and --version stand without a heading of their own.
+/// Only the shared flags of cpift-core may have no heading.
 fn assert_headings(command: &str) {
     const SHARED: [&str; 6] = ["--threads", "--force", "--if-stale", "--json", "--quiet", "--help"];
     let help = cpift_testkit::run(common::PROGRAM, [command, "--help"]).ok().stdout;

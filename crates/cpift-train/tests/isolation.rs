@@ -1,4 +1,4 @@
-//! What may move beside CPI-FT's frozen cores: own cores only, a mask that moves, replayed rows,
+//! Methods beside CPI-FT's frozen cores: training of own cores only, a dynamic mask, replayed rows,
 //! adapters.
 
 mod common;
@@ -36,7 +36,7 @@ fn figures(f: &Fixture, out: &str, key: &str) -> Vec<Value> {
     lines.filter(|line| !line[key].is_null()).collect()
 }
 
-/// Kills a run as soon as its state after `step` is there and removes those after it.
+/// Kills a run as soon as its state after `step` exists, and removes later states.
 fn killed_at(f: &Fixture, args: &[&str], step: usize) {
     let state = f.path(&format!("runs/killed.checkpoints/step-{step:07}"));
     for _ in 0..50 {
@@ -47,7 +47,7 @@ fn killed_at(f: &Fixture, args: &[&str], step: usize) {
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        // A run that was over before it was killed has removed its states.
+        // A run that ended before it was killed has removed its states.
         if state.exists() {
             for entry in fs::read_dir(state.parent().unwrap()).unwrap().flatten() {
                 let later = entry.file_name().to_str().and_then(|n| n.strip_prefix("step-")?.parse::<usize>().ok());
@@ -62,7 +62,7 @@ fn killed_at(f: &Fixture, args: &[&str], step: usize) {
     panic!("no run could be killed after step {step}");
 }
 
-/// Resumes a run that was killed after `step` and compares its end with that of a quiet one.
+/// Resumes a run that was killed after `step` and compares its result with an uninterrupted run.
 fn killed_and_resumed_ends_the_same(f: &Fixture, args: &[&str], step: usize) {
     f.train("quiet", &[args, &["--force"]].concat()).ok();
     let _ = fs::remove_dir_all(f.path("runs/killed"));
@@ -72,8 +72,8 @@ fn killed_and_resumed_ends_the_same(f: &Fixture, args: &[&str], step: usize) {
     assert!(weights(f, "quiet") == weights(f, "killed"), "another end after {args:?}");
 }
 
-/// The rank of a matrix of `columns`, by elimination; what is below a thousandth of the largest
-/// value is nothing.
+/// The rank of a matrix of `columns`, by elimination; values below a thousandth of the largest
+/// count as zero.
 fn rank(mut matrix: Vec<f64>, columns: usize) -> usize {
     let rows = matrix.len() / columns;
     let nothing = 1e-3 * matrix.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
@@ -209,7 +209,7 @@ fn what_does_not_go_together_is_refused() {
 #[test]
 fn old_spellings_of_flags_are_accepted_and_describe_the_same_run() {
     let f = Fixture::new();
-    // A run that was recorded under the old spelling is the run of the new one.
+    // A run that was recorded with the old spelling is accepted as the run of the new one.
     let same = |out: &str, old: &[String], new: &[String]| {
         f.train(out, &texts(old)).ok();
         f.train(out, &texts(&[new, &["--resume".to_owned()]].concat()))

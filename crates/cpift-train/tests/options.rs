@@ -1,4 +1,4 @@
-//! The training options of cpift-train through the real binary: what each does, and that frozen
+//! The training options of cpift-train through the real binary: the effect of each, and that frozen
 //! elements keep their bits under all.
 
 mod common;
@@ -30,7 +30,7 @@ fn the_cores_of_earlier_groups_keep_their_bits_under_every_option() {
     .into_iter()
     .enumerate()
     {
-        // bf16 weights are exact in memory only where the base is bf16.
+        // bf16 weights are exact in memory only if the base is bf16.
         let dtype = if options.contains(&"--master-dtype") { Dtype::BF16 } else { Dtype::F32 };
         let f = Fixture::with_base(&with_negative_zeros(dtype));
         let first = f.path("first.json");
@@ -93,7 +93,7 @@ fn held_out_losses_are_logged_and_fall() {
         let loss = |i: usize| losses[i]["eval_loss"][task].as_f64().unwrap();
         assert!(loss(1) < loss(0), "{task}: {} then {}", loss(0), loss(1));
     }
-    // The losses only watch: the weights are those of a run without them.
+    // Held-out losses do not change the weights.
     f.train("blind", &["--steps", "40"]).ok();
     let weights = |out: &str| fs::read(f.path("runs").join(out).join("model.safetensors")).unwrap();
     assert!(weights("out") == weights("blind"));
@@ -106,7 +106,7 @@ fn packing_fills_rows_with_whole_examples() {
         f.train(out, &[&["--steps", "1", "--max-length", "96"], more].concat()).ok();
         metrics(&f, out)[0]["tokens"].as_u64().unwrap()
     };
-    // Four rows of at most 96 tokens, each too full for one example more.
+    // Four rows of at most 96 tokens, each too full for another example.
     let packed = tokens("packed", &["--packing"]);
     let plain = tokens("plain", &[]);
     assert!(packed <= 4 * 96 && packed > 2 * plain, "{packed} tokens packed, {plain} in four examples");
@@ -153,7 +153,7 @@ fn a_bad_gradient_in_the_backward_pass_says_what_has_moved() {
 #[test]
 fn a_loss_that_is_not_finite_names_the_rows() {
     let f = Fixture::new();
-    // A rate so high that the second loss is no number.
+    // A rate so high that the second loss is NaN.
     let more = ["--steps", "60", "--lr", "1e30", "--warmup-ratio", "0", "--only", "copy", "--batch-size", "9"];
     f.train("out", &more).expect_code(1).says(&["stopped before the update", "copy/train.jsonl line ", ", and 1 more"]);
     assert!(!f.path("runs/out").exists());

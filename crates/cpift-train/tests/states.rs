@@ -1,5 +1,4 @@
-//! Saved states that are not what was saved: `verify` finds every spoilt byte, and `--resume` does
-//! not go on from them.
+//! Damaged saved states: `verify` finds every changed byte, and `--resume` refuses them.
 
 mod common;
 
@@ -20,7 +19,7 @@ static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 const SPOILER: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 1 << 20 };
 
-/// A run that was killed once it had saved a state; its arguments and the state.
+/// A run that was killed after it had saved a state: its arguments and the state.
 fn killed(f: &Fixture) -> (Vec<String>, PathBuf) {
     let args = f.arguments("out", &["--only", "copy", "--steps", "1000", "--save-every", "2"]);
     let mut child = Command::new(PROGRAM).args(&args).stderr(Stdio::null()).spawn().unwrap();
@@ -51,7 +50,7 @@ fn every_spoilt_byte_of_a_state_is_found() {
     // White space, and last digits that change no number.
     let well = SPOILER.each(&state.join("state.json"), || verify_states(&state).is_ok());
     assert!(well < TIMES / 50, "{well} times state.json passed");
-    // The values alone: all else of the file is well.
+    // Only the values: the rest of the file is valid.
     let weights = state.join("weights/model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;

@@ -15,7 +15,7 @@ pub struct Advice {
     limit: u64,
 }
 
-/// Says if `job` fits in `limit` bytes (none: not known), and if not, what would make it fit.
+/// Reports if `job` fits in `limit` bytes (none: not known), and if not, what would make it fit.
 pub fn verdict(job: &Job, limit: Option<u64>) -> String {
     let (peak, total) = (job.peak().name, job.peak().total());
     match limit {

@@ -17,7 +17,7 @@ pub const REFRESH_BATCHES: usize = 4;
 /// Suffix of the first mask in a saved state.
 const FIRST: &str = ".first";
 
-/// Which elements may change in a stage.
+/// The elements of a stage that may change.
 pub enum Isolation<'a> {
     /// All elements.
     None,

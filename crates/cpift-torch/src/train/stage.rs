@@ -19,7 +19,7 @@ pub struct Stage<'a> {
     pub label: String,
     /// Examples to train on.
     pub examples: &'a [Example],
-    /// Which elements may change.
+    /// Elements that may change.
     pub isolation: Isolation<'a>,
     /// Steps or tokens.
     pub budget: Budget,
