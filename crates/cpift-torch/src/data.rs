@@ -84,7 +84,7 @@ impl Batch {
 
 /// An endless stream of indices into `n` examples: a new permutation for every epoch, determined by
 /// the seed.
-pub struct Sampler {
+pub(crate) struct Sampler {
     order: Vec<usize>,
     next: usize,
     rng: ChaCha8Rng,
@@ -133,7 +133,7 @@ pub fn balanced_sample(examples: &[Example], count: usize, seed: u64) -> Vec<Exa
 
 /// Sizes of batches and steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FeedConfig {
+pub(crate) struct FeedConfig {
     /// Examples per batch; with packing, rows.
     pub batch_size: usize,
     /// Batches per step.
@@ -144,7 +144,7 @@ pub struct FeedConfig {
 
 /// An endless, seeded stream of steps; each step is `grad_accum` batches of indices into the
 /// examples.
-pub struct Feeder {
+pub(crate) struct Feeder {
     lengths: Vec<usize>,
     sampler: Sampler,
     config: FeedConfig,

@@ -63,7 +63,7 @@ impl Freeze {
     ///
     /// # Errors
     /// [`BadInput`] if a mask lacks a parameter.
-    pub fn all_but(parameters: &Parameters, own: &[&Mask], earlier: &[&Mask]) -> Result<Self> {
+    pub(crate) fn all_but(parameters: &Parameters, own: &[&Mask], earlier: &[&Mask]) -> Result<Self> {
         let mut frozen = BTreeMap::new();
         for (name, parameter) in parameters {
             let mut free = union(name, parameter, own)?;
@@ -78,7 +78,7 @@ impl Freeze {
 
     /// Freezes the elements with indices `positions` (flat, int64, by parameter) at their current
     /// values.
-    pub fn at(parameters: &Parameters, positions: &BTreeMap<String, Tensor>) -> Self {
+    pub(crate) fn at(parameters: &Parameters, positions: &BTreeMap<String, Tensor>) -> Self {
         let frozen = |(name, index): (&String, &Tensor)| {
             (name.clone(), Frozen::elements(&parameters[name], index.shallow_clone()))
         };

@@ -234,7 +234,7 @@ impl Guard {
 /// Rounds an f32 tensor to bf16 stochastically: up or down with the probabilities that make the
 /// rounding unbiased, so that updates smaller than half a bf16 step are not lost. Draws from
 /// libtorch's generator.
-pub fn stochastic_bf16(wide: &Tensor) -> Tensor {
+fn stochastic_bf16(wide: &Tensor) -> Tensor {
     // bf16 is the upper half of f32: adding 16 random bits to the lower half carries into the upper
     // with that probability.
     let noise = Tensor::randint(1 << 16, wide.size(), (Kind::Int, wide.device()));

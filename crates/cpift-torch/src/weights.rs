@@ -81,7 +81,7 @@ pub(crate) fn overwrite(parameters: &Parameters, checkpoint: &Checkpoint) -> Res
 ///
 /// # Errors
 /// An element that is not finite in `dtype` (names tensor and index), or a failed write.
-pub fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> {
+pub(crate) fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> {
     let specs: Vec<TensorSpec> = parameters
         .iter()
         .map(|(name, tensor)| TensorSpec {

@@ -239,7 +239,8 @@ fn old_spellings_of_flags_are_accepted_and_describe_the_same_run() {
                      groups stages isolation only_cores lora examples save_dtype";
     let mut found: Vec<&str> = run.keys().map(String::as_str).collect();
     let mut expected: Vec<&str> = arguments.split_whitespace().collect();
-    (found.sort_unstable(), expected.sort_unstable());
+    found.sort_unstable();
+    expected.sort_unstable();
     assert_eq!(found, expected, "all that the weights depend on");
 }
 

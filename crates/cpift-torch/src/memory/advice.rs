@@ -34,7 +34,7 @@ pub fn verdict(job: &Job, limit: Option<u64>) -> String {
 
 /// The table of a job that ran out of memory, and options that take less than the limit and less
 /// than the estimate.
-pub fn after_failure(job: &Job, limit: Option<u64>) -> String {
+pub(super) fn after_failure(job: &Job, limit: Option<u64>) -> String {
     let total = job.peak().total();
     let limit = limit.unwrap_or(total).min(total - total / 20);
     format!("{}{}", job.table(), advice(job, limit))

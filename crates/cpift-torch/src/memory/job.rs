@@ -155,6 +155,6 @@ pub fn longest_of(tasks: Option<&Tasks>, args: &TrainingArgs) -> usize {
 const DEFAULT_LENGTH: usize = 1024;
 
 /// Bytes in GiB.
-pub fn gib(bytes: u64) -> f64 {
+pub(super) fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }

@@ -14,30 +14,31 @@ use anyhow::Result;
 
 use crate::args::TrainingArgs;
 
-pub use advice::{Advice, advice, after_failure, verdict};
+pub use advice::{Advice, advice, verdict};
 pub use device::{available, check_address_space};
 pub use disk::Disk;
 pub use estimate::{Moment, PARTS};
-pub use job::{Job, Sizes, gib, longest_of, read_model};
+pub use job::{Job, Sizes, longest_of, read_model};
 
+use advice::after_failure;
 use job::PROGRAM;
 
-/// For [`crate::oom::explain`]: the memory of training `model` on `tasks`, with `frozen` elements,
-/// and what would take less.
+/// The estimate for training `model` on `tasks` with `frozen` elements, and options that take less,
+/// for [`crate::oom::explain`].
 pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u64) -> String {
     let job = Job::of_run(model, tasks, args).map(|job| Job { frozen, ..job });
     let device = args.device.open(None);
     match job {
         Ok(job) => after_failure(&job, device.ok().and_then(available)),
-        Err(error) => format!("  the memory it takes cannot be computed: {error:#}"),
+        Err(error) => format!("  the memory of the run cannot be computed: {error:#}"),
     }
 }
 
-/// Refuses to train `model` on `tasks` where `ulimit -v` does not leave the memory that it takes.
-/// What cannot be computed is not refused.
+/// Refuses to train `model` on `tasks` if `ulimit -v` leaves less memory than the estimate. Does
+/// nothing if there is no estimate.
 ///
 /// # Errors
-/// Those of [`check_address_space`].
+/// Errors of [`check_address_space`].
 pub fn check_run(model: &Path, tasks: &Path, args: &TrainingArgs) -> Result<()> {
     if device::left_by_ulimit().is_none() {
         return Ok(());

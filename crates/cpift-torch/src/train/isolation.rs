@@ -13,7 +13,7 @@ use crate::freeze::Freeze;
 use crate::weights::Parameters;
 
 /// Batches of earlier tasks' rows per update of the mask.
-pub const REFRESH_BATCHES: usize = 4;
+const REFRESH_BATCHES: usize = 4;
 /// Suffix of the first mask in a saved state.
 const FIRST: &str = ".first";
 

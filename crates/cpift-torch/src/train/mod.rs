@@ -21,10 +21,10 @@ mod watch;
 
 pub use examples::{HeldOut, read_examples};
 pub use fisher::{FISHER, FisherConfig, squared_gradients};
-pub use isolation::{DynamicConfig, Isolation, REFRESH_BATCHES};
+pub use isolation::{DynamicConfig, Isolation};
 pub use lora::LoraConfig;
 pub use pass::{PassConfig, loss_and_gradients};
 pub use run::Run;
 pub use stage::{Stage, StageReport};
-pub use state::{RUN, States, verify_states};
+pub use state::{States, verify_states};
 pub use step::{StepConfig, StepOutcome, Trainer};

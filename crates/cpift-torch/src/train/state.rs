@@ -31,7 +31,7 @@ const EXTRA: &str = "extra";
 const VERSION: u32 = 3;
 const STATE: &str = "state.json";
 /// Fact of cpift.json with the description of the run.
-pub const RUN: &str = "run";
+pub(crate) const RUN: &str = "run";
 
 /// Progress of a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
