@@ -17,9 +17,9 @@ use crate::device::to_device;
 pub struct Batch {
     /// Token ids [1, s].
     pub ids_bs: Tensor,
-    /// Positions whose next token is a target, int64 [n].
+    /// Positions whose next token is a target, int64 `[n]`.
     pub places_n: Tensor,
-    /// The target tokens, int64 [n].
+    /// The target tokens, int64 `[n]`.
     pub labels_n: Tensor,
     /// Number of tokens of each example.
     pub lengths: Vec<i64>,

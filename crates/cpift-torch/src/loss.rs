@@ -19,8 +19,8 @@ pub(crate) struct HeadLoss {
     pub grad_matrix: Option<Tensor>,
 }
 
-/// Negative log-likelihood of each of `labels_n` given the normed hidden states: f32 [n], without a
-/// graph.
+/// Negative log-likelihood of each of `labels_n` given the normed hidden states: f32 `[n]`, without
+/// a graph.
 pub fn target_losses(model: &CausalLM, normed_ne: &Tensor, labels_n: &Tensor, chunk: usize) -> Tensor {
     no_grad(|| {
         let matrix_ve = model.matrix(normed_ne.kind());

@@ -196,7 +196,7 @@ impl States {
         Ok(true)
     }
 
-    /// Description of the run for cpift.json, as the fact [`RUN`].
+    /// Description of the run for cpift.json, as the fact `run`.
     pub fn run(&self) -> Value {
         Value::Object(self.output.clone())
     }
