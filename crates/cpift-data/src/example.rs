@@ -29,7 +29,7 @@ pub struct Example {
 pub enum Overlong {
     /// Keep its first tokens, and count it.
     Truncate,
-    /// Return an error (`--strict`).
+    /// Return an error (`--no-truncate`).
     Refuse,
 }
 
@@ -108,7 +108,7 @@ pub fn encode_rows(
                     .bad("longer than the context")
                     .expected(format!("at most {} tokens", max_length.tokens))
                     .found(format!("{} tokens", example.ids.len()))
-                    .hint(format!("{}, or leave out --strict to cut them", max_length.hint()))
+                    .hint(format!("{}, or leave out --no-truncate to truncate them", max_length.hint()))
                     .into());
             }
             example.ids.truncate(max_length.tokens);

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
+use cpift_core::dispatch;
 use cpift_core::files::RECORD_NAME;
 use cpift_core::format::digest::Digest;
 use cpift_core::format::dtype::Float;
 use cpift_core::format::json;
 use cpift_core::record::provenance::{self, Provenance};
 use cpift_core::stream::hashing::PieceHasher;
-use cpift_core::dispatch;
 use cpift_core::{BadInput, Checkpoint, TensorSpec, TensorView};
 use rayon::prelude::*;
 use serde_json::{Value, json};

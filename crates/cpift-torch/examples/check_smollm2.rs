@@ -1,7 +1,8 @@
-//! Checks a converted SmolLM2-135M-Instruct against transformers: loss on a paragraph, a greedy answer, and the token ids of
-//! 200 rows of real text. `check_smollm2 MODEL DATA`
+//! Checks a converted SmolLM2-135M-Instruct against transformers: loss on a paragraph, a greedy
+//! answer, and the token ids of 200 rows of real text. `check_smollm2 MODEL DATA`
 //!
-//! What transformers gave comes from scripts/oracle/check_smollm2.py and fixtures/golden/smollm2_tokens.json.
+//! The results of transformers come from scripts/oracle/check_smollm2.py and
+//! fixtures/golden/smollm2_tokens.json.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -102,7 +103,7 @@ fn check_row(session: &Session, row: &Row, expected: &Golden) -> Result<()> {
     Ok(())
 }
 
-/// What tells a row, whatever file and line it stands in.
+/// Identity of a row, independent of file and line.
 fn source(row: &Row) -> String {
     hex(&row.messages.iter().map(|m| format!("{}\0{}\0", m.role, m.content)).collect::<String>())
 }

@@ -1,4 +1,5 @@
-//! Files that the libtorch stages read, with single bytes spoilt: config.json, tokenizer files, data files.
+//! Files that the libtorch stages read, with single bytes changed: config.json, tokenizer files,
+//! data files.
 
 use std::alloc::System;
 use std::fs;
@@ -14,7 +15,7 @@ use cpift_torch::session::ModelInfo;
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
-/// Whatever is spoilt, the rest of the model is read as well, tokenizer and all.
+/// Reads the whole model, tokenizer included, whatever file is damaged.
 const MODEL: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 4 << 20 };
 const DATA: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 1 << 20 };
 

@@ -1,4 +1,5 @@
-//! Frozen elements keep their bits through steps with momentum and weight decay, −0.0 included, in f32 and bf16.
+//! Frozen elements keep their bits through steps with momentum and weight decay, −0.0 included, in
+//! f32 and bf16.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -48,11 +49,12 @@ fn bits_of(t: &Tensor) -> Vec<u8> {
     out
 }
 
-/// Ten AdamW steps; which elements changed a bit.
+/// Makes ten AdamW steps; returns true for elements of which a bit changed.
 fn changed(kind: Kind, masks: &[&Mask]) -> Vec<bool> {
     tch::manual_seed(3);
     let w = Tensor::randn([ROWS, COLUMNS], (Kind::Float, Device::Cpu)).to_kind(kind);
-    // Every third element starts as -0.0, which an update multiplied with a mask would turn into +0.0.
+    // Every third element starts as -0.0, which an update multiplied by a mask would turn into
+    // +0.0.
     no_grad(|| drop(w.view([-1]).slice(0, None, None, 3).fill_(-0.0)));
     let parameters = Parameters::from([("w".to_owned(), w.set_requires_grad(true))]);
     let before = bits_of(&parameters["w"]);
@@ -84,7 +86,8 @@ fn frozen_elements_keep_their_bits_and_the_others_move() {
         for (i, moved) in moved.iter().enumerate() {
             assert!(!(frozen(i) && *moved), "{kind:?} element {i} is frozen and changed");
         }
-        // A coarse bf16 element may come back to where it started by chance, so nearly all is what can be asked.
+        // A bf16 element may return to its start by chance, so nearly all elements must have
+        // changed.
         let free: Vec<bool> = (0..moved.len()).filter(|&i| !frozen(i)).map(|i| moved[i]).collect();
         let share = |moved: &[bool]| moved.iter().filter(|m| **m).count() as f64 / moved.len() as f64;
         assert!(share(&free) > 0.97, "{kind:?}: of the free elements only {} moved", share(&free));

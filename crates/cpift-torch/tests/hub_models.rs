@@ -1,4 +1,5 @@
-//! Checkpoints as they are published: every spelling of rotary settings, embeddings tied in config.json only, names with prefixes.
+//! Published checkpoints: every spelling of rotary settings, embeddings tied in
+//! config.json only, names with prefixes.
 
 mod golden;
 
@@ -23,7 +24,8 @@ fn golden_folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden").join(name)
 }
 
-/// Logits of the golden model `name` under `config`, with the attention of the blocks `silent` left out.
+/// Logits of the golden model `name` under `config`, with the attention of the blocks `silent` left
+/// out.
 fn logits(name: &str, config: &Value, silent: &[usize]) -> Tensor {
     let folder = golden_folder(name);
     let config = ModelConfig::from_json(&folder, config).unwrap();

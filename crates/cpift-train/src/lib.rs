@@ -1,23 +1,24 @@
-//! Stage 4 of CPI-FT: integrated multi-stage fine-tuning with dynamic freezing, and the plain fine-tunes it is compared with.
+//! Stage 4 of CPI-FT: multi-stage fine-tuning with the cores of earlier groups frozen, and its
+//! baselines.
 
 mod args;
-mod highlight;
 mod memory_plan;
 mod plan;
 mod preview;
 mod run;
 
-pub use args::{Args, Command, PreviewArgs, RunArgs, SampleRows, StageData, VerifyArgs};
-pub use memory_plan::PlanArgs;
+pub use args::Args;
 
 use anyhow::Result;
+use args::{Command, VerifyArgs};
 use cpift_torch::train::verify_states;
 use cpift_torch::{memory, oom};
 
 /// Runs the stage.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training after.
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training
+/// after.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
@@ -36,7 +37,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Preview(preview_args) => preview::run(&preview_args, &args.common),
         Command::Verify(VerifyArgs { states }) => {
             let count = verify_states(&states)?;
-            log::info!("{}: {count} sound", states.display());
+            log::info!("{}: {count} intact", states.display());
             args.common.print_json(&serde_json::json!({"path": states, "states": count}));
             Ok(())
         }

@@ -1,4 +1,4 @@
-//! `cpift-train`: staged fine-tuning with the cores already placed frozen, and the baselines it is compared with.
+//! `cpift-train`: staged fine-tuning with the cores of earlier groups frozen, and its baselines.
 
 use std::process::ExitCode;
 

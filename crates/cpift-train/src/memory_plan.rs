@@ -1,6 +1,7 @@
-//! `cpift-train plan`: the memory and the disk that training takes, before anything is loaded.
+//! `cpift-train plan`: the memory and disk space that training takes, computed before anything is
+//! loaded.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::error::usage;
@@ -14,47 +15,12 @@ use cpift_torch::device::DeviceChoice;
 use cpift_torch::memory::{self, Disk, Job, Sizes};
 use serde_json::json;
 
-use crate::args::RunArgs;
+use crate::args::{PlanArgs, RunArgs};
 
-/// Arguments of `plan`.
-#[derive(clap::Args, Debug)]
-pub struct PlanArgs {
-    /// The model: a Hugging Face folder; only config.json and the headers of its weights are read
-    #[arg(long, value_name = "DIR", required_unless_present = "config")]
-    pub model: Option<PathBuf>,
-    /// A config.json instead of a folder
-    #[arg(long, value_name = "FILE", conflicts_with = "model")]
-    pub config: Option<PathBuf>,
-    /// The task list, tasks.toml: for the longest example and the number of probes
-    #[arg(long, value_name = "FILE")]
-    pub tasks: Option<PathBuf>,
-    /// Share of the elements that are frozen, in percent: --percent of cpift-mask times the tasks of earlier groups
-    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0)]
-    pub frozen_percent: f64,
-    /// Tokens of one batch [default: --batch-size times --max-length, or the tasks' largest max_length, or 1024]
-    #[arg(long, value_name = "N")]
-    pub batch_tokens: Option<u64>,
-    /// Memory of the device in GiB [default: that of --device; for the CPU that of the machine, within the limits on the process]
-    #[arg(long, value_name = "GIB", allow_negative_numbers = true)]
-    pub device_memory: Option<f64>,
-    /// Probes of the pipeline [default: the number of tasks, or 5]
-    #[arg(long, value_name = "N")]
-    pub probes: Option<u64>,
-    /// What the device does in training, in TFLOP/s: its matmul rate times the share of it that training reaches; for the time
-    #[arg(long, value_name = "F", allow_negative_numbers = true)]
-    pub tflops: Option<f64>,
-    /// Where outputs will be written, for the free space there
-    #[arg(long, value_name = "DIR", default_value = ".")]
-    pub out: PathBuf,
-    /// How to fine-tune.
-    #[command(flatten)]
-    pub training: TrainingArgs,
-}
-
-/// Prints memory, verdict and disk.
+/// Prints memory, verdict and disk space.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`BadInput`].
+/// [`cpift_core::Usage`] for an argument, [`BadInput`] for a file that cannot be used.
 pub fn estimate(args: &PlanArgs, common: &Common) -> Result<()> {
     args.training.check()?;
     check(args)?;
@@ -81,7 +47,7 @@ pub fn estimate(args: &PlanArgs, common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// The time of one run.
+/// Estimated time of a run.
 struct Time {
     tokens: u64,
     flops: f64,
@@ -89,8 +55,9 @@ struct Time {
 }
 
 impl Time {
-    /// 6 FLOPs a parameter and token, forward and backward (Kaplan et al., [arXiv 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds
-    /// 2. Those of attention's scores are left out.
+    /// 6 FLOPs per parameter and token, forward and backward (Kaplan et al., [arXiv
+    /// 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2. The scores of
+    /// attention are not counted.
     fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
         let tokens = match training.budget() {
             Budget::Tokens(tokens) => tokens as u64,
@@ -106,7 +73,7 @@ impl Time {
     }
 }
 
-/// The paper's five tasks.
+/// Number of tasks in the paper.
 const DEFAULT_PROBES: u64 = 5;
 
 fn check(args: &PlanArgs) -> Result<()> {
@@ -122,13 +89,13 @@ fn check(args: &PlanArgs) -> Result<()> {
     }
 }
 
-/// The job and the memory of its device.
+/// The job, and the memory of its device if known.
 fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
-    let path = args.model.as_deref().or(args.config.as_deref()).expect("clap asks for one of them");
+    let path = args.model.as_deref().or(args.config.as_deref()).expect("clap requires one of them");
     let config = memory::read_model(path)?;
     check_weights(path, Sizes::of(&config).total())?;
     let named = args.device_memory.map(|g| (g * f64::from(1 << 30)) as u64);
-    // A device whose memory is named need not be there.
+    // A device whose memory is given need not exist here.
     let (cuda, limit) = match (args.training.device, named) {
         (DeviceChoice::Cuda(_), Some(limit)) => (true, Some(limit)),
         (choice, named) => {
@@ -145,7 +112,7 @@ fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
     Ok((job, limit))
 }
 
-/// The weights beside the config, where there are some, must be those it describes.
+/// Refuses weights beside the config that it does not describe.
 fn check_weights(path: &Path, parameters: u64) -> Result<()> {
     let there = |name: &str| path.join(name).exists();
     if !there("model.safetensors") && !there("model.safetensors.index.json") {
@@ -161,7 +128,7 @@ fn check_weights(path: &Path, parameters: u64) -> Result<()> {
         .into())
 }
 
-/// The elements that a run freezes at most: those of all its masks.
+/// Maximum number of elements that a run freezes: those of all its masks.
 pub(crate) fn frozen(args: &RunArgs) -> u64 {
     args.masks.iter().filter_map(|mask| Mask::open(&mask.path).ok()).map(|mask| mask.header.selected).sum()
 }

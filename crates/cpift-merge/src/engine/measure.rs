@@ -6,9 +6,9 @@ use std::sync::Mutex;
 
 use anyhow::Result;
 use cpift_core::BadInput;
+use cpift_core::dispatch;
 use cpift_core::format::mask::Ties;
 use cpift_core::stream::select::{Cut, Source, find_cut};
-use cpift_core::dispatch;
 use rayon::prelude::*;
 
 use super::job::{self, Job, Piece, Pool, Shared};

@@ -9,9 +9,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
+use cpift_core::dispatch;
 use cpift_core::format::digest::Digest;
 use cpift_core::stream::hashing::PieceHasher;
-use cpift_core::dispatch;
 use cpift_core::{BadInput, CheckpointWriter, Dtype, TensorSpec, TensorView};
 
 use super::job::{self, CHUNK, Job, Piece, Pool, Shared};

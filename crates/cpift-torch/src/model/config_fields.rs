@@ -1,9 +1,115 @@
-//! Fields of config.json: those that are read, those without a say in the model's output, those that would change it, and the rest.
+//! The fields of a config.json: typed access with errors that name file and field; and which fields
+//! are read, have no effect on the output, or would change it.
+
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use serde_json::Value;
+use cpift_core::BadInput;
+use cpift_core::format::rope::RopeSettings;
+use serde_json::{Map, Value};
 
-use super::fields::Fields;
+/// The fields of one config.json; null counts as absent.
+pub(super) struct Fields {
+    path: PathBuf,
+    map: Map<String, Value>,
+}
+
+impl Fields {
+    /// The fields of `at`, a checkpoint directory or a config.json.
+    pub(super) fn new(at: &Path, config: &Value) -> Self {
+        let path = if at.is_file() { at.to_owned() } else { at.join("config.json") };
+        Self { path, map: config.as_object().cloned().unwrap_or_default() }
+    }
+
+    pub(super) fn bad(&self, message: impl Into<String>) -> BadInput {
+        BadInput::new(&self.path, message)
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|v| !v.is_null())
+    }
+
+    /// Returns true if the field is present, null included.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
+    /// All fields that are not null.
+    pub(super) fn present(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.map.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.as_str(), v))
+    }
+
+    fn typed<T>(&self, key: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) => match read(value) {
+                Some(v) => Ok(Some(v)),
+                None => Err(self.bad(format!("{key} cannot be used")).found(value.to_string()).into()),
+            },
+        }
+    }
+
+    pub(super) fn int(&self, key: &str) -> Result<i64> {
+        self.typed(key, positive)?.ok_or_else(|| self.bad(format!("the field {key} is missing")).into())
+    }
+
+    pub(super) fn int_or(&self, key: &str, default: i64) -> Result<i64> {
+        Ok(self.typed(key, positive)?.unwrap_or(default))
+    }
+
+    /// A count that may be 0.
+    pub(super) fn count_or(&self, key: &str, default: i64) -> Result<i64> {
+        Ok(self.typed(key, |v| v.as_i64().filter(|n| *n >= 0))?.unwrap_or(default))
+    }
+
+    /// A positive number; absent gives `default`, null gives none.
+    pub(super) fn optional_float(&self, key: &str, default: f64) -> Result<Option<f64>> {
+        let given = self.typed(key, |v| v.as_f64().filter(|x| *x > 0.0))?;
+        Ok(if self.has(key) { given } else { Some(default) })
+    }
+
+    /// A positive integer; absent gives `default`, null gives none.
+    pub(super) fn optional_int(&self, key: &str, default: i64) -> Result<Option<i64>> {
+        let given = self.typed(key, positive)?;
+        Ok(if self.has(key) { given } else { Some(default) })
+    }
+
+    pub(super) fn float_or(&self, key: &str, default: f64) -> Result<f64> {
+        Ok(self.typed(key, Value::as_f64)?.unwrap_or(default))
+    }
+
+    pub(super) fn bool_or(&self, key: &str, default: bool) -> Result<bool> {
+        Ok(self.typed(key, Value::as_bool)?.unwrap_or(default))
+    }
+
+    pub(super) fn text_or<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(Value::String(text)) => Ok(text),
+            Some(other) => Err(self.bad(format!("{key} cannot be used")).found(other.to_string()).into()),
+        }
+    }
+
+    /// A list of strings, if the field is present.
+    pub(super) fn words(&self, key: &str) -> Result<Option<Vec<String>>> {
+        self.typed(key, |v| v.as_array()?.iter().map(|w| w.as_str().map(str::to_owned)).collect())
+    }
+
+    /// The rotary settings; `default_positions` is the family's default of
+    /// `max_position_embeddings`.
+    pub(super) fn rope(&self, default_positions: i64) -> Result<RopeSettings> {
+        RopeSettings::read(&self.path, &Value::from(self.map.clone()), default_positions as f64)
+    }
+
+    /// Path of the file, for errors.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn positive(value: &Value) -> Option<i64> {
+    value.as_i64().filter(|n| *n > 0)
+}
 
 /// Fields that the families read.
 const READ: &[&str] = &[
@@ -36,7 +142,8 @@ const READ: &[&str] = &[
     "vocab_size",
 ];
 
-/// Fields without a say in the loss of a causal language model: how the model was made, is stored, generates or is served.
+/// Fields without effect on the loss of a causal language model: they concern training, storage,
+/// generation or serving.
 const HARMLESS: &[&str] = &[
     // Falcon3 has it beside hidden_act.
     "activation",
@@ -120,7 +227,7 @@ const HARMLESS: &[&str] = &[
     "use_sdpa",
 ];
 
-/// Fields that would change the maths, with the values that do not; all others, null excepted, are refused.
+/// Fields that change the maths, with their neutral values; all other values but null are refused.
 const NEUTRAL: &[(&str, &[&str])] = &[
     ("attention_multiplier", &["1", "1.0"]),
     ("causal", &["true"]),
@@ -139,8 +246,8 @@ const NEUTRAL: &[(&str, &[&str])] = &[
     ("use_rope", &["true"]),
 ];
 
-/// What a word in the name of a field begins with where the field changes the maths, in any family of transformers; at a value that is off it
-/// does not.
+/// Prefixes of words in field names that change the maths in some family of transformers, unless
+/// the value is off.
 const MATHS: &[&str] = &[
     "adapter",
     "alibi",
@@ -191,12 +298,11 @@ const MATHS: &[&str] = &[
     "window",
 ];
 
-/// Refuses the fields that change the maths and are not implemented, and returns those that are not known, with their values.
-///
-/// A field that is not known and off, zero or empty is taken to change nothing.
+/// Refuses fields that change the maths and are not implemented; returns unknown fields with their
+/// values. An unknown field that is false, zero or empty is ignored.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] naming the first.
+/// [`cpift_core::BadInput`] naming the first refused field.
 pub(super) fn check_fields(fields: &Fields) -> Result<Vec<String>> {
     let mut unknown = Vec::new();
     for (key, value) in fields.present() {
@@ -218,7 +324,7 @@ pub(super) fn check_fields(fields: &Fields) -> Result<Vec<String>> {
             return Err(fields
                 .bad(format!("{key} = {text} changes the maths in a way that is not implemented"))
                 .expected(neutral.map_or("no such field".into(), |values| values.join(" or ")))
-                .hint("if the field has no say in the model's output, take it out of config.json")
+                .hint("if the field has no effect on the model's output, remove it from config.json")
                 .into());
         }
     }
@@ -230,7 +336,7 @@ fn names_maths(key: &str) -> bool {
     words.map(|(i, _)| &key[i..]).any(|rest| MATHS.iter().any(|part| rest.starts_with(part)))
 }
 
-/// Private fields, versions and special tokens have no say either.
+/// Private fields, versions and special tokens have no effect either.
 fn harmless(key: &str) -> bool {
     let by_form = key.starts_with('_')
         || key.ends_with("_version")

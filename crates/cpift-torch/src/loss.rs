@@ -1,13 +1,15 @@
-//! Cross entropy at the target positions, a part of them at a time, so that the logits of a whole batch never exist.
+//! Cross entropy at the target positions, computed in chunks, so that the logits of a whole batch
+//! never exist.
 //!
-//! The backward pass of the output head is written out: softmax − one-hot is made where the log-probabilities were. Suffixes: n targets, e embedding, v vocabulary.
+//! The backward pass of the output head is written out: softmax − one-hot overwrites the
+//! log-probabilities. Shape suffixes: n targets, c targets of a chunk, e embedding, v vocabulary.
 
 use tch::{Kind, Tensor, no_grad};
 
 use crate::ffi::linear;
 use crate::model::CausalLM;
 
-/// The loss of a batch with what it does to the head's inputs.
+/// The loss of a batch and its gradients by the inputs of the output head.
 pub(crate) struct HeadLoss {
     /// Negative log-likelihood summed over the targets, in nats: one f64 element.
     pub sum: Tensor,
@@ -17,11 +19,12 @@ pub(crate) struct HeadLoss {
     pub grad_matrix: Option<Tensor>,
 }
 
-/// The negative log-likelihood of each of `labels` [n] under the normed hidden states [n, e]: f32 [n], without a graph.
+/// Negative log-likelihood of each of `labels_n` given the normed hidden states: f32 `[n]`, without
+/// a graph.
 pub fn target_losses(model: &CausalLM, normed_ne: &Tensor, labels_n: &Tensor, chunk: usize) -> Tensor {
     no_grad(|| {
         let matrix_ve = model.matrix(normed_ne.kind());
-        let parts: Vec<Tensor> = parts(labels_n, chunk)
+        let parts: Vec<Tensor> = chunks(labels_n, chunk)
             .map(|(start, n)| {
                 let (log_probs, _) = log_probs(model, &normed_ne.narrow(0, start, n), &matrix_ve);
                 -log_probs.gather(1, &labels_n.narrow(0, start, n).unsqueeze(1), false).squeeze_dim(1)
@@ -31,7 +34,7 @@ pub fn target_losses(model: &CausalLM, normed_ne: &Tensor, labels_n: &Tensor, ch
     })
 }
 
-/// Loss and gradients of `scale` · Σ −log p(label), `chunk` targets at a time.
+/// Loss and gradients of `scale` · Σ −log p(label), in chunks of `chunk` targets.
 pub(crate) fn backward(
     model: &CausalLM,
     normed_ne: &Tensor,
@@ -46,7 +49,7 @@ pub(crate) fn backward(
         let mut sum = Tensor::zeros([], (Kind::Double, device));
         let grad_hidden = Tensor::zeros_like(normed_ne);
         let mut grad_matrix: Option<Tensor> = None;
-        for (start, n) in parts(labels_n, chunk) {
+        for (start, n) in chunks(labels_n, chunk) {
             let hidden_ce = normed_ne.narrow(0, start, n);
             let labels_c1 = labels_n.narrow(0, start, n).unsqueeze(1);
             let (mut log_probs_cv, slope_cv) = log_probs(model, &hidden_ce, &matrix_ve);
@@ -71,7 +74,8 @@ pub(crate) fn backward(
     })
 }
 
-/// Log-probabilities [c, v] in f32, and where logits are capped the slope of the cap at each of them.
+/// Log-probabilities [c, v] in f32 and, if logits are soft-capped, the derivative of the cap at
+/// each logit.
 fn log_probs(model: &CausalLM, hidden_ce: &Tensor, matrix_ve: &Tensor) -> (Tensor, Option<Tensor>) {
     let logits_cv = linear(hidden_ce, matrix_ve, None);
     let Some(cap) = model.config.logit_softcap else {
@@ -82,8 +86,8 @@ fn log_probs(model: &CausalLM, hidden_ce: &Tensor, matrix_ve: &Tensor) -> (Tenso
     ((bent * cap).log_softmax(-1, Kind::Float), Some(slope))
 }
 
-/// Start and length of each part of the targets.
-fn parts(labels_n: &Tensor, chunk: usize) -> impl Iterator<Item = (i64, i64)> {
+/// Start and length of each chunk of the targets.
+fn chunks(labels_n: &Tensor, chunk: usize) -> impl Iterator<Item = (i64, i64)> {
     let (n, chunk) = (labels_n.size()[0], chunk as i64);
     (0..n).step_by(chunk as usize).map(move |start| (start, chunk.min(n - start)))
 }

@@ -1,8 +1,5 @@
-//! config.json of the models we know; what changes the maths and is not implemented is an error.
-
-mod fields;
-mod known;
-mod shapes;
+//! The model configuration: config.json of the supported families. A field that changes the maths
+//! and is not implemented is an error.
 
 use std::path::Path;
 
@@ -10,17 +7,22 @@ use anyhow::Result;
 use cpift_core::format::rope::RopeParameters;
 use cpift_core::{BadInput, Checkpoint, log_once};
 use serde_json::Value;
+use tch::{Device, Kind, Tensor};
 
-use fields::Fields;
+use super::config_fields::{Fields, check_fields};
+use crate::weights::Parameters;
 
-/// The families of decoder-only models this program runs.
+/// Name of the embedding table.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// Supported model families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
-    /// `LlamaForCausalLM`: LLaMA 1 to 3, SmolLM2 and many more.
+    /// `LlamaForCausalLM`: LLaMA 1 to 3, SmolLM2 and others.
     Llama,
     /// `MistralForCausalLM`: Mistral 7B, Ministral 8B.
     Mistral,
-    /// `MinistralForCausalLM`: Mistral with a kind of attention named for each layer.
+    /// `MinistralForCausalLM`: Mistral with `layer_types`.
     Ministral,
     /// `Qwen2ForCausalLM`: Qwen1.5, Qwen2, Qwen2.5.
     Qwen2,
@@ -30,7 +32,7 @@ pub enum Family {
     Gemma2,
 }
 
-/// Architectures by their names in config.json.
+/// Architecture names of config.json.
 const ARCHITECTURES: [(&str, Family); 6] = [
     ("LlamaForCausalLM", Family::Llama),
     ("MistralForCausalLM", Family::Mistral),
@@ -40,25 +42,25 @@ const ARCHITECTURES: [(&str, Family); 6] = [
     ("Gemma2ForCausalLM", Family::Gemma2),
 ];
 
-/// The function between the two halves of the MLP.
+/// Activation function of the MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// x·sigmoid(x).
     Silu,
-    /// GELU by its tanh approximation.
+    /// GELU, tanh approximation.
     GeluTanh,
-    /// GELU by the error function.
+    /// GELU, exact.
     Gelu,
 }
 
-/// The numbers that define a model.
+/// A model configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// The family.
+    /// Model family.
     pub family: Family,
     /// e: width of the residual stream.
     pub hidden_size: i64,
-    /// Width of the MLP.
+    /// f: width of the MLP.
     pub intermediate_size: i64,
     /// Number of decoder blocks.
     pub num_hidden_layers: i64,
@@ -70,13 +72,13 @@ pub struct ModelConfig {
     pub head_dim: i64,
     /// v: rows of the embedding.
     pub vocab_size: i64,
-    /// The context the model was trained for.
+    /// Context length in tokens.
     pub max_position_embeddings: i64,
     /// Epsilon of the RMS norms.
     pub rms_norm_eps: f64,
-    /// Each block's rotary settings.
+    /// Rotary settings of each block.
     pub ropes: Vec<RopeParameters>,
-    /// Whether the output embedding is the input embedding.
+    /// True if the output matrix is the embedding table.
     pub tie_word_embeddings: bool,
     /// Biases on q, k and v.
     pub qkv_bias: bool,
@@ -86,34 +88,35 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// RMS norms over each head of q and k (Qwen3).
     pub qk_norm: bool,
-    /// Between the halves of the MLP.
+    /// Activation function of the MLP.
     pub activation: Activation,
     /// Gemma's norms: scale by 1 + w, before and after both attention and MLP.
     pub gemma_norms: bool,
-    /// What hidden states are multiplied with after the embedding (Gemma: √e).
+    /// Factor of the embedded tokens (Gemma: √e).
     pub embedding_scale: Option<f64>,
-    /// What q·k is multiplied with.
+    /// Factor of q·k.
     pub attention_scale: f64,
-    /// Attention scores are squeezed into (−cap, cap) by cap·tanh(x / cap).
+    /// Soft cap of attention scores: cap·tanh(x / cap).
     pub attention_softcap: Option<f64>,
-    /// Logits likewise.
+    /// Soft cap of logits.
     pub logit_softcap: Option<f64>,
-    /// For each block, how many tokens a query sees, itself included; none: all before it.
+    /// Sliding window of each block: number of tokens a query attends to, itself included; none is
+    /// full causal attention.
     pub windows: Vec<Option<i64>>,
-    /// Fields of config.json that this program does not know, with their values.
+    /// Unknown fields of config.json, with their values.
     pub unknown_fields: Vec<String>,
 }
 
 impl ModelConfig {
-    /// Reads the fields of a config.json already parsed from `folder`.
+    /// Reads the parsed config.json of `folder`.
     ///
     /// # Errors
-    /// [`cpift_core::BadInput`] for an architecture we do not know (with the list), a missing field, or a field that changes the
-    /// maths and is not implemented.
+    /// [`cpift_core::BadInput`] for an unknown architecture, a missing field, or a field that
+    /// changes the maths and is not implemented.
     pub fn from_json(folder: &Path, config: &Value) -> Result<Self> {
         let fields = Fields::new(folder, config);
         let family = family(&fields)?;
-        let unknown_fields = known::check_fields(&fields)?;
+        let unknown_fields = check_fields(&fields)?;
         let heads = fields.int("num_attention_heads")?;
         let hidden = fields.int("hidden_size")?;
         let gemma = family == Family::Gemma2;
@@ -162,21 +165,22 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Takes the output embedding for a parameter of its own where `checkpoint`, whose config this is, has one that config.json ties.
+    /// Unties the output matrix if `checkpoint`, whose config this is, has one of its own although
+    /// config.json ties it.
     pub fn untie_as(&mut self, checkpoint: &Checkpoint) {
         self.tie_word_embeddings &= checkpoint.tied();
     }
 
-    /// Warns of the fields that this program does not know, once for each; with `strict` they are refused.
+    /// Warns once of each unknown field; with `strict`, refuses them.
     ///
     /// # Errors
-    /// [`BadInput`] naming all of them, with `strict`.
+    /// [`BadInput`] naming all unknown fields, with `strict`.
     pub fn check_unknown_fields(&self, folder: &Path, strict: bool) -> Result<()> {
         let path = if folder.is_file() { folder.to_owned() } else { folder.join("config.json") };
         if strict && !self.unknown_fields.is_empty() {
             return Err(BadInput::new(path, "fields that this program does not know, which --strict-config refuses")
                 .found(self.unknown_fields.join(", "))
-                .hint("where a field has no say in the model's output, take it out of config.json or leave out --strict-config")
+                .hint("where a field has no effect on the output of the model, remove it from config.json or leave out --strict-config")
                 .into());
         }
         for field in &self.unknown_fields {
@@ -212,7 +216,7 @@ fn family(fields: &Fields) -> Result<Family> {
     })
 }
 
-/// A field that only other families read must be absent.
+/// Refuses a field that only other families read.
 fn refuse(fields: &Fields, key: &str) -> Result<()> {
     match fields.get(key) {
         None => Ok(()),
@@ -223,8 +227,8 @@ fn refuse(fields: &Fields, key: &str) -> Result<()> {
     }
 }
 
-/// Whether q, k and v have biases, and whether o has one. LLaMA's `attention_bias` is about all four; Mistral has none; Qwen2 has
-/// the first three whatever its config says.
+/// Returns true for biases on q, k and v, and on o. LLaMA's `attention_bias` covers all four;
+/// Mistral has none; Qwen2 always has the first three.
 fn attention_biases(family: Family, fields: &Fields) -> Result<(bool, bool)> {
     match family {
         Family::Llama | Family::Qwen3 | Family::Gemma2 => {
@@ -236,7 +240,7 @@ fn attention_biases(family: Family, fields: &Fields) -> Result<(bool, bool)> {
     }
 }
 
-/// What transformers takes where `max_position_embeddings` is absent.
+/// Default of transformers for `max_position_embeddings`.
 fn default_positions(family: Family) -> i64 {
     match family {
         Family::Llama => 2048,
@@ -246,7 +250,8 @@ fn default_positions(family: Family) -> i64 {
     }
 }
 
-/// Gemma-2 reads `hidden_activation` and passes over `hidden_act`, as transformers does.
+/// Activation function. Gemma-2 reads `hidden_activation` and ignores `hidden_act`, as in
+/// transformers.
 fn activation(family: Family, fields: &Fields) -> Result<Activation> {
     let (key, default) =
         if family == Family::Gemma2 { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
@@ -261,7 +266,7 @@ fn activation(family: Family, fields: &Fields) -> Result<Activation> {
     }
 }
 
-/// Each block's window: by `layer_types` where the file has it, else by the family's own rule.
+/// Sliding window of each block, by `layer_types` if given, else by the family's rule.
 fn windows(family: Family, fields: &Fields) -> Result<Vec<Option<i64>>> {
     let layers = fields.int("num_hidden_layers")? as usize;
     let window = match family {
@@ -278,7 +283,7 @@ fn windows(family: Family, fields: &Fields) -> Result<Vec<Option<i64>>> {
         Family::Qwen2 | Family::Qwen3 => layer >= first_windowed,
         Family::Gemma2 => layer.is_multiple_of(2),
     };
-    // Mistral has no layer_types: its one window is every block's.
+    // Mistral has no layer_types: its window applies to every block.
     let named = if family == Family::Mistral { None } else { fields.words("layer_types")? };
     let Some(types) = named else {
         return Ok((0..layers).map(|layer| window.filter(|_| by_family(layer))).collect());
@@ -303,7 +308,7 @@ fn windows(family: Family, fields: &Fields) -> Result<Vec<Option<i64>>> {
         .collect()
 }
 
-/// Each block's rotary settings, by its type of attention where config.json has settings by layer type.
+/// Rotary settings of each block, by its layer type if config.json has settings by layer type.
 fn ropes(family: Family, fields: &Fields, windows: &[Option<i64>]) -> Result<Vec<RopeParameters>> {
     let settings = fields.rope(default_positions(family))?;
     for note in &settings.notes {
@@ -318,6 +323,62 @@ fn ropes(family: Family, fields: &Fields, windows: &[Option<i64>]) -> Result<Vec
         })
     };
     windows.iter().enumerate().map(of_block).collect()
+}
+
+impl ModelConfig {
+    /// Name and shape of every parameter, in forward order.
+    pub fn parameter_shapes(&self) -> Vec<(String, Vec<i64>)> {
+        let mut all = vec![(EMBEDDING.to_owned(), vec![self.vocab_size, self.hidden_size])];
+        (0..self.num_hidden_layers).for_each(|layer| self.block_shapes(layer, &mut all));
+        all.push(("model.norm.weight".to_owned(), vec![self.hidden_size]));
+        if !self.tie_word_embeddings {
+            all.push(("lm_head.weight".to_owned(), vec![self.vocab_size, self.hidden_size]));
+        }
+        all
+    }
+
+    fn block_shapes(&self, layer: i64, all: &mut Vec<(String, Vec<i64>)>) {
+        let (e, f, d) = (self.hidden_size, self.intermediate_size, self.head_dim);
+        let (q, kv) = (self.num_attention_heads * d, self.num_key_value_heads * d);
+        let mut add = |name: &str, shape: &[i64]| all.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+        for (name, rows, columns, bias) in [
+            ("self_attn.q_proj", q, e, self.qkv_bias),
+            ("self_attn.k_proj", kv, e, self.qkv_bias),
+            ("self_attn.v_proj", kv, e, self.qkv_bias),
+            ("self_attn.o_proj", e, q, self.o_bias),
+            ("mlp.gate_proj", f, e, self.mlp_bias),
+            ("mlp.up_proj", f, e, self.mlp_bias),
+            ("mlp.down_proj", e, f, self.mlp_bias),
+        ] {
+            add(&format!("{name}.weight"), &[rows, columns]);
+            if bias {
+                add(&format!("{name}.bias"), &[rows]);
+            }
+        }
+        if self.qk_norm {
+            add("self_attn.q_norm.weight", &[d]);
+            add("self_attn.k_norm.weight", &[d]);
+        }
+        add("input_layernorm.weight", &[e]);
+        add("post_attention_layernorm.weight", &[e]);
+        if self.family == Family::Gemma2 {
+            add("pre_feedforward_layernorm.weight", &[e]);
+            add("post_feedforward_layernorm.weight", &[e]);
+        }
+    }
+
+    /// Random parameters, for benchmarks: normal with standard deviation 0.02; norm weights 1.
+    pub fn random_parameters(&self, kind: Kind, device: Device) -> Parameters {
+        let make = |(name, shape): (String, Vec<i64>)| {
+            let tensor = if name.ends_with("norm.weight") && !self.gemma_norms {
+                Tensor::ones(&shape, (kind, device))
+            } else {
+                Tensor::randn(&shape, (kind, device)).g_mul_scalar_(0.02)
+            };
+            (name, tensor.set_requires_grad(true))
+        };
+        self.parameter_shapes().into_iter().map(make).collect()
+    }
 }
 
 #[cfg(test)]
