@@ -121,7 +121,10 @@ impl Reader<'_> {
                 }
                 TokenTree::Punct(punct) if punct.as_char() == ':' && !path.is_empty() => colons += 1,
                 _ => {
-                    self.name(&path);
+                    // Not `pub(crate)`.
+                    if path.len() > 1 {
+                        self.name(&path);
+                    }
                     path.clear();
                     colons = 0;
                     match token {

@@ -127,7 +127,7 @@ class Lab:
         """EPI: stages in which what matters most to earlier tasks is protected, found again as training goes on."""
         groups = self.groups(self.masks())
         tokens = self.budget["backbone"] + self.budget["final"]
-        return self.train(f"epi-s{self.seed}", self.base, tokens, "--groups", groups, "--isolation", "evolving",
+        return self.train(f"epi-s{self.seed}", self.base, tokens, "--groups", groups, "--isolation", "dynamic",
                           *self.suite.get("epi", []))
 
     def own_cores(self, tensors=False):
@@ -136,7 +136,7 @@ class Lab:
         core = {task: self.tensor_mask(task) for task in self.tasks.names} if tensors else self.masks(p=self.suite["own_p"])
         groups = self.groups(core, "--partition", "like", "--like", self.groups(self.masks(fisher=tensors)))
         name, tokens = "trace" if tensors else "own-cores", self.budget["backbone"] + self.budget["final"]
-        return self.isolated(f"{name}-s{self.seed}", self.base, core, groups, tokens, "--train", "only-cores", "--sample", "all")
+        return self.isolated(f"{name}-s{self.seed}", self.base, core, groups, tokens, "--trainable", "cores", "--sample", "all")
 
     def tensor_mask(self, task):
         probe = self.probe(task, fisher=True)
@@ -150,7 +150,7 @@ class Lab:
         sample, core = ["--sample", plus["rows"]], lab.masks(p=plus["p"])
         groups = lab.groups(core, "--partition", "like", "--like", lab.groups(lab.masks()))
         mixture = lab.train(f"mixture-s{self.seed}", lab.base, lab.budget["backbone"], *sample)
-        return lab.isolated(f"plus-s{self.seed}", mixture, core, groups, lab.budget["final"], "--train", "only-cores", *sample,
+        return lab.isolated(f"plus-s{self.seed}", mixture, core, groups, lab.budget["final"], "--trainable", "cores", *sample,
                             "--lr", plus["lr"])
 
     def capped(self):
@@ -175,7 +175,7 @@ class Lab:
         if how == "replay":
             return first, self.staged(f"then-replay-{stem}", groups, 2 * tokens, *again)
         if how.startswith("epi"):
-            flags = ["--groups", groups, "--isolation", "evolving", "--sample", "all", *self.suite.get("epi", []), *again]
+            flags = ["--groups", groups, "--isolation", "dynamic", "--sample", "all", *self.suite.get("epi", []), *again]
             return first, self.train(f"then-{how}-{stem}", self.base, 2 * tokens, *flags)
         if how.startswith("freeze"):
             more = ["--sample", "all", "--stage-data", "group", *again]
@@ -184,7 +184,7 @@ class Lab:
             masks = {task: self.mask(task, p=self.suite["own_p"]) for task in (a, b)}
             groups = Step(self.store, f"groups-own-{stem}", "cpift-group", *self.mask_arguments(masks), "--tau", 2, "--order",
                           "dependency", "--edges", edges, suffix=".json")
-            more = ["--train", "only-cores", "--sample", "all", *again]
+            more = ["--trainable", "cores", "--sample", "all", *again]
             return first, self.isolated(f"then-{how}-{stem}", self.base, masks, groups, rest, *more)
         backbone = self.staged(f"then-backbone-{stem}", groups, rest // 2)
         names = [part for task in (a, b) for part in ("--task", Named(task, self.probe(task)))]

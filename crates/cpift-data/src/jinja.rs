@@ -359,7 +359,7 @@ mod tests {
 
     use super::*;
 
-    /// What transformers 5.24 renders from the same source and variables.
+    /// Text that transformers 5.24 renders from the same source and variables.
     #[test]
     fn values_are_written_as_python_writes_them() {
         let variables = json!({"big": 1e20, "small": 1e-5, "list": ["a", "it's", 1, true, null, 2.5],

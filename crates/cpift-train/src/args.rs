@@ -210,6 +210,9 @@ pub struct RunArgs {
     /// Fine-tuning arguments.
     #[command(flatten)]
     pub training: TrainingArgs,
+    /// Factor of --lr, for a stage at a share of the rate of others
+    #[arg(long, value_name = "F", default_value_t = 1.0, allow_negative_numbers = true, help_heading = BUDGET)]
+    pub lr_scale: f64,
     /// Peak learning rate of each stage, separated by commas [default: --lr in all]
     #[arg(long, value_name = "F,…", value_delimiter = ',', requires = "groups", allow_negative_numbers = true)]
     #[arg(help_heading = BUDGET)]
@@ -259,6 +262,8 @@ impl RunArgs {
         let dynamic = self.isolation == IsolationKind::Dynamic;
         let problem = if self.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
             "--stage-lr must be positive"
+        } else if !(self.lr_scale.is_finite() && self.lr_scale > 0.0) {
+            "--lr-scale must be positive"
         } else if dynamic && (!self.masks.is_empty() || self.no_freeze) {
             "--isolation dynamic computes its masks itself: leave out --mask and --no-freeze"
         } else if self.groups.is_some() && self.masks.is_empty() && !self.no_freeze && !dynamic {

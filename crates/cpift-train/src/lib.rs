@@ -22,17 +22,14 @@ use cpift_torch::{memory, oom};
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
-        Command::Run(run_args) => oom::explain(
-            || {
-                memory::of_failed_run(
-                    &run_args.model,
-                    &run_args.tasks,
-                    &run_args.training,
-                    memory_plan::frozen(&run_args),
-                )
-            },
-            || run::run(&run_args, &args.common),
-        ),
+        Command::Run(mut run_args) => {
+            run_args.training.lr *= run_args.lr_scale;
+            let told = || {
+                let frozen = memory_plan::frozen(&run_args);
+                memory::of_failed_run(&run_args.model, &run_args.tasks, &run_args.training, frozen)
+            };
+            oom::explain(told, || run::run(&run_args, &args.common))
+        }
         Command::Plan(plan_args) => memory_plan::estimate(&plan_args, &args.common),
         Command::Preview(preview_args) => preview::run(&preview_args, &args.common),
         Command::Verify(VerifyArgs { states }) => {

@@ -36,7 +36,7 @@ fn control_group() -> Option<u64> {
     std::path::Path::new(own).ancestors().filter_map(limit).min()
 }
 
-/// What [`left_by_ulimit`] returns, less the reserve, so that a job that fits passes
+/// The value of [`left_by_ulimit`] less the reserve, so that a job that fits passes
 /// [`check_address_space`] in another run. The program's resident memory is counted with the job.
 fn address_space() -> Option<u64> {
     Some(left_by_ulimit()?.saturating_sub(RESERVED + VARIES) + PROGRAM)
