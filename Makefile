@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline
-.PHONY: status slurm test-slurm test-full install clean-probes clean
+.PHONY: check-words check-deps status slurm test-slurm test-full install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -32,6 +32,17 @@ test-full: test storm check-disk-full test-slurm fuzz ## All that can go wrong, 
 check: setup ## Format and lints only
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+
+# Tools that are not on the machine are put into .cache.
+check-words: ## Spelling of code and prose (typos)
+	@command -v typos > /dev/null || [ -x .cache/typos/bin/typos ] || { python3 -m venv .cache/typos && .cache/typos/bin/pip install -q typos==1.52.0; }
+	@PATH="$$PWD/.cache/typos/bin:$$PATH" typos
+
+check-deps: ## Licences, duplicates and sources of dependencies (cargo-deny); advisories if their database can be reached
+	@cargo deny --version > /dev/null 2>&1 || [ -x .cache/bin/cargo-deny ] || cargo install --quiet --locked --root .cache cargo-deny
+	@PATH="$$PWD/.cache/bin:$$PATH"; cargo deny check licenses bans sources; \
+		if git ls-remote -q https://github.com/rustsec/advisory-db HEAD > /dev/null 2>&1; then cargo deny check advisories; \
+		else echo "check-deps: advisories not checked, their database cannot be reached"; fi
 
 # `make bench-files`: PYTHON= with numpy makes the checkpoints; MERGEKIT=path/to/mergekit-yaml (0.1.5) and PEER_PYTHON= (with
 # torch and safetensors) are optional, their rows say so where they are not given.
@@ -115,13 +126,13 @@ status: ## Every artifact of RUN=: done, running, queued, stopped, failed, stale
 	@RUN="$(RUN)" BIN=$(BIN) scripts/status.py
 
 slurm: ## Submit the pipeline to Slurm: what is not made yet (RUN=, BASE=, TASKS=; scripts/slurm/cluster.env; DRY_RUN=1 prints)
-	@RUN="$(RUN)" BIN=$(BIN) scripts/slurm/submit.sh $(if $(DRY_RUN),--dry-run)
+	@RUN="$(RUN)" BIN=$(BIN) scripts/slurm/submit.py $(if $(DRY_RUN),--dry-run)
 
 test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
 	@BIN=$(BIN) tests/slurm/test.sh
 
-clean-probes: ## Delete the probes of RUN= once all masks and, of cpi-ft, the fused model are made
-	@scripts/clean-probes.sh "$(RUN)"
+clean-probes: build-files ## Delete the weights of the probes of RUN= once everything made from them is up to date
+	@BIN=$(BIN) scripts/clean_probes.py "$(RUN)"
 
 install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch
 	@PREFIX=$(PREFIX) BIN=$(BIN) scripts/install.sh

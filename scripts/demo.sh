@@ -14,9 +14,7 @@ export TRAIN_FLAGS=${TRAIN_FLAGS:---batch-size 16 --lr 1e-3 --weight-decay 0.01 
 export EVAL_FLAGS=${EVAL_FLAGS:---batch-size 50 --device cpu}
 start=$SECONDS
 make --no-print-directory -j"${JOBS:-2}" -f scripts/pipeline.mk all
-scripts/summary.sh
-scripts/check-isolation.sh "$RUN"
+python3 scripts/summary.py
 echo
-scripts/check-probes.sh "$RUN" "$TASKS"
-scripts/check-demo.sh "$RUN"
+python3 scripts/check_demo.py "$RUN" "$TASKS"
 echo "Took $((SECONDS - start)) s. The files are in $RUN; open $RUN/report.html in a browser."

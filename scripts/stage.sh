@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# stage.sh RUN/logs/NAME PROGRAM [ARGUMENT…]: runs one stage for scripts/pipeline.mk. NAME.log gets what it says, NAME.state
-# whether it is running (host, process, Slurm job) or how it ended (exit code, time). A warning (SIGTERM, SIGINT) is passed on, so that training
+# stage.sh RUN/logs/NAME PROGRAM [ARGUMENT…]: runs one command for scripts/pipeline.mk. Its output goes to NAME.log; NAME.state says
+# whether it is running (host, process, Slurm job) or how it ended (exit code, time). SIGTERM and SIGINT are passed on, so that training
 # saves its state.
 #
-# Prints a line when the stage is done: how many of DUE (the names of what this call of make makes) are done since STARTED, and the
-# seconds this one took. Until then step and loss of what trains: on a terminal one line for all that runs, rewritten each second; in
-# a log a line now and then, the longer the stage runs the less often (the first after PROGRESS=10 seconds, none where that is 0).
+# Prints a line when the command ends: how many of DUE (the artifacts that this call of make makes) are done since STARTED, and the
+# seconds this one took. Until then it prints the step and the loss of running training: on a terminal one line for all, rewritten
+# every second; in a log a line now and then, at growing intervals (the first after PROGRESS=10 seconds, none if that is 0).
 set -uo pipefail
 path=$1
 shift
@@ -58,8 +58,8 @@ report() {
     done
 }
 
-# What an interrupted or failed attempt said is kept.
-[[ "$(cat "$path.state" 2> /dev/null)" == "exit 0"* ]] || [ ! -e "$path.log" ] || mv -f "$path.log" "$path.before.log"
+# The log of the attempt before this one is kept.
+[ ! -e "$path.log" ] || mv -f "$path.log" "$path.before.log"
 child='' told=''
 trap 'told=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM INT
 "$@" > "$path.log" 2>&1 &
@@ -76,6 +76,10 @@ ended=$(now)
 state exit "$code" "$ended"
 [ -z "$reporter" ] || kill "$reporter" 2> /dev/null
 [ -z "${STAGE_CODE:-}" ] || echo "$code" > "$STAGE_CODE"
+# A command that found its output up to date leaves the log of the one that made it.
+if [ "$code" = 0 ] && [ -e "$path.before.log" ] && [[ "$(tail -n 1 "$path.log")" == *": up to date" ]]; then
+    mv -f "$path.before.log" "$path.log"
+fi
 clear=
 [ ! -t 1 ] || clear=$'\r\033[K'
 if [ "$code" = 0 ]; then

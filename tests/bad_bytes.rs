@@ -1,16 +1,18 @@
-//! Real files of the formats that need no libtorch, with single bytes spoilt; those with a digest show it in a verification.
+//! Corrupted files of the formats that need no libtorch: readers do no harm, and verification finds
+//! changes in files with a digest.
 
 use std::alloc::System;
 use std::fs;
 use std::path::PathBuf;
 
 use cap::Cap;
-use cpift_core::checkpoint::{Digest, read_config};
-use cpift_core::density::stats;
-use cpift_core::groups::Groups;
-use cpift_core::provenance::Provenance;
-use cpift_core::scores::Scores;
-use cpift_core::tasks::Tasks;
+use cpift_core::format::checkpoint::read_config;
+use cpift_core::format::density::stats;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::scores::Scores;
+use cpift_core::format::tasks::Tasks;
+use cpift_core::record::provenance::Provenance;
 use cpift_core::{Checkpoint, Mask};
 use cpift_testkit::chain::Chain;
 use cpift_testkit::model::tiny_weights;
@@ -20,9 +22,9 @@ use cpift_testkit::write_sharded;
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
-/// Files that are mapped; their headers become tables.
+/// Bounds for mapped files, whose headers are parsed into tables.
 const MAPPED: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 1 << 20 };
-/// Small files of text.
+/// Bounds for small text files.
 const JSON: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 512 << 10 };
 
 struct Files {
@@ -35,7 +37,7 @@ impl Files {
     }
 }
 
-/// What the chain leaves behind, made by the programs themselves.
+/// Runs the whole chain, so that the files come from the programs themselves.
 fn files() -> Files {
     let chain = Chain::default();
     chain.run_all();
@@ -43,14 +45,14 @@ fn files() -> Files {
 }
 
 #[test]
-fn spoilt_files_do_no_harm() {
+fn corrupted_files_do_no_harm() {
     let files = files();
     let mask = files.path("run/masks/copy.safetensors");
     let well = MAPPED.each(&mask, || {
         let sound = Mask::open(&mask).and_then(|mask| mask.verify().map(|()| drop(stats(&mask)))).is_ok();
         sound && Provenance::verify_file(&mask).unwrap_or(false)
     });
-    assert_eq!(well, 0, "a changed mask is found by its record");
+    assert_eq!(well, 0, "the record detects every change of a mask");
 
     let weights = files.path("run/fused/model.safetensors");
     let opened = |folder: &str| Checkpoint::open(&files.path(folder)).and_then(|c| Digest::of_checkpoint(&c));
@@ -63,7 +65,7 @@ fn spoilt_files_do_no_harm() {
     let groups = files.path("run/groups.json");
     let well =
         JSON.each(&groups, || Groups::read(&groups).is_ok() && Provenance::verify_file(&groups).unwrap_or(false));
-    assert_eq!(well, 0, "changed groups are found by their record");
+    assert_eq!(well, 0, "the record detects every change of groups.json");
 
     let record = files.path("run/fused/cpift.json");
     JSON.each(&record, || Provenance::of(&files.path("run/fused")).is_some());
@@ -74,7 +76,7 @@ fn spoilt_files_do_no_harm() {
 }
 
 #[test]
-fn nesting_length_and_endlessness_are_bounded() {
+fn deep_nesting_and_endless_files_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("groups.json");
     for deep in ["[".repeat(1 << 20), "{\"a\":".repeat(1 << 20)] {
@@ -106,7 +108,7 @@ fn an_index_does_not_leave_its_folder_and_pickles_are_not_opened() {
     for outside in [&format!("../{shard}"), &absolute, &format!("./../{shard}"), &format!("..\\\\{shard}"), ".."] {
         fs::write(&index, text.replace(shard, outside)).unwrap();
         let error = Checkpoint::open(&folder).err().expect("it is refused").to_string();
-        assert!(error.contains("names a shard outside its folder"), "{outside}: {error}");
+        assert!(error.contains("names a shard outside its directory"), "{outside}: {error}");
     }
     let pickled = dir.path().join("p");
     fs::create_dir(&pickled).unwrap();
@@ -118,7 +120,7 @@ fn an_index_does_not_leave_its_folder_and_pickles_are_not_opened() {
         if name == "consolidated.00.pth" {
             let error = refused(&pickled);
             assert!(error.contains(&format!("{name}, weights under the names of the publisher's own code")), "{error}");
-            assert!(error.contains("hint: fetch the files in the format of transformers"), "{error}");
+            assert!(error.contains("hint: download the files in transformers format"), "{error}");
         } else {
             errors.push(refused(&pickled));
         }

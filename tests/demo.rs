@@ -1,5 +1,5 @@
 //! `make demo` from its first command to its last, under two instruction sets: the order of methods
-//! that scripts/check-demo.sh requires, and that the README reads from the table, holds under each.
+//! that scripts/check_demo.py requires, and that the README reads from the table, holds under each.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,5 +1,5 @@
-//! scripts/experiments/run.py over the six programs on a tiny model: every method has the same budget, the same seeds give the same
-//! table, and nothing is made twice.
+//! scripts/experiments/run.py with the six programs on a tiny model: all methods have the same
+//! budget, the same seeds give the same table, and nothing is made twice.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,9 +25,10 @@ lora = ["--lr", "1e-2"]
 plus = { rows = 8, p = 20, lr = "1e-4", budget = { probe = 200, backbone = 1600, final = 200 } }
 budget = { probe = 400, backbone = 800, final = 400, fisher = 80, pair = 800 }
 "#;
-/// Probes, backbone and last stage.
+/// Token budget of a method: probes, backbone and last stage.
 const TOTAL: u64 = 3 * 400 + 800 + 400;
-/// Every run of training ends with the batch that reaches its budget; the longest row has 96 tokens.
+/// Possible excess: each training run ends with the batch that reaches its budget, and the longest
+/// row has 96 tokens.
 const SLACK: u64 = 8 * 96;
 
 struct Experiment {
@@ -70,7 +71,7 @@ impl Experiment {
         command
     }
 
-    /// Runs experiments; the table and what was said on the way.
+    /// Runs experiments. Returns the table and the log.
     fn run(&self, names: &[&str], run: &str) -> (String, String) {
         let output = self.command(names, run).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
@@ -103,13 +104,13 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
     }
     assert!(e.path("a/report.html").exists() && e.path("a/masks/copy.safetensors").exists());
 
-    // What is there is used again; what is made elsewhere is the same.
+    // Existing outputs are reused, and a run in another directory gives the same table.
     let (again, said) = e.run(&["reproduce", "forgetting", "schedules"], "a");
     assert_eq!(again, table);
     assert!(!said.contains("steps to run"), "{said}");
     let (elsewhere, _) = e.run(&["reproduce", "--tidy"], "b");
     assert!(table.starts_with(elsewhere.trim_end()), "{elsewhere}\n{table}");
-    // Tidied, no weights are left; they are not made again for what is there, and made again for what is not.
+    // --tidy leaves no weights. They are not remade for existing outputs, but are for missing ones.
     let weights = || {
         let folders = fs::read_dir(e.path("b/store")).unwrap().map(|entry| entry.unwrap().path());
         folders.filter(|path| path.join("model.safetensors").exists()).count()
@@ -119,10 +120,10 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
     assert!(!said.contains("steps to run"), "{said}");
     let (_, said) = e.run(&["stages"], "b");
     assert!(said.contains("] probe-copy-s0-") && said.contains("] fused-s0-") && !said.contains("] mask-"), "{said}");
-    // Three probes, the backbone, the fused model, that of the one stage.
+    // Three probes, the backbone, the fused model and the one-stage model.
     assert_eq!(weights(), 6);
 
-    // Another task's rows concern what is made of them, and nothing else.
+    // Changed rows of a task affect only the outputs made from them.
     let rows = e.path("data/count/train.jsonl");
     let text = fs::read_to_string(&rows).unwrap();
     fs::write(&rows, text.lines().skip(1).map(|line| format!("{line}\n")).collect::<String>()).unwrap();
@@ -131,7 +132,7 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
 }
 
 #[test]
-fn what_cannot_be_used_is_named_and_nothing_is_begun() {
+fn invalid_arguments_are_reported_before_any_work() {
     let e = Experiment::new();
     let refused = |more: &[&str], parts: &[&str]| {
         let output = e.command(&["forgetting"], "c").args(more).output().unwrap();

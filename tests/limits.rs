@@ -1,4 +1,5 @@
-//! Programs that reach a limit of the system, of file handles or of memory: a message, an exit code, and nothing left of an output.
+//! Programs that run out of file handles or memory: they print a message, return an exit code and
+//! leave no partial output.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -8,14 +9,15 @@ use std::process::Command;
 use cpift_testkit::chain::{Chain, Link};
 use cpift_testkit::{Run, Tensor, Tensors, expect_entries, run_command, write_checkpoint};
 
-/// Runs a stage under `limit`, an argument of the shell's `ulimit`, into a folder `limited` that is empty before.
+/// Empties the directory `limited` and runs a stage under `limit`, arguments of the shell's
+/// `ulimit`.
 fn limited(chain: &Chain, link: &Link, limit: &str) -> Run {
     let _ = fs::remove_dir_all(chain.path("limited"));
     fs::create_dir(chain.path("limited")).unwrap();
     let inner = chain.command(link);
     let mut command = Command::new("bash");
     command
-        // Not as the shell itself, so that a signal becomes an exit code.
+        // Without exec, so that the shell turns a signal into an exit code.
         .args(["-c", &format!("ulimit -c 0 {limit} && \"$0\" \"$@\"; exit $?")])
         .arg(inner.get_program())
         .args(inner.get_args());
@@ -23,7 +25,7 @@ fn limited(chain: &Chain, link: &Link, limit: &str) -> Run {
     run_command(command)
 }
 
-/// The stage writing into the folder `limited`.
+/// Returns the stage `name` with its output in the directory `limited`.
 fn into_limited(name: &str) -> Link {
     let mut link = Chain::link(name);
     let last = link.args.iter().rposition(|arg| arg.starts_with("run/")).unwrap();
@@ -38,7 +40,7 @@ fn out_of_file_handles() {
     chain.run_all();
     for name in ["probe copy", "mask copy", "group", "merge", "train", "eval"] {
         let (link, mut failed) = (into_limited(name), 0);
-        // From one too few to start to one that is enough.
+        // From too few to start to enough.
         for handles in 4..64 {
             let ran = limited(&chain, &link, &format!("-n {handles}"));
             let left: Vec<String> = fs::read_dir(chain.path("limited"))
@@ -49,13 +51,13 @@ fn out_of_file_handles() {
                 break;
             }
             failed += 1;
-            // Training leaves its figures and states, for --resume.
+            // Training leaves its metrics and states for --resume.
             assert!(
                 left.iter().all(|n| n.ends_with(".checkpoints")),
                 "{name} with {handles}: {left:?}\n{}",
                 ran.stderr
             );
-            // A panic is none of ours, but what libtorch throws arrives as one.
+            // Exceptions of libtorch arrive as panics.
             let known =
                 ["Too many open files", "out of file handles", "os error 24", "error while loading shared libraries"];
             assert!(known.iter().any(|part| ran.stderr.contains(part)), "{name} with {handles}: {}", ran.stderr);
@@ -95,12 +97,13 @@ fn out_of_memory_in_libtorch() {
     let chain = Chain::default();
     chain.run_all();
     for name in ["probe copy", "train", "eval"] {
-        let (link, mut told, mut succeeded) = (into_limited(name), 0, 0);
+        let (link, mut failed, mut succeeded) = (into_limited(name), 0, 0);
         let version = Link { args: vec!["--version".into()], ..link.clone() };
-        // Up to enough, three times over: what it takes is not the same in each run.
+        // Increase the limit until three runs have succeeded, because the memory a run needs
+        // varies.
         for kib in (300_000..4_000_000).step_by(30_000) {
             let limit = format!("-v {kib}");
-            // Too little to load libtorch.
+            // Skip limits that are too low to load libtorch.
             if limited(&chain, &version, &limit).code != 0 {
                 continue;
             }
@@ -123,8 +126,8 @@ fn out_of_memory_in_libtorch() {
             let left = chain.path("limited").read_dir().unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
             let left: Vec<String> = left.filter(|name| !name.ends_with(".checkpoints")).collect();
             assert!(left.is_empty(), "{name} with {kib} KiB: {left:?}");
-            told += 1;
+            failed += 1;
         }
-        assert!(told > 0 && succeeded == 3, "{name}: {told} times told, {succeeded} times enough");
+        assert!(failed > 0 && succeeded == 3, "{name}: {failed} runs failed, {succeeded} succeeded");
     }
 }

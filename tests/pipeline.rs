@@ -1,5 +1,6 @@
-//! The six programs end to end, chained by scripts/pipeline.mk on a tiny model: what is transplanted and frozen keeps its bits,
-//! a rerun gives the same bytes, and an edited data file reruns what depends on it and nothing else.
+//! The six programs end to end, run by scripts/pipeline.mk on a tiny model. Transplanted and frozen
+//! elements keep their bits, a rerun gives the same bytes, and editing a data file reruns only what
+//! depends on it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,13 +8,17 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
 
-use cpift_core::mask::{Mask, bit, count_ones};
+use cpift_core::format::mask::{Mask, bit, count_ones};
 use cpift_testkit::chain::programs;
 use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
-use cpift_testkit::{Tensors, read_checkpoint};
+use cpift_testkit::{Run, Tensors, read_checkpoint, run_command};
 use serde_json::Value;
 
 const TASKS: [&str; 3] = ["copy", "count", "pick"];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
 
 struct Pipeline {
     dir: tempfile::TempDir,
@@ -31,23 +36,23 @@ impl Pipeline {
         self.dir.path().join(name)
     }
 
-    /// Runs make and returns what it printed: the name of every artifact it made.
+    /// Runs make and returns the names of the artifacts that it made.
     fn make(&self, run: &str) -> Vec<String> {
         self.make_with(run, &[])
     }
 
-    /// As [`Pipeline::make`], with more settings.
+    /// As [`Pipeline::make`], with additional settings.
     fn make_with(&self, run: &str, more: &[&str]) -> Vec<String> {
         let bin = programs();
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
         let output = Command::new("make")
-            .current_dir(root)
+            .current_dir(root())
             .args(["--no-print-directory", "-j2", "-f", "scripts/pipeline.mk", "all"])
             .args([variable("BIN", &bin), variable("BASE", &self.path("base")), variable("RUN", &self.path(run))])
             .arg(variable("TASKS", &self.path("data/tasks.toml")))
             .args(["PROBE_TOKENS=600", "BACKBONE_TOKENS=600", "FINAL_TOKENS=1200", "P=5", "ORDER=overlap"])
-            // Over 1: every task is a group of its own, so that two stages have something to freeze.
+            // With TAU above 1 every task is a group of its own, so that two stages freeze
+            // parameters.
             .args([
                 "METHODS=full-sft multi-stage cpi-ft",
                 "TAU=1.1",
@@ -61,7 +66,7 @@ impl Pipeline {
         let stdout = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "make\n{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
         let made: Vec<(String, String)> = stdout.lines().filter_map(made_line).collect();
-        // Each is counted once, and there are as many as were announced.
+        // Every artifact is counted once, up to the announced total.
         let mut counts: Vec<String> = made.iter().map(|(count, _)| count.clone()).collect();
         counts.sort_by_key(|count| count.split('/').next().unwrap().parse::<usize>().unwrap());
         let expected: Vec<String> = (1..=made.len()).map(|k| format!("{k}/{}", made.len())).collect();
@@ -69,6 +74,13 @@ impl Pipeline {
         let mut made: Vec<String> = made.into_iter().map(|(_, name)| name).collect();
         made.sort();
         made
+    }
+
+    /// Runs `make clean-probes`.
+    fn clean_probes(&self, run: &str) -> Run {
+        let mut command = Command::new(root().join("scripts/clean_probes.py"));
+        command.arg(self.path(run)).env("BIN", programs());
+        run_command(command)
     }
 
     fn read(&self, name: &str) -> Tensors {
@@ -81,7 +93,7 @@ impl Pipeline {
     }
 }
 
-/// Count and name of a line like `[ 3/20] probe-copy    1.2 s`; none where it is of make's own.
+/// Count and name in a line such as `[ 3/20] probe-copy    1.2 s`; none for other lines.
 fn made_line(line: &str) -> Option<(String, String)> {
     let (count, rest) = line.strip_prefix('[')?.split_once("] ")?;
     let [name, seconds, "s"] = rest.split_whitespace().collect::<Vec<_>>()[..] else { panic!("{line}") };
@@ -89,7 +101,7 @@ fn made_line(line: &str) -> Option<(String, String)> {
     Some((count.trim().to_owned(), name.to_owned()))
 }
 
-/// Element `i` of an F32 tensor.
+/// Bytes of element `i` of an F32 tensor.
 fn element<'a>(tensors: &'a Tensors, name: &str, i: usize) -> &'a [u8] {
     &tensors[name].bytes[4 * i..4 * i + 4]
 }
@@ -110,8 +122,8 @@ fn assert_transplanted(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
     assert!(checked > 100, "only {checked} elements are core to one task alone");
 }
 
-/// The last stage froze the cores of the first groups, stage by stage. That they keep their bits from there on is tested in
-/// cpift-train, where the state between stages is at hand.
+/// Asserts that each stage froze the cores of the groups before it. cpift-train's tests check that
+/// these keep their bits, because they have access to the state between stages.
 fn assert_frozen(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
     let order = p.groups();
     let text = fs::read_to_string(p.path("run/cpi-ft/cpift.json")).unwrap();
@@ -129,8 +141,8 @@ fn assert_frozen(p: &Pipeline, masks: &BTreeMap<&str, Mask>) {
     assert_eq!(stages.len(), 3);
 }
 
-/// The last stage of cpi-ft saw the balanced mixture in every stage, that of cpi-ft-group each group's own rows; both from one fused model,
-/// with one budget.
+/// Asserts that cpi-ft trained on the balanced mixture in every stage and cpi-ft-group on the rows
+/// of each group, both from the same fused model and with the same budget.
 fn assert_rows_of_the_last_stages(p: &Pipeline) {
     let of = |name: &str| -> (Value, Vec<u64>, Value) {
         let text = fs::read_to_string(p.path("run").join(name).join("cpift.json")).unwrap();
@@ -177,19 +189,31 @@ fn the_whole_pipeline() {
     assert_frozen(&p, &masks);
     assert_rows_of_the_last_stages(&p);
 
-    assert!(p.make_with("run", &all).is_empty(), "nothing is left to do");
-    // A comma parts the arguments of make's own functions.
+    assert!(p.make_with("run", &all).is_empty(), "everything is up to date");
+    // A comma in the path, because it separates the arguments of make's functions.
     p.make_with("again,here", &all);
     for model in ["probes/copy", "backbone", "fused", "cpi-ft", "cpi-ft-group", "full-sft", "multi-stage"] {
         let bytes = |run: &str| fs::read(p.path(run).join(model).join("model.safetensors")).unwrap();
         assert_eq!(bytes("run"), bytes("again,here"), "{model} is the same on a rerun");
     }
-    fs::remove_dir_all(p.path("run/probes")).unwrap();
-    assert!(p.make_with("run", &all).is_empty(), "probes may go once masks and fused model are made");
+    p.clean_probes("run").ok();
+    assert!(!p.path("run/probes/copy/model.safetensors").exists());
+    assert!(p.make_with("run", &all).is_empty(), "probes are not needed once masks and fused model exist");
+    // A probe is remade for its mask. With the same mask, all that is made from it is up to date.
+    let stamp = |name: &str| -> SystemTime { fs::metadata(p.path(name)).unwrap().modified().unwrap() };
+    let same = ["run/groups.json", "run/fused/model.safetensors", "run/cpi-ft/model.safetensors", "run/table.md"];
+    let before = same.map(stamp);
+    fs::remove_file(p.path("run/masks/pick.safetensors")).unwrap();
+    p.clean_probes("run").expect_code(2).says(&["mask-pick is missing", "probe-pick is still needed"]);
+    let made = p.make_with("run", &all);
+    assert!(["mask-pick", "probe-pick"].iter().all(|name| made.iter().any(|m| m == name)), "{made:?}");
+    assert!(p.path("run/masks/pick.safetensors").exists() && p.path("run/probes/pick/model.safetensors").exists());
+    assert_eq!(same.map(stamp), before);
+    assert!(p.make_with("run", &all).is_empty(), "everything is up to date again");
 }
 
 #[test]
-fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
+fn editing_a_data_file_reruns_only_what_depends_on_it() {
     let p = Pipeline::new();
     let all = p.make("run");
     let stamp = |name: &str| -> SystemTime { fs::metadata(p.path("run").join(name)).unwrap().modified().unwrap() };
@@ -206,7 +230,8 @@ fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
     let expected: Vec<String> = all.into_iter().filter(|m| !spared(m)).collect();
     assert_eq!(made, expected);
     assert_eq!(untouched.iter().map(|n| stamp(n)).collect::<Vec<_>>(), before);
-    // Rows to score on: that task of every model, and what its scores are part of.
+    // Evaluation rows affect the scores of every model on that task, and everything made from these
+    // scores.
     let eval: Vec<Value> = (0..3).map(|i| row(&format!("say w{i}"), &format!("w{i}"))).collect();
     write_rows(&p.path("data/copy/eval.jsonl"), &eval);
     let models = ["base", "cpi-ft", "full-sft", "multi-stage"];
@@ -218,7 +243,7 @@ fn an_edited_data_file_reruns_what_depends_on_it_and_nothing_else() {
 }
 
 #[test]
-fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
+fn cpi_ft_plus_changes_only_core_elements_after_the_mixture() {
     let p = Pipeline::new();
     let made = p.make_with("run", &["METHODS=full-sft capped-mixture cpi-ft-plus", "CAP=8", "PLUS_LR=1e-3"]);
     assert!(
@@ -230,12 +255,11 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
     assert!(!made.iter().any(|m| ["backbone", "fused", "multi-stage", "cpi-ft"].contains(&m.as_str())), "{made:?}");
     let table = fs::read_to_string(p.path("run/table.md")).unwrap();
     assert_eq!(table.lines().filter(|l| l.starts_with('|')).count(), 6, "{table}");
-    // Nothing is fused: the probes may go, and nothing is to be made for that.
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let clean = Command::new(root.join("scripts/clean-probes.sh")).arg(p.path("run")).output().unwrap();
-    assert!(clean.status.success() && !p.path("run/probes").exists(), "{}", String::from_utf8_lossy(&clean.stderr));
+    // Nothing is fused, so the probes can be deleted without anything being remade.
+    p.clean_probes("run").ok();
+    assert!(!p.path("run/probes/copy/model.safetensors").exists());
     assert!(p.make_with("run", &["METHODS=full-sft capped-mixture cpi-ft-plus", "CAP=8", "PLUS_LR=1e-3"]).is_empty());
-    // The table follows what is compared.
+    // The table is remade for another set of methods.
     assert_eq!(p.make_with("run", &["METHODS=full-sft", "CAP=8", "PLUS_LR=1e-3"]), ["report", "table"]);
     assert!(!fs::read_to_string(p.path("run/table.md")).unwrap().contains("cpi-ft-plus"));
     let [before, after] = ["run/mixture", "run/cpi-ft-plus"].map(|folder| p.read(folder));
@@ -253,20 +277,20 @@ fn cpi_ft_plus_moves_cores_alone_after_its_mixture() {
     }
     assert!(moved > 0);
     let record = fs::read_to_string(p.path("run/cpi-ft-plus/cpift.json")).unwrap();
-    assert!(record.contains("only-cores"), "{record}");
-    // The rate of its own counts over that of TRAIN_FLAGS.
+    assert!(record.contains("\"--trainable\""), "{record}");
+    // PLUS_LR overrides the learning rate in TRAIN_FLAGS.
     let metrics = fs::read_to_string(p.path("run/cpi-ft-plus/metrics.jsonl")).unwrap();
     let steps = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let rates: Vec<f64> = steps.filter_map(|step| step["lr"].as_f64()).collect();
     assert!(rates.iter().any(|rate| *rate > 5e-4) && rates.iter().all(|rate| *rate <= 1e-3), "{rates:?}");
 }
 
-/// What would be made without any setting but METHODS: name and command of every artifact.
+/// Returns name and command of every artifact that make would make with `methods` as its only
+/// settings.
 fn planned(p: &Pipeline, methods: &[&str]) -> BTreeMap<String, String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let variable = |key: &str, value: &Path| format!("{key}={}", value.display());
     let output = Command::new("make")
-        .current_dir(root)
+        .current_dir(root())
         .args(["-sn", "--no-print-directory", "-f", "scripts/pipeline.mk", "GRAPH=1", "all"])
         .args([variable("BIN", &programs()), variable("BASE", &p.path("base")), variable("RUN", &p.path("run"))])
         .arg(variable("TASKS", &p.path("data/tasks.toml")))
@@ -276,11 +300,11 @@ fn planned(p: &Pipeline, methods: &[&str]) -> BTreeMap<String, String> {
         .unwrap();
     let lines = String::from_utf8(output.stdout).unwrap();
     let parts = |line: &str| line.split('\t').map(str::to_owned).collect::<Vec<_>>();
-    lines.lines().map(parts).filter(|p| p.len() == 4).map(|p| (p[0].clone(), p[3].clone())).collect()
+    lines.lines().map(parts).filter(|p| p.len() == 2).map(|p| (p[0].clone(), p[1].clone())).collect()
 }
 
 #[test]
-fn the_default_is_what_did_best_and_the_published_method_is_one_setting_away() {
+fn defaults_are_the_best_method_and_one_setting_selects_the_published_one() {
     let p = Pipeline::new();
     let default = planned(&p, &[]);
     let says = |plan: &BTreeMap<String, String>, name: &str, parts: &[&str]| {
@@ -288,14 +312,14 @@ fn the_default_is_what_did_best_and_the_published_method_is_one_setting_away() {
         assert!(parts.iter().all(|part| format!("{command} ").contains(&format!("{part} "))), "{parts:?} in {command}");
     };
     assert!(!default.contains_key("cpi-ft") && !default.contains_key("multi-stage"), "{default:?}");
-    // The same for every method: three probes, the mixture and the last stage.
+    // The same budget for every method: three probes, the mixture and the last stage.
     says(&default, "full-sft", &["--tokens 1540000"]);
     says(&default, "capped-mixture", &["--tokens 1540000", "--sample 1000"]);
     says(&default, "probe-pick", &["--tokens 30000"]);
     says(&default, "mixture", &["--tokens 1300000", "--sample 1000"]);
-    let rate = planned(&p, &["TRAIN_FLAGS=--x  --learning-rate=\"3e-4\" --y"]);
-    says(&rate, "cpi-ft-plus", &["--lr 0.0001"]);
-    says(&default, "cpi-ft-plus", &["--tokens 150000", "--sample 1000", "--train only-cores", "--lr 6.7e-06"]);
+    let rate = planned(&p, &["PLUS_LR=1e-4"]);
+    says(&rate, "cpi-ft-plus", &["--lr 1e-4"]);
+    says(&default, "cpi-ft-plus", &["--tokens 150000", "--sample 1000", "--trainable cores", "--lr-scale 0.333"]);
     says(&default, "mask-pick", &["--percent 20"]);
     says(&default, "groups", &["--tau auto"]);
     says(&default, "score-cpi-ft-plus.pick", &["--only pick"]);

@@ -1,5 +1,5 @@
-//! What an output was made from: `--if-stale` makes again what has changed and nothing else, and inputs that were made from others than
-//! those they are used with are refused.
+//! Provenance: `--skip-up-to-date` remakes only what a change affects, and inputs that were made
+//! from other files than those they are used with are refused.
 
 use std::fs;
 use std::time::{Duration, Instant, SystemTime};
@@ -7,14 +7,14 @@ use std::time::{Duration, Instant, SystemTime};
 use cpift_testkit::chain::{Chain, Link, TASKS};
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
 
-/// Runs all stages and returns the names of those that made something.
+/// Runs all commands and returns the names of those that were not up to date.
 fn made(chain: &Chain, links: &[Link]) -> Vec<String> {
     let ran = |link: &Link| !chain.run(link, [""; 0]).ok().stderr.contains("up to date");
     links.iter().filter(|link| ran(link)).map(|link| link.name.clone()).collect()
 }
 
 #[test]
-fn what_has_changed_is_made_again_and_nothing_else() {
+fn only_what_a_change_affects_is_remade() {
     let (chain, links) = (Chain::default(), Chain::links(""));
     let all: Vec<String> = links.iter().map(|link| link.name.clone()).collect();
     assert_eq!(made(&chain, &links), all);
@@ -22,12 +22,15 @@ fn what_has_changed_is_made_again_and_nothing_else() {
     let untouched = ["run/probes/count/cpift.json", "run/masks/pick.safetensors"];
     let before = untouched.map(stamp);
     assert!(made(&chain, &links).is_empty());
-    // Data of a task: its probe, its mask, and what all masks are made into.
+    // Training data of a task: its probe, its mask and everything made from all masks.
     write_rows(
         &chain.path("data/copy/train.jsonl"),
         &(0..9).map(|i| row(&format!("say v{i}"), &format!("v{i}"))).collect::<Vec<_>>(),
     );
-    chain.run(&links[0], [""; 0]).ok().says(&["run/probes/copy: to be made: the input train", "data/copy/train.jsonl"]);
+    chain
+        .run(&links[0], [""; 0])
+        .ok()
+        .says(&["run/probes/copy: must be made: input train has changed: ", "data/copy/train.jsonl"]);
     assert_eq!(made(&chain, &links), ["mask copy", "group", "merge", "train", "eval"]);
     // Rows that only the evaluation reads.
     write_rows(
@@ -36,26 +39,26 @@ fn what_has_changed_is_made_again_and_nothing_else() {
     );
     assert_eq!(made(&chain, &links), ["eval"]);
     assert_eq!(untouched.map(stamp), before);
-    // An argument; one that changes nothing about the output.
+    // An argument that affects the output, and one that does not.
     let group = &links[6];
     let sweep = Link { args: group.args.iter().map(|a| a.replace("1.1", "1.2")).collect(), ..group.clone() };
-    chain.run(&sweep, [""; 0]).ok().says(&["run/groups.json: to be made: it was made with other arguments"]);
+    chain.run(&sweep, [""; 0]).ok().says(&["run/groups.json: must be made: argument: --tau 1.1, now --tau 1.2"]);
     chain.run(&sweep, ["--json", "--force"]).ok().says(&["up to date"]);
     chain.run(group, [""; 0]).ok();
-    // Outputs that are damaged, or in part gone.
+    // Damaged and partly deleted outputs.
     fs::remove_file(chain.path("run/groups.svg")).unwrap();
-    chain.run(group, [""; 0]).ok().says(&["run/groups.svg is not there"]);
+    chain.run(group, [""; 0]).ok().says(&["run/groups.svg does not exist"]);
     let mut weights = fs::read(chain.path("run/fused/model.safetensors")).unwrap();
     *weights.last_mut().unwrap() ^= 1;
     fs::write(chain.path("run/fused/model.safetensors"), weights).unwrap();
-    chain.run(&links[7], [""; 0]).ok().says(&["run/fused: to be made: it is not what", "cpift.json records"]);
+    chain.run(&links[7], [""; 0]).ok().says(&["run/fused: must be made: it is not what", "cpift.json records"]);
     fs::remove_file(chain.path("run/masks/copy.safetensors.cpift.json")).unwrap();
     chain.run(&links[3], [""; 0]).ok().says(&["it has no record"]);
-    assert!(made(&chain, &links).is_empty(), "what was made again is what it was");
+    assert!(made(&chain, &links).is_empty(), "remade outputs are unchanged");
 }
 
 #[test]
-fn an_element_of_an_array_is_the_task_it_was_made_for() {
+fn an_array_element_is_up_to_date_only_for_its_own_task() {
     let chain = Chain::default();
     let mut probe = Chain::link("probe copy");
     probe.args.retain(|arg| arg != "--task" && arg != "copy");
@@ -66,7 +69,7 @@ fn an_element_of_an_array_is_the_task_it_was_made_for() {
     };
     element("0");
     element("0").says(&["up to date"]);
-    element("1").says(&["to be made: its task is not count"]);
+    element("1").says(&["must be made: its task is not count"]);
 }
 
 #[test]
@@ -94,14 +97,14 @@ fn inputs_that_do_not_belong_together_are_refused() {
         &["run/probes/copy: made from another base than other", "expected: digest", "found: digest"],
     );
     assert!(!chain.path("run/other").exists());
-    // Probes of another base; a probe and a mask that is not its own.
+    // A probe of another base, and a mask with the wrong probe.
     let probe = [("base", "other"), ("run/probes/copy", "run/others/copy")];
     chain.run(&instead("probe copy", &probe), [""; 0]).ok();
     let parts = ["run/others/copy: made from another base than base", "expected: digest", "(other when it was made)"];
     refused("merge", &[("copy=run/probes/copy", "copy=run/others/copy")], &parts);
     let parts = ["run/masks/copy.safetensors: extracted from another checkpoint than run/probes/pick"];
     refused("merge", &[("copy=run/probes/copy", "copy=run/probes/pick")], &parts);
-    // Masks of another base among the others; groups of other masks.
+    // A mask of another base among the others, and groups of other masks.
     chain
         .run(
             &instead("mask copy", &[("base", "other"), ("run/probes", "run/others"), ("run/masks", "run/other")]),
@@ -116,7 +119,7 @@ fn inputs_that_do_not_belong_together_are_refused() {
     let parts = ["run/six/", ".safetensors: not the mask of ", "that run/groups.json was made from"];
     refused("merge", &[("run/masks", "run/six")], &parts);
     refused("train", &[("run/masks", "run/six")], &parts);
-    // A fused model of other masks.
+    // A fused model made with other masks.
     chain.run(&instead("group", &[("run/masks", "run/six"), ("groups.json", "six.json")]), [""; 0]).ok();
     let parts = ["run/fused: made from another mask of copy than run/six/copy.safetensors"];
     refused("train", &[("run/masks", "run/six"), ("groups.json", "six.json")], &parts);
@@ -127,7 +130,7 @@ fn a_state_of_another_base_is_refused() {
     let chain = Chain::default();
     write_tiny_model(&chain.path("other"), 2);
     let mut probe = Chain::link("probe copy");
-    probe.args.retain(|arg| arg != "--if-stale");
+    probe.args.retain(|arg| arg != "--skip-up-to-date");
     probe.args.iter_mut().filter(|arg| *arg == "8").for_each(|arg| "100000".clone_into(arg));
     let mut child = chain.command(&probe).spawn().unwrap();
     let start = Instant::now();

@@ -1,6 +1,7 @@
-//! Stages killed by SIGKILL at random moments and run again as they were: the end is that of a quiet run, byte for byte.
+//! Stages that are killed by SIGKILL at random moments and rerun give the same bytes as an
+//! undisturbed run.
 //!
-//! KILLS= says how many; `make storm` has more than what runs here without it.
+//! KILLS sets the number of kills (default 10); `make storm` uses more.
 
 use std::fs;
 use std::process::Stdio;
@@ -9,14 +10,15 @@ use std::time::{Duration, Instant};
 use cpift_testkit::Numbers;
 use cpift_testkit::chain::{Chain, Link};
 
-/// A chain whose stages are killed.
+/// Chain whose stages are killed.
 struct Storm {
     chain: Chain,
     numbers: Numbers,
 }
 
 impl Storm {
-    /// Starts a stage and kills it at a random moment of `whole`, how long it takes; whether it was still running.
+    /// Starts a stage and kills it at a random moment within `whole`, its usual duration. Returns
+    /// true if it was still running.
     fn killed(&mut self, link: &Link, whole: Duration) -> bool {
         let mut child = self.chain.command(link).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         std::thread::sleep(whole.mul_f64(f64::from(self.numbers.unit().abs())));
@@ -26,7 +28,7 @@ impl Storm {
         status.code().is_none()
     }
 
-    /// Kills a stage `kills` times, starting afresh where it was quicker, and lets it come to its end.
+    /// Kills a stage `kills` times, starting again if it finished first, and then lets it finish.
     fn through(&mut self, link: &Link, kills: usize, whole: Duration) {
         let mut done = 0;
         while done < kills {
@@ -40,7 +42,7 @@ impl Storm {
 
 #[test]
 fn killed_at_random_moments_of_all_stages() {
-    let kills: usize = std::env::var("KILLS").map_or(10, |text| text.parse().expect("KILLS is a number"));
+    let kills: usize = std::env::var("KILLS").map_or(10, |text| text.parse().expect("KILLS must be a number"));
     let quiet = Chain::default();
     let timed = |link: &Link| {
         let start = Instant::now();
@@ -50,7 +52,8 @@ fn killed_at_random_moments_of_all_stages() {
     let links = Chain::links("");
     let took: Vec<Duration> = links.iter().map(timed).collect();
     let mut storm = Storm { chain: Chain::default(), numbers: Numbers(kills as u64) };
-    // Every stage has its share; where there are fewer kills than runs, another seed gives others theirs.
+    // Distribute the kills over the stages; with fewer kills than stages, another number of kills
+    // selects other stages.
     let shares = |i: usize| kills / links.len() + usize::from((i * 7 + kills) % links.len() < kills % links.len());
     for (i, (link, whole)) in links.iter().zip(&took).enumerate() {
         storm.through(link, shares(i), *whole);

@@ -1,4 +1,5 @@
-//! Two runs that write one output at the same time; and runs under another clock, language, folder and number of threads.
+//! Two runs that write the same output at the same time, and runs with other time zones, locales,
+//! directories and thread counts.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +11,7 @@ use serde_json::Value;
 
 const ROUNDS: usize = 50;
 
-/// A stage and what in its arguments the second of two runs has otherwise.
+/// Stages and the argument value that differs between the two runs, in the first and in the second.
 const RIVALS: [(&str, &str, &str); 3] = [("mask copy", "5", "7"), ("group", "1.1", "0.01"), ("merge", "cpi", "cpi")];
 
 fn start(chain: &Chain, link: &Link, more: &[&str]) -> Child {
@@ -19,10 +20,10 @@ fn start(chain: &Chain, link: &Link, more: &[&str]) -> Child {
     command.spawn().unwrap()
 }
 
-/// The second argument list of a pair of rivals, without `--if-stale`, writing to a folder of their own.
+/// Returns the two commands, without `--skip-up-to-date`, writing to a separate directory.
 fn rivals((name, old, new): (&str, &str, &str)) -> [Link; 2] {
     let mut first = Chain::link(name);
-    first.args.retain(|arg| arg != "--if-stale");
+    first.args.retain(|arg| arg != "--skip-up-to-date");
     let last = first.args.last_mut().unwrap();
     *last = last.replace("run/", "rivals/");
     first.out = last.clone();
@@ -34,7 +35,7 @@ fn rivals((name, old, new): (&str, &str, &str)) -> [Link; 2] {
     [first, second]
 }
 
-/// The bytes of what a stage makes.
+/// Bytes of the output of a stage.
 fn bytes(out: &Path) -> Vec<u8> {
     fs::read(if out.is_dir() { out.join("model.safetensors") } else { out.to_owned() }).unwrap()
 }
@@ -46,13 +47,13 @@ fn record(out: &Path) -> Value {
 }
 
 #[test]
-fn of_two_writers_one_wins_whole_and_the_other_says_so() {
+fn of_two_concurrent_writers_one_wins_and_the_other_reports_it() {
     let chain = Chain::default();
     Chain::links("").iter().take(7).for_each(|link| drop(chain.run(link, [""; 0]).ok()));
     let pairs = RIVALS.map(rivals);
     let folder = chain.path("rivals");
     let clear = || drop(fs::remove_dir_all(&folder));
-    // What each of the rivals makes alone, and all that is there then.
+    // Output of each command when it runs alone.
     let alone = |link: &Link| {
         chain.run(link, [""; 0]).ok();
         let found = bytes(&chain.path(&link.out));
@@ -73,14 +74,15 @@ fn of_two_writers_one_wins_whole_and_the_other_says_so() {
             .collect();
         let out = chain.path(&links[0].out);
         let content = bytes(&out);
-        let winner = alone.iter().position(|known| *known == content).expect("the output is one of the two, whole");
+        let winner =
+            alone.iter().position(|known| *known == content).expect("the output is that of one of the two runs");
         let arguments = record(&out)["arguments"].as_array().unwrap().clone();
         let mut own = links[winner].args.iter().zip(&arguments);
-        assert!(own.all(|(own, recorded)| recorded == own), "the record is the other's");
+        assert!(own.all(|(own, recorded)| recorded == own), "the record is from the other run");
         assert_eq!(ended[winner].status.code(), Some(0));
         let said = String::from_utf8_lossy(&ended[1 - winner].stderr).into_owned();
         match ended[1 - winner].status.code() {
-            // It came first, or was quicker, and has been replaced as it was asked for.
+            // It finished first, and --force then replaced its output.
             Some(0) => assert!(force, "round {round}: {said}"),
             code => {
                 assert_eq!(code, Some(3), "{said}");
@@ -96,15 +98,16 @@ fn of_two_writers_one_wins_whole_and_the_other_says_so() {
         assert!(!names.iter().any(|name| name.contains(".partial")), "{names:?}");
         clear();
     }
-    assert!(refused >= ROUNDS / 2, "only {refused} were told of the other");
+    assert!(refused >= ROUNDS / 2, "only {refused} runs reported the other");
     expect_entries(chain.root(), &["base", "data", "run"]);
 }
 
 #[test]
-fn clock_language_folder_and_threads_change_nothing() {
+fn time_zone_locale_directory_and_threads_do_not_change_the_output() {
     let (plain, other) = (Chain::default(), Chain::default());
     plain.run_all();
-    // The same places under other names: what is recorded of them is the same.
+    // The same relative paths in another directory, with other time zones, locales and thread
+    // counts.
     for (i, link) in Chain::links("").iter().enumerate() {
         let libtorch = ["probe", "train", "eval"].iter().any(|name| link.name.starts_with(name));
         let threads = if libtorch || i % 2 == 1 { "3" } else { "1" };

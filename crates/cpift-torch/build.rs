@@ -1,4 +1,4 @@
-//! Compiles the C++ layer over libtorch (shim/shim.cpp), beside the libtorch that torch-sys found.
+//! Compiles the C++ layer over libtorch (shim/) against the libtorch that torch-sys found.
 
 use std::{env, path::PathBuf};
 
@@ -22,7 +22,7 @@ fn main() {
     }
 }
 
-/// The .cpp files of shim/, by name.
+/// The .cpp files of shim/, sorted by name.
 fn sources() -> Vec<PathBuf> {
     let entries = std::fs::read_dir("shim").expect("shim/ is beside this file");
     let mut files: Vec<PathBuf> = entries.map(|e| e.expect("a folder entry").path()).collect();

@@ -18,8 +18,8 @@ class Lab:
 
     # The stages.
 
-    def train(self, name, model, tokens, *more, tasks=None):
-        return Step(self.store, name, "cpift-train", "run", "--model", model, "--tasks", self.tasks.part("train", tasks),
+    def train(self, name, model, tokens, *more):
+        return Step(self.store, name, "cpift-train", "run", "--model", model, "--tasks", self.tasks,
                     "--tokens", tokens, "--seed", self.seed, *self.flags(more), *more)
 
     def flags(self, more):
@@ -31,7 +31,7 @@ class Lab:
         """With `fisher`, squared gradients are taken after a training that is shorter by as many tokens."""
         fisher_flags, cost = self.suite["fisher"], self.budget["fisher"]
         return Step(self.store, f"probe-{task}-s{self.seed}", "cpift-probe", "--base", self.base, "--tasks",
-                    self.tasks.part("train", [task]), "--task", task, "--tokens", self.budget["probe"] - fisher * cost,
+                    self.tasks, "--task", task, "--tokens", self.budget["probe"] - fisher * cost,
                     "--seed", self.seed, *self.suite["train"], *(fisher_flags if fisher else []))
 
     def mask(self, task, p=None, exclude=None, score="magnitude", fisher=False):
@@ -63,9 +63,9 @@ class Lab:
         return Step(self.store, f"groups-s{self.seed}", "cpift-group", *self.mask_arguments(masks), "--seed", self.seed,
                     "--order", order, "--tau", self.suite["tau"], *more, suffix=".json")
 
-    def staged(self, name, groups, tokens, *more, model=None, tasks=None):
+    def staged(self, name, groups, tokens, *more, model=None):
         """Plain training through the groups."""
-        return self.train(name, model or self.base, tokens, "--groups", groups, "--no-freeze", *more, tasks=tasks)
+        return self.train(name, model or self.base, tokens, "--groups", groups, "--no-freeze", *more)
 
     def fused(self, masks, groups, backbone, *more, fisher=False):
         tasks = [part for name in self.tasks.names for part in ("--task", Named(name, self.probe(name, fisher)))]
@@ -73,9 +73,9 @@ class Lab:
         arguments += ["--backbone", backbone] if backbone is not self.base else []
         return Step(self.store, f"fused-s{self.seed}", "cpift-merge", *arguments, *more)
 
-    def isolated(self, name, model, masks, groups, tokens, *more, tasks=None):
+    def isolated(self, name, model, masks, groups, tokens, *more):
         """Stages in which earlier cores are frozen."""
-        return self.train(name, model, tokens, "--base", self.base, "--groups", groups, *self.mask_arguments(masks), *more, tasks=tasks)
+        return self.train(name, model, tokens, "--base", self.base, "--groups", groups, *self.mask_arguments(masks), *more)
 
     # The methods.
 
@@ -84,7 +84,7 @@ class Lab:
 
     def multi_stage(self, partition):
         more = ["--partition", "random", "--groups", 3] if partition == "random" else \
-            ["--partition", "kind", "--tasks", self.tasks.kinds()]
+            ["--partition", "kind", "--tasks", self.tasks]
         groups = self.groups(self.masks(), *more, order="random")
         return self.staged(f"multi-stage-{partition}-s{self.seed}", groups, self.total)
 
@@ -127,7 +127,7 @@ class Lab:
         """EPI: stages in which what matters most to earlier tasks is protected, found again as training goes on."""
         groups = self.groups(self.masks())
         tokens = self.budget["backbone"] + self.budget["final"]
-        return self.train(f"epi-s{self.seed}", self.base, tokens, "--groups", groups, "--isolation", "evolving",
+        return self.train(f"epi-s{self.seed}", self.base, tokens, "--groups", groups, "--isolation", "dynamic",
                           *self.suite.get("epi", []))
 
     def own_cores(self, tensors=False):
@@ -136,7 +136,7 @@ class Lab:
         core = {task: self.tensor_mask(task) for task in self.tasks.names} if tensors else self.masks(p=self.suite["own_p"])
         groups = self.groups(core, "--partition", "like", "--like", self.groups(self.masks(fisher=tensors)))
         name, tokens = "trace" if tensors else "own-cores", self.budget["backbone"] + self.budget["final"]
-        return self.isolated(f"{name}-s{self.seed}", self.base, core, groups, tokens, "--train", "only-cores", "--sample", "all")
+        return self.isolated(f"{name}-s{self.seed}", self.base, core, groups, tokens, "--trainable", "cores", "--sample", "all")
 
     def tensor_mask(self, task):
         probe = self.probe(task, fisher=True)
@@ -150,7 +150,7 @@ class Lab:
         sample, core = ["--sample", plus["rows"]], lab.masks(p=plus["p"])
         groups = lab.groups(core, "--partition", "like", "--like", lab.groups(lab.masks()))
         mixture = lab.train(f"mixture-s{self.seed}", lab.base, lab.budget["backbone"], *sample)
-        return lab.isolated(f"plus-s{self.seed}", mixture, core, groups, lab.budget["final"], "--train", "only-cores", *sample,
+        return lab.isolated(f"plus-s{self.seed}", mixture, core, groups, lab.budget["final"], "--trainable", "cores", *sample,
                             "--lr", plus["lr"])
 
     def capped(self):
@@ -162,39 +162,39 @@ class Lab:
     def pair(self, a, b, how):
         """The model after `a` alone, and the one after `a` and then `b` by a method; both tasks get as many tokens."""
         tokens, stem = self.budget["pair"], f"{a}-{b}-s{self.seed}"
-        first = self.train(f"then-{a}-s{self.seed}", self.base, tokens, "--only", a, tasks=[a])
+        first = self.train(f"then-{a}-s{self.seed}", self.base, tokens, "--only", a)
         masks = {task: self.mask(task) for task in (a, b)}
         edges = Written(self.store, f"edges-{a}-{b}.toml", f'[[edge]]\nbefore = "{a}"\nafter = "{b}"\n')
         groups = Step(self.store, f"groups-{stem}", "cpift-group", *self.mask_arguments(masks), "--tau", 2, "--order", "dependency",
                       "--edges", edges, suffix=".json")
         rest = 2 * (tokens - self.budget["probe"])
         if how == "full-sft":
-            return first, self.staged(f"then-{stem}", groups, 2 * tokens, tasks=[a, b])
+            return first, self.staged(f"then-{stem}", groups, 2 * tokens)
         # A little of the first task's rows again.
         again = ["--replay", 0.05] if how.endswith("replay") else []
         if how == "replay":
-            return first, self.staged(f"then-replay-{stem}", groups, 2 * tokens, *again, tasks=[a, b])
+            return first, self.staged(f"then-replay-{stem}", groups, 2 * tokens, *again)
         if how.startswith("epi"):
-            flags = ["--groups", groups, "--isolation", "evolving", "--sample", "all", *self.suite.get("epi", []), *again]
-            return first, self.train(f"then-{how}-{stem}", self.base, 2 * tokens, *flags, tasks=[a, b])
+            flags = ["--groups", groups, "--isolation", "dynamic", "--sample", "all", *self.suite.get("epi", []), *again]
+            return first, self.train(f"then-{how}-{stem}", self.base, 2 * tokens, *flags)
         if how.startswith("freeze"):
             more = ["--sample", "all", "--stage-data", "group", *again]
-            return first, self.isolated(f"then-{how}-{stem}", self.base, masks, groups, rest, *more, tasks=[a, b])
+            return first, self.isolated(f"then-{how}-{stem}", self.base, masks, groups, rest, *more)
         if how.startswith("own-cores"):
             masks = {task: self.mask(task, p=self.suite["own_p"]) for task in (a, b)}
             groups = Step(self.store, f"groups-own-{stem}", "cpift-group", *self.mask_arguments(masks), "--tau", 2, "--order",
                           "dependency", "--edges", edges, suffix=".json")
-            more = ["--train", "only-cores", "--sample", "all", *again]
-            return first, self.isolated(f"then-{how}-{stem}", self.base, masks, groups, rest, *more, tasks=[a, b])
-        backbone = self.staged(f"then-backbone-{stem}", groups, rest // 2, tasks=[a, b])
+            more = ["--trainable", "cores", "--sample", "all", *again]
+            return first, self.isolated(f"then-{how}-{stem}", self.base, masks, groups, rest, *more)
+        backbone = self.staged(f"then-backbone-{stem}", groups, rest // 2)
         names = [part for task in (a, b) for part in ("--task", Named(task, self.probe(task)))]
         fused = Step(self.store, f"then-fused-{stem}", "cpift-merge", "cpi", "--base", self.base, "--groups", groups, *names,
                      *self.mask_arguments(masks), "--backbone", backbone)
         data = "group" if how.endswith("group") else "mixed"
-        return first, self.isolated(f"then-{how}-{stem}", fused, masks, groups, rest - rest // 2, "--stage-data", data, tasks=[a, b])
+        return first, self.isolated(f"then-{how}-{stem}", fused, masks, groups, rest - rest // 2, "--stage-data", data)
 
     def scores(self, model, tasks=None):
         """The evaluation of a model, or of the base."""
         name = model.name if isinstance(model, Step) else "base"
         return Step(self.store, f"score-{name}", "cpift-eval", "run", "--model", model, "--tasks",
-                    (tasks or self.tasks).part("eval"), *self.suite["eval"])
+                    tasks or self.tasks, *self.suite["eval"])

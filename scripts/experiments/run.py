@@ -40,6 +40,7 @@ def parse():
     parser.add_argument("--dev", action="store_true", help="score on the rows to tune on, not on the evaluation rows")
     parser.add_argument("--tidy", action="store_true",
                         help="remove weights once everything made of them is there: less disk; another experiment makes them again")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps that are not up to date, and run none")
     parser.add_argument("--pair", action="append", metavar="A,B", help="forgetting: this ordered pair only; may be repeated")
     return parser.parse_args()
 
@@ -119,6 +120,9 @@ def main():
     for name in args.experiment:
         setting = experiments.Setting(store, suite, tasks, list(seeds), args)
         experiment = experiments.ALL[name](setting)
+        if args.dry_run:
+            print("\n".join(step.path.name for step in store.due(store.ordered(experiment.steps()))))
+            continue
         store.make(experiment.steps())
         file = folder / f"{name}.json"
         text = json.dumps(experiment.json(name, lambda step: relative(step, args.run)), indent=1, ensure_ascii=False)
@@ -128,7 +132,8 @@ def main():
         show(args, file)
         if name == "reproduce":
             show_in_report(setting.labs()[0], experiment, args.run)
-    report(args)
+    if not args.dry_run:
+        report(args)
 
 
 if __name__ == "__main__":

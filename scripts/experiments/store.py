@@ -1,23 +1,20 @@
-"""A store of what the programs make, by what it is made from: a step that was run before, for any experiment, is not run again.
+"""A store of what the programs make: experiments share steps, and a step runs only if `cpift-STAGE up-to-date` says so.
 
-A [`Step`] is one call of one program that makes one file or folder. Its key is a digest of the program, its version, its arguments and
-the keys of its inputs; a file that no step makes counts by its content. The output lies at STORE/NAME-KEY and is there whole or not
-at all, as every output of the programs is.
+A [`Step`] is one call of one program that makes one file or directory, at STORE/NAME-KEY. The key is a digest of the program, its
+arguments and the keys of its inputs, so that different calls do not share a place; the record in the output (cpift.json) says whether
+it is up to date. Outputs are there whole or not at all, as every output of the programs is.
 """
 
 import concurrent.futures as futures
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-
-# In a folder whose weights were removed once nothing needed them.
-EMPTIED = "emptied"
 
 
 class Failed(Exception):
@@ -29,13 +26,13 @@ def digest(text):
 
 
 class Source:
-    """A file or folder that no step makes."""
+    """A file or directory that no step makes."""
 
     def __init__(self, path):
         self.path = Path(path)
-        files = sorted(p for p in self.path.rglob("*") if p.is_file()) if self.path.is_dir() else [self.path]
-        parts = [f"{f.relative_to(self.path.parent)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files]
-        self.key = digest("\n".join(parts))
+        if not self.path.exists():
+            raise FileNotFoundError(2, "no such file", str(self.path))
+        self.key = digest(str(self.path.resolve()))
 
     def inputs(self):
         return []
@@ -58,19 +55,19 @@ class Named:
 
 
 class Inside:
-    """A file or folder in the output of a step."""
+    """A file or directory in the output of a step."""
 
     def __init__(self, step, name):
         self.step, self.key, self.path = step, f"{step.key}/{name}", step.path / name
 
 
 class Step:
-    """One call of a program. `arguments` are texts, inputs, and [`Named`] inputs; `suffix` is that of a file, empty for a folder."""
+    """One call of a program. `arguments` are texts, inputs, and [`Named`] inputs; `suffix` is that of a file, empty for a directory."""
 
-    def __init__(self, store, name, program, *arguments, suffix="", out="--out"):
-        self.store, self.name, self.program, self.out = store, name, program, out
+    def __init__(self, store, name, program, *arguments, suffix=""):
+        self.store, self.name, self.program = store, name, program
         self.arguments = [a for a in arguments if a is not None]
-        self.key = digest(json.dumps([program, store.version(program), [self.code(a) for a in self.arguments]]))
+        self.key = digest(json.dumps([program, [self.code(a) for a in self.arguments]]))
         self.path = store.folder / f"{name}-{self.key}{suffix}"
 
     @staticmethod
@@ -91,27 +88,24 @@ class Step:
         return [v for v in values if isinstance(v, Step)]
 
     def command(self):
-        return [self.program, *map(self.text, self.arguments), self.out, str(self.path)]
-
-    def done(self):
-        return self.path.exists() and not (self.path / EMPTIED).exists()
+        return [str(self.store.bin / self.program), *map(self.text, self.arguments), "--out", str(self.path)]
 
     def empty(self):
-        """Removes the weights; what was written about them stays."""
-        weights = list(self.path.rglob("*.safetensors")) if self.path.is_dir() and self.program else []
-        if weights:
-            (self.path / EMPTIED).touch()
-        for file in weights:
+        """Removes the weights; their record stays."""
+        for file in self.path.rglob("*.safetensors") if self.path.is_dir() and self.program else []:
             file.unlink()
 
-    def facts(self):
-        """What the program wrote of the run, from cpift.json."""
+    def record(self):
+        """The record of the run, cpift.json."""
         beside = self.path / "cpift.json" if self.path.is_dir() else self.path.with_name(self.path.name + ".cpift.json")
-        return json.loads(beside.read_text())["facts"]
+        return json.loads(beside.read_text())
+
+    def facts(self):
+        return self.record()["facts"]
 
 
 class Gathered(Step):
-    """A folder in which the outputs of steps lie under names."""
+    """A directory in which the outputs of steps lie under names."""
 
     def __init__(self, store, name, parts):
         self.store, self.name, self.program, self.arguments, self.parts = store, name, None, [], parts
@@ -122,74 +116,90 @@ class Gathered(Step):
         return list(self.parts.values())
 
     def gather(self):
-        staged = self.path.with_name(self.path.name + ".part")
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        for name, step in self.parts.items():
-            (staged / name).symlink_to(step.path.resolve())
-        staged.rename(self.path)
+        if not self.path.exists():
+            staged = self.path.with_name(self.path.name + ".part")
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir()
+            for name, step in self.parts.items():
+                (staged / name).symlink_to(step.path.resolve())
+            staged.rename(self.path)
 
 
 class Store:
-    """Where outputs lie, and how programs are run."""
+    """Where outputs lie, and how programs run."""
 
     def __init__(self, folder, bin_folder, jobs=2, threads=1, tidy=False):
         self.folder, self.bin, self.jobs, self.threads, self.tidy = Path(folder), Path(bin_folder), jobs, threads, tidy
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        self.versions = {}
 
-    def version(self, program):
-        if program not in self.versions:
-            found = subprocess.run([self.bin / program, "--version"], capture_output=True, text=True, check=False)
-            if found.returncode != 0:
-                raise Failed(f"{self.bin / program}: does not start: {found.stderr.strip()}")
-            self.versions[program] = found.stdout.strip()
-        return self.versions[program]
+    def due(self, steps):
+        """Those of `steps` (each after its inputs) that must run, by the rule that all programs share."""
+        lines = []
+        for step in (s for s in steps if s.program):
+            gathered = [part for made in step.inputs() if not made.program for part in made.inputs()]
+            lines.append("\t".join([step.key, shlex.join(step.command()), *(str(part.path) for part in gathered)]))
+        found = subprocess.run([self.bin / "cpift-mask", "up-to-date", "--due"], input="\n".join(lines), capture_output=True, text=True,
+                               check=False)
+        if found.returncode != 0:
+            raise Failed(f"{self.bin / 'cpift-mask'}: {found.stderr.strip()}")
+        keys = set(found.stdout.split())
+        return [step for step in steps if step.key in keys]
 
-    def make(self, steps):
-        """Runs what is missing of `steps` and of what they need, `jobs` at a time."""
-        wanted, order = {}, []
+    @staticmethod
+    def ordered(steps):
+        """`steps` and all they need, each after its inputs."""
+        order = {}
 
         def visit(step):
-            if step.key not in wanted and not step.done():
-                wanted[step.key] = step
+            if step.key not in order:
                 for other in step.inputs():
                     visit(other)
-                order.append(step)
+                order[step.key] = step
 
         for step in steps:
             visit(step)
-        if order:
-            print(f"{len(order)} steps to run, {self.jobs} at a time", file=sys.stderr, flush=True)
-        self.run_all(order, wanted)
+        return list(order.values())
 
-    def run_all(self, order, wanted):
-        waiting, running, count = list(order), {}, 0
+    def make(self, steps):
+        """Runs what is due of `steps` and of what they need, `jobs` at a time."""
+        order = self.ordered(steps)
+        for step in order:
+            if isinstance(step, Gathered):
+                step.gather()
+        due = self.due(order)
+        if due:
+            print(f"{len(due)} steps to run, {self.jobs} at a time", file=sys.stderr, flush=True)
+        self.run_all(due)
+
+    def run_all(self, due):
+        open_keys = {step.key for step in due}
+
+        def waits(step):
+            made = step.inputs()
+            made = made + [part for other in made if not other.program for part in other.inputs()]
+            return any(other.key in open_keys for other in made)
+
+        waiting, running, count = list(due), {}, 0
         with futures.ThreadPoolExecutor(self.jobs) as pool:
             while waiting or running:
-                ready = [s for s in waiting if not any(i.key in wanted for i in s.inputs())]
+                ready = [s for s in waiting if not waits(s)]
                 for step in ready[:max(0, self.jobs - len(running))]:
                     waiting.remove(step)
                     running[pool.submit(self.run, step)] = step
                 for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
                     step, seconds = running.pop(future), future.result()
-                    del wanted[step.key]
+                    open_keys.discard(step.key)
                     for used in step.inputs() if self.tidy else []:
-                        if not any(used.key == other.key for left in wanted.values() for other in left.inputs()):
+                        if not any(used.key == other.key for left in due if left.key in open_keys for other in left.inputs()):
                             used.empty()
                     count += 1
-                    print(f"[{count}/{len(order)}] {step.path.name}  {seconds:.0f} s", file=sys.stderr, flush=True)
+                    print(f"[{count}/{len(due)}] {step.path.name}  {seconds:.0f} s", file=sys.stderr, flush=True)
 
     def run(self, step):
-        if (step.path / EMPTIED).exists():
-            shutil.rmtree(step.path)
-        if isinstance(step, Gathered):
-            step.gather()
-            return 0
         start, log = time.monotonic(), self.folder / "logs" / f"{step.path.name}.log"
-        command = [str(self.bin / step.program), *step.command()[1:], "--threads", str(self.threads)]
+        command = [*step.command(), "--threads", str(self.threads), "--skip-up-to-date"]
         with log.open("w", encoding="utf-8") as out:
-            out.write(" ".join(command) + "\n")
+            out.write(shlex.join(command) + "\n")
             out.flush()
             code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ, check=False).returncode
         if code != 0:

@@ -1,40 +1,21 @@
-"""A task list as experiments see it: what a step depends on is the tasks it trains on or scores, not the whole file."""
+"""A task list as experiments see it."""
 
-import hashlib
 import tomllib
 from pathlib import Path
 
-from store import digest
+from store import Source
 
 
-class View:
-    """A task list as the input of one step."""
-
-    def __init__(self, path, key):
-        self.path, self.key = path, key
-
-
-class TaskList:
+class TaskList(Source):
     """A tasks.toml and the files it names."""
 
     def __init__(self, path):
-        self.path = Path(path)
+        super().__init__(path)
         self.entries = {entry["name"]: entry for entry in tomllib.loads(self.path.read_text())["task"]}
         self.names = list(self.entries)
 
     def file(self, name, column):
         return self.path.parent / self.entries[name][column]
-
-    def part(self, column, names=None):
-        """For training on (`train`) or scoring (`eval`) the tasks `names`."""
-        parts = []
-        for name in names or self.names:
-            entry = {k: v for k, v in self.entries[name].items() if k not in ("train", "eval")}
-            parts.append(f"{sorted(entry.items())} {hashlib.sha256(self.file(name, column).read_bytes()).hexdigest()}")
-        return View(self.path, digest("\n".join(parts)))
-
-    def kinds(self):
-        return View(self.path, digest(str([(n, e.get("kind")) for n, e in self.entries.items()])))
 
     def with_rows(self, folder, rows):
         """The same tasks with the first rows[name] rows of each training file, written to `folder`."""

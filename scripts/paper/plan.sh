@@ -17,8 +17,8 @@ echo "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 total=$((5 * PROBE_TOKENS + BACKBONE_TOKENS + FINAL_TOKENS))
 for base in llama-2-7b mistral-7b ministral-8b qwen1.5-7b gemma-2-9b; do
     config=scripts/paper/$base.json
-    probe=$(plan "$config" --tokens "$PROBE_TOKENS" --save-every 500 --keep 1)
-    narrow=$(plan "$config" --tokens "$PROBE_TOKENS" --master bf16 --optim-state bf16)
+    probe=$(plan "$config" --tokens "$PROBE_TOKENS" --save-every 500 --save-total-limit 1)
+    narrow=$(plan "$config" --tokens "$PROBE_TOKENS" --master-dtype bf16 --optim-state-dtype bf16)
     hours=$(plan "$config" --tokens "$total" | value 'f"""{d["time"]["hours"]:.1f}"""')
     rest='f"""{(d["disk"]["total"] - next(v for k, v in d["disk"]["parts"].items() if k.startswith("probes"))) / 1e9:.0f}"""'
     echo "| $base | $(value 'f"""{d["memory"]["parameters"] / 1e9:.2f} B"""' <<<"$probe") |" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A job of scripts/slurm/submit.sh: job.sh 'FILE…' …, one argument for each element of an array. It makes the files of its own element
-# with scripts/pipeline.mk and nothing else; training that is stopped with its state saved (75) is queued again.
+# A job of scripts/slurm/submit.py: job.sh 'NAME…' …, one argument per element of an array. It makes the artifacts of its own element
+# with scripts/pipeline.mk and nothing else; training that stops with its state saved (75) is requeued.
 set -euo pipefail
 job=$SLURM_JOB_ID
 # The first element of an array has the array's own number: named by it, all elements would be queued again.
@@ -20,14 +20,14 @@ trap stop TERM
 cd "$SLURM_SUBMIT_DIR"
 # shellcheck source=scripts/slurm/cluster.env
 source "$CLUSTER"
-read -ra files <<< "${@:${SLURM_ARRAY_TASK_ID:-0}+1:1}"
-echo "$(date '+%F %T') $SLURM_JOB_NAME, job $job on $(hostname), start $((${SLURM_RESTART_COUNT:-0} + 1)): ${files[*]}"
+read -ra names <<< "${@:${SLURM_ARRAY_TASK_ID:-0}+1:1}"
+echo "$(date '+%F %T') $SLURM_JOB_NAME, job $job on $(hostname), start $((${SLURM_RESTART_COUNT:-0} + 1)): ${names[*]}"
 
 eval "${SETUP:-}"
 export THREADS=${THREADS:-${SLURM_CPUS_PER_TASK:-1}} STAGE_CODE=$RUN/slurm/.code-$SLURM_JOB_ID
 rm -f "$STAGE_CODE"
 # shellcheck disable=SC2086
-${CONTAINER:-} make --no-print-directory -f scripts/pipeline.mk ONLY="${files[*]}" "${files[@]}" &
+${CONTAINER:-} make --no-print-directory -f scripts/pipeline.mk ONLY="${names[*]}" "${names[@]}" &
 make=$!
 [ -z "$warned" ] || kill -TERM "$make" 2> /dev/null || true
 while kill -0 "$make" 2> /dev/null; do wait "$make" || true; done
@@ -55,5 +55,5 @@ if [ "$stage" = 75 ]; then
     exit 75
 fi
 [ -z "$warned" ] || echo "$(date '+%F %T') the time limit ($CLUSTER: TIME) was near, and this stage cannot go on from where it was" >&2
-echo "$(date '+%F %T') failed: ${files[*]} (see $RUN/logs)" >&2
+echo "$(date '+%F %T') failed: ${names[*]} (see $RUN/logs)" >&2
 exit "$code"

@@ -29,5 +29,5 @@ export TRAIN_FLAGS="--batch-size $BATCH --lr ${LR:-5e-5} --warmup-ratio 0.1 ${TR
 export EVAL_FLAGS="--batch-size 8 --limit $LIMIT ${EVAL_FLAGS:-}"
 start=$SECONDS
 make --no-print-directory -j"${JOBS:-2}" -f scripts/pipeline.mk all
-scripts/summary.sh
+python3 scripts/summary.py
 echo "Took $((SECONDS - start)) s."

@@ -1,7 +1,7 @@
-"""Corpus folders and corpora/TARGET, where an input has its length before it, four bytes, the lowest first.
+"""Converts between directories of inputs and corpora/TARGET, where each input follows its length (little-endian u32).
 
-    python3 pack.py TARGET SEEDS FOUND        all of the folder SEEDS, then the shortest inputs of FOUND, up to 96 KiB of them
-    python3 pack.py --unpack TARGET FOLDER    the inputs into FOLDER
+    python3 pack.py TARGET SEEDS FOUND        pack all files of SEEDS and the shortest files of FOUND, up to 96 KiB
+    python3 pack.py --unpack TARGET FOLDER    unpack the inputs into FOLDER
 """
 
 import hashlib

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A private Slurm on this machine, as root and without systemd: start DIR, node DIR (starts slurmd again), stop DIR.
+# Runs a private Slurm cluster on one machine, as root and without systemd.
+# Usage: cluster.sh start DIR | node DIR (restarts slurmd) | stop DIR
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 dir=$2
 export SLURM_CONF=$dir/slurm.conf
 
-# Ends the process of a pid file, if it is still the program named.
+# end PIDFILE NAME: ends the process of a pid file if it is still the named program.
 end() {
     local pid
     pid=$(cat "$1" 2> /dev/null) || return 0
@@ -29,7 +30,7 @@ start)
         [[ "$(timeout 10 sinfo -h -N -o %T 2> /dev/null)" != idle ]] || exit 0
         sleep 0.1
     done
-    echo "cluster: the node does not come up" >&2
+    echo "cluster: the node did not start" >&2
     tail -n 20 "$dir"/*.log >&2
     exit 1
     ;;

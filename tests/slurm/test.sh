@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# `make test-slurm`: scripts/slurm/submit.sh on a private cluster of one machine. A quiet run of the demo's graph, and a rough one that ends
-# in the same bytes: an element of the array fails, a probe is queued again in mid-run, a job meets its time limit, a node dies.
+# `make test-slurm`: scripts/slurm/submit.py on a private one-machine cluster. Compares an
+# undisturbed run of the demo with a disturbed one, in which an array element fails, a running probe
+# is requeued, a job reaches its time limit and a node dies. Both must give the same bytes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tests/slurm/install.sh
@@ -26,22 +27,22 @@ fail() {
     echo "test-slurm: FAILED: $*" >&2
     for run in "$quiet" "$rough"; do scripts/status.py "$run" >&2 || true; done
     squeue >&2; tail -n 5 "$quiet"/slurm/*.out "$rough"/slurm/*.out >&2 || true
-    echo "test-slurm: what there is lies in $dir" >&2
+    echo "test-slurm: the files are in $dir" >&2
     exit 1
 }
 ok() { echo "test-slurm: $((SECONDS - begin)) s: $*"; }
-# wait_for WHAT COMMAND…: until the command succeeds, ten minutes at most.
+# wait_for WHAT COMMAND…: waits until the command succeeds, at most ten minutes.
 wait_for() {
     local what=$1 end=$((SECONDS + 600))
     shift
-    until "$@"; do [ "$SECONDS" -lt "$end" ] || fail "$what does not come"; sleep 0.05; done
+    until "$@"; do [ "$SECONDS" -lt "$end" ] || fail "timed out waiting for $what"; sleep 0.05; done
 }
 has() { grep -qE -- "$2" <<< "$1" || fail "'$2' is not in: $1"; }
 job_of() { awk -v name="$2" '$1 == name { id = $2 } END { print id }' "$1/slurm/jobs"; }
 idle() { local jobs; jobs=$(squeue -h -o %j) && ! grep -q "^${1##*/}\." <<< "$jobs"; }
 is() { [ "$(scripts/status.py "$rough" | awk -v name="$1" '$1 == name { print $2 }')" = "$2" ]; }
 lost() { [[ "$(sinfo -h -o %t)" == down* ]]; }
-# The program of a stage that is running (its state file), once it has made some steps.
+# PID of the running program of a stage (from its state file), and a test for its number of steps.
 program() { awk '$1 == "running" { print $3 }' "$rough/logs/$1.state" 2> /dev/null; }
 steps() { [ -n "$(program "$1")" ] && [ "$(wc -l < "$rough/$2.checkpoints/metrics.jsonl")" -ge "$3" ]; } 2> /dev/null
 # Bit 14 of the pending signals is SIGTERM.
@@ -54,26 +55,26 @@ resumed() {
 }
 
 tests/slurm/warned.sh || exit 1
-ok "a job that is warned at any moment is queued again"
+ok "a job that is warned at any moment is requeued"
 tests/slurm/cluster.sh start "$dir"
 ok "the cluster is up"
 
-# Nothing is written by a dry run; what is queued is not submitted again.
-lines=$(scripts/slurm/submit.sh --dry-run "$quiet")
+# A dry run writes nothing. Queued jobs are not submitted again.
+lines=$(scripts/slurm/submit.py --dry-run "$quiet")
 [ "$(grep -c '^sbatch ' <<< "$lines")" = 9 ] || fail "dry run: $lines"
 [ ! -e "$quiet" ] || fail "a dry run has written something"
-said=$(scripts/slurm/submit.sh "$quiet")
+said=$(scripts/slurm/submit.py "$quiet")
 echo "$said"
 has "$said" '^probe .* \(arithmetic code logic format recall\)$'
 has "$said" '^groups .* after probe'
-said=$(scripts/slurm/submit.sh "$quiet")
+said=$(scripts/slurm/submit.py "$quiet")
 ! grep -E ' job [0-9]' <<< "$said" || fail "submitted twice: $said"
 
-# One element of the array fails: what another program made is not replaced, even by --force.
+# One array element fails: --force does not replace a directory that another program made.
 mkdir -p "$rough/probes/logic"
 echo mine > "$rough/probes/logic/notes.txt"
-scripts/slurm/submit.sh "$rough" > /dev/null
-# What is cancelled saves its state and is not queued again.
+scripts/slurm/submit.py "$rough" > /dev/null
+# A cancelled job saves its state and is not requeued.
 wait_for "full-sft at work" steps full-sft full-sft 5
 scancel "$(job_of "$rough" full-sft)"
 wait_for "the end of the failed graph" idle "$rough"
@@ -82,36 +83,37 @@ has "$status" '^probe-logic +failed +exit code 3: error: .*no program of ours ma
 has "$status" '^probe-recall +done'
 has "$status" '^groups +missing +waits for mask-logic'
 has "$status" '^full-sft +stopped'
-ok "a failing element stopped what depends on it: $(grep '^probe-logic' <<< "$status" | tr -s ' ')"
+ok "a failed element stopped everything that depends on it: $(grep '^probe-logic' <<< "$status" | tr -s ' ')"
 
 wait_for "the end of the quiet run" idle "$quiet"
 has "$(scripts/status.py "$quiet")" '^42 done$'
 made=$(make -s --no-print-directory -f scripts/pipeline.mk RUN="$quiet" all)
-[ -z "$made" ] || fail "make would make again: $made"
+[ -z "$made" ] || fail "make would remake: $made"
 has "$(P=2 scripts/status.py "$quiet")" '^mask-code +stale +argument: --percent 1, now --percent 2$'
-ok "the quiet run is at its end, and make has nothing left to do"
+ok "the quiet run is complete, and make has nothing to do"
 
-# Submitted again, only the rest.
+# A new submission contains only what is missing.
 rm -r "$rough/probes/logic"
-# One minute is Slurm's shortest limit. Slurm looks at limits every 30 s and warns at the last look in time: 15 to 45 s after the start.
+# One minute is Slurm's shortest limit. Slurm checks limits every 30 s and warns at the last check
+# in time: 15 to 45 s after the start.
 echo TIME_backbone=1 >> "$CLUSTER"
-said=$(scripts/slurm/submit.sh "$rough")
+said=$(scripts/slurm/submit.py "$rough")
 echo "$said"
 has "$said" '^probe .* \(logic\)$'
 has "$said" '^full-sft +job'
 has "$said" '^score .* \(20: base.arithmetic … cpi-ft.recall\)'
 
-# Queued again in mid-run.
+# A running job is requeued.
 wait_for "probe-logic at work" steps probe-logic probes/logic 5
 job=$(job_of "$rough" probe-logic)
 kill -STOP "$(program probe-logic)"
-is probe-logic running || fail "probe-logic is not said to be running"
+is probe-logic running || fail "the status of probe-logic is not running"
 scontrol requeue "$job"
 wait_for "probe-logic a second time" test -e "$rough/probes/logic/cpift.json"
 resumed probe-logic "$job"
-ok "probe-logic (job $job) was queued again and went on"
+ok "probe-logic (job $job) was requeued and resumed"
 
-# The time limit: held up, so that it is reached whatever the machine's speed.
+# Time limit: the program is paused so that the limit is reached on a machine of any speed.
 wait_for "backbone at work" steps backbone backbone 5
 job=$(job_of "$rough" backbone)
 held=$(program backbone)
@@ -121,38 +123,38 @@ kill -CONT "$held"
 wait_for "backbone a second time" test -e "$rough/backbone/cpift.json"
 has "$(cat "$rough/slurm/backbone-$job.out")" 'the state is saved: the job is queued again'
 resumed backbone "$job"
-ok "backbone (job $job) was warned before its limit, saved, was queued again and went on"
+ok "backbone (job $job) was warned before its limit, saved its state, was requeued and resumed"
 
-# A node dies with all that runs on it, and comes back.
+# A node dies with everything that runs on it, and comes back.
 wait_for "cpi-ft at work" steps cpi-ft cpi-ft 12
 job=$(job_of "$rough" cpi-ft)
 pid=$(program cpi-ft)
 kill -STOP "$pid"
 kill -KILL "$(cat "$dir/slurmd-n1.pid")"
-# Parents first: one whose child dies would end by itself.
+# Kill parents first, because a parent whose child dies would exit by itself.
 dead=()
 until [[ "$(cat "/proc/$pid/comm")" == slurmstepd* ]]; do dead=("$pid" "${dead[@]}"); pid=$(awk '$1 == "PPid:" { print $2 }' "/proc/$pid/status"); done
 kill -KILL "$pid" "${dead[@]}"
-wait_for "the news of a dead cpi-ft" is cpi-ft failed
+wait_for "the status failed of cpi-ft" is cpi-ft failed
 wait_for "the loss of the node" lost
 tests/slurm/cluster.sh node "$dir"
 wait_for "cpi-ft a second time" test -e "$rough/cpi-ft/cpift.json"
 resumed cpi-ft "$job"
-ok "cpi-ft (job $job) came back after its node had died"
+ok "cpi-ft (job $job) resumed after its node had died"
 
 wait_for "the end of the rough run" idle "$rough"
 has "$(scripts/status.py "$rough")" '^42 done$'
 count=0
 for file in $(cd "$quiet" && find . -name '*.safetensors' -o -name groups.json -o -name scores.json -o -name outputs.jsonl -o -name table.md); do
-    # Scores name their model's folder.
+    # Scores contain the path of their model.
     cmp "$quiet/$file" <(LC_ALL=C sed "s|$rough/|$quiet/|g" "$rough/$file") || fail "$file differs"
     count=$((count + 1))
 done
-ok "$count files are the same bytes in both runs"
-[ "$(scripts/slurm/submit.sh "$rough" | grep -c ' complete$')" = 9 ] || fail "complete, and submitted again"
-# The scores on one task of one model are an element of their own.
+ok "$count files have the same bytes in both runs"
+[ "$(scripts/slurm/submit.py "$rough" | grep -c ' complete$')" = 9 ] || fail "the run is complete but was submitted again"
+# The scores of one model on one task are one array element.
 rm -r "$rough/task-scores/cpi-ft/recall"
-lines=$(scripts/slurm/submit.sh --dry-run "$rough" | grep '^sbatch')
+lines=$(scripts/slurm/submit.py --dry-run "$rough" | grep '^sbatch')
 [ "$(wc -l <<< "$lines")" = 2 ] || fail "one score is missing: $lines"
 has "$lines" '^sbatch .*rough\.score .*--array=19 '
 has "$lines" '^sbatch .*rough\.report '

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A warning before the time limit at any moment of a job, from its first instants on, leaves it queued again and nothing at work. Of Slurm
-# there is only an scontrol that says what it is asked.
+# A job that is warned before its time limit, at any moment from its start on, is requeued and
+# leaves no process running. A stub of scontrol that logs its arguments stands in for Slurm.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -12,13 +12,11 @@ chmod +x "$dir/scontrol"
 echo MAX_RESTARTS=5 > "$dir/cluster.env"
 export RUN=$dir/run CLUSTER=$dir/cluster.env SLURM_SUBMIT_DIR=$PWD SLURM_JOB_ID=1 SLURM_JOB_NAME=probe PATH=$dir:$PATH
 export PROBE_TOKENS=10000000
-# The settings of the run, as submit.sh leaves them.
-make -s --no-print-directory -f scripts/pipeline.mk -n all > /dev/null
 mkdir -p "$RUN/slurm"
 for delay in 0 0.03 0.06 0.1 0.2 0.4 0.8 1.6 3; do
     rm -f "$dir/asked"
     code=0
-    bash scripts/slurm/job.sh "$RUN/probes/logic/cpift.json" > "$dir/said" 2>&1 &
+    bash scripts/slurm/job.sh probe-logic > "$dir/said" 2>&1 &
     job=$!
     until [ -s "$dir/said" ]; do sleep 0.01; done
     sleep "$delay"

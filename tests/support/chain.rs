@@ -1,4 +1,5 @@
-//! The six stages as a chain of commands over a tiny model and three tasks, all paths below one folder.
+//! The six stages as a chain of commands over a tiny model and three tasks, in one temporary
+//! directory.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -8,23 +9,23 @@ use std::process::{Command, Stdio};
 use crate::model::{write_tasks, write_tiny_model};
 use crate::{Run, run_command};
 
-/// The tasks of [`write_tasks`].
+/// Names of the tasks of [`write_tasks`].
 pub const TASKS: [&str; 3] = ["copy", "count", "pick"];
 
-/// A stage of the chain: a program with its arguments, and what it makes.
+/// One command of the chain: a program, its arguments and its output.
 #[derive(Debug, Clone)]
 pub struct Link {
-    /// A name for messages.
+    /// Name for messages.
     pub name: String,
-    /// The program.
+    /// Program name.
     pub program: &'static str,
-    /// Its arguments.
+    /// Arguments.
     pub args: Vec<String>,
-    /// The output, below the chain's folder.
+    /// Output path, relative to the directory of the chain.
     pub out: String,
 }
 
-/// A folder with a base model, data, and what the stages make.
+/// Temporary directory with a base model, data and the outputs of the stages.
 pub struct Chain {
     dir: tempfile::TempDir,
 }
@@ -39,24 +40,24 @@ impl Default for Chain {
 }
 
 impl Chain {
-    /// The folder.
+    /// Path of the directory.
     pub fn root(&self) -> &Path {
         self.dir.path()
     }
 
-    /// A path in it.
+    /// Path of `name` in the directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.root().join(name)
     }
 
-    /// All stages in order, each leaving alone what is up to date and going on from what is saved. Paths begin with `prefix`: an
-    /// empty one makes them relative to the folder.
+    /// All commands in order, with `--skip-up-to-date` and `--resume`. Paths begin with `prefix`;
+    /// with an empty prefix they are relative to the directory of the chain.
     pub fn links(prefix: &str) -> Vec<Link> {
         let at = |path: &str| format!("{prefix}{path}");
         let tasks = at("data/tasks.toml");
         let train = "--batch-size 4 --lr 1e-2 --steps 8 --save-every 2 --device cpu --threads 1 --resume";
         let link = |name: String, program, line: String, out: String| {
-            let args = format!("{line} --out {} --if-stale", at(&out));
+            let args = format!("{line} --out {} --skip-up-to-date", at(&out));
             Link { name, program, args: args.split_whitespace().map(str::to_owned).collect(), out }
         };
         let (base, mut links) = (at("base"), Vec::new());
@@ -72,7 +73,7 @@ impl Chain {
             TASKS.map(|t| format!("{flag} {t}={}", at(&format!("run/{folder}/{t}{end}")))).join(" ")
         };
         let masks = each("--mask", ".safetensors", "masks");
-        // Over 1: every task is a group of its own, so that two stages have something to freeze.
+        // With tau above 1 every task is a group of its own, so that two stages freeze parameters.
         let line = format!("{masks} --tau 1.1 --order overlap");
         links.push(link("group".into(), "cpift-group", line, "run/groups.json".into()));
         let groups = at("run/groups.json");
@@ -86,43 +87,43 @@ impl Chain {
         links
     }
 
-    /// The stage called `name`, with paths relative to the folder.
+    /// Returns the command called `name`, with paths relative to the directory of the chain.
     pub fn link(name: &str) -> Link {
         Self::links("").into_iter().find(|link| link.name == name).unwrap()
     }
 
-    /// A stage as a command that runs in the folder.
+    /// Prepares a command to run in the directory of the chain.
     pub fn command(&self, link: &Link) -> Command {
         let mut command = Command::new(program(link.program));
         command.args(&link.args).current_dir(self.root()).stdin(Stdio::null());
         command
     }
 
-    /// Runs a stage to its end, with more arguments.
+    /// Runs a command with additional arguments.
     pub fn run<S: AsRef<OsStr>>(&self, link: &Link, more: impl IntoIterator<Item = S>) -> Run {
         let mut command = self.command(link);
         command.args(more);
         run_command(command)
     }
 
-    /// Runs all stages, which must succeed.
+    /// Runs all commands, which must succeed.
     pub fn run_all(&self) -> &Self {
         Self::links("").iter().for_each(|link| drop(self.run(link, [""; 0]).ok()));
         self
     }
 
-    /// Asserts that two runs, `a` of this chain and `b` of another, left the same files with the same bytes, records aside, and nothing
-    /// unfinished.
+    /// Asserts that directory `a` of this chain and `b` of another contain the same files with the
+    /// same bytes, except for records and metrics.jsonl, and no unfinished outputs.
     ///
     /// # Panics
-    /// When they differ.
+    /// If they differ.
     pub fn same_run(&self, a: &str, other: &Self, b: &str) {
         let files = [self.path(a), other.path(b)].map(|folder| content(&folder));
         let names = files.each_ref().map(|all| all.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>());
         assert_eq!(names[0], names[1]);
         assert!(!names[0].iter().any(|name| name.contains(".partial") || name.contains(".checkpoints")), "{names:?}");
         for ((name, ours), (_, theirs)) in files[0].iter().zip(&files[1]) {
-            // Records and metrics.jsonl hold times.
+            // Records and metrics.jsonl contain times.
             assert!(
                 name.ends_with("cpift.json") || name.ends_with("metrics.jsonl") || ours == theirs,
                 "{name} differs"
@@ -131,21 +132,22 @@ impl Chain {
     }
 }
 
-/// Where the programs of the workspace are: test programs lie in target/PROFILE/deps, the programs under test in target/PROFILE.
+/// Directory of the programs of the workspace, target/PROFILE. The running test program is in
+/// target/PROFILE/deps.
 ///
 /// # Panics
-/// When the test program does not know where it lies.
+/// If the path of the test program is unknown.
 pub fn programs() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     test.parent().and_then(Path::parent).unwrap().to_owned()
 }
 
-/// A program of the workspace.
+/// Path of a program of the workspace.
 pub fn program(name: &str) -> PathBuf {
     programs().join(name)
 }
 
-/// All files below `folder` with their bytes, in order.
+/// Names and bytes of all files below `folder`, sorted by name.
 fn content(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let (mut files, mut folders) = (Vec::new(), vec![folder.to_owned()]);
     while let Some(next) = folders.pop() {

@@ -1,4 +1,5 @@
-//! Programs that end before their work does: killed, asked to stop, or out of room. What may lie there afterwards is nothing, or all.
+//! Tests of programs that end early: killed, stopped by a signal, or out of disk space. Afterwards
+//! the output must be complete or absent.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -9,30 +10,30 @@ use std::time::{Duration, Instant};
 
 use crate::{Numbers, Run, expect_entries, run};
 
-/// A command whose output a test interrupts.
+/// A command that a test interrupts.
 pub struct Interrupted<'a> {
-    /// The program.
+    /// Program name.
     pub program: &'a str,
-    /// Its arguments without `--out`.
+    /// Arguments without `--out`.
     pub args: Vec<OsString>,
-    /// The folder the output goes to; nothing else may be in it.
+    /// Directory of the output, with no other content.
     pub folder: PathBuf,
-    /// Names in that folder after a complete run; the first is the output.
+    /// Entries of that directory after a complete run; the first is the output.
     pub names: &'a [&'a str],
-    /// Arguments that give another output.
+    /// Additional arguments that change the output.
     pub other: &'a [&'a str],
-    /// Whether two outputs are complete and the same.
+    /// Returns true if two outputs are complete and equal.
     pub same: fn(&Path, &Path) -> bool,
 }
 
-/// How many of the runs ended in which state.
+/// Number of interrupted runs by their result.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Nothing under the final name.
+    /// Runs without an output.
     pub nothing: usize,
-    /// Of those, the ones that left something unfinished beside it.
+    /// Those of them that left an unfinished output.
     pub leftovers: usize,
-    /// The complete output.
+    /// Runs with a complete output.
     pub complete: usize,
 }
 
@@ -47,21 +48,23 @@ impl Interrupted<'_> {
         command
     }
 
-    /// Makes the output to compare with, in a folder of its own, and returns its path and how long a run takes.
+    /// Makes a reference output in a separate directory. Returns its path and the duration of a
+    /// run.
     fn reference(&self) -> (PathBuf, Duration) {
         let out = self.folder.with_extension("reference").join(self.names[0]);
         let words = self.args.iter().map(OsString::as_os_str);
         run(self.program, words.chain(["--force", "--out"].map(OsStr::new)).chain([out.as_os_str()])).ok();
-        // The first run read the inputs into memory; the second is timed.
+        // Time the second run, for which the inputs are in the page cache.
         let start = Instant::now();
         assert!(self.command(&out).arg("--force").status().unwrap().success());
         (out, start.elapsed())
     }
 
-    /// Ends runs by SIGKILL at `moments` moments spread over a run and a little more; then lets one run finish.
+    /// Kills `moments` runs by SIGKILL, at moments spread over slightly more than the duration of a
+    /// run; then lets one run finish.
     ///
     /// # Panics
-    /// When a killed run leaves half an output, or the last one leaves anything but its output.
+    /// If a killed run leaves a partial output, or the last run leaves anything but its output.
     pub fn kill(&self, moments: usize) -> Tally {
         fs::create_dir_all(&self.folder).unwrap();
         let ((reference, whole), mut tally) = (self.reference(), Tally::default());
@@ -73,22 +76,23 @@ impl Interrupted<'_> {
             self.judge(&reference, &mut tally);
         }
         assert!(self.command(&self.out()).status().unwrap().success(), "a rerun after killed runs");
-        assert!((self.same)(&reference, &self.out()), "the rerun's output is another");
+        assert!((self.same)(&reference, &self.out()), "the output of the rerun differs");
         expect_entries(&self.folder, self.names);
         tally
     }
 
-    /// Ends runs that replace an older output by SIGKILL: the older one is there, or the new one.
+    /// Kills runs that replace an older output: afterwards either the older or the new output must
+    /// be there.
     ///
     /// # Panics
-    /// When anything else is, or only one of the two ever.
+    /// If there is anything else, or if all runs had the same result.
     pub fn kill_replacing(&self, moments: usize) {
         fs::create_dir_all(&self.folder).unwrap();
         let ((reference, whole), mut newer) = (self.reference(), 0);
         let older = self.folder.with_extension("older").join(self.names[0]);
         assert!(self.command(&older).args(self.other).status().unwrap().success());
         for moment in spread(moments, whole) {
-            // With the older output in place, what is killed is the run that would replace it.
+            // Put the older output in place first, and then kill the run that replaces it.
             assert!(self.command(&self.out()).args(self.other).arg("--force").status().unwrap().success());
             let mut child = self.command(&self.out()).arg("--force").spawn().unwrap();
             std::thread::sleep(moment);
@@ -101,10 +105,11 @@ impl Interrupted<'_> {
         assert!((1..moments).contains(&newer), "{newer} of {moments} replaced the older output");
     }
 
-    /// Ends runs by `signal` (`TERM`, say) at `moments` moments: nothing may be left beside a complete output.
+    /// Stops `moments` runs by `signal`, such as `TERM`: nothing may be left except a complete
+    /// output.
     ///
     /// # Panics
-    /// When something is left, or a run ends with a code other than `code`.
+    /// If anything is left, or a run ends with an exit code other than `code`.
     pub fn stop(&self, signal: &str, code: i32, moments: usize) -> Tally {
         fs::create_dir_all(&self.folder).unwrap();
         let ((reference, whole), mut tally) = (self.reference(), Tally::default());
@@ -113,19 +118,20 @@ impl Interrupted<'_> {
             let mut child = self.command(&self.out()).spawn().unwrap();
             std::thread::sleep(moment);
             let status = send(&mut child, signal);
-            // A program that has just started has no handler yet, and nothing to tidy up; one may also have finished.
+            // A program that has just started has no signal handler yet and nothing to clean up; it
+            // may also have finished.
             let early = status.signal().is_some();
             assert!(early || [Some(0), Some(code)].contains(&status.code()), "{signal}: {status}");
             handled += usize::from(status.code() == Some(code));
             self.judge(&reference, &mut tally);
             expect_entries(&self.folder, &[]);
         }
-        assert!(handled > 0, "no run was stopped while it worked");
+        assert!(handled > 0, "no run was stopped while it was working");
         assert_eq!(tally.leftovers, 0, "{signal}");
         tally
     }
 
-    /// Counts what lies in the folder and removes it, except what is unfinished.
+    /// Counts the result of a run and removes its output, but not an unfinished one.
     fn judge(&self, reference: &Path, tally: &mut Tally) {
         let out = self.out();
         let unfinished = fs::read_dir(&self.folder)
@@ -137,7 +143,7 @@ impl Interrupted<'_> {
             tally.leftovers += usize::from(unfinished > 0);
             return;
         }
-        assert!((self.same)(reference, &out), "half an output, or another");
+        assert!((self.same)(reference, &out), "the output is partial or differs");
         tally.complete += 1;
         for name in self.names {
             let path = self.folder.join(name);
@@ -145,11 +151,11 @@ impl Interrupted<'_> {
         }
     }
 
-    /// Runs with a limit of `kib` KiB for every file, as a disk that is full: asserts exit code 1, a message that names the
-    /// output, and that nothing is left.
+    /// Runs with a file size limit of `kib` KiB, which simulates a full disk. Asserts exit code 1,
+    /// a message with the path of the output, and that nothing is left.
     ///
     /// # Panics
-    /// When the run does otherwise.
+    /// If any of these does not hold.
     pub fn out_of_room(&self, kib: u32) -> Run {
         fs::create_dir_all(&self.folder).unwrap();
         let script = format!("trap '' XFSZ; ulimit -f {kib}; exec \"$@\"");
@@ -159,13 +165,13 @@ impl Interrupted<'_> {
         let words = before.into_iter().chain(self.args.iter().map(OsString::as_os_str)).chain(after);
         let ended = run("bash", words).expect_code(1).says(&["error: ", "too large"]);
         let named = ended.stderr.contains(self.folder.to_str().unwrap());
-        assert!(named, "the message names no file: {}", ended.stderr);
+        assert!(named, "the message does not name the output: {}", ended.stderr);
         expect_entries(&self.folder, &[]);
         ended
     }
 }
 
-/// Moments in order, one in each of `n` equal stretches of `whole` and a little more.
+/// Increasing moments, one at random in each of `n` equal intervals of slightly more than `whole`.
 fn spread(n: usize, whole: Duration) -> impl Iterator<Item = Duration> {
     let mut numbers = Numbers(7);
     (0..n).map(move |i| whole.mul_f64(1.1 * (i as f64 + f64::from(numbers.unit().abs())) / n as f64))

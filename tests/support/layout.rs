@@ -1,4 +1,5 @@
-//! Checkpoints in any layout the format allows: tensors in any order, in any shard, at any alignment; and their numbers.
+//! Checkpoints in any layout that the format allows: tensors in any order, shard and alignment.
+//! Conversions without code of this project.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use tempfile::TempDir;
 
 use crate::{Numbers, Tensor, Tensors};
 
-/// A temporary folder in memory where there is one, so that thousands of outputs do not wait for a disk.
+/// Temporary directory, in /dev/shm if available, so that tests with thousands of outputs do not
+/// wait for a disk.
 ///
 /// # Panics
 /// On I/O errors.
@@ -20,7 +22,7 @@ pub fn memory_dir() -> TempDir {
 }
 
 impl Tensor {
-    /// The elements, converted by no code of this project.
+    /// Elements as f64, converted without code of this project.
     pub fn numbers(&self) -> Vec<f64> {
         fn each<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f64) -> Vec<f64> {
             bytes.as_chunks().0.iter().map(|chunk| convert(*chunk)).collect()
@@ -34,7 +36,7 @@ impl Tensor {
         }
     }
 
-    /// A tensor of `values`, rounded to `dtype` by no code of this project.
+    /// Creates a tensor of `values`, rounded to `dtype` without code of this project.
     pub fn of_numbers(dtype: Dtype, shape: &[usize], values: &[f64]) -> Self {
         assert_eq!(values.len(), shape.iter().product::<usize>());
         let bytes = match dtype {
@@ -48,8 +50,8 @@ impl Tensor {
     }
 }
 
-/// Writes a checkpoint folder whose layout is drawn from `seed`: one file or up to as many shards as tensors, tensors in
-/// any order, and headers of any length, so that elements lie at odd addresses.
+/// Writes a checkpoint directory with a random layout: one file or up to as many shards as tensors,
+/// tensors in any order, and headers of any length, so that elements are not aligned.
 ///
 /// # Panics
 /// On I/O errors.
@@ -97,7 +99,8 @@ fn write_part(path: &Path, tensors: &[(&String, &Tensor)], seed: u64) {
     fs::write(path, bytes).unwrap();
 }
 
-/// A logger that says nothing: hundreds of runs in one process are expected to warn.
+/// Installs a logger that discards everything, for tests whose hundreds of runs in one process are
+/// expected to warn.
 pub fn silence() {
     struct Silent;
     impl log::Log for Silent {
@@ -107,14 +110,14 @@ pub fn silence() {
         fn log(&self, _: &log::Record<'_>) {}
         fn flush(&self) {}
     }
-    // Fails where another test was first, whose logger is then this one too.
+    // Fails if another test has already installed this logger.
     let _ = log::set_logger(&Silent);
 }
 
-/// Runs `work` with so many threads.
+/// Runs `work` in a pool of `threads` threads.
 ///
 /// # Panics
-/// When they cannot be started.
+/// If they cannot be started.
 pub fn with_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
 }

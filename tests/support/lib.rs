@@ -1,4 +1,4 @@
-//! What tests of several crates need: running a binary, and small checkpoints to run it on.
+//! Helpers for the tests of several crates: running binaries, and small checkpoints to run them on.
 
 pub mod chain;
 pub mod ends;
@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use cpift_core::Dtype;
-use cpift_core::safetensors::{FileWriter, TensorSpec};
+use cpift_core::format::safetensors::{FileWriter, TensorSpec};
 
-/// A run of a binary that has ended.
+/// Result of a finished process.
 pub struct Run {
     /// Exit code.
     pub code: i32,
@@ -29,7 +29,7 @@ pub struct Run {
 /// Runs `program` with `args` and waits for it.
 ///
 /// # Panics
-/// When it cannot be started or dies by a signal.
+/// If it cannot be started or is killed by a signal.
 pub fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Run {
     run_with(program, args, &[])
 }
@@ -41,7 +41,7 @@ pub fn run_with<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S
     run_command(command)
 }
 
-/// As [`run`], a command that is ready.
+/// As [`run`], for a prepared command.
 pub fn run_command(mut command: Command) -> Run {
     let shown = format!("{command:?}");
     let Output { status, stdout, stderr } = command.output().unwrap_or_else(|e| panic!("{shown}: {e}"));
@@ -54,10 +54,10 @@ pub fn run_command(mut command: Command) -> Run {
 }
 
 impl Run {
-    /// Asserts the exit code, showing command and both streams where it differs.
+    /// Asserts the exit code. On a mismatch the panic message shows the command and both streams.
     ///
     /// # Panics
-    /// When the code is another.
+    /// If the exit code differs.
     #[track_caller]
     pub fn expect_code(self, code: i32) -> Self {
         assert_eq!(self.code, code, "{}\n--- stdout\n{}--- stderr\n{}", self.shown, self.stdout, self.stderr);
@@ -70,28 +70,28 @@ impl Run {
         self.expect_code(0)
     }
 
-    /// Asserts exit code 3 and that every part is in the message.
+    /// Asserts exit code 3 and that stderr contains every part.
     ///
     /// # Panics
-    /// When the code is another or a part is missing.
+    /// If the exit code differs or a part is missing.
     #[track_caller]
     pub fn bad_input(self, parts: &[&str]) -> Self {
         self.expect_code(3).says(parts)
     }
 
-    /// Asserts exit code 2 and that every part is in the message.
+    /// Asserts exit code 2 and that stderr contains every part.
     ///
     /// # Panics
-    /// When the code is another or a part is missing.
+    /// If the exit code differs or a part is missing.
     #[track_caller]
     pub fn usage_error(self, parts: &[&str]) -> Self {
         self.expect_code(2).says(parts)
     }
 
-    /// Asserts that every part is in standard error.
+    /// Asserts that stderr contains every part.
     ///
     /// # Panics
-    /// When a part is missing.
+    /// If a part is missing.
     #[track_caller]
     pub fn says(self, parts: &[&str]) -> Self {
         for part in parts {
@@ -101,10 +101,10 @@ impl Run {
     }
 }
 
-/// Asserts that `folder` holds exactly `names`: an aborted run leaves nothing behind, hidden files included.
+/// Asserts that `folder` contains exactly `names`, including hidden files.
 ///
 /// # Panics
-/// When it holds others.
+/// If it contains other entries.
 #[track_caller]
 pub fn expect_entries(folder: &Path, names: &[&str]) {
     let mut found: Vec<String> =
@@ -115,7 +115,7 @@ pub fn expect_entries(folder: &Path, names: &[&str]) {
     assert_eq!(found, names, "in {}", folder.display());
 }
 
-/// A tensor for a test checkpoint.
+/// Tensor of a test checkpoint.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     /// Element type on disk.
@@ -127,23 +127,23 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor of floats, cast to `dtype`.
+    /// Creates a tensor of floats, cast to `dtype`.
     pub fn floats(dtype: Dtype, shape: &[usize], values: &[f32]) -> Self {
-        use cpift_core::checkpoint::Float;
+        use cpift_core::format::dtype::Float;
         assert_eq!(values.len(), shape.iter().product::<usize>());
         let mut bytes = Vec::new();
         f32::write(dtype, values, &mut bytes);
         Self { dtype, shape: shape.to_vec(), bytes }
     }
 
-    /// An F32 tensor.
+    /// Creates an F32 tensor.
     pub fn f32(shape: &[usize], values: &[f32]) -> Self {
         Self::floats(Dtype::F32, shape, values)
     }
 
-    /// The elements as f32.
+    /// Elements as f32.
     pub fn values(&self) -> Vec<f32> {
-        use cpift_core::checkpoint::Float;
+        use cpift_core::format::dtype::Float;
         let mut out = vec![0.0; self.bytes.len() / self.dtype.size()];
         f32::read(self.dtype, &self.bytes, &mut out);
         out
@@ -166,7 +166,7 @@ pub fn write_safetensors(path: &Path, tensors: &Tensors) {
     }
 }
 
-/// Writes a checkpoint folder (config.json and model.safetensors) and returns its path.
+/// Writes a checkpoint directory (config.json and model.safetensors) and returns its path.
 ///
 /// # Panics
 /// On I/O errors.
@@ -178,7 +178,7 @@ pub fn write_checkpoint(folder: &Path, tensors: &Tensors) -> PathBuf {
     folder.to_owned()
 }
 
-/// Writes a checkpoint folder of shards with an index, tensors dealt out in turn.
+/// Writes a checkpoint directory with shards and an index; tensors are distributed round-robin.
 ///
 /// # Panics
 /// On I/O errors.
@@ -197,10 +197,10 @@ pub fn write_sharded(folder: &Path, tensors: &Tensors, shards: usize) -> PathBuf
     folder.to_owned()
 }
 
-/// All tensors of a checkpoint.
+/// Reads all tensors of a checkpoint.
 ///
 /// # Panics
-/// When it cannot be opened.
+/// If it cannot be opened.
 pub fn read_checkpoint(path: &Path) -> Tensors {
     let checkpoint = cpift_core::Checkpoint::open(path).unwrap();
     checkpoint
@@ -209,11 +209,11 @@ pub fn read_checkpoint(path: &Path) -> Tensors {
         .collect()
 }
 
-/// A repeatable stream of numbers for test data (SplitMix64).
+/// Deterministic random numbers for test data (SplitMix64).
 pub struct Numbers(pub u64);
 
 impl Numbers {
-    /// The next 64 bits.
+    /// Returns the next 64 bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
@@ -222,18 +222,19 @@ impl Numbers {
         z ^ (z >> 31)
     }
 
-    /// The next number in −1 to 1.
+    /// Returns the next number in −1 to 1.
     pub fn unit(&mut self) -> f32 {
         (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    /// `n` numbers in −1 to 1.
+    /// Returns `n` numbers in −1 to 1.
     pub fn units(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.unit()).collect()
     }
 }
 
-/// The same cases every time; PROPTEST_RNG_SEED and PROPTEST_CASES try others.
+/// Proptest configuration with a fixed seed. PROPTEST_RNG_SEED and PROPTEST_CASES override seed and
+/// number of cases.
 pub fn cases(cases: u32) -> proptest::test_runner::Config {
     let given = proptest::test_runner::Config::default();
     let cases = if std::env::var_os("PROPTEST_CASES").is_some() { given.cases } else { cases };

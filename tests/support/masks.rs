@@ -1,14 +1,15 @@
-//! Masks and groups written directly, for tests of what reads them.
+//! Writing masks and groups.json directly, for tests of their readers.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use cpift_core::Checkpoint;
-use cpift_core::checkpoint::Digest;
-use cpift_core::groups::{self, Groups, Order, TauMode};
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{self, Groups, Order, TauMode};
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
 
-/// Writes (or replaces) a mask for the checkpoint `base` in which `chosen` says, for tensor name and flat index, what is set.
+/// Writes or replaces a mask for the checkpoint `base`. `chosen` returns true for the elements to
+/// set, by tensor name and flat index.
 ///
 /// # Panics
 /// On I/O errors.
@@ -43,7 +44,7 @@ pub fn write_mask(path: &Path, base: &Path, chosen: impl Fn(&str, usize) -> bool
     packed.iter().for_each(|(name, bits)| writer.write(name, 0, bits).unwrap());
 }
 
-/// Writes a groups.json for `base` with the groups as given.
+/// Writes a groups.json for `base` with these groups.
 ///
 /// # Panics
 /// On I/O errors.

@@ -1,4 +1,5 @@
-//! A tiny LLaMA with a byte-level tokenizer and chat template, and tasks to train it on, made on the spot.
+//! A generated tiny LLaMA with a byte-level tokenizer and a chat template, and tasks to train it
+//! on.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,12 +12,12 @@ const HIDDEN: usize = 16;
 const LAYERS: usize = 2;
 const SPECIAL: [&str; 3] = ["<|im_start|>", "<|im_end|>", "<|pad|>"];
 
-/// ChatML, as many models have it.
+/// ChatML chat template, as in many models.
 pub const TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + \
                             message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ \
                             '<|im_start|>assistant\n' }}{% endif %}";
 
-/// The weights of the tiny model, drawn from `seed`.
+/// Weights of the tiny model, drawn from `seed`.
 pub fn tiny_weights(seed: u64) -> Tensors {
     let mut numbers = Numbers(seed);
     let mut tensors = Tensors::new();
@@ -47,7 +48,8 @@ pub fn tiny_weights(seed: u64) -> Tensors {
     tensors
 }
 
-/// Writes the tiny model as a Hugging Face folder: tied embeddings, GQA, 259 tokens, 128 positions.
+/// Writes the tiny model as a Hugging Face directory: tied embeddings, GQA, 259 tokens, 128
+/// positions.
 ///
 /// # Panics
 /// On I/O errors.
@@ -75,7 +77,7 @@ pub fn write_json(path: &Path, value: &Value) {
     fs::write(path, value.to_string()).unwrap();
 }
 
-/// Byte-level BPE without merges: one token a byte, in GPT-2's printable alphabet.
+/// Byte-level BPE without merges: one token per byte, in GPT-2's printable alphabet.
 fn tokenizer() -> Value {
     let mut vocab = Map::new();
     let mut next = 256;
@@ -102,7 +104,7 @@ fn tokenizer() -> Value {
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}})
 }
 
-/// One row of a data file.
+/// Row of a data file.
 pub fn row(question: &str, answer: &str) -> Value {
     json!({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
         "answer": answer})
@@ -118,8 +120,8 @@ pub fn write_rows(path: &Path, rows: &[Value]) {
     fs::write(path, lines).unwrap();
 }
 
-/// Writes tasks.toml and data for the tasks `copy`, `count` and `pick` (a choice of letters) into `folder`; returns the
-/// path of tasks.toml.
+/// Writes tasks.toml and data for the tasks `copy`, `count` and `pick` (multiple choice) into
+/// `folder`. Returns the path of tasks.toml.
 ///
 /// # Panics
 /// On I/O errors.

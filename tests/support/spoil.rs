@@ -1,4 +1,5 @@
-//! Files with one byte that is not what was written: a reader may refuse or read them, but neither panic, hang nor ask for much memory.
+//! Files with one corrupted byte: a reader may accept or refuse them, but must not panic, hang or
+//! allocate much memory.
 
 use std::alloc::System;
 use std::fs;
@@ -11,35 +12,37 @@ use cap::Cap;
 
 use crate::Numbers;
 
-/// How often each file is spoilt.
+/// Number of corruptions per file.
 pub const TIMES: usize = 1_000;
-/// How long a reader may take.
+/// Longest time that a reader may take.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Where half of the spoilt bytes lie: the header of a large file.
+/// Half of the corrupted bytes are among this many first bytes, the header of a large file.
 const BEGINNING: usize = 4 << 10;
 
-/// One reader at a time: the allocator's limit is for all threads.
+/// Allows one reader at a time, because the limit of the allocator applies to all threads.
 static ONE: Mutex<()> = Mutex::new(());
 
-/// A reader's bounds.
+/// Memory bounds of a reader.
 pub struct Spoiler {
-    /// The allocator of the test program.
+    /// Allocator of the test program.
     pub allocator: &'static Cap<System>,
-    /// Bytes that the reader may hold for each byte of the file.
+    /// Bytes that the reader may allocate per byte of the file.
     pub per_byte: usize,
-    /// Bytes that it may hold whatever the file.
+    /// Bytes that it may allocate in addition.
     pub constant: usize,
 }
 
 impl Spoiler {
-    /// Spoils `file` in [`TIMES`] places, one after another, and lets `read`, which says whether all was well, read it; returns how
-    /// often it was. The file is whole again afterwards.
+    /// Corrupts `file` [`TIMES`] times, one byte at a time, and calls `read`, which returns true if
+    /// the file was accepted. Returns the number of accepted files. The file is restored
+    /// afterwards.
     ///
     /// # Panics
-    /// When the reader does, or the unspoilt file is not well; one that takes too long or too much memory ends the program.
+    /// If the reader panics or refuses the original file. A reader that hangs or exceeds its memory
+    /// bounds aborts the program.
     pub fn each(&self, file: &Path, read: impl Fn() -> bool) -> usize {
         let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        // What tells of a panic takes memory of its own.
+        // The panic message needs memory of its own.
         let (allocator, hook) = (self.allocator, take_hook());
         set_hook(Box::new(move |info| {
             let _ = allocator.set_limit(usize::MAX);
@@ -59,14 +62,14 @@ impl Spoiler {
             let ended = catch_unwind(AssertUnwindSafe(&read));
             self.allocator.set_limit(usize::MAX).unwrap();
             assert!(start.elapsed() < PATIENCE, "{place}: {:?}", start.elapsed());
-            well += usize::from(ended.unwrap_or_else(|_| panic!("{place}: the reader panics")));
+            well += usize::from(ended.unwrap_or_else(|_| panic!("{place}: the reader panicked")));
         }
         fs::write(file, whole).unwrap();
         well
     }
 }
 
-/// Ends the program when it lives too long.
+/// Aborts the program if it is not dropped in time.
 struct Watch(std::sync::mpsc::Sender<()>);
 
 impl Watch {

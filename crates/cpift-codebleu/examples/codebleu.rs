@@ -1,4 +1,5 @@
-//! CodeBLEU of pairs: JSON lines of `lang`, `reference` and `prediction` on standard input, lines of scores on standard output.
+//! CodeBLEU of pairs: JSON lines of `lang`, `reference` and `prediction` on standard input, lines
+//! of scores on standard output.
 //!
 //!     codebleu [--no-data-flow-counts-zero] < pairs.jsonl
 

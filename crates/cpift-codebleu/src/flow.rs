@@ -1,39 +1,40 @@
-//! The data-flow match: for each variable, which earlier ones its value comes from.
+//! The data-flow match: edges from the occurrences of a variable to the occurrences its value comes
+//! from.
 //!
-//! One walk over the tree keeps, for every name, the places that its value may have been set, and notes an edge for each use. Bodies of
-//! loops are walked twice, branches apart and joined. Edges are then numbered by variable in the order of first occurrence, so that
-//! consistent renaming changes nothing.
+//! One walk over the tree tracks, per name, the occurrences at which its value may have been set,
+//! and adds an edge per use. Loop bodies are walked twice; branches are walked separately and
+//! joined. Variables are then numbered by first occurrence, so consistent renaming does not change
+//! the result.
 //!
-//! The rules are those of the PyPI package, as are their limits: where a tree lacks a part that a rule asks for (after a syntax error,
-//! say), the whole text has no data flow. The walk is bounded, because it is exponential in the nesting of loops: beyond [`MAX_STEPS`]
-//! or [`MAX_DEPTH`] a text has no data flow either (for the package, Python's recursion limit does this at a depth just under 1,000).
-
-mod c_like;
-mod python;
-mod tokens;
+//! The rules and their limits are those of the PyPI package: if the tree lacks a part that a rule
+//! needs (after a syntax error, for example), the whole text has no data flow. The walk is bounded
+//! because its cost is exponential in the nesting of loops: beyond [`MAX_STEPS`] or [`MAX_DEPTH`] a
+//! text has no data flow (in the package, Python's recursion limit does this at a depth just under
+//! 1,000).
 
 use std::collections::{HashMap, HashSet};
 
 use tree_sitter::Node;
 
-use crate::Language;
-use tokens::{Token, Tokens};
+use crate::language::Language;
+use crate::tokens::{Token, Tokens, is_token};
 
-/// The deepest tree that is walked.
+/// Maximum depth of a tree.
 const MAX_DEPTH: usize = 900;
-/// The most steps of a walk: nodes, variables copied at branches, and edges' parents.
+/// Maximum steps of a walk: nodes, variables copied at branches, and parents of edges.
 const MAX_STEPS: usize = 2_000_000;
 
-/// How a value gets to a variable.
+/// Origin of a variable's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Relation {
-    /// As it is: a use, a declaration with its value.
+pub(crate) enum Relation {
+    /// The value itself: a use, or a declaration with its value.
     ComesFrom,
-    /// By an assignment.
+    /// An assignment.
     ComputedFrom,
 }
 
-/// A variable's occurrence and where its value is from. Names and occurrences are numbers.
+/// An occurrence of a variable and the occurrences its value comes from. Names and occurrences are
+/// numbers.
 #[derive(Debug, Clone)]
 struct Edge {
     name: u32,
@@ -43,14 +44,15 @@ struct Edge {
     parent_indexes: Vec<u32>,
 }
 
-/// An edge with its variables numbered by first occurrence.
-pub type NormalEdge = (u32, Relation, Vec<u32>);
+/// An edge whose variables are numbered by first occurrence.
+pub(crate) type NormalEdge = (u32, Relation, Vec<u32>);
 
-/// For each name, the occurrences its value may come from.
+/// The occurrences that the value of each name may come from.
 type States = HashMap<u32, Vec<u32>>;
 
-/// (edges of `reference` that occur in `candidate`, edges of `reference`), each as often as it is there.
-pub fn matches(reference: &[NormalEdge], candidate: &[NormalEdge]) -> (u64, u64) {
+/// Returns (edges of `reference` that occur in `candidate`, edges of `reference`), counted with
+/// multiplicity.
+pub(crate) fn matches(reference: &[NormalEdge], candidate: &[NormalEdge]) -> (u64, u64) {
     let mut left: HashMap<&NormalEdge, u64> = HashMap::new();
     candidate.iter().for_each(|edge| *left.entry(edge).or_default() += 1);
     let matched = reference.iter().filter(|edge| match left.get_mut(edge) {
@@ -63,8 +65,8 @@ pub fn matches(reference: &[NormalEdge], candidate: &[NormalEdge]) -> (u64, u64)
     (matched.count() as u64, reference.len() as u64)
 }
 
-/// The data flow of `code`, whose tree has `root`.
-pub fn normalised(language: Language, root: Node, code: &str) -> Vec<NormalEdge> {
+/// The data flow of `code`, whose syntax tree is `root`.
+pub(crate) fn normalised(language: Language, root: Node, code: &str) -> Vec<NormalEdge> {
     normalise(&connected(edges(language, root, code).unwrap_or_default()))
 }
 
@@ -73,14 +75,14 @@ fn edges(language: Language, root: Node, code: &str) -> Option<Vec<Edge>> {
     let mut flow = Flow { tokens, states: States::new(), edges: Vec::new(), steps_left: MAX_STEPS };
     match language {
         Language::Python => flow.python(root)?,
-        Language::Java => flow.c_like(root, &c_like::JAVA)?,
-        Language::JavaScript => flow.c_like(root, &c_like::JAVASCRIPT)?,
-        Language::C | Language::Cpp => flow.c_like(root, &c_like::C)?,
+        Language::Java => flow.c_like(root, &JAVA)?,
+        Language::JavaScript => flow.c_like(root, &JAVASCRIPT)?,
+        Language::C | Language::Cpp => flow.c_like(root, &C)?,
     }
     Some(flow.edges)
 }
 
-/// The edges in the order of the code, without occurrences that nothing flows into or out of, one an occurrence.
+/// The edges in source order, one per occurrence, without occurrences that have no flow in or out.
 fn connected(mut edges: Vec<Edge>) -> Vec<Edge> {
     edges.sort_by_key(|edge| edge.index);
     let into = edges.iter().filter(|edge| !edge.parent_indexes.is_empty()).map(|edge| edge.index);
@@ -90,7 +92,7 @@ fn connected(mut edges: Vec<Edge>) -> Vec<Edge> {
     joined(edges, |edge| edge.index)
 }
 
-/// One edge for each key, with the parents of all that have it; name and relation are the last one's.
+/// Merges the edges of each key: the parents of all of them, the name and relation of the last.
 fn joined<K: std::hash::Hash + Eq>(edges: Vec<Edge>, key: impl Fn(&Edge) -> K) -> Vec<Edge> {
     let mut places: HashMap<K, usize> = HashMap::new();
     let mut out: Vec<(Edge, bool)> = Vec::new();
@@ -109,7 +111,8 @@ fn joined<K: std::hash::Hash + Eq>(edges: Vec<Edge>, key: impl Fn(&Edge) -> K) -
         }
     }
     let distinct = |(mut edge, repeated): (Edge, bool)| {
-        // Repetitions within a single edge stay, as `x = a + a` has a twice; those that joining makes go.
+        // Repeated parents within one edge are kept (`x = a + a` has `a` twice); repeats from
+        // merging are dropped.
         if repeated {
             let mut seen = HashSet::new();
             edge.parents.retain(|&name| seen.insert(name));
@@ -138,7 +141,7 @@ fn normalise(edges: &[Edge]) -> Vec<NormalEdge> {
     edges.iter().map(&mut normal).collect()
 }
 
-/// A walk under way. Its methods return `None` where the text turns out to have no data flow.
+/// State of a walk. Methods return `None` if the text has no data flow.
 struct Flow<'a> {
     tokens: Tokens<'a>,
     states: States,
@@ -165,12 +168,12 @@ impl Flow<'_> {
         Some(())
     }
 
-    /// The variables under `node`: all its tokens but keywords and punctuation.
+    /// The variables under `node`: its tokens other than keywords and punctuation.
     fn variables(&mut self, node: Node) -> Option<Vec<Token>> {
         let (mut stack, mut out) = (vec![node], Vec::new());
         while let Some(node) = stack.pop() {
             self.spend(1)?;
-            if tokens::is_token(node) {
+            if is_token(node) {
                 let token = self.tokens.of(node)?;
                 if !self.tokens.is_fixed(node, token) {
                     out.push(token);
@@ -182,7 +185,7 @@ impl Flow<'_> {
         Some(out)
     }
 
-    /// A token on its own: it comes from where its name was set.
+    /// Adds the use of a single token: its value comes from the occurrences that set its name.
     fn occurrence(&mut self, node: Node) -> Option<()> {
         let token = self.tokens.of(node)?;
         if self.tokens.is_fixed(node, token) {
@@ -209,7 +212,7 @@ impl Flow<'_> {
         self.states.insert(token.name, vec![token.index]);
     }
 
-    /// An edge from every value to every target, which are set.
+    /// Adds an edge from every value to every target, and sets the targets.
     fn pairs(&mut self, targets: &[Token], values: &[Token], relation: Relation) -> Option<()> {
         for &target in targets {
             for &value in values {
@@ -220,7 +223,7 @@ impl Flow<'_> {
         Some(())
     }
 
-    /// A declaration without a value.
+    /// Adds a declaration without a value.
     fn declare(&mut self, name: Node) -> Option<()> {
         for target in self.variables(name)? {
             self.edge(target, Relation::ComesFrom, &[])?;
@@ -229,7 +232,7 @@ impl Flow<'_> {
         Some(())
     }
 
-    /// Joins what the walks of a loop noted more than once, from the edge `first` on.
+    /// Merges edges that the two walks of a loop added twice, from edge `first` on.
     fn join_walks(&mut self, first: usize) -> Option<()> {
         let walks = self.edges.split_off(first);
         self.spend(walks.len())?;
@@ -237,13 +240,13 @@ impl Flow<'_> {
         Some(())
     }
 
-    /// The states now, to return to at another branch.
+    /// A copy of the current states, to restore at the next branch.
     fn branch_off(&mut self) -> Option<States> {
         self.spend(self.states.values().map(|set| 1 + set.len()).sum())?;
         Some(self.states.clone())
     }
 
-    /// Adds what may have been set in other branches.
+    /// Adds the occurrences set in other branches.
     fn join_branches(&mut self, others: Vec<States>) -> Option<()> {
         for (name, set) in others.into_iter().flatten() {
             self.spend(set.len())?;
@@ -252,6 +255,235 @@ impl Flow<'_> {
         }
         self.states.values_mut().for_each(sort_distinct);
         Some(())
+    }
+}
+
+/// The rules of Python.
+impl Flow<'_> {
+    /// Walks `node`.
+    fn python(&mut self, node: Node) -> Option<()> {
+        self.spend(1)?;
+        if is_token(node) {
+            return self.occurrence(node);
+        }
+        let field = |name| node.child_by_field_name(name);
+        match node.kind() {
+            "default_parameter" => match field("value") {
+                Some(value) => {
+                    self.python(value)?;
+                    let (targets, values) = (self.variables(field("name")?)?, self.variables(value)?);
+                    self.pairs(&targets, &values, Relation::ComesFrom)
+                }
+                None => self.declare(field("name")?),
+            },
+            "assignment" | "augmented_assignment" => match field("right") {
+                Some(right) => self.assign(field("left")?, right),
+                None => Some(()),
+            },
+            "for_in_clause" => {
+                let right = *children(node).last()?;
+                self.python(right)?;
+                self.gather(field("left")?, right)
+            }
+            "if_statement" => self.python_if(node),
+            "for_statement" => {
+                let first = self.edges.len();
+                let last = *children(node).last()?;
+                for _ in 0..2 {
+                    self.assign(field("left")?, field("right")?)?;
+                    // If there is an `else`, it is the last part, and the package walks neither it
+                    // nor the body.
+                    if last.kind() == "block" {
+                        self.python(last)?;
+                    }
+                }
+                self.join_walks(first)
+            }
+            "while_statement" => {
+                let first = self.edges.len();
+                for _ in 0..2 {
+                    children(node).into_iter().try_for_each(|part| self.python(part))?;
+                }
+                self.join_walks(first)
+            }
+            _ => {
+                // A comprehension's element precedes the clause that sets its variables.
+                let (clauses, others): (Vec<Node>, Vec<Node>) =
+                    children(node).into_iter().partition(|part| part.kind() == "for_in_clause");
+                clauses.into_iter().chain(others).try_for_each(|part| self.python(part))
+            }
+        }
+    }
+
+    /// Adds an assignment, element by element if both sides have the same number.
+    fn assign(&mut self, left: Node, right: Node) -> Option<()> {
+        let parts = |node| children(node).into_iter().filter(|part| part.kind() != ",").collect::<Vec<Node>>();
+        let (mut lefts, mut rights) = (parts(left), parts(right));
+        self.spend(lefts.len() + rights.len())?;
+        if lefts.len() != rights.len() || lefts.is_empty() {
+            (lefts, rights) = (vec![left], vec![right]);
+        }
+        rights.iter().try_for_each(|&value| self.python(value))?;
+        lefts.iter().zip(&rights).try_for_each(|(&target, &value)| self.gather(target, value))
+    }
+
+    /// Adds one edge per target, from all values together.
+    fn gather(&mut self, target: Node, value: Node) -> Option<()> {
+        let (targets, values) = (self.variables(target)?, self.variables(value)?);
+        for target in targets {
+            self.edge(target, Relation::ComputedFrom, &values)?;
+            self.set(target);
+        }
+        Some(())
+    }
+
+    /// Walks each `elif` and `else` from the state before the statement.
+    fn python_if(&mut self, node: Node) -> Option<()> {
+        let before = self.branch_off()?;
+        let (mut others, mut has_else) = (Vec::new(), false);
+        for part in children(node) {
+            has_else |= part.kind().contains("else");
+            if !matches!(part.kind(), "elif_clause" | "else_clause") {
+                self.python(part)?;
+                continue;
+            }
+            self.spend(before.len())?;
+            let then = std::mem::replace(&mut self.states, before.clone());
+            self.python(part)?;
+            others.push(std::mem::replace(&mut self.states, then));
+        }
+        if !has_else {
+            others.push(before);
+        }
+        self.join_branches(others)
+    }
+}
+
+/// Node kinds that the rules of a C-like language apply to.
+struct Rules {
+    /// Declaration with fields `name` and, optionally, `value`.
+    declarator: &'static str,
+    /// Assignments with fields `left` and `right`.
+    assignments: &'static [&'static str],
+    /// Increment or decrement.
+    update: &'static str,
+    /// Loop over a collection with fields `name`, `value` and `body`.
+    for_each: &'static str,
+    /// Part of a `for` before those that are walked twice.
+    for_header: &'static str,
+    /// True if values set before an `if` with an `else` may survive it.
+    before_survives_else: bool,
+}
+
+const JAVA: Rules = Rules {
+    declarator: "variable_declarator",
+    assignments: &["assignment_expression"],
+    update: "update_expression",
+    for_each: "enhanced_for_statement",
+    for_header: "local_variable_declaration",
+    before_survives_else: false,
+};
+
+/// The package does not treat plain JavaScript assignments as assignments.
+const JAVASCRIPT: Rules = Rules {
+    assignments: &["assignment_pattern", "augmented_assignment_expression"],
+    for_each: NONE,
+    for_header: "variable_declaration",
+    before_survives_else: true,
+    ..JAVA
+};
+
+/// C and C++. The package applies its C# rules; these are the node kinds that also exist in the C
+/// and C++ grammars.
+const C: Rules = Rules {
+    declarator: NONE,
+    assignments: &["assignment_expression"],
+    update: NONE,
+    for_each: NONE,
+    for_header: NONE,
+    before_survives_else: false,
+};
+
+/// Matches no node kind.
+const NONE: &str = "";
+
+/// The rules of Java, JavaScript, C and C++.
+impl Flow<'_> {
+    /// Walks `node`.
+    fn c_like(&mut self, node: Node, rules: &Rules) -> Option<()> {
+        self.spend(1)?;
+        if is_token(node) {
+            return self.occurrence(node);
+        }
+        let field = |name| node.child_by_field_name(name);
+        match node.kind() {
+            kind if kind == rules.declarator => match field("value") {
+                Some(value) => self.bind(field("name")?, value, Relation::ComesFrom, rules),
+                None => self.declare(field("name")?),
+            },
+            kind if rules.assignments.contains(&kind) => {
+                self.bind(field("left")?, field("right")?, Relation::ComputedFrom, rules)
+            }
+            kind if kind == rules.update => {
+                let variables = self.variables(node)?;
+                self.pairs(&variables, &variables, Relation::ComputedFrom)
+            }
+            "if_statement" => self.c_like_if(node, rules),
+            "for_statement" => {
+                let first = self.edges.len();
+                let parts = children(node);
+                self.c_like_all(&parts, rules)?;
+                let again = parts.iter().position(|part| part.kind() == rules.for_header);
+                self.c_like_all(&parts[again.map_or(parts.len(), |header| header + 1)..], rules)?;
+                self.join_walks(first)
+            }
+            "while_statement" => {
+                let first = self.edges.len();
+                let parts = children(node);
+                self.c_like_all(&parts, rules)?;
+                self.c_like_all(&parts, rules)?;
+                self.join_walks(first)
+            }
+            kind if kind == rules.for_each => {
+                let first = self.edges.len();
+                for _ in 0..2 {
+                    self.bind(field("name")?, field("value")?, Relation::ComputedFrom, rules)?;
+                    self.c_like(field("body")?, rules)?;
+                }
+                self.join_walks(first)
+            }
+            _ => self.c_like_all(&children(node), rules),
+        }
+    }
+
+    fn c_like_all(&mut self, nodes: &[Node], rules: &Rules) -> Option<()> {
+        nodes.iter().try_for_each(|&node| self.c_like(node, rules))
+    }
+
+    fn bind(&mut self, target: Node, value: Node, relation: Relation, rules: &Rules) -> Option<()> {
+        self.c_like(value, rules)?;
+        let (targets, values) = (self.variables(target)?, self.variables(value)?);
+        self.pairs(&targets, &values, relation)
+    }
+
+    /// Walks every part from `else` (or a chained `if`) on from the state before the statement.
+    fn c_like_if(&mut self, node: Node, rules: &Rules) -> Option<()> {
+        let parts = children(node);
+        let alternative = |part: &&Node| matches!(part.kind(), "if_statement" | "else");
+        let first = parts.iter().take_while(|part| !alternative(part)).count();
+        let before = self.branch_off()?;
+        self.c_like_all(&parts[..first], rules)?;
+        let mut others = Vec::new();
+        for &part in &parts[first..] {
+            self.spend(before.len())?;
+            let then = std::mem::replace(&mut self.states, before.clone());
+            self.c_like(part, rules)?;
+            others.push(std::mem::replace(&mut self.states, then));
+        }
+        if rules.before_survives_else || !parts.iter().any(|part| part.kind().contains("else")) {
+            others.push(before);
+        }
+        self.join_branches(others)
     }
 }
 

@@ -1,13 +1,15 @@
-//! The languages: their names, grammars and keywords.
+//! The supported languages: names, grammars and keywords.
 
 use tree_sitter::{ParseOptions, ParseState, Parser, Tree};
 
-/// The longest text that is parsed. Where recovery from errors is worst, its time grows with the square of the length: seconds here.
+/// Maximum length of a parsed text. Error recovery takes quadratic time in the worst case: seconds
+/// at this length.
 const MAX_BYTES: usize = 100_000;
-/// The most reports of the parser on one text, of which good code takes one in some 70 bytes: seconds again.
+/// Maximum progress callbacks of the parser per text, also a bound of seconds. Valid code needs
+/// about one per 70 bytes.
 const MAX_REPORTS: usize = 100_000;
 
-/// A language that code can be compared in.
+/// A programming language supported by CodeBLEU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Language {
     /// Python 3.
@@ -23,10 +25,11 @@ pub enum Language {
 }
 
 impl Language {
-    /// All of them.
+    /// Every supported language.
     pub const ALL: [Self; 5] = [Self::Python, Self::Java, Self::JavaScript, Self::C, Self::Cpp];
 
-    /// The language called `name` in data sets and at the head of fenced code, whatever the case: `python`, `py`, `C++`, `js`, …
+    /// The language with this name in data sets or code fences, ignoring case: `python`, `py`,
+    /// `C++`, `js`, …
     pub fn named(name: &str) -> Option<Self> {
         match name.trim().to_ascii_lowercase().as_str() {
             "python" | "py" | "python3" => Some(Self::Python),
@@ -38,7 +41,7 @@ impl Language {
         }
     }
 
-    /// The name, as the PyPI package codebleu has it.
+    /// Name in the PyPI package codebleu.
     pub fn name(self) -> &'static str {
         match self {
             Self::Python => "python",
@@ -49,7 +52,8 @@ impl Language {
         }
     }
 
-    /// The syntax tree of `code`. Every text has one, errors and all, but `None` stands for one that is too long or takes too long.
+    /// Parses `code`; syntax errors become error nodes. Returns `None` for a text that is too long
+    /// or takes too long.
     pub(crate) fn parse(self, code: &str) -> Option<Tree> {
         if code.len() > MAX_BYTES { None } else { self.parse_within(code, MAX_REPORTS) }
     }
@@ -65,7 +69,8 @@ impl Language {
         let mut parser = Parser::new();
         parser.set_language(&grammar.into()).expect("the pinned grammars fit this tree-sitter");
         let mut reports = 0;
-        // Reports come after a fixed number of steps, so that what is given up does not hang on the machine.
+        // Callbacks come after a fixed number of steps, so the limit does not depend on the
+        // machine.
         let mut give_up = |_: &ParseState| {
             reports += 1;
             reports > max_reports
@@ -74,7 +79,7 @@ impl Language {
         parser.parse_with_options(&mut |at, _| &code.as_bytes()[at..], None, Some(options))
     }
 
-    /// The syntax tree of `code`, or of nothing where that takes too long.
+    /// The syntax tree of `code`, or that of an empty text if parsing takes too long.
     pub(crate) fn tree(self, code: &str) -> Tree {
         self.parse(code).or_else(|| self.parse("")).expect("nothing is parsed at once")
     }
@@ -83,7 +88,8 @@ impl Language {
         self.keywords().contains(&token)
     }
 
-    /// The words of weight 1, exactly those of the PyPI package: some are no keywords, and JavaScript's `true` is missing.
+    /// Tokens of weight 1, exactly those of the PyPI package: some are not keywords, and
+    /// JavaScript's `true` is missing.
     #[rustfmt::skip]
     fn keywords(self) -> &'static [&'static str] {
         match self {

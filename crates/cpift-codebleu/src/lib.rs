@@ -1,46 +1,54 @@
-//! CodeBLEU (Ren et al. 2020, [arXiv 2009.10297](https://arxiv.org/abs/2009.10297)): how near a piece of code is to a reference, by its
-//! words, its syntax and its data flow.
+//! CodeBLEU (Ren et al. 2020, [arXiv 2009.10297](https://arxiv.org/abs/2009.10297)): similarity of
+//! code to a reference by tokens, syntax and data flow.
 //!
 //! ```text
 //! CodeBLEU = ¼ · BLEU + ¼ · BLEU_weighted + ¼ · Match_ast + ¼ · Match_df
 //!
-//! BLEU          = BP · exp(¼ Σₙ₌₁..₄ ln pₙ)     pₙ: n-grams of the candidate that the reference has, clipped, of the candidate's
-//! BLEU_weighted = BP · exp(¼ Σₙ₌₁..₄ ln rₙ)     rₙ: n-grams of the reference that the candidate has, clipped, of the reference's;
-//!                                               in r₁ the language's keywords weigh 1 and all else 0.2
-//! BP            = min(1, exp(1 − |reference| / |candidate|)), where BLEU_weighted takes 2 for |reference|, as the public code does
-//! Match_ast     = subtrees of the reference that occur in the candidate / subtrees of the reference
-//! Match_df      = data-flow edges of the reference that occur in the candidate / data-flow edges of the reference
+//! BLEU          = BP · exp(¼ Σₙ₌₁..₄ ln pₙ)
+//! BLEU_weighted = BP · exp(¼ Σₙ₌₁..₄ ln rₙ)
+//! BP            = min(1, exp(1 − |reference| / |candidate|)); |reference| is 2 in BLEU_weighted
+//! Match_ast     = subtrees of the reference that occur in the candidate / its subtrees
+//! Match_df      = edges of the reference that occur in the candidate / its edges
+//!
+//! pₙ  share of the candidate's n-grams that are in the reference, clipped
+//! rₙ  share of the reference's n-grams that are in the candidate, clipped;
+//!     in r₁ keywords of the language weigh 1 and other tokens 0.2
 //! ```
 //!
-//! Tokens of the n-grams are what white space separates. A pₙ or rₙ of no match counts 0.1 in its numerator; without a common token both
-//! are 0. Subtrees are compared by their node kinds alone, without the leaves' text; comments and docstrings are out of syntax and data
-//! flow. Every figure equals that of the PyPI package codebleu 0.7.0, whose readings of the paper (the weighted match as a recall, say)
-//! are kept; [`NoDataFlow`] has the one on which the package and the original part.
+//! N-gram tokens are separated by white space. An order n without a match has 0.1 as its numerator;
+//! without any common token both scores are 0. Subtrees are compared by node kinds, without the
+//! text of the leaves; comments and docstrings are removed before the syntax and data-flow matches.
+//! Every figure equals that of the PyPI package codebleu 0.7.0, including its readings of the paper
+//! (the weighted match is a recall, for example). [`NoDataFlow`] selects between the package and
+//! the original where they differ.
 //!
-//! Counts of several pairs add up, which gives the figure of a corpus.
+//! [`Counts`] of several pairs add up to the figure of a corpus.
 
 mod flow;
 mod language;
 mod ngram;
 mod strip;
 mod syntax;
+mod tokens;
 
 pub use language::Language;
 
 use std::ops::AddAssign;
 
-/// What no data-flow match does to the total. The component itself is 0 in both.
+/// Contribution of the data-flow component to the total if no edge matches. The component itself is
+/// 0 in both cases.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum NoDataFlow {
-    /// It counts as 1, as in the PyPI package codebleu. This is for references without any data flow, but the package does not tell them
-    /// from candidates that match none of it, and so neither does this.
+    /// It counts as 1, as in the PyPI package codebleu. The 1 is meant for references without data
+    /// flow, but the package also applies it to candidates that match none of the reference's
+    /// edges.
     #[default]
     CountsOne,
-    /// It counts as 0, as in the original code of CodeXGLUE.
+    /// It counts as 0, as in the original CodeXGLUE code.
     CountsZero,
 }
 
-/// What is counted on a pair of reference and candidate, or on several together.
+/// Match counts of one pair of reference and candidate, or summed over several pairs.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Counts {
     words: ngram::Counts,
@@ -48,7 +56,7 @@ pub struct Counts {
     data_flow: Share,
 }
 
-/// So many of so many.
+/// Matched and total items.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Share {
     matched: u64,
@@ -58,20 +66,21 @@ struct Share {
 /// CodeBLEU and its components, each from 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Score {
-    /// BLEU-4 on white-space tokens.
+    /// BLEU-4 over tokens separated by white space.
     pub ngram: f64,
-    /// The n-gram recall in which keywords weigh more.
+    /// N-gram recall with a higher weight for keywords.
     pub weighted_ngram: f64,
-    /// The share of the reference's subtrees that occur in the candidate.
+    /// Share of the reference's subtrees that occur in the candidate.
     pub syntax: f64,
-    /// The share of the reference's data-flow edges that occur in the candidate; 0 where it has none.
+    /// Share of the reference's data-flow edges that occur in the candidate; 0 if it has none.
     pub data_flow: f64,
-    /// CodeBLEU: the mean of the four.
+    /// CodeBLEU: the mean of the four components.
     pub codebleu: f64,
 }
 
 impl Counts {
-    /// Compares `candidate` with `reference`. Any text will do: what does not parse gives trees with errors in them.
+    /// Compares `candidate` with `reference`. Text that does not parse is compared by a tree with
+    /// error nodes.
     pub fn of(language: Language, reference: &str, candidate: &str) -> Self {
         let (reference, candidate) = (strip::trim(reference), strip::trim(candidate));
         let words = ngram::Counts::of(language, reference, candidate);
@@ -84,7 +93,7 @@ impl Counts {
         Self { words, syntax, data_flow: Share { matched, total } }
     }
 
-    /// The score of all that was counted.
+    /// The score of these counts.
     pub fn score(&self, no_data_flow: NoDataFlow) -> Score {
         let (ngram, weighted_ngram) = (self.words.precision(), self.words.weighted_recall());
         let (syntax, data_flow) = (self.syntax.value(), self.data_flow.value());
@@ -122,7 +131,7 @@ pub fn score(language: Language, reference: &str, candidate: &str, no_data_flow:
     Counts::of(language, reference, candidate).score(no_data_flow)
 }
 
-/// Whether `code` is more than white space and parses without an error: no node stands for skipped text or for something missing.
+/// Returns true if `code` is not blank and parses without an error or a missing node.
 pub fn parses(language: Language, code: &str) -> bool {
     !strip::trim(code).is_empty() && language.parse(code).is_some_and(|tree| !tree.root_node().has_error())
 }

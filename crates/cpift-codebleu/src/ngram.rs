@@ -1,30 +1,30 @@
-//! The two n-gram matches: BLEU-4 and the keyword-weighted recall.
+//! The two n-gram components: BLEU-4 and the keyword-weighted recall.
 
 use std::collections::HashMap;
 use std::ops::AddAssign;
 
-use crate::Language;
+use crate::language::Language;
 use crate::strip::is_space;
 
-/// The longest n-gram.
+/// Longest n-gram.
 const ORDER: usize = 4;
 /// Numerator of an order without a match (smoothing method 1 of Chen and Cherry 2014).
 const SMOOTHED: f64 = 0.1;
-/// What the weighted match takes for the length of every reference: its brevity penalty hits candidates of one token only. In the public
-/// code a reference is a pair there, of tokens and weights, and its length is taken of the pair.
+/// Reference length in the brevity penalty of the weighted match. The public code takes the length
+/// of the pair (tokens, weights), so only candidates of one token are penalised.
 const WEIGHTED_REFERENCE_LENGTH: u64 = 2;
-/// Weight of a unigram that is no keyword.
+/// Weight of a unigram that is not a keyword.
 const PLAIN_WEIGHT: f64 = 0.2;
 
-/// Matched and possible n-grams by order, and the lengths for the brevity penalty.
+/// Matched and total n-grams by order, and the lengths for the brevity penalty.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Counts {
+pub(crate) struct Counts {
     pairs: u64,
     reference_length: u64,
     candidate_length: u64,
-    /// Of the candidate's n-grams.
+    /// Share of the candidate's n-grams.
     precision: [Ratio; ORDER],
-    /// Of the reference's n-grams; unigrams are weighted.
+    /// Share of the reference's n-grams; unigrams are weighted.
     recall: [Ratio; ORDER],
 }
 
@@ -35,7 +35,7 @@ struct Ratio {
 }
 
 impl Counts {
-    pub fn of(language: Language, reference: &str, candidate: &str) -> Self {
+    pub(crate) fn of(language: Language, reference: &str, candidate: &str) -> Self {
         let mut ids = HashMap::new();
         let reference = numbered(reference, &mut ids);
         let candidate = numbered(candidate, &mut ids);
@@ -57,12 +57,12 @@ impl Counts {
     }
 
     /// BLEU-4.
-    pub fn precision(&self) -> f64 {
+    pub(crate) fn precision(&self) -> f64 {
         self.brevity_penalty(self.reference_length) * geometric_mean(&self.precision)
     }
 
     /// The weighted n-gram match.
-    pub fn weighted_recall(&self) -> f64 {
+    pub(crate) fn weighted_recall(&self) -> f64 {
         self.brevity_penalty(WEIGHTED_REFERENCE_LENGTH * self.pairs) * geometric_mean(&self.recall)
     }
 
@@ -96,7 +96,7 @@ fn geometric_mean(ratios: &[Ratio; ORDER]) -> f64 {
     (ratios.iter().map(log).sum::<f64>() / ORDER as f64).exp()
 }
 
-/// The tokens as numbers, equal where the tokens are.
+/// Numbers the tokens: equal tokens get equal numbers.
 fn numbered<'a>(code: &'a str, ids: &mut HashMap<&'a str, u32>) -> Vec<u32> {
     let tokens = code.split(is_space).filter(|token| !token.is_empty());
     tokens
@@ -107,14 +107,14 @@ fn numbered<'a>(code: &'a str, ids: &mut HashMap<&'a str, u32>) -> Vec<u32> {
         .collect()
 }
 
-/// Every different n-gram with its number of occurrences, sorted, so that sums over them have one order.
+/// The distinct n-grams with their counts, sorted so that sums over them have a fixed order.
 fn ngrams(tokens: &[u32], n: usize) -> Vec<(&[u32], u64)> {
     let mut all: Vec<&[u32]> = tokens.windows(n).collect();
     all.sort_unstable();
     all.chunk_by(|a, b| a == b).map(|same| (same[0], same.len() as u64)).collect()
 }
 
-/// How much of `these` is in `those`, each n-gram at most as often as it is there; an empty total counts as 1.
+/// Share of `these` that is in `those`, with clipped counts. The total is at least 1.
 fn ratio(these: &[(&[u32], u64)], those: &[(&[u32], u64)], weight: impl Fn(&[u32]) -> f64) -> Ratio {
     let (mut matched, mut total) = (0.0, 0.0);
     for (ngram, count) in these {

@@ -1,36 +1,38 @@
-//! The syntax match: which subtrees of the reference occur in the candidate.
+//! The syntax match: the subtrees of the reference that occur in the candidate.
 //!
-//! Two subtrees are the same when tree-sitter prints the same s-expression for them: the kinds of the named nodes with their field names,
-//! but no text. Printing every subtree takes quadratic time (and the C stack, on deep trees), so here each distinct form gets a number
-//! from the numbers of its children, bottom-up, in one pass without recursion.
+//! Two subtrees are equal if tree-sitter prints the same s-expression for them: kinds and field
+//! names of the named nodes, no text. Printing every subtree takes quadratic time (and overflows
+//! the C stack on deep trees). Instead each distinct s-expression gets a number derived from the
+//! numbers of its children, bottom-up, in one pass without recursion.
 
 use std::collections::{HashMap, HashSet};
 
 use tree_sitter::Node;
 
-/// (subtrees of `reference` that occur in `candidate`, subtrees of `reference`). The root and every node with children are subtrees.
-pub fn matches(reference: Node, candidate: Node) -> (u64, u64) {
+/// Returns (subtrees of `reference` that occur in `candidate`, subtrees of `reference`). The root
+/// and every node with children are subtrees.
+pub(crate) fn matches(reference: Node, candidate: Node) -> (u64, u64) {
     let mut forms = Forms::default();
     let candidate: HashSet<u32> = forms.subtrees(candidate).into_iter().collect();
     let reference = forms.subtrees(reference);
     (reference.iter().filter(|form| candidate.contains(form)).count() as u64, reference.len() as u64)
 }
 
-/// The printed children of a node: field name, and the number of the form.
+/// The printed children of a node: field name and number of the s-expression.
 type Printed = Vec<(Option<&'static str>, u32)>;
 
-/// The numbers of the distinct s-expressions met so far.
+/// Numbers of the distinct s-expressions seen so far.
 #[derive(Default)]
 struct Forms {
     numbers: HashMap<(String, Printed), u32>,
 }
 
-/// A node whose children are being walked.
+/// A node whose children are being visited.
 struct Open<'tree> {
     node: Node<'tree>,
     field: Option<&'static str>,
     printed: Printed,
-    /// Whether a child has an error.
+    /// True if a child has an error.
     error_below: bool,
 }
 
@@ -41,7 +43,7 @@ impl<'tree> Open<'tree> {
 }
 
 impl Forms {
-    /// The form of every subtree under `root`.
+    /// Numbers of the s-expressions of all subtrees under `root`.
     fn subtrees(&mut self, root: Node) -> Vec<u32> {
         let mut subtrees = Vec::new();
         let mut cursor = root.walk();
@@ -62,7 +64,7 @@ impl Forms {
                 if closed.node.is_named() || closed.node.is_missing() {
                     parent.printed.push((closed.field, form));
                 } else {
-                    // Punctuation and keywords are not printed, but what is inside them is.
+                    // Punctuation and keywords are not printed, but their children are.
                     let inside = closed.printed.into_iter().map(|(field, form)| (field.or(closed.field), form));
                     parent.printed.extend(inside);
                 }
@@ -77,14 +79,15 @@ impl Forms {
 
     fn number(&mut self, open: &Open) -> u32 {
         let node = open.node;
-        // A leaf is printed by the library: it may be missing, or an error with the unexpected character in it. A node whose children are
-        // all unprinted looks like a leaf of its kind.
+        // tree-sitter prints leaves: they may be missing, or errors that hold the unexpected
+        // character. A node whose children are all unprinted looks like a leaf of its kind.
         let mut head = match (node.child_count(), node.is_named()) {
             (0, _) => node.to_sexp(),
             (_, true) => format!("({})", node.kind()),
             (_, false) => format!("{:?}", node.kind()),
         };
-        // An error that no child has is a missing token that the tree hides and prints all the same, such as the end of an `#include`.
+        // An error without an erroneous child is a hidden missing token that is printed all the
+        // same, such as the end of an `#include`.
         if node.has_error() && !node.is_error() && !open.error_below && node.child_count() > 0 {
             head.push_str("MISSING");
         }
@@ -96,7 +99,7 @@ impl Forms {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Language;
+    use crate::language::Language;
 
     fn printed_subtrees(root: Node) -> Vec<String> {
         let (mut stack, mut out) = (vec![root], Vec::new());
@@ -108,7 +111,8 @@ mod tests {
         out
     }
 
-    /// The numbers are the s-expressions' equality classes, in whatever order the nodes are met.
+    /// Numbers form the same equality classes as the s-expressions, whatever the order of the
+    /// nodes.
     #[test]
     fn forms_are_equal_exactly_where_the_printed_trees_are() {
         for (language, code) in [

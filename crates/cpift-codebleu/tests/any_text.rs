@@ -1,4 +1,4 @@
-//! Any text has a score, in bounded time and without a deep stack.
+//! Every text gets a score, in bounded time and stack depth.
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,11 @@ fn components(s: &Score) -> [f64; 5] {
 }
 
 fn in_range(s: &Score) -> bool {
-    // Rounding may leave a perfect score an ulp above 1.
+    // Rounding may put a perfect score one ulp above 1.
     components(s).iter().all(|value| (0.0..=1.0 + 1e-12).contains(value))
 }
 
-/// Our snippets, from the golden pairs.
+/// The references of the golden pairs.
 fn snippets() -> Vec<(Language, String)> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/golden/codebleu.json");
     let rows: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
@@ -26,7 +26,7 @@ fn snippets() -> Vec<(Language, String)> {
     rows.iter().map(snippet).collect()
 }
 
-/// Pieces that start or end what the scanners look for.
+/// Delimiters that the scanners look for.
 const PIECES: [&str; 24] = [
     "'",
     "\"",
@@ -91,7 +91,7 @@ proptest! {
     }
 }
 
-/// What the scanners and the walk would take quadratic or exponential time or a deep stack for.
+/// Texts for which naive scanners or walks take quadratic or exponential time, or a deep stack.
 #[test]
 fn long_and_deep_texts_take_bounded_time() {
     let loops = |head: &str, tail: &str| format!("{}x = x + 1;{}", head.repeat(60), tail.repeat(60));

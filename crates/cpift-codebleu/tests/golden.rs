@@ -1,4 +1,5 @@
-//! The figures of the PyPI package codebleu on our own pairs (fixtures/golden/codebleu.json, made by scripts/oracle/golden_codebleu.py).
+//! The figures of the PyPI package codebleu on our own pairs (fixtures/golden/codebleu.json, made
+//! by scripts/oracle/golden_codebleu.py).
 
 use std::collections::HashMap;
 
@@ -54,7 +55,7 @@ fn every_component_is_the_packages() {
     }
 }
 
-/// The original code has the same components, and their plain mean for the total.
+/// The original code has the same components; its total is their plain mean.
 #[test]
 fn the_original_gives_nothing_for_no_data_flow() {
     let mut without = 0;

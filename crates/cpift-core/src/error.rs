@@ -1,18 +1,19 @@
-//! The errors a stage reports, and the exit code each one means.
+//! Errors of the stages and their exit codes.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// Failed: disk full, out of memory, non-finite loss and the like.
-pub const EXIT_FAILED: u8 = 1;
+/// Failed: full disk, out of memory, non-finite loss and the like.
+pub(crate) const EXIT_FAILED: u8 = 1;
 /// Usage: an argument that cannot be parsed or is out of range.
-pub const EXIT_USAGE: u8 = 2;
+pub(crate) const EXIT_USAGE: u8 = 2;
 /// Bad input: a file, shape, format or content that cannot be used.
-pub const EXIT_BAD_INPUT: u8 = 3;
-/// Stopped when asked to, with the state saved: run again to go on (EX_TEMPFAIL of sysexits.h).
-pub const EXIT_STOPPED: u8 = 75;
+pub(crate) const EXIT_BAD_INPUT: u8 = 3;
+/// Stopped by a signal with the state saved; running again resumes (EX_TEMPFAIL of sysexits.h).
+pub(crate) const EXIT_STOPPED: u8 = 75;
 
-/// A file that cannot be used: which, where in it, what was expected, what was found, and how to mend it.
+/// A file that cannot be used: its path, the tensor if any, expected, found, and a hint for the
+/// fix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadInput {
     path: PathBuf,
@@ -24,7 +25,7 @@ pub struct BadInput {
 }
 
 impl BadInput {
-    /// A problem with the file or folder at `path`.
+    /// A problem with the file or directory at `path`.
     pub fn new(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Self {
             path: path.as_ref().to_owned(),
@@ -36,28 +37,28 @@ impl BadInput {
         }
     }
 
-    /// Names the tensor the problem lies in.
+    /// Names the tensor with the problem.
     #[must_use]
     pub fn tensor(mut self, name: impl Into<String>) -> Self {
         self.tensor = Some(name.into());
         self
     }
 
-    /// Says what should have been there.
+    /// States the expected value.
     #[must_use]
     pub fn expected(mut self, what: impl Into<String>) -> Self {
         self.expected = Some(what.into());
         self
     }
 
-    /// Says what was there.
+    /// States the value found.
     #[must_use]
     pub fn found(mut self, what: impl Into<String>) -> Self {
         self.found = Some(what.into());
         self
     }
 
-    /// Says what the user can do about it.
+    /// Tells the user how to fix it.
     #[must_use]
     pub fn hint(mut self, what: impl Into<String>) -> Self {
         self.hint = Some(what.into());
@@ -81,7 +82,7 @@ impl fmt::Display for BadInput {
 
 impl std::error::Error for BadInput {}
 
-/// An argument, or a combination of arguments, that makes no sense.
+/// An invalid argument or combination of arguments.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage(pub String);
 
@@ -93,7 +94,7 @@ impl fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
-/// A run that was asked to stop and has saved its state; says where and how to go on.
+/// A run that stopped on request with its state saved; the text says where and how to resume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stopped(pub String);
 
@@ -105,12 +106,12 @@ impl fmt::Display for Stopped {
 
 impl std::error::Error for Stopped {}
 
-/// Shorthand for an [`anyhow::Error`] that holds a [`Usage`].
+/// Returns a [`Usage`] error.
 pub fn usage(message: impl Into<String>) -> anyhow::Error {
     Usage(message.into()).into()
 }
 
-/// The exit code that `error` means.
+/// Returns the exit code for `error`.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     if error.downcast_ref::<Usage>().is_some() {
         EXIT_USAGE

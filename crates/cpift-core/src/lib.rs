@@ -1,28 +1,26 @@
 //! Files and formats of CPI-FT: checkpoints, masks, groups, tasks, scores and provenance.
 //!
-//! Everything the six stages exchange is a file, and this crate is the one place that knows its form. It holds no
-//! stage logic and does not link libtorch.
+//! The stages communicate only through files, and this crate defines the formats. It contains no
+//! stage logic and does not link libtorch. Its modules form layers; each uses only those listed
+//! before it:
+//!
+//! 1. [`error`], [`log_once`]
+//! 2. [`files`]: opening, staging and renaming
+//! 3. [`mod@format`]: file formats
+//! 4. [`stream`]: passes over large arrays
+//! 5. [`record`]: provenance and the up-to-date rule
+//! 6. [`run`]: command line, signals, progress
 
-pub mod checkpoint;
-pub mod cli;
-pub mod density;
 pub mod error;
 pub mod files;
-pub mod groups;
-pub mod json;
-pub mod mask;
-pub mod once;
-pub mod progress;
-pub mod provenance;
-pub mod safetensors;
-pub mod scores;
-pub mod select;
-pub mod signals;
-pub mod simd;
-pub mod stale;
-pub mod svg;
-pub mod tasks;
+pub mod format;
+pub mod log_once;
+pub mod record;
+pub mod run;
+pub mod stream;
 
-pub use checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorSpec, TensorView};
 pub use error::{BadInput, Stopped, Usage};
-pub use mask::Mask;
+pub use format::checkpoint::{Checkpoint, CheckpointWriter, TensorView};
+pub use format::dtype::Dtype;
+pub use format::mask::Mask;
+pub use format::safetensors::TensorSpec;

@@ -1,4 +1,4 @@
-//! The tokenizer of a checkpoint folder with its chat template and special tokens.
+//! The text side of a checkpoint: its tokenizer, chat template and special tokens.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,12 +6,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use cpift_core::once;
-use cpift_core::{BadInput, json};
+use cpift_core::format::json;
+use cpift_core::{BadInput, log_once};
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use crate::rows::Message;
+use crate::conversation::Message;
 use crate::template::{ChatTemplate, SpecialTokens, TemplateArgs};
 use crate::tokenizer::FolderTokenizer;
 
@@ -22,7 +22,7 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
                       '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' \
                       }}{% endif %}";
 
-/// A run of bytes of a text.
+/// A byte range of a text.
 pub type Span = Range<usize>;
 
 /// A checkpoint's tokenizer, chat template and special tokens.
@@ -35,23 +35,24 @@ pub struct ChatText {
     special_ids: BTreeSet<i64>,
     /// Every EOS of generation_config.json, config.json and the tokenizer.
     pub eos_ids: Vec<i64>,
-    /// The special token that the template writes after an answer, be it an EOS of the files or not.
+    /// Special token that the template writes after an answer, even if no file names it as EOS.
     pub end_of_turn: Option<i64>,
-    /// The end of a prompt.
+    /// End of a prompt.
     pub generation_prompt: GenerationPrompt,
-    /// Rows of the model's embedding, where it is known.
+    /// Rows of the model's embedding, if known.
     embedding_rows: Option<i64>,
-    /// The id that fills batches.
+    /// Id for padding batches.
     pub pad_id: i64,
     folder: PathBuf,
 }
 
 impl ChatText {
-    /// Loads the tokenizer of `folder`. The template called `named` (`chatml`, or a path to a Jinja file) takes precedence over the
-    /// checkpoint's own.
+    /// Loads the tokenizer of `folder`. The template `named` (`chatml`, or the path of a Jinja
+    /// file) takes precedence over the checkpoint's own.
     ///
     /// # Errors
-    /// [`BadInput`] when tokenizer.json is missing or cannot be read, no template is available, or it does not parse.
+    /// [`BadInput`] if tokenizer.json is missing or cannot be read, or a template is missing or
+    /// does not parse.
     pub fn open(folder: &Path, named: Option<&str>) -> Result<Self> {
         let FolderTokenizer { tokenizer, special, config, end_ids, .. } = FolderTokenizer::open(folder)?;
         let (source, origin) = match named {
@@ -85,9 +86,9 @@ impl ChatText {
         if text.eos_ids.is_empty() {
             let stop = match text.end_of_turn {
                 Some(end) => format!("generation stops at the chat template's {} only", text.tokens(&[end])[0]),
-                None => "generation goes on to its longest answer".to_owned(),
+                None => "generation stops at its maximum length only".to_owned(),
             };
-            once::warn(format!(
+            log_once::warn(format!(
                 "{}: no EOS in tokenizer_config.json, generation_config.json or config.json: {stop}",
                 folder.display()
             ));
@@ -104,28 +105,28 @@ impl ChatText {
         self.tokenizer.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1)
     }
 
-    /// Token ids of `text`, nothing added.
+    /// Token ids of `text`, without added tokens.
     ///
     /// # Errors
-    /// Any error that the tokenizer reports.
+    /// A token beyond the model's embedding.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         Ok(self.encode_offsets(text)?.0)
     }
 
-    /// Token ids of `text` with what the tokenizer puts around a text by itself, such as LLaMA-2's BOS.
+    /// Token ids of `text` with the tokens that the tokenizer adds, such as LLaMA-2's BOS.
     ///
     /// # Errors
-    /// Any error that the tokenizer reports.
+    /// As [`ChatText::encode`].
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<i64>> {
         let encoding = self.tokenizer.encode(text, true).map_err(|e| anyhow!("tokenizing: {e}"))?;
         let ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
         self.check_embedded(&ids).map(|()| ids)
     }
 
-    /// Token ids and the bytes of `text` each one stands for.
+    /// Token ids and the bytes of `text` that each stands for.
     ///
     /// # Errors
-    /// Any error that the tokenizer reports.
+    /// As [`ChatText::encode`].
     pub fn encode_offsets(&self, text: &str) -> Result<(Vec<i64>, Vec<Span>)> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| anyhow!("tokenizing: {e}"))?;
         let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
@@ -133,33 +134,33 @@ impl ChatText {
         self.check_embedded(&ids).map(|()| (ids, spans))
     }
 
-    /// The tokens called `ids`, as the vocabulary spells them (`Ġthe`, `▁the`); an id that it lacks is empty.
+    /// Spelling of `ids` in the vocabulary (`Ġthe`, `▁the`); empty for an unknown id.
     pub fn tokens(&self, ids: &[i64]) -> Vec<String> {
         ids.iter().map(|&id| self.tokenizer.id_to_token(id as u32).unwrap_or_default()).collect()
     }
 
-    /// The text of `ids`, special tokens left out.
+    /// Text of `ids` without special tokens.
     ///
     /// # Errors
-    /// Any error that the tokenizer reports.
+    /// An error of the tokenizer's decoder.
     pub fn decode(&self, ids: &[i64]) -> Result<String> {
         let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
         self.tokenizer.decode(&ids, true).map_err(|e| anyhow!("decoding: {e}"))
     }
 
-    /// This text with a task's template arguments.
+    /// Combines this text with a task's template arguments.
     pub fn with<'a>(&'a self, args: &'a TemplateArgs) -> Chat<'a> {
         Chat { text: self, args }
     }
 
-    /// Ids that end a generated answer: every EOS of the checkpoint's files, and the template's end of turn.
+    /// Ids that end a generated answer: every EOS of the files, and the template's end of turn.
     pub fn stop_ids(&self) -> Vec<i64> {
         let mut ids = self.eos_ids.clone();
         ids.extend(self.end_of_turn.filter(|id| !ids.contains(id)));
         ids
     }
 
-    /// Refuses token ids that the model has no embedding for.
+    /// Returns an error for token ids without a row in the model's embedding.
     fn check_embedded(&self, ids: &[i64]) -> Result<()> {
         let Some(rows) = self.embedding_rows else { return Ok(()) };
         match ids.iter().find(|id| **id >= rows) {
@@ -171,7 +172,7 @@ impl ChatText {
         }
     }
 
-    /// Bounds token ids by the rows of the model's embedding: encoding a text with a token beyond them is an error.
+    /// Sets the number of rows of the model's embedding; encoding a token beyond them is an error.
     #[must_use]
     pub fn with_embedding_rows(mut self, rows: i64) -> Self {
         self.embedding_rows = Some(rows);
@@ -180,12 +181,12 @@ impl ChatText {
         self
     }
 
-    /// True if the template's `{% generation %}` blocks say what the loss counts.
+    /// True if `{% generation %}` blocks of the template define the targets.
     pub(crate) fn marks_answers(&self) -> bool {
         self.template.marks_answers
     }
 
-    /// The text before an answer, as a prompt has it.
+    /// Text before an answer at the end of a prompt.
     pub(crate) fn header(&self) -> &str {
         match &self.generation_prompt {
             GenerationPrompt::Template(header) | GenerationPrompt::Missing(Some(header)) => header,
@@ -198,13 +199,13 @@ impl ChatText {
         self.special_ids.contains(&id) || self.eos_ids.contains(&id)
     }
 
-    /// Learns from a short conversation how the template begins and ends an answer, and warns where training or generation would
-    /// miss something.
+    /// Renders a short conversation to find how the template begins and ends an answer. Warns if
+    /// training or generation would lack one.
     fn probe_template(&mut self) {
         let none = TemplateArgs::new();
         let turn = |role: &str, content: &str| Message::new(role, content);
         let question = [vec![turn("user", "1 + 1?")], vec![turn("system", "Add."), turn("user", "1 + 1?")]];
-        // A template may refuse a system turn, or insist on one.
+        // Some templates refuse a system turn, others require one.
         let found = question.iter().find_map(|question| {
             let chat = self.with(&none);
             let plain = chat.render(question, false).ok()?;
@@ -224,7 +225,8 @@ impl ChatText {
         let Some((end, header)) = found else { return };
         self.end_of_turn = end;
         self.generation_prompt = match header {
-            // White space before an answer belongs to the answer's first token; Mistral's templates are of this kind.
+            // White space before an answer belongs to the answer's first token, as in Mistral's
+            // templates.
             GenerationPrompt::Missing(Some(header)) if header.trim().is_empty() => {
                 GenerationPrompt::Template(String::new())
             }
@@ -233,23 +235,20 @@ impl ChatText {
         let at = self.folder.display();
         match &self.generation_prompt {
             GenerationPrompt::Template(_) => {}
-            GenerationPrompt::Missing(Some(header)) => once::warn(format!(
-                "{at}: the chat template has no generation prompt: prompts end with {header:?}, which it writes before an answer"
+            GenerationPrompt::Missing(Some(header)) => log_once::warn(format!(
+                "{at}: the chat template has no generation prompt; prompts end with {header:?}, which it writes before an answer"
             )),
-            GenerationPrompt::Missing(None) => once::warn(format!(
-                "{at}: the chat template has no generation prompt, and the header of an answer cannot be inferred: prompts end with \
-                 the user's turn"
+            GenerationPrompt::Missing(None) => log_once::warn(format!(
+                "{at}: the chat template has no generation prompt, and the header of an answer could not be inferred; prompts \
+                 end with the user's turn"
             )),
         }
     }
 
-    /// Copies tokenizer and template files into a staged folder. A template of tasks.toml is written too, and the template's end of
-    /// turn joins the ids that generation_config.json stops at.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Copies tokenizer and template files into a staged folder, with a template that tasks.toml
+    /// names. Adds the template's end of turn to the EOS ids of generation_config.json.
     pub fn save(&self, staged: &Path) -> Result<()> {
-        cpift_core::checkpoint::copy_sidecars(&self.folder, staged)?;
+        cpift_core::format::checkpoint::copy_sidecars(&self.folder, staged)?;
         if self.added_template {
             let path = staged.join("chat_template.jinja");
             fs::write(&path, self.template.source()).with_context(|| format!("writing {}", path.display()))?;
@@ -263,7 +262,7 @@ impl ChatText {
         let path = self.folder.join(GENERATION_CONFIG);
         let mut generation = read_object(&path)?;
         if !path.is_file() {
-            // transformers takes these from config.json where there is no such file.
+            // Without this file transformers takes these ids from config.json.
             let ids = ["bos_token_id", "eos_token_id", "pad_token_id"];
             generation.extend(ids.iter().filter_map(|key| Some(((*key).to_owned(), config.get(*key)?.clone()))));
         }
@@ -278,16 +277,18 @@ impl ChatText {
     }
 }
 
-/// How a prompt ends so that the model answers.
+/// End of a prompt, after which the model answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GenerationPrompt {
-    /// The template's own words, with `add_generation_prompt`; empty where an answer follows the user's turn directly.
+    /// Text that the template adds for `add_generation_prompt`; empty if an answer follows the
+    /// user's turn directly.
     Template(String),
-    /// The template has none; the header that it writes before an answer, where that can be told.
+    /// The template adds none; holds the header that it writes before an answer, if it could be
+    /// inferred.
     Missing(Option<String>),
 }
 
-/// A checkpoint's text handling with the template arguments of a task.
+/// A checkpoint's text with the template arguments of a task.
 #[derive(Clone, Copy)]
 pub struct Chat<'a> {
     pub(crate) text: &'a ChatText,
@@ -295,12 +296,12 @@ pub struct Chat<'a> {
 }
 
 impl<'a> Chat<'a> {
-    /// The tokenizer and template.
+    /// Tokenizer and template.
     pub fn text(&self) -> &'a ChatText {
         self.text
     }
 
-    /// Renders `messages` by the chat template.
+    /// Renders `messages` with the chat template.
     ///
     /// # Errors
     /// The message that the template raised.
@@ -308,12 +309,12 @@ impl<'a> Chat<'a> {
         self.text.template.render(messages, &self.text.special, self.args, add_generation_prompt)
     }
 
-    /// As [`Chat::render`], with the bytes that the template's `{% generation %}` blocks wrote.
+    /// As [`Chat::render`], with the bytes written by the template's `{% generation %}` blocks.
     pub(crate) fn render_marked(&self, messages: &[Message]) -> Result<(String, Vec<Span>)> {
         self.text.template.render_marked(messages, &self.text.special, self.args, false)
     }
 
-    /// The prompt that the model answers: `messages` and the generation prompt.
+    /// Prompt for the model: `messages` and the generation prompt.
     ///
     /// # Errors
     /// As [`Chat::render`].
@@ -325,14 +326,15 @@ impl<'a> Chat<'a> {
         Ok(text)
     }
 
-    /// A generated answer without the reasoning before it, and that reasoning, closing mark included. Reasoning is known by the closing
-    /// mark that the chat template has; the answer is the text after its last occurrence, as in lm-evaluation-harness.
+    /// Splits a generated answer from the reasoning before it, closing mark included. The closing
+    /// mark is the one in the chat template; the answer follows its last occurrence, as in
+    /// lm-evaluation-harness.
     ///
     /// # Errors
     /// As [`ChatText::decode`].
     pub fn split_reasoning(&self, ids: &[i64], text: &str) -> Result<(String, Option<String>)> {
         let Some(mark) = &self.text.template.reasoning_end else { return Ok((text.to_owned(), None)) };
-        // A special token does not reach the decoded text.
+        // A special token is not in the decoded text.
         let mark_id = self.text.tokenizer.token_to_id(mark).map(i64::from);
         if let Some(at) = mark_id.and_then(|mark| ids.iter().rposition(|id| *id == mark)) {
             let (reasoning, answer) = (self.text.decode(&ids[..=at])?, self.text.decode(&ids[at + 1..])?);
@@ -353,7 +355,7 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
     Ok(value.as_object().cloned().unwrap_or_default())
 }
 
-/// The ids of an `eos_token_id`: one, or a list.
+/// Ids of an `eos_token_id`: a number or a list.
 fn ids_of(value: &Value) -> Vec<i64> {
     match value {
         Value::Array(list) => list.iter().filter_map(Value::as_i64).collect(),
@@ -361,8 +363,8 @@ fn ids_of(value: &Value) -> Vec<i64> {
     }
 }
 
-/// chat_template.jinja, or `chat_template` of tokenizer_config.json (a string, or a list with one named `default`) or of
-/// chat_template.json.
+/// Template in chat_template.jinja, or `chat_template` in tokenizer_config.json or
+/// chat_template.json (a string, or a list with one named `default`).
 fn own_template(folder: &Path, config: &Value) -> Result<(String, PathBuf)> {
     let file = folder.join("chat_template.jinja");
     if file.is_file() {
@@ -392,11 +394,11 @@ fn own_template(folder: &Path, config: &Value) -> Result<(String, PathBuf)> {
     let error = if names.is_empty() {
         BadInput::new(folder, "the checkpoint has no chat template")
     } else {
-        BadInput::new(folder, "none of the checkpoint's chat templates is named default").found(names.join(", "))
+        BadInput::new(folder, "no chat template of the checkpoint is named default").found(names.join(", "))
     };
     Err(error
         .expected("chat_template.jinja, or chat_template in tokenizer_config.json")
-        .hint("name one in tasks.toml: template = \"chatml\", or a path to a Jinja file")
+        .hint("name one in tasks.toml: template = \"chatml\", or the path of a Jinja file")
         .into())
 }
 

@@ -1,14 +1,14 @@
-//! Supervised examples: a conversation's token ids, and which of them the loss counts.
+//! Supervised examples: a conversation's token ids and loss targets.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::checkpoint::Digest;
+use cpift_core::format::digest::Digest;
 
 use crate::chat::Chat;
-use crate::place::Place;
+use crate::files::raw::Place;
 use crate::rows::Row;
 use crate::targets::Tokenised;
 use crate::template::Refusal;
@@ -18,37 +18,38 @@ use crate::template::Refusal;
 pub struct Example {
     /// Token ids.
     pub ids: Vec<i64>,
-    /// Whether the loss counts the prediction of each token: the assistant's tokens, the end of turn included.
+    /// True for tokens that are loss targets: the assistant's, end of turn included.
     pub target: Vec<bool>,
-    /// The row it comes from.
+    /// Row of the conversation.
     pub place: Place,
 }
 
-/// What to do with an example longer than the context.
+/// Treatment of an example longer than the context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Overlong {
-    /// Keep its first tokens and count it.
+    /// Keep its first tokens, and count it.
     Truncate,
-    /// Refuse the file (`--strict`).
+    /// Return an error (`--no-truncate`).
     Refuse,
 }
 
-/// A file's examples with what was lost on the way.
+/// Examples of a file, with counts of losses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoded {
-    /// The usable examples, in file order.
+    /// Usable examples, in file order.
     pub examples: Vec<Example>,
     /// Examples cut to the context.
     pub truncated: usize,
-    /// Examples left out because no assistant token remained.
+    /// Examples left out because they have no target within the context.
     pub dropped: usize,
-    /// Examples whose last answer ends in no token that generation stops at, and the first of them.
+    /// Number of examples whose last answer does not end in a token that stops generation, and the
+    /// first of them.
     pub unended: Option<(usize, Place)>,
-    /// By role, turns whose content does not reach the text, and the first row with one.
+    /// By role, number of turns whose content is not in the text, and the first row with one.
     pub unwritten: BTreeMap<String, (usize, Place)>,
 }
 
-/// The digest of all that training takes from `examples`, in their order.
+/// Digest of `examples` as training reads them, in order.
 pub fn digest<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Digest {
     Digest::of_chunks(examples.into_iter().map(|example| {
         let mut bytes = (example.ids.len() as u64).to_le_bytes().to_vec();
@@ -58,12 +59,12 @@ pub fn digest<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Digest {
     }))
 }
 
-/// Longest example in tokens, and the setting that says so.
+/// Largest number of tokens per example, and its origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MaxLength {
     /// Tokens.
     pub tokens: usize,
-    /// True if it is the model's context rather than max_length.
+    /// True if the model's context sets the limit, not max_length.
     pub of_model: bool,
 }
 
@@ -86,8 +87,8 @@ impl MaxLength {
 /// Encodes `rows` of the file `path`, each cut to `max_length` tokens.
 ///
 /// # Errors
-/// [`BadInput`] naming the row where the template raises, or where an example is too long and `overlong` refuses; or when no
-/// example has an assistant token left.
+/// [`BadInput`] naming the row if the template raises, or if an example is too long and `overlong`
+/// is [`Overlong::Refuse`]; or if no example has a target.
 pub fn encode_rows(
     path: &Path,
     rows: &[Row],
@@ -107,7 +108,7 @@ pub fn encode_rows(
                     .bad("longer than the context")
                     .expected(format!("at most {} tokens", max_length.tokens))
                     .found(format!("{} tokens", example.ids.len()))
-                    .hint(format!("{}, or leave out --strict to cut them", max_length.hint()))
+                    .hint(format!("{}, or leave out --no-truncate to truncate them", max_length.hint()))
                     .into());
             }
             example.ids.truncate(max_length.tokens);
@@ -125,7 +126,7 @@ pub fn encode_rows(
             BadInput::new(path, "no example has an assistant token within the context").hint(max_length.hint())
         } else {
             BadInput::new(path, "no example has an assistant token that is trained on")
-                .hint("see the turns' keys weight and train, and whether the chat template writes the answers")
+                .hint("check the keys weight and train of the turns, and that the chat template writes the answers")
         }
         .into());
     }
@@ -143,12 +144,12 @@ impl Encoded {
         }
     }
 
-    /// Warns of what the chat template leaves out, and of answers without an end.
+    /// Warns about turns that the chat template leaves out, and about answers without an end.
     pub fn warn_of_template(&self, task: &str) {
         if let Some((rows, first)) = &self.unended {
             log::warn!(
                 "{task}: the chat template ends {rows} answers with no special token (first: {first}), so the model does not learn to \
-                 stop\n  hint: name another template in tasks.toml: template = \"chatml\", or a path to a Jinja file"
+                 stop\n  hint: name another template in tasks.toml: template = \"chatml\", or the path of a Jinja file"
             );
         }
         for (role, (rows, first)) in &self.unwritten {
@@ -160,7 +161,7 @@ impl Encoded {
     }
 }
 
-/// Logs what became of a task's rows.
+/// Logs the number of examples and tokens of a task, and warns about losses.
 pub fn report(task: &str, encoded: &Encoded, max_length: MaxLength) {
     let (tokens, max_length) = (encoded.examples.iter().map(|e| e.ids.len()).sum::<usize>(), max_length.tokens);
     log::info!("{task}: {} examples, {tokens} tokens", encoded.examples.len());
@@ -168,7 +169,7 @@ pub fn report(task: &str, encoded: &Encoded, max_length: MaxLength) {
         log::warn!("{task}: {} examples were cut to {max_length} tokens", encoded.truncated);
     }
     if encoded.dropped > 0 {
-        log::warn!("{task}: {} examples were left out: no assistant token within {max_length} tokens", encoded.dropped);
+        log::warn!("{task}: {} examples were left out: no target within {max_length} tokens", encoded.dropped);
     }
     encoded.warn_of_template(task);
 }
@@ -181,13 +182,13 @@ pub fn tokenise(row: &Row, chat: Chat<'_>) -> Result<Tokenised> {
     chat.tokenise(&row.messages).map_err(|e| unusable(&row.place, &e).into())
 }
 
-/// An error of rendering or tokenising the row at `place`.
+/// Adds the row at `place` to an error of rendering or tokenising.
 pub fn unusable(place: &Place, error: &anyhow::Error) -> BadInput {
     let bad = place.bad(format!("{error:#}"));
     if error.is::<Refusal>() {
         bad.hint(
-            "change the row (a system text can go into the first user turn), or name another template in tasks.toml: template = \"chatml\", \
-             or a path to a Jinja file",
+            "change the row (a system text can go into the first user turn), or name another template in tasks.toml: template = \
+             \"chatml\", or the path of a Jinja file",
         )
     } else {
         bad

@@ -1,50 +1,53 @@
-//! From a conversation to tokens and the targets of the loss: one rule for training, losses, multiple choice and previews.
+//! From a conversation to tokens and loss targets, by one rule for training, losses, multiple
+//! choice and previews.
 //!
-//! The conversation is rendered and tokenised as a whole. Targets are the tokens that the model has to write: those of an answer's text
-//! and the special token that ends its turn. A template with `{% generation %}` blocks says itself which text that is, and its targets
-//! are those of transformers' `return_assistant_tokens_mask`. In any other, an answer is found by rendering the conversation once more
-//! with a sentinel in the answer's place: the text around the sentinel is the text around the answer, whatever the template writes for
-//! other turns.
+//! The conversation is rendered and tokenised as a whole. Targets are the tokens that the model has
+//! to generate: those of an answer's text and the special token that ends its turn. If the template
+//! has `{% generation %}` blocks, the targets are those of transformers'
+//! `return_assistant_tokens_mask`. Otherwise an answer is located by rendering the conversation
+//! again with a sentinel in place of the answer: the text around the sentinel is the text around
+//! the answer, whatever the template writes for other turns.
 
 use anyhow::{Result, bail};
 
 use crate::chat::{Chat, Span};
-use crate::rows::Message;
+use crate::conversation::Message;
 
-/// Stands for an answer. Unicode reserves both code points for a program's own use, so that no text holds them.
+/// Sentinel for an answer, between noncharacters of Unicode, which no text contains.
 const SENTINEL: &str = "\u{fdd0}answer\u{fdd1}";
 
-/// A conversation as tokens with the text they stand for.
+/// A conversation as tokens, with their text and targets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokenised {
-    /// The whole conversation as the chat template writes it.
+    /// Conversation as rendered by the chat template.
     pub text: String,
     /// Token ids.
     pub ids: Vec<i64>,
-    /// The bytes of `text` that each token stands for.
+    /// Bytes of `text` per token.
     pub spans: Vec<Span>,
-    /// True for tokens that the loss counts.
+    /// True for tokens that are loss targets.
     pub target: Vec<bool>,
-    /// The bytes of each assistant turn's own text; `None` where the template leaves the turn out.
+    /// Bytes of each assistant turn's text; `None` if the template omits the turn.
     pub answers: Vec<Option<Span>>,
-    /// Place of the special token that ends the last answer's turn.
+    /// Index of the special token that ends the last answer's turn.
     pub end: Option<usize>,
 }
 
 impl Tokenised {
-    /// The tokens of the last answer, without the end of its turn. The first may begin before the answer and end inside it.
+    /// Tokens of the last answer without its end of turn. The first may begin before the answer and
+    /// end inside it.
     pub fn last_answer(&self) -> Option<std::ops::Range<usize>> {
         let answer = self.answers.last()?.as_ref()?;
         overlapping(&self.spans, answer)
     }
 
-    /// The text before the last answer.
+    /// Text before the last answer.
     pub fn before_last_answer(&self) -> &str {
         let start = self.answers.last().and_then(|answer| Some(answer.as_ref()?.start));
         &self.text[..start.unwrap_or(self.text.len())]
     }
 
-    /// The first turn of `messages` whose content does not reach the text, white space aside.
+    /// First turn of `messages` whose content is not in the text, ignoring white space.
     pub fn unwritten<'m>(&self, messages: &'m [Message]) -> Option<&'m Message> {
         let squeeze = |text: &str| text.split_whitespace().collect::<String>();
         let mut squeezed = None;
@@ -59,10 +62,11 @@ impl Tokenised {
 }
 
 impl Chat<'_> {
-    /// Renders and tokenises a conversation that ends with an answer, and finds the targets in it.
+    /// Renders and tokenises a conversation that ends with an answer, and finds its targets.
     ///
     /// # Errors
-    /// The message that the template raised; a template that writes an answer twice; a token beyond the model's embedding.
+    /// The message that the template raised; an answer that the template writes twice; a token
+    /// beyond the model's embedding.
     pub fn tokenise(&self, messages: &[Message]) -> Result<Tokenised> {
         let (text, blocks) = self.render_marked(messages)?;
         let turns: Vec<usize> = (0..messages.len()).filter(|&i| messages[i].role == "assistant").collect();
@@ -105,14 +109,14 @@ impl Chat<'_> {
                 }
             }
         }
-        // The first token has nothing before it to be predicted from.
+        // The first token has no context to be predicted from.
         if let Some(first) = target.first_mut() {
             *first = false;
         }
         Ok(Tokenised { text, ids, spans, target, answers, end })
     }
 
-    /// The bytes of `whole`, the rendering of `messages`, that turn `i` wrote; no earlier than `from`.
+    /// Bytes of `whole`, the rendering of `messages`, that come from turn `i`; not before `from`.
     fn find_answer(&self, messages: &[Message], i: usize, whole: &str, from: usize) -> Result<Option<Span>> {
         let mut altered = messages.to_vec();
         altered[i].content = SENTINEL.to_owned();
@@ -120,15 +124,15 @@ impl Chat<'_> {
         let Some(at) = text.find(SENTINEL) else { return Ok(None) };
         let (before, after) = (&text[..at], &text[at + SENTINEL.len()..]);
         if after.contains(SENTINEL) {
-            bail!("the chat template writes turn {} twice, so that its targets cannot be told", i + 1);
+            bail!("the chat template writes turn {} twice, so its targets are ambiguous", i + 1);
         }
         let end =
             if whole.ends_with(after) { whole.len() - after.len() } else { whole.len() - common_suffix(whole, after) };
         let start = if whole.starts_with(before) {
             before.len()
         } else {
-            // The turn's content changes the text before it: reasoning that the template writes in a form of its own. It is the model's
-            // work as well, from the header of the turn on.
+            // The content changes the text before it: the template rewrites reasoning. The model
+            // generates that text too, from the turn's header on.
             let common = common_prefix(whole, before);
             let header = self.text.header();
             let found = whole[..common].rfind(header).filter(|_| !header.is_empty()).map(|at| at + header.len());
@@ -138,7 +142,7 @@ impl Chat<'_> {
         Ok(Some(start..end.max(start)))
     }
 
-    /// The place of the special token that follows the byte `at`, white space aside.
+    /// Index of the special token after byte `at`, ignoring white space.
     fn special_after(&self, text: &str, ids: &[i64], spans: &[Span], at: usize) -> Option<usize> {
         let white = |span: &Span| text.get(span.clone()).is_none_or(|text| text.trim().is_empty());
         let next = (0..ids.len()).find(|&i| spans[i].start >= at && spans[i].end > at && !white(&spans[i]))?;
@@ -150,8 +154,8 @@ fn overlap(a: &Span, b: &Span) -> bool {
     a.start < b.end && a.end > b.start
 }
 
-/// The tokens from the first that shares a byte with `range` to the last. A tokenizer that trims offsets leaves a token of white space
-/// without bytes: inside the range such a token counts, at its start it is the text's before.
+/// Tokens from the first to the last that share a byte with `range`. A tokenizer that trims offsets
+/// gives white space tokens no bytes: such a token counts inside the range, but not at its start.
 fn overlapping(spans: &[Span], range: &Span) -> Option<std::ops::Range<usize>> {
     let inside = |span: &Span| {
         if span.is_empty() { range.start < span.start && span.end < range.end } else { overlap(span, range) }

@@ -1,40 +1,44 @@
-//! The tokenizer of a checkpoint folder, read by transformers' rules: which file names the special tokens, and which tokens the
-//! other files add to those of tokenizer.json.
+//! The tokenizer of a checkpoint folder by the rules of transformers: the file that names the
+//! special tokens, and the tokens that other files add to those of tokenizer.json.
 //!
-//! | file | counts |
+//! | file | read |
 //! | --- | --- |
-//! | tokenizer.json | always; its padding names the pad token where no other file has the key |
-//! | tokenizer_config.json | always: `bos_token` and the like, `extra_special_tokens` or the older `additional_special_tokens` |
-//! | special_tokens_map.json | without `added_tokens_decoder` only, and then its keys win, nulls too |
-//! | added_tokens.json | without `added_tokens_decoder` only |
+//! | tokenizer.json | always; its padding names the pad token if no other file has the key |
+//! | tokenizer_config.json | always: `bos_token` and so on, `extra_special_tokens` or the older `additional_special_tokens` |
+//! | special_tokens_map.json | only without `added_tokens_decoder`; then its keys win, null included |
+//! | added_tokens.json | only without `added_tokens_decoder` |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
-use cpift_core::{BadInput, json};
+use cpift_core::BadInput;
+use cpift_core::format::json;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::template::SpecialTokens;
 
-/// The keys that name a special token, in the order in which transformers adds those that tokenizer.json lacks.
+/// Keys that name a special token, in the order in which transformers adds those that
+/// tokenizer.json lacks.
 const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 const EXTRA: &str = "extra_special_tokens";
 const ADDITIONAL: &str = "additional_special_tokens";
 
-/// A checkpoint folder's tokenizer with the tokens that all of its files declare.
+/// A checkpoint folder's tokenizer with the tokens of all its files.
 pub struct FolderTokenizer {
-    /// Tokenizer without truncation and padding. Ids may lie beyond the model's embedding.
+    /// Tokenizer without truncation and padding. Ids may exceed the model's embedding.
     pub tokenizer: Tokenizer,
-    /// The named special tokens as chat templates see them: `bos_token` and the like, and names of the model's own.
+    /// Named special tokens for chat templates: `bos_token` and so on, and names of the model's
+    /// own.
     pub special: SpecialTokens,
-    /// tokenizer_config.json; null without such a file.
+    /// Content of tokenizer_config.json; null if the file is missing.
     pub config: Value,
-    /// Ids that end generation, ascending: EOS of the tokenizer, of generation_config.json and of config.json.
+    /// Ids that end generation, ascending: EOS of the tokenizer, generation_config.json and
+    /// config.json.
     pub end_ids: Vec<i64>,
-    /// The tokens that tokenizer.json lacks and another file declares, in the order of their ids.
+    /// Tokens that tokenizer.json lacks and another file declares, in the order of their ids.
     pub added: Vec<String>,
 }
 
@@ -42,7 +46,8 @@ impl FolderTokenizer {
     /// Reads the tokenizer files of `folder`.
     ///
     /// # Errors
-    /// [`BadInput`] when tokenizer.json is missing, or a file cannot be read or declares something that is no token.
+    /// [`BadInput`] if tokenizer.json is missing, or a file cannot be read or declares something
+    /// that is not a token.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
@@ -58,7 +63,7 @@ impl FolderTokenizer {
         let split =
             config.as_ref().and_then(|c| c.get("split_special_tokens")).and_then(Value::as_bool).unwrap_or(false);
         let first_new = tokenizer.get_vocab(true).values().max().map_or(0, |id| id + 1);
-        // As in transformers, truncation and padding left in the file by an earlier training run do not count.
+        // As in transformers, truncation and padding saved by an earlier training run are ignored.
         tokenizer.with_truncation(None).map_err(|e| BadInput::new(&path, format!("cannot be used: {e}")))?;
         tokenizer.with_padding(None);
         let tokens = declared.into_tokens(&tokenizer);
@@ -109,15 +114,15 @@ impl FolderTokenizer {
 
 /// Parses tokenizer.json.
 fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
-    // Says where the text is no JSON, and bounds its length and depth.
+    // Reports the place of a JSON error, and bounds length and depth.
     json::read::<serde::de::IgnoredAny>(path)?;
-    // On some damaged files the library panics where it could return an error.
+    // The library panics on some damaged files.
     let read = catch_unwind(|| Tokenizer::from_file(path));
     let read = read.unwrap_or_else(|_| Err("its parts contradict one another".into()));
     read.map_err(|e| BadInput::new(path, format!("cannot be read: {e}")).into())
 }
 
-/// The JSON object in the file at `path`, if there is such a file.
+/// The JSON object in the file at `path`; `None` if the file does not exist.
 fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     if !path.is_file() {
         return Ok(None);
@@ -139,13 +144,13 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// The tokens that the files beside tokenizer.json declare.
+/// Tokens declared by the files beside tokenizer.json.
 struct Declared {
     /// Named special tokens, in the order in which new ones get their ids.
     named: Vec<(String, AddedToken)>,
     /// Special tokens without a name.
     extra: Vec<AddedToken>,
-    /// Tokens with the ids a file gives them. The order counts, not the ids: a new token takes the next free one.
+    /// Tokens by the ids in a file. Only the order counts: a new token takes the next free id.
     decoder: BTreeMap<u64, AddedToken>,
 }
 
@@ -180,7 +185,7 @@ impl Declared {
         Ok(Self { named, extra, decoder })
     }
 
-    /// The tokens to hand to the library, which leaves known ones alone and gives new ones the next ids.
+    /// Tokens for the library, which ignores known ones and gives new ones the next ids.
     fn into_tokens(self, tokenizer: &Tokenizer) -> Vec<AddedToken> {
         let mut known: BTreeSet<String> =
             tokenizer.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
@@ -196,10 +201,10 @@ impl Declared {
     }
 }
 
-/// Reads a token as a file declares it.
+/// Parses a token in a file's notation.
 type ReadToken = fn(&Value) -> Option<AddedToken>;
 
-/// The token of a string, or of an object with `content`.
+/// Token of a string, or of an object with `content`.
 fn config_token(value: &Value) -> Option<AddedToken> {
     match value {
         Value::String(content) => Some(AddedToken::from(content, true)),
@@ -217,21 +222,22 @@ fn config_token(value: &Value) -> Option<AddedToken> {
     }
 }
 
-/// The same in special_tokens_map.json, where an object is special even if it does not say so.
+/// Token in special_tokens_map.json, where an object is special even if it does not say so.
 fn map_token(value: &Value) -> Option<AddedToken> {
     let token = config_token(value)?;
     let normalized = value.get("normalized").and_then(Value::as_bool).unwrap_or(false);
     Some(token.special(true).normalized(normalized))
 }
 
-/// The keys of tokenizer_config.json and special_tokens_map.json that declare tokens.
+/// Keys of tokenizer_config.json and special_tokens_map.json that declare tokens.
 struct Keys {
     /// `None` is an explicit null.
     named: BTreeMap<String, Option<AddedToken>>,
-    /// Other keys that end in `_token`, and the names of an object of extra tokens.
+    /// Other keys that end in `_token`, and names in an object of extra tokens.
     models_own: Vec<(String, AddedToken)>,
     extra: Option<Vec<AddedToken>>,
-    /// `additional_special_tokens` of special_tokens_map.json; counts where nothing says `extra_special_tokens`.
+    /// `additional_special_tokens` of special_tokens_map.json; used if nothing declares
+    /// `extra_special_tokens`.
     additional: Vec<AddedToken>,
     path: PathBuf,
 }
@@ -259,7 +265,7 @@ impl Keys {
         Ok(keys)
     }
 
-    /// The keys of special_tokens_map.json win over those read so far.
+    /// Applies special_tokens_map.json, whose keys win.
     fn overlay(&mut self, map: &Map<String, Value>, path: PathBuf) -> Result<()> {
         let of_config = std::mem::replace(&mut self.path, path);
         for (key, value) in map {
@@ -283,13 +289,13 @@ impl Keys {
         Ok(())
     }
 
-    /// Takes a key that names a token; others are none of ours.
+    /// Reads a key that names a token; others are ignored.
     fn take(&mut self, key: &str, value: &Value, read: ReadToken) -> Result<()> {
         if NAMED.contains(&key) {
             let token = if value.is_null() { None } else { Some(self.token(key, value, read)?) };
             self.named.insert(key.to_owned(), token);
         } else if key.ends_with("_token") {
-            // add_bos_token and the like are settings.
+            // add_bos_token and similar keys are settings, with a boolean.
             if let Some(token) = read(value) {
                 self.set_own(key, token);
             }
@@ -327,7 +333,7 @@ impl Keys {
         read(value).ok_or_else(|| no_token(&self.path, key, value))
     }
 
-    /// The tokens of added_tokens.json, by id.
+    /// Tokens of added_tokens.json, by id.
     fn added_tokens_file(&self, path: &Path) -> Result<BTreeMap<u64, AddedToken>> {
         let mut special: BTreeSet<&str> = self.named.values().flatten().map(|token| token.content.as_str()).collect();
         special.extend(self.extra.iter().flatten().map(|token| token.content.as_str()));
@@ -345,7 +351,7 @@ impl Keys {
     }
 }
 
-/// `added_tokens_decoder`: ids as text, each with an object.
+/// Tokens of `added_tokens_decoder`: an object by id.
 fn numbered(value: &Value, path: &Path) -> Result<BTreeMap<u64, AddedToken>> {
     let object = value.as_object().ok_or_else(|| {
         BadInput::new(path, "added_tokens_decoder is not an object").expected("ids with tokens").found(kind(value))

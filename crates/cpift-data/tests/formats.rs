@@ -1,10 +1,12 @@
-//! Data files as people have them: every format and file kind, what stays of a row, and what is refused with which words.
+//! Data files as people have them: every format and file kind, what stays of a row, and what is
+//! refused with which words.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::tasks::{Format, Tasks};
-use cpift_core::{BadInput, error::exit_code};
+use cpift_core::BadInput;
+use cpift_core::error::exit_code;
+use cpift_core::format::tasks::{Format, Tasks};
 use cpift_data::{Layout, Row, read_rows};
 use serde_json::{Value, json};
 
@@ -44,6 +46,7 @@ fn every_format_is_told_from_its_fields() {
     let (user, both) = (json!([{"role": "user", "content": "q"}]), ["user: q", "assistant: a"]);
     let three = ["system: s", "user: q", "assistant: a"];
     let messages = said("role", "content", [("system", "s"), ("user", "q"), ("assistant", "a")]);
+    let three_turns = messages.as_array().unwrap();
     let sharegpt = said("from", "value", [("system", "s"), ("human", "q"), ("gpt", "a")]);
     let openai = said("from", "value", [("system", "s"), ("user", "q"), ("assistant", "a")]);
     let cases: Vec<(Value, &[&str], &[&str])> = vec![
@@ -64,6 +67,12 @@ fn every_format_is_told_from_its_fields() {
         (json!({"prompt": "q", "completion": "a"}), &both, &[]),
         (json!({"prompt": user, "completion": [{"role": "assistant", "content": "a"}]}), &both, &[]),
         (json!({"question": "q", "answer": "a"}), &both, &["answer"]),
+        (json!({"system": "s", "prompt": "q", "completion": "a"}), &three, &[]),
+        (json!({"system": "s", "question": "q", "answer": "a"}), &three, &["answer"]),
+        (json!({"system": "s", "data": ["q", "a"]}), &three, &[]),
+        (json!({"system": "t", "prompt": three_turns[..2], "completion": three_turns[2..]}), &three, &[]),
+        (json!({"system": " ", "prompt": "q", "completion": "a"}), &both, &[]),
+        (json!({"system": 7, "prompt": "q", "completion": "a"}), &both, &["system"]),
         (
             json!({"id": "0", "data": ["q", "a", "q2", "a2"]}),
             &["user: q", "assistant: a", "user: q2", "assistant: a2"],
@@ -95,6 +104,17 @@ fn every_format_is_told_from_its_fields() {
             &[],
         ),
         // System turns that say nothing.
+        (
+            json!({"messages": [{"role": "system", "content": null}, user[0], {"role": "assistant", "content": "a"}]}),
+            &both,
+            &[],
+        ),
+        (
+            json!({"conversations": [{"from": "system", "value": null}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            "system": "s"}),
+            &three,
+            &[],
+        ),
         (json!({"messages": said("role", "content", [("system", ""), ("user", "q"), ("assistant", "a")])}), &both, &[]),
         (
             json!({"conversations": said("from", "value", [("system", " \n"), ("human", "q"), ("gpt", "a")])}),
@@ -143,11 +163,16 @@ fn rows_that_cannot_be_used_are_named_with_what_was_expected_and_found() {
     let calling = json!({"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f"}}]});
     for (row, parts) in [
         (json!({"text": "x", "label": 1}), ["no conversation", "text, label", "tasks.toml"].as_slice()),
-        (json!({"question": "q", "answer": 2, "options": []}), &["no conversation", "hint: say how"]),
+        (json!({"question": "q", "answer": 2, "options": []}), &["no conversation", "hint: build the conversation"]),
         (json!({}), &["no fields"]),
         (json!([1]), &["not a JSON object", "found: [1]"]),
         (json!({"messages": []}), &["the conversation is empty"]),
         (json!({"messages": "q"}), &["messages is not a list", "found: \"q\""]),
+        (
+            json!({"messages": "[{\"role\": \"user\"}]"}),
+            &["messages is not a list", "hint: the list was saved as text"],
+        ),
+        (json!({"messages": [{"role": "system"}, user]}), &["turn 1, has no text as its content", "nothing"]),
         (json!({"messages": ["q"]}), &["messages, turn 1, is not an object", "role"]),
         (json!({"messages": [user, {"role": "assistant"}]}), &["turn 2, has no text as its content", "nothing"]),
         (json!({"messages": [user, {"role": "assistant", "content": [1]}]}), &["content", "found: [1]"]),
@@ -155,10 +180,13 @@ fn rows_that_cannot_be_used_are_named_with_what_was_expected_and_found() {
         (json!({"messages": [assistant]}), &["turn 1 has the role \"assistant\" where \"user\" is due"]),
         (json!({"messages": [user, turn("bot", "a")]}), &["role \"bot\""]),
         (json!({"messages": [user, turn("assistant", "")]}), &["turn 2, of the assistant, has empty content"]),
-        (json!({"messages": [user, calling]}), &["turn 2, is a tool's", "found: tool_calls", "hint"]),
-        (json!({"messages": [user, assistant, turn("tool", "4")]}), &["turn 3, is a tool's", "role: tool"]),
-        (json!({"conversations": [{"from": "observation", "value": "4"}]}), &["is a tool's", "from: observation"]),
-        (json!({"conversations": [{"from": "function_call", "value": "4"}]}), &["is a tool's"]),
+        (json!({"messages": [user, calling]}), &["turn 2, belongs to a tool", "found: tool_calls", "hint"]),
+        (json!({"messages": [user, assistant, turn("tool", "4")]}), &["turn 3, belongs to a tool", "role: tool"]),
+        (
+            json!({"conversations": [{"from": "observation", "value": "4"}]}),
+            &["belongs to a tool", "from: observation"],
+        ),
+        (json!({"conversations": [{"from": "function_call", "value": "4"}]}), &["belongs to a tool"]),
         (json!({"conversations": [{"from": "bing", "value": "4"}]}), &["turn 1, is from \"bing\"", "human or user"]),
         (json!({"conversations": [{"role": "user", "content": "4"}]}), &["does not end with the assistant"]),
         (json!({"conversations": [{"role": null, "value": "4"}]}), &["turn 1, has no text as its role", "found: null"]),
@@ -254,7 +282,8 @@ fn a_parquet_file_is_not_believed_to_be_larger_than_it_is() {
         let error = read("d.parquet", bytes, Format::Auto).unwrap_err();
         assert!(exit_code(&error) == 3 && format!("{error:#}").contains(part), "{error:#}");
     };
-    // Metadata of a version and, in a field that nobody knows, 2,147,483,647 booleans: the library would count them.
+    // Metadata of a version and, in a field that nobody knows, 2,147,483,647 booleans: the library
+    // would count them.
     let metadata = [0x15, 2, 0xb9, 0xf1, 0xff, 0xff, 0xff, 0xff, 7, 0];
     let length = (metadata.len() as u32).to_le_bytes();
     refused([b"PAR1", &metadata[..], &length, b"PAR1"].concat(), "its metadata does not end");
@@ -269,7 +298,8 @@ fn a_parquet_file_is_not_believed_to_be_larger_than_it_is() {
     let mut bytes = whole.clone();
     bytes.splice(7..9, [0x80, 0x80, 0x80, 0x80, 8]);
     refused(bytes, "claims to grow more than a thousandfold");
-    // The third field of the metadata is the number of rows, 3, before the list of their groups: then 2^40.
+    // The third field of the metadata is the number of rows, 3, before the list of their groups:
+    // then 2^40.
     let (length, mark) = (whole.len() - 8, whole.len() - 4);
     let start = length - u32::from_le_bytes(whole[length..mark].try_into().unwrap()) as usize;
     let at = start + whole[start..].windows(3).position(|part| part == [0x16, 6, 0x19]).unwrap() + 1;
@@ -293,13 +323,15 @@ fn files_that_cannot_be_read_are_refused() {
         ),
         ("d.json", b"[{\"question\": \"q\", \"answer\": \"a\"}, 3]", &["row 2", "not a JSON object", "found: 3"]),
         ("d.json", b"[{\"question\": \"q\"", &["not a list of JSON objects", "EOF"]),
-        ("d.json", b"{\"question\": \"q\"}\n{\"question\": \"q\"}", &["not a list", "hint", ".jsonl"]),
+        ("d.json", b"{\"question\": \"q\"}\n{\"question\": \"q\"}", &["not a list", "hint", "named .jsonl"]),
+        ("d.json", b"{\"version\": 1, \"data\": [{}]}", &["not a list", "fields version, data", "hint: a list inside"]),
+        ("d.jsonl", b"[\n{\"question\": \"q\"}\n]", &["line 1", "not a JSON object", "hint", "named .json"]),
         ("d.jsonl", b"\xff\xfe", &["UTF-8", "UTF-16"]),
         ("d.jsonl", b"{}\n\n{\"question\": \"caf\xe9\"}", &["line 3", "UTF-8", "0xE9", "character 18", "ISO-8859-1"]),
         ("d.json", b"[\n1, nan]", &["line 2", "expected ident"]),
         ("d.csv", b"question,answer\n", &["unknown kind", ".jsonl, .json or .parquet", "hint"]),
         ("data", b"", &["unknown kind"]),
-        ("d.parquet", b"PAR1 is how it begins", &["Parquet", "expected: a whole Parquet file"]),
+        ("d.parquet", b"PAR1 is how it begins", &["Parquet", "expected: a complete Parquet file"]),
         ("d.parquet", &whole[..whole.len() - 1], &["Parquet"]),
         ("d.parquet", &wrong_codec, &["Parquet"]),
     ] {
@@ -365,6 +397,10 @@ fn numbers_that_json_lacks_are_no_error_in_columns_that_nobody_reads() {
     for (row, parts) in [
         ("{\"prompt\": \"q\", \"completion\": NaN}", ["line 3", "completion is not text", "found: NaN"]),
         ("{\"messages\": -Infinity}", ["line 3", "messages is not a list", "found: -Infinity"]),
+        (
+            "{\"prompt\": \"q\", \"completion\": 18446744073709551616}",
+            ["line 3", "not text", "found: 18446744073709551616"],
+        ),
         ("{\"text\": NaN}", ["line 3", "no conversation", "text (NaN)"]),
         ("{\"messages\": [{\"role\": \"user\", \"content\": NaN}]}", ["line 3", "as its content", "found: NaN"]),
         ("{\"a\": NaN, \"b\": NaN \"c\": 1}", ["line 3", "expected `,` or `}`", "column 21: \"a\": NaN, \"b\": NaN"]),
@@ -380,7 +416,8 @@ fn numbers_that_json_lacks_are_no_error_in_columns_that_nobody_reads() {
 
 #[test]
 fn binary_columns_are_text_where_they_are_utf8() {
-    // scripts/oracle/golden_parquet.py: question and answer as bytes, id as bytes that are no text, score with NaN.
+    // scripts/oracle/golden_parquet.py: question and answer as bytes, id as bytes that are no text,
+    // score with NaN.
     let rows = read_rows(&golden("binary.parquet"), &Layout::Format(Format::Auto)).unwrap();
     assert_eq!(turns(&rows[0]), ["user: où ?", "assistant: là"]);
     assert_eq!(turns(&rows[1]), ["user: q", "assistant: a"]);

@@ -1,5 +1,5 @@
-//! Text, token ids and targets of conversations in the templates of published models, against transformers
-//! (fixtures/golden/chat_targets.json, made by scripts/oracle/golden_targets.py).
+//! Text, token ids and targets of conversations in the templates of published models, against
+//! transformers (fixtures/golden/chat_targets.json, made by scripts/oracle/golden_targets.py).
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,9 +1,9 @@
-//! Chat templates against transformers (fixtures/golden/chat_templates.json, made by scripts/oracle/golden_templates.py), and which
-//! tokens the loss counts.
+//! Chat templates against transformers (fixtures/golden/chat_templates.json, made by
+//! scripts/oracle/golden_templates.py), and which tokens the loss counts.
 
 use std::path::{Path, PathBuf};
 
-use cpift_core::tasks::Format;
+use cpift_core::format::tasks::Format;
 
 use cpift_data::{
     ChatTemplate, ChatText, Layout, MaxLength, Message, Overlong, SpecialTokens, TemplateArgs, encode_rows, read_rows,
@@ -60,6 +60,21 @@ fn a_template_opens_no_file() {
         let rendered = template.and_then(|t| t.render(&[], &SpecialTokens::new(), &TemplateArgs::new(), false));
         assert!(!rendered.expect_err(line).to_string().contains("precious"));
     }
+}
+
+#[test]
+fn templates_test_what_a_turn_or_the_call_lacks_as_in_jinja() {
+    // Published templates of Nemotron 3 take the length of `tools` where it is iterable, and some
+    // that of `tool_calls`.
+    let source = "{% for m in messages %}{{ m.tool_calls | length }}{{ m.content }}{% endfor %}{% if tools is iterable and tools | \
+                  length > 0 %}tools{% endif %}";
+    let render = |args: Value| {
+        let args: TemplateArgs = serde_json::from_value(args).unwrap();
+        let turns = [Message::new("user", "q")];
+        ChatTemplate::new(source).unwrap().render(&turns, &SpecialTokens::new(), &args, false).unwrap()
+    };
+    assert_eq!(render(json!({})), "0q");
+    assert_eq!(render(json!({"tools": [{"name": "f"}]})), "0qtools");
 }
 
 struct Fixture {

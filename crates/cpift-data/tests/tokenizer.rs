@@ -1,5 +1,6 @@
-//! The tokenizer files of a checkpoint folder against transformers (fixtures/golden/tokenizer_files.json, made by
-//! scripts/oracle/golden_tokenizer_files.py, and the texts of chat_targets.json, made by golden_targets.py).
+//! The tokenizer files of a checkpoint folder against transformers
+//! (fixtures/golden/tokenizer_files.json, made by scripts/oracle/golden_tokenizer_files.py, and the
+//! texts of chat_targets.json, made by golden_targets.py).
 
 use std::path::Path;
 

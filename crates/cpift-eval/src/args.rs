@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use cpift_core::Dtype;
-use cpift_core::cli::Common;
 use cpift_core::error::usage;
+use cpift_core::run::cli::Common;
 use cpift_judge::JudgeArgs;
 use cpift_report::{CompareArgs, ExperimentArgs, ReportArgs};
 use cpift_torch::device::DeviceChoice;
@@ -13,18 +13,20 @@ use cpift_torch::generate::Sampling;
 use cpift_torch::weights::kind_of;
 use tch::{Device, Kind};
 
+use crate::metrics;
 use crate::prompt::PromptStyle;
 
-/// Scores a checkpoint on every task of a task list, compares several checkpoints, and shows a whole run as one page.
+/// Scores a checkpoint on every task of a task list, compares checkpoints, and reports on a whole
+/// run
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-eval", version)]
 pub struct Args {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: Command,
-    /// Arguments of every stage.
+    /// Arguments shared by all stages.
     #[command(flatten)]
     pub common: Common,
 }
@@ -32,127 +34,147 @@ pub struct Args {
 /// The subcommands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Score one checkpoint: loss on every task, and each task's own metric
+    /// Score one checkpoint: the loss on every task, and each task's own metric
     ///
-    /// Writes scores.json, outputs.jsonl (prompt, output, what was extracted, score and loss of each row) and cpift.json. All rows and
-    /// settings of all tasks are checked before anything is scored.
+    /// Writes scores.json, outputs.jsonl (per row: prompt, output, extracted text, score and loss)
+    /// and cpift.json. All rows and settings of all tasks are checked before any task is scored.
     ///
-    /// The loss on the reference answers, in nats a target token, and its perplexity are always there. `metric` of a task in tasks.toml
-    /// adds: `exact-match`, `contains`, `rouge-l`, `gsm8k` and `codebleu` generate an answer; `choice` takes the option with the highest
-    /// log-likelihood; `judge` generates for `cpift-eval judge`.
+    /// Every task gets the loss on its reference answers, in nats per target token, and its
+    /// perplexity. `metric` in tasks.toml adds one of the metrics below.
     ///
-    /// The numbers of lm-evaluation-harness, 0-shot: cpift-eval run --model DIR --tasks tasks.toml --out scores --prompt harness
-    ///
-    /// With --few-shot the examples are others than the harness draws: such numbers are like its own, not the same.
+    /// Figures of lm-evaluation-harness, 0-shot: cpift-eval run --model DIR --tasks tasks.toml
+    /// --out scores --prompt harness. With --few-shot the examples differ from those that the
+    /// harness draws, so the figures are comparable but not equal.
+    #[command(after_long_help = metrics::table())]
     Run(RunArgs),
-    /// Join the scores of one checkpoint on several tasks, made by several runs, into one folder
+    /// Join the scores of one checkpoint on several tasks, made by several runs, into one directory
     ///
-    /// Writes what one run over all of these tasks, with the arguments that theirs had, would have written: scores.json and
-    /// outputs.jsonl with the tasks in the order of the folders. A judge's verdicts stay. Scores of another checkpoint (by its digest)
-    /// and a task that is there twice are refused.
+    /// Writes the scores.json and outputs.jsonl that one run over all of these tasks with the same
+    /// arguments would have written, with the tasks in the order of the directories. A judge's
+    /// verdicts are kept. Scores of another checkpoint (by digest) and tasks scored twice are
+    /// refused.
     ///
-    /// For example, two jobs and what joins them: cpift-eval run --model M --tasks tasks.toml --only gsm8k --out parts/gsm8k; the
-    /// same with logiqa; then cpift-eval join parts/gsm8k parts/logiqa --out scores
+    /// For example, two jobs and their join: cpift-eval run --model M --tasks tasks.toml --only
+    /// gsm8k
+    /// --out parts/gsm8k; the same for logiqa; then cpift-eval join parts/gsm8k parts/logiqa --out
+    /// scores
     Join(JoinArgs),
-    /// Grade the answers to tasks with metric = "judge" from 1 to 10 by an OpenAI-compatible chat endpoint
+    /// Grade the answers to tasks with metric = "judge" from 1 to 10 with an OpenAI-compatible chat
+    /// endpoint
     ///
-    /// Asks the judge for one answer at a time, at temperature 0, reads `[[rating]]` in its reply, and writes mean, standard error and
-    /// counts of what has no grade into RUN/scores.json. Until then such a task is `not judged`.
+    /// Asks the judge about one answer per request, at temperature 0, reads `[[rating]]` in its
+    /// reply, and writes the mean, its standard error and the number of verdicts without a grade
+    /// into RUN/scores.json. Until then such a task is `not judged`.
     #[command(after_help = JudgeArgs::EXAMPLES)]
     Judge(JudgeArgs),
-    /// Compare several scores.json: checkpoints by tasks, the best in bold, with the Average Normalised Score
+    /// Compare several scores.json: checkpoints by tasks, the best in bold, with the Average
+    /// Normalised Score
     ///
-    /// Values are shown with one standard error; metrics in percent (more is better), losses in nats a token (less is better). With
-    /// --baseline every difference is shown too, with a 95 % interval: rows of both outputs.jsonl are matched by task and row, and
-    /// their differences drawn with replacement. Where rows cannot be matched the table says why. A task that waits for a judge shows
-    /// "not judged". Runs on other evaluation files, templates or settings, or a scores.json of another version, are refused unless
-    /// --force is given.
+    /// Values are shown with one standard error: metrics in percent (higher is better), losses in
+    /// nats per token (lower is better). With --baseline, differences are shown with 95 % intervals
+    /// from a paired bootstrap: rows of both outputs.jsonl are matched by task and row, and
+    /// resampled. If rows cannot be matched, the table gives the reason. A task without verdicts
+    /// shows "not judged". Runs with different evaluation files, templates or settings, or a
+    /// scores.json of another version, are refused without --force.
     ///
-    /// For example: cpift-eval compare base=runs/mine/scores/base runs/mine/scores/cpi-ft --baseline base
+    /// For example: cpift-eval compare base=runs/mine/scores/base runs/mine/scores/cpi-ft
+    /// --baseline base
     Compare(CompareArgs),
-    /// Show an experiment over seeds: methods' means and standard deviations, or what they forget, with bootstrap intervals
+    /// Show an experiment over seeds: means and standard deviations of methods, or forgetting, with
+    /// bootstrap intervals
     ///
-    /// FILE lists, for each method, one scores folder a seed (kind scores), or pairs of tasks with the scores after the first and
-    /// after the second (kind forgetting). Differences to its baseline have 95 % intervals: seeds, and for each task its rows, are
-    /// drawn with replacement, the same for both methods. Scores on other evaluation files, templates or settings are refused unless
-    /// --force is given. `report` shows all of RUN_DIR/experiments on its page.
+    /// FILE lists, per method, one scores directory per seed (kind scores), or pairs of tasks with
+    /// the scores after the first and after the second (kind forgetting). Differences to the
+    /// baseline have 95 % intervals: seeds, and for each task its rows, are resampled, the same for
+    /// both methods. Scores with different evaluation files, templates or settings are refused
+    /// without --force. `report` includes all of RUN_DIR/experiments.
     ///
     /// For example: cpift-eval experiment runs/mine/experiments/reproduce.json
     Experiment(ExperimentArgs),
-    /// Write all of a run on one HTML page: experiments, scores, gains and losses, cores, losses, samples, provenance
+    /// Write an HTML report of a run: experiments, scores, differences, core regions, losses,
+    /// samples, provenance
     ///
-    /// Reads experiments/NAME.json, scores/NAME (scores.json, outputs.jsonl), groups.json, masks/NAME.safetensors, metrics.jsonl of
-    /// probes/NAME and of every model folder, and each cpift.json under RUN_DIR. What is not there is said on the page, which has
-    /// experiments only where there are some. It is one file without scripts that opens from disk and loads nothing; the same files
-    /// give the same bytes. Model outputs on it are shown as text, whatever they hold.
+    /// Reads experiments/NAME.json, scores/NAME (scores.json, outputs.jsonl), groups.json,
+    /// masks/NAME.safetensors, metrics.jsonl of probes/NAME and of every model directory, and each
+    /// cpift.json under RUN_DIR. The page names missing files. It is one file without scripts that
+    /// loads nothing; the same files give the same bytes. Model outputs are shown as plain text.
     Report(ReportArgs),
 }
 
 /// Arguments of `run`.
 #[derive(clap::Args, Debug)]
 pub struct RunArgs {
-    /// The checkpoint: a Hugging Face folder
-    #[arg(long, value_name = "DIR")]
+    /// The checkpoint: a Hugging Face directory
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     pub model: PathBuf,
     /// The task list, tasks.toml
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     pub tasks: PathBuf,
-    /// The folder to write
-    #[arg(long, value_name = "DIR")]
+    /// Output directory
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     pub out: PathBuf,
-    /// Score these tasks only (names, separated by commas), in the order of tasks.toml [default: all]
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
-    pub only: Vec<String>,
-    /// Score the first N rows of each task only
-    #[arg(long, value_name = "N")]
-    pub limit: Option<usize>,
-    /// Rows in a batch
-    #[arg(long, value_name = "N", default_value_t = 16)]
-    pub batch_size: usize,
-    /// How a row becomes a prompt
-    #[arg(long, value_name = "STYLE", value_enum, default_value_t = PromptStyle::Chat)]
-    pub prompt: PromptStyle,
-    /// Examples of the training file before every question, over the tasks' own few_shot; each row's are drawn by --seed
-    #[arg(long, visible_alias = "fewshot", value_name = "N")]
-    pub few_shot: Option<usize>,
-    /// Sample with the logits divided by this; 0 takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
-    pub temperature: f64,
-    /// Sample among the likeliest tokens only, as few as reach this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
-    pub top_p: f64,
-    /// Seed of the sampling and of the choice of examples
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
-    /// Longest generated answer in tokens, over the tasks' own max_new_tokens
-    #[arg(long, value_name = "N")]
-    pub max_new_tokens: Option<usize>,
-    /// cpu, cuda, cuda:N, or auto: CUDA where there is one
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: DeviceChoice,
-    /// Refuse fields of config.json that this program does not know, instead of a warning
-    #[arg(long)]
+    /// Refuse unknown fields of config.json instead of warning
+    #[arg(long, help_heading = "Input and output")]
     pub strict_config: bool,
+    /// Style of the prompts
+    #[arg(
+        long,
+        value_name = "STYLE",
+        value_enum,
+        default_value_t = PromptStyle::Chat,
+        help_heading = "Method"
+    )]
+    pub prompt: PromptStyle,
+    /// Examples from the training file before every question, drawn per row with --seed [default:
+    /// few_shot of the task]
+    #[arg(long, visible_alias = "fewshot", value_name = "N", help_heading = "Method")]
+    pub few_shot: Option<usize>,
+    /// Sampling temperature; 0 for greedy decoding
+    #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Method")]
+    pub temperature: f64,
+    /// Nucleus sampling: sample from the most likely tokens with at least this total probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Method")]
+    pub top_p: f64,
+    /// Maximum length of a generated answer in tokens [default: max_new_tokens of the task]
+    #[arg(long, value_name = "N", help_heading = "Method")]
+    pub max_new_tokens: Option<usize>,
+    /// Score only these tasks (comma-separated names), in the order of tasks.toml [default: all]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', help_heading = "Data")]
+    pub only: Vec<String>,
+    /// Score only the first N rows of each task [default: all]
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    pub limit: Option<usize>,
+    /// Rows per batch
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Memory and speed")]
+    pub batch_size: usize,
     /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
-    #[arg(long, value_name = "TYPE")]
+    #[arg(long, value_name = "TYPE", help_heading = "Memory and speed")]
     pub compute_dtype: Option<Dtype>,
+    /// cpu, cuda, cuda:N, or auto: CUDA if available
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Run")]
+    pub device: DeviceChoice,
+    /// Seed of the sampling and of the choice of examples
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
+    pub seed: u64,
 }
 
 /// Arguments of `join`.
 #[derive(clap::Args, Debug)]
 pub struct JoinArgs {
-    /// Folders that `cpift-eval run` wrote
+    /// Directories written by `cpift-eval run`
     #[arg(required = true, value_name = "SCORES")]
     pub parts: Vec<PathBuf>,
-    /// The folder to write
-    #[arg(long, value_name = "DIR")]
+    /// Output directory
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     pub out: PathBuf,
 }
 
 impl RunArgs {
+    /// Checks the ranges of the values.
+    ///
     /// # Errors
     /// [`cpift_core::Usage`] for a value out of range.
-    pub fn check(&self) -> anyhow::Result<()> {
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
         let counts = [Some(self.batch_size), self.limit, self.max_new_tokens];
         let problem = if counts.contains(&Some(0)) {
             "--batch-size, --limit and --max-new-tokens must be at least 1"
@@ -170,18 +192,35 @@ impl RunArgs {
         Err(usage(problem))
     }
 
-    /// How tokens are chosen; `None`: the likeliest.
-    pub fn sampling(&self) -> Option<Sampling> {
+    /// Sampling of tokens; `None` for greedy decoding.
+    pub(crate) fn sampling(&self) -> Option<Sampling> {
         let Self { temperature, top_p, seed, .. } = *self;
         (temperature > 0.0).then_some(Sampling { temperature, top_p, seed })
     }
 
-    /// The element type on `device`.
-    pub fn kind(&self, device: Device) -> Kind {
+    /// Element type of weights and arithmetic on `device`.
+    pub(crate) fn kind(&self, device: Device) -> Kind {
         match self.compute_dtype {
             Some(dtype) => kind_of(dtype),
             None if device.is_cuda() => Kind::BFloat16,
             None => Kind::Float,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_option_has_a_help_heading() {
+        let command = Args::command();
+        for name in ["run", "join", "judge"] {
+            let subcommand = command.find_subcommand(name).unwrap();
+            for option in subcommand.get_opts().filter(|option| !option.is_global_set()) {
+                assert!(option.get_help_heading().is_some(), "{name}: {}", option.get_id());
+            }
         }
     }
 }

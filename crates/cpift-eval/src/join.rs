@@ -1,22 +1,23 @@
-//! `cpift-eval join`: the scores of one checkpoint on several tasks, made by several runs, as one run would have written them.
+//! `cpift-eval join`: joins the scores of one checkpoint from several runs into the directory that
+//! one run would have written.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
+use cpift_core::BadInput;
 use cpift_core::error::usage;
-use cpift_core::files::{self, StagedDir, check_not_input, check_output};
-use cpift_core::provenance::{FILE_NAME, Recorder};
-use cpift_core::scores::{FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
-use cpift_core::{BadInput, scores};
+use cpift_core::files::{self, RECORD_NAME, StagedDir, check_not_input, check_output};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::{self, FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
+use cpift_core::record::provenance::Recorder;
+use cpift_core::run::cli::Common;
 use serde_json::json;
 
 use crate::args::JoinArgs;
 use crate::run::{STAGE, keep_verdicts, up_to_date};
 
-/// A folder to join.
+/// A directory to join.
 struct Part {
     folder: PathBuf,
     scores: Scores,
@@ -25,7 +26,7 @@ struct Part {
 
 impl Part {
     /// # Errors
-    /// [`BadInput`] where scores.json or outputs.jsonl is missing or no such file.
+    /// [`BadInput`] if scores.json or outputs.jsonl is missing or malformed.
     fn read(folder: &Path, recorder: &mut Recorder) -> Result<Self> {
         let scores = Scores::read(folder)?;
         let mut outputs = files::read_text(&folder.join(OUTPUTS))?;
@@ -41,24 +42,26 @@ impl Part {
     }
 }
 
-/// Joins the folders and writes the output folder.
+/// Joins the directories and writes the output directory.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`BadInput`]: scores of another checkpoint, a task that is in two of them. Nothing is written then.
-pub fn join(args: &JoinArgs, common: &Common) -> Result<()> {
+/// [`cpift_core::Usage`], and [`BadInput`] for scores of different checkpoints or a task scored
+/// twice. Nothing is written then.
+pub(crate) fn join(args: &JoinArgs, common: &Common) -> Result<()> {
     let mut recorder = Recorder::start(STAGE);
     if up_to_date(common, &args.out) {
         return Ok(());
     }
     check_output(&args.out, common.force())?;
     check_not_input("--out", &args.out, args.parts.iter().map(PathBuf::as_path))?;
+    [scores::FILE_NAME, OUTPUTS].iter().for_each(|name| recorder.also(&args.out.join(name)));
     let parts: Vec<Part> = args.parts.iter().map(|folder| Part::read(folder, &mut recorder)).collect::<Result<_>>()?;
-    let first = parts.first().ok_or_else(|| usage("name the folders to join"))?;
+    let first = parts.first().ok_or_else(|| usage("no directories to join"))?;
     for part in &parts {
         if part.scores.model_digest != first.scores.model_digest {
             return Err(BadInput::new(
                 &part.folder,
-                format!("scores another checkpoint than {}", first.folder.display()),
+                format!("scores of another checkpoint than {}", first.folder.display()),
             )
             .expected(format!("{} ({})", first.scores.model_digest, first.scores.model))
             .found(format!("{} ({})", part.scores.model_digest, part.scores.model))
@@ -79,20 +82,20 @@ pub fn join(args: &JoinArgs, common: &Common) -> Result<()> {
         [args.out.as_path()].into_iter().chain(parts.iter().map(|part| part.folder.as_path())),
         staged.path(),
     )?;
-    recorder.write_to(&staged.path().join(FILE_NAME))?;
+    recorder.write_to(&staged.path().join(RECORD_NAME))?;
     staged.commit()?;
     common.print_json(&json!(joined));
     Ok(())
 }
 
-/// The scores of all tasks, in the order of the folders.
+/// Scores of all tasks in the order of the directories.
 fn tasks(parts: &[Part]) -> Result<Vec<TaskScore>> {
     let (mut owner, mut all) = (BTreeMap::new(), Vec::new());
     for part in parts {
         for score in &part.scores.tasks {
             if let Some(other) = owner.insert(&score.task, &part.folder) {
-                return Err(BadInput::new(&part.folder, format!("scores the task {} too", score.task))
-                    .hint(format!("{} does: leave one of them out", other.display()))
+                return Err(BadInput::new(&part.folder, format!("task {} is scored twice", score.task))
+                    .hint(format!("{} scores it as well: omit one of the two", other.display()))
                     .into());
             }
             all.push(score.clone());

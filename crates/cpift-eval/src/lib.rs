@@ -1,7 +1,8 @@
-//! The last stage of CPI-FT: what a checkpoint scores on every task. Comparisons, experiments and the report are cpift-report.
+//! The last stage of CPI-FT: scores of a checkpoint on every task. cpift-report compares scores and
+//! writes reports; cpift-judge grades answers.
 
-mod answers;
 mod args;
+mod fields;
 mod join;
 mod metrics;
 mod plan;
@@ -22,7 +23,7 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
         Command::Run(run_args) => oom::explain(
-            || "  hint: a smaller --batch-size takes less; or raise the limit".to_owned(),
+            || "  hint: use a smaller --batch-size, or raise the limit".to_owned(),
             || run::run(&run_args, &args.common),
         ),
         Command::Join(join_args) => join::join(&join_args, &args.common),

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cpift_core::cli::run_stage(cpift_eval::run)
+    cpift_core::run::cli::run_stage(cpift_eval::run)
 }

@@ -1,53 +1,68 @@
-//! What `cpift-eval run` will score: the rows and settings of every task, checked before any of them is scored.
+//! Plan of `cpift-eval run`: rows, settings and prompts of every task, checked before any is
+//! scored.
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::tasks::{Task, Tasks};
-use cpift_data::ChatText;
-use cpift_data::{self as data, Layout, Row};
-use cpift_torch::session::Described;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::tasks::{Task, Tasks};
+use cpift_data::{self as data, ChatText, Encoded, Layout, Overlong, Row, encode_rows};
+use cpift_torch::session::ModelInfo;
 
 use crate::args::RunArgs;
-use crate::metrics::{self, Settings};
-use crate::prompt::{PromptStyle, Prompter};
+use crate::metrics::{self, Prepared, Settings, TaskView};
+use crate::prompt::{PromptBuilder, PromptStyle};
 
 /// A task to score.
-pub struct TaskPlan {
-    /// The task.
-    pub task: Task,
-    /// The rows to score.
-    pub rows: Vec<Row>,
-    /// Of the file they came from.
-    pub digest: Digest,
-    /// Examples before every question.
-    pub few_shot: usize,
-    /// What its figures depend on.
-    pub settings: Settings,
-    /// How rows become prompts.
-    pub style: PromptStyle,
-    /// The training rows that examples are drawn from; none are read where there are to be none.
+pub(crate) struct TaskPlan {
+    pub(crate) inputs: TaskInputs,
+    /// Reference answers as tokens, for the loss.
+    pub(crate) examples: Encoded,
+    /// The task's own metric with its prompts.
+    pub(crate) metric: Box<dyn Prepared>,
+}
+
+/// Rows and settings of a task.
+pub(crate) struct TaskInputs {
+    pub(crate) task: Task,
+    /// Rows to score.
+    pub(crate) rows: Vec<Row>,
+    /// Digest of the evaluation file.
+    pub(crate) digest: Digest,
+    /// Number of examples before every question.
+    pub(crate) few_shot: usize,
+    /// Seed of the choice of examples.
+    pub(crate) seed: u64,
+    pub(crate) settings: Settings,
+    pub(crate) style: PromptStyle,
+    /// Training rows to draw examples from; empty without examples.
     train: Vec<Row>,
-    seed: u64,
 }
 
 impl TaskPlan {
-    /// Reads and checks the tasks to score, in the order of tasks.toml.
+    /// Reads the tasks to score in the order of tasks.toml, checks all rows, and tokenises them.
     ///
     /// # Errors
-    /// [`cpift_core::BadInput`] and [`cpift_core::Usage`] as [`metrics::check`], and for what [`Prompter::new`] refuses.
-    pub fn read(args: &RunArgs, tasks: &Tasks, model: &Described) -> Result<Vec<Self>> {
+    /// [`cpift_core::BadInput`] and [`cpift_core::Usage`] for rows that cannot be encoded or that a
+    /// metric or [`PromptBuilder::new`] refuses.
+    pub(crate) fn read(args: &RunArgs, tasks: &Tasks, model: &ModelInfo) -> Result<Vec<Self>> {
         args.only.iter().try_for_each(|name| tasks.named(name).map(drop))?;
         let chosen = tasks.list.iter().filter(|task| args.only.is_empty() || args.only.contains(&task.name));
-        let plans: Vec<Self> = chosen.map(|task| Self::of(args, task, model)).collect::<Result<_>>()?;
-        let context = model.numbers.max_position_embeddings as usize;
-        for plan in &plans {
-            let prompter = plan.prompter(&model.text, context)?;
-            metrics::check(&model.text, &prompter, &plan.task, &plan.rows, &plan.settings)?;
-        }
-        Ok(plans)
+        let inputs: Vec<TaskInputs> = chosen.map(|task| TaskInputs::read(args, task, model)).collect::<Result<_>>()?;
+        inputs.into_iter().map(|inputs| Self::prepare(inputs, model)).collect()
     }
 
-    fn of(args: &RunArgs, task: &Task, model: &Described) -> Result<Self> {
+    fn prepare(inputs: TaskInputs, model: &ModelInfo) -> Result<Self> {
+        let prompter = inputs.prompter(&model.text, model.numbers.max_position_embeddings as usize)?;
+        let TaskInputs { task, rows, settings, .. } = &inputs;
+        let chat = model.text.with(&task.template_args);
+        let examples = encode_rows(&task.eval, rows, chat, settings.max_length, Overlong::Truncate)?;
+        examples.warn_of_template(&task.name);
+        let metric = metrics::of(task.metric).prepare(&inputs.view(&prompter))?;
+        Ok(Self { inputs, examples, metric })
+    }
+}
+
+impl TaskInputs {
+    fn read(args: &RunArgs, task: &Task, model: &ModelInfo) -> Result<Self> {
         let digest = Digest::of_file(&task.eval)?;
         let layout = Layout::of(task)?;
         let mut rows = data::read_rows(&task.eval, &layout)?;
@@ -60,14 +75,19 @@ impl TaskPlan {
             max_length: model.context_of(task, None),
             sampling: args.sampling(),
         };
-        Ok(Self { task: task.clone(), rows, digest, few_shot, settings, style: args.prompt, train, seed: args.seed })
+        Ok(Self { task: task.clone(), rows, digest, few_shot, seed: args.seed, settings, style: args.prompt, train })
     }
 
-    /// Makes the prompts for a model with this tokenizer and `context`.
+    /// The prompt builder for a model with this tokenizer and `context`.
     ///
     /// # Errors
-    /// As [`Prompter::new`].
-    pub fn prompter<'a>(&'a self, text: &'a ChatText, context: usize) -> Result<Prompter<'a>> {
-        Prompter::new((text, context), &self.task, self.style, (&self.train, self.few_shot, self.seed))
+    /// As [`PromptBuilder::new`].
+    pub(crate) fn prompter<'a>(&'a self, text: &'a ChatText, context: usize) -> Result<PromptBuilder<'a>> {
+        PromptBuilder::new((text, context), &self.task, self.style, (&self.train, self.few_shot, self.seed))
+    }
+
+    /// The task as its metric sees it.
+    pub(crate) fn view<'a>(&'a self, prompter: &'a PromptBuilder<'a>) -> TaskView<'a> {
+        TaskView { task: &self.task, rows: &self.rows, settings: &self.settings, prompter }
     }
 }

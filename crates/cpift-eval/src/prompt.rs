@@ -1,10 +1,10 @@
-//! What the model is asked: the chat prompt of a row, or the plain text that lm-evaluation-harness 0.4.13 makes of it.
+//! Prompts: a row through the chat template, or as the plain text of lm-evaluation-harness 0.4.13.
 
 use anyhow::Result;
 use clap::ValueEnum;
 use cpift_core::BadInput;
 use cpift_core::error::usage;
-use cpift_core::tasks::{Task, TaskMetric};
+use cpift_core::format::tasks::{Task, TaskMetric};
 use cpift_data::{self as data, Chat, ChatText, Message, Row, unusable};
 use cpift_torch::generate::Generated;
 use rand::SeedableRng;
@@ -13,20 +13,21 @@ use rand_chacha::ChaCha8Rng;
 use regex::Regex;
 use serde_json::Value;
 
-use crate::metrics::choices;
+use crate::fields::choices;
 
-/// How a row becomes a prompt.
+/// Style of the prompts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PromptStyle {
     /// The checkpoint's chat template with the generation prompt
     Chat,
-    /// The plain text of lm-evaluation-harness: `Question: …` and `Answer:`, before it `Passage: …` and `Choices:` in multiple choice
+    /// The plain text of lm-evaluation-harness: `Question: …` and `Answer:`; for multiple choice
+    /// also `Passage: …` and `Choices:`
     Harness,
 }
 
 impl PromptStyle {
-    /// As on the command line.
-    pub fn name(self) -> &'static str {
+    /// Value on the command line.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Chat => "chat",
             Self::Harness => "harness",
@@ -34,39 +35,37 @@ impl PromptStyle {
     }
 }
 
-/// Texts that end an answer to a harness prompt: those of its task `gsm8k`.
+/// Stop texts of harness prompts: those of its task `gsm8k`.
 const HARNESS_STOP: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
 
 /// The prompt of a row.
-pub struct Prompt {
-    /// As text.
-    pub text: String,
-    /// As token ids, within the model's context.
-    pub ids: Vec<i64>,
-    /// Tokens that were cut off its beginning: the end of a long prompt is what the answer continues.
-    pub cut: usize,
+pub(crate) struct Prompt {
+    pub(crate) text: String,
+    /// Token ids, cut to fit the model's context.
+    pub(crate) ids: Vec<i64>,
+    /// Number of tokens cut from the beginning; the answer continues the end.
+    pub(crate) cut: usize,
 }
 
-/// Makes the prompts of a task.
-pub struct Prompter<'a> {
+/// Builds the prompts of a task.
+pub(crate) struct PromptBuilder<'a> {
     chat: Chat<'a>,
-    /// The model's context in tokens.
+    /// Context of the model in tokens.
     context: usize,
     task: &'a Task,
-    /// How.
-    pub style: PromptStyle,
+    pub(crate) style: PromptStyle,
     split: Option<Regex>,
-    /// Training rows that examples are drawn from, how many, and the seed.
+    /// Training rows, the number of examples to draw from them per prompt, and the seed.
     examples: (&'a [Row], usize, u64),
 }
 
-impl<'a> Prompter<'a> {
-    /// For `task` and a model with this tokenizer and `context`; with `few_shot` examples of `train` before every question, drawn by
-    /// `seed`.
+impl<'a> PromptBuilder<'a> {
+    /// For `task` and a model with this tokenizer and `context`, with `few_shot` examples from
+    /// `train` before every question, drawn with `seed`.
     ///
     /// # Errors
-    /// [`BadInput`] for a `split` that is not a regular expression, or fewer training rows than examples.
-    pub fn new(
+    /// [`BadInput`] for a `split` that is not a regular expression, or too few training rows.
+    pub(crate) fn new(
         (text, context): (&'a ChatText, usize),
         task: &'a Task,
         style: PromptStyle,
@@ -75,9 +74,9 @@ impl<'a> Prompter<'a> {
         let split = task.split.as_deref().map(Regex::new).transpose().map_err(|e| {
             BadInput::new(&task.listed_in, format!("task {}: split is not a regular expression: {e}", task.name))
         })?;
-        // One more, in case the question itself is among them.
+        // One more than needed, in case the question itself is among them.
         if few_shot > 0 && train.len() <= few_shot {
-            return Err(BadInput::new(&task.train, "has too few rows for the examples of a prompt")
+            return Err(BadInput::new(&task.train, "too few rows for the examples of a prompt")
                 .expected(format!("more than {few_shot}"))
                 .found(train.len().to_string())
                 .into());
@@ -86,8 +85,8 @@ impl<'a> Prompter<'a> {
         Ok(Self { chat, context, task, style, split, examples: (train, few_shot, seed) })
     }
 
-    /// Texts that end an answer, beside the model's EOS.
-    pub fn stop(&self) -> Vec<String> {
+    /// Texts that end an answer in addition to the model's EOS.
+    pub(crate) fn stop(&self) -> Vec<String> {
         match self.style {
             PromptStyle::Chat => Vec::new(),
             PromptStyle::Harness => HARNESS_STOP.map(str::to_owned).to_vec(),
@@ -97,8 +96,9 @@ impl<'a> Prompter<'a> {
     /// The prompt of `row`, with room for `answer` tokens in the model's context.
     ///
     /// # Errors
-    /// What the chat template raised, or a field that the prompt needs, with the row; no room for a prompt.
-    pub fn prompt(&self, row: &Row, answer: usize) -> Result<Prompt> {
+    /// [`BadInput`] if the chat template raises or the row lacks a field; [`cpift_core::Usage`] if
+    /// the context has no room for a prompt.
+    pub(crate) fn prompt(&self, row: &Row, answer: usize) -> Result<Prompt> {
         let text = match self.style {
             PromptStyle::Chat => self.chat.prompt(&self.turns(row)).map_err(|e| unusable(&row.place, &e))?,
             PromptStyle::Harness => self.harness(row)?,
@@ -107,7 +107,7 @@ impl<'a> Prompter<'a> {
         self.within_context(text, ids, answer)
     }
 
-    /// The prompt's end that leaves room for `answer` tokens in the model's context.
+    /// Cuts the beginning of the prompt so that `answer` tokens fit in the model's context.
     fn within_context(&self, text: String, mut ids: Vec<i64>, answer: usize) -> Result<Prompt> {
         let context = self.context;
         if answer >= context {
@@ -115,12 +115,12 @@ impl<'a> Prompter<'a> {
             return Err(usage(match self.task.metric {
                 TaskMetric::Choice => {
                     format!(
-                        "an option of {task} ({answer} tokens) leaves no room for a prompt in the model's context of {context}"
+                        "an option of {task} ({answer} tokens) leaves no room for a prompt in the model's context of {context} tokens"
                     )
                 }
                 _ => format!(
-                    "max_new_tokens of {task} is {answer} (256 where tasks.toml does not say), which leaves no room for a prompt in the \
-                     model's context of {context} tokens\n  hint: set max_new_tokens in tasks.toml, or --max-new-tokens, below {context}"
+                    "max_new_tokens of {task} is {answer} (default: 256), which leaves no room for a prompt in the model's \
+                     context of {context} tokens\n  hint: set max_new_tokens in tasks.toml, or --max-new-tokens, below {context}"
                 ),
             }));
         }
@@ -129,28 +129,31 @@ impl<'a> Prompter<'a> {
         Ok(Prompt { text, ids, cut })
     }
 
-    /// The text before the last answer of `row`, as the loss on it sees it: by the chat template, without examples.
+    /// The text before the last answer of `row` in the example that the loss is computed on: the
+    /// chat template, without few-shot examples.
     ///
     /// # Errors
-    /// The message that the chat template raised, with the row.
-    pub fn before_the_answer(&self, row: &Row) -> Result<String> {
+    /// [`BadInput`] if the chat template raises.
+    pub(crate) fn before_the_answer(&self, row: &Row) -> Result<String> {
         Ok(data::tokenise(row, self.chat)?.before_last_answer().to_owned())
     }
 
-    /// A generated answer without the reasoning before it, and that reasoning. A harness prompt opens none.
+    /// Splits a generated answer into the answer and the reasoning before it. Answers to harness
+    /// prompts have none.
     ///
     /// # Errors
     /// As [`ChatText::decode`].
-    pub fn split_reasoning(&self, answer: Generated) -> Result<(String, Option<String>)> {
+    pub(crate) fn split_reasoning(&self, answer: Generated) -> Result<(String, Option<String>)> {
         match self.style {
             PromptStyle::Chat => self.chat.split_reasoning(&answer.ids, &answer.text),
             PromptStyle::Harness => Ok((answer.text, None)),
         }
     }
 
-    /// Whether a harness prompt of `row`, a multiple choice, has its options twice: in the user's turn, which is taken for the question
-    /// for want of `split` and of a field `question`, and under `Choices:`.
-    pub fn doubles_options(&self, row: &Row) -> bool {
+    /// Returns true if a harness prompt of the multiple choice `row` contains the options twice: in
+    /// the user's turn, which is the question if there is neither `split` nor a field `question`,
+    /// and under `Choices:`.
+    pub(crate) fn doubles_options(&self, row: &Row) -> bool {
         let apart = self.split.is_some() || row.fields.get("question").is_some_and(Value::is_string);
         let turn = row.prompt().last().map_or("", |message| message.content.as_str());
         let listed =
@@ -158,14 +161,16 @@ impl<'a> Prompter<'a> {
         self.style == PromptStyle::Harness && !apart && listed()
     }
 
-    /// The prompt of `row` and the tokens of each of `answers` after it. What the answers' tokens have in common, such as a space that the
-    /// template writes, is the prompt's.
+    /// The prompt of `row` and the tokens of each of `answers` after it. Leading tokens shared by
+    /// all answers, such as a space that the template writes, belong to the prompt.
     ///
     /// # Errors
-    /// [`BadInput`] as [`Prompter::prompt`], and where no token is left for an answer.
-    pub fn alternatives(&self, row: &Row, answers: &[String]) -> Result<(Prompt, Vec<Vec<i64>>)> {
-        let whole: Vec<(String, Vec<i64>, usize)> =
-            answers.iter().map(|answer| self.answered(row, answer)).collect::<Result<_>>()?;
+    /// As [`PromptBuilder::prompt`], and [`BadInput`] if an answer has no token of its own.
+    pub(crate) fn alternatives(&self, row: &Row, answers: &[String]) -> Result<(Prompt, Vec<Vec<i64>>)> {
+        let whole = match self.style {
+            PromptStyle::Chat => answers.iter().map(|answer| self.answered(row, answer)).collect::<Result<Vec<_>>>()?,
+            PromptStyle::Harness => self.harness_answered(row, answers)?,
+        };
         let limit = whole.iter().map(|(_, _, start)| *start).min().unwrap_or(0);
         let same = |i: &usize| whole.iter().all(|(_, ids, _)| ids[*i] == whole[0].1[*i]);
         let shared = (0..limit).take_while(same).count();
@@ -178,15 +183,9 @@ impl<'a> Prompter<'a> {
         Ok((self.within_context(text, ids[..shared].to_vec(), longest)?, rest))
     }
 
-    /// The text before `answer`, the tokens up to its end, and the place of its first token. The whole is tokenised as it stands.
+    /// The text before `answer`, the tokens up to its end, and the index of its first token. Prompt
+    /// and answer are tokenised together.
     fn answered(&self, row: &Row, answer: &str) -> Result<(String, Vec<i64>, usize)> {
-        if self.style == PromptStyle::Harness {
-            // As the harness does: cut at the length of the prompt alone.
-            let text = self.harness(row)?;
-            let encode = |text: &str| self.encode(text).map_err(|e| anyhow::Error::from(unusable(&row.place, &e)));
-            let (start, ids) = (encode(&text)?.len(), encode(&format!("{text}{answer}"))?);
-            return Ok((text, ids, start));
-        }
         let mut messages = self.turns(row);
         messages.push(Message::new("assistant", answer));
         let tokens = self.chat.tokenise(&messages).map_err(|e| unusable(&row.place, &e))?;
@@ -196,7 +195,17 @@ impl<'a> Prompter<'a> {
         Ok((tokens.before_last_answer().to_owned(), tokens.ids[..range.end].to_vec(), range.start))
     }
 
-    /// A chat template writes special tokens itself; plain text gets those that the tokenizer puts around any text.
+    /// The same for each of `answers` to a harness prompt. As in the harness, an answer starts at
+    /// the length of the prompt tokenised alone.
+    fn harness_answered(&self, row: &Row, answers: &[String]) -> Result<Vec<(String, Vec<i64>, usize)>> {
+        let text = self.harness(row)?;
+        let encode = |text: &str| self.encode(text).map_err(|e| anyhow::Error::from(unusable(&row.place, &e)));
+        let start = encode(&text)?.len();
+        answers.iter().map(|answer| Ok((text.clone(), encode(&format!("{text}{answer}"))?, start))).collect()
+    }
+
+    /// Chat templates write special tokens themselves; plain text gets those that the tokenizer
+    /// adds.
     fn encode(&self, text: &str) -> Result<Vec<i64>> {
         match self.style {
             PromptStyle::Chat => self.chat.text().encode(text),
@@ -204,7 +213,7 @@ impl<'a> Prompter<'a> {
         }
     }
 
-    /// Examples are turns before the row's own, behind its system turn.
+    /// The row's turns, with the examples as turns after its system turn.
     fn turns(&self, row: &Row) -> Vec<Message> {
         let own = row.prompt();
         let (system, turns) = own.split_at(own.iter().take_while(|m| m.role == "system").count());
@@ -214,7 +223,7 @@ impl<'a> Prompter<'a> {
         system.iter().chain(shown).chain(turns).cloned().collect()
     }
 
-    /// Question and answer of each example, a blank line between, then the row's question.
+    /// Question and answer of each example, separated by blank lines, then the row's question.
     fn harness(&self, row: &Row) -> Result<String> {
         let mut text = String::new();
         for example in self.examples_for(row) {
@@ -238,8 +247,8 @@ impl<'a> Prompter<'a> {
         Ok(format!("{passage}Question: {question}\nChoices:\n{options}Answer:"))
     }
 
-    /// Passage and question of a row: the groups of `split` in the last user turn; else its fields of these names, the question the
-    /// whole turn where there is none.
+    /// Passage and question of a row: the groups of `split` in the last user turn, or the fields of
+    /// these names. Without either the question is the whole turn.
     fn parts<'r>(&self, row: &'r Row) -> Result<(Option<&'r str>, &'r str)> {
         let turn = row.prompt().last().map_or("", |message| message.content.as_str());
         let field = |name: &str| row.fields.get(name).and_then(Value::as_str);
@@ -259,7 +268,8 @@ impl<'a> Prompter<'a> {
         Ok((group("passage"), question))
     }
 
-    /// Training rows by a draw of the row's own, so that --limit and --only change nothing; never the row's own question.
+    /// Training rows drawn with the row number as random stream, so that --limit and --only do not
+    /// change them; excludes the row's own question.
     fn examples_for(&self, row: &Row) -> Vec<&'a Row> {
         let (train, count, seed) = self.examples;
         if count == 0 {
@@ -272,7 +282,7 @@ impl<'a> Prompter<'a> {
     }
 }
 
-/// Whether `option` stands in a line of `turn` alone, or behind its letter or a bullet.
+/// Returns true if a line of `turn` is `option` alone, or `option` after its letter or a bullet.
 fn lists(turn: &str, letter: char, option: &str) -> bool {
     let letter = letter.to_string();
     let marked = |line: &str, at: usize| {

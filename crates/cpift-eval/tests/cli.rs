@@ -28,7 +28,7 @@ fn every_task_has_its_loss_and_its_metric() {
     assert!(tasks[1]["also"]["exact_match_flexible"].is_object());
     let outputs = fs::read_to_string(f.out("a").join("outputs.jsonl")).unwrap();
     assert_eq!(outputs.lines().count(), 12);
-    // The choice's score follows from the log-likelihoods that are written down.
+    // The score of `choice` follows from the log-likelihoods in outputs.jsonl.
     let choices: Vec<Value> =
         outputs.lines().map(|l| serde_json::from_str(l).unwrap()).filter(|v: &Value| v["task"] == "pick").collect();
     let mut right = 0.0;
@@ -49,7 +49,7 @@ fn every_task_has_its_loss_and_its_metric() {
 }
 
 #[test]
-fn an_answer_equal_to_the_models_own_output_scores_one() {
+fn an_answer_equal_to_the_reference_scores_one() {
     let f = Fixture::new();
     f.eval("a", &["--only", "copy"]).ok();
     let outputs = fs::read_to_string(f.out("a").join("outputs.jsonl")).unwrap();
@@ -94,7 +94,7 @@ fn the_report_shows_what_was_scored_here() {
     for part in ["copy", "pick", "100 resamples", "scores/tuned", "cpift-eval run --model", "No masks"] {
         assert!(page.contains(part), "{part}");
     }
-    // One model twice: rows are paired, and no difference has any doubt.
+    // The same model twice: rows are paired, and every interval has zero width.
     assert!(page.contains("0.0 [0.0, 0.0]") && !page.contains("no paired interval"), "{page}");
 }
 
@@ -138,7 +138,7 @@ fn rows_without_the_fields_their_metric_needs_are_refused() {
     f.eval("out", &[]).bad_input(&["copy/eval.jsonl", "line 1", "a text or a number"]);
 }
 
-/// Whatever is wrong with the last task is told before the first one is scored, which leaves a line with its loss.
+/// Errors in the last task are reported before the first one is scored, which would log its loss.
 #[test]
 fn all_tasks_are_checked_before_any_is_scored() {
     let f = Fixture::new();
@@ -181,7 +181,7 @@ fn tasks_are_scored_once_and_in_their_order_however_they_are_named() {
 }
 
 #[test]
-fn a_grouping_with_a_short_matrix_is_told_on_the_page() {
+fn the_report_names_a_grouping_with_a_short_matrix() {
     let f = Fixture::new();
     f.eval("r/scores/base", &["--only", "copy"]).ok();
     let groups = json!({"format_version": 1, "tau": 0.5, "tau_mode": "fixed", "tasks": ["a", "b"],

@@ -1,4 +1,4 @@
-//! Figures that mean something: of every row its loss, and nothing from a model that overflows.
+//! Losses per row, and errors for models that overflow.
 
 mod common;
 
@@ -16,7 +16,7 @@ fn write_weights(f: &Fixture, tensors: &Tensors) {
     write_safetensors(&file, tensors);
 }
 
-/// The tiny model with its last norm multiplied, and so every logit.
+/// The tiny model with its last norm, and so every logit, multiplied by `factor`.
 fn louder(f: &Fixture, factor: f32) {
     let mut tensors = tiny_weights(1);
     tensors.insert("model.norm.weight".into(), Tensor::f32(&[16], &[factor; 16]));
@@ -31,7 +31,8 @@ fn a_loss_that_is_not_finite_ends_the_run_with_its_row() {
     assert!(!f.out("a").exists());
 }
 
-/// Dimension 0 is large for every token, and the output row of `Z` is so far on its other side that its logit is −∞.
+/// Dimension 0 is large for every token, and the output row of `Z` so negative there that its logit
+/// is −∞.
 #[test]
 fn a_log_likelihood_that_is_not_finite_ends_the_run_with_its_row_and_option() {
     let f = Fixture::new();
@@ -56,7 +57,7 @@ fn a_log_likelihood_that_is_not_finite_ends_the_run_with_its_row_and_option() {
 }
 
 #[test]
-fn a_perplexity_too_large_for_a_number_is_left_out_and_said() {
+fn a_perplexity_that_overflows_is_omitted_with_a_warning() {
     let f = Fixture::new();
     louder(&f, 1e4);
     f.eval("a", &["--only", "copy"]).ok().says(&["copy: a loss of", "no perplexity"]);
@@ -67,7 +68,7 @@ fn a_perplexity_too_large_for_a_number_is_left_out_and_said() {
 }
 
 #[test]
-fn every_row_has_its_loss_and_those_of_a_task_make_its_figure() {
+fn row_losses_add_up_to_the_loss_of_the_task() {
     let f = Fixture::new();
     let rows = [row("say it", "short"), row("say it", "a longer answer"), row(&"long ".repeat(18), "lost")];
     write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &rows);
@@ -82,10 +83,10 @@ fn every_row_has_its_loss_and_those_of_a_task_make_its_figure() {
         assert!((sum("nll") / sum("targets") - value).abs() < 1e-12, "{score}");
         assert_eq!(own.len() as u64, score["settings"]["rows"].as_u64().unwrap());
     }
-    // Bytes are tokens, and the end of the turn is one more.
+    // One token per byte, and one for the end of the turn.
     let targets = |row: usize| (lines[row]["targets"].clone(), lines[row]["nll"].as_f64().unwrap() > 0.0);
     assert_eq!([targets(0), targets(1), targets(2)], [(json!(6), true), (json!(16), true), (json!(0), false)]);
-    // The loss alone: what it is on, and no answer.
+    // A task scored by its loss alone has prompt and reference, but no answer.
     let count = lines.iter().find(|line| line["task"] == "count").unwrap();
     let prompt = "<|im_start|>user\n100 + 1 =<|im_end|>\n<|im_start|>assistant\n";
     assert_eq!((&count["prompt"], &count["reference"], &count["row"]), (&json!(prompt), &json!("#### 101"), &json!(1)));

@@ -1,5 +1,6 @@
-//! Extraction and exact match of GSM8K answers against lm-evaluation-harness: fixtures/golden/gsm8k_filters.json, made by
-//! scripts/oracle/golden_gsm8k.py. CPIFT_GSM8K_CASES names another file of the same form to check instead.
+//! Extraction and exact match of GSM8K answers against lm-evaluation-harness:
+//! fixtures/golden/gsm8k_filters.json, made by scripts/oracle/golden_gsm8k.py. CPIFT_GSM8K_CASES
+//! can name another file of the same format.
 
 use std::path::PathBuf;
 

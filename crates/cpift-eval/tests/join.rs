@@ -40,15 +40,15 @@ fn tasks_scored_apart_are_joined_to_the_bytes_of_one_run() {
     fs::write(f.out("one/outputs.jsonl"), edited.trim_end()).unwrap();
     join(&f, &["one", "rest"], &["--force"]).ok();
     assert_eq!(read(&f, "joined/outputs.jsonl"), read(&f, "whole/outputs.jsonl"));
-    // The order is that of the folders.
+    // The tasks are in the order of the directories.
     join(&f, &["rest", "one"], &["--force"]).ok();
     let tasks = read_json(&f.out("joined/scores.json"))["tasks"].clone();
     assert_eq!(tasks[2]["task"], "copy", "{tasks}");
     let before = fs::metadata(f.out("joined")).unwrap().modified().unwrap();
-    join(&f, &["rest", "one"], &["--if-stale"]).ok();
+    join(&f, &["rest", "one"], &["--skip-up-to-date"]).ok();
     assert_eq!(fs::metadata(f.out("joined")).unwrap().modified().unwrap(), before, "nothing has changed");
     fs::remove_file(f.out("joined/outputs.jsonl")).unwrap();
-    join(&f, &["rest", "one"], &["--if-stale"]).ok();
+    join(&f, &["rest", "one"], &["--skip-up-to-date"]).ok();
     assert_eq!(read(&f, "joined/outputs.jsonl").lines().count(), 12);
 }
 
@@ -67,12 +67,12 @@ fn a_judges_verdicts_stay() {
 }
 
 #[test]
-fn what_does_not_belong_together_is_refused() {
+fn parts_that_do_not_belong_together_are_refused() {
     let f = Fixture::new();
     f.eval("one", &["--only", "copy"]).ok();
     f.eval("both", &["--only", "copy,count"]).ok();
-    join(&f, &["one", "both"], &[]).bad_input(&["both", "scores the task copy too", "one does", "hint"]);
-    // The same folder name, other weights.
+    join(&f, &["one", "both"], &[]).bad_input(&["both", "task copy is scored twice", "one scores it as well", "hint"]);
+    // The same directory name, other weights.
     fs::remove_dir_all(&f.model).unwrap();
     write_tiny_model(&f.model, 2);
     f.eval("other", &["--only", "pick"]).ok();

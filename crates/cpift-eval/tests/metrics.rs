@@ -16,7 +16,7 @@ fn contains_and_rouge_l_grade_the_generated_answer() {
     f.eval("a", &[]).ok();
     let output = outputs(&f.out("a"))[0]["output"].as_str().unwrap().trim().to_owned();
     let mut rows = [row("say w100", "x"), row("say w100", "never this one")];
-    // A part of the answer is contained, and is not the answer.
+    // A part of the answer is contained in it but not equal to it.
     rows[0]["answer"] = json!(output.chars().skip(1).take(3).collect::<String>());
     rows[0]["messages"][0]["content"] = outputs_user(&f);
     rows[1]["messages"][0]["content"] = outputs_user(&f);
@@ -64,11 +64,11 @@ fn code_is_compared_in_its_language_and_other_languages_are_skipped() {
     };
     write_rows(&file, &rows("let a = 1;"));
     f.eval("a", &[]).ok();
-    // The model says the same again, and now it is right.
+    // The model gives the same answer again, which is now correct.
     let said = outputs(&f.out("a"))[2]["output"].as_str().unwrap().to_owned();
     write_rows(&file, &rows(&said));
     let run = f.eval("b", &[]).ok();
-    assert!(run.stderr.contains("2 of 4 rows are in no language of codebleu"), "{}", run.stderr);
+    assert!(run.stderr.contains("2 of 4 rows are in no language that codebleu supports"), "{}", run.stderr);
     let lines = outputs(&f.out("b"));
     assert_eq!((&lines[1]["skipped"], &lines[3]["skipped"]), (&json!("bash"), &json!("no language")));
     assert!(lines[1]["score"].is_null() && lines[1]["row"] == 2, "{}", lines[1]);
@@ -91,7 +91,7 @@ fn code_is_compared_in_its_language_and_other_languages_are_skipped() {
     for name in ["codebleu_original", "corpus_codebleu", "dataflow_match", "parses", "weighted_ngram_match"] {
         assert_eq!(scores["also"][name]["n"], 2, "{name}");
     }
-    // The task's language goes before the rows'.
+    // The task's language takes precedence over the rows'.
     metric("language = 'c++'").unwrap();
     f.eval("c", &[]).ok();
     assert!(outputs(&f.out("c")).iter().all(|line| line["language"] == "cpp"));

@@ -1,4 +1,4 @@
-//! What cpift-eval asks: harness prompts and examples.
+//! Prompts of cpift-eval: harness prompts and few-shot examples.
 
 mod common;
 
@@ -58,7 +58,7 @@ fn examples_come_from_the_training_file_by_the_seed() {
     let train: Vec<Value> =
         (0..9).map(|i| json!({"question": format!("q{i}"), "answer": format!("#### {i}")})).collect();
     write_rows(&f.dir.path().join("data/count/train.jsonl"), &train);
-    // The first question is one of the training file's too.
+    // The first question is also in the training file.
     let eval: Vec<Value> =
         (3..5).map(|i| json!({"question": format!("q{i}"), "answer": format!("#### {i}")})).collect();
     write_rows(&f.dir.path().join("data/count/eval.jsonl"), &eval);
@@ -93,8 +93,8 @@ fn options_that_stand_in_a_prompt_twice_are_warned_of_once() {
     let warnings = |out: &str, split: &str, style: &str| {
         fs::write(&f.tasks, task("pick", &format!("metric = 'choice'\n{split}"))).unwrap();
         let stderr = f.eval(out, &["--prompt", style]).ok().stderr;
-        assert_eq!(stderr.contains("split"), stderr.contains("options stand in the prompt twice"), "{stderr}");
-        stderr.matches("options stand in the prompt twice").count()
+        assert_eq!(stderr.contains("split"), stderr.contains("options are in the prompt twice"), "{stderr}");
+        stderr.matches("options are in the prompt twice").count()
     };
     assert_eq!(warnings("a", "", "harness"), 1);
     assert_eq!(warnings("b", SPLIT, "harness"), 0);
@@ -122,12 +122,13 @@ fn an_option_is_scored_by_the_tokens_that_the_conversation_has_for_it() {
         f.eval(out, &[]).ok();
         outputs(&f.out(out))[0].clone()
     };
-    // The space before an answer stands in the rendered turn only; the think block is written there too.
+    // The template writes the space (or the think block) before an answer only in the rendered
+    // turn.
     let spaced = with("a", "{{ ' ' + m.content + '<|im_end|>' }}", "");
     assert_eq!(spaced["prompt"], "<|im_start|>q ");
     let block = with("b", "{{ '<think></think>' + m.content + '<|im_end|>' }}", "<think>");
     assert_eq!(block["prompt"], "<|im_start|>q<think></think>");
-    // The same conversation by a template that has the space in its prompt scores alike.
+    // A template with the space in its generation prompt gives the same scores.
     let same = with("c", "{{ ' ' + m.content + '<|im_end|>' }}", " ");
     assert_eq!(same["log_likelihoods"], spaced["log_likelihoods"]);
     assert_ne!(same["log_likelihoods"], block["log_likelihoods"]);

@@ -5,73 +5,83 @@ use std::str::FromStr;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use cpift_core::checkpoint::TensorKind;
-use cpift_core::cli::{Common, Named};
+use cpift_core::format::names::TensorKind;
+use cpift_core::run::cli::{Common, Named};
+
+/// Headings of `--help`.
+const IO: &str = "Input and output";
+const METHOD: &str = "Method";
 
 /// Groups tasks whose core regions overlap, and puts the groups in training order.
 ///
-/// Tasks are joined where the Jaccard similarity of their core regions is at least τ; the groups are the connected
-/// components. `--partition kind` and `random` make the groups of the multi-stage baselines instead; the masks are read
-/// and compared all the same. Writes groups.json with a heat map of the similarities, and the similarities of each layer with a heat map.
+/// Two tasks are joined if the Jaccard similarity of their core regions is at least τ; the groups
+/// are the connected components. `--partition kind` and `random` make the groups of the multi-stage
+/// baselines instead; the masks are still read and compared. Writes groups.json and the
+/// similarities of each layer, each with a heat map.
 ///
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 bad input.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-group", version)]
 pub struct Args {
-    /// The core region of a task, as cpift-mask wrote it; once for each task, in the order of the matrix
-    #[arg(long = "mask", value_name = "NAME=FILE", required = true)]
+    /// Core region of a task, written by cpift-mask; once per task, in the order of the matrix
+    /// (required)
+    #[arg(long = "mask", value_name = "NAME=FILE", required = true, help_heading = IO)]
     pub masks: Vec<Named>,
-    /// Similarity from which tasks share a group: a number, or `auto` for the middle of the longest interval of τ whose
-    /// partition does not change and is neither one group nor every task alone. 0 gives one group; above 1 every task
-    /// is alone
-    #[arg(long, value_name = "TAU", default_value = "0.1", allow_negative_numbers = true)]
-    pub tau: Tau,
-    /// How the groups are made
-    #[arg(long, value_enum, default_value_t = Parts::Overlap)]
-    pub partition: Parts,
-    /// tasks.toml in which every task has a `kind` (--partition kind)
-    #[arg(long, value_name = "FILE")]
-    pub tasks: Option<PathBuf>,
-    /// Number of groups, 1 to the number of tasks (--partition random)
-    #[arg(long, value_name = "K")]
-    pub groups: Option<usize>,
-    /// Another groups.json of the same tasks, whose groups and order are taken over (--partition like)
-    #[arg(long, value_name = "FILE")]
-    pub like: Option<PathBuf>,
-    /// Order of the groups; --partition like has its own
-    #[arg(long, value_enum, default_value_t = Method::Random)]
-    pub order: Method,
-    /// Seed of --order random and of --partition random
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
-    /// groups.json to write
-    #[arg(long, value_name = "FILE", required_unless_present = "sweep")]
+    /// groups.json to write (required without --sweep)
+    #[arg(long, value_name = "FILE", required_unless_present = "sweep", help_heading = IO)]
     pub out: Option<PathBuf>,
-    /// Heat map to write; --out with the extension .svg when not given
-    #[arg(long, value_name = "FILE", requires = "out")]
+    /// Heat map to write [default: --out with the extension .svg]
+    #[arg(long, value_name = "FILE", requires = "out", help_heading = IO)]
     pub svg: Option<PathBuf>,
-    /// Similarities of each layer to write; --out with the extension .layers.json when not given
-    #[arg(long, value_name = "FILE", requires = "out")]
+    /// Similarities of each layer to write [default: --out with the extension .layers.json]
+    #[arg(long, value_name = "FILE", requires = "out", help_heading = IO)]
     pub layers: Option<PathBuf>,
-    /// Heat map of pairs by layers to write; --out with the extension .layers.svg when not given
-    #[arg(long, value_name = "FILE", requires = "out")]
+    /// Heat map of pairs by layers to write [default: --out with the extension .layers.svg]
+    #[arg(long, value_name = "FILE", requires = "out", help_heading = IO)]
     pub layers_svg: Option<PathBuf>,
-    /// Print the groups for every τ where they change, with marks at the one --tau auto takes and the one of --tau; without
-    /// --out nothing is written
-    #[arg(long)]
+    /// Print the groups for every interval of τ on stdout, with the interval of --tau auto and the
+    /// one of --tau marked; writes no file without --out
+    #[arg(long, help_heading = IO)]
     pub sweep: bool,
-    /// Kinds of tensors to leave out of the comparison: embeddings, norms
-    #[arg(long, value_name = "KIND,…", value_delimiter = ',')]
+    /// Jaccard similarity from which two tasks share a group: a number from 0, or `auto` for the
+    /// middle of the longest interval of τ in which the groups do not change and are neither one
+    /// group nor all single tasks. 0 gives one group; above 1 every task is alone
+    #[arg(long, value_name = "TAU", default_value = "0.1", allow_negative_numbers = true, help_heading = METHOD)]
+    pub tau: Tau,
+    /// Kinds of tensors to leave out of the comparison: embeddings, norms [default: none]
+    #[arg(long, value_name = "KIND,…", value_delimiter = ',', help_heading = METHOD)]
     pub exclude: Vec<TensorKind>,
-    /// scores.json of the base model on all tasks (--order difficulty, and dependency with --probe-scores)
-    #[arg(long, value_name = "FILE")]
+    /// Method of making groups
+    #[arg(long, value_enum, default_value_t = Parts::Overlap, help_heading = METHOD)]
+    pub partition: Parts,
+    /// tasks.toml in which every task has a `kind` (for --partition kind)
+    #[arg(long, value_name = "FILE", help_heading = METHOD)]
+    pub tasks: Option<PathBuf>,
+    /// Number of groups, 1 to the number of tasks (for --partition random)
+    #[arg(long, value_name = "K", help_heading = METHOD)]
+    pub groups: Option<usize>,
+    /// Another groups.json of the same tasks, whose groups and order are used (for --partition
+    /// like)
+    #[arg(long, value_name = "FILE", help_heading = METHOD)]
+    pub like: Option<PathBuf>,
+    /// Order of the groups; --partition like keeps the order of its file
+    #[arg(long, value_enum, default_value_t = Method::Random, help_heading = METHOD)]
+    pub order: Method,
+    /// scores.json of the base model on all tasks (for --order difficulty, and for --order
+    /// dependency with --probe-scores)
+    #[arg(long, value_name = "FILE", help_heading = METHOD)]
     pub scores: Option<PathBuf>,
-    /// TOML of `[[edge]]` tables with `before` and `after`, each a task's name (--order dependency)
-    #[arg(long, value_name = "FILE", conflicts_with = "probe_scores")]
+    /// TOML of `[[edge]]` tables with `before` and `after`, each the name of a task (for --order
+    /// dependency)
+    #[arg(long, value_name = "FILE", conflicts_with = "probe_scores", help_heading = METHOD)]
     pub edges: Option<PathBuf>,
-    /// Folder with the scores.json of every probe on all tasks, as TASK/scores.json or TASK.json (--order dependency)
-    #[arg(long, value_name = "DIR", requires = "scores")]
+    /// Directory with the scores.json of every probe on all tasks, as TASK/scores.json or TASK.json
+    /// (for --order dependency)
+    #[arg(long, value_name = "DIR", requires = "scores", help_heading = METHOD)]
     pub probe_scores: Option<PathBuf>,
+    /// Seed of --order random and of --partition random
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
+    pub seed: u64,
     #[command(flatten)]
     #[allow(missing_docs, reason = "a doc comment here would become the command's help")]
     pub common: Common,
@@ -80,9 +90,9 @@ pub struct Args {
 /// The similarity threshold as typed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Tau {
-    /// This value.
+    /// A value.
     Fixed(f64),
-    /// The most stable partition's.
+    /// The τ of the most stable partition.
     Auto,
 }
 
@@ -101,16 +111,18 @@ impl FromStr for Tau {
     }
 }
 
-/// How the groups are made.
+/// Method of making groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Parts {
     /// Tasks whose core regions overlap, by --tau (the paper)
     Overlap,
     /// Tasks of one `kind` in tasks.toml (--tasks): the multi-stage baseline by hand
     Kind,
-    /// A shuffle of the tasks by --seed, cut into --groups groups of nearly equal size: the random multi-stage baseline
+    /// The tasks shuffled by --seed and cut into --groups groups of nearly equal size: the random
+    /// multi-stage baseline
     Random,
-    /// The groups of another groups.json (--like), for other masks: a control that differs in the masks alone
+    /// The groups of another groups.json (--like), for other masks: a control that differs in the
+    /// masks alone
     Like,
 }
 
@@ -126,12 +138,12 @@ impl Parts {
     }
 }
 
-/// How the groups are ordered.
+/// Method of ordering groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Method {
     /// A seeded shuffle (the paper)
     Random,
-    /// The group whose core overlaps the others' least goes first
+    /// The group whose core region overlaps the others' least goes first
     Overlap,
     /// Easy to hard, by the base model's mean loss on the group's tasks (--scores)
     Difficulty,
@@ -147,6 +159,23 @@ impl Method {
             Self::Overlap => "overlap",
             Self::Difficulty => "difficulty",
             Self::Dependency => "dependency",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, CommandFactory};
+
+    use super::*;
+
+    #[test]
+    fn every_flag_of_the_stage_has_a_heading() {
+        let common = Common::augment_args(clap::Command::new("common"));
+        let own = |arg: &&clap::Arg| common.get_arguments().all(|other| other.get_id() != arg.get_id());
+        for arg in Args::command().get_arguments().filter(own) {
+            let heading = arg.get_help_heading();
+            assert!(heading.is_some_and(|h| [IO, METHOD, "Run"].contains(&h)), "{}: {heading:?}", arg.get_id());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! From masks to groups.json, the similarities by layer, and their heat maps.
+//! The stage: from masks to groups.json, the similarities by layer, and their heat maps.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -6,43 +6,41 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::checkpoint::Digest;
 use cpift_core::files::StagedFile;
-use cpift_core::groups::{FORMAT_VERSION, Groups, Order, Parting, TauMode};
-use cpift_core::json;
-use cpift_core::provenance::Recorder;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{FORMAT_VERSION, Groups, Order, Parting, TauMode};
+use cpift_core::format::json;
+use cpift_core::record::provenance::Recorder;
 
 use crate::args::{Args, Method, Tau};
-use crate::dependency::{by_edges, by_help, named};
-use crate::layers::Layers;
-use crate::order::{Ordered, ascending, mean_loss, random};
+use crate::heatmap;
+use crate::layers::{self, Layers};
+use crate::order::{Ordered, ascending, by_edges, by_help, mean_loss, named, random};
 use crate::overlap::{Counts, Overlap, Regions};
-use crate::partition::{Interval, Partition, components, is_trivial, most_stable_tau, sweep};
+use crate::partition::{Interval, Partition, Sweep, components, is_trivial, most_stable_tau, rows, sweep};
 use crate::plan::{OrderInput, Outputs, Plan};
-use crate::sweep::{Sweep, rows};
-use crate::{heatmap, layers};
 
-/// The τ of the paper, which `auto` falls back to.
+/// The paper's τ, used if `--tau auto` finds none.
 const DEFAULT_TAU: f64 = 0.1;
 
-/// What a run found.
-pub struct Outcome {
-    /// What it wrote; `None` for a sweep that writes nothing.
-    pub groups: Option<Groups>,
-    /// The groups for every τ, where `--sweep` asks for them.
-    pub sweep: Option<Sweep>,
+/// Result of a run.
+pub(crate) struct Outcome {
+    /// Content of groups.json; `None` if nothing was written.
+    pub(crate) groups: Option<Groups>,
+    /// The groups for every interval of τ, with `--sweep`.
+    pub(crate) sweep: Option<Sweep>,
 }
 
 /// Runs the stage: nothing is written unless all of it succeeds.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or unrelated masks, order inputs
-/// that do not fit the tasks, or an output that exists; I/O errors.
-pub fn group(args: &Args) -> Result<Outcome> {
+/// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or
+/// unrelated masks, order inputs that do not fit the tasks, or an output that exists; I/O errors.
+pub(crate) fn group(args: &Args) -> Result<Outcome> {
     let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
     let plan = Plan::new(args, &mut recorder)?;
     let regions = Regions::new(&plan.masks, &plan.excluded);
-    // Digests are for what is written.
+    // Digests are recorded in the outputs only.
     let (overlap, digests) = match plan.outputs {
         Some(_) => regions.count_and_hash()?,
         None => (regions.count()?, Vec::new()),
@@ -52,7 +50,7 @@ pub fn group(args: &Args) -> Result<Outcome> {
     let intervals = sweep(&jaccard);
     let (tau, tau_mode) = plan.threshold(&intervals);
     let table = table(&plan.tasks, &overlap.total);
-    log::info!("Jaccard similarity of core regions (in brackets: what chance gives)\n{table}");
+    log::info!("Jaccard similarity of core regions (in brackets: expected by chance)\n{table}");
     let sweep = plan.sweep.then(|| Sweep {
         tau,
         tau_mode,
@@ -89,7 +87,7 @@ impl Plan {
         let Tau::Fixed(tau) = self.tau else {
             let tau = most_stable_tau(intervals).unwrap_or_else(|| {
                 log::warn!(
-                    "--tau auto: no τ parts these {} tasks into anything but one group or single tasks; taking \
+                    "--tau auto: every τ puts these {} tasks into one group or single tasks; taking \
                      {DEFAULT_TAU}",
                     self.tasks.len()
                 );
@@ -151,7 +149,7 @@ impl Plan {
     }
 }
 
-/// All outputs are complete before any gets its name.
+/// Writes the outputs. All are complete before any gets its name.
 fn write(outputs: &Outputs, groups: &Groups, overlap: &Overlap, recorder: Recorder) -> Result<()> {
     let by_layer = Layers::new(overlap, groups);
     let texts = [
@@ -165,7 +163,7 @@ fn write(outputs: &Outputs, groups: &Groups, overlap: &Overlap, recorder: Record
     recorder.commit(own.into_path(), &others)
 }
 
-/// Tells the groups in order.
+/// Logs the groups in order.
 fn report(groups: &Groups, order: &Partition) {
     let tau = match groups.tau_mode {
         TauMode::Fixed => groups.tau.to_string(),
@@ -194,14 +192,14 @@ fn report(groups: &Groups, order: &Partition) {
         let hint = match &groups.partition {
             None => "try --tau auto, another --tau (see the matrix), or --exclude embeddings,norms",
             Some(Parting::Kind {}) => "give some tasks of tasks.toml, but not all, the same kind",
-            Some(Parting::Like {}) => "so it is in the groups.json that --like names",
+            Some(Parting::Like {}) => "the groups.json given with --like has these groups",
             Some(Parting::Random { .. }) => "give another number of --groups",
         };
         log::warn!("{what}\n  hint: {hint}");
     }
 }
 
-/// The matrix beside what chance gives.
+/// The similarity matrix, with the similarity expected by chance in brackets.
 fn table(tasks: &[String], counts: &Counts) -> String {
     let width = tasks.iter().map(|t| t.chars().count()).max().unwrap_or(0);
     let column = width.max(15);

@@ -1,19 +1,19 @@
 //! The heat map of groups.json.
 
-use cpift_core::groups::{Groups, Parting, TauMode};
-use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
+use cpift_core::format::groups::{Groups, Parting, TauMode};
+use cpift_core::format::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
 
 /// Side of a cell, in pixels.
 const CELL: usize = 64;
 
 /// The similarities with rows and columns in training order, each group framed.
-pub fn svg(groups: &Groups) -> String {
+pub(crate) fn svg(groups: &Groups) -> String {
     let order: Vec<usize> =
         groups.task_order().iter().filter_map(|t| groups.tasks.iter().position(|x| x == t)).collect();
     let names = || groups.tasks.iter().map(String::as_str);
     let title = format!("Jaccard similarity of core regions: {}", groups.tasks.join(", "));
     let mut picture = Picture::new("Jaccard similarity of core regions", &title);
-    // All names stand upright over their columns, or all lean.
+    // Either all names are upright over their columns, or all lean.
     let column = if label_width(names()) <= CELL { CELL } else { 0 };
     let corner = (24 + label_width(names()), 48 + label_height(names(), column));
     let scale = Scale::Sequential(largest_pair(groups));

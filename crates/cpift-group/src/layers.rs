@@ -2,28 +2,28 @@
 
 use std::collections::BTreeMap;
 
-use cpift_core::checkpoint::Digest;
-use cpift_core::checkpoint::names::OUTSIDE;
-use cpift_core::groups::Groups;
-use cpift_core::svg::{Cell, GREY, Picture, Scale, label_height, label_width, shortened};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::names::OUTSIDE;
+use cpift_core::format::svg::{Cell, GREY, Picture, Scale, label_height, label_width, shortened};
 use serde::{Deserialize, Serialize};
 
 use crate::overlap::{Counts, Overlap};
 
-/// The form of the file.
-pub const FORMAT_VERSION: u32 = 1;
+/// Format version of the file.
+pub(crate) const FORMAT_VERSION: u32 = 1;
 
 /// The content of groups.layers.json.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layers {
-    /// Form of the file.
+    /// Format version.
     pub format_version: u32,
     /// Task names; rows and columns of the matrices.
     pub tasks: Vec<String>,
     /// Kinds of tensors left out of the comparison.
     pub excluded: Vec<String>,
-    /// Layers by number, then what lies outside them.
+    /// Layers by number, then the tensors outside them.
     pub layers: Vec<Layer>,
     /// Digest of the base all masks were made for.
     pub base: Digest,
@@ -35,21 +35,22 @@ pub struct Layers {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layer {
-    /// The layer's number, or `outside`; the prefix of its tensors where the model has several stacks of layers.
+    /// The layer's number, or `outside`; the prefix of its tensors if the model has several
+    /// stacks of layers.
     pub name: String,
     /// Elements of the compared tensors.
     pub elements: u64,
     /// Elements that two regions share; the size of a region on the diagonal. [tasks × tasks]
     pub shared: Vec<Vec<u64>>,
-    /// Jaccard similarity, [tasks × tasks]; 0 where both regions have nothing here.
+    /// Jaccard similarity, [tasks × tasks]; 0 if both regions are empty in this layer.
     pub jaccard: Vec<Vec<f64>>,
     /// The similarity two independent random regions of the same sizes would have, [tasks × tasks].
     pub chance: Vec<Vec<f64>>,
 }
 
 impl Layers {
-    /// The layers of `overlap`, whose groups are `groups`.
-    pub fn new(overlap: &Overlap, groups: &Groups) -> Self {
+    /// The layers of `overlap`; `groups` has the tasks and digests.
+    pub(crate) fn new(overlap: &Overlap, groups: &Groups) -> Self {
         let layer = |(name, counts): &(String, Counts)| Layer {
             name: name.clone(),
             elements: counts.elements,
@@ -71,7 +72,7 @@ impl Layers {
 /// Width of a layer's column and of the column for all layers.
 const WIDTH: usize = 22;
 const ALL_WIDTH: usize = 62;
-/// Height of a cell, of the strip for chance below it, and of a row.
+/// Heights of a cell, of the strip for chance below it, and of a row.
 const HEIGHT: usize = 22;
 const STRIP: usize = 6;
 const ROW: usize = 34;
@@ -83,12 +84,13 @@ struct Column<'a> {
     chance: &'a [Vec<f64>],
     x: usize,
     width: usize,
-    /// `None` for all layers: their column has its values written out.
+    /// `None` for the column of all layers, which shows its values as text.
     layer: Option<&'a Layer>,
 }
 
-/// Pairs of tasks by layers, and over all layers (from `groups`) in a column of its own.
-pub fn svg(layers: &Layers, groups: &Groups) -> String {
+/// Heat map of pairs of tasks by layer, with the similarities over all layers (from `groups`) in
+/// the last column.
+pub(crate) fn svg(layers: &Layers, groups: &Groups) -> String {
     let tasks = &layers.tasks;
     let pairs: Vec<(usize, usize)> = (0..tasks.len()).flat_map(|b| (0..b).map(move |a| (a, b))).collect();
     let pair = |(a, b): &(usize, usize)| [*a, *b].map(|task| shortened(&tasks[task], 20)).join(" · ");

@@ -1,33 +1,34 @@
-//! Stage 2 of CPI-FT: groups tasks whose core regions overlap, and puts the groups in training order.
+//! Stage 2 of CPI-FT: groups tasks whose core regions overlap, and puts the groups in training
+//! order.
 //!
-//! [`overlap`] counts the bits that regions share, [`partition`] cuts the graph of similar tasks into groups, [`order`]
-//! orders them; [`heatmap`] and [`layers`] draw the result, [`sweep`] shows what other thresholds would give.
+//! `overlap` counts the bits that regions share, [`partition`] cuts the graph of similar tasks into
+//! groups and sweeps τ, `order` puts the groups in training order; `heatmap` and [`layers`] draw
+//! the result.
 
 mod args;
-mod dependency;
 mod group;
-pub mod heatmap;
+mod heatmap;
 pub mod layers;
-pub mod order;
-pub mod overlap;
+mod order;
+mod overlap;
 pub mod partition;
 mod plan;
-pub mod sweep;
 
 pub use args::Args;
-pub use group::{Outcome, group};
 
 use std::io::Write;
 
 use anyhow::Result;
-use cpift_core::stale::Expected;
+use cpift_core::record::up_to_date::Expected;
 
+use group::{Outcome, group};
 use plan::Outputs;
 
-/// Runs what was typed.
+/// Runs the program with these arguments.
 ///
 /// # Errors
-/// [`cpift_core::Usage`], [`cpift_core::BadInput`], or another failure.
+/// [`cpift_core::Usage`] for arguments that do not go together; [`cpift_core::BadInput`] for
+/// unusable inputs or an output that exists.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     if is_up_to_date(&args) {
@@ -41,7 +42,7 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// A sweep is printed in any case.
+/// Returns true if `--if-stale` finds the outputs up to date. A sweep is always printed.
 fn is_up_to_date(args: &Args) -> bool {
     let Some(outputs) = Outputs::named_by(args).filter(|_| !args.sweep) else { return false };
     let also = vec![outputs.svg.as_path(), &outputs.layers, &outputs.layers_svg];

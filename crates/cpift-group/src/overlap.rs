@@ -1,46 +1,50 @@
-//! Counting the bits that core regions share, layer by layer, over mapped masks: one pass that hashes the files as well.
+//! Counts of the bits that core regions share, by layer, in one pass over the mapped masks that
+//! also hashes the files.
 
 use anyhow::Result;
-use cpift_core::checkpoint::names::LayerRows;
-use cpift_core::checkpoint::{Digest, PieceHasher, TensorKind};
-use cpift_core::provenance::Provenance;
-use cpift_core::simd::dispatch;
+use cpift_core::dispatch;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::names::{LayerRows, TensorKind};
+use cpift_core::record::provenance::Provenance;
+use cpift_core::stream::hashing::PieceHasher;
 use cpift_core::{BadInput, Dtype, Mask, TensorSpec};
 use rayon::prelude::*;
 
-/// Bytes of every mask that are hashed and counted together: a thread's second-level cache holds those of a dozen masks.
+/// Bytes of every mask that are hashed and counted together. Pieces of a dozen masks fit a thread's
+/// second-level cache.
 const PIECE: usize = 64 * 1024;
 
-/// Bytes of every mask that are compared pair by pair before the next: those of five masks fit the first-level cache.
+/// Bytes of every mask that are compared pair by pair at a time. Blocks of five masks fit the
+/// first-level cache.
 const BLOCK: usize = 8 * 1024;
 
-/// How many bits pairs of regions share.
+/// Number of bits that pairs of regions share.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Counts {
+pub(crate) struct Counts {
     /// Elements of the compared tensors.
-    pub elements: u64,
-    /// |a ∩ b| for every pair, row by row; |a| on the diagonal. [regions × regions]
-    pub shared: Vec<Vec<u64>>,
+    pub(crate) elements: u64,
+    /// |a ∩ b| for every pair; |a| on the diagonal. [regions × regions]
+    pub(crate) shared: Vec<Vec<u64>>,
 }
 
 impl Counts {
-    /// Jaccard similarity of regions `a` and `b`: |a ∩ b| / |a ∪ b|; 0 where both are empty.
-    pub fn jaccard(&self, a: usize, b: usize) -> f64 {
+    /// Jaccard similarity of regions `a` and `b`: |a ∩ b| / |a ∪ b|; 0 if both are empty.
+    pub(crate) fn jaccard(&self, a: usize, b: usize) -> f64 {
         let shared = self.shared[a][b];
         let union = self.shared[a][a] + self.shared[b][b] - shared;
         if union == 0 { 0.0 } else { shared as f64 / union as f64 }
     }
 
-    /// The similarity of two independent random regions of the sizes of `a` and `b`: q_a·q_b / (q_a + q_b − q_a·q_b)
-    /// with q = |region| / elements, which is q / (2 − q) for equal sizes.
-    pub fn chance(&self, a: usize, b: usize) -> f64 {
+    /// The similarity of two independent random regions of the sizes of `a` and `b`: q_a·q_b / (q_a
+    /// + q_b − q_a·q_b) with q = |region| / elements, which is q / (2 − q) for equal sizes.
+    pub(crate) fn chance(&self, a: usize, b: usize) -> f64 {
         let q = |i: usize| self.shared[i][i] as f64 / self.elements as f64;
         let both = q(a) * q(b);
         if both == 0.0 { 0.0 } else { both / (q(a) + q(b) - both) }
     }
 
     /// A matrix of `value(a, b)`, [regions × regions].
-    pub fn matrix(&self, value: impl Fn(&Self, usize, usize) -> f64) -> Vec<Vec<f64>> {
+    pub(crate) fn matrix(&self, value: impl Fn(&Self, usize, usize) -> f64) -> Vec<Vec<f64>> {
         let n = self.shared.len();
         (0..n).map(|a| (0..n).map(|b| value(self, a, b)).collect()).collect()
     }
@@ -48,18 +52,18 @@ impl Counts {
 
 /// The counts of all compared tensors, and of each layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Overlap {
-    /// Of all layers and what lies outside them.
-    pub total: Counts,
-    /// By layer, in the order and under the names of [`LayerRows`].
-    pub layers: Vec<(String, Counts)>,
+pub(crate) struct Overlap {
+    /// All compared tensors.
+    pub(crate) total: Counts,
+    /// Layers, with the order and names of [`LayerRows`].
+    pub(crate) layers: Vec<(String, Counts)>,
 }
 
-/// Masks of one base, and which of their tensors are compared.
-pub struct Regions<'a> {
+/// Masks of one base, with the tensors that are compared.
+pub(crate) struct Regions<'a> {
     masks: &'a [Mask],
     tensors: Vec<Tensor<'a>>,
-    /// In the order of the first mask's file.
+    /// Sorted by position in the first mask's file.
     blocks: Vec<Block>,
     labels: Vec<String>,
     /// Elements by layer.
@@ -69,7 +73,7 @@ pub struct Regions<'a> {
 /// A tensor's bits in all masks.
 struct Tensor<'a> {
     bits: Vec<&'a [u8]>,
-    /// Its layer's row; one past the last where it is not compared.
+    /// Row of its layer; one past the last if it is not compared.
     row: usize,
 }
 
@@ -77,14 +81,14 @@ struct Tensor<'a> {
 struct Block {
     tensor: usize,
     start: usize,
-    /// Where it lies in the first mask's file.
+    /// Position in the first mask's file.
     offset: usize,
 }
 
 impl<'a> Regions<'a> {
-    /// The tensors of `masks`, which have one layout; those of the kinds in `excluded` are counted for the check of
-    /// [`Regions::count`] and not compared.
-    pub fn new(masks: &'a [Mask], excluded: &[TensorKind]) -> Self {
+    /// The tensors of `masks`, which have one layout; those of the kinds in `excluded` are counted
+    /// for the check of [`Regions::count`] and not compared.
+    pub(crate) fn new(masks: &'a [Mask], excluded: &[TensorKind]) -> Self {
         let numel = &masks[0].header.numel;
         let compared = |name: &&str| !excluded.iter().any(|kind| kind.matches(name));
         let rows = LayerRows::new(numel.keys().map(String::as_str).filter(compared));
@@ -106,20 +110,22 @@ impl<'a> Regions<'a> {
         Self { masks, tensors, blocks, labels: rows.labels, elements }
     }
 
-    /// Counts for all pairs of masks, after checking that every mask has as many bits as it says.
+    /// Counts all pairs of masks, and checks that every mask has as many bits set as its header
+    /// says.
     ///
     /// # Errors
-    /// [`BadInput`] naming the mask whose bits are not those it was written with.
-    pub fn count(&self) -> Result<Overlap> {
+    /// [`BadInput`] with the mask whose number of bits is not the recorded one.
+    pub(crate) fn count(&self) -> Result<Overlap> {
         self.count_and(|_| ())
     }
 
-    /// As [`Regions::count`], with the digests of the mask files: those recorded beside them, or else from the same pass.
+    /// As [`Regions::count`], with the digests of the mask files: the ones recorded beside them,
+    /// or computed in the same pass.
     ///
     /// # Errors
     /// As [`Regions::count`].
-    pub fn count_and_hash(&self) -> Result<(Overlap, Vec<Digest>)> {
-        // To the hasher every file is one tensor of bytes.
+    pub(crate) fn count_and_hash(&self) -> Result<(Overlap, Vec<Digest>)> {
+        // For the hasher, every file is one tensor of bytes.
         let spec = |mask: &Mask| TensorSpec {
             name: mask.path().display().to_string(),
             dtype: Dtype::U8,
@@ -141,7 +147,7 @@ impl<'a> Regions<'a> {
         Ok((overlap, digests.collect()))
     }
 
-    /// Counts piece by piece, after `also` has had the piece: what it reads is in cache then.
+    /// Counts piece by piece. `also` gets each piece first, and leaves it in cache.
     fn count_and(&self, also: impl Fn(usize) + Sync) -> Result<Overlap> {
         let n = self.masks.len();
         let sums = self.sum_pieces((self.labels.len() + 1) * triangle(n, 0), |sums, piece, blocks| {
@@ -196,10 +202,11 @@ impl<'a> Regions<'a> {
         Ok(())
     }
 
-    /// For each group (indices of masks), the Jaccard similarity of its united region and that of all other groups.
-    pub fn against_others(&self, groups: &[Vec<usize>]) -> Vec<f64> {
-        // What a group and all others cover together is the same for every group; what they share is its part of what at
-        // least two groups cover.
+    /// For each group (indices of masks), the Jaccard similarity of its united region and that of
+    /// all other groups.
+    pub(crate) fn against_others(&self, groups: &[Vec<usize>]) -> Vec<f64> {
+        // The union of a group and all others is the same for every group. Their intersection is
+        // the group's part of the elements that at least two groups cover.
         let sums = self.sum_pieces(groups.len() + 1, |sums, _, blocks| {
             dispatch!({
                 let mut bits = Vec::with_capacity(self.masks.len());
@@ -232,7 +239,8 @@ impl<'a> Regions<'a> {
         bits.extend(tensor.bits.iter().map(|bits| &bits[block.start..end]));
     }
 
-    /// Sums that `work` adds to for each piece: the number of the piece in the files, and the blocks that begin in it.
+    /// Sums over all pieces. `work` adds to them, given the piece's index and the blocks that begin
+    /// in it.
     fn sum_pieces(&self, sums: usize, work: impl Fn(&mut [u64], usize, &[Block]) + Sync) -> Vec<u64> {
         let longest = self.masks.iter().map(|m| m.file_bytes().len()).max().unwrap_or(0);
         let first = |piece: usize| self.blocks.partition_point(|b| b.offset < piece * PIECE);
@@ -255,7 +263,7 @@ impl<'a> Regions<'a> {
     }
 }
 
-/// The place of pair (a, b), b ≤ a, where the rows of a lower triangle follow one another.
+/// Index of pair (a, b), b ≤ a, in a lower triangle stored row by row.
 #[inline(always)]
 fn triangle(a: usize, b: usize) -> usize {
     a * (a + 1) / 2 + b

@@ -1,14 +1,19 @@
-//! Cutting tasks into groups: connected components of the graph of similar pairs, and the choice of τ; by kind; at random.
+//! Partitions of tasks into groups: the connected components of the graph of similar tasks, the
+//! choice of τ and the sweep over it; groups by kind; random groups.
 
+use std::fmt::Write as _;
+
+use cpift_core::format::groups::TauMode;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
 
 /// Groups of task indices: each in ascending order, groups by their first task.
 pub type Partition = Vec<Vec<usize>>;
 
 /// The connected components of the graph with an edge where `similarity[a][b] >= tau`.
-pub fn components(similarity: &[Vec<f64>], tau: f64) -> Partition {
+pub(crate) fn components(similarity: &[Vec<f64>], tau: f64) -> Partition {
     let n = similarity.len();
     let mut group_of: Vec<Option<usize>> = vec![None; n];
     let mut groups = Partition::new();
@@ -34,8 +39,8 @@ pub fn components(similarity: &[Vec<f64>], tau: f64) -> Partition {
     groups
 }
 
-/// Tasks of one kind are a group.
-pub fn by_kind(kinds: &[String]) -> Partition {
+/// One group per kind.
+pub(crate) fn by_kind(kinds: &[String]) -> Partition {
     let mut groups = Partition::new();
     for (task, kind) in kinds.iter().enumerate() {
         match groups.iter_mut().find(|group| kinds[group[0]] == *kind) {
@@ -46,7 +51,8 @@ pub fn by_kind(kinds: &[String]) -> Partition {
     groups
 }
 
-/// A shuffle of `tasks` tasks that depends on the seed alone, cut into `groups` groups whose sizes differ by one at most.
+/// `tasks` tasks shuffled by the seed and cut into `groups` groups whose sizes
+/// differ by one at most.
 pub fn shuffled(tasks: usize, groups: usize, seed: u64) -> Partition {
     let mut order: Vec<usize> = (0..tasks).collect();
     order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
@@ -57,29 +63,30 @@ pub fn shuffled(tasks: usize, groups: usize, seed: u64) -> Partition {
     parts
 }
 
-/// Whether a partition of `n` tasks is one group, or every task alone.
-pub fn is_trivial(groups: &Partition) -> bool {
+/// Returns true if all tasks are in one group, or every task is alone.
+pub(crate) fn is_trivial(groups: &Partition) -> bool {
     groups.len() <= 1 || groups.iter().all(|g| g.len() == 1)
 }
 
 /// An interval of τ in which the groups do not change.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Interval {
-    /// The τ it begins after; the first interval begins with 0.
-    pub from: f64,
-    /// The last τ in it; infinite in the last interval.
-    pub to: f64,
-    /// Its groups.
-    pub groups: Partition,
+pub(crate) struct Interval {
+    /// Lower end, exclusive; the first interval includes its lower end 0.
+    pub(crate) from: f64,
+    /// Upper end, inclusive; infinite in the last interval.
+    pub(crate) to: f64,
+    /// The groups.
+    pub(crate) groups: Partition,
 }
 
 /// All intervals of τ, from one group to every task alone.
-pub fn sweep(similarity: &[Vec<f64>]) -> Vec<Interval> {
+pub(crate) fn sweep(similarity: &[Vec<f64>]) -> Vec<Interval> {
     let mut values: Vec<f64> = similarity.iter().enumerate().flat_map(|(a, row)| row[..a].iter().copied()).collect();
     values.push(f64::INFINITY);
     values.sort_by(f64::total_cmp);
     values.dedup();
-    // The groups are the same for all τ in (from, to], where `from` and `to` are neighbouring values.
+    // The groups are the same for all τ in (from, to], where `from` and `to` are neighbouring
+    // values.
     let mut intervals: Vec<Interval> = Vec::new();
     let mut from = 0.0;
     for to in values {
@@ -93,22 +100,88 @@ pub fn sweep(similarity: &[Vec<f64>]) -> Vec<Interval> {
     intervals
 }
 
-/// The place in `intervals`, which are those of a [`sweep`], of the one that holds τ.
-pub fn holding(intervals: &[Interval], tau: f64) -> usize {
+/// Index of the interval of a [`sweep`] that contains τ.
+pub(crate) fn holding(intervals: &[Interval], tau: f64) -> usize {
     intervals.iter().position(|i| tau <= i.to).expect("the last interval has no end")
 }
 
-/// The place in `intervals` of the longest one that is not trivial; that of the smaller τ where two are equally long. `None`
-/// when all are trivial, as with two tasks.
-pub fn most_stable(intervals: &[Interval]) -> Option<usize> {
+/// Index of the longest interval that is not trivial, and of equally long ones the first. `None` if
+/// all are trivial, as with two tasks.
+pub(crate) fn most_stable(intervals: &[Interval]) -> Option<usize> {
     let length = |i: usize| intervals[i].to - intervals[i].from;
     let candidates = (0..intervals.len()).filter(|i| !is_trivial(&intervals[*i].groups));
     candidates.reduce(|best, i| if length(i) > length(best) { i } else { best })
 }
 
 /// The middle of the [`most_stable`] interval.
-pub fn most_stable_tau(intervals: &[Interval]) -> Option<f64> {
+pub(crate) fn most_stable_tau(intervals: &[Interval]) -> Option<f64> {
     most_stable(intervals).map(|i| f64::midpoint(intervals[i].from, intervals[i].to))
+}
+
+/// Output of `--sweep`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct Sweep {
+    /// τ of this run.
+    pub(crate) tau: f64,
+    /// Fixed by the user or chosen automatically.
+    pub(crate) tau_mode: TauMode,
+    /// Task names; rows and columns of the matrices.
+    pub(crate) tasks: Vec<String>,
+    /// Jaccard similarity of every pair of core regions, [tasks × tasks].
+    pub(crate) jaccard: Vec<Vec<f64>>,
+    /// Similarity expected by chance, [tasks × tasks].
+    pub(crate) chance: Vec<Vec<f64>>,
+    /// One row per interval of τ, from one group to every task alone.
+    pub(crate) sweep: Vec<Row>,
+}
+
+/// The groups for all τ above `from` and up to `to`; the first row includes 0.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct Row {
+    /// Lower end, exclusive.
+    pub(crate) from: f64,
+    /// Upper end, inclusive; `None` in the last row.
+    pub(crate) to: Option<f64>,
+    /// Task names by group, in the order of their first tasks.
+    pub(crate) groups: Vec<Vec<String>>,
+    /// True for the row whose middle `--tau auto` takes.
+    pub(crate) auto: bool,
+    /// True for the row that contains the τ of this run.
+    pub(crate) chosen: bool,
+}
+
+/// The rows of `intervals` with task names; the row of `--tau auto` and the row of `tau` are
+/// marked.
+pub(crate) fn rows(intervals: &[Interval], tasks: &[String], tau: f64) -> Vec<Row> {
+    let (auto, chosen) = (most_stable(intervals), holding(intervals, tau));
+    let row = |(i, interval): (usize, &Interval)| Row {
+        from: interval.from,
+        to: interval.to.is_finite().then_some(interval.to),
+        groups: interval.groups.iter().map(|g| g.iter().map(|t| tasks[*t].clone()).collect()).collect(),
+        auto: auto == Some(i),
+        chosen: chosen == i,
+    };
+    intervals.iter().enumerate().map(row).collect()
+}
+
+impl Sweep {
+    /// The rows as a table.
+    pub(crate) fn table(&self) -> String {
+        let mut out = format!("{:>10}  {:>10}  {:>6}\n", "τ above", "up to", "groups");
+        for row in &self.sweep {
+            let to = row.to.map_or("any".to_owned(), |to| format!("{to:.6}"));
+            let groups: Vec<String> = row.groups.iter().map(|g| format!("{{{}}}", g.join(", "))).collect();
+            let _ = write!(out, "{:>10.6}  {to:>10}  {:>6}  {}", row.from, row.groups.len(), groups.join(" "));
+            if row.auto {
+                let _ = write!(out, "  <- --tau auto ({:.6})", f64::midpoint(row.from, row.to.unwrap_or(row.from)));
+            }
+            if row.chosen && self.tau_mode == TauMode::Fixed {
+                let _ = write!(out, "  <- --tau {}", self.tau);
+            }
+            out.push('\n');
+        }
+        out
+    }
 }
 
 #[cfg(test)]
@@ -169,7 +242,8 @@ mod tests {
 
     #[test]
     fn auto_takes_the_middle_of_the_longest_interval() {
-        // One group up to 0.1; {0,1},{2,3} up to 0.4; {0,1} and two alone up to 0.5; then all alone.
+        // One group up to 0.1; {0,1},{2,3} up to 0.4; {0,1} and two alone up to 0.5; then all
+        // alone.
         let m = matrix(4, &[(0, 1, 0.5), (2, 3, 0.4), (1, 2, 0.1), (0, 2, 0.05), (0, 3, 0.05), (1, 3, 0.05)]);
         assert_eq!(most_stable_tau(&sweep(&m)), Some(0.25));
         // Values inside one component that change nothing do not cut an interval.

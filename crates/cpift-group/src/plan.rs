@@ -1,62 +1,66 @@
-//! What was typed, checked: masks that fit each other opened, order inputs read, outputs free to be written.
+//! The arguments, checked: masks that fit each other are opened, order inputs are read, and outputs
+//! are free to be written.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::groups::{Groups, Parting};
-use cpift_core::provenance::Recorder;
-use cpift_core::tasks::Tasks;
-use cpift_core::{BadInput, Mask, cli};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{Groups, Parting};
+use cpift_core::format::names::TensorKind;
+use cpift_core::format::tasks::Tasks;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::run::cli;
+use cpift_core::{BadInput, Mask};
 
 use crate::args::{Args, Method, Parts, Tau};
-use crate::dependency::{help, read_edges, read_probes};
-use crate::order::read_losses;
+use crate::order::{help, read_edges, read_losses, read_probes};
 use crate::partition::{Partition, by_kind, shuffled};
 
-/// A grouping to make, its masks opened and its order inputs read.
-pub struct Plan {
-    pub tasks: Vec<String>,
-    pub masks: Vec<Mask>,
-    pub excluded: Vec<TensorKind>,
-    pub tau: Tau,
-    /// The groups and how they were made, where τ does not make them.
-    pub parting: Option<(Parting, Partition)>,
-    pub method: Method,
-    pub seed: u64,
-    pub input: OrderInput,
-    /// `None` where nothing is to be written.
-    pub outputs: Option<Outputs>,
-    pub sweep: bool,
+/// A checked grouping, with its masks open and its order inputs read.
+pub(crate) struct Plan {
+    pub(crate) tasks: Vec<String>,
+    pub(crate) masks: Vec<Mask>,
+    pub(crate) excluded: Vec<TensorKind>,
+    pub(crate) tau: Tau,
+    /// The groups and their method, if they do not come from τ.
+    pub(crate) parting: Option<(Parting, Partition)>,
+    pub(crate) method: Method,
+    pub(crate) seed: u64,
+    pub(crate) input: OrderInput,
+    /// `None` if nothing is to be written.
+    pub(crate) outputs: Option<Outputs>,
+    pub(crate) sweep: bool,
 }
 
-/// What the order needs beside the masks.
-pub enum OrderInput {
+/// Input of the order, besides the masks.
+pub(crate) enum OrderInput {
     Nothing,
     /// The base's loss on every task.
     Losses(Vec<f64>),
-    /// The file, and its edges as task indices.
+    /// The file and its edges, as task indices.
     Edges(PathBuf, Vec<(usize, usize)>),
     /// help(i → j), [tasks × tasks].
     Help(Vec<Vec<f64>>),
 }
 
-/// The files to write.
-pub struct Outputs {
-    pub groups: PathBuf,
-    pub svg: PathBuf,
-    pub layers: PathBuf,
-    pub layers_svg: PathBuf,
-    pub force: bool,
+/// Paths of the outputs.
+pub(crate) struct Outputs {
+    pub(crate) groups: PathBuf,
+    pub(crate) svg: PathBuf,
+    pub(crate) layers: PathBuf,
+    pub(crate) layers_svg: PathBuf,
+    pub(crate) force: bool,
 }
 
 impl Plan {
+    /// Checks the arguments, opens the masks and reads the other inputs.
+    ///
     /// # Errors
-    /// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or unrelated masks, order inputs
-    /// that do not fit the tasks, or an output that exists.
-    pub fn new(args: &Args, recorder: &mut Recorder) -> Result<Self> {
+    /// [`cpift_core::Usage`] for arguments that do not go together; [`BadInput`] for unusable or
+    /// unrelated masks, order inputs that do not fit the tasks, or an output that exists.
+    pub(crate) fn new(args: &Args, recorder: &mut Recorder) -> Result<Self> {
         cli::require_unique(&args.masks, "--mask")?;
         check_flags(args)?;
         let outputs = Outputs::named_by(args);
@@ -85,8 +89,8 @@ impl Plan {
 }
 
 impl Outputs {
-    /// The files that the arguments name, if any.
-    pub fn named_by(args: &Args) -> Option<Self> {
+    /// The outputs that the arguments name, if any.
+    pub(crate) fn named_by(args: &Args) -> Option<Self> {
         let out = args.out.as_ref()?;
         let or = |given: &Option<PathBuf>, extension| given.clone().unwrap_or_else(|| out.with_extension(extension));
         Some(Self {
@@ -118,7 +122,7 @@ impl Outputs {
     }
 }
 
-/// Refuses order inputs that the chosen order lacks or would ignore.
+/// Refuses an order without its inputs, and inputs that the order would ignore.
 fn check_flags(args: &Args) -> Result<()> {
     check_partition_flags(args)?;
     let (edges, probes) = (args.edges.is_some(), args.probe_scores.is_some());
@@ -140,7 +144,7 @@ fn check_flags(args: &Args) -> Result<()> {
     }
 }
 
-/// Refuses what the way to make groups lacks or would ignore.
+/// Refuses a partition without its inputs, and inputs that it would ignore.
 fn check_partition_flags(args: &Args) -> Result<()> {
     let name = args.partition.name();
     for (flag, what, given, of) in [
@@ -161,11 +165,12 @@ fn check_partition_flags(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The groups that τ does not make.
+/// Groups that do not come from τ.
 fn parting(args: &Args, tasks: &[String], recorder: &mut Recorder) -> Result<Option<(Parting, Partition)>> {
     if let Some(path) = &args.tasks {
         let kinds = read_kinds(path, tasks)?;
-        recorder.input("tasks", path, Digest::of_file(path)?);
+        let list = Tasks::read(path)?;
+        recorder.tasks(&list, list.list.iter().map(|task| task.name.as_str()))?;
         return Ok(Some((Parting::Kind {}, by_kind(&kinds))));
     }
     if let Some(path) = &args.like {
@@ -177,14 +182,14 @@ fn parting(args: &Args, tasks: &[String], recorder: &mut Recorder) -> Result<Opt
         .map(|groups| (Parting::Random { seed: args.seed, groups }, shuffled(tasks.len(), groups, args.seed))))
 }
 
-/// The groups of another groups.json, in its order, as places in `tasks`.
+/// The groups of another groups.json, in its order, as indices into `tasks`.
 fn read_groups(path: &Path, tasks: &[String]) -> Result<Partition> {
     let other = Groups::read(path)?;
     let place = |name: &String| tasks.iter().position(|task| task == name);
     let places = |group: &Vec<String>| group.iter().map(place).collect::<Option<Vec<usize>>>();
     match other.groups.iter().map(places).collect::<Option<Partition>>() {
         Some(groups) if other.tasks.len() == tasks.len() => Ok(groups),
-        _ => Err(BadInput::new(path, "groups other tasks than the masks are for")
+        _ => Err(BadInput::new(path, "these groups are of other tasks than the masks")
             .expected(tasks.join(", "))
             .found(other.tasks.join(", "))
             .into()),
@@ -198,7 +203,7 @@ fn read_kinds(path: &Path, tasks: &[String]) -> Result<Vec<String>> {
         listed.named(name)?.kind.clone().ok_or_else(|| {
             BadInput::new(path, format!("the task {name} has no kind"))
                 .expected("kind = \"…\" for every task that is grouped")
-                .hint("tasks of one kind are trained together: give the task a kind, of its own if it is like no other")
+                .hint("tasks of one kind are trained together; a task unlike all others needs a kind of its own")
                 .into()
         })
     };
@@ -239,7 +244,7 @@ fn check_same_layout(first: &Mask, other: &Mask) -> Result<()> {
     Ok(())
 }
 
-/// What the masks left out of D already, and what is left out now.
+/// Kinds of tensors left out: those that the masks exclude from D, and those of `--exclude`.
 fn excluded_kinds(mask: &Mask, more: &[TensorKind]) -> Result<Vec<TensorKind>> {
     let mut kinds = more.to_vec();
     for text in &mask.header.excluded {

@@ -5,14 +5,15 @@ mod common;
 use std::fs;
 
 use common::{Region, Setting, digest, every, header, write_mask};
-use cpift_core::mask::MaskHeader;
+use cpift_core::format::mask::MaskHeader;
 use cpift_testkit::expect_entries;
 
 fn three() -> Setting {
     Setting::new(&[("a", every(0..100, 1)), ("b", every(50..150, 1)), ("c", every(400..500, 1))])
 }
 
-/// Replaces the mask of `b` by one with a changed header, and expects a refusal that names both masks.
+/// Replaces the mask of `b` by one with a changed header, and expects a refusal that names both
+/// masks.
 #[track_caller]
 fn refuses(change: impl FnOnce(&mut MaskHeader), parts: &[&str]) {
     let s = three();

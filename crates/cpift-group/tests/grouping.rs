@@ -1,4 +1,5 @@
-//! `cpift-group` on hand-made masks: similarity against sets, groups, orders and outputs, through the real binary.
+//! `cpift-group` on hand-made masks through the real binary: similarities (checked against sets),
+//! groups, orders and outputs.
 
 mod common;
 
@@ -6,7 +7,7 @@ use std::collections::HashSet;
 use std::fs;
 
 use common::{BIN, MODEL, Region, Setting, every};
-use cpift_core::groups::TauMode;
+use cpift_core::format::groups::TauMode;
 use cpift_testkit::{Numbers, expect_entries, run};
 use serde_json::{Value, json};
 
@@ -127,7 +128,8 @@ fn overlap_puts_the_least_entangled_group_first() {
     assert_eq!(groups.groups, names(&[&["q"], &["r"], &["p"]]));
     let union = 20.0 + 9.0 + 8.0;
     assert_eq!(groups.order.scores, [1.0 / union, 2.0 / union, 3.0 / union]);
-    // A group's tasks count as one: here {a, b} against {c, d}, which overlap each other alike, so the first stays first.
+    // A group's tasks count as one: here {a, b} against {c, d}, which overlap each other
+    // equally, so the first stays first.
     let groups = Setting::new(&four()).groups(&["--tau", "0.2", "--order", "overlap"]);
     assert_eq!(groups.groups, names(&[&["a", "b"], &["c", "d"]]));
     assert_eq!(groups.order.scores, [10.0 / 260.0; 2]);

@@ -1,4 +1,5 @@
-//! `cpift-group` layer by layer, its counts against loops over single bits; its sweep and its pictures; through the real binary.
+//! Layers, sweep and heat maps of `cpift-group` through the real binary; counts are checked against
+//! loops over single bits.
 
 mod common;
 
@@ -7,10 +8,10 @@ use std::fs;
 use std::path::Path;
 
 use common::{BIN, Region, Setting, every, header, write_mask};
-use cpift_core::checkpoint::names::layer;
-use cpift_core::checkpoint::{Digest, TensorKind};
-use cpift_core::groups::Groups;
-use cpift_core::mask::MaskHeader;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::mask::MaskHeader;
+use cpift_core::format::names::{TensorKind, layer};
 use cpift_group::layers::Layers;
 use cpift_testkit::{Numbers, expect_entries, run};
 use serde_json::{Value, json};
@@ -19,7 +20,7 @@ fn read_layers(path: &Path) -> Layers {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
-/// Tensors of random sizes, one of them larger than a piece of work, and regions in them.
+/// Tensors of random sizes, one of them larger than a piece, and regions in them.
 fn random_model(numbers: &mut Numbers) -> (BTreeMap<String, u64>, Vec<Region>) {
     let mut next = |below: u64| numbers.bits() % below;
     let mut numel = BTreeMap::from([
@@ -62,7 +63,7 @@ fn counts_of_every_layer_are_those_of_a_loop_over_bits() {
         let s = Setting::new(&[]);
         let mut args = vec!["--out".to_owned(), s.out.join("groups.json").display().to_string()];
         for (i, region) in regions.iter().enumerate() {
-            // Headers of different lengths: the same tensor lies at another place in every file.
+            // Headers of different lengths: the same tensor lies at a different offset in every file.
             let percent = [1.0, 0.123_456_789, 1.5, 10.0][i];
             let header = MaskHeader { numel: numel.clone(), percent, ..header(region.len()) };
             write_mask(&s.path(&format!("{i}.mask")), region, &header);

@@ -1,4 +1,5 @@
-//! `cpift-group --partition kind` and `random`: groups that τ does not make, through the real binary.
+//! `cpift-group --partition kind`, `random` and `like` through the real binary: groups that do not
+//! come from τ.
 
 mod common;
 
@@ -6,8 +7,8 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use common::{BIN, Region, Setting, every};
-use cpift_core::checkpoint::Digest;
-use cpift_core::groups::{Groups, Parting, TauMode};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{Groups, Parting, TauMode};
 use cpift_testkit::{expect_entries, run};
 use serde_json::{Value, json};
 
@@ -187,7 +188,7 @@ fn overlap_is_the_default_and_writes_what_it_always_did() {
     assert!(text(&s).get("partition").is_none());
     s.groups(&["--partition", "overlap"]);
     assert_eq!(fs::read(s.out.join("groups.json")).unwrap(), bytes);
-    // The form that programs wrote before there was a partition.
+    // The keys of groups.json from before the key `partition` existed.
     let keys: Vec<String> = text(&s).as_object().unwrap().keys().cloned().collect();
     let known = ["format_version", "tau", "tau_mode", "tasks", "jaccard", "chance", "excluded", "groups", "order"];
     assert_eq!(keys, [&known[..], &["trivial", "base", "masks"]].concat());

@@ -1,4 +1,4 @@
-//! Many questions: so many at a time, each with its retries, every reply handed over as it comes.
+//! Asks many questions concurrently, with retries, and passes on every reply as it arrives.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -10,43 +10,31 @@ use anyhow::{Error, Result};
 use log::warn;
 
 use crate::endpoint::{Endpoint, Failure, Reply};
-use crate::prompt::Message;
+use crate::question::Question;
 
-/// The wait before the first retry, without jitter.
+/// Wait before the first retry, without jitter.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
-/// The longest wait before a retry, whatever the endpoint asks for.
+/// Longest wait before a retry, even if the endpoint asks for more.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
-/// So many questions that fail one after another end the run: the endpoint is down, not the question at fault.
+/// Consecutive failed questions that end the run: the endpoint is down, not the question at fault.
 const GIVE_UP_AFTER: usize = 10;
 
-/// A question to the judge.
-#[derive(Debug, Clone)]
-pub struct Question {
-    /// What it is known by; it also seeds the jitter.
-    pub key: String,
-    /// The task that the graded answer is to.
-    pub task: String,
-    /// The task's row, where the answer says.
-    pub row: Option<u64>,
-    /// The messages to send.
-    pub messages: Vec<Message>,
-}
-
-/// How to ask.
+/// Limits on the requests.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Requests at a time.
-    pub concurrency: usize,
-    /// Retries of each question.
-    pub retries: u32,
+pub(crate) struct Limits {
+    /// Requests in flight.
+    pub(crate) concurrency: usize,
+    /// Retries per question.
+    pub(crate) retries: u32,
 }
 
-/// Asks all `questions` and hands each reply over with its question, in the order of arrival. Returns the errors of those that failed.
+/// Asks all `questions` and calls `answered` with each question and reply in the order of arrival.
+/// Returns the errors of the failed questions.
 ///
 /// # Errors
-/// At once, when the endpoint refuses the key or is not there, after ten failures in a row, and when `answered` fails. Requests under way
-/// are abandoned then.
-pub fn ask_all(
+/// Stops early if the endpoint refuses the key or does not exist, after ten consecutive failures,
+/// and if `answered` fails. Requests in flight are then abandoned.
+pub(crate) fn ask_all(
     endpoint: &Arc<Endpoint>,
     questions: Vec<Question>,
     limits: Limits,
@@ -54,9 +42,9 @@ pub fn ask_all(
 ) -> Result<Vec<Error>> {
     let queue =
         Arc::new(Queue { questions, next: AtomicUsize::new(0), stopped: Mutex::new(false), wake: Condvar::new() });
-    // However this function ends, the threads end with it.
+    // Stops the threads however this function returns.
     let _stop = StopOnDrop(Arc::clone(&queue));
-    // Handed over, not queued: no thread asks more than one question beyond an outcome that ends the run.
+    // Capacity 0: no thread asks more than one question after an outcome that ends the run.
     let (sender, outcomes) = sync_channel(0);
     for _ in 0..limits.concurrency.min(queue.questions.len()) {
         let (endpoint, queue, sender) = (Arc::clone(endpoint), Arc::clone(&queue), sender.clone());
@@ -74,9 +62,7 @@ pub fn ask_all(
             Err(Failure::Passing { error, .. } | Failure::Lasting(error)) => {
                 in_a_row += 1;
                 if in_a_row == GIVE_UP_AFTER {
-                    return Err(
-                        error.context(format!("{GIVE_UP_AFTER} questions in a row have failed, the last one so"))
-                    );
+                    return Err(error.context(format!("{GIVE_UP_AFTER} questions in a row failed; the last error")));
                 }
                 failed.push(error);
             }
@@ -102,7 +88,7 @@ impl Drop for StopOnDrop {
 }
 
 impl Queue {
-    /// Takes question after question until there are none, or nobody wants the outcome.
+    /// Asks questions until none are left or the run has ended.
     fn work(&self, endpoint: &Endpoint, retries: u32, outcomes: &SyncSender<(usize, Result<Reply, Failure>)>) {
         while !self.stopped_within(Duration::ZERO) {
             let i = self.next.fetch_add(1, Ordering::Relaxed);
@@ -119,7 +105,7 @@ impl Queue {
             match endpoint.ask(&question.messages) {
                 Err(Failure::Passing { error, retry_after }) if attempt < retries => {
                     let wait = wait_before_retry(&question.key, attempt, retry_after);
-                    warn!("{error:#}\n  asked again in {:.1} s", wait.as_secs_f64());
+                    warn!("{error:#}\n  retrying in {:.1} s", wait.as_secs_f64());
                     if self.stopped_within(wait) {
                         return Err(Failure::Passing { error, retry_after });
                     }
@@ -130,7 +116,7 @@ impl Queue {
         }
     }
 
-    /// Waits, but not on once the run has ended; whether it has.
+    /// Waits until the run ends, at most `wait`. Returns true if it has ended.
     fn stopped_within(&self, wait: Duration) -> bool {
         let stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.wake.wait_timeout_while(stopped, wait, |stopped| !*stopped);
@@ -138,8 +124,8 @@ impl Queue {
     }
 }
 
-/// Twice as long each time, between a half and all of it so that requests refused together do not come back together; at least as long as
-/// the endpoint asks for, and never longer than a minute. The jitter is the same for the same question and attempt.
+/// Exponential backoff with jitter (50 to 100 %), at least the wait the endpoint asks for and at
+/// most a minute. The jitter depends on question and attempt only.
 fn wait_before_retry(key: &str, attempt: u32, retry_after: Option<Duration>) -> Duration {
     let hash = blake3::hash(format!("{key} {attempt}").as_bytes());
     let share = 0.5 + f64::from(hash.as_bytes()[0]) / 510.0;

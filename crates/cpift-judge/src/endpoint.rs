@@ -1,7 +1,4 @@
-//! One request to a chat endpoint, and what its failure means for the next.
-
-mod key;
-mod reply;
+//! Requests to an OpenAI-compatible chat endpoint, its replies, and the classes of failures.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -10,23 +7,20 @@ use anyhow::{Result, anyhow};
 use cpift_core::BadInput;
 use cpift_core::error::usage;
 use log::{info, warn};
-use serde_json::json;
+use serde_json::{Value, json};
 use ureq::Agent;
 use ureq::http::{StatusCode, Uri};
 
-pub use key::Key;
-use reply::Body;
+use crate::key::Key;
+use crate::question::{Message, Rating};
 
-use crate::prompt::Message;
-use crate::rating::{self, Rating};
-
-/// Longest reply that is read.
+/// Maximum size of a response body in bytes.
 const MAX_BODY: u64 = 4 << 20;
-/// Characters of a body that are shown.
+/// Characters of a response body in an error message.
 const SHOWN: usize = 200;
 
-/// A chat endpoint and the model asked there.
-pub struct Endpoint {
+/// A chat endpoint and the model to ask.
+pub(crate) struct Endpoint {
     base: String,
     url: String,
     model: String,
@@ -36,46 +30,44 @@ pub struct Endpoint {
     form: Mutex<Form>,
 }
 
-/// What a judge replied.
+/// A judge's reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reply {
-    /// The text.
-    pub text: String,
-    /// Tokens of the question; 0 where the endpoint does not say.
-    pub prompt_tokens: u64,
-    /// Tokens of the reply; 0 where the endpoint does not say.
-    pub completion_tokens: u64,
+pub(crate) struct Reply {
+    pub(crate) text: String,
+    /// Tokens of the question; 0 if the endpoint does not report them.
+    pub(crate) prompt_tokens: u64,
+    /// Tokens of the reply; 0 if the endpoint does not report them.
+    pub(crate) completion_tokens: u64,
 }
 
-/// Why there is no reply.
+/// Reason for a missing reply.
 #[derive(Debug)]
-pub enum Failure {
-    /// No question will fare better: a refused key, a wrong address.
+pub(crate) enum Failure {
+    /// Every further question would fail as well: a refused key, a wrong address.
     Fatal(anyhow::Error),
-    /// The same question may fare better later.
+    /// The same question may succeed later.
     Passing {
-        /// What happened.
         error: anyhow::Error,
-        /// The wait that the endpoint asks for.
+        /// Wait requested by the endpoint.
         retry_after: Option<Duration>,
     },
-    /// This question fails again if it is asked again.
+    /// The same question would fail again.
     Lasting(anyhow::Error),
 }
 
-/// How a request is put, as far as the endpoint has refused another way.
+/// Form of a request, adapted to what the endpoint has refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Form {
-    /// The field that limits the reply's length.
+    /// Name of the field that limits the length of the reply.
     limit: &'static str,
-    /// Whether the temperature is said.
+    /// True if the request sets the temperature.
     temperature: bool,
 }
 
 impl Form {
     const FIRST: Self = Self { limit: "max_tokens", temperature: true };
 
-    /// Another way, where `refusal` names what it would leave out.
+    /// An alternative form without the field that `refusal` names.
     fn instead(self, refusal: &str) -> Option<Self> {
         if self.limit == Self::FIRST.limit && refusal.contains(Self::FIRST.limit) {
             return Some(Self { limit: "max_completion_tokens", ..self });
@@ -84,7 +76,7 @@ impl Form {
     }
 }
 
-/// A response, read whole.
+/// A response with its whole body.
 struct Response {
     status: StatusCode,
     retry_after: Option<Duration>,
@@ -92,29 +84,35 @@ struct Response {
 }
 
 impl Endpoint {
-    /// The endpoint under `base_url`, asked for replies of at most `max_tokens`, each within `timeout`.
+    /// The endpoint under `base_url`, with replies of at most `max_tokens` tokens within `timeout`.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] for an address that cannot be one.
-    pub fn new(base_url: &str, model: &str, key: Option<Key>, timeout: Duration, max_tokens: u32) -> Result<Self> {
+    /// [`cpift_core::Usage`] for an invalid address, or one that contains a secret.
+    pub(crate) fn new(
+        base_url: &str,
+        model: &str,
+        key: Option<Key>,
+        timeout: Duration,
+        max_tokens: u32,
+    ) -> Result<Self> {
         let base = base_url.trim_end_matches('/');
-        // The address is in messages, so that it must hold no secret; refused, it is not repeated.
+        // Messages contain the address, so it must not contain a secret. The error does not repeat
+        // it.
         if base.contains(['@', '?', '#']) || key.as_ref().is_some_and(|key| key.is_in(base)) {
             return Err(usage(
-                "the base URL must not hold a user, a key or a query: the key comes from the environment",
+                "the base URL must not contain a user, a key or a query: set the key in the environment",
             ));
         }
         let uri: Option<Uri> = base.parse().ok();
         let uri = uri.filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some());
-        let uri = uri.ok_or_else(|| {
-            usage(format!("the base URL {base:?} is none: expected http://HOST/v1 or https://HOST/v1"))
-        })?;
+        let uri =
+            uri.ok_or_else(|| usage(format!("invalid base URL {base:?}: expected http://HOST/v1 or https://HOST/v1")))?;
         let config = Agent::config_builder()
             .timeout_global(Some(timeout))
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false);
-        // A proxy does not reach what runs on this machine.
+        // A proxy cannot reach servers on this machine.
         let config = if is_loopback(uri.host().unwrap_or_default()) { config.proxy(None) } else { config };
         Ok(Self {
             base: base.to_owned(),
@@ -127,26 +125,27 @@ impl Endpoint {
         })
     }
 
-    /// The address, without a secret.
-    pub fn base_url(&self) -> &str {
+    /// The address; contains no secret.
+    pub(crate) fn base_url(&self) -> &str {
         &self.base
     }
 
-    /// Whether the judge is asked at temperature 0; not where it refused that.
-    pub fn at_temperature_0(&self) -> bool {
+    /// Returns true if requests set temperature 0; false once the endpoint has refused that.
+    pub(crate) fn at_temperature_0(&self) -> bool {
         self.form().temperature
     }
 
-    /// The model asked.
-    pub fn model(&self) -> &str {
+    /// Name of the model to ask.
+    pub(crate) fn model(&self) -> &str {
         &self.model
     }
 
-    /// Sends `messages` and reads the reply, once; again, in another form, where the endpoint refuses a field of the first.
+    /// Sends `messages` once and reads the reply. If the endpoint refuses a field, the request is
+    /// sent again without it.
     ///
     /// # Errors
-    /// A [`Failure`] whose text names the endpoint and never holds the key.
-    pub fn ask(&self, messages: &[Message]) -> Result<Reply, Failure> {
+    /// A [`Failure`] whose text names the endpoint and never contains the key.
+    pub(crate) fn ask(&self, messages: &[Message]) -> Result<Reply, Failure> {
         let mut form = self.form();
         loop {
             let response = self.send(messages, form)?;
@@ -173,7 +172,7 @@ impl Endpoint {
         }
         let mut response = request.send(body.to_string()).map_err(|e| self.unanswered(&e))?;
         let wanted = response.headers().get("retry-after").and_then(|value| value.to_str().ok());
-        let retry_after = wanted.and_then(|value| reply::retry_after(value, SystemTime::now()));
+        let retry_after = wanted.and_then(|value| retry_after(value, SystemTime::now()));
         let body = response.body_mut().with_config().limit(MAX_BODY).read_to_vec().map_err(|e| self.unanswered(&e))?;
         Ok(Response { status: response.status(), retry_after, body })
     }
@@ -182,15 +181,15 @@ impl Endpoint {
         *self.form.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps the form that was understood for the questions to come.
+    /// Keeps the accepted form for the next questions.
     fn remember(&self, form: Form) {
         let mut kept = self.form.lock().unwrap_or_else(PoisonError::into_inner);
         if form.limit != kept.limit && form.limit != Form::FIRST.limit {
-            info!("{}: takes {} for {}", self.url, form.limit, Form::FIRST.limit);
+            info!("{}: accepts {} instead of {}", self.url, form.limit, Form::FIRST.limit);
             kept.limit = form.limit;
         }
         if kept.temperature && !form.temperature {
-            warn!("{}: refuses temperature 0: another run may grade otherwise", self.url);
+            warn!("{}: refuses temperature 0, so grades may differ between runs", self.url);
             kept.temperature = false;
         }
     }
@@ -198,7 +197,7 @@ impl Endpoint {
     fn reply(&self, response: &Response) -> Result<Reply, Failure> {
         let body = &response.body;
         let parsed = Body::parse(body).map_err(|e| {
-            let error = BadInput::new(&self.url, "the reply is no chat completion")
+            let error = BadInput::new(&self.url, "the reply is not a chat completion")
                 .expected("JSON with choices[0].message.content")
                 .found(format!("{} ({e})", self.excerpt(body)))
                 .hint("the base URL usually ends in /v1");
@@ -211,7 +210,7 @@ impl Endpoint {
             }
         };
         let useless = |what: &str| Failure::Lasting(BadInput::new(&self.url, what).found(self.excerpt(body)).into());
-        if cut_off && rating::parse(&text) == Rating::Unrated {
+        if cut_off && Rating::of(&text) == Rating::Unrated {
             let limit = self.max_tokens;
             return Err(useless(&format!(
                 "the reply was cut off at {limit} tokens, before its rating: raise --max-tokens"
@@ -223,7 +222,7 @@ impl Endpoint {
         Ok(Reply { text: self.redact(&text), prompt_tokens, completion_tokens })
     }
 
-    /// What an error under a status of success means.
+    /// Classifies an error object in the body of a successful response.
     fn error(&self, code: Option<u16>, message: &str, retry_after: Option<Duration>) -> Failure {
         let name = code.map_or("an error without a code".into(), |code| format!("error {code}"));
         let said = |what: &str| {
@@ -235,7 +234,7 @@ impl Endpoint {
         }
     }
 
-    /// What a status other than success means.
+    /// Classifies a status other than success.
     fn refused(&self, status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> Failure {
         let said = |what: &str| BadInput::new(&self.url, format!("{what} ({status})")).found(self.excerpt(body));
         match status.as_u16() {
@@ -245,7 +244,9 @@ impl Endpoint {
                     .into(),
             ),
             401 | 403 => Failure::Fatal(
-                said("a key is wanted").hint("set OPENAI_API_KEY, or name a variable with --key-env").into(),
+                said("the endpoint requires a key")
+                    .hint("set OPENAI_API_KEY, or name a variable with --key-env")
+                    .into(),
             ),
             300..=399 | 404 | 405 => Failure::Fatal(
                 said("there is no such endpoint or model")
@@ -259,7 +260,7 @@ impl Endpoint {
         }
     }
 
-    /// What a request without a whole response means.
+    /// Classifies a request without a complete response.
     fn unanswered(&self, error: &ureq::Error) -> Failure {
         let text = |what: String| anyhow!("{}: {}", self.url, self.redact(&what));
         match error {
@@ -267,13 +268,13 @@ impl Endpoint {
                 Failure::Lasting(text(format!("the reply is longer than {MAX_BODY} bytes")))
             }
             ureq::Error::Timeout(_) => {
-                Failure::Passing { error: text("no reply within the time-out".into()), retry_after: None }
+                Failure::Passing { error: text("no reply within the timeout".into()), retry_after: None }
             }
             other => Failure::Passing { error: text(format!("no reply: {other}")), retry_after: None },
         }
     }
 
-    /// The first characters of a body, escaped.
+    /// The first characters of a body, escaped and without the key.
     fn excerpt(&self, body: &[u8]) -> String {
         let text = self.redact(&String::from_utf8_lossy(body));
         let shown: String = text.chars().take(SHOWN).collect();
@@ -289,6 +290,79 @@ impl Endpoint {
 fn is_loopback(host: &str) -> bool {
     let host = host.trim_matches(['[', ']']);
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// Body of a successful response.
+#[derive(Debug, PartialEq)]
+enum Body {
+    /// A chat completion.
+    Completion {
+        /// Empty if there is no text.
+        text: String,
+        /// True if the limit on the length ended the reply.
+        cut_off: bool,
+        prompt_tokens: u64,
+        completion_tokens: u64,
+    },
+    /// An error object, as gateways send it with status 200.
+    Error {
+        /// HTTP status, if the code is a number.
+        code: Option<u16>,
+        message: String,
+    },
+}
+
+impl Body {
+    /// Parses a body. The text may be one string or a list of parts; all other fields are optional.
+    ///
+    /// # Errors
+    /// A description of the first missing or malformed part.
+    fn parse(body: &[u8]) -> Result<Self, String> {
+        let body: Value = serde_json::from_slice(body).map_err(|e| e.to_string())?;
+        if let Some(error) = body.get("error").filter(|error| error.is_object()) {
+            return Ok(Self::error(error));
+        }
+        let choice = &body["choices"][0];
+        let content = choice["message"].get("content").ok_or("this field is missing")?;
+        let text = text(content).ok_or("content is not a text")?;
+        let count = |name: &str| body["usage"][name].as_u64().unwrap_or(0);
+        Ok(Self::Completion {
+            text,
+            cut_off: choice["finish_reason"] == "length",
+            prompt_tokens: count("prompt_tokens"),
+            completion_tokens: count("completion_tokens"),
+        })
+    }
+
+    fn error(error: &Value) -> Self {
+        let code = &error["code"];
+        let number = code.as_u64().or_else(|| code.as_str()?.trim().parse().ok());
+        let message = error["message"].as_str().map_or_else(|| error.to_string(), str::to_owned);
+        Self::Error { code: number.and_then(|n| u16::try_from(n).ok()), message }
+    }
+}
+
+/// Text of `content`: a string, null (empty), or a list whose parts with a text are joined.
+fn text(content: &Value) -> Option<String> {
+    match content {
+        Value::Null => Some(String::new()),
+        Value::String(text) => Some(text.clone()),
+        Value::Array(parts) => {
+            let text = |part: &Value| part.as_str().or_else(|| part["text"].as_str()).map(str::to_owned);
+            Some(parts.iter().filter_map(text).collect())
+        }
+        _ => None,
+    }
+}
+
+/// Parses a Retry-After header: seconds, possibly fractional, or an HTTP date.
+fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+    let value = value.trim();
+    if let Ok(seconds) = value.parse() {
+        return Duration::try_from_secs_f64(seconds).ok();
+    }
+    let date = httpdate::parse_http_date(value).ok()?;
+    Some(date.duration_since(now).unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -318,13 +392,13 @@ mod tests {
         assert_eq!(shown, "\"<html>\\n\\u{1b}[31m (key) and \\\"(key)\\\"\"");
         let long = endpoint.excerpt("é".repeat(1000).as_bytes());
         assert_eq!(long.chars().count(), SHOWN + 3);
-        // A key that the bound would cut in two.
+        // A key that the limit would cut in two.
         let split = format!("{}a\"secret", "x".repeat(SHOWN - 3));
         assert!(!endpoint.excerpt(split.as_bytes()).contains("a\\\"s"));
     }
 
     #[test]
-    fn what_a_status_means_for_the_next_request() {
+    fn statuses_are_classified() {
         let endpoint = endpoint("http://h/v1", Some("sk-secret")).unwrap();
         let kind = |status: u16| match endpoint.refused(StatusCode::from_u16(status).unwrap(), b"", None) {
             Failure::Fatal(_) => "fatal",
@@ -350,5 +424,55 @@ mod tests {
     fn loopback_is_told_from_other_hosts() {
         assert!(["localhost", "127.0.0.1", "[::1]"].iter().all(|h| is_loopback(h)));
         assert!(["127.0.0.1.example.com", "10.0.0.1", "h"].iter().all(|h| !is_loopback(h)));
+    }
+
+    fn completion(body: &str) -> (String, bool, u64, u64) {
+        match Body::parse(body.as_bytes()) {
+            Ok(Body::Completion { text, cut_off, prompt_tokens, completion_tokens }) => {
+                (text, cut_off, prompt_tokens, completion_tokens)
+            }
+            other => panic!("{body}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn texts_and_counts_are_read_in_every_form_they_come_in() {
+        let whole = r#"{"choices": [{"message": {"content": "x"}, "finish_reason": "length"}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "error": null}"#;
+        assert_eq!(completion(whole), ("x".into(), true, 3, 4));
+        for usage in ["null", "{}", r#"{"prompt_tokens": null, "completion_tokens": -1}"#, "7"] {
+            let body = format!(r#"{{"choices": [{{"message": {{"content": "x"}}}}], "usage": {usage}}}"#);
+            assert_eq!(completion(&body), ("x".into(), false, 0, 0));
+        }
+        let parts =
+            r#"{"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"type": "image"}, "b"]}}]}"#;
+        assert_eq!(completion(parts).0, "ab");
+        assert_eq!(completion(r#"{"choices": [{"message": {"content": null}}]}"#).0, "");
+        for body in ["", "[]", r#"{"choices": []}"#, r#"{"choices": [{"message": {"content": 7}}]}"#] {
+            assert!(Body::parse(body.as_bytes()).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn errors_under_a_status_of_success_have_their_code() {
+        let error = |body: &str| match Body::parse(body.as_bytes()) {
+            Ok(Body::Error { code, message }) => (code, message),
+            other => panic!("{body}: {other:?}"),
+        };
+        assert_eq!(error(r#"{"error": {"code": 429, "message": "slow"}}"#), (Some(429), "slow".into()));
+        assert_eq!(error(r#"{"error": {"code": "502"}, "choices": []}"#), (Some(502), r#"{"code":"502"}"#.into()));
+        assert_eq!(error(r#"{"error": {"code": "bad_model", "message": "m"}}"#), (None, "m".into()));
+    }
+
+    #[test]
+    fn waits_are_read_as_seconds_and_as_dates() {
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let wait = |value: &str| retry_after(value, now).map(|wait| wait.as_secs_f64());
+        assert_eq!((wait("7"), wait(" 1.5 "), wait("0")), (Some(7.0), Some(1.5), Some(0.0)));
+        assert_eq!(wait("Sun, 06 Nov 1994 08:49:40 GMT"), Some(3.0));
+        assert_eq!(wait("Sun, 06 Nov 1994 08:49:00 GMT"), Some(0.0), "a date that has passed");
+        for value in ["", "soon", "-1", "nan", "inf", "1e300"] {
+            assert_eq!(wait(value), None, "{value}");
+        }
     }
 }

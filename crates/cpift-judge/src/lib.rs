@@ -1,18 +1,21 @@
-//! Grades generated answers from 1 to 10 by any OpenAI-compatible chat endpoint, one answer at a time, in the spirit of MT-Bench's
-//! single-answer grading.
+//! Grades generated answers from 1 to 10 with any OpenAI-compatible chat endpoint, one answer at a
+//! time, in the style of MT-Bench's single-answer grading.
 //!
-//! [`prompt`] words the question, [`endpoint`] asks it once, [`ask`] asks many with retries and a limit on concurrency, [`rating`] reads
-//! the grade, [`verdicts`] keeps every answer so that nothing is asked twice, and [`run()`] does all this for an evaluation's folder.
+//! | module | content |
+//! | --- | --- |
+//! | `run` | arguments; reads an evaluation's directory, asks, writes the scores |
+//! | `outputs` | answers to grade; grades of a task |
+//! | `verdicts` | verdicts.jsonl, so that no question is asked twice |
+//! | `ask` | many questions with retries and limited concurrency |
+//! | `endpoint`, `key` | one request; the API key |
+//! | `question` | wording of the question; rating in the reply |
 
-mod args;
-pub mod ask;
-pub mod endpoint;
-mod grades;
+mod ask;
+mod endpoint;
+mod key;
 mod outputs;
-pub mod prompt;
-pub mod rating;
-pub mod run;
+mod question;
+mod run;
 pub mod verdicts;
 
-pub use args::JudgeArgs;
-pub use run::run;
+pub use run::{JudgeArgs, run};

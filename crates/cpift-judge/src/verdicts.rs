@@ -1,4 +1,5 @@
-//! The file of verdicts: one line each, only ever appended to, so that a killed run loses no reply it has paid for.
+//! verdicts.jsonl: one line per verdict, append-only, so that a killed run keeps every reply it has
+//! paid for.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions, TryLockError};
@@ -10,43 +11,41 @@ use cpift_core::{BadInput, files};
 use log::info;
 use serde::{Deserialize, Serialize};
 
-use crate::ask::Question;
 use crate::endpoint::Reply;
-use crate::prompt::{Message, WORDING};
-use crate::rating;
+use crate::question::{Question, Rating, WORDING};
 
-/// The file's name in an evaluation's folder.
+/// Name of the file in the directory of an evaluation.
 pub const FILE_NAME: &str = "verdicts.jsonl";
 
 /// A judge's reply to one question.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Verdict {
-    /// The question, by [`key`].
-    pub key: String,
-    /// The task it is on; older files do not say.
+pub(crate) struct Verdict {
+    /// Key of the question.
+    pub(crate) key: String,
+    /// Task of the answer; older files lack it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub task: Option<String>,
-    /// The row of the task; the first of several with the same question.
+    pub(crate) task: Option<String>,
+    /// Row of the task; the first of several rows with the same question.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub row: Option<u64>,
-    /// The judge's name.
-    pub judge: String,
-    /// Version of the question's words.
-    pub wording: u32,
-    /// The grade in the text, for readers of the file: the text is what counts.
-    pub rating: Option<f64>,
-    /// The reply.
-    pub text: String,
-    /// Tokens of the question, as the endpoint counts them.
-    pub prompt_tokens: u64,
-    /// Tokens of the reply, as the endpoint counts them.
-    pub completion_tokens: u64,
+    pub(crate) row: Option<u64>,
+    /// Model name of the judge.
+    pub(crate) judge: String,
+    /// Version of the question's wording.
+    pub(crate) wording: u32,
+    /// Rating in `text`, for readers of the file. Scores are computed from `text`.
+    pub(crate) rating: Option<f64>,
+    /// The judge's reply.
+    pub(crate) text: String,
+    /// Tokens of the question, as counted by the endpoint.
+    pub(crate) prompt_tokens: u64,
+    /// Tokens of the reply, as counted by the endpoint.
+    pub(crate) completion_tokens: u64,
 }
 
 impl Verdict {
-    /// A reply of `judge` to `question`.
-    pub fn new(question: &Question, judge: &str, reply: Reply) -> Self {
+    /// The verdict of `judge` on `question`.
+    pub(crate) fn new(question: &Question, judge: &str, reply: Reply) -> Self {
         let Reply { text, prompt_tokens, completion_tokens } = reply;
         Self {
             key: question.key.clone(),
@@ -54,7 +53,7 @@ impl Verdict {
             row: question.row,
             judge: judge.into(),
             wording: WORDING,
-            rating: rating::parse(&text).value(),
+            rating: Rating::of(&text).value(),
             text,
             prompt_tokens,
             completion_tokens,
@@ -62,59 +61,53 @@ impl Verdict {
     }
 }
 
-/// What makes a question the same: the scored model, its prompt, its answer, the judge and the wording.
-pub fn key(model: &str, conversation: &[Message], answer: &str, judge: &str) -> String {
-    let question = serde_json::json!([model, conversation, answer, judge, WORDING]);
-    blake3::hash(question.to_string().as_bytes()).to_hex().to_string()
-}
-
 /// The verdicts of a file, which is locked against other runs.
-pub struct Verdicts {
+pub(crate) struct Verdicts {
     path: PathBuf,
     file: File,
     known: HashMap<String, Verdict>,
 }
 
 impl Verdicts {
-    /// Opens or creates the file; a last line that was cut short goes.
+    /// Opens or creates the file and truncates an incomplete last line.
     ///
     /// # Errors
-    /// [`BadInput`] when another run has it, it is a link, or a line is no verdict.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// [`BadInput`] if another run holds the lock, the path is a symbolic link, or a line is not a
+    /// verdict.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         if path.is_symlink() {
-            return Err(BadInput::new(path, "is a symbolic link, which is not followed for writing").into());
+            return Err(BadInput::new(path, "is a symbolic link; links are not followed for writing").into());
         }
         let opened = OpenOptions::new().read(true).append(true).create(true).open(path);
-        let mut file = opened.map_err(|e| BadInput::new(path, format!("cannot be opened: {e}")))?;
-        // Where a file system has no locks, nothing keeps a second run away.
+        let mut file = opened.map_err(|e| BadInput::new(path, format!("cannot open: {e}")))?;
+        // Without locks in the file system a second run cannot be detected.
         if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
-            return Err(BadInput::new(path, "another run is adding to it").hint("wait until it has ended").into());
+            return Err(BadInput::new(path, "another run is adding to it")
+                .hint("wait until that run has ended")
+                .into());
         }
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
         let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
-        file.set_len(whole as u64).with_context(|| format!("mending {}", path.display()))?;
+        file.set_len(whole as u64).with_context(|| format!("truncating {}", path.display()))?;
         let mut known = HashMap::new();
         for (i, line) in bytes[..whole].split(|b| *b == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
             let verdict: Verdict = serde_json::from_slice(line).map_err(|e| {
                 BadInput::new(path, format!("line {}: not a verdict: {e}", i + 1))
-                    .hint("delete the line: it is asked again")
+                    .hint("delete the line; its question is then asked again")
             })?;
             known.insert(verdict.key.clone(), verdict);
         }
         Ok(Self { path: path.to_owned(), file, known })
     }
 
-    /// The verdict on a question, if it was asked before.
-    pub fn get(&self, key: &str) -> Option<&Verdict> {
+    /// The verdict on the question `key`, if it was asked before.
+    pub(crate) fn get(&self, key: &str) -> Option<&Verdict> {
         self.known.get(key)
     }
 
-    /// Adds a verdict, in one write.
-    ///
-    /// # Errors
-    /// I/O errors.
-    pub fn add(&mut self, verdict: Verdict) -> Result<()> {
+    /// Appends a verdict in one write.
+    pub(crate) fn add(&mut self, verdict: Verdict) -> Result<()> {
         let line = serde_json::to_string(&verdict)? + "\n";
         self.file.write_all(line.as_bytes()).with_context(|| format!("writing {}", self.path.display()))?;
         self.known.insert(verdict.key.clone(), verdict);
@@ -122,11 +115,12 @@ impl Verdicts {
     }
 }
 
-/// The verdicts in `folders` as text, each once and whole, for a folder that is made anew: they are paid for. Waits for a judge that is at
-/// work in one of them. A link is passed over: no judge wrote through it.
+/// The complete lines of verdicts.jsonl in `folders`, without duplicates, to carry over into a new
+/// directory: verdicts are paid for. Waits for a judge that is adding to one of the files. Symbolic
+/// links are skipped.
 ///
 /// # Errors
-/// I/O errors.
+/// A file that cannot be read.
 pub fn kept<'a>(folders: impl IntoIterator<Item = &'a Path>) -> Result<String> {
     let (mut seen, mut all) = (HashSet::new(), String::new());
     for path in folders.into_iter().map(|folder| folder.join(FILE_NAME)) {
@@ -134,14 +128,14 @@ pub fn kept<'a>(folders: impl IntoIterator<Item = &'a Path>) -> Result<String> {
             continue;
         }
         let mut file = files::open(&path)?;
-        // Where a file system has no locks, nothing tells of a judge.
+        // Without locks in the file system a running judge cannot be detected.
         if matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
             info!("waiting for the judge that adds to {}", path.display());
             let _ = file.lock_shared();
         }
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).with_context(|| format!("reading {}", path.display()))?;
-        // A damaged line is for `Verdicts::open` to tell of: scores must not be lost by it.
+        // `Verdicts::open` reports damaged lines. Scoring must not fail because of them.
         let text = String::from_utf8_lossy(&bytes);
         let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
         whole.filter(|line| seen.insert((*line).to_owned())).for_each(|line| all.push_str(line));
@@ -185,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_each_whole_verdict_once() {
+    fn complete_lines_are_kept_without_duplicates() {
         let dir = tempfile::tempdir().unwrap();
         let [one, two, none] = ["one", "two", "none"].map(|name| dir.path().join(name));
         [&one, &two, &none].iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
@@ -198,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_read_when_the_judge_has_ended() {
+    fn kept_waits_for_a_running_judge() {
         let dir = tempfile::tempdir().unwrap();
         let mut verdicts = Verdicts::open(&dir.path().join(FILE_NAME)).unwrap();
         let (tell, told) = std::sync::mpsc::channel();
@@ -238,20 +232,5 @@ mod tests {
         std::fs::write(&path, "{\"key\":\n{}\n").unwrap();
         let error = Verdicts::open(&path).err().unwrap().to_string();
         assert!(error.contains("line 1: not a verdict"), "{error}");
-    }
-
-    #[test]
-    fn the_key_tells_apart_all_that_makes_a_question() {
-        let turn = |text: &str| vec![Message { role: "user".into(), content: text.into() }];
-        let keys = [
-            key("m", &turn("p"), "a", "j"),
-            key("n", &turn("p"), "a", "j"),
-            key("m", &turn("q"), "a", "j"),
-            key("m", &turn("p"), "b", "j"),
-            key("m", &turn("p"), "a", "k"),
-        ];
-        let distinct: std::collections::HashSet<&String> = keys.iter().collect();
-        assert_eq!(distinct.len(), keys.len());
-        assert_eq!(keys[0], key("m", &turn("p"), "a", "j"));
     }
 }

@@ -1,50 +1,51 @@
-//! A guess at the threshold of a part, told from a sample: two scores between which it almost surely lies, or, where very many
-//! scores are equal, the one it is.
+//! A guess at the threshold of a part from a sample: two scores between which it almost surely
+//! lies, or, if very many scores are equal, that score itself.
 
 use cpift_core::dispatch;
-use cpift_core::mask::Metric;
-use cpift_core::select::Score;
+use cpift_core::format::mask::Metric;
+use cpift_core::stream::random::splitmix64;
+use cpift_core::stream::select::Score;
 use rayon::prelude::*;
 
-use crate::parts::{Chunk, Part};
-use crate::scores::{Arithmetic, Block};
+use crate::part::{Arithmetic, Block, Chunk, Part};
 
-/// Consecutive elements that are looked at together.
+/// Consecutive elements per run of the sample.
 const RUN: usize = 64;
 
-/// Most runs of a sample; a smaller part has one run in [`SHARE`] elements.
+/// Largest number of runs; a small part has one run per [`SHARE`] elements.
 const RUNS: usize = 16 * 1024;
 const SHARE: usize = 1024;
 
-/// Standard errors of the sample's quantile that the bracket spans to either side. Neighbours in a row of a matrix move
-/// alike, so a sample of runs tells less than its size says: this leaves room for a few times that error.
+/// Half width of the bracket, in standard errors of the sample's quantile. Neighbours in a matrix
+/// row move alike, so a sample of runs tells less than its size says; the width allows for that.
 const SPAN: f64 = 12.0;
 
-/// A part of at most this many elements is all candidates, where they may be kept: no sample is worth taking.
+/// Parts up to this size are not sampled: all their elements are candidates, if `limit` allows.
 const SMALL: u64 = 64 * 1024;
 
-/// What is thought of the threshold before the part is read.
+/// Assumption about the threshold before the part is read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Guess<T> {
-    /// Scores above `high` are chosen, scores below `low` are not; those between, both ends included, are candidates.
+    /// Scores above `high` are chosen, scores below `low` are not; scores from `low` to `high` are
+    /// candidates.
     Bracket {
-        /// The lowest score of a candidate.
+        /// Lowest score of a candidate.
         low: T,
-        /// The highest.
+        /// Highest score of a candidate.
         high: T,
     },
-    /// The threshold is `score`, and about this share of the elements equal to it are chosen.
+    /// The threshold is `score`, and about `share` of the elements equal to it are chosen.
     Tied {
         /// The threshold.
         score: T,
-        /// Between 0 and 1.
+        /// From 0 to 1.
         share: f64,
     },
 }
 
 impl<T: Score> Guess<T> {
     /// Chooses nothing and keeps nothing.
-    pub fn nothing() -> Self {
+    pub(crate) fn nothing() -> Self {
         Self::Bracket { low: T::from_f64(f64::NAN), high: T::from_f64(f64::INFINITY) }
     }
 
@@ -54,7 +55,8 @@ impl<T: Score> Guess<T> {
     }
 }
 
-/// A guess at the `k`-th largest score of `part`, 1 ≤ k ≤ its size, that leaves no more than about `limit` candidates.
+/// Guesses the `k`-th largest score of `part`, 1 ≤ k ≤ its size, leaving at most about `limit`
+/// candidates.
 pub fn guess<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64, limit: usize) -> Guess<T> {
     let n = part.numel();
     if n <= SMALL.min(limit as u64) {
@@ -80,24 +82,17 @@ pub fn guess<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64, lim
     Guess::Tied { score, share: share.clamp(0.0, 1.0) }
 }
 
-/// Scores of runs spread evenly over the part, each at a random place of its stretch; the same on every machine.
+/// Scores of runs spread evenly over the part, each at a random offset in its stretch. The same on
+/// every machine.
 fn sample<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric) -> Vec<T> {
     let runs = (part.numel() as usize / SHARE).clamp(1, RUNS);
     let chunks = part.chunks.len();
     let scores = (0..runs).into_par_iter().with_min_len(256).map_init(Block::<T>::new, |block, run| {
         let (from, to) = (run * chunks / runs, (run + 1) * chunks / runs);
-        let random = scramble(run as u64);
+        let random = splitmix64(0, run as u64);
         let Chunk { pair, start, len } = part.chunks[from + random as usize % (to - from).max(1)];
         let offset = (random >> 32) as usize % (len.saturating_sub(RUN) + 1);
         dispatch!(block.scores(part, pair, metric, start + offset, RUN.min(len)).to_vec())
     });
     scores.flatten_iter().collect()
-}
-
-/// A well-mixed function of `x` (the finaliser of SplitMix64).
-fn scramble(x: u64) -> u64 {
-    let x = x.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ x >> 31
 }

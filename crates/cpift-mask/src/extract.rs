@@ -1,93 +1,63 @@
-//! `extract`: from a base and a tuned checkpoint to the mask file of the core region.
+//! `extract`: from a base and a tuned checkpoint to the mask of the core region.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, TensorKind};
 use cpift_core::error::usage;
-use cpift_core::files::{StagedFile, StagedPath, check_not_input, check_output};
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
-use cpift_core::provenance::{Recorder, check_made_from};
-use cpift_core::select::{Cut, Score, find_cut};
-use cpift_core::{BadInput, Mask, progress};
+use cpift_core::files::{StagedFile, StagedPath};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::format::names::TensorKind;
+use cpift_core::record::provenance::{Recorder, check_made_from};
+use cpift_core::run::progress;
+use cpift_core::stream::select::{Cut, Score};
+use cpift_core::{BadInput, Mask};
+use serde::Serialize;
 
-use crate::args::ExtractArgs;
-use crate::bracket::{Guess, guess};
-use crate::emit::emit;
-use crate::inputs::{Digests, Inputs, each_once};
-use crate::parts::{Part, Parts, cut};
+use crate::bracket::Guess;
+use crate::inputs::{Digests, Inputs, Parts};
+use crate::part::{Arithmetic, Part, ranges};
 use crate::percent::Percent;
-use crate::scores::{Arithmetic, PartScores, extents};
 use crate::stats;
-use crate::summary::{Summary, not_parameters};
-use crate::sweep::{LIMIT, Pass, sweep};
+use crate::sweep::{LIMIT, Pass, choose, sweep};
 
-/// Ties of which no real count is longer in decimal digits.
+/// Placeholder while the header's final length is reserved: no real count has more digits.
 const LONGEST: Ties = Ties { at_threshold: u64::MAX, chosen: u64::MAX, decided_by_position: u64::MAX };
 
-/// A mask to extract, checked as far as headers and names go.
-struct Plan {
-    inputs: Inputs,
-    percent: Percent,
-    scope: Scope,
-    metric: Metric,
-    excluded: Vec<TensorKind>,
-    out: PathBuf,
-    /// JSON and picture of the density.
-    stats: Option<[PathBuf; 2]>,
-    force: bool,
-}
-
-/// Runs `extract`: nothing is written unless all of it succeeds.
-///
-/// # Errors
-/// [`cpift_core::Usage`] when nothing would be chosen; [`BadInput`] for unusable checkpoints or an output that exists;
-/// I/O errors.
-pub fn extract(args: &ExtractArgs, force: bool) -> Result<Summary> {
-    let recorder = Recorder::start(env!("CARGO_PKG_NAME"));
-    let plan = Plan::new(args, force)?;
-    // Scores in f32 unless an input is wider.
-    if plan.inputs.wide() { plan.run::<f64>(recorder) } else { plan.run::<f32>(recorder) }
+/// A checked request for a mask.
+pub(crate) struct Plan {
+    pub(crate) inputs: Inputs,
+    pub(crate) percent: Percent,
+    pub(crate) scope: Scope,
+    pub(crate) metric: Metric,
+    /// In order, each once.
+    pub(crate) excluded: Vec<TensorKind>,
+    pub(crate) out: PathBuf,
+    /// JSON file and picture of the density.
+    pub(crate) stats: Option<[PathBuf; 2]>,
+    pub(crate) force: bool,
 }
 
 impl Plan {
-    fn new(args: &ExtractArgs, force: bool) -> Result<Self> {
-        let stats = args.stats_files();
-        for path in stats.iter().flatten().chain([&args.out]) {
-            check_output(path, force)?;
-        }
-        if stats.as_ref().is_some_and(|[json, svg]| json == svg || [json, svg].contains(&&args.out)) {
-            return Err(usage("--stats names its own picture, or a file that --out names"));
-        }
-        let score = format!("{:?}", args.score).to_lowercase();
-        match (matches!(args.score, Metric::Fisher | Metric::Blend), &args.fisher) {
-            (true, None) => return Err(usage(format!("--score {score} needs --fisher with squared gradients"))),
-            (false, Some(_)) => return Err(usage(format!("--fisher has no part in --score {score}"))),
-            _ => {}
-        }
-        let inputs = Inputs::open(&args.base, &args.tuned, args.fisher.as_deref())?;
-        check_not_input("--out", &args.out, inputs.files())?;
-        stats.iter().flatten().try_for_each(|path| check_not_input("--stats", path, inputs.files()))?;
-        Ok(Self {
-            inputs,
-            percent: args.percent,
-            scope: args.scope,
-            metric: args.score,
-            excluded: each_once(&args.exclude),
-            out: args.out.clone(),
-            stats,
-            force,
-        })
+    /// Writes the mask, the statistics and the record, or nothing.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] if nothing would be chosen; [`BadInput`] for a value that is not
+    /// finite or an output that exists.
+    pub(crate) fn run(&self, recorder: Recorder) -> Result<Summary> {
+        // Scores are computed in f32 unless an input is wider.
+        if self.inputs.wide() { self.run_as::<f64>(recorder) } else { self.run_as::<f32>(recorder) }
     }
 
-    fn run<T: Score + Arithmetic>(&self, recorder: Recorder) -> Result<Summary> {
+    fn run_as<T: Score + Arithmetic>(&self, recorder: Recorder) -> Result<Summary> {
         let clock = Instant::now();
-        let mut parts = cut(&self.inputs, self.scope, &self.excluded);
+        let mut parts = self.inputs.parts(self.scope, &self.excluded);
         let counts = self.counts(&parts)?;
         if self.metric == Metric::Blend {
             for part in &mut parts.ranked {
-                part.extents = extents::<T>(part)?;
+                part.ranges = ranges::<T>(part)?;
             }
         }
         let bytes = parts.ranked.iter().map(Part::nbytes).sum::<u64>() + parts.excluded.nbytes();
@@ -123,7 +93,7 @@ impl Plan {
         Ok(summary)
     }
 
-    /// How many elements to choose in each part.
+    /// Number of elements to choose in each part.
     fn counts(&self, parts: &Parts<'_>) -> Result<Vec<u64>> {
         let d: u64 = parts.ranked.iter().map(|p| p.numel()).sum();
         if d == 0 {
@@ -155,13 +125,13 @@ impl Plan {
             excluded: self.excluded.iter().map(ToString::to_string).collect(),
             base,
             tuned,
-            numel: self.inputs.base.parameters().map(|v| (v.name.to_owned(), v.numel() as u64)).collect(),
+            numel: self.inputs.numel(),
         }
     }
 
     fn stage_stats(&self, mask: &Path) -> Result<Vec<StagedFile>> {
         let Some([json, svg]) = &self.stats else { return Ok(Vec::new()) };
-        stats::stage(&cpift_core::density::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
+        stats::stage(&cpift_core::format::density::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
     }
 
     fn record(&self, mut recorder: Recorder, header: &MaskHeader, digests: &Digests) -> Recorder {
@@ -187,26 +157,111 @@ impl Plan {
             threshold: f64::INFINITY,
             excluded: self.excluded.iter().map(ToString::to_string).collect(),
             excluded_elements: parts.excluded.numel(),
-            not_parameters: not_parameters(&self.inputs.base),
+            not_parameters: self.inputs.not_parameters(),
         };
         cuts.iter().flatten().for_each(|cut| summary.add(cut));
         summary
     }
 }
 
-/// Chooses the `k` largest scores of a part and writes their bits: by a guess from a sample and one pass, or, where the guess
-/// was wrong, by an exact search and another pass.
-fn choose<T: Score + Arithmetic>(part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
-    if k == 0 {
-        sweep(part, Guess::<T>::nothing(), pass)?;
-        return Ok(None);
-    }
-    let guess = guess(part, pass.metric, k, pass.limit);
-    if let Some(cut) = sweep(part, guess, pass)?.settle(part, k, pass)? {
-        return Ok(Some(cut));
-    }
-    log::info!("{}: the sample did not settle the threshold; searching all scores", part.label);
-    let cut = find_cut(&PartScores { part, metric: pass.metric }, k);
-    emit(part, &cut, k, pass)?;
-    Ok(Some(cut))
+/// Summary of a run: the JSON object of `--json` and the log lines.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) out: PathBuf,
+    pub(crate) percent: f64,
+    pub(crate) scope: Scope,
+    pub(crate) metric: Metric,
+    /// Elements that were ranked.
+    #[serde(rename = "D")]
+    pub(crate) d: u64,
+    pub(crate) selected: u64,
+    /// Sums over all parts.
+    pub(crate) ties: Ties,
+    /// Chosen elements whose score is 0: for magnitude, elements that did not change.
+    pub(crate) unmoved: u64,
+    pub(crate) parts: usize,
+    /// Parts too small for a single element to be chosen.
+    pub(crate) empty_parts: usize,
+    /// Smallest chosen score of all parts.
+    pub(crate) threshold: f64,
+    pub(crate) excluded: Vec<String>,
+    /// Elements of the excluded tensors.
+    pub(crate) excluded_elements: u64,
+    /// Tensors of the base that are not parameters, with the reason.
+    pub(crate) not_parameters: BTreeMap<String, &'static str>,
 }
+
+impl Summary {
+    /// Adds the choice in one part.
+    fn add<T: Score>(&mut self, cut: &Cut<T>) {
+        self.ties.at_threshold += cut.ties.at_threshold;
+        self.ties.chosen += cut.ties.chosen;
+        self.ties.decided_by_position += cut.ties.decided_by_position;
+        self.threshold = self.threshold.min(cut.threshold.to_f64());
+        self.unmoved += if cut.threshold.to_f64() == 0.0 { cut.ties.chosen } else { 0 };
+    }
+
+    fn log(&self, seconds: f64) {
+        for (name, why) in &self.not_parameters {
+            log::info!("not a parameter: {name} ({why})");
+        }
+        if self.excluded_elements > 0 {
+            log::info!("left out of D: {} elements of {}", self.excluded_elements, self.excluded.join(" and "));
+        }
+        let (selected, ties) = (self.selected, self.ties);
+        log::info!(
+            "{}: {selected} of D = {} elements (p = {} %), threshold {:e}, in {seconds:.2} s",
+            self.out.display(),
+            self.d,
+            self.percent,
+            self.threshold
+        );
+        log::info!(
+            "ties: {} elements equal the threshold, {} of them chosen, {} decided by position alone",
+            ties.at_threshold,
+            ties.chosen,
+            ties.decided_by_position
+        );
+        if self.empty_parts > 0 {
+            log::warn!(
+                "{} of {} parts are too small for {} %: nothing is chosen in them",
+                self.empty_parts,
+                self.parts,
+                self.percent
+            );
+        }
+        self.warn_of_ties();
+    }
+
+    fn warn_of_ties(&self) {
+        let (selected, decided) = (self.selected, self.ties.decided_by_position);
+        let (none, unmoved, hint) = match self.metric {
+            Metric::Fisher => ("no parameter has a gradient", "have no gradient", NO_GRADIENT),
+            Metric::Blend => {
+                ("all scores are equal", "have the smallest update and the smallest gradient", NO_GRADIENT)
+            }
+            _ => ("no parameter changed", "did not change", LOSSY),
+        };
+        if self.unmoved == selected {
+            let which = if self.metric == Metric::Fisher { "--fisher" } else { "--tuned" };
+            log::warn!(
+                "{none}: all {selected} elements were chosen by position alone\n  hint: check that {which} comes from \
+                 fine-tuning on this task"
+            );
+        } else if decided as u128 * 100 > u128::from(selected) {
+            log::warn!(
+                "{decided} of the {selected} chosen elements ({:.1} %) were chosen by position alone, so the core region \
+                 is partly arbitrary\n  hint: {hint}",
+                decided as f64 * 100.0 / selected as f64
+            );
+        }
+        if self.unmoved > 0 && self.unmoved < selected {
+            log::warn!("{} of the chosen elements {unmoved}", self.unmoved);
+        }
+    }
+}
+
+const LOSSY: &str = "a probe saved in bf16 or f16 loses small updates; save it in f32 (cpift-probe --save-dtype f32) and \
+                     extract again";
+const NO_GRADIENT: &str = "many elements have the same squared gradient, usually 0, such as embedding rows of tokens that the \
+                           task does not use: use a smaller --percent, or --exclude embeddings";

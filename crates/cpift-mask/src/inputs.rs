@@ -1,33 +1,48 @@
-//! The checkpoints and squared gradients that scores come from, checked against each other, and their digests.
+//! The inputs of a mask (base, tuned, squared gradients): opened, compared with each other, cut
+//! into parts and hashed.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, PieceHasher, TensorKind, check_same_parameters};
-use cpift_core::provenance::Recorder;
-use cpift_core::{Checkpoint, Dtype};
+use cpift_core::format::checkpoint::{Excluded, check_same_parameters};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::Scope;
+use cpift_core::format::names::{TensorKind, layer};
+use cpift_core::record::provenance::Recorder;
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::{Checkpoint, Dtype, TensorView};
 
-use crate::parts::CHUNK;
+use crate::part::{CHUNK, Pair, Part};
 
-/// Checkpoints of one model, and the squared gradients where they are given.
+/// Two checkpoints of one model and, if given, squared gradients of its parameters.
 pub struct Inputs {
-    /// Before fine-tuning.
+    /// Checkpoint before fine-tuning.
     pub base: Checkpoint,
-    /// After.
+    /// Checkpoint after fine-tuning.
     pub tuned: Checkpoint,
     /// Sums of squared gradients, with the names and shapes of the parameters.
     pub fisher: Option<Checkpoint>,
 }
 
-/// Digests of base, tuned, and fisher where it is given.
-pub type Digests = (Digest, Digest, Option<Digest>);
+/// Digests of base, tuned and, if given, fisher.
+pub(crate) type Digests = (Digest, Digest, Option<Digest>);
+
+/// The parameters of the inputs, cut into parts by scope.
+pub struct Parts<'a> {
+    /// Parts in which elements are chosen, in bytewise order of their labels.
+    pub ranked: Vec<Part<'a>>,
+    /// Parameters outside D.
+    pub(crate) excluded: Part<'a>,
+}
 
 impl Inputs {
-    /// Opens what is given, and checks that all have the parameters of the base.
+    /// Opens the inputs and checks that all have the parameters of the base.
     ///
     /// # Errors
-    /// [`cpift_core::BadInput`] for what cannot be opened or differs in a name, a shape, or a dtype that is not floating-point.
-    pub fn open(base: &Path, tuned: &Path, fisher: Option<&Path>) -> Result<Self> {
+    /// [`cpift_core::BadInput`] for an input that cannot be opened, or a name, shape or dtype that
+    /// does not match.
+    pub(crate) fn open(base: &Path, tuned: &Path, fisher: Option<&Path>) -> Result<Self> {
         let mut inputs = Self {
             base: Checkpoint::open(base)?,
             tuned: Checkpoint::open(tuned)?,
@@ -38,8 +53,8 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// Where one of base and tuned has an output embedding of its own and the other ties it, the tied one's input embedding stands for both:
-    /// the updates of the output embedding count from there.
+    /// If only one of base and tuned has an output embedding of its own, the other's input
+    /// embedding stands for its output embedding, as tied checkpoints are loaded.
     fn share_head(&mut self) {
         const HEAD: &str = "lm_head.weight";
         let Self { base, tuned, .. } = self;
@@ -54,13 +69,14 @@ impl Inputs {
         }
     }
 
-    /// All files of all inputs.
-    pub fn files(&self) -> impl Iterator<Item = &Path> {
+    /// Files of all inputs.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
         self.all().flat_map(Checkpoint::files)
     }
 
-    /// Whether any parameter is stored wider than f32.
-    pub fn wide(&self) -> bool {
+    /// Returns true if any parameter is stored in more than 32 bits; scores are then computed in
+    /// f64.
+    pub(crate) fn wide(&self) -> bool {
         self.all().any(|c| c.parameters().any(|v| v.dtype == Dtype::F64))
     }
 
@@ -68,8 +84,50 @@ impl Inputs {
         [&self.base, &self.tuned].into_iter().chain(&self.fisher)
     }
 
-    /// Writes the inputs into the record of what is made from them.
-    pub fn record(&self, recorder: &mut Recorder, (base, tuned, fisher): &Digests) {
+    /// Cuts the parameters of the base, which the other inputs have too, into the parts of `scope`.
+    pub fn parts(&self, scope: Scope, excluded: &[TensorKind]) -> Parts<'_> {
+        let mut ranked: BTreeMap<String, Vec<Pair<'_>>> = BTreeMap::new();
+        let mut out = Vec::new();
+        let [in_base, in_tuned] = [&self.base, &self.tuned].map(positions);
+        let in_fisher = self.fisher.as_ref().map(positions).unwrap_or_default();
+        for view in self.base.parameters() {
+            let pair = Pair {
+                base: view,
+                tuned: parameter(&self.tuned, view.name),
+                fisher: self.fisher.as_ref().map(|fisher| parameter(fisher, view.name)),
+                positions: [
+                    in_base[self.base.stored_name(view.name)],
+                    in_tuned[self.tuned.stored_name(view.name)],
+                    in_fisher.get(view.name).copied().unwrap_or(0),
+                ],
+            };
+            if excluded.iter().any(|kind| kind.matches(view.name)) {
+                out.push(pair);
+            } else {
+                ranked.entry(label(scope, view.name)).or_default().push(pair);
+            }
+        }
+        let ranked = ranked.into_iter().map(|(label, pairs)| Part::new(label, pairs)).collect();
+        Parts { ranked, excluded: Part::new("excluded", out) }
+    }
+
+    /// Number of elements by parameter, as the header of a mask lists them.
+    pub(crate) fn numel(&self) -> BTreeMap<String, u64> {
+        self.base.parameters().map(|view| (view.name.to_owned(), view.numel() as u64)).collect()
+    }
+
+    /// Tensors of the base that are not parameters, with the reason.
+    pub(crate) fn not_parameters(&self) -> BTreeMap<String, &'static str> {
+        let reason = |why| match why {
+            Excluded::Buffer => "a buffer",
+            Excluded::NotFloat => "not floating-point",
+            Excluded::Tied => "tied to the input embedding",
+        };
+        self.base.not_parameters().map(|(view, why)| (view.name.to_owned(), reason(why))).collect()
+    }
+
+    /// Adds the inputs to the record of an output.
+    pub(crate) fn record(&self, recorder: &mut Recorder, (base, tuned, fisher): &Digests) {
         recorder.input("base", self.base.path(), base.clone());
         recorder.input("tuned", self.tuned.path(), tuned.clone());
         if let (Some(checkpoint), Some(digest)) = (&self.fisher, fisher) {
@@ -77,8 +135,8 @@ impl Inputs {
         }
     }
 
-    /// The digests, to be computed while the inputs are read.
-    pub fn digests(&self) -> InputDigests<'_> {
+    /// Digests of the inputs, to be computed while they are read.
+    pub(crate) fn digests(&self) -> InputDigests<'_> {
         InputDigests {
             base: InputDigest::new(&self.base),
             tuned: InputDigest::new(&self.tuned),
@@ -87,31 +145,45 @@ impl Inputs {
     }
 }
 
+fn parameter<'a>(checkpoint: &'a Checkpoint, name: &str) -> TensorView<'a> {
+    checkpoint.get(name).expect("all inputs have the same parameters")
+}
+
+/// Index of each tensor among all tensors of `checkpoint`.
+fn positions(checkpoint: &Checkpoint) -> BTreeMap<&str, usize> {
+    checkpoint.tensors().enumerate().map(|(i, view)| (view.name, i)).collect()
+}
+
+fn label(scope: Scope, name: &str) -> String {
+    match scope {
+        Scope::Global | Scope::Whole => "all parameters".to_owned(),
+        Scope::Layer => layer(name).map_or("outside the layers", |(prefix, _)| prefix).to_owned(),
+        Scope::Tensor => name.to_owned(),
+    }
+}
+
 /// `kinds` in order, each once.
-pub fn each_once(kinds: &[TensorKind]) -> Vec<TensorKind> {
+pub(crate) fn each_once(kinds: &[TensorKind]) -> Vec<TensorKind> {
     let mut kinds = kinds.to_vec();
     kinds.sort_unstable();
     kinds.dedup();
     kinds
 }
 
-/// The digests of all inputs in the making.
-pub struct InputDigests<'a> {
+/// Digests of all inputs while they are computed.
+pub(crate) struct InputDigests<'a> {
     base: InputDigest<'a>,
     tuned: InputDigest<'a>,
     fisher: Option<InputDigest<'a>>,
 }
 
 impl InputDigests<'_> {
-    /// What the pieces of base, tuned and fisher are to be given to; none where there is nothing to compute.
+    /// Hashers of base, tuned and fisher; `None` for an input whose digest is known.
     pub fn hashers(&self) -> [Option<&PieceHasher>; 3] {
         [self.base.hasher(), self.tuned.hasher(), self.fisher.as_ref().and_then(InputDigest::hasher)]
     }
 
-    /// The digests, once what was read is hashed: the rest is read now.
-    ///
-    /// # Errors
-    /// I/O errors on the side files.
+    /// The digests, once all parameters are hashed.
     pub fn finish(self) -> Result<Digests> {
         Ok((self.base.finish()?, self.tuned.finish()?, self.fisher.map(InputDigest::finish).transpose()?))
     }
@@ -119,14 +191,11 @@ impl InputDigests<'_> {
 
 /// The digest of an input: recorded, or computed while the input is read.
 enum InputDigest<'a> {
-    /// It was recorded.
     Recorded(Digest),
-    /// It is being computed.
     Computed(&'a Checkpoint, PieceHasher),
 }
 
 impl<'a> InputDigest<'a> {
-    /// Of `checkpoint`.
     fn new(checkpoint: &'a Checkpoint) -> Self {
         checkpoint.recorded_digest().map_or_else(
             || {
@@ -137,7 +206,6 @@ impl<'a> InputDigest<'a> {
         )
     }
 
-    /// What the pieces of the input are to be given to; none where the digest is known.
     fn hasher(&self) -> Option<&PieceHasher> {
         match self {
             Self::Recorded(_) => None,
@@ -145,10 +213,7 @@ impl<'a> InputDigest<'a> {
         }
     }
 
-    /// The digest, once what was read is hashed: the rest is read now.
-    ///
-    /// # Errors
-    /// I/O errors on the side files.
+    /// The digest; tensors and side files that were not read yet are read now.
     fn finish(self) -> Result<Digest> {
         match self {
             Self::Recorded(digest) => Ok(digest),

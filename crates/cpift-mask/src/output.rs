@@ -1,17 +1,18 @@
-//! A mask whose bits are known before it is written: what `tensors` and `random` leave behind.
+//! Writing a mask whose bits are known in advance, as `tensors` and `random` do.
 
 use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::files::StagedPath;
-use cpift_core::mask::{MaskHeader, MaskWriter};
-use cpift_core::provenance::Recorder;
+use cpift_core::format::mask::{MaskHeader, MaskWriter};
+use cpift_core::record::provenance::Recorder;
 
-/// Writes the mask `out` with these bits by tensor (all others zero) and the record beside it, whole or not at all.
+/// Writes the mask `out` with `bits` by tensor (all others zero) and the record beside it, or
+/// nothing.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] when `out` exists without `force`; I/O errors.
-pub fn write_mask<'a>(
+/// [`cpift_core::BadInput`] if `out` exists and `force` is false.
+pub(crate) fn write_mask<'a>(
     out: &Path,
     force: bool,
     header: &MaskHeader,
@@ -27,15 +28,15 @@ pub fn write_mask<'a>(
     recorder.commit(staged, &[])
 }
 
-/// Bits of `n` elements, all set; those past the end are zero.
-pub fn all_set(n: u64) -> Vec<u8> {
+/// Bits of `n` elements, all set; padding bits are zero.
+pub(crate) fn all_set(n: u64) -> Vec<u8> {
     let mut bits = vec![0xff; n.div_ceil(8) as usize];
     clear_padding(&mut bits, n);
     bits
 }
 
-/// Clears the bits past element `n` in the last byte.
-pub fn clear_padding(bits: &mut [u8], n: u64) {
+/// Clears the padding bits after element `n` in the last byte.
+pub(crate) fn clear_padding(bits: &mut [u8], n: u64) {
     if let (used @ 1.., Some(last)) = (n % 8, bits.last_mut()) {
         *last &= (1 << used) - 1;
     }

@@ -1,10 +1,10 @@
-//! p as it was typed: an exact decimal fraction, so that ⌊p·D/100⌋ is not at the mercy of binary rounding.
+//! p as an exact decimal fraction, so that ⌊p·D/100⌋ does not suffer from binary rounding.
 
 use std::str::FromStr;
 
-/// p in percent, above 0 and at most 100, kept as `numerator / denominator` in integers.
+/// p in percent, above 0 and at most 100, as a fraction of integers.
 ///
-/// As an `f64`, 0.57 % of 10,000 comes out as 56.99999999999999, which rounds down to 56. The decimal text says 57.
+/// In `f64`, 0.57 % of 10,000 is 56.99999999999999, which rounds down to 56 instead of 57.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Percent {
     numerator: u128,
@@ -24,13 +24,13 @@ impl Percent {
         (self.numerator * u128::from(n)).div_ceil(self.denominator * 100) as u64
     }
 
-    /// p as a float, for records.
+    /// p as `f64`, for records.
     pub fn value(self) -> f64 {
         self.value
     }
 }
 
-/// Decimals that are kept, and significant digits that are accepted.
+/// Largest number of decimals and of significant digits.
 const MAX_DIGITS: usize = 18;
 
 impl FromStr for Percent {
@@ -42,7 +42,7 @@ impl FromStr for Percent {
         if !(value > 0.0 && value <= 100.0) {
             return Err(range());
         }
-        // From here on the text is [+]digits[.digits][e[±]digits], as Rust's float grammar has it.
+        // Rust parsed the text as a float, so it has the form [+]digits[.digits][e[±]digits].
         let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
         let exponent: i64 = exponent.parse().map_err(|_| range())?;
         let (whole, fraction) = mantissa.trim_start_matches('+').split_once('.').unwrap_or((mantissa, ""));
@@ -51,7 +51,7 @@ impl FromStr for Percent {
         let scale = fraction.len() as i64 - (digits.len() - kept.len()) as i64 - exponent;
         let kept = kept.trim_start_matches('0');
         if kept.len() > MAX_DIGITS || scale > MAX_DIGITS as i64 {
-            return Err(format!("at most {MAX_DIGITS} decimals, please: found {text:?}"));
+            return Err(format!("expected at most {MAX_DIGITS} decimals, found {text:?}"));
         }
         let digits: u128 = kept.parse().map_err(|_| range())?;
         let power = 10u128.pow(scale.unsigned_abs() as u32);

@@ -1,74 +1,85 @@
-//! `random`: a control, as many elements as a mask has, drawn uniformly at random from the parameters it was chosen from.
+//! `random`: a control mask with as many elements as another, drawn uniformly at random from the
+//! same D.
+
+use std::path::PathBuf;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, TensorKind};
-use cpift_core::files::{check_not_input, check_output};
-use cpift_core::mask::{MaskHeader, Metric, Scope, Ties, count_ones};
-use cpift_core::provenance::Recorder;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::{MaskHeader, Metric, Scope, Ties, count_ones};
+use cpift_core::format::names::TensorKind;
+use cpift_core::record::provenance::Recorder;
 use cpift_core::{BadInput, Mask};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
-use crate::args::RandomArgs;
 use crate::output::{clear_padding, write_mask};
 
-/// Runs `random` and returns its summary for `--json`: nothing is written unless all of it succeeds.
-///
-/// # Errors
-/// [`BadInput`] for a mask that is not sound or an output that exists; I/O errors.
-pub fn random(args: &RandomArgs, force: bool) -> Result<Value> {
-    let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
-    check_output(&args.out, force)?;
-    check_not_input("--out", &args.out, [args.like.as_path()])?;
-    let like = Mask::open(&args.like)?;
-    like.verify()?;
-    let counts = counts(&like)?;
-    let rng = &mut ChaCha8Rng::seed_from_u64(args.seed);
-    let bits = if args.per_tensor {
-        counts.iter().map(|t| (t.name, draw(rng, t.elements, t.selected))).collect()
-    } else {
-        draw_over_all(rng, &counts)
-    };
-    let header = MaskHeader {
-        scope: if args.per_tensor { Scope::Tensor } else { Scope::Global },
-        metric: Metric::Random,
-        seed: Some(args.seed),
-        ties: Ties::default(),
-        ..like.header.clone()
-    };
-    recorder.seed(args.seed);
-    recorder.input("like", like.path(), Digest::of_file(like.path())?);
-    write_mask(&args.out, force, &header, bits, recorder)?;
-    let each = if args.per_tensor { ", as many in each tensor" } else { "" };
-    log::info!(
-        "{}: {} of D = {} elements at random, seed {}, as many as {} has{each}",
-        args.out.display(),
-        header.selected,
-        header.d,
-        args.seed,
-        args.like.display()
-    );
-    Ok(json!({
-        "out": args.out,
-        "like": args.like,
-        "scope": header.scope,
-        "metric": header.metric,
-        "seed": args.seed,
-        "D": header.d,
-        "selected": header.selected,
-        "excluded": header.excluded,
-    }))
+/// A checked request for a control mask.
+pub(crate) struct Plan {
+    /// The mask whose number of elements is drawn.
+    pub(crate) like: Mask,
+    pub(crate) seed: u64,
+    /// Draw each tensor's count, not only the total.
+    pub(crate) per_tensor: bool,
+    pub(crate) out: PathBuf,
+    pub(crate) force: bool,
 }
 
-/// A tensor in D, and how many of its elements the mask has.
+impl Plan {
+    /// Writes the mask and its record, or nothing; returns the summary for `--json`.
+    ///
+    /// # Errors
+    /// [`BadInput`] for a mask that is not sound or an output that exists.
+    pub(crate) fn run(&self, mut recorder: Recorder) -> Result<Value> {
+        let Self { like, seed, per_tensor, out, force } = self;
+        like.verify()?;
+        let counts = counts(like)?;
+        let rng = &mut ChaCha8Rng::seed_from_u64(*seed);
+        let bits = if *per_tensor {
+            counts.iter().map(|t| (t.name, draw(rng, t.elements, t.selected))).collect()
+        } else {
+            draw_over_all(rng, &counts)
+        };
+        let header = MaskHeader {
+            scope: if *per_tensor { Scope::Tensor } else { Scope::Global },
+            metric: Metric::Random,
+            seed: Some(*seed),
+            ties: Ties::default(),
+            ..like.header.clone()
+        };
+        recorder.seed(*seed);
+        recorder.input("like", like.path(), Digest::of_file(like.path())?);
+        write_mask(out, *force, &header, bits, recorder)?;
+        let each = if *per_tensor { ", as many in each tensor" } else { "" };
+        log::info!(
+            "{}: {} of D = {} elements at random, seed {seed}, as many as {} has{each}",
+            out.display(),
+            header.selected,
+            header.d,
+            like.path().display()
+        );
+        Ok(json!({
+            "out": out,
+            "like": like.path(),
+            "scope": header.scope,
+            "metric": header.metric,
+            "seed": seed,
+            "D": header.d,
+            "selected": header.selected,
+            "excluded": header.excluded,
+        }))
+    }
+}
+
+/// A tensor of D with the number of its elements that the mask selects.
 struct Count<'a> {
     name: &'a str,
     elements: u64,
     selected: u64,
 }
 
-/// The tensors in D, in bytewise name order.
+/// The tensors of D, in bytewise name order.
 fn counts(like: &Mask) -> Result<Vec<Count<'_>>> {
     let bad = |what: &str| BadInput::new(like.path(), what);
     let kinds: Vec<TensorKind> = like
@@ -77,19 +88,19 @@ fn counts(like: &Mask) -> Result<Vec<Count<'_>>> {
         .iter()
         .map(|kind| kind.parse())
         .collect::<Result<_, _>>()
-        .map_err(|e| bad("leaves out an unknown kind of tensors").found(e))?;
+        .map_err(|e| bad("unknown kind of excluded tensors").expected("embeddings or norms").found(e))?;
     let mut counts = Vec::new();
     for (name, bits) in like.tensors() {
         let (elements, selected) = (like.header.numel[name], count_ones(bits));
         if !kinds.iter().any(|kind| kind.matches(name)) {
             counts.push(Count { name, elements, selected });
         } else if selected > 0 {
-            return Err(bad("has elements in a tensor that it leaves out of D").tensor(name).into());
+            return Err(bad("elements are selected in a tensor that is excluded from D").tensor(name).into());
         }
     }
     let d: u64 = counts.iter().map(|t| t.elements).sum();
     if d != like.header.d {
-        return Err(bad("D is not the number of elements of the tensors in it")
+        return Err(bad("D differs from the number of elements in the tensors that are not excluded")
             .expected(like.header.d.to_string())
             .found(d.to_string())
             .into());
@@ -97,7 +108,7 @@ fn counts(like: &Mask) -> Result<Vec<Count<'_>>> {
     Ok(counts)
 }
 
-/// Draws in the tensors after one another, as if they were one.
+/// Draws over all tensors as if they were one.
 fn draw_over_all<'a>(rng: &mut ChaCha8Rng, counts: &[Count<'a>]) -> Vec<(&'a str, Vec<u8>)> {
     let sum = |of: fn(&Count<'_>) -> u64| counts.iter().map(of).sum();
     let all = draw(rng, sum(|t| t.elements), sum(|t| t.selected));
@@ -110,8 +121,8 @@ fn draw_over_all<'a>(rng: &mut ChaCha8Rng, counts: &[Count<'a>]) -> Vec<(&'a str
     counts.iter().map(slice).collect()
 }
 
-/// `k` of `n` bits, every choice equally likely: bits are drawn until as many different ones are found as are set, or as are not,
-/// whichever are fewer.
+/// `k` of `n` bits, every choice equally likely: bits are drawn until as many different ones are
+/// found as are set, or as are not, whichever are fewer.
 fn draw(rng: &mut ChaCha8Rng, n: u64, k: u64) -> Vec<u8> {
     let mut bits = vec![0u8; n.div_ceil(8) as usize];
     let mut left = k.min(n - k);
@@ -139,7 +150,7 @@ fn slice(bits: &[u8], start: u64, n: u64) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use cpift_core::mask::{bit, indices};
+    use cpift_core::format::mask::{bit, indices};
 
     use super::*;
 
@@ -151,7 +162,8 @@ mod tests {
             assert_eq!(count_ones(&bits), k);
             assert!(indices(&bits).all(|i| i < n as usize));
         }
-        // Of 20,000 draws of 5 of 20, or of 15, each element is in a quarter: 5,000 give or take 61.
+        // Of 20,000 draws of 5 of 20, or of 15, each element is in a quarter: 5,000 give or take
+        // 61.
         for k in [5, 15] {
             let mut seen = [0f64; 20];
             (0..20_000).for_each(|_| indices(&draw(rng, 20, k)).for_each(|i| seen[i] += 1.0));

@@ -1,55 +1,77 @@
-//! One pass over a part: bits of what is surely chosen are written, what may be chosen is kept or counted, all of it is checked
-//! and hashed. Then what is left open is settled.
+//! The exact choice of a part's `k` largest scores: one pass over the part where the guess of
+//! [`crate::bracket`] is right, else an exact search and a second pass.
+//!
+//! The first pass checks and hashes all elements, writes the bits of those above the guess, and
+//! keeps or counts those it leaves open.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::Result;
-use cpift_core::checkpoint::PieceHasher;
+use anyhow::{Result, ensure};
 use cpift_core::dispatch;
-use cpift_core::mask::{MaskWriter, Metric, Ties};
-use cpift_core::select::{Cut, Score};
+use cpift_core::format::mask::{MaskWriter, Metric, Ties, count_ones};
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::stream::select::{Cut, Score, Source, find_cut};
 use rayon::prelude::*;
 
-use crate::bracket::Guess;
-use crate::emit::Packer;
-use crate::parts::{Chunk, Pair, Part};
-use crate::scores::{Arithmetic, Block, refuse_unusable};
+use crate::bracket::{Guess, guess};
+use crate::part::{Arithmetic, Block, Chunk, Pair, Part, PartScores, refuse_not_finite};
 
-/// [`Pass::limit`] of the program: for f32, 6 bytes each and 4 more while they are settled.
+/// [`Pass::limit`] of the program. In f32 a candidate takes 6 bytes, and 4 more while it is
+/// settled.
 pub const LIMIT: usize = 32 << 20;
 
-/// What every pass over the elements needs.
+/// Settings and outputs of a pass over the elements.
 pub struct Pass<'a> {
     /// The quantity that is ranked.
     pub metric: Metric,
-    /// The mask under construction.
+    /// Writer of the mask.
     pub writer: &'a MaskWriter,
-    /// Where the pieces of base, tuned and fisher are hashed, where no digest of theirs is recorded.
+    /// Hashers of base, tuned and fisher; `None` for an input whose digest is recorded.
     pub hashers: [Option<&'a PieceHasher>; 3],
-    /// Most candidates of a part that are kept.
+    /// Largest number of candidates kept per part.
     pub limit: usize,
-    /// Told the number of bytes read.
+    /// Called with the number of bytes read.
     pub done: &'a (dyn Fn(u64) + Sync),
 }
 
-/// What one pass found out about a part.
-pub struct Swept<T> {
-    /// Elements above the guess; their bits are written.
+/// Chooses the `k` largest scores of a part and writes their bits. Returns `None` if `k` is 0.
+///
+/// # Errors
+/// As [`sweep`] and [`emit`].
+pub(crate) fn choose<T: Score + Arithmetic>(part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
+    if k == 0 {
+        sweep(part, Guess::<T>::nothing(), pass)?;
+        return Ok(None);
+    }
+    let guess = guess(part, pass.metric, k, pass.limit);
+    if let Some(cut) = sweep(part, guess, pass)?.settle(part, k, pass)? {
+        return Ok(Some(cut));
+    }
+    log::info!("{}: the sampled threshold was wrong; searching all scores", part.label);
+    let cut = find_cut(&PartScores { part, metric: pass.metric }, k);
+    emit(part, &cut, k, pass)?;
+    Ok(Some(cut))
+}
+
+/// Result of one pass over a part.
+pub struct ScanResult<T> {
+    /// Number of elements above the guess; their bits are written.
     above: u64,
     open: Open<T>,
 }
 
-/// Elements that the guess leaves open.
+/// Elements that the guess does not decide.
 enum Open<T> {
-    /// Those inside the bracket by chunk, in order; none of their bits are written.
+    /// Elements inside the bracket by chunk, in order; none of their bits are written.
     Kept(Vec<Candidates<T>>),
     /// Too many to keep.
     Lost,
-    /// The number of elements equal to the score in each chunk; their bits are written in the first `taken` chunks.
+    /// Number of elements equal to `score` per chunk; their bits are written in the first `taken`
+    /// chunks.
     Tied { score: T, counts: Vec<u64>, taken: usize },
 }
 
-/// The elements of a chunk that lie inside the bracket, in order.
+/// Elements of a chunk inside the bracket, in order.
 struct Candidates<T> {
     chunk: usize,
     index: Box<[u16]>,
@@ -62,16 +84,16 @@ struct Worker<T> {
     index: Vec<u16>,
     score: Vec<T>,
     found: Vec<Candidates<T>>,
-    /// Elements inside, of each chunk.
+    /// Number of elements inside, by chunk.
     inside: Vec<(usize, u64)>,
     above: u64,
     result: Result<()>,
-    /// The first chunk, by position, in which a score was not finite.
-    odd: Option<usize>,
+    /// First chunk with a score that is not finite.
+    not_finite: Option<usize>,
 }
 
-/// Runs `step` on the indices 0..n in no particular order: every thread takes the next one with a state of its own.
-pub fn each<S: Send>(n: usize, init: impl Fn() -> S + Sync, step: impl Fn(&mut S, usize) + Sync) -> Vec<S> {
+/// Runs `step` on the indices 0..n in no particular order; every thread has its own state.
+fn each<S: Send>(n: usize, init: impl Fn() -> S + Sync, step: impl Fn(&mut S, usize) + Sync) -> Vec<S> {
     let next = AtomicUsize::new(0);
     rayon::broadcast(|_| {
         let mut state = init();
@@ -85,20 +107,22 @@ pub fn each<S: Send>(n: usize, init: impl Fn() -> S + Sync, step: impl Fn(&mut S
     })
 }
 
-/// Adds a chunk of every input to its hasher.
-pub fn hash(hashers: [Option<&PieceHasher>; 3], pair: &Pair<'_>, chunk: Chunk) {
-    for ((hasher, view), index) in hashers.iter().zip(pair.views()).zip(pair.places) {
+/// Hashes a chunk of every input.
+pub(crate) fn hash(hashers: [Option<&PieceHasher>; 3], pair: &Pair<'_>, chunk: Chunk) {
+    for ((hasher, view), index) in hashers.iter().zip(pair.views()).zip(pair.positions) {
         if let Some(hasher) = hasher {
             hasher.add(index, chunk.start, view.slice(chunk.start, chunk.len));
         }
     }
 }
 
-/// Sweeps `part`.
+/// Reads `part` once: checks and hashes its elements, writes the bits above `guess`, and keeps or
+/// counts those that the guess leaves open.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite, or a negative square; I/O errors.
-pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pass<'_>) -> Result<Swept<T>> {
+/// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite, or a
+/// negative square; I/O errors.
+pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pass<'_>) -> Result<ScanResult<T>> {
     let chunks = part.chunks.len();
     let taken = match guess {
         Guess::Bracket { .. } => 0,
@@ -110,9 +134,9 @@ pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pas
             worker.result = worker.chunk(part, i, guess, i < taken, pass, &kept);
         }
     });
-    if let Some(first) = workers.iter().filter_map(|w| w.odd).min() {
-        // Distances can overflow although both values are finite, so the chunks from the first odd one on are read again.
-        part.chunks[first..].iter().try_for_each(|chunk| refuse_unusable::<T>(&part.pairs[chunk.pair], *chunk))?;
+    if let Some(first) = workers.iter().filter_map(|w| w.not_finite).min() {
+        // |Δ| can overflow although both values are finite, so look for the value from this chunk on.
+        part.chunks[first..].iter().try_for_each(|chunk| refuse_not_finite::<T>(&part.pairs[chunk.pair], *chunk))?;
     }
     let (mut above, mut candidates, mut counts) = (0, Vec::new(), vec![0; chunks]);
     for worker in workers {
@@ -127,7 +151,7 @@ pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pas
         Guess::Bracket { .. } if kept.into_inner() <= pass.limit => Open::Kept(candidates),
         Guess::Bracket { .. } => Open::Lost,
     };
-    Ok(Swept { above, open })
+    Ok(ScanResult { above, open })
 }
 
 impl<T: Score + Arithmetic> Worker<T> {
@@ -141,7 +165,7 @@ impl<T: Score + Arithmetic> Worker<T> {
             inside: Vec::new(),
             above: 0,
             result: Ok(()),
-            odd: None,
+            not_finite: None,
         }
     }
 
@@ -159,7 +183,7 @@ impl<T: Score + Arithmetic> Worker<T> {
         hash(pass.hashers, pair, chunk);
         let (above, inside, finite) = dispatch!(self.classify(part, chunk, guess, take, pass.metric));
         if !finite {
-            self.odd = Some(self.odd.map_or(i, |o| o.min(i)));
+            self.not_finite = Some(self.not_finite.map_or(i, |o| o.min(i)));
         }
         self.above += above;
         if above > 0 || take && inside > 0 {
@@ -175,8 +199,9 @@ impl<T: Score + Arithmetic> Worker<T> {
         Ok(())
     }
 
-    /// Puts the chunk's bits above the guess into `bits`, ties as well where they are taken, and the candidates of a bracket into
-    /// `index` and `score`; returns the numbers above and inside, and whether all scores are finite.
+    /// Puts the bits above the guess into `bits`, with ties if `take` is true, and the candidates
+    /// of a bracket into `index` and `score`. Returns the numbers above and inside, and true if all
+    /// scores are finite.
     #[inline(always)]
     fn classify(
         &mut self,
@@ -226,12 +251,9 @@ impl<T: Score + Arithmetic> Worker<T> {
     }
 }
 
-impl<T: Score + Arithmetic> Swept<T> {
-    /// Settles what the guess left open, so that the `k` largest scores are chosen, and writes the bits; `None` where the guess
-    /// was wrong or left too much open.
-    ///
-    /// # Errors
-    /// I/O errors.
+impl<T: Score + Arithmetic> ScanResult<T> {
+    /// Chooses among the open elements so that the `k` largest scores are chosen, and writes their
+    /// bits. Returns `None` if the guess was wrong or left too many elements open.
     pub fn settle(&self, part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
         let open: u64 = match &self.open {
             Open::Kept(candidates) => candidates.iter().map(|c| c.index.len() as u64).sum(),
@@ -250,8 +272,8 @@ impl<T: Score + Arithmetic> Swept<T> {
     }
 }
 
-/// Hands out room for `chosen` ties to chunks with so many ties each, in order of position.
-fn hand_out(mut chosen: u64, counts: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
+/// Distributes `chosen` ties over chunks with `counts` ties, in order of position.
+fn allot(mut chosen: u64, counts: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
     counts.map(move |ties| {
         let here = chosen.min(ties);
         chosen -= here;
@@ -263,12 +285,13 @@ fn hand_out(mut chosen: u64, counts: impl Iterator<Item = u64>) -> impl Iterator
 fn settle_kept<T: Score>(candidates: &[Candidates<T>], part: &Part<'_>, k: u64, writer: &MaskWriter) -> Result<Cut<T>> {
     let cut = cut(candidates, k);
     let ties = candidates.iter().map(|c| c.score.iter().filter(|s| **s == cut.threshold).count() as u64);
-    let jobs: Vec<(&Candidates<T>, u64)> = candidates.iter().zip(hand_out(cut.ties.chosen, ties)).collect();
+    let jobs: Vec<(&Candidates<T>, u64)> = candidates.iter().zip(allot(cut.ties.chosen, ties)).collect();
     jobs.into_par_iter().try_for_each(|(found, room)| found.write(part, cut.threshold, room, writer))?;
     Ok(cut)
 }
 
-/// Writes the bits of the first `k` ties: only the chunks between the guessed and the real end of them are read again.
+/// Writes the bits of the first `k` ties. Only chunks between the guessed and the real last one are
+/// read again.
 fn settle_tied<T: Score + Arithmetic>(
     threshold: T,
     counts: &[u64],
@@ -277,7 +300,7 @@ fn settle_tied<T: Score + Arithmetic>(
     k: u64,
     pass: &Pass<'_>,
 ) -> Result<Cut<T>> {
-    let rooms: Vec<u64> = hand_out(k, counts.iter().copied()).collect();
+    let rooms: Vec<u64> = allot(k, counts.iter().copied()).collect();
     let wrong = |i: &usize| rooms[*i] != if *i < taken { counts[*i] } else { 0 };
     let jobs: Vec<usize> = (0..counts.len()).filter(wrong).collect();
     jobs.into_par_iter()
@@ -288,7 +311,7 @@ fn settle_tied<T: Score + Arithmetic>(
     Ok(Cut { threshold, ties: Ties { at_threshold, chosen: k, decided_by_position } })
 }
 
-/// Where the candidates are cut so that the `k` largest are chosen.
+/// Threshold of the `k` largest candidates.
 fn cut<T: Score>(candidates: &[Candidates<T>], k: u64) -> Cut<T> {
     let mut keys: Vec<T> = candidates.iter().flat_map(|c| c.score.iter().copied()).collect();
     let place = keys.len() - k as usize;
@@ -301,7 +324,8 @@ fn cut<T: Score>(candidates: &[Candidates<T>], k: u64) -> Cut<T> {
 }
 
 impl<T: Score> Candidates<T> {
-    /// Sets the bits of what is above the threshold and of the first `room` elements equal to it.
+    /// Sets the bits of the candidates above the threshold and of the first `room` candidates equal
+    /// to it.
     fn write(&self, part: &Part<'_>, threshold: T, mut room: u64, writer: &MaskWriter) -> Result<()> {
         let chunk = part.chunks[self.chunk];
         let (name, offset) = (part.pairs[chunk.pair].base.name, chunk.start as u64 / 8);
@@ -317,5 +341,114 @@ impl<T: Score> Candidates<T> {
             }
         }
         if any { writer.write(name, offset, &bits) } else { Ok(()) }
+    }
+}
+
+/// Writes the bits of chunks whose threshold is known.
+struct Packer<T> {
+    scores: Vec<T>,
+    bytes: Vec<u8>,
+}
+
+impl<T: Score + Arithmetic> Packer<T> {
+    pub fn new() -> Self {
+        Self { scores: Vec::new(), bytes: Vec::new() }
+    }
+
+    /// Writes the bits of chunk `i`: the elements above the threshold and the first `room` equal to
+    /// it. Returns the number of bits set.
+    pub fn write(&mut self, part: &Part<'_>, i: usize, threshold: T, room: u64, pass: &Pass<'_>) -> Result<u64> {
+        let chunk = part.chunks[i];
+        PartScores { part, metric: pass.metric }.scores(i, &mut self.scores);
+        pack(&self.scores, threshold, room, &mut self.bytes);
+        pass.writer.write(part.pairs[chunk.pair].base.name, chunk.start as u64 / 8, &self.bytes)?;
+        Ok(count_ones(&self.bytes))
+    }
+}
+
+impl<T: Score + Arithmetic> Default for Packer<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Writes all bits of `part`, of which `k` are set, once `cut` is known from an exact search.
+///
+/// # Errors
+/// I/O errors; inputs that changed while they were read.
+pub fn emit<T: Score + Arithmetic>(part: &Part<'_>, cut: &Cut<T>, k: u64, pass: &Pass<'_>) -> Result<()> {
+    let position_decides = cut.ties.decided_by_position > 0;
+    let before = position_decides.then(|| ties_before(part, pass.metric, cut.threshold));
+    let selected = (0..part.chunks.len())
+        .into_par_iter()
+        .map_init(Packer::new, |packer, i| {
+            // Ties that this chunk may still choose: all of them if position decides nothing.
+            let room = before.as_ref().map_or(u64::MAX, |counts| cut.ties.chosen.saturating_sub(counts[i]));
+            packer.write(part, i, cut.threshold, room, pass)
+        })
+        .try_reduce(|| 0, |a, b| Ok(a + b))?;
+    ensure!(
+        selected == k,
+        "chose {selected} elements where {k} were asked for: the checkpoints changed while they were read"
+    );
+    Ok(())
+}
+
+/// Number of elements equal to the threshold before each chunk.
+fn ties_before<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, threshold: T) -> Vec<u64> {
+    let source = PartScores { part, metric };
+    let count = |scores: &mut Vec<T>, i| {
+        source.scores(i, scores);
+        scores.iter().filter(|s| **s == threshold).count() as u64
+    };
+    let mut counts: Vec<u64> = (0..part.chunks.len()).into_par_iter().map_init(Vec::new, count).collect();
+    let mut before = 0;
+    for count in &mut counts {
+        before += std::mem::replace(count, before);
+    }
+    counts
+}
+
+/// Packs `score > threshold`, and the first `room` elements equal to it; bit b of byte a is element
+/// 8a + b.
+fn pack<T: Score>(scores: &[T], threshold: T, mut room: u64, bytes: &mut Vec<u8>) {
+    match room {
+        0 => pack_where(scores, bytes, |s| s > threshold),
+        // Room for every element: no need to count ties.
+        _ if room >= scores.len() as u64 => pack_where(scores, bytes, |s| s >= threshold),
+        _ => pack_where(scores, bytes, |s| {
+            let tie = s == threshold && room > 0;
+            room -= u64::from(tie);
+            tie || s > threshold
+        }),
+    }
+}
+
+fn pack_where<T: Copy>(scores: &[T], bytes: &mut Vec<u8>, mut chosen: impl FnMut(T) -> bool) {
+    bytes.clear();
+    let (eights, rest) = scores.as_chunks::<8>();
+    let mut byte = |values: &[T]| (0..).zip(values).fold(0u8, |byte, (b, s)| byte | u8::from(chosen(*s)) << b);
+    bytes.extend(eights.iter().map(|eight| byte(eight)));
+    if !rest.is_empty() {
+        bytes.push(byte(rest));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_packed_little_end_first_and_ties_fill_the_room_in_order() {
+        let scores = [3f32, 1.0, 2.0, 2.0, 0.0, 2.0, 0.0, 0.0, 5.0, 2.0];
+        let packed = |room| {
+            let mut bytes = Vec::new();
+            pack(&scores, 2.0, room, &mut bytes);
+            bytes
+        };
+        assert_eq!(packed(0), [0b0000_0001, 0b01]);
+        assert_eq!(packed(2), [0b0000_1101, 0b01]);
+        assert_eq!(packed(3), [0b0010_1101, 0b01]);
+        assert_eq!(packed(u64::MAX), [0b0010_1101, 0b11]);
     }
 }

@@ -4,90 +4,79 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{PieceHasher, TensorKind};
-use cpift_core::dispatch;
-use cpift_core::files::{check_not_input, check_output};
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, Metric, Scope, Ties};
-use cpift_core::provenance::Recorder;
-use cpift_core::{BadInput, progress};
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, Metric, Scope, Ties};
+use cpift_core::format::names::TensorKind;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::run::progress;
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::{BadInput, dispatch};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::args::TensorsArgs;
-use crate::inputs::{Digests, Inputs, each_once};
+use crate::inputs::{Digests, Inputs};
 use crate::output::{all_set, write_mask};
-use crate::parts::{Chunk, Part, cut};
+use crate::part::{Block, Chunk, MinMax, Part, refuse_not_finite};
 use crate::percent::Percent;
-use crate::scores::{Block, Extent, refuse_unusable};
-use crate::summary::not_parameters;
 use crate::sweep::hash;
 
-/// A mask of whole tensors to make, checked as far as headers and names go.
-struct Plan {
-    inputs: Inputs,
-    percent: Percent,
-    excluded: Vec<TensorKind>,
-    out: PathBuf,
-    force: bool,
+/// A checked request for a mask of whole tensors.
+pub(crate) struct Plan {
+    pub(crate) inputs: Inputs,
+    /// Percent of the number of tensors, rounded up.
+    pub(crate) percent: Percent,
+    /// In order, each once.
+    pub(crate) excluded: Vec<TensorKind>,
+    pub(crate) out: PathBuf,
+    pub(crate) force: bool,
 }
 
-/// A tensor and what its importance comes from.
+/// A tensor with its importance and the figures behind it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 struct Ranked {
     name: String,
     elements: u64,
     /// Root mean square of its update.
     rms: f64,
-    /// Mean of its squared gradients, where they are given.
+    /// Mean of its squared gradients, if given.
     #[serde(skip_serializing_if = "Option::is_none")]
     fisher: Option<f64>,
     importance: f64,
 }
 
-/// Runs `tensors` and returns its summary for `--json`: nothing is written unless all of it succeeds.
-///
-/// # Errors
-/// [`BadInput`] for unusable inputs or an output that exists; I/O errors.
-pub fn tensors(args: &TensorsArgs, force: bool) -> Result<Value> {
-    let clock = Instant::now();
-    let mut recorder = Recorder::start(env!("CARGO_PKG_NAME"));
-    let plan = Plan::new(args, force)?;
-    let (ranked, digests) = plan.rank()?;
-    let chosen = plan.percent.up_of(ranked.len() as u64) as usize;
-    let header = plan.header(&ranked, chosen, &digests);
-    plan.inputs.record(&mut recorder, &digests);
-    recorder.fact("tensors", ranked.len());
-    recorder.fact("tensors_chosen", chosen);
-    let bits = ranked[..chosen].iter().map(|tensor| (tensor.name.as_str(), all_set(tensor.elements)));
-    write_mask(&plan.out, force, &header, bits, recorder)?;
-    plan.log(&header, &ranked, chosen, clock.elapsed().as_secs_f64());
-    Ok(json!({
-        "out": plan.out,
-        "percent": header.percent,
-        "scope": header.scope,
-        "metric": header.metric,
-        "D": header.d,
-        "selected": header.selected,
-        "excluded": header.excluded,
-        "chosen": ranked[..chosen],
-        "others": ranked[chosen..],
-        "not_parameters": not_parameters(&plan.inputs.base),
-    }))
-}
-
 impl Plan {
-    fn new(args: &TensorsArgs, force: bool) -> Result<Self> {
-        check_output(&args.out, force)?;
-        let inputs = Inputs::open(&args.base, &args.tuned, args.fisher.as_deref())?;
-        check_not_input("--out", &args.out, inputs.files())?;
-        Ok(Self { inputs, percent: args.percent, excluded: each_once(&args.exclude), out: args.out.clone(), force })
+    /// Writes the mask and its record, or nothing; returns the summary for `--json`.
+    ///
+    /// # Errors
+    /// [`BadInput`] for a value that is not finite or an output that exists.
+    pub(crate) fn run(&self, mut recorder: Recorder) -> Result<Value> {
+        let clock = Instant::now();
+        let (ranked, digests) = self.rank()?;
+        let chosen = self.percent.up_of(ranked.len() as u64) as usize;
+        let header = self.header(&ranked, chosen, &digests);
+        self.inputs.record(&mut recorder, &digests);
+        recorder.fact("tensors", ranked.len());
+        recorder.fact("tensors_chosen", chosen);
+        let bits = ranked[..chosen].iter().map(|tensor| (tensor.name.as_str(), all_set(tensor.elements)));
+        write_mask(&self.out, self.force, &header, bits, recorder)?;
+        self.log(&header, &ranked, chosen, clock.elapsed().as_secs_f64());
+        Ok(json!({
+            "out": self.out,
+            "percent": header.percent,
+            "scope": header.scope,
+            "metric": header.metric,
+            "D": header.d,
+            "selected": header.selected,
+            "excluded": header.excluded,
+            "chosen": ranked[..chosen],
+            "others": ranked[chosen..],
+            "not_parameters": self.inputs.not_parameters(),
+        }))
     }
 
-    /// All tensors that may be chosen, the most important first, equal ones in bytewise name order.
+    /// All tensors of D, the most important first, equally important ones in bytewise name order.
     fn rank(&self) -> Result<(Vec<Ranked>, Digests)> {
-        check_output(&self.out, self.force)?;
-        let mut parts = cut(&self.inputs, Scope::Whole, &self.excluded);
+        let mut parts = self.inputs.parts(Scope::Whole, &self.excluded);
         let Some(part) = parts.ranked.pop() else {
             return Err(BadInput::new(self.inputs.base.path(), "no tensor to choose from")
                 .expected("at least one floating-point tensor that --exclude leaves in")
@@ -105,7 +94,7 @@ impl Plan {
             .zip(sums)
             .map(|(pair, sums)| {
                 let (name, elements) = (pair.base.name.to_owned(), pair.base.numel() as u64);
-                // An empty tensor has nothing that moved.
+                // A tensor without elements has no update.
                 let mean = |sum: f64| sum / elements.max(1) as f64;
                 let fisher = pair.fisher.map(|_| mean(sums[1]));
                 Ranked { name, elements, rms: mean(sums[0]).sqrt(), fisher, importance: 0.0 }
@@ -129,7 +118,7 @@ impl Plan {
             excluded: self.excluded.iter().map(ToString::to_string).collect(),
             base: base.clone(),
             tuned: tuned.clone(),
-            numel: self.inputs.base.parameters().map(|v| (v.name.to_owned(), v.numel() as u64)).collect(),
+            numel: self.inputs.numel(),
         }
     }
 
@@ -150,7 +139,7 @@ impl Plan {
             log::info!("  and {} more (--json lists all)", chosen - 10);
         }
         if ranked.iter().all(|t| t.rms == 0.0) {
-            log::warn!("no parameter moved\n  hint: is --tuned really the fine-tuned checkpoint?");
+            log::warn!("no parameter changed\n  hint: check that --tuned is the fine-tuned checkpoint");
         }
         let last = ranked[chosen - 1].importance;
         if ranked.get(chosen).is_some_and(|next| next.importance == last) {
@@ -161,23 +150,23 @@ impl Plan {
 
 /// Fills in the importance of each tensor and sorts, the most important first.
 fn weigh(ranked: &mut [Ranked]) {
-    let extent = |figure: &dyn Fn(&Ranked) -> f64| {
+    let range = |figure: &dyn Fn(&Ranked) -> f64| {
         let figures = || ranked.iter().map(figure);
-        Extent::new(figures().fold(f64::INFINITY, f64::min), figures().fold(f64::NEG_INFINITY, f64::max))
+        MinMax::new(figures().fold(f64::INFINITY, f64::min), figures().fold(f64::NEG_INFINITY, f64::max))
     };
-    let (moved, felt) = (extent(&|t| t.rms), extent(&|t| t.fisher.unwrap_or(0.0)));
+    let (rms, mean) = (range(&|t| t.rms), range(&|t| t.fisher.unwrap_or(0.0)));
     for tensor in ranked.iter_mut() {
         tensor.importance = match tensor.fisher {
-            Some(fisher) => 0.5 * moved.scale(tensor.rms) + 0.5 * felt.scale(fisher),
+            Some(fisher) => 0.5 * rms.scale(tensor.rms) + 0.5 * mean.scale(fisher),
             None => tensor.rms,
         };
     }
-    // A stable sort: the tensors come in bytewise name order.
+    // The sort is stable and the tensors come in bytewise name order.
     ranked.sort_by(|a, b| b.importance.total_cmp(&a.importance));
 }
 
-/// The sums of Δ² and of F over each tensor of `part`, in f64: chunk by chunk, and these in order, so that they do not depend on the
-/// threads.
+/// Sums of Δ² and of F over each tensor of `part`, in f64. Chunks are added in order, so that the
+/// sums do not depend on the number of threads.
 fn sums(part: &Part<'_>, hashers: [Option<&PieceHasher>; 3], done: &(dyn Fn(u64) + Sync)) -> Result<Vec<[f64; 2]>> {
     let work = |block: &mut Block<f64>, chunk: &Chunk| {
         hash(hashers, &part.pairs[chunk.pair], *chunk);
@@ -189,7 +178,7 @@ fn sums(part: &Part<'_>, hashers: [Option<&PieceHasher>; 3], done: &(dyn Fn(u64)
     for (chunk, found) in part.chunks.iter().zip(found) {
         let pair = &part.pairs[chunk.pair];
         if !found.iter().all(|sum| sum.is_finite()) {
-            refuse_unusable::<f64>(pair, *chunk)?;
+            refuse_not_finite::<f64>(pair, *chunk)?;
             return Err(BadInput::new(pair.tuned.file, "a mean square overflows").tensor(pair.base.name).into());
         }
         sums[chunk.pair].iter_mut().zip(found).for_each(|(sum, found)| *sum += found);

@@ -1,4 +1,5 @@
-//! `cpift-mask` on bad input and bad arguments, its tables, and what it is linked to, through the real binary.
+//! `cpift-mask` on bad input and bad arguments, its tables, and what it is linked to, through the
+//! real binary.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -54,7 +55,8 @@ impl Setting {
         run(BIN, args.iter().chain(more))
     }
 
-    /// Extracts from the base and `tuned`: exit code 3, a message with all of `parts` and the file's path, no output.
+    /// Extracts from the base and `tuned`: exit code 3, a message with all of `parts` and the
+    /// file's path, no output.
     #[track_caller]
     fn refuses(&self, tuned: &Path, file: &Path, parts: &[&str]) {
         self.extract(&self.path("base"), tuned, &[]).bad_input(&[file.to_str().unwrap()]).says(parts);
@@ -326,7 +328,8 @@ fn extract_writes_the_statistics_that_stats_would() {
     run(BIN, ["stats", mask.to_str().unwrap(), "--out", &again[0], "--svg", &again[1]]).ok();
     assert_eq!(fs::read_to_string(&stats).unwrap(), fs::read_to_string(&again[0]).unwrap());
     assert_eq!(fs::read_to_string(stats.with_extension("svg")).unwrap(), fs::read_to_string(&again[1]).unwrap());
-    // An output that exists is refused before anything is read or written, and so is one name for two outputs.
+    // An output that exists is refused before anything is read or written, and so is one name for
+    // two outputs.
     fs::remove_file(&mask).unwrap();
     s.extract(&s.path("base"), &tuned, &["--stats", stats.to_str().unwrap()]).bad_input(&["density.json", "--force"]);
     assert!(!mask.exists());

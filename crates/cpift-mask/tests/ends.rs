@@ -1,4 +1,5 @@
-//! `cpift-mask extract` killed, stopped and out of room: nothing under the final name, or the whole mask.
+//! `cpift-mask extract` killed, stopped and out of room: nothing under the final name, or the whole
+//! mask.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! `extract --score fisher` and `--score blend` against a brute-force sort, and on squared gradients that cannot be used, through the
-//! real binary.
+//! `extract --score fisher` and `--score blend` against a brute-force sort, and on squared
+//! gradients that cannot be used, through the real binary.
 
 mod common;
 
@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use common::{BIN, chosen, model, record};
-use cpift_core::checkpoint::names::layer;
-use cpift_core::mask::{Metric, Scope};
+use cpift_core::format::mask::{Metric, Scope};
+use cpift_core::format::names::layer;
 use cpift_core::{Checkpoint, Dtype, Mask};
 use cpift_testkit::{
     Numbers, Run, Tensor, Tensors, expect_entries, run, write_checkpoint, write_safetensors, write_sharded,
@@ -186,12 +186,13 @@ fn what_is_constant_counts_nothing() {
     let s = Setting::new(&base, &tuned, &constant);
     let [b, t, _] = s.inputs.each_ref().map(|p| p.to_str().unwrap());
     run(BIN, ["extract", "--base", b, "--tuned", t, "--out", s.out().to_str().unwrap()]).ok();
-    // Only the distances differ, and scaling keeps their order where it does not make two of them equal.
+    // Only the distances differ, and scaling keeps their order where it does not make two of them
+    // equal.
     assert_eq!(blend, chosen(&Mask::open(&s.out()).unwrap()));
     check(&base, &base, &constant);
     s.run("fisher", &["--force"]).ok().says(&["warn: ", "1055 of the 1055 chosen", "position", "smaller --percent"]);
     let nothing = Setting::new(&base, &tuned, &model(&[Dtype::F32], || 0.0));
-    nothing.run("fisher", &[]).ok().says(&["warn: ", "no parameter has a gradient", "is --fisher really"]);
+    nothing.run("fisher", &[]).ok().says(&["warn: ", "no parameter has a gradient", "check that --fisher"]);
 }
 
 #[test]
@@ -298,7 +299,7 @@ fn squares_of_another_model_and_flags_that_do_not_go_together() {
     refuses(&|f| drop(f.insert("scalar".into(), Tensor::f32(&[1], &[0.0]))), &["shape differs", "found: [1]"]);
     refuses(&|f| drop(f.insert("more".into(), Tensor::f32(&[1], &[0.0]))), &["does not have", "tensor: more"]);
     let s = Setting::new(&base, &tuned, &good);
-    s.run("magnitude", &[]).usage_error(&["--fisher has no part in --score magnitude"]);
+    s.run("magnitude", &[]).usage_error(&["--score magnitude does not use --fisher"]);
     s.run("trace", &[]).usage_error(&["fisher", "blend", "relative"]);
     let [b, t, f] = s.inputs.each_ref().map(|p| p.to_str().unwrap());
     let line = ["extract", "--base", b, "--tuned", t];

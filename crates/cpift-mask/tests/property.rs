@@ -1,9 +1,10 @@
-//! Random masks in this process, any shapes, dtypes, layouts, values and thread counts: what a full sort chooses, bit for bit.
+//! Random masks in this process, any shapes, dtypes, layouts, values and thread counts: what a full
+//! sort chooses, bit for bit.
 
 use std::path::Path;
 
 use clap::Parser;
-use cpift_core::mask::{Metric, Scope, indices};
+use cpift_core::format::mask::{Metric, Scope, indices};
 use cpift_core::{Dtype, Mask};
 use cpift_mask::Args;
 use cpift_testkit::layout::{memory_dir, silence, with_threads, write_anyhow};
@@ -243,7 +244,8 @@ proptest! {
 proptest! {
     #![proptest_config(cpift_testkit::cases(24))]
     #[test]
-    // Around the sizes of blocks and chunks, and enough elements that the threshold is bracketed by a sample.
+    // Around the sizes of blocks and chunks, and enough elements that the threshold is bracketed by
+    // a sample.
     fn large_tensors_are_chosen_as_a_sort_chooses(
         case in case(prop_oneof![1..70_000usize, 32_767..=32_769usize, 65_535..=65_537usize, 99_990..=100_010usize])
     ) {

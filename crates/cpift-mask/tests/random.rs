@@ -5,8 +5,9 @@ mod common;
 use std::path::PathBuf;
 
 use common::{BIN, chosen, model, record};
-use cpift_core::checkpoint::{Digest, TensorKind};
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
+use cpift_core::format::names::TensorKind;
 use cpift_core::{Dtype, Mask};
 use cpift_testkit::{Numbers, Run, expect_entries, run, write_checkpoint};
 use serde_json::{Value, json};
@@ -117,7 +118,8 @@ fn the_seed_alone_decides() {
         assert!(run("8", "1") != first);
     }
     assert!(bytes(&[]) == bytes(&["--seed", "0"]));
-    // The draws are part of the format of a run: another generator would give other controls under the same seed.
+    // The draws are part of the format of a run: another generator would give other controls under
+    // the same seed.
     let digest = |mask: &Mask| chosen(mask).iter().take(3).map(|(_, i)| *i).collect::<Vec<_>>();
     assert_eq!(digest(&s.mask(&["--seed", "7"])), FIRST);
 }
@@ -187,7 +189,7 @@ fn masks_that_cannot_be_followed() {
         MaskWriter::create(&s.like, &header).unwrap().write("model.norm.weight", 0, &[2]).unwrap();
     };
     write(&["norms"], 9);
-    s.run(&[]).bad_input(&[like, "leaves out of D", "tensor: model.norm.weight"]);
+    s.run(&[]).bad_input(&[like, "excluded from D", "tensor: model.norm.weight"]);
     write(&[], 12);
     s.run(&[]).bad_input(&[like, "expected: 12", "found: 13"]);
     write(&["biases"], 13);

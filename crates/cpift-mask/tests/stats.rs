@@ -1,10 +1,11 @@
-//! `cpift-mask stats`: the matrix of layers by roles against a loop over single bits, its files and its picture.
+//! `cpift-mask stats`: the matrix of layers by roles against a loop over single bits, its files and
+//! its picture.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_testkit::{Numbers, expect_entries, run};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -24,7 +25,8 @@ const TENSORS: [(&str, &str, &str); 9] = [
     ("model.norm.weight", "outside", "norm"),
 ];
 
-/// A mask of random sizes and bits, with those of `excluded` kinds all zero; its counts by layer and role.
+/// A mask of random sizes and bits, with those of `excluded` kinds all zero; its counts by layer
+/// and role.
 struct Setting {
     dir: TempDir,
     mask: PathBuf,

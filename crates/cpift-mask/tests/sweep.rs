@@ -2,15 +2,14 @@
 
 use std::path::Path;
 
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
-use cpift_core::select::find_cut;
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::stream::select::find_cut;
 use cpift_core::{Checkpoint, Mask};
 use cpift_mask::bracket::{Guess, guess};
-use cpift_mask::emit::emit;
+
 use cpift_mask::inputs::Inputs;
-use cpift_mask::parts::{Part, cut};
-use cpift_mask::scores::PartScores;
-use cpift_mask::sweep::{LIMIT, Pass, sweep};
+use cpift_mask::part::{Part, PartScores};
+use cpift_mask::sweep::{LIMIT, Pass, emit, sweep};
 use cpift_testkit::{Numbers, Tensor, Tensors, write_checkpoint};
 
 const N: usize = 300_007;
@@ -25,7 +24,7 @@ fn bits(dir: &Path, levels: u64, choose: impl FnOnce(&Part<'_>, &Pass<'_>)) -> V
     let [base, tuned] = [("base", 1), ("tuned", levels)]
         .map(|(name, level)| Checkpoint::open(&write_checkpoint(&dir.join(name), &tensors(level))).unwrap());
     let inputs = Inputs { base, tuned, fisher: None };
-    let parts = cut(&inputs, Scope::Global, &[]);
+    let parts = inputs.parts(Scope::Global, &[]);
     let header = MaskHeader {
         format_version: FORMAT_VERSION,
         percent: 1.0,

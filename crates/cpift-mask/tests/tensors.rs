@@ -5,8 +5,8 @@ mod common;
 use std::path::PathBuf;
 
 use common::{BIN, model, record};
-use cpift_core::checkpoint::TensorKind;
-use cpift_core::mask::{Metric, Scope, count_ones};
+use cpift_core::format::mask::{Metric, Scope, count_ones};
+use cpift_core::format::names::TensorKind;
 use cpift_core::{Checkpoint, Dtype, Mask};
 use cpift_testkit::{Numbers, Run, Tensor, Tensors, expect_entries, run, write_checkpoint, write_safetensors};
 use serde_json::{Value, json};
@@ -173,7 +173,7 @@ fn equal_importances_are_chosen_by_name_and_nothing_moved_is_warned_of() {
         assert_eq!(names, ["lm_head.weight", "model.embed_tokens.weight"]);
     }
     let s = Setting::new([still.clone(), still.clone(), still]);
-    s.run(false, &[]).ok().says(&["warn: ", "no parameter moved", "--tuned"]);
+    s.run(false, &[]).ok().says(&["warn: ", "no parameter changed", "--tuned"]);
 }
 
 #[test]

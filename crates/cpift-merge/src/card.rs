@@ -1,18 +1,16 @@
-//! The output's README.md: what was merged and how, with the hub's YAML front matter and what it takes to do it again.
+//! The model card, README.md of the output: inputs and method, the hub's YAML front matter, and the
+//! recipe or command that reproduces the merge.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::Path;
 
-use clap::ValueEnum;
-use clap::builder::PossibleValue;
 use cpift_core::Dtype;
 
-use crate::cli::{CpiArgs, Space};
 use crate::recipe;
-use crate::request::{Method, Request};
+use crate::request::{CpiRequest, Method, Request, Space, TaskWeights};
 
-/// The card of a merge by one of the plain methods, whose output is of `dtype`.
+/// Card of a merge by one of the plain methods with an output of `dtype`.
 pub fn of_request(request: &Request, dtype: Dtype) -> String {
     let method = request.method;
     let models: Vec<&Path> = request.models.iter().map(|model| model.path.as_path()).collect();
@@ -35,26 +33,26 @@ pub fn of_request(request: &Request, dtype: Dtype) -> String {
     if let Some(base) = &request.base {
         let _ = writeln!(text, "\nBase: {}", inline(&base.to_string_lossy()));
     }
-    text + "\n" + &again("`cpift-merge recipe` makes it again from", "yaml", &recipe::write(request, dtype))
+    text + "\n" + &reproduction("`cpift-merge recipe` makes it again from", "yaml", &recipe::write(request, dtype))
 }
 
-/// The card of a merge by `cpi`.
-pub fn of_cpi(args: &CpiArgs, dtype: Dtype) -> String {
-    let tasks = args.tasks.iter().map(|task| task.path.as_path());
-    let mut text = front_matter([args.base.as_path()].into_iter().chain(args.backbone.as_deref()).chain(tasks));
+/// Card of a merge by `cpi` with an output of `dtype`.
+pub(crate) fn of_cpi(request: &CpiRequest, dtype: Dtype) -> String {
+    let tasks = request.tasks.iter().map(|task| task.path.as_path());
+    let mut text = front_matter([request.base.as_path()].into_iter().chain(request.backbone.as_deref()).chain(tasks));
     text += "# Merge by core parameter isolation\n\n";
     text += "Each task's core region comes from that task bit for bit; all other weights are the spherical interpolation of \
              backbone and tasks (CPI-FT, arXiv:2508.21741).\n\n| task | model |\n| --- | --- |\n";
-    for task in &args.tasks {
+    for task in &request.tasks {
         let _ = writeln!(text, "| {} | {} |", cell(&task.name), cell(&task.path.to_string_lossy()));
     }
-    let _ = writeln!(text, "\nBase: {}\n", inline(&args.base.to_string_lossy()));
-    text + &again("Made by", "sh", &command(args, dtype))
+    let _ = writeln!(text, "\nBase: {}\n", inline(&request.base.to_string_lossy()));
+    text + &reproduction("Made by", "sh", &command(request, dtype))
 }
 
-/// The keys the hub reads: its own list of models, library and tags.
+/// Keys that the hub reads: models on the hub, library and tags.
 fn front_matter<'a>(models: impl Iterator<Item = &'a Path>) -> String {
-    // The hub refuses what is not a model's name there, such as the path of a folder.
+    // The hub refuses anything that is not the name of a model, such as the path of a directory.
     let ids: BTreeSet<&str> = models.filter_map(Path::to_str).filter(|name| is_hub_id(name)).collect();
     let mut text = "---\n".to_owned();
     if !ids.is_empty() {
@@ -66,7 +64,8 @@ fn front_matter<'a>(models: impl Iterator<Item = &'a Path>) -> String {
     text + "library_name: transformers\ntags:\n  - merge\n  - cpift\n---\n\n"
 }
 
-/// Whether a path has the form of a name on the hub, `organisation/model`: people keep downloads under it.
+/// Returns true if a path has the form of a name on the hub, `organisation/model`, under which
+/// downloads are often kept.
 fn is_hub_id(name: &str) -> bool {
     let part = |part: &str| {
         part.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -87,7 +86,7 @@ fn title(method: Method) -> &'static str {
     }
 }
 
-/// What the method does, and the paper it is from.
+/// Description of the method, with its paper.
 fn sentence(request: &Request) -> String {
     let text = match request.method {
         Method::Linear if request.normalize => {
@@ -122,52 +121,52 @@ fn sentence(request: &Request) -> String {
     format!("{text}{about}")
 }
 
-/// The `cpi` command that was typed, with every choice spelled out.
-fn command(args: &CpiArgs, dtype: Dtype) -> String {
+/// The `cpi` command of the request, with the defaults spelled out.
+fn command(request: &CpiRequest, dtype: Dtype) -> String {
     let path = |path: &Path| shell(&path.to_string_lossy());
-    let mut text = format!("cpift-merge cpi --base {} --groups {}", path(&args.base), path(&args.groups));
-    for (flag, list) in [("task", &args.tasks), ("mask", &args.masks)] {
+    let mut text = format!("cpift-merge cpi --base {} --groups {}", path(&request.base), path(&request.groups));
+    for (flag, list) in [("task", &request.tasks), ("mask", &request.masks)] {
         for entry in list {
             let named = format!("{}={}", entry.name, entry.path.display());
             let _ = write!(text, " \\\n    --{flag} {}", shell(&named));
         }
     }
     text += " \\\n   ";
-    if let Some(backbone) = &args.backbone {
+    if let Some(backbone) = &request.backbone {
         let _ = write!(text, " --backbone {}", path(backbone));
     }
-    let name = |value: Option<PossibleValue>| value.map(|v| v.get_name().to_owned()).unwrap_or_default();
-    let _ = write!(text, " --conflict {}", name(args.conflict.to_possible_value()));
-    let _ = match args.omega {
-        Some(omega) => write!(text, " --omega {omega}"),
-        None => write!(text, " --weights {}", name(args.weights.to_possible_value())),
+    let _ = write!(text, " --conflict {}", request.conflict.name());
+    text += &match request.weights {
+        TaskWeights::Equal => " --weights equal".to_owned(),
+        TaskWeights::SphericalMean => " --weights spherical-mean".to_owned(),
+        TaskWeights::Omega(omega) => format!(" --omega {omega}"),
     };
-    let _ = write!(text, " --space {}", args.space.name());
-    if let Some(epsilon) = args.epsilon {
+    let _ = write!(text, " --space {}", request.space.name());
+    if let Some(epsilon) = request.epsilon {
         let _ = write!(text, " --epsilon {epsilon}");
     }
     let _ = writeln!(text, " --dtype {} --out OUT", dtype.name().to_lowercase());
     text
 }
 
-/// A fenced block, whose fence is longer than any in it.
-fn again(how: &str, language: &str, body: &str) -> String {
+/// A sentence and a fenced block, whose fence is longer than any in `body`.
+fn reproduction(intro: &str, language: &str, body: &str) -> String {
     let longest = body.split(|c| c != '`').map(str::len).max().unwrap_or(0);
     let fence = "`".repeat(longest.max(2) + 1);
-    format!("{how}\n\n{fence}{language}\n{body}{fence}\n")
+    format!("{intro}\n\n{fence}{language}\n{body}{fence}\n")
 }
 
-/// Text in a cell of a table.
+/// Text for a cell of a table.
 fn cell(text: &str) -> String {
     text.replace('|', "\\|").replace(['\n', '\r'], " ")
 }
 
-/// Text on a line of its own.
+/// Text without line breaks.
 fn inline(text: &str) -> String {
     text.replace(['\n', '\r'], " ")
 }
 
-/// A word for the shell.
+/// Quotes a word for the shell.
 fn shell(word: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "-_./=+:,@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

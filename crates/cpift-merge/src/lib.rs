@@ -1,29 +1,27 @@
-//! Merges of checkpoints: linear, SLERP, spherical mean, task arithmetic, TIES, DARE, and stage 3 of CPI-FT.
+//! Merges of checkpoints: linear, SLERP, spherical mean, task arithmetic, TIES, DARE, and stage 3
+//! of CPI-FT.
 //!
-//! Data flows one way. [`cli`] is what can be typed; flags and recipes both become a [`request::Request`], which [`plan`]
-//! checks against the checkpoints it names and resolves to a [`Plan`] with one [`methods::Rule`] for each tensor. The
-//! [`engine`] then streams tensor by tensor through all threads: it measures what a rule must know of the whole tensor
-//! (inner products, cut-offs), and writes the result while the tensor is still in a cache. [`methods`] holds the arithmetic.
+//! Data flows one way. [`cli`] and [`recipe`] turn flags and recipes into a [`Request`], free of
+//! clap. The plan checks it against the checkpoints it names and resolves it to one rule per
+//! tensor. The engine streams the tensors through all threads: it measures what a rule needs to
+//! know of the whole tensor (inner products, cut-offs), and writes the result while the tensor is
+//! still in a cache. The methods are the arithmetic on slices. A report sums up the merge, and the
+//! card says how to reproduce it.
 
 pub mod card;
 pub mod cli;
-mod dry_run;
-pub mod engine;
-mod flags;
+mod engine;
 mod merge;
-pub mod methods;
-pub mod plan;
+mod methods;
+mod plan;
 pub mod recipe;
 mod report;
-pub mod request;
-pub mod setting;
+mod request;
+mod setting;
 mod verify;
 
-pub use merge::merge;
 pub use methods::sphere;
-pub use plan::Plan;
-pub use report::Summary;
-pub use request::{Method, ModelRequest};
+pub use request::{Method, ModelRequest, Request, Space};
 pub use setting::Setting;
 pub use verify::verify;
 
@@ -31,21 +29,21 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
-use cpift_core::provenance::Recorder;
-use cpift_core::stale::Expected;
+use cpift_core::format::digest::Digest;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
+use cpift_core::run::cli::Common;
 use cpift_core::{Checkpoint, files};
 
 use cli::{Args, Command, OutputArgs};
-pub use request::Request;
+use plan::Plan;
 
 const STAGE: &str = env!("CARGO_PKG_NAME");
 
-/// Runs the command that was typed.
+/// Runs the command given by `args`.
 ///
 /// # Errors
-/// Everything that can go wrong, with the exit code its kind means.
+/// Any error of the command; its type decides the exit code.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     let mut record = Recorder::start(STAGE);
@@ -55,53 +53,61 @@ pub fn run(args: Args) -> Result<()> {
         return Ok(());
     }
     match &args.command {
-        Command::Linear(a) => plain(a.request()?, &a.output, common, record),
-        Command::Slerp(a) => plain(a.request()?, &a.output, common, record),
-        Command::SphericalMean(a) => plain(a.request()?, &a.output, common, record),
-        Command::TaskArithmetic(a) => plain(a.request()?, &a.output, common, record),
-        Command::Ties(a) => plain(a.request()?, &a.output, common, record),
-        Command::Dare(a) => plain(a.request()?, &a.output, common, record),
+        Command::Linear(a) => merge_models(a.request()?, &a.output, common, record),
+        Command::Slerp(a) => merge_models(a.request()?, &a.output, common, record),
+        Command::SphericalMean(a) => merge_models(a.request()?, &a.output, common, record),
+        Command::TaskArithmetic(a) => merge_models(a.request()?, &a.output, common, record),
+        Command::Ties(a) => merge_models(a.request()?, &a.output, common, record),
+        Command::Dare(a) => merge_models(a.request()?, &a.output, common, record),
         Command::Recipe(a) => {
             files::check_not_input("--out", &a.output.out, [a.recipe.as_path()])?;
             let request = recipe::read(&a.recipe)?;
             record.input("recipe", &a.recipe, Digest::of_file(&a.recipe)?);
-            plain(request, &a.output, common, record)
+            merge_models(request, &a.output, common, record)
         }
-        Command::Cpi(a) => finish(&plan::plan_cpi(a, common.force())?, &a.output, common, record),
+        Command::Cpi(a) => {
+            let request = a.request();
+            let plan = Plan::of_tasks(&request, &a.output.request(common.force()))?;
+            let card = card::of_cpi(&request, plan.output.dtype);
+            finish(&plan, &card, &a.output, common, record)
+        }
         Command::Verify(a) => {
             common.print_json(&verify(&a.checkpoint)?);
             Ok(())
         }
-        Command::Digest(a) => digest(&a.paths),
+        Command::Digest(a) => print_digests(&a.paths),
     }
 }
 
-/// Prints what cpift.json would record of `paths` as inputs, computed anew.
-fn digest(paths: &[PathBuf]) -> Result<()> {
+/// Merges by one of the plain methods. Flags of the output take precedence over the request, which
+/// a recipe may have made.
+fn merge_models(mut request: Request, args: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
+    let mut output = args.request(common.force());
+    output.dtype = output.dtype.or(request.dtype);
+    output.side_files = output.side_files.or(request.side_files.take());
+    request.side_files.clone_from(&output.side_files);
+    let plan = Plan::of_models(&request, &output)?;
+    let card = card::of_request(&request, plan.output.dtype);
+    finish(&plan, &card, args, common, record)
+}
+
+/// Runs a plan, or prints it if this is a dry run.
+fn finish(plan: &Plan, card: &str, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
+    if output.dry_run {
+        return report::preview(plan, common.json);
+    }
+    let summary = merge::merge(plan, card, record)?;
+    summary.log();
+    common.print_json(&summary.to_json());
+    Ok(())
+}
+
+/// Prints the digests that cpift.json records for `paths` as inputs, computed from their content.
+fn print_digests(paths: &[PathBuf]) -> Result<()> {
     for path in paths {
         let digest =
             if path.is_dir() { Digest::of_checkpoint(&Checkpoint::open(path)?)? } else { Digest::of_file(path)? };
         writeln!(std::io::stdout(), "{digest}  {}", path.display())?;
     }
-    Ok(())
-}
-
-/// Plans and runs one of the plain methods; flags come before what a recipe says of the output.
-fn plain(mut request: Request, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
-    let mut output = output.clone();
-    output.dtype = output.dtype.or(request.dtype);
-    output.copy_from = output.copy_from.or(request.side_files.take());
-    request.side_files.clone_from(&output.copy_from);
-    finish(&plan::plan(&request, &output, common.force())?, &output, common, record)
-}
-
-/// Runs a plan, or shows it.
-fn finish(plan: &Plan, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
-    if output.dry_run {
-        return dry_run::show(plan, common.json);
-    }
-    let summary = merge(plan, record)?;
-    summary.log();
-    common.print_json(&summary.to_json());
     Ok(())
 }

@@ -1,7 +1,7 @@
-//! The `cpift-merge` program: parse, run, one error print, exit code.
+//! The `cpift-merge` program: parse, run, print an error once, exit code.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cpift_core::cli::run_stage(cpift_merge::run)
+    cpift_core::run::cli::run_stage(cpift_merge::run)
 }

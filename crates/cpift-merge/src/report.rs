@@ -1,66 +1,75 @@
-//! What a merge tells of itself: counts, branches and angles, for the log, `--json` and provenance.
+//! Reports: the summary of a merge (counts, branches, angles) for the log, `--json` and provenance,
+//! and the preview that `--dry-run` prints.
 
+use std::fmt::Write;
+
+use anyhow::Result;
+use cpift_core::format::checkpoint::TensorView;
+use cpift_core::run::cli;
+use cpift_core::{CheckpointWriter, TensorSpec, files};
 use serde_json::{Map, Value, json};
 
-use crate::cli::Space;
-use crate::engine::Settled;
-use crate::methods::sphere::Branch;
-use crate::plan::Plan;
+use crate::engine::{self, TensorStats};
+use crate::methods::Rule;
+use crate::methods::sphere::{Branch, Step};
+use crate::plan::{Plan, Source};
+use crate::request::{Method, Space};
 
-/// The figures of a finished merge.
+/// Figures of a merge.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Summary {
+pub(crate) struct Summary {
     method: &'static str,
     out: String,
     dtype: String,
     space: Space,
-    /// Numbers of tensors and of elements in them.
-    pub tensors: usize,
-    /// D.
-    pub parameters: u64,
-    /// Interpolations by branch, in the order of [`Branch::ALL`]; one for each tensor and task.
-    pub branches: [u64; 4],
+    tensors: usize,
+    /// Number of elements of all tensors.
+    parameters: u64,
+    /// Number of interpolations per branch, in the order of [`Branch::ALL`]; one interpolation per
+    /// tensor and task.
+    branches: [u64; 4],
     /// All angles in degrees, in ascending order.
-    pub angles: Vec<f64>,
-    /// Elements in at least one core region.
-    pub core: u64,
-    /// Elements in at least two.
-    pub conflicts: u64,
-    /// Tensors that are not parameters and were copied from the backbone, base or first model.
-    pub copied: Vec<String>,
-    /// Elements at the cut-offs of trims, and those of them that only their position kept; for methods that trim.
-    pub trimmed: Option<[u64; 2]>,
+    angles: Vec<f64>,
+    /// Number of elements in at least one core region.
+    core: u64,
+    /// Number of elements in at least two core regions.
+    conflicts: u64,
+    /// Names of the tensors that are not parameters and are copied from the backbone.
+    copied: Vec<String>,
+    /// Number of elements at the cut-offs of trims, and number of those kept by position alone; for
+    /// methods that trim.
+    trimmed: Option<[u64; 2]>,
 }
 
 impl Summary {
-    pub(crate) fn of(plan: &Plan, settled: &[Settled]) -> Self {
-        let steps = || settled.iter().flat_map(|s| &s.combination.steps);
+    pub fn of(plan: &Plan, stats: &[TensorStats]) -> Self {
+        let steps = || stats.iter().flat_map(|s| &s.combination.steps);
         let mut angles: Vec<f64> = steps().filter_map(|s| s.angle).map(f64::to_degrees).collect();
         angles.sort_by(f64::total_cmp);
-        let trims = settled.iter().map(|s| s.trimmed);
+        let trims = stats.iter().map(|s| s.trimmed);
         let ties = trims.fold([0; 2], |[at, by], t| [at + t.at_threshold, by + t.decided_by_position]);
         Self {
             method: plan.method,
             out: plan.output.dir.display().to_string(),
             dtype: plan.output.dtype.to_string(),
             space: plan.space,
-            tensors: settled.len(),
+            tensors: stats.len(),
             parameters: plan.specs().iter().map(|s| s.numel() as u64).sum(),
             branches: Branch::ALL.map(|branch| steps().filter(|s| s.branch == branch).count() as u64),
             angles,
-            core: settled.iter().map(|s| s.core).sum(),
-            conflicts: settled.iter().map(|s| s.conflicts).sum(),
+            core: stats.iter().map(|s| s.core).sum(),
+            conflicts: stats.iter().map(|s| s.conflicts).sum(),
             copied: plan.copies().iter().map(|view| view.name.to_owned()).collect(),
-            trimmed: (plan.method == "ties").then_some(ties),
+            trimmed: (plan.method == Method::Ties.name()).then_some(ties),
         }
     }
 
-    /// Whether tensors were interpolated at angles.
+    /// Returns true if tensors were interpolated at angles.
     fn has_angles(&self) -> bool {
         self.branches.iter().any(|n| *n > 0)
     }
 
-    /// The figures by name, the same for the same inputs and arguments.
+    /// Figures by name, the same for the same inputs and arguments.
     pub fn facts(&self) -> Map<String, Value> {
         let mut facts = Map::new();
         facts.insert("method".into(), json!(self.method));
@@ -89,7 +98,7 @@ impl Summary {
         facts
     }
 
-    /// The object that `--json` prints.
+    /// Object that `--json` prints.
     pub fn to_json(&self) -> Value {
         let mut object = Map::from_iter([("out".to_owned(), json!(self.out))]);
         object.extend(self.facts());
@@ -97,19 +106,19 @@ impl Summary {
     }
 
     /// Smallest, median (the lower of two) and largest angle in degrees.
-    pub fn angle_range(&self) -> Option<[f64; 3]> {
+    fn angle_range(&self) -> Option<[f64; 3]> {
         let n = self.angles.len();
         (n > 0).then(|| [self.angles[0], self.angles[(n - 1) / 2], self.angles[n - 1]])
     }
 
-    /// Logs the figures, a few lines.
+    /// Logs the figures.
     pub fn log(&self) {
         log::info!("{}: {} tensors, {} parameters, {}", self.out, self.tensors, self.parameters, self.dtype);
         self.lines().iter().for_each(|line| log::info!("{line}"));
     }
 
-    /// The figures beyond the numbers of tensors and parameters, for people.
-    pub fn lines(&self) -> Vec<String> {
+    /// Lines of text with the figures other than the numbers of tensors and parameters.
+    fn lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
         if !self.copied.is_empty() {
             lines.push(format!("copied unchanged, not parameters: {}", self.copied.join(", ")));
@@ -140,4 +149,126 @@ impl Summary {
         }
         lines
     }
+}
+
+/// Prints the plan on stdout, as text or JSON. Angles are measured, which reads the inputs; nothing
+/// is written.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] if a number that must be measured is not finite.
+pub(crate) fn preview(plan: &Plan, as_json: bool) -> Result<()> {
+    let preview = Preview::of(plan)?;
+    cli::print(&if as_json { format!("{}\n", preview.to_json()) } else { preview.to_text() });
+    Ok(())
+}
+
+/// A plan with the figures that can be known before it runs.
+struct Preview<'a> {
+    plan: &'a Plan,
+    summary: Summary,
+    specs: Vec<TensorSpec>,
+    stats: Vec<TensorStats>,
+    /// Number of files of tensors.
+    files: usize,
+    /// Estimate of the memory in bytes.
+    memory: u64,
+    /// Free disk space in bytes.
+    available: u64,
+}
+
+impl<'a> Preview<'a> {
+    fn of(plan: &'a Plan) -> Result<Self> {
+        let stats = engine::survey(plan)?;
+        let mut summary = Summary::of(plan, &stats);
+        // Cut-offs are computed when a tensor is merged.
+        summary.trimmed = None;
+        let copies = plan.copies();
+        let all: Vec<TensorSpec> = plan.specs().into_iter().chain(copies.iter().map(TensorView::spec)).collect();
+        Ok(Self {
+            plan,
+            summary,
+            specs: plan.specs(),
+            stats,
+            files: CheckpointWriter::shards(&all, plan.output.shard_size),
+            memory: engine::peak_memory(plan),
+            available: files::available_bytes(&plan.output.dir)?,
+        })
+    }
+
+    /// Name and shape, rule and statistics of every tensor.
+    fn rows(&self) -> impl Iterator<Item = (&TensorSpec, &Rule, &TensorStats)> {
+        self.specs.iter().zip(&self.plan.rules).zip(&self.stats).map(|((spec, rule), stats)| (spec, rule, stats))
+    }
+
+    fn to_json(&self) -> Value {
+        let steps = |stats: &TensorStats| -> Vec<Value> {
+            let steps = stats.combination.steps.iter();
+            steps.map(|s| json!({"branch": s.branch.name(), "angle_degrees": s.angle.map(f64::to_degrees)})).collect()
+        };
+        let tensor = |(spec, rule, stats): (&TensorSpec, &Rule, &TensorStats)| json!({"name": spec.name, "shape": spec.shape, "settings": rule.describe(), "steps": steps(stats)});
+        let input = |source: &Source| json!({"role": source.role, "path": source.path(), "bytes": bytes_of(source)});
+        let mut object =
+            Map::from_iter([("dry_run".to_owned(), json!(true)), ("out".to_owned(), json!(self.plan.output.dir))]);
+        object.extend(self.summary.facts());
+        let figures = json!({
+            "inputs": self.plan.sources().map(input).collect::<Vec<Value>>(),
+            "side_files": self.plan.output.side_files,
+            "bytes_to_read": self.plan.bytes_to_read(),
+            "bytes_to_write": self.plan.bytes_to_write(),
+            "bytes_available": self.available,
+            "files": self.files,
+            "peak_memory": self.memory,
+            "plan": self.rows().map(tensor).collect::<Vec<Value>>(),
+        });
+        object.extend(figures.as_object().expect("written as an object").clone());
+        Value::Object(object)
+    }
+
+    fn to_text(&self) -> String {
+        let (plan, mut text) = (self.plan, String::new());
+        let mut line = |content: String| writeln!(text, "{content}").expect("writing to a string");
+        line(format!("{} of {} tensors, {} parameters", plan.method, self.summary.tensors, self.summary.parameters));
+        for source in plan.sources() {
+            line(format!("{:<12}{} ({} bytes)", source.role, source.path().display(), bytes_of(source)));
+        }
+        for (role, (path, _)) in &plan.files {
+            line(format!("{role:<12}{}", path.display()));
+        }
+        let output = &plan.output;
+        line(format!("{:<12}{} ({}, {} files of tensors)", "output", output.dir.display(), output.dtype, self.files));
+        line(format!("{:<12}{}", "side files", output.side_files.display()));
+        line(format!("{:<12}{} bytes", "to read", plan.bytes_to_read()));
+        line(format!("{:<12}{} bytes, of {} free", "to write", plan.bytes_to_write(), self.available));
+        line(format!("{:<12}about {} MiB", "memory", self.memory.div_ceil(1 << 20)));
+        for fact in self.summary.lines() {
+            line(fact);
+        }
+        let settings: Vec<String> = plan.rules.iter().map(Rule::describe).collect();
+        let same = settings.windows(2).all(|pair| pair[0] == pair[1]);
+        if let (true, Some(first)) = (same, settings.first()) {
+            line(format!("{:<12}{first}", "settings"));
+        }
+        if same && self.stats.iter().all(|s| s.combination.steps.is_empty()) {
+            return text;
+        }
+        let width = self.specs.iter().map(|s| s.name.len()).max().unwrap_or(0);
+        for ((spec, _, stats), settings) in self.rows().zip(settings) {
+            let settings = if same { String::new() } else { settings + "  " };
+            line(format!("{:<width$}  {settings}{}", spec.name, branches(stats)).trim_end().to_owned());
+        }
+        text
+    }
+}
+
+/// Branches that a tensor takes, each with its angle.
+fn branches(stats: &TensorStats) -> String {
+    let step = |s: &Step| match s.angle {
+        Some(angle) => format!("{} {:.4}°", s.branch.name(), angle.to_degrees()),
+        None => s.branch.name().to_owned(),
+    };
+    stats.combination.steps.iter().map(step).collect::<Vec<String>>().join(", ")
+}
+
+fn bytes_of(source: &Source) -> u64 {
+    source.checkpoint.tensors().map(|view| view.bytes.len() as u64).sum()
 }

@@ -1,28 +1,33 @@
-//! What a merge is asked to do, whether by flags or by a recipe: the method, the models and their settings.
+//! The merge that was asked for, by flags or by a recipe, before any file is opened.
 
 use std::path::PathBuf;
 
 use cpift_core::Dtype;
+use cpift_core::run::cli::Named;
 
-use crate::cli::Space;
+use crate::methods::Conflict;
+use crate::methods::sphere::COLLINEAR_COSINE;
 use crate::setting::Setting;
 
-/// How the models are merged; all but `cpi`, whose inputs are of another kind.
+/// Method of a merge of models. `cpi` is not one of them: its inputs are of another kind
+/// (`CpiRequest`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Method {
     /// Weighted mean or sum of the models.
     Linear,
     /// Spherical interpolation of two models.
     Slerp,
-    /// Mean of the models' directions on the sphere, times the mean of their norms.
+    /// Karcher mean of the models' directions, times the mean of their norms.
     SphericalMean,
-    /// Weighted sum of the differences from the base, added to it.
+    /// Weighted sum of the task vectors (differences from the base), added to the base.
     TaskArithmetic,
-    /// The largest differences from the base, those of the elected sign only.
+    /// Task vectors trimmed to their largest elements, of which those with the elected sign are
+    /// merged.
     Ties,
-    /// Differences from the base dropped at random, then added as in task arithmetic.
+    /// Task vectors with elements dropped at random, then added as in task arithmetic.
     DareLinear,
-    /// Differences from the base dropped at random, those of the elected sign only.
+    /// Task vectors with elements dropped at random, of which those with the elected sign are
+    /// merged.
     DareTies,
 }
 
@@ -38,7 +43,7 @@ impl Method {
         Self::DareTies,
     ];
 
-    /// The name on the command line.
+    /// Name on the command line and in records.
     pub fn name(self) -> &'static str {
         match self {
             Self::Linear => "linear",
@@ -51,7 +56,7 @@ impl Method {
         }
     }
 
-    /// The name in mergekit's YAML.
+    /// Name in mergekit's YAML.
     pub fn recipe_name(self) -> &'static str {
         match self {
             Self::Linear => "linear",
@@ -64,7 +69,7 @@ impl Method {
         }
     }
 
-    /// Whether the method merges differences from a base.
+    /// Returns true if the method merges task vectors.
     pub fn needs_base(self) -> bool {
         match self {
             Self::Linear | Self::Slerp | Self::SphericalMean => false,
@@ -72,68 +77,99 @@ impl Method {
         }
     }
 
-    /// Whether a part of each difference from the base is kept and the rest dropped.
+    /// Returns true if the method keeps a share of each task vector and drops the rest.
     pub fn has_density(self) -> bool {
         matches!(self, Self::Ties | Self::DareLinear | Self::DareTies)
     }
 
-    /// Whether coefficients are divided by their sum where nothing else is said.
+    /// Default of `normalize`: divide by the sum of the weights.
     pub fn normalizes(self) -> bool {
         matches!(self, Self::Linear | Self::Ties)
     }
 
-    /// Whether what is kept of a difference is scaled up for what was dropped, where nothing else is said.
+    /// Default of `rescale`: scale up the elements that are kept.
     pub fn rescales(self) -> bool {
+        self.draws()
+    }
+
+    /// Returns true if elements are dropped at random.
+    pub fn draws(self) -> bool {
         matches!(self, Self::DareLinear | Self::DareTies)
+    }
+
+    /// Default of `epsilon` in radians.
+    pub fn epsilon(self) -> f64 {
+        // A spherical mean is taken at any angle, as mergekit does.
+        if self == Self::SphericalMean { 0.0 } else { COLLINEAR_COSINE.acos() }
     }
 }
 
-/// A merge as it was asked for, before any checkpoint is opened.
+/// Vectors that are interpolated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Space {
+    /// The weights.
+    Weights,
+    /// Their differences from the base.
+    Delta,
+}
+
+impl Space {
+    /// Name on the command line, in recipes and in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Weights => "weights",
+            Self::Delta => "delta",
+        }
+    }
+}
+
+/// A merge of models by one [`Method`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// How the models are merged.
+    /// Method of the merge.
     pub method: Method,
-    /// The models to merge, in order and without the base. For slerp exactly two: the first is t = 0.
+    /// Models in order, without the base. `slerp` takes exactly two, of which the first is t = 0.
     pub models: Vec<ModelRequest>,
-    /// What differences are taken from, where the method or the space works on differences.
+    /// Base of the differences, if the method or the space works on differences.
     pub base: Option<PathBuf>,
-    /// Where between the two models of slerp.
+    /// Position between the two models of `slerp`, 0 to 1.
     pub t: Setting,
-    /// Factor of the merged difference from the base.
+    /// Factor of the merged task vector.
     pub lambda: Setting,
     /// Divide by the sum of the weights.
     pub normalize: bool,
-    /// Scale up what is kept of a difference for what was dropped.
+    /// Scale the elements that are kept up to the sum of magnitudes of the whole task vector.
     pub rescale: bool,
-    /// Seed of what is dropped at random.
+    /// Seed of the random drop.
     pub seed: u64,
     /// Angle in radians below which, or within which of π, interpolation is linear.
     pub epsilon: f64,
-    /// Whether the weights or their differences from the base are interpolated.
+    /// Vectors that are interpolated.
     pub space: Space,
-    /// Element type of the output; that of the models where nothing is said.
+    /// Dtype of the output; by default that of the models.
     pub dtype: Option<Dtype>,
-    /// The folder whose tokenizer and other side files the output gets; the base or first model where nothing is said.
+    /// Directory of the output's tokenizer and other side files; by default the base or first
+    /// model.
     pub side_files: Option<PathBuf>,
-    /// A mask of what stays as in the base.
+    /// Mask of the elements at which the output is the backbone.
     pub protect: Option<PathBuf>,
 }
 
-/// A model to merge.
+/// One model of a merge.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelRequest {
-    /// Its folder.
+    /// Directory of the checkpoint.
     pub path: PathBuf,
-    /// How much it counts.
+    /// Weight of the model.
     pub weight: Setting,
-    /// The share of its difference from the base that is kept.
+    /// Share of its task vector that is kept, 0 to 1.
     pub density: Setting,
-    /// A mask of the elements to which it contributes.
+    /// Mask of the elements to which it contributes.
     pub mask: Option<PathBuf>,
 }
 
 impl Request {
-    /// A merge by `method` with that method's defaults and no models yet.
+    /// A merge with the defaults of `method` and no models.
     pub fn new(method: Method) -> Self {
         Self {
             method,
@@ -144,7 +180,7 @@ impl Request {
             normalize: method.normalizes(),
             rescale: method.rescales(),
             seed: 0,
-            epsilon: crate::sphere::COLLINEAR_COSINE.acos(),
+            epsilon: method.epsilon(),
             space: Space::Weights,
             dtype: None,
             side_files: None,
@@ -158,6 +194,57 @@ impl ModelRequest {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), weight: Setting::constant(1.0), density: Setting::constant(1.0), mask: None }
     }
+}
+
+/// A merge by `cpi`: core regions transplanted, the rest interpolated.
+#[derive(Debug, Clone)]
+pub(crate) struct CpiRequest {
+    /// Checkpoint the tasks were fine-tuned from and the masks were made for.
+    pub base: PathBuf,
+    /// Path of groups.json, which gives the order of the tasks.
+    pub groups: PathBuf,
+    /// Checkpoint of each task, in the order in which they were given.
+    pub tasks: Vec<Named>,
+    /// Core region of each task, in the order in which they were given.
+    pub masks: Vec<Named>,
+    /// Checkpoint the tasks are folded into; by default the base.
+    pub backbone: Option<PathBuf>,
+    /// Value of an element that is core to several tasks.
+    pub conflict: Conflict,
+    /// Weights of backbone and tasks outside the core regions.
+    pub weights: TaskWeights,
+    /// Vectors that are interpolated.
+    pub space: Space,
+    /// Angle in radians below which, or within which of π, interpolation is linear.
+    pub epsilon: Option<f64>,
+}
+
+/// Weights of backbone and tasks outside the core regions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum TaskWeights {
+    /// Task i is folded in with weight 1/(i+1), so that backbone and tasks have equal weights.
+    Equal,
+    /// Spherical mean of backbone and tasks, independent of their order.
+    SphericalMean,
+    /// Each task is folded in with this weight.
+    Omega(f64),
+}
+
+/// Destination of a merge.
+#[derive(Debug, Clone)]
+pub(crate) struct OutputRequest {
+    /// Directory that is created.
+    pub dir: PathBuf,
+    /// Replace an existing output.
+    pub force: bool,
+    /// Dtype of all parameters; by default that of the inputs.
+    pub dtype: Option<Dtype>,
+    /// Size of the largest shard in bytes.
+    pub shard_size: u64,
+    /// Directory of the tokenizer and other side files; by default the base or first model.
+    pub side_files: Option<PathBuf>,
+    /// Plan only, so that an existing output is no error.
+    pub dry_run: bool,
 }
 
 #[cfg(test)]

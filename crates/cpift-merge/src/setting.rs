@@ -1,38 +1,41 @@
-//! A number that may differ by tensor name and by layer, such as `t` of slerp: mergekit's filters and gradients.
+//! Settings: numbers that may depend on tensor name and layer, such as `t` of slerp, by mergekit's
+//! filters and gradients.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Rules in order of precedence; the first whose filter fits a tensor's name gives its value.
+/// A number per tensor, as rules in order of precedence: the first whose filter fits the tensor's
+/// name gives the value.
 ///
-/// On the command line a rule is `0.5`, `0,0.3,1` (a gradient over the layers) or `self_attn=0,0.5,1` (the same for
-/// tensors whose name holds `self_attn`; `*` stands for every name).
+/// On the command line a rule is `0.5`, `0,0.3,1` (a gradient over the layers) or
+/// `self_attn=0,0.5,1` (the same for tensors whose name contains `self_attn`; `*` fits every name).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Setting {
     rules: Vec<Rule>,
 }
 
-/// What tensors of some names get.
+/// Values for the tensors whose names fit a filter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rule {
-    /// A part of the tensor's name; every tensor where there is none.
+    /// Part of the tensor's name; `None` fits every name.
     pub filter: Option<String>,
     /// One value, or several spread evenly from the first layer to the last; never empty.
     pub values: Vec<f64>,
 }
 
 impl Rule {
-    /// The rule that gives `values` to tensors whose name holds `filter`; `*` fits every name.
+    /// The rule that gives `values` to tensors whose name contains `filter`; `*` fits every name.
     pub fn new(filter: Option<String>, values: Vec<f64>) -> Self {
         Self { filter: filter.filter(|f| f != "*"), values }
     }
 
-    /// Whether the rule is about the tensor `name`.
-    pub fn fits(&self, name: &str) -> bool {
+    /// Returns true if the rule applies to the tensor `name`.
+    fn fits(&self, name: &str) -> bool {
         self.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()))
     }
 
-    /// The value at a layer; outside the layers (embeddings, final norm, output embedding) the first.
+    /// Value at a layer; outside the layers (embeddings, final norm, output embedding) the first
+    /// value.
     fn at(&self, layer: Option<(usize, usize)>) -> Option<f64> {
         let last = self.values.len().checked_sub(1)?;
         let position = match layer {
@@ -55,17 +58,17 @@ impl Setting {
         Self { rules: vec![Rule::new(None, vec![value])] }
     }
 
-    /// The rules, in order of precedence.
+    /// Rules in order of precedence.
     pub fn rules(&self) -> &[Rule] {
         &self.rules
     }
 
-    /// Adds a rule that comes after all others.
+    /// Appends a rule, which comes after all others.
     pub fn push(&mut self, rule: Rule) {
         self.rules.push(rule);
     }
 
-    /// Adds the rules of another setting after all others, where any tensor is left for them.
+    /// Appends the rules of another setting, up to the first rule that fits every name.
     pub fn append(&mut self, other: Setting) {
         for rule in other.rules {
             if self.rules.iter().any(|earlier| earlier.filter.is_none()) {
@@ -75,31 +78,33 @@ impl Setting {
         }
     }
 
-    /// Whether there is no rule at all.
+    /// Returns true if there are no rules.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
     }
 
-    /// The value for the tensor `name`, which lies in `layer` = (number from 0, number of layers) or in none.
+    /// Value for the tensor `name`, which belongs to `layer` = (index, number of layers) or to
+    /// none.
     ///
-    /// Values are interpolated between the two nearest of a gradient. A tensor outside the layers gets the first value
-    /// of a gradient, and one of a model with a single layer the last. `None` where no rule fits the name.
+    /// Values are interpolated between the two nearest of a gradient. A tensor outside the layers
+    /// gets the first value of a gradient, and one of a model with a single layer the last. `None`
+    /// if no rule fits the name.
     pub fn at(&self, name: &str, layer: Option<(usize, usize)>) -> Option<f64> {
         self.rules.iter().find(|rule| rule.fits(name)).and_then(|rule| rule.at(layer))
     }
 
-    /// Every value in every rule, for range checks.
+    /// All values of all rules, for range checks.
     pub fn values(&self) -> impl Iterator<Item = f64> {
         self.rules.iter().flat_map(|rule| rule.values.iter().copied())
     }
 
-    /// The filters that fit none of `names`.
+    /// Filters that fit none of `names`.
     pub fn unused_filters<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Vec<&str> {
         let unused = |filter: &&str| !names.clone().any(|name| name.contains(filter));
         self.rules.iter().filter_map(|rule| rule.filter.as_deref()).filter(unused).collect()
     }
 
-    /// The value, where it is one for all tensors.
+    /// The value, if it is the same for all tensors.
     pub fn single(&self) -> Option<f64> {
         match self.rules.first() {
             Some(Rule { filter: None, values }) if values.len() == 1 => Some(values[0]),
@@ -109,7 +114,7 @@ impl Setting {
 }
 
 impl FromIterator<Setting> for Setting {
-    /// The rules of all, one setting after the other.
+    /// Concatenates the rules of all settings.
     fn from_iter<I: IntoIterator<Item = Setting>>(settings: I) -> Self {
         Self { rules: settings.into_iter().flat_map(|s| s.rules).collect() }
     }
@@ -135,7 +140,7 @@ fn number(text: &str) -> Result<f64, String> {
 }
 
 impl fmt::Display for Setting {
-    /// As typed on the command line, rules separated by spaces.
+    /// The form taken by the command line, rules separated by spaces.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, rule) in self.rules.iter().enumerate() {
             let separator = if i == 0 { "" } else { " " };
@@ -207,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_is_refused() {
+    fn text_that_is_not_a_number_is_refused() {
         for text in ["", "a", "0.5,", "=0.5", "mlp=", "nan", "0,inf", "mlp=0;1"] {
             assert!(text.parse::<Setting>().is_err(), "{text}");
         }

@@ -1,27 +1,35 @@
-//! `verify`: is a checkpoint sound, finite, and what its cpift.json says it is?
+//! `verify`: checks that a checkpoint is well-formed and finite, and that its content has the
+//! digest in its cpift.json.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, Float, PieceHasher};
-use cpift_core::provenance::{self, Provenance};
-use cpift_core::{BadInput, Checkpoint, TensorSpec, TensorView, json, simd};
+use cpift_core::dispatch;
+use cpift_core::files::RECORD_NAME;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::dtype::Float;
+use cpift_core::format::json;
+use cpift_core::record::provenance::{self, Provenance};
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::{BadInput, Checkpoint, TensorSpec, TensorView};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::engine::CHUNK;
 
-/// How many elements of a tensor are not finite, and the first of them.
+/// Elements of a tensor that are not finite.
 struct NotFinite {
     count: u64,
+    /// Index of the first.
     first: usize,
 }
 
-/// Checks the checkpoint at `path` and returns what was found, for `--json`.
+/// Checks the checkpoint at `path` and returns the findings as JSON.
 ///
 /// # Errors
-/// [`BadInput`] when it cannot be opened, holds NaN or Inf, or is not what its cpift.json records.
+/// [`BadInput`] if it cannot be opened, has NaN or Inf, or differs from the record in its
+/// cpift.json.
 pub fn verify(path: &Path) -> Result<Value> {
     let checkpoint = Checkpoint::open(path)?;
     let views: Vec<TensorView<'_>> = checkpoint.parameters().collect();
@@ -34,10 +42,10 @@ pub fn verify(path: &Path) -> Result<Value> {
     let differs = recorded.as_ref().is_some_and(|r| *r != digest);
     let problem = match (not_finite, differs) {
         (0, false) => None,
-        (0, true) => Some("the content is not what cpift.json records".to_owned()),
+        (0, true) => Some("the content differs from the digest in cpift.json".to_owned()),
         (n, false) => Some(format!("{n} weights are not finite numbers")),
         (n, true) => {
-            Some(format!("{n} weights are not finite numbers, and the content is not what cpift.json records"))
+            Some(format!("{n} weights are not finite numbers, and the content differs from the digest in cpift.json"))
         }
     };
     let Some(problem) = problem else {
@@ -56,25 +64,26 @@ pub fn verify(path: &Path) -> Result<Value> {
         error = error.tensor(view.name);
         found = format!("the first at element {} of this tensor in {}; {found}", scan.first, view.file.display());
     }
-    Err(error.found(found).hint("make the checkpoint again, or copy it again").into())
+    Err(error.found(found).hint("regenerate the checkpoint, or copy it again").into())
 }
 
-/// What we write says that it is for PyTorch, without which transformers does not load it; the digest does not cover that.
+/// Refuses metadata other than `format: pt`, without which transformers does not load a file; the
+/// digest does not cover it.
 fn check_metadata(checkpoint: &Checkpoint) -> Result<()> {
     let written = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     match checkpoint.metadata().find(|(_, metadata)| **metadata != written) {
-        Some((file, found)) => Err(BadInput::new(file, "the metadata is not what was written")
+        Some((file, found)) => Err(BadInput::new(file, "the metadata differs from what cpift-merge writes")
             .expected(format!("{written:?}"))
             .found(format!("{found:?}"))
-            .hint("make the checkpoint again, or copy it again")
+            .hint("regenerate the checkpoint, or copy it again")
             .into()),
         None => Ok(()),
     }
 }
 
-/// The digest in cpift.json, where the checkpoint is a folder that has one.
+/// Digest in cpift.json, if the checkpoint is a directory that has one.
 fn recorded(checkpoint: &Checkpoint) -> Result<Option<Digest>> {
-    let Some(path) = checkpoint.folder().map(|f| f.join(provenance::FILE_NAME)).filter(|p| p.exists()) else {
+    let Some(path) = checkpoint.folder().map(|f| f.join(RECORD_NAME)).filter(|p| p.exists()) else {
         return Ok(None);
     };
     let record: Provenance = json::read(&path)?;
@@ -82,7 +91,8 @@ fn recorded(checkpoint: &Checkpoint) -> Result<Option<Digest>> {
     Ok(record.output.map(|r| r.blake3))
 }
 
-/// Reads the checkpoint once: what is not finite in each of `views`, and the digest of it all.
+/// Reads the checkpoint once; returns the elements of each of `views` that are not finite, and the
+/// digest.
 fn scan(checkpoint: &Checkpoint, views: &[TensorView<'_>]) -> Result<(Vec<Option<NotFinite>>, Digest)> {
     let specs: Vec<TensorSpec> = checkpoint.tensors().map(|view| view.spec()).collect();
     let hasher = PieceHasher::new(&specs, CHUNK);
@@ -92,7 +102,7 @@ fn scan(checkpoint: &Checkpoint, views: &[TensorView<'_>]) -> Result<(Vec<Option
         let chunks = view.bytes.par_chunks(CHUNK * size).enumerate();
         let found = chunks.filter_map(|(i, bytes)| {
             hasher.add(index, i * CHUNK, bytes);
-            let found = simd::dispatch!(not_finite(view, bytes))?;
+            let found = dispatch!(not_finite(view, bytes))?;
             Some(NotFinite { first: i * CHUNK + found.first, ..found })
         });
         found.reduce_with(|a, b| NotFinite { count: a.count + b.count, first: a.first.min(b.first) })
@@ -102,7 +112,7 @@ fn scan(checkpoint: &Checkpoint, views: &[TensorView<'_>]) -> Result<(Vec<Option
     Ok((scans, hasher.finish(checkpoint.folder())?))
 }
 
-/// What is not finite in `bytes` of a tensor; `first` is counted from their beginning.
+/// Elements in `bytes` of a tensor that are not finite; `first` is counted from their beginning.
 #[inline(always)]
 fn not_finite(view: &TensorView<'_>, bytes: &[u8]) -> Option<NotFinite> {
     const BLOCK: usize = 1 << 10;

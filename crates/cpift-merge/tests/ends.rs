@@ -1,4 +1,5 @@
-//! `cpift-merge` killed, stopped and out of room: nothing under the final name, or the whole merge.
+//! `cpift-merge` killed, stopped and out of disk space: nothing under the final name, or the
+//! complete merge.
 
 use std::ffi::OsString;
 use std::fs;
@@ -11,7 +12,7 @@ use tempfile::TempDir;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_cpift-merge");
 
-/// Inputs in memory, outputs on the disk, which takes its time to make them durable.
+/// Inputs in memory, and outputs on the disk, so that an fsync takes some time.
 struct Setting {
     inputs: TempDir,
     outputs: TempDir,
@@ -41,7 +42,8 @@ impl Setting {
     }
 }
 
-/// Every file is the same but the record of the run, which holds times, and the content is what that records.
+/// Returns true if all files but the record of the run (which has timestamps) are the same, and the
+/// content has the digest in the record.
 fn same(a: &Path, b: &Path) -> bool {
     let names = |folder: &Path| {
         let mut names: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name()).collect();

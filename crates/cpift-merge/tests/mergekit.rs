@@ -1,4 +1,5 @@
-//! Recipes through the real binary against what mergekit 0.1.5 made of them (fixtures/golden/merge).
+//! Recipes through the real binary, compared with the output of mergekit 0.1.5 in
+//! fixtures/golden/merge.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden/merge")
 }
 
-/// bf16 numbers as integers in their order, so that neighbours differ by 1.
+/// Maps bf16 numbers to integers in the same order, so that adjacent numbers differ by 1.
 fn ordered(tensors: &Tensors, name: &str) -> Vec<i32> {
     let tensor = &tensors[name];
     assert_eq!(tensor.dtype, Dtype::BF16, "{name}");
@@ -23,7 +24,7 @@ fn ordered(tensors: &Tensors, name: &str) -> Vec<i32> {
         .collect()
 }
 
-/// Runs the recipe at `path` where its models lie, and returns the folder it made.
+/// Runs the recipe at `path` in the directory of its models, with output `out`.
 fn run(path: &Path, out: &Path) {
     let run = Command::new(env!("CARGO_BIN_EXE_cpift-merge"))
         .current_dir(golden())
@@ -33,7 +34,7 @@ fn run(path: &Path, out: &Path) {
     assert!(run.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&run.stderr));
 }
 
-/// Elements that differ at all; panics where one differs by more than one ulp.
+/// Number of elements that differ; panics if one differs by more than one ulp.
 fn differing(found: &Tensors, expected: &Tensors, recipe: &str) -> usize {
     assert!(found.keys().eq(expected.keys()), "{recipe}");
     let mut differing = 0;
@@ -68,7 +69,7 @@ fn every_element_is_within_one_ulp_of_mergekit() {
 }
 
 #[test]
-fn the_card_of_a_merge_makes_it_again() {
+fn the_recipe_in_the_card_reproduces_the_merge() {
     let out = tempfile::tempdir().unwrap();
     for name in ["linear_base", "slerp_gradients", "ties_sum", "karcher"] {
         let (first, second) = (out.path().join(name), out.path().join(format!("{name}-again")));

@@ -1,5 +1,6 @@
-//! Random merges in this process, any shapes, dtypes, layouts and thread counts: plain f64 arithmetic on whole tensors, and the
-//! same bytes whatever the layout and the threads.
+//! Random merges of any shapes, dtypes, layouts and thread counts, run in this process: the result
+//! agrees with f64 arithmetic on whole tensors, and has the same bytes for any layout and number of
+//! threads.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,29 +14,30 @@ use cpift_testkit::{Numbers, Tensor, Tensors, read_checkpoint};
 use proptest::prelude::*;
 
 const FLOATS: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F64];
-/// The cosine above which interpolation is linear, and how near to it the test's own arithmetic may disagree.
+/// Cosine above which interpolation is linear, and the distance from it within which the arithmetic
+/// of the test may disagree.
 const COLLINEAR: (f64, f64) = (0.9995, 1e-7);
 
-/// What is merged how.
+/// Method of a merge.
 #[derive(Debug, Clone)]
 enum Method {
-    /// One weight for each model.
+    /// Weight of each model.
     Linear(Vec<f64>),
-    /// Between two models.
+    /// Position between two models.
     Slerp(f64),
 }
 
 #[derive(Debug, Clone)]
 struct Case {
-    /// Elements of each tensor.
+    /// Number of elements of each tensor.
     sizes: Vec<usize>,
-    /// Dtypes of each tensor in each model, picked from these by turns.
+    /// Dtypes that the tensors of the models take in turn.
     dtypes: Vec<Dtype>,
-    /// How far the models lie apart.
+    /// Distance between the models.
     distance: f64,
     method: Method,
     output: Dtype,
-    /// Largest shard in bytes.
+    /// Size of the largest shard in bytes.
     shard: usize,
     seed: u64,
     threads: usize,
@@ -83,7 +85,7 @@ impl Case {
         let (mut common, mut own) = (Numbers(self.seed), Numbers(!self.seed));
         let mut models = vec![Tensors::new(); count];
         for (i, &n) in self.sizes.iter().enumerate() {
-            // Now and then a tensor of zeros, which has no direction.
+            // Some tensors are zero and have no direction.
             let scale = if self.seed.wrapping_add(i as u64).is_multiple_of(11) { 0.0 } else { 1.0 };
             let centre: Vec<f64> = common.units(n).into_iter().map(|v| scale * f64::from(v)).collect();
             for (m, model) in models.iter_mut().enumerate() {
@@ -96,7 +98,8 @@ impl Case {
         models
     }
 
-    /// The factor of each operand by plain arithmetic; two answers where the angle is as good as on the threshold.
+    /// Coefficient of each operand by f64 arithmetic; two answers if the angle is very close to the
+    /// threshold.
     fn coefficients(&self, operands: &[Vec<f64>]) -> Vec<Vec<f64>> {
         let t = match &self.method {
             Method::Linear(weights) => {
@@ -123,8 +126,8 @@ impl Case {
         }
     }
 
-    /// How far a result may lie from plain arithmetic: one rounding to the output's dtype, and some of f32's, or of f64's where an
-    /// input is F64, of terms that may cancel.
+    /// Tolerance of a result: one rounding to the output dtype, and several roundings to f32 (or
+    /// f64 if an input is F64) of terms that may cancel.
     fn tolerance(&self, value: f64, terms: f64, wide: bool) -> f64 {
         let (bits, smallest) = match self.output {
             Dtype::F64 => (52, 1074),
@@ -183,7 +186,7 @@ impl Case {
             let wide = models.iter().any(|model| model[name].dtype == Dtype::F64);
             let operands: Vec<Vec<f64>> = models.iter().map(|model| model[name].numbers()).collect();
             let found = tensor.numbers();
-            // The first element that is not what the coefficients give.
+            // The first element that differs from the combination with these coefficients.
             let off = |coefficients: &Vec<f64>| {
                 found.iter().enumerate().find_map(|(j, found)| {
                     let terms = || coefficients.iter().zip(&operands).map(|(c, values)| c * values[j]);
@@ -199,7 +202,7 @@ impl Case {
     }
 }
 
-/// Every file of an output by name, but the record of the run, which holds times and paths.
+/// Files of an output by name, without those that have timestamps or paths.
 fn content(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
     let named = files.map(|f| (f.file_name().into_string().unwrap(), fs::read(f.path()).unwrap()));
@@ -209,7 +212,7 @@ fn content(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 proptest! {
     #![proptest_config(cpift_testkit::cases(200))]
     #[test]
-    fn small_tensors_are_merged_as_plain_arithmetic_has_it(case in case(prop_oneof![1..20usize, 1..3000usize], 8)) {
+    fn small_tensors_agree_with_f64_arithmetic(case in case(prop_oneof![1..20usize, 1..3000usize], 8)) {
         case.check()?;
     }
 }
@@ -217,8 +220,8 @@ proptest! {
 proptest! {
     #![proptest_config(cpift_testkit::cases(24))]
     #[test]
-    // Around the sizes of blocks and chunks.
-    fn large_tensors_are_merged_as_plain_arithmetic_has_it(
+    // Sizes around those of blocks and chunks.
+    fn large_tensors_agree_with_f64_arithmetic(
         case in case(prop_oneof![1..70_000usize, 65_535..=65_537usize, 131_071..=131_073usize, 262_143..=262_145usize], 3)
     ) {
         case.check()?;

@@ -1,69 +1,81 @@
-//! Stage 1 of CPI-FT, first half: the probe. A short fine-tune of the base θ⁽⁰⁾ on one task's data gives θ⁽ⁱ⁾, whose
-//! difference from the base shows which parameters the task moves most.
+//! Stage 1 of CPI-FT, first half: the probe. A short fine-tune of the base θ⁽⁰⁾ on one task's data
+//! gives θ⁽ⁱ⁾, whose difference from the base shows which parameters the task changes most.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::slice;
 
 use anyhow::Result;
 use clap::Parser;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::provenance::Recorder;
-use cpift_core::stale::Expected;
-use cpift_core::tasks::{Task, Tasks};
-use cpift_data::{self as data, Encoded, Layout};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::tasks::{Task, Tasks};
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
+use cpift_core::run::cli::Common;
+use cpift_core::stream::random::seed_for;
+use cpift_data::{self as data, Encoded};
 use cpift_torch::args::TrainingArgs;
-use cpift_torch::seed::mix_name;
-use cpift_torch::session::{Described, Session};
-use cpift_torch::train::{FISHER, FisherConfig, HeldOut, Isolation, Run, Stage, States};
+use cpift_torch::session::{ModelInfo, Session};
+use cpift_torch::train::{FISHER, FisherConfig, HeldOut, Isolation, Run, Stage, States, read_examples};
 use cpift_torch::{memory, oom};
 use log::{info, warn};
 use serde_json::json;
 
 const STAGE: &str = env!("CARGO_PKG_NAME");
 
+const IO: &str = "Input and output";
+const FISHER_HEADING: &str = "Method";
+
 /// Fine-tunes a base checkpoint on one task: θ⁽⁰⁾ and the task's data give the probe θ⁽ⁱ⁾.
 ///
-/// The output is a Hugging Face folder with metrics.jsonl (one line a step) and cpift.json (provenance). Probes of different
-/// tasks are independent of one another: run them as a Slurm array, where --task-index defaults to SLURM_ARRAY_TASK_ID.
-/// Weights and optimizer are f32 whatever the base's dtype unless --master and --optim-state say otherwise, and the probe is saved as f32
-/// unless --save-dtype says otherwise: bf16 loses most of the small updates that cpift-mask ranks. While it is at work, metrics.jsonl lies in OUT.checkpoints.
+/// The output is a Hugging Face directory with metrics.jsonl (one line per step) and cpift.json
+/// (provenance). During the run, metrics.jsonl is in OUT.checkpoints. Probes of different tasks are
+/// independent: run them as a Slurm array, where --task-index defaults to SLURM_ARRAY_TASK_ID.
+/// Weights and optimizer are f32 whatever the dtype of the base unless --master-dtype and
+/// --optim-state-dtype say otherwise. The probe is saved as f32 unless --save-dtype says otherwise:
+/// bf16 loses most of the small updates that cpift-mask ranks.
 ///
-/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the state saved.
+/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the
+/// state saved.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-probe", version)]
 pub struct Args {
-    /// The base checkpoint θ⁽⁰⁾: a Hugging Face folder
-    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR", required_unless_present = "list")]
+    /// Base checkpoint θ⁽⁰⁾: a Hugging Face directory
+    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR")]
+    #[arg(required_unless_present = "list", help_heading = IO)]
     pub base: Option<PathBuf>,
-    /// The task list, tasks.toml
-    #[arg(long, value_name = "FILE")]
+    /// Task list, tasks.toml
+    #[arg(long, value_name = "FILE", help_heading = IO)]
     pub tasks: PathBuf,
-    /// The task to train on, by name
-    #[arg(long, value_name = "NAME", conflicts_with = "task_index")]
+    /// Task to train on, by name
+    #[arg(long, value_name = "NAME", conflicts_with = "task_index", help_heading = IO)]
     pub task: Option<String>,
-    /// The task to train on, by its place in tasks.toml, from 0 [default: SLURM_ARRAY_TASK_ID, when --task is not given]
-    #[arg(long, value_name = "I")]
+    /// Task to train on, by its index in tasks.toml, from 0 [default: SLURM_ARRAY_TASK_ID, if
+    /// --task is not given]
+    #[arg(long, value_name = "I", help_heading = IO)]
     pub task_index: Option<usize>,
-    /// The folder to write
+    /// Output directory
     #[arg(long, aliases = ["output_dir", "output-dir"], value_name = "DIR", required_unless_present = "list")]
+    #[arg(help_heading = IO)]
     pub out: Option<PathBuf>,
-    /// Only print the tasks, a line each: index, name, training file, evaluation file, separated by tabs
-    #[arg(long, conflicts_with_all = ["base", "out", "task", "task_index"])]
+    /// Only print the tasks, one per line: index, name, training file, evaluation file, separated
+    /// by tabs
+    #[arg(long, conflicts_with_all = ["base", "out", "task", "task_index"], help_heading = IO)]
     pub list: bool,
-    /// Also save OUT/fisher: sums of the squared gradients of batches of the task's rows, taken after training, in f32; for
-    /// cpift-mask --score fisher and blend, and cpift-mask tensors. The batches are counted in cpift.json as fisher_tokens
-    #[arg(long, conflicts_with = "list")]
+    /// Also save OUT/fisher: sums of squared gradients of batches of the task's rows at the trained
+    /// weights, in f32, for cpift-mask --score fisher and blend, and cpift-mask tensors. cpift.json
+    /// records their tokens as fisher_tokens
+    #[arg(long, conflicts_with = "list", help_heading = FISHER_HEADING)]
     pub save_fisher: bool,
-    /// Batches whose squared gradients are summed (TRACE takes 150)
-    #[arg(long, value_name = "N", default_value = "150", requires = "save_fisher")]
+    /// Batches whose squared gradients are summed (TRACE uses 150)
+    #[arg(long, value_name = "N", default_value = "150", requires = "save_fisher", help_heading = FISHER_HEADING)]
     pub fisher_batches: NonZeroUsize,
-    /// Rows of each of these batches
-    #[arg(long, value_name = "N", default_value = "2", requires = "save_fisher")]
+    /// Rows per batch of squared gradients
+    #[arg(long, value_name = "N", default_value = "2", requires = "save_fisher", help_heading = FISHER_HEADING)]
     pub fisher_batch_size: NonZeroUsize,
-    /// How to fine-tune.
+    /// Fine-tuning arguments.
     #[command(flatten)]
     pub training: TrainingArgs,
     /// Arguments of every stage.
@@ -71,9 +83,10 @@ pub struct Args {
     pub common: Common,
 }
 
-/// What was checked before any work: the task, its examples, the opened model.
+/// A checked run: the task, its examples, the open checkpoint.
 struct Plan {
     task: Task,
+    tasks_role: String,
     tasks_digest: Digest,
     train_digest: Digest,
     encoded: Encoded,
@@ -84,7 +97,8 @@ struct Plan {
 /// Runs the stage.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training after.
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training
+/// after.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match (&args.base, &args.out) {
@@ -115,7 +129,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     let written =
         training_run(args, &plan, held_out, out).write(out, &args.common, recorder, |recorder, reports| {
             recorder.input("base", base, plan.session.digest.clone());
-            recorder.input("tasks", &args.tasks, plan.tasks_digest.clone());
+            recorder.input(plan.tasks_role.as_str(), &args.tasks, plan.tasks_digest.clone());
             recorder.input("train", &plan.task.train, plan.train_digest.clone());
             recorder.fact("task", plan.task.name.as_str());
             recorder.fact("steps", reports[0].steps);
@@ -130,7 +144,7 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The task list, and the task that was typed or is this array element's.
+/// The task list, and the task given by name, by index or by the Slurm array.
 fn chosen_task(args: &Args) -> Result<(Tasks, Task)> {
     let tasks = Tasks::read(&args.tasks)?;
     let task = match &args.task {
@@ -143,57 +157,45 @@ fn chosen_task(args: &Args) -> Result<(Tasks, Task)> {
 
 fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path) -> Result<Plan> {
     args.training.check()?;
-    // Resuming a run that is finished is no error.
+    // Resuming a finished run is no error.
     if !args.training.resume {
         check_output(out, args.common.force())?;
     }
     let inputs = [base, &args.tasks, &task.train, &task.eval];
     check_not_input("--out", out, inputs)?;
     check_not_input("--out's states", &States::folder(out), inputs)?;
-    // Its templates and lengths decide what the rows become.
-    let tasks_digest = Digest::of_file(&args.tasks)?;
+    // The templates and lengths of tasks.toml determine the examples.
+    let (tasks_role, tasks_digest) = (tasks.role([task.name.as_str()]), tasks.digest([task.name.as_str()])?);
     let train_digest = Digest::of_file(&task.train)?;
-    let rows = data::read_rows(&task.train, &Layout::of(&task)?)?;
     let device = args.training.device.open(args.common.threads)?;
-    let model = Described::open(base, tasks.template()?)?;
-    let max_length = model.context_of(&task, args.training.max_length);
-    let encoded = data::encode_rows(
-        &task.train,
-        &rows,
-        model.text.with(&task.template_args),
-        max_length,
-        args.training.overlong(),
-    )?;
-    data::report(&task.name, &encoded, max_length);
-    let held_out = match args.training.eval_every {
-        Some(_) => vec![HeldOut::read(&task, args.training.eval_rows, &model.text, max_length)?],
-        None => Vec::new(),
-    };
+    let model = ModelInfo::open(base, tasks.template()?)?;
+    let encoded = read_examples(&task, &model, &args.training)?;
+    let held_out = HeldOut::read(slice::from_ref(&task), &model, &args.training)?;
     let session = model.load(device, args.training.precision(device))?;
-    Ok(Plan { task, tasks_digest, train_digest, encoded, held_out, session })
+    Ok(Plan { task, tasks_role, tasks_digest, train_digest, encoded, held_out, session })
 }
 
-/// What a narrow dtype does to the difference from the base, of which cpift-mask makes the core.
+/// Warns if a dtype rounds the difference from the base, which cpift-mask ranks.
 fn warn_of_rounding(args: &Args, session: &Session) {
     let training = &args.training;
-    if let Some(stored) = session.rounded_by(training.master) {
+    if let Some(stored) = session.rounded_by(training.master_dtype) {
         warn!(
-            "--master {} rounds the base's {stored} weights: what cpift-mask ranks will hold the rounding as well as the updates",
-            training.master
+            "--master-dtype {} rounds the base's {stored} weights: what cpift-mask ranks includes the rounding",
+            training.master_dtype
         );
     }
     if training.save_dtype != cpift_core::Dtype::F32 {
-        warn!("saving as {}: updates smaller than its resolution are lost to cpift-mask", training.save_dtype);
+        warn!("saving as {}: cpift-mask cannot see updates smaller than its resolution", training.save_dtype);
     }
 }
 
-/// The index that was typed, or that of the Slurm array.
+/// The index as given, or that of the Slurm array.
 fn task_index(typed: Option<usize>) -> Result<usize> {
     const SLURM: &str = "SLURM_ARRAY_TASK_ID";
     match (typed, std::env::var(SLURM)) {
         (Some(index), _) => Ok(index),
         (None, Ok(text)) => text.parse().map_err(|_| usage(format!("{SLURM} is {text:?}, not an index from 0"))),
-        (None, Err(_)) => Err(usage(format!("name the task: --task NAME or --task-index I (or {SLURM})"))),
+        (None, Err(_)) => Err(usage(format!("no task: give --task NAME or --task-index I, or set {SLURM}"))),
     }
 }
 
@@ -216,7 +218,7 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, out:
     let fisher = args.save_fisher.then(|| FisherConfig {
         batches: args.fisher_batches.get(),
         batch_size: args.fisher_batch_size.get(),
-        seed: mix_name(training.seed, FISHER),
+        seed: seed_for(training.seed, FISHER),
     });
     description.insert("fisher".into(), json!(fisher.map(|f| (f.batches, f.batch_size))));
     let states = States::new(out, description, training);

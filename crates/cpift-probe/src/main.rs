@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cpift_core::cli::run_stage(cpift_probe::run)
+    cpift_core::run::cli::run_stage(cpift_probe::run)
 }

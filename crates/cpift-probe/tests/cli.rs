@@ -175,7 +175,11 @@ fn long_examples_are_cut_and_counted_or_refused() {
     let lines = format!("{}\n{}\n", row("q", "a"), row("long", &"x".repeat(200)));
     f.probe_rows(&lines).ok().says(&["1 examples were cut to 96 tokens"]);
     assert_eq!(read_json(&f.out().join("cpift.json"))["facts"]["truncated"], 1);
-    f.probe(&["--task", "copy", "--force", "--strict"]).bad_input(&["line 2", "at most 96 tokens", "--strict"]);
+    f.probe(&["--task", "copy", "--force", "--no-truncate"]).bad_input(&[
+        "line 2",
+        "at most 96 tokens",
+        "--no-truncate",
+    ]);
     write_rows(&f.dir.path().join("data/copy/train.jsonl"), &[row(&"x".repeat(200), "a")]);
     f.probe(&["--task", "copy", "--force"]).bad_input(&["train.jsonl", "no example has an assistant token"]);
 }
@@ -203,7 +207,7 @@ fn an_output_never_replaces_an_input() {
     };
     again(f.out(), &[]).usage_error(&["--out", "would replace the input"]);
     again(f.out(), &["--resume"]).usage_error(&["--out", "would replace the input"]);
-    // The states that --force removes, too.
+    // The states that --force removes as well.
     let states = f.out().with_file_name("probe.checkpoints");
     let state = states.join("step-0000001/weights");
     fs::create_dir_all(state.parent().unwrap()).unwrap();
@@ -215,9 +219,9 @@ fn an_output_never_replaces_an_input() {
 
 #[test]
 fn dtypes_that_round_the_base_are_warned_of() {
-    const ROUNDS: &str = "--master BF16 rounds the base's";
+    const ROUNDS: &str = "--master-dtype BF16 rounds the base's";
     let f = Fixture::new();
-    let bf16 = ["--task", "copy", "--master", "bf16", "--force"];
+    let bf16 = ["--task", "copy", "--master-dtype", "bf16", "--force"];
     f.probe(&bf16).ok().says(&[ROUNDS, "F32", "cpift-mask"]);
     let stored = |dtype: Dtype| {
         let mut weights = tiny_weights(1);
@@ -246,7 +250,7 @@ fn a_weight_that_the_saved_dtype_cannot_hold_is_named() {
     fs::remove_file(f.base.join("model.safetensors")).unwrap();
     write_safetensors(&f.base.join("model.safetensors"), &weights);
     let failed = f.probe(&["--task", "copy", "--save-dtype", "f16"]).expect_code(1);
-    failed.says(&[norm, "element 0", "7e4", "as F16 is inf", "--save-dtype f32 or bf16"]);
+    failed.says(&[norm, "element 0", "7e4", "becomes inf in F16", "--save-dtype f32 or bf16"]);
     assert!(!f.out().exists());
     f.probe(&["--task", "copy", "--save-dtype", "bf16", "--force"]).ok();
 }
@@ -266,7 +270,7 @@ fn names_of_transformers_options_are_taken() {
             .collect()
     };
     let binary = env!("CARGO_BIN_EXE_cpift-probe");
-    let ours = "--steps 4 --lr 1e-3 --batch-size 2 --grad-accum 2 --max-grad-norm 0.5 --weight-decay 0.1 --save-every 2 --keep 2 \
+    let ours = "--steps 4 --lr 1e-3 --batch-size 2 --grad-accum 2 --max-grad-norm 0.5 --weight-decay 0.1 --save-every 2 --save-total-limit 2 \
                 --eval-every 2 --log-every 1";
     let theirs = "--max_steps 4 --learning_rate 1e-3 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 \
                   --max_grad_norm 0.5 --weight_decay 0.1 --save_steps 2 --save_total_limit 2 --eval_steps 2 --logging-steps 1";
@@ -276,6 +280,20 @@ fn names_of_transformers_options_are_taken() {
     assert!(weights() == expected);
     let help = run(binary, ["--help"]).ok().stdout;
     assert!(!help.contains("max_steps"));
+    let headings: Vec<&str> = help.lines().filter(|l| l.ends_with(':') && !l.starts_with(' ')).collect();
+    let ordered = [
+        "Input and output:",
+        "Method:",
+        "Budget and schedule:",
+        "Optimizer:",
+        "Data:",
+        "Memory and speed:",
+        "Resume:",
+        "Logging:",
+        "Run:",
+    ];
+    let found: Vec<&str> = headings.into_iter().filter(|heading| *heading != "Options:").collect();
+    assert_eq!(found, ordered);
 }
 
 #[test]

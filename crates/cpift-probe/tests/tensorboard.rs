@@ -1,4 +1,5 @@
-//! `--tensorboard DIR`, decoded by hand from the description of the format: TFRecord framing and the fields of event.proto.
+//! `--tensorboard DIR`, decoded by hand from the description of the format: TFRecord framing and
+//! the fields of event.proto.
 
 use std::collections::BTreeMap;
 use std::fs;

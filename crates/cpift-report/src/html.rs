@@ -1,169 +1,193 @@
-//! HTML that is one file: everything from outside is escaped here, and the page asks for nothing and runs nothing.
+//! Building blocks of a page that is one file: it loads nothing and runs nothing.
 
-use std::fmt::Write as _;
+use cpift_core::format::svg::Canvas;
+use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-/// No script runs and nothing is fetched, whatever a model's output holds.
+use crate::svg::{STEPS, series};
+use crate::tables::sheet::symbols;
+
+/// Content security policy: no script runs and nothing is fetched, whatever a model's output
+/// contains.
 const POLICY: &str =
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
 const STYLE: &str = include_str!("style.css");
 
-/// Text as it may stand in HTML, in elements and in quoted attributes, its control characters as [`symbols`].
-pub fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in symbols(text).chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c => out.push(c),
-        }
-    }
-    out
-}
-
-/// Text whose control characters are shown as their pictures, and those that turn the direction of writing by their code: what a model
-/// wrote cannot rearrange what stands around it.
-pub fn symbols(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '\n' | '\t' => out.push(c),
-            '\u{7f}' => out.push('\u{2421}'),
-            c if c < ' ' => out.push(char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}')),
-            '\u{80}'..='\u{9f}'
-            | '\u{61c}'
-            | '\u{200e}'
-            | '\u{200f}'
-            | '\u{202a}'..='\u{202e}'
-            | '\u{2028}'
-            | '\u{2029}'
-            | '\u{2066}'..='\u{2069}'
-            | '\u{feff}'
-            | '\u{fffe}'
-            | '\u{ffff}' => {
-                let _ = write!(out, "⟨U+{:04X}⟩", u32::from(c));
+/// A whole page. Control characters anywhere on it are replaced by [`symbols`].
+pub(crate) fn page(title: &str, body: &Markup) -> String {
+    let page = html! {
+        (DOCTYPE) "\n"
+        html lang="en" {
+            "\n"
+            head {
+                "\n"
+                meta charset="utf-8"; "\n"
+                meta http-equiv="Content-Security-Policy" content=(POLICY); "\n"
+                meta name="viewport" content="width=device-width, initial-scale=1"; "\n"
+                meta name="color-scheme" content="light dark"; "\n"
+                title { (title) } "\n"
+                style { "\n" (PreEscaped(STYLE)) } "\n"
             }
-            c => out.push(c),
+            "\n"
+            body { "\n" (body) } "\n"
         }
-    }
-    out
+        "\n"
+    };
+    symbols(&page.into_string())
 }
 
-/// A whole page. `body` is HTML.
-pub fn page(title: &str, body: &str) -> String {
-    let title = escape(title);
-    format!(
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n\
-         <body>\n{body}</body>\n</html>\n"
-    )
+/// A section of a page, under a heading that is its name for screen readers and the target of
+/// links.
+pub(crate) fn section(id: &str, title: &str, body: &Markup) -> Markup {
+    html! { section aria-labelledby=(id) { "\n" h2 id=(id) { (title) } "\n" (body) } "\n" }
 }
 
 /// A paragraph of text.
-pub fn paragraph(text: &str) -> String {
-    format!("<p>{}</p>\n", escape(text))
+pub(crate) fn paragraph(text: &str) -> Markup {
+    html! { p { (text) } "\n" }
 }
 
-/// A paragraph that says what is not there.
-pub fn missing(text: &str) -> String {
-    format!("<p class=\"missing\">{}</p>\n", escape(text))
+/// A paragraph that says what is missing.
+pub(crate) fn missing(text: &str) -> Markup {
+    html! { p.missing { (text) } "\n" }
+}
+
+/// A list of notes in small print.
+pub(crate) fn notes(class: &str, notes: impl IntoIterator<Item = impl AsRef<str>>) -> Markup {
+    html! { ul class=(class) { "\n" @for note in notes { li { (note.as_ref()) } "\n" } } "\n" }
 }
 
 /// Text of several lines, with its own spaces.
-pub fn verbatim(text: &str) -> String {
-    // A line break right after <pre> is not shown: one is added, so that the text's own is.
-    format!("<pre>\n{}</pre>", escape(text))
+pub(crate) fn verbatim(text: &str) -> Markup {
+    // Parsers drop a line break right after <pre>. This one is for them, so that the text's own
+    // stays.
+    html! { pre { "\n" (text) } }
 }
 
-/// What a reader opens to see more. `body` is HTML.
-pub fn details(summary: &str, body: &str) -> String {
-    format!("<details>\n<summary>{}</summary>\n{body}</details>\n", escape(summary))
+/// A part of the page that is closed until the reader opens it.
+pub(crate) fn details(summary: &str, body: &Markup) -> Markup {
+    html! { details { "\n" summary { (summary) } "\n" (body) } "\n" }
+}
+
+/// A box that scrolls by itself, by keyboard too, where the window is narrow.
+pub(crate) fn scrolling(label: &str, content: &Markup) -> Markup {
+    html! { div.scroll role="region" aria-label=(label) tabindex="0" { (content) } }
+}
+
+/// A drawing in a box that scrolls, for one that must not shrink; `label` is what a screen reader
+/// says of it.
+pub(crate) fn scrolling_picture(canvas: Canvas, size: (f64, f64), label: &str) -> Markup {
+    scrolling(label, &PreEscaped(canvas.finish(size, "whole", label)))
 }
 
 /// A table with a caption; the first column names the rows.
-pub struct Table {
+pub(crate) struct Table {
     header: Vec<String>,
-    rows: String,
+    rows: Vec<Vec<Markup>>,
     caption: String,
     text_columns: Vec<usize>,
     name_columns: Vec<usize>,
 }
 
 impl Table {
-    /// A table with these column names; what follows a line break in one is set small. Columns are of numbers unless
-    /// [`Table::text_column`] says otherwise.
-    pub fn new(caption: &str, header: &[String]) -> Self {
+    /// A table with these column names; the part of one after a line break is set small. Columns
+    /// hold numbers unless [`Table::text_column`] or [`Table::name_column`] says otherwise.
+    pub(crate) fn new(caption: &str, header: &[String]) -> Self {
         let (header, caption) = (header.to_vec(), caption.to_owned());
-        Self { header, rows: String::new(), caption, text_columns: Vec::new(), name_columns: Vec::new() }
+        Self { header, rows: Vec::new(), caption, text_columns: Vec::new(), name_columns: Vec::new() }
     }
 
     /// Makes a column flush left.
-    #[must_use]
-    pub fn text_column(mut self, column: usize) -> Self {
+    pub(crate) fn text_column(mut self, column: usize) -> Self {
         self.text_columns.push(column);
         self
     }
 
     /// Makes a column of short names flush left.
-    #[must_use]
-    pub fn name_column(mut self, column: usize) -> Self {
+    pub(crate) fn name_column(mut self, column: usize) -> Self {
         self.name_columns.push(column);
         self
     }
 
-    fn class(&self, column: usize) -> &'static str {
+    fn class(&self, column: usize) -> Option<&'static str> {
         match () {
-            () if self.text_columns.contains(&column) => " class=\"text\"",
-            () if self.name_columns.contains(&column) => " class=\"name\"",
-            () => "",
+            () if self.text_columns.contains(&column) => Some("text"),
+            () if self.name_columns.contains(&column) => Some("name"),
+            () => None,
         }
     }
 
     /// Adds a row of plain text.
-    pub fn row(&mut self, cells: &[String]) {
-        self.html_row(cells.iter().map(|text| escape(text)));
+    pub(crate) fn row(&mut self, cells: &[String]) {
+        self.markup_row(cells.iter().map(|text| html! { (text) }));
     }
 
-    /// Adds a row of HTML.
-    pub fn html_row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push_str("<tr>");
-        for (i, cell) in cells.into_iter().enumerate() {
-            let _ = match i {
-                0 => write!(self.rows, "<th scope=\"row\">{cell}</th>"),
-                i => write!(self.rows, "<td{}>{cell}</td>", self.class(i)),
-            };
-        }
-        self.rows.push_str("</tr>\n");
+    /// Adds a row.
+    pub(crate) fn markup_row(&mut self, cells: impl IntoIterator<Item = Markup>) {
+        self.rows.push(cells.into_iter().collect());
     }
 
-    /// The table, in a box that scrolls by itself (and by keyboard) where the window is narrow.
-    pub fn finish(self) -> String {
-        let name = |(i, name): (usize, &String)| {
-            let name = escape(name).replacen('\n', "<small>", 1);
-            let end = if name.contains("<small>") { "</small>" } else { "" };
-            format!("<th scope=\"col\"{}>{name}{end}</th>", self.class(i))
+    /// The table, in a box that scrolls.
+    pub(crate) fn markup(&self) -> Markup {
+        let head = |(i, name): (usize, &String)| {
+            let (name, unit) = name.split_once('\n').map_or((name.as_str(), None), |(name, unit)| (name, Some(unit)));
+            html! { th scope="col" class=[self.class(i)] { (name) @if let Some(unit) = unit { small { (unit) } } } }
         };
-        let header: String = self.header.iter().enumerate().map(name).collect();
-        let (caption, rows) = (escape(&self.caption), &self.rows);
-        format!(
-            "<div class=\"scroll\" role=\"region\" aria-label=\"{caption}\" tabindex=\"0\">\n<table>\n\
-             <caption><span>{caption}</span></caption>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n</div>\n"
-        )
+        let table = html! {
+            "\n"
+            table {
+                "\n"
+                caption { span { (self.caption) } } "\n"
+                thead { tr { @for column in self.header.iter().enumerate() { (head(column)) } } } "\n"
+                tbody {
+                    "\n"
+                    @for row in &self.rows {
+                        tr {
+                            @for (i, cell) in row.iter().enumerate() {
+                                @if i == 0 { th scope="row" { (cell) } } @else { td class=[self.class(i)] { (cell) } }
+                            }
+                        }
+                        "\n"
+                    }
+                }
+                "\n"
+            }
+            "\n"
+        };
+        html! { (scrolling(&self.caption, &table)) "\n" }
     }
 }
 
-/// Pictures of one kind with what they mean, and the numbers behind them. `caption` and `more` are HTML.
-pub fn figure(pictures: &[String], caption: &str, tables: Vec<Table>) -> String {
-    let tables: String = tables.into_iter().map(Table::finish).collect();
-    let tiles: String = pictures.iter().map(|svg| format!("<div class=\"tile\">{svg}</div>\n")).collect();
-    format!(
-        "<figure>\n<div class=\"tiles\">\n{tiles}</div>\n<figcaption>{caption}</figcaption>\n{}</figure>\n",
-        details("The numbers as a table", &tables)
-    )
+/// Pictures of one kind with their caption, and their numbers as tables behind them.
+pub(crate) fn figure(pictures: &[Markup], caption: &Markup, tables: &[Table]) -> Markup {
+    html! {
+        figure {
+            "\n"
+            div.tiles { "\n" @for picture in pictures { div.tile { (picture) } "\n" } } "\n"
+            figcaption { (caption) } "\n"
+            (details("The numbers as a table", &html! { @for table in tables { (table.markup()) } }))
+        }
+        "\n"
+    }
+}
+
+/// The colours of a scale in a row, classes `prefix` 0 to 8, with the meaning of its ends and
+/// middle.
+pub(crate) fn scale_legend(prefix: char, [low, middle, high]: [&str; 3]) -> Markup {
+    html! {
+        span.legend {
+            span { (low) }
+            span.ramp aria-hidden="true" { @for step in 0..STEPS { i class={ (prefix) (step) } {} } }
+            span { (high) }
+            @if !middle.is_empty() { span.note { (middle) } }
+        }
+    }
+}
+
+/// The colours of series: a class `s0`… each.
+pub(crate) fn series_legend<'a>(names: impl IntoIterator<Item = (usize, &'a str)>) -> Markup {
+    html! {
+        ul.series { @for (i, name) in names { li { i class=(series(i)) aria-hidden="true" {} (name) } } }
+    }
 }
 
 #[cfg(test)]
@@ -171,10 +195,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_could_act_is_shown_instead() {
-        assert_eq!(escape("<a b='c' d=\"e\">&"), "&lt;a b=&#39;c&#39; d=&quot;e&quot;&gt;&amp;");
-        assert_eq!(escape("\u{0}\u{1b}[1m\n\t\u{7f}"), "␀␛[1m\n\t␡");
-        assert_eq!(escape("a\u{202e}b\u{2066}"), "a⟨U+202E⟩b⟨U+2066⟩");
-        assert_eq!(escape("{{ 7 * 7 }} {% x %} ‘æ汉’"), "{{ 7 * 7 }} {% x %} ‘æ汉’");
+    fn markup_in_texts_is_escaped_and_control_characters_are_shown() {
+        let page = page("<a b='c' d=\"e\">&", &paragraph("\u{0}\u{1b}[1m<b>"));
+        assert!(page.contains("<title>&lt;a b='c' d=&quot;e&quot;&gt;&amp;</title>"), "{page}");
+        assert!(page.contains("<p>␀␛[1m&lt;b&gt;</p>"), "{page}");
+        assert!(html! { i title=("a\"b<c") {} }.into_string().contains("\"a&quot;b&lt;c\""));
     }
 }

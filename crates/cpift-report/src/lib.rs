@@ -1,60 +1,77 @@
-//! Scores compared, and a whole run as one page: what `cpift-eval compare`, `experiment` and `report` do. Without libtorch.
+//! The commands `cpift-eval compare`, `experiment` and `report`: scores of several checkpoints side
+//! by side, experiments over seeds, and a whole run as one page. Needs no libtorch.
+//!
+//! `statistics` reads and compares scores, `tables` writes them as text, `svg` draws plots, and
+//! `pages` puts both together from the building blocks of `html`.
 
 mod args;
-mod bootstrap;
-mod chart;
-mod comparison;
-mod experiment;
 mod html;
-mod outputs;
-mod page;
-mod pairing;
-mod runs;
-mod text;
-mod unit;
+mod pages;
+mod statistics;
+mod svg;
+mod tables;
 
 pub use args::{CompareArgs, ExperimentArgs, Format, ReportArgs};
-pub use comparison::{Comparison, Question};
-pub use unit::{ANS_FORMULA, Unit};
 
 use std::io::IsTerminal;
 use std::path::Path;
 
 use anyhow::Result;
-use cpift_core::cli::{Common, print};
 use cpift_core::error::usage;
-use cpift_core::files::{check_not_input, check_output, write_text};
+use cpift_core::files::{StagedFile, check_not_input, check_output, write_text};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::Scores;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
+use cpift_core::run::cli::{Common, print};
 
-use experiment::Experiment;
-use text::Bold;
+use statistics::comparison::{Comparison, Question};
+use statistics::experiment::Experiment;
+use statistics::runs;
+use tables::data;
+use tables::markdown::{self, Bold};
+
+/// Program whose commands these are, in records.
+const STAGE: &str = "cpift-eval";
 
 /// Runs `cpift-eval compare`.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] for arguments that make no sense; [`cpift_core::BadInput`] when a run cannot be read or compared, or the
-/// output exists.
+/// [`cpift_core::Usage`] for contradictory arguments; [`cpift_core::BadInput`] when a run cannot be
+/// read or compared, or the output exists.
 pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
     if common.json && !matches!(args.format, Format::Terminal | Format::Json) {
-        return Err(usage("--json and --format name different forms"));
+        return Err(usage("--json and --format name different formats"));
     }
+    let mut recorder = Recorder::start(STAGE);
     if let Some(out) = &args.out {
+        if common.up_to_date(&Expected::new(STAGE, out)) {
+            return Ok(());
+        }
         check_output(out, common.force())?;
     }
-    let runs = runs::read_all(&args.runs, common.force())?;
+    let runs = runs::read_all(&args.runs, common.force)?;
     if let Some(out) = &args.out {
         check_not_input("--out", out, runs.iter().map(|run| run.path.as_path()))?;
+        for run in &runs {
+            let scores = Scores::file(&run.path);
+            recorder.input(format!("scores:{}", run.name), &scores, Digest::of_file(&scores)?);
+        }
     }
     let question = Question { baseline: args.baseline.clone(), resamples: args.resamples, seed: args.seed };
     let comparison = Comparison::new(runs, question)?;
     let text = match args.format {
-        _ if common.json => format!("{}\n", text::json(&comparison)),
-        Format::Terminal => text::markdown(&comparison, bold(args.out.as_deref())),
-        Format::Markdown => text::markdown(&comparison, Bold::Markdown),
-        Format::Csv => text::csv(&comparison),
-        Format::Json => format!("{}\n", text::json(&comparison)),
-        Format::Html => page::compared(&comparison),
+        _ if common.json => format!("{}\n", data::comparison_json(&comparison)),
+        Format::Terminal => markdown::comparison(&comparison, bold(args.out.as_deref())),
+        Format::Markdown => markdown::comparison(&comparison, Bold::Markdown),
+        Format::Csv => data::comparison_csv(&comparison),
+        Format::Json => format!("{}\n", data::comparison_json(&comparison)),
+        Format::Html => pages::compared(&comparison),
     };
-    show(args.out.as_deref(), &text, common)
+    match &args.out {
+        Some(out) => write(out, &text, recorder, common),
+        None => show(None, &text, common),
+    }
 }
 
 /// Runs `cpift-eval experiment`.
@@ -63,7 +80,7 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
 /// As [`compare`].
 pub fn experiment(args: &ExperimentArgs, common: &Common) -> Result<()> {
     if common.json && !matches!(args.format, Format::Terminal | Format::Json) {
-        return Err(usage("--json and --format name different forms"));
+        return Err(usage("--json and --format name different formats"));
     }
     if let Some(out) = &args.out {
         check_output(out, common.force())?;
@@ -72,20 +89,25 @@ pub fn experiment(args: &ExperimentArgs, common: &Common) -> Result<()> {
     let question = Question { baseline: None, resamples: args.resamples, seed: args.seed };
     let experiment = Experiment::read(&args.file, question, common.force())?;
     let text = match args.format {
-        _ if common.json => format!("{}\n", experiment::json(&experiment)),
-        Format::Terminal => experiment::markdown(&experiment, bold(args.out.as_deref())),
-        Format::Markdown => experiment::markdown(&experiment, Bold::Markdown),
-        Format::Csv => experiment::csv(&experiment),
-        Format::Json => format!("{}\n", experiment::json(&experiment)),
-        Format::Html => page::experiment(&experiment),
+        _ if common.json => format!("{}\n", data::experiment_json(&experiment)),
+        Format::Terminal => markdown::experiment(&experiment, bold(args.out.as_deref())),
+        Format::Markdown => markdown::experiment(&experiment, Bold::Markdown),
+        Format::Csv => data::experiment_csv(&experiment),
+        Format::Json => format!("{}\n", data::experiment_json(&experiment)),
+        Format::Html => pages::experiment(&experiment),
     };
     show(args.out.as_deref(), &text, common)
 }
 
-/// Bold type where a person reads it from a terminal.
+/// Bold type if the output goes to a terminal.
 fn bold(out: Option<&Path>) -> Bold {
     let terminal = out.is_none() && std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     if terminal { Bold::Terminal } else { Bold::Markdown }
+}
+
+/// Writes `text` to `out`, with its record beside it.
+fn write(out: &Path, text: &str, recorder: Recorder, common: &Common) -> Result<()> {
+    recorder.commit(StagedFile::of_text(out, text, common.force())?.into_path(), &[])
 }
 
 fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
@@ -101,12 +123,21 @@ fn show(out: Option<&Path>, text: &str, common: &Common) -> Result<()> {
 /// Runs `cpift-eval report`.
 ///
 /// # Errors
-/// [`cpift_core::BadInput`] when the folder is none of a run or the page exists; what is missing or unreadable inside is said on the
-/// page.
+/// [`cpift_core::BadInput`] when the directory is not one of a run, or the page exists. Missing and
+/// unreadable parts of the run are reported on the page.
 pub fn report(args: &ReportArgs, common: &Common) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| args.run.join("report.html"));
+    let mut recorder = Recorder::start(STAGE);
+    if common.up_to_date(&Expected::new(STAGE, &out)) {
+        return Ok(());
+    }
     check_output(&out, common.force())?;
-    write_text(&out, &page::render(args)?, common.force())?;
+    // The page follows every artifact of the run: each has a record, which names when it was made.
+    for file in pages::record_files(&args.run, &out)? {
+        let role = file.strip_prefix(&args.run).unwrap_or(&file).display().to_string();
+        recorder.input(role, &file, Digest::of_file(&file)?);
+    }
+    write(&out, &pages::render(args, &out)?, recorder, common)?;
     log::info!("wrote {}", out.display());
     common.print_json(&serde_json::json!({"out": out.display().to_string()}));
     Ok(())

@@ -1,9 +1,9 @@
-//! `compare`: the best in bold, differences with intervals, every format, and what is refused.
+//! `compare`: the best in bold, differences with intervals, every format, and refusals.
 
 mod support;
 
 use clap::Parser;
-use cpift_core::scores::Figure;
+use cpift_core::format::scores::MetricValue;
 use cpift_core::{BadInput, Usage};
 use cpift_report::{CompareArgs, compare};
 use serde_json::{Value, json};
@@ -55,7 +55,8 @@ fn the_best_of_each_column_is_bold_by_its_own_direction() {
 #[test]
 fn intervals_come_from_rows_matched_by_task_and_number() {
     let f = Folder::new();
-    // Differences by row: 1, 1, ..., in another order of lines in one file; the mean difference is 1 whatever is drawn.
+    // Differences by row: 1, 1, ..., in another order of lines in one file; the mean difference is
+    // 1 whatever is drawn.
     f.score("a", &[("copy", &[0.0, 0.5, 0.25, 0.75])]);
     f.score("b", &[("copy", &[0.125, 0.625, 0.375, 0.875])]);
     let path = f.path("scores/b/outputs.jsonl");
@@ -104,7 +105,7 @@ fn where_rows_cannot_be_paired_the_reason_is_given() {
 #[test]
 fn a_task_that_waits_for_a_judge_says_so() {
     let f = Folder::new();
-    let rating = |value| Some(Figure { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
+    let rating = |value| Some(MetricValue { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
     f.write_scores("a", vec![task_score("chat", rating(7.5)), task_score("plain", None)]);
     let mut unjudged = task_score("chat", None);
     unjudged.settings.insert("judge".into(), Value::Null);
@@ -136,7 +137,8 @@ fn a_task_that_waits_for_a_judge_says_so() {
 fn grades_of_one_judge_are_compared_whatever_was_counted_and_those_of_two_are_not() {
     let f = Folder::new();
     let judged = |judge: &str, tokens: u32| {
-        let mut score = task_score("chat", Some(Figure { name: "judge".into(), value: 7.5, stderr: Some(0.5), n: 4 }));
+        let mut score =
+            task_score("chat", Some(MetricValue { name: "judge".into(), value: 7.5, stderr: Some(0.5), n: 4 }));
         score.settings.insert("judge".into(), json!({"model": judge, "wording": 1}));
         score.settings.insert("verdicts".into(), json!({"rated": 4, "prompt_tokens": tokens}));
         vec![score]
@@ -193,7 +195,7 @@ fn runs_that_answered_other_questions_are_refused_by_both_names() {
         assert!(paths && error.contains(part) && error.contains("--force"), "{part}: {error}");
         try_compare(&f, &["a", "b"], &[], true).unwrap();
     }
-    // What scoring counted is no setting.
+    // Counts made while scoring are not compared as settings.
     let f = two();
     f.edit("b", |s| s["tasks"][0]["settings"]["truncated"] = json!(3));
     compared(&f, &["a", "b"], &[]);
@@ -227,7 +229,7 @@ fn the_first_version_compares_with_the_second_and_one_row_has_no_standard_error(
 fn two_runs_that_a_third_goes_with_may_still_differ() {
     let f = Folder::new();
     let judged = |judge: Value, value: Option<f64>| {
-        let metric = value.map(|value| Figure { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
+        let metric = value.map(|value| MetricValue { name: "judge".into(), value, stderr: Some(0.5), n: 4 });
         let mut score = task_score("chat", metric);
         score.settings.insert("judge".into(), judge);
         vec![score]
@@ -244,7 +246,7 @@ fn arguments_that_make_no_sense_are_usage_errors() {
     let f = two();
     for (runs, more, part) in [
         (&["a", "a"][..], &[][..], "two runs are called a"),
-        (&["a", "b"], &["--baseline", "c"], "none of the runs: a, b"),
+        (&["a", "b"], &["--baseline", "c"], "not among the runs: a, b"),
         (&["a", "b"], &["--resamples", "0"], "--resamples"),
         (&["a"], &["b="], "is no [NAME=]RUN"),
     ] {

@@ -1,4 +1,4 @@
-//! `experiment`: means over seeds, two-way intervals, forgetting, every format, and what is refused.
+//! `experiment`: means over seeds, two-way intervals, forgetting, every format, and refusals.
 
 mod support;
 
@@ -36,7 +36,7 @@ fn json_of(f: &Folder, file: &std::path::Path) -> Value {
     serde_json::from_str(&show(f, file, &["--format", "json"])).unwrap()
 }
 
-/// Scores of one task for each seed, as store/METHOD-SEED; their folders.
+/// Writes scores of one task per seed as store/METHOD-SEED and returns the directories.
 fn store(f: &Folder, method: &str, seeds: &[&[f64]]) -> Vec<String> {
     let folder = |i: usize| format!("store/{method}-{i}");
     seeds.iter().enumerate().for_each(|(i, rows)| drop(f.score_at(&folder(i), &[("copy", rows)])));
@@ -67,7 +67,8 @@ const TASKS: [(&str, [f64; 4]); 2] = [("copy", [0.0, 0.0, 0.0, 1.0]), ("pick", [
 #[test]
 fn each_row_has_its_mean_and_standard_deviation_over_seeds() {
     let f = Folder::new();
-    // copy: 25, 75 and 50 %: mean 50, sample standard deviation 25. pick: 75, 75 and 0: 50 and 43.3.
+    // copy: 25, 75 and 50 %: mean 50, sample standard deviation 25. pick: 75, 75 and 0: 50 and
+    // 43.3.
     let copies = [[0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]];
     let picks = [TASKS[1].1, TASKS[1].1, [0.0; 4]];
     for i in 0..3 {
@@ -179,7 +180,7 @@ fn losses_have_intervals_too() {
     let file = two(&f, &[&[1.0; 2], &[1.0; 2]], &[&[1.0; 2], &[1.0; 2]]);
     for seed in 0..2 {
         f.losses_at(&format!("store/a-{seed}"), "copy", &[(1.0, 1), (4.0, 2)]);
-        // The second seed gains half a nat a token on every row, the first none.
+        // The second seed gains half a nat per token on every row, the first none.
         let gain = 0.5 * f64::from(seed);
         f.losses_at(&format!("store/b-{seed}"), "copy", &[(1.0 - gain, 1), (4.0 - 2.0 * gain, 2)]);
     }
@@ -234,10 +235,11 @@ fn forgetting_is_what_the_second_task_did() {
     let f = Folder::new();
     let text = show(&f, &forgetting(&f), &["--format", "markdown"]);
     let lines = cells(&text, &["full-sft", "cpi-ft"]);
-    // ΔA of full-sft: -40, -60 and -20; ΔB +60, +40 and +60. Of cpi-ft: -10, -20 and 0; +50, +50 and +50.
+    // ΔA of full-sft: -40, -60 and -20; ΔB +60, +40 and +60. Of cpi-ft: -10, -20 and 0; +50, +50
+    // and +50.
     assert_eq!(lines[0], ["full-sft", "−40.0 ± 20.0", "**+53.3 ± 11.5**", "2", "3", "-"]);
     assert_eq!(lines[1][..5], ["cpi-ft", "**−10.0 ± 10.0**", "+50.0 ± 0.0", "2", "3"]);
-    // 1 - 10/40. Drawn whole, the pairs are cut by 1 - 30/100 and by 1 - 0/20.
+    // 1 - 10/40. Resamples of one pair alone give 1 - 30/100 and 1 - 0/20.
     assert_eq!(lines[1][5], "75.0 [70.0, 100.0]", "{text}");
     let pairs = cells(&text, &["copy", "pick"]);
     assert_eq!(pairs[0], ["copy", "pick", "−50.0 ± 14.1", "**−15.0 ± 7.1**"]);
@@ -355,9 +357,9 @@ fn files_that_make_no_sense_are_refused() {
         (json!({"rows": [row(json!([]))]}), "a has no runs"),
         (json!({"rows": [good(), good()]}), "a occurs twice"),
         (json!({"rows": [good(), {"name": "b", "runs": runs[..1]}]}), "a has 2 runs and b has 1"),
-        (json!({"rows": [good()], "baseline": "b"}), "the baseline b is none of the rows: a"),
+        (json!({"rows": [good()], "baseline": "b"}), "the baseline b is not among the rows: a"),
         (json!({"rows": [good()], "axis": log}), "a has no x on the axis p"),
-        (json!({"rows": [at(1.0)]}), "a has an x, and the experiment no axis"),
+        (json!({"rows": [at(1.0)]}), "a has an x, but the experiment has no axis"),
         (json!({"rows": [at(0.0)], "axis": log}), "a is at 0 on a log axis"),
         (json!({"rows": [at(1.0), at(1.0)], "axis": log}), "a occurs twice at 1"),
         (json!({"kind": "other", "rows": [good()]}), "unknown variant `other`"),

@@ -3,7 +3,7 @@
 mod support;
 
 use clap::Parser;
-use cpift_core::scores::Figure;
+use cpift_core::format::scores::MetricValue;
 use cpift_report::{CompareArgs, compare};
 use serde_json::{Value, json};
 use support::{Folder, HOSTILE, common, read, task_score};
@@ -45,19 +45,20 @@ fn two(a: [f64; 3], b: [f64; 3]) -> Folder {
 
 #[test]
 fn losses_have_paired_intervals_over_rows() {
-    // Every row is better by half a nat a token, whatever is drawn.
+    // Every row is better by half a nat per token, whatever is drawn.
     let json = json_of(&two([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]));
     for figure in ["nll", "mean nll"] {
         let ends = delta(&json, figure)["interval"].as_array().unwrap();
         assert!(ends.iter().all(|end| (end.as_f64().unwrap() + 0.5).abs() < 1e-12), "{figure}: {ends:?}");
     }
     assert_eq!(delta(&json, "nll")["paired_rows"], json!(3), "a row without a token is in no loss");
-    // Losses of 1 and 2 nats a token: a perplexity of e^2 is e^2 - e more than one of e.
+    // Losses of 1 and 2 nats per token: a perplexity of e^2 is e^2 - e more than one of e.
     let json = json_of(&two([1.0; 3], [2.0; 3]));
     let expected = 2f64.exp() - 1f64.exp();
     let ends = delta(&json, "perplexity")["interval"].as_array().unwrap();
     assert!(ends.iter().all(|end| (end.as_f64().unwrap() - expected).abs() < 1e-12), "{ends:?}");
-    // Rows count by their tokens: -1 nat on one of seven, and the rows drawn are those of either end.
+    // Rows are weighted by their tokens: the mean is -1 nat on one token of seven, and resamples
+    // range from no such row to several.
     let json = json_of(&two([1.0; 3], [0.0, 1.0, 1.0]));
     let (value, ends) = (delta(&json, "nll")["value"].as_f64().unwrap(), &delta(&json, "nll")["interval"]);
     assert!((value + 1.0 / 7.0).abs() < 1e-12 && ends[0].as_f64().unwrap() < -0.3 && ends[1] == json!(0.0), "{ends}");
@@ -106,7 +107,7 @@ fn further_figures_and_counts_are_in_every_form() {
 #[test]
 fn a_mean_over_fewer_tasks_is_not_held_against_one_over_all() {
     let f = Folder::new();
-    let figure = |value| Some(Figure { name: "acc".into(), value, stderr: Some(0.1), n: 4 });
+    let figure = |value| Some(MetricValue { name: "acc".into(), value, stderr: Some(0.1), n: 4 });
     f.write_scores("a", vec![task_score("copy", figure(0.5)), task_score("pick", figure(0.25))]);
     f.write_scores("b", vec![task_score("copy", figure(0.75))]);
     f.write_scores("c", vec![task_score("copy", figure(0.25)), task_score("pick", figure(0.25))]);
@@ -158,7 +159,7 @@ fn what_force_compares_is_said_and_not_paired() {
 fn names_move_no_cursor_and_end_no_cell() {
     let f = Folder::new();
     let name = format!("{HOSTILE}|\n| x\u{9b}2J");
-    let rating = |value| Some(Figure { name: "acc".into(), value, stderr: Some(0.1), n: 4 });
+    let rating = |value| Some(MetricValue { name: "acc".into(), value, stderr: Some(0.1), n: 4 });
     f.write_scores("a", vec![task_score(&name, rating(0.5)), task_score("pick", None)]);
     f.write_scores("b", vec![task_score("pick", None), task_score(&name, rating(0.25))]);
     for format in ["markdown", "terminal"] {

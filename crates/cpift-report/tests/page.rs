@@ -1,4 +1,5 @@
-//! report.html by a parser: what is on it, that every picture has its numbers, and that nothing on it can act.
+//! report.html through an HTML parser: its content, the numbers behind every picture, and no content
+//! that can act.
 
 mod support;
 
@@ -99,7 +100,7 @@ fn what_a_model_wrote_is_text_and_nothing_else() {
         policy.starts_with("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
             && !policy.contains("script")
     );
-    // The markup of the page itself names no other place; the hostile row's address is text.
+    // The page's own markup links to no other place; the address in the hostile row is text.
     assert!(!include_str!("../src/style.css").contains("url(") && !page.contains("@import"));
     let outputs: Vec<String> =
         section(&html, "outputs").select(&Selector::parse("td pre").unwrap()).map(text).collect();
@@ -150,7 +151,7 @@ fn what_is_missing_is_said() {
     assert!(text_of(&f, &[]).contains("No scores"));
     fs::write(f.path("groups.json"), "{}").unwrap();
     let page = text_of(&f, &[]);
-    assert!(page.contains("This part could not be made") && page.contains("groups.json"), "{page}");
+    assert!(page.contains("This section cannot be shown") && page.contains("groups.json"), "{page}");
 }
 
 #[test]
@@ -170,7 +171,7 @@ fn an_existing_page_and_a_folder_of_something_else_are_refused() {
     assert!(error.contains("report.html") && error.contains("--force"), "{error}");
     let other = tempfile::tempdir().unwrap();
     let error = report(&parse(other.path().to_str().unwrap()), &common(false)).unwrap_err().to_string();
-    assert!(error.contains("no folder of a run") && error.contains("RUN="), "{error}");
+    assert!(error.contains("not the directory of a run") && error.contains("RUN="), "{error}");
 }
 
 #[test]
@@ -215,7 +216,7 @@ fn a_run_of_experiments_alone_is_a_run() {
     }
 }
 
-/// The rows of the first table of scores, and what is said of the scores that are in none.
+/// The rows of the first table of scores, and the list of scores that are in no table.
 fn scored(f: &Folder, more: &[&str]) -> (Vec<String>, Vec<String>) {
     let page = text_of(f, more);
     let html = Html::parse_document(&page);
@@ -249,9 +250,9 @@ fn scores_that_cannot_be_compared_are_listed_and_the_others_shown() {
         assert!(other.starts_with(part), "{part}: {other}");
     }
     assert!(others[0].contains("found: 0") && others[1].contains("copy against copy, pick"), "{others:?}");
-    // Another baseline has others to go with it.
+    // Other scores are comparable with another baseline.
     assert_eq!(scored(&f, &["--baseline", "short"]).0, ["short"]);
-    // Without any for base, the most that go together.
+    // If none are comparable with base, the largest comparable set is shown.
     f.edit("base", |scores| scores["tasks"][0]["settings"]["rows"] = 3.into());
     f.score("fused", &[("copy", &[0.0; 4]), ("pick", &[0.0; 4])]);
     assert_eq!(scored(&f, &[]).0, ["fused", "cpi-ft"]);
@@ -276,7 +277,7 @@ fn a_baseline_without_scores_is_a_usage_error() {
     let f = Folder::whole();
     let run = f.dir.path().to_str().unwrap();
     for (more, part) in
-        [(["--baseline", "typo"], "none of the scores under"), (["--resamples", "0"], "--resamples must be")]
+        [(["--baseline", "typo"], "not among the scores under"), (["--resamples", "0"], "--resamples must be")]
     {
         let line = Line::parse_from(["report", run].iter().chain(&more));
         let error = report(&line.args, &common(true)).unwrap_err();
@@ -326,7 +327,7 @@ fn a_heat_map_of_many_tasks_scrolls_in_its_box() {
     let masks: Vec<(&str, &std::path::Path)> = names.iter().map(|name| (name.as_str(), mask.as_path())).collect();
     cpift_testkit::masks::write_groups(&f.path("groups.json"), &f.path("base-model"), &[&group], &masks);
     let page = text_of(&f, &[]);
-    // For scripts/check-report.sh, as the other one.
+    // For scripts/check-report.sh, which opens it in a browser.
     std::fs::write(concat!(env!("CARGO_TARGET_TMPDIR"), "/many-tasks.html"), &page).unwrap();
     let html = Html::parse_document(&page);
     let map = section(&html, "overlap");

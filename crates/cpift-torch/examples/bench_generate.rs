@@ -1,7 +1,9 @@
-//! Times greedy generation: `bench_generate --model DIR --prompts FILE --batch-size 16 --new-tokens 128 --threads 1`.
+//! Times greedy generation: `bench_generate --model DIR --prompts FILE --batch-size 16 --new-tokens
+//! 128 --threads 1`.
 //!
-//! FILE is a JSON list of lists of token ids. Prints one JSON object: the ids, and the CPU seconds of each repetition. No token ends
-//! an answer unless `--eos`. scripts/bench/generate.sh and scripts/oracle/check_generate.py run it beside transformers.
+//! FILE is a JSON list of lists of token ids. Prints one JSON object: the ids, and the CPU seconds
+//! of each repetition. No token ends an answer unless `--eos`. scripts/bench/generate.sh and
+//! scripts/oracle/check_generate.py run it beside transformers.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -17,7 +19,7 @@ use serde_json::json;
 
 #[derive(Parser)]
 struct Args {
-    /// A Hugging Face folder.
+    /// Hugging Face directory.
     #[arg(long)]
     model: PathBuf,
     /// Prompts as token ids.

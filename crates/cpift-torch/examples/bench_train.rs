@@ -1,13 +1,15 @@
-//! Times training steps on made-up tokens: `bench_train --model DIR --shape 1x512 --steps 5 --threads 1 --json`.
+//! Times training steps on synthetic tokens: `bench_train --model DIR --shape 1x512 --steps 5
+//! --threads 1 --json`.
 //!
-//! scripts/bench/train.sh and scripts/gpu.sh run it beside transformers; both sides make the same token ids.
+//! scripts/bench/train.sh and scripts/gpu.sh run it beside transformers; both sides make the same
+//! token ids.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
-use cpift_core::checkpoint::read_config;
+use cpift_core::format::checkpoint::read_config;
 use cpift_core::{Checkpoint, Dtype};
 use cpift_data::Example;
 use cpift_torch::data::Batch;
@@ -22,7 +24,7 @@ use tch::Device;
 
 #[derive(Parser)]
 struct Args {
-    /// A Hugging Face folder.
+    /// Hugging Face directory.
     #[arg(long, required_unless_present = "config")]
     model: Option<PathBuf>,
     /// A config.json; needs --random.
@@ -94,7 +96,7 @@ fn open(args: &Args, device: Device) -> Result<(CausalLM, Parameters)> {
     let (config, parameters) = match &args.config {
         Some(file) => {
             let config = ModelConfig::from_json(&folder, &serde_json::from_slice(&std::fs::read(file)?)?)?;
-            let parameters = weights::random(&config, master, device);
+            let parameters = config.random_parameters(master, device);
             (config, parameters)
         }
         None => {
@@ -144,7 +146,7 @@ fn main() -> Result<()> {
         let batch = ids.batch(sequences, tokens).to_device(device);
         let (cpu_start, clock) = (cpu_seconds(), Instant::now());
         let outcome = trainer.step(&[batch], args.lr, step as u64).context("a step")?;
-        // Reading waits for the device, so that the clock sees the whole step.
+        // Reading waits for the device, so that the time covers the whole step.
         losses.push(outcome.read().0);
         cpu.push(cpu_seconds() - cpu_start);
         wall.push(clock.elapsed().as_secs_f64());

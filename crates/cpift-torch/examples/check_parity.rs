@@ -1,5 +1,6 @@
-//! The golden models on a device: `check_parity --device cuda fixtures/golden --json` prints how far logits and losses are from what
-//! transformers computed on the CPU in f32, and whether that is within the dtype's tolerance. scripts/gpu.sh runs it.
+//! The golden models on a device: `check_parity --device cuda fixtures/golden --json` prints how
+//! far logits and losses are from what transformers computed on the CPU in f32, and whether that is
+//! within the dtype's tolerance. scripts/gpu.sh runs it.
 
 #[path = "../tests/golden/mod.rs"]
 mod golden;
@@ -22,7 +23,7 @@ struct Args {
     golden: PathBuf,
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Of the blocks; bf16 on CUDA and f32 on the CPU when not given.
+    /// Dtype of the blocks [default: bf16 on CUDA, f32 on the CPU]
     #[arg(long)]
     compute_dtype: Option<Dtype>,
     /// One JSON object instead of a table.
@@ -30,9 +31,10 @@ struct Args {
     json: bool,
 }
 
-/// Largest differences that count as the same, relative to the largest expected logit and in nats.
+/// Tolerances, relative to the largest expected logit, and in nats.
 fn tolerance(compute: Kind) -> (f64, f64) {
-    // bf16 is about twice what bf16 on the CPU is off by: 8 bits in each of the dozen roundings on a path through a tiny model.
+    // bf16 is about twice what bf16 on the CPU is off by: 8 bits in each of the dozen roundings on
+    // a path through a tiny model.
     if compute == Kind::BFloat16 { (1e-1, 2e-2) } else { (1e-4, 1e-4) }
 }
 

@@ -1,13 +1,14 @@
-//! Checks a converted SmolLM2-135M-Instruct against transformers: loss on a paragraph, a greedy answer, and the token ids of
-//! 200 rows of real text. `check_smollm2 MODEL DATA`
+//! Checks a converted SmolLM2-135M-Instruct against transformers: loss on a paragraph, a greedy
+//! answer, and the token ids of 200 rows of real text. `check_smollm2 MODEL DATA`
 //!
-//! What transformers gave comes from scripts/oracle/check_smollm2.py and fixtures/golden/smollm2_tokens.json.
+//! The results of transformers come from scripts/oracle/check_smollm2.py and
+//! fixtures/golden/smollm2_tokens.json.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use cpift_core::tasks::Format;
+use cpift_core::format::tasks::Format;
 use cpift_data::{Example, Layout, Message, Row, TemplateArgs, read_rows};
 use cpift_torch::generate::{GenerationOptions, generate};
 use cpift_torch::score;
@@ -102,7 +103,7 @@ fn check_row(session: &Session, row: &Row, expected: &Golden) -> Result<()> {
     Ok(())
 }
 
-/// What tells a row, whatever file and line it stands in.
+/// Identity of a row, independent of file and line.
 fn source(row: &Row) -> String {
     hex(&row.messages.iter().map(|m| format!("{}\0{}\0", m.role, m.content)).collect::<String>())
 }

@@ -1,5 +1,6 @@
-// y = x·wᵀ + b. libtorch sends f32 products on the CPU to MKL, which on processors not made by Intel takes a path without
-// AVX-512; oneDNN, which is in libtorch too, asks the processor what it can do. Everything else is at::linear.
+// y = x·wᵀ + b. On the CPU libtorch computes f32 products with MKL, which does not use AVX-512 on
+// processors of other makers than Intel; oneDNN, also part of libtorch, checks the features of the
+// processor. All other products are at::linear.
 #include "shim.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

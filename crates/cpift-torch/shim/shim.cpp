@@ -1,5 +1,5 @@
-// What tch lacks and the training core needs, as plain C functions over at::Tensor. Each returns 0, or 1 with a
-// message in cpift_error().
+// Functions that the training core needs and tch lacks, as plain C functions over at::Tensor. Each
+// returns 0, or 1 with a message in cpift_error().
 #include "shim.h"
 
 #include <ATen/DeviceAccelerator.h>
@@ -13,8 +13,9 @@ extern "C" {
 
 const char *cpift_error() { return cpift_last_error.c_str(); }
 
-// One AdamW step with decoupled weight decay over tensors of one dtype; increments the step counters first. Gradients are
-// divided by `grad_scale`, and nothing moves where `found_inf` is not 0; both are one-element f32 tensors, or null.
+// Makes an AdamW step with decoupled weight decay over tensors of one dtype; increments the step
+// counters first. Gradients are divided by `grad_scale`, and the step does nothing if `found_inf` is
+// not 0; both are one-element f32 tensors, or null.
 int cpift_fused_adamw(at::Tensor *const *params, at::Tensor *const *grads, at::Tensor *const *exp_avgs,
                       at::Tensor *const *exp_avg_sqs, at::Tensor *const *steps, int count, double lr, double beta1,
                       double beta2, double weight_decay, double eps, const at::Tensor *grad_scale,
@@ -29,7 +30,7 @@ int cpift_fused_adamw(at::Tensor *const *params, at::Tensor *const *grads, at::T
   });
 }
 
-// Gradients of `output` with respect to `inputs`, given that of the output (null: a scalar, 1). The graph is freed.
+// Gradients of `output` by `inputs`, given its own gradient (null: 1, for a scalar). Frees the graph.
 int cpift_grad(const at::Tensor *output, const at::Tensor *grad_output, at::Tensor *const *inputs, int count,
                at::Tensor **grads) {
   return guarded([&] {
@@ -41,8 +42,9 @@ int cpift_grad(const at::Tensor *output, const at::Tensor *grad_output, at::Tens
   });
 }
 
-// Causal flash attention over documents packed in one row; q, k and v are [tokens, heads, head width], `ends` the
-// cumulative lengths from 0. `window` < 0: the whole document is seen, else the last `window` tokens.
+// Causal flash attention over documents concatenated in one row; q, k and v are [tokens, heads, head
+// width], `ends` the cumulative lengths from 0. `window`: number of tokens a query attends to; < 0 is
+// full causal attention.
 int cpift_flash_varlen(const at::Tensor *q, const at::Tensor *k, const at::Tensor *v, const at::Tensor *ends,
                        int64_t longest, double scale, int64_t window, at::Tensor **out) {
   return guarded([&] {
@@ -57,7 +59,7 @@ int cpift_flash_varlen(const at::Tensor *q, const at::Tensor *k, const at::Tenso
   });
 }
 
-// Bytes of a CUDA device in use by tensors: now, and at most so far.
+// Bytes allocated to tensors on a CUDA device: current and peak.
 int cpift_cuda_memory(int device, int64_t *current, int64_t *peak) {
   return guarded([&] {
     auto stats = at::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(device));
@@ -66,7 +68,7 @@ int cpift_cuda_memory(int device, int64_t *current, int64_t *peak) {
   });
 }
 
-// Bytes of memory of a CUDA device.
+// Total memory of a CUDA device in bytes.
 int cpift_cuda_total(int device, int64_t *total) {
   return guarded([&] {
     auto info = at::getDeviceAllocator(at::kCUDA)->getMemoryInfo(static_cast<c10::DeviceIndex>(device));

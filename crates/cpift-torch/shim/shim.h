@@ -1,4 +1,4 @@
-// What the parts of the layer share.
+// Helpers shared by the C++ sources.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -19,7 +19,7 @@ inline std::optional<at::Tensor> maybe(const at::Tensor *tensor) {
   return tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt;
 }
 
-// 0, or 1 with a message in cpift_error().
+// Runs `body`; returns 0, or 1 with a message in cpift_error().
 template <typename F>
 int guarded(F body) {
   try {

@@ -1,143 +1,188 @@
-//! Training arguments that cpift-probe and cpift-train share. The names that transformers' TrainingArguments and TRL have for them are
-//! taken too (hidden aliases).
+//! Fine-tuning arguments that cpift-probe and cpift-train share. The names of transformers'
+//! TrainingArguments and of TRL are accepted as hidden aliases.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 use cpift_core::error::usage;
 use cpift_core::{Dtype, Usage};
-use serde_json::{Map, Value, json};
+use cpift_data::Overlong;
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
 use crate::device::DeviceChoice;
 use crate::optim::AdamWConfig;
 use crate::session::{Precision, set_strict_config};
 use crate::weights::kind_of;
-use cpift_data::Overlong;
 
-/// How to fine-tune, as typed.
-#[derive(clap::Args, Debug, Clone)]
+/// Headings of `--help`, in their order.
+const BUDGET: &str = "Budget and schedule";
+const OPTIMIZER: &str = "Optimizer";
+const DATA: &str = "Data";
+const MEMORY: &str = "Memory and speed";
+const RESUME: &str = "Resume";
+const LOGGING: &str = "Logging";
+const RUN: &str = "Run";
+
+/// The fine-tuning arguments.
+///
+/// Serialized, they are the arguments that the weights depend on, as [`TrainingArgs::describe`]
+/// lists them: an argument that has no influence on the weights is skipped.
+#[derive(clap::Args, Debug, Clone, Serialize)]
 pub struct TrainingArgs {
-    /// Optimizer steps in all (over all stages); not with --tokens [default: 100]
+    /// Optimizer steps in total, over all stages; excludes --tokens [default: 100]
     #[arg(long, aliases = ["max_steps", "max-steps"], value_name = "N", conflicts_with = "tokens")]
+    #[arg(help_heading = BUDGET)]
     pub steps: Option<usize>,
-    /// Train until this many tokens (padding not counted) have been seen, over all stages
-    #[arg(long, value_name = "N")]
+    /// Train until this many tokens have been seen, over all stages; padding is not counted
+    #[arg(long, value_name = "N", help_heading = BUDGET)]
     pub tokens: Option<usize>,
-    /// Examples in a batch
-    #[arg(long, aliases = ["per_device_train_batch_size", "per-device-train-batch-size"], value_name = "N", default_value_t = 8)]
+    /// Examples per batch
+    #[arg(long, aliases = ["per_device_train_batch_size", "per-device-train-batch-size"], value_name = "N")]
+    #[arg(default_value_t = 8, help_heading = BUDGET)]
     pub batch_size: usize,
-    /// Batches whose gradients make one step
-    #[arg(long, aliases = ["gradient_accumulation_steps", "gradient-accumulation-steps"], value_name = "N", default_value_t = 1)]
+    /// Batches per optimizer step, whose gradients are accumulated
+    #[arg(long, aliases = ["gradient_accumulation_steps", "gradient-accumulation-steps"], value_name = "N")]
+    #[arg(default_value_t = 1, help_heading = BUDGET)]
     pub grad_accum: usize,
-    /// Peak learning rate; given twice, the last one counts
-    #[arg(long, aliases = ["learning_rate", "learning-rate"], value_name = "F", overrides_with = "lr", allow_negative_numbers = true, default_value_t = 2e-5)]
+    /// Peak learning rate; if given twice, the last one counts
+    #[arg(long, aliases = ["learning_rate", "learning-rate"], value_name = "F", overrides_with = "lr")]
+    #[arg(allow_negative_numbers = true, default_value_t = 2e-5, help_heading = BUDGET)]
     pub lr: f64,
-    /// Share of the steps that warm up, rounded up (the first has rate 0); a cosine to zero follows
-    #[arg(long, aliases = ["warmup_ratio"], value_name = "F", allow_negative_numbers = true, default_value_t = 0.03)]
+    /// Fraction of the steps for linear warm-up, rounded up (the first has rate 0); a cosine to
+    /// zero follows
+    #[arg(long, aliases = ["warmup_ratio"], value_name = "F", allow_negative_numbers = true)]
+    #[arg(default_value_t = 0.03, help_heading = BUDGET)]
     pub warmup_ratio: f64,
-    /// Decoupled weight decay (norms and biases do not decay)
-    #[arg(long, aliases = ["weight_decay"], value_name = "F", allow_negative_numbers = true, default_value_t = 0.0)]
+    /// Decoupled weight decay, on all but norms and biases
+    #[arg(long, aliases = ["weight_decay"], value_name = "F", allow_negative_numbers = true)]
+    #[arg(default_value_t = 0.0, help_heading = OPTIMIZER)]
     pub weight_decay: f64,
-    /// AdamW's decay rate of the first moment
-    #[arg(long, aliases = ["adam_beta1"], value_name = "F", allow_negative_numbers = true, default_value_t = 0.9)]
+    /// AdamW's β₁, the decay rate of the first moment
+    #[arg(long, aliases = ["adam_beta1"], value_name = "F", allow_negative_numbers = true)]
+    #[arg(default_value_t = 0.9, help_heading = OPTIMIZER)]
     pub adam_beta1: f64,
-    /// AdamW's decay rate of the second moment
-    #[arg(long, aliases = ["adam_beta2"], value_name = "F", allow_negative_numbers = true, default_value_t = 0.999)]
+    /// AdamW's β₂, the decay rate of the second moment
+    #[arg(long, aliases = ["adam_beta2"], value_name = "F", allow_negative_numbers = true)]
+    #[arg(default_value_t = 0.999, help_heading = OPTIMIZER)]
     pub adam_beta2: f64,
-    /// AdamW's epsilon
-    #[arg(long, aliases = ["adam_epsilon"], value_name = "F", allow_negative_numbers = true, default_value_t = 1e-8)]
+    /// AdamW's ε
+    #[arg(long, aliases = ["adam_epsilon"], value_name = "F", allow_negative_numbers = true)]
+    #[arg(default_value_t = 1e-8, help_heading = OPTIMIZER)]
     pub adam_epsilon: f64,
-    /// Clip the global gradient norm to this; 0 turns clipping off
-    #[arg(long, aliases = ["max_grad_norm"], value_name = "F", allow_negative_numbers = true, default_value_t = 1.0)]
+    /// Clip gradients to this global L2 norm; 0 turns clipping off
+    #[arg(long, aliases = ["max_grad_norm"], value_name = "F", allow_negative_numbers = true)]
+    #[arg(default_value_t = 1.0, help_heading = OPTIMIZER)]
     pub max_grad_norm: f64,
-    /// Seed of the shuffles, the samples and the stochastic rounding
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
-    /// Do not train the embedding table (nor a tied output head)
-    #[arg(long)]
+    /// Do not train the embedding table, nor an output matrix tied to it
+    #[arg(long, help_heading = OPTIMIZER)]
     pub freeze_embeddings: bool,
-    /// Fill a batch with whole examples up to --batch-size times the tokens of the longest one (or --max-length); they stay closed to
-    /// one another
-    #[arg(long)]
+    /// Pack whole examples into each batch, up to --batch-size times --max-length tokens (or times
+    /// the length of the longest example); they do not attend to one another
+    #[arg(long, help_heading = DATA)]
     pub packing: bool,
-    /// Keep only the input of each block and compute its activations again in the backward pass: less memory, about a third more
-    /// work; on the CPU the same bits
-    #[arg(long, aliases = ["gradient_checkpointing"])]
+    /// Keep only the input of each block and recompute its activations in the backward pass: less
+    /// memory, about a third more work; bit-identical on the CPU
+    #[arg(long, aliases = ["gradient_checkpointing"], help_heading = MEMORY)]
+    #[serde(skip)]
     pub gradient_checkpointing: bool,
-    /// Update each block as soon as its gradients are there, so that gradients of the whole model never exist (on the CPU the same bits); needs
-    /// --grad-accum 1 and --max-grad-norm 0, which both need all gradients kept
-    #[arg(long)]
+    /// Update each block as soon as its gradients are computed, so that the gradients of the whole
+    /// model never exist; bit-identical on the CPU. Needs --grad-accum 1 and --max-grad-norm 0,
+    /// because accumulation and clipping keep all gradients
+    #[arg(long, help_heading = MEMORY)]
+    #[serde(skip)]
     pub optimizer_in_backward: bool,
-    /// Element type of the weights in training: f32, or bf16 with stochastic rounding
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub master: Dtype,
-    /// Element type of AdamW's moments: f32, or bf16 with stochastic rounding
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub optim_state: Dtype,
-    /// Tokens whose logits exist at a time in the loss
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    /// Dtype of the master weights, which the optimizer updates: f32, or bf16 with stochastic
+    /// rounding
+    #[arg(long, alias = "master", value_name = "DTYPE", default_value = "f32", help_heading = MEMORY)]
+    #[serde(rename = "master", serialize_with = "dtype_name")]
+    pub master_dtype: Dtype,
+    /// Dtype of AdamW's moments: f32, or bf16 with stochastic rounding
+    #[arg(long, alias = "optim-state", value_name = "DTYPE", default_value = "f32", help_heading = MEMORY)]
+    #[serde(rename = "optim_state", serialize_with = "dtype_name")]
+    pub optim_state_dtype: Dtype,
+    /// Target tokens per chunk of the loss: the logits of one chunk exist at a time
+    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = MEMORY)]
     pub loss_chunk: usize,
-    /// Save a state to resume from every N steps, in OUT.checkpoints; a signal saves one in any case
-    #[arg(long, aliases = ["save_steps", "save-steps"], value_name = "N")]
-    pub save_every: Option<usize>,
-    /// Newest states to keep
-    #[arg(long, aliases = ["save_total_limit", "save-total-limit"], value_name = "N", default_value_t = 1)]
-    pub keep: usize,
-    /// Go on from the newest state in OUT.checkpoints; start afresh where there is none. --force passes over states that are damaged, of
-    /// another version or of another run
-    #[arg(long)]
-    pub resume: bool,
-    /// Loss on held-out rows (each task's `eval` file) every N steps, and at the end
-    #[arg(long, aliases = ["eval_steps", "eval-steps"], value_name = "N")]
-    pub eval_every: Option<usize>,
-    /// Most held-out rows of each task
-    #[arg(long, value_name = "N", requires = "eval_every", default_value_t = 64)]
-    pub eval_rows: usize,
-    /// Write TensorBoard event files into this folder as well
-    #[arg(long, aliases = ["logging_dir", "logging-dir"], value_name = "DIR")]
-    pub tensorboard: Option<PathBuf>,
-    /// Longest example in tokens, over the tasks' own max_length
+    /// Maximum length of an example in tokens; overrides max_length of the tasks
     #[arg(long, aliases = ["max_seq_length", "max-seq-length", "max_seq_len", "max-seq-len"], value_name = "N")]
+    #[arg(help_heading = DATA)]
     pub max_length: Option<usize>,
-    /// Refuse an example longer than the context instead of cutting it
-    #[arg(long)]
-    pub strict: bool,
-    /// Refuse fields of config.json that this program does not know, instead of a warning
-    #[arg(long)]
+    /// Refuse examples longer than the maximum length instead of truncating them
+    #[arg(long, alias = "strict", help_heading = DATA)]
+    #[serde(skip)]
+    pub no_truncate: bool,
+    /// Held-out rows per task, at most
+    #[arg(long, value_name = "N", requires = "eval_every", default_value_t = 64, help_heading = DATA)]
+    #[serde(skip)]
+    pub eval_rows: usize,
+    /// Refuse unknown fields of config.json instead of warning about them
+    #[arg(long, help_heading = DATA)]
+    #[serde(skip)]
     pub strict_config: bool,
-    /// Element type of the saved weights: f32, bf16, f16. Masks want f32: bf16 loses small updates
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
-    pub save_dtype: Dtype,
-    /// Element type of the forward and backward pass: f32 or bf16; weights and moments keep those of --master and --optim-state
-    /// [default: f32 on the CPU, bf16 on CUDA]
-    #[arg(long, value_name = "TYPE")]
+    /// Dtype of the forward and backward pass: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
+    #[arg(long, value_name = "DTYPE", help_heading = MEMORY)]
+    #[serde(skip)]
     pub compute_dtype: Option<Dtype>,
-    /// cpu, cuda, cuda:N, or auto: CUDA where there is one
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: DeviceChoice,
+    /// Dtype of the saved weights: f32, bf16 or f16. Masks need f32: bf16 loses small updates
+    #[arg(long, value_name = "DTYPE", default_value = "f32", help_heading = MEMORY)]
+    #[serde(skip)]
+    pub save_dtype: Dtype,
+    /// Save a training state every N steps in OUT.checkpoints; a signal saves one in any case
+    /// [default: never]
+    #[arg(long, aliases = ["save_steps", "save-steps"], value_name = "N", help_heading = RESUME)]
+    #[serde(skip)]
+    pub save_every: Option<usize>,
+    /// Number of saved states to keep, the newest ones
+    #[arg(long, aliases = ["keep", "save_total_limit"], value_name = "N", default_value_t = 1, help_heading = RESUME)]
+    #[serde(skip)]
+    pub save_total_limit: usize,
+    /// Continue from the newest state in OUT.checkpoints, or start if there is none. --force skips
+    /// states that are damaged, of another version or of another run
+    #[arg(long, help_heading = RESUME)]
+    #[serde(skip)]
+    pub resume: bool,
+    /// Compute the loss on held-out rows (each task's `eval` file) every N steps and at the end
+    /// [default: never]
+    #[arg(long, aliases = ["eval_steps", "eval-steps"], value_name = "N", help_heading = LOGGING)]
+    #[serde(skip)]
+    pub eval_every: Option<usize>,
     /// Log a line every N steps
     #[arg(long, aliases = ["logging_steps", "logging-steps"], value_name = "N", default_value_t = 10)]
+    #[arg(help_heading = LOGGING)]
+    #[serde(skip)]
     pub log_every: usize,
+    /// Also write TensorBoard event files to this directory
+    #[arg(long, aliases = ["logging_dir", "logging-dir"], value_name = "DIR", help_heading = LOGGING)]
+    #[serde(skip)]
+    pub tensorboard: Option<PathBuf>,
+    /// Random seed of shuffles, samples and stochastic rounding
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = RUN)]
+    pub seed: u64,
+    /// Device: cpu, cuda, cuda:N, or auto (CUDA if available)
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = RUN)]
+    #[serde(skip)]
+    pub device: DeviceChoice,
 }
 
-/// How long to train.
+/// Length of training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Budget {
-    /// So many optimizer steps.
+    /// Number of optimizer steps.
     Steps(usize),
-    /// As many steps as it takes to see so many tokens.
+    /// Number of tokens; the steps follow from it.
     Tokens(usize),
 }
 
 impl TrainingArgs {
-    /// Checks ranges, and makes --strict-config known to what reads a config.json.
+    /// Checks the ranges, and sets --strict-config for the process.
     ///
     /// # Errors
     /// [`Usage`] naming the argument.
     pub fn check(&self) -> Result<()> {
         set_strict_config(self.strict_config);
-        // NaN, which no comparison holds for, in the place of the infinite.
+        // Maps infinity to NaN, for which no comparison holds.
         let finite = |x: f64| if x.is_finite() { x } else { f64::NAN };
         let rules = [
             (self.steps != Some(0) && self.tokens != Some(0), "--steps and --tokens must be at least 1"),
@@ -151,19 +196,19 @@ impl TrainingArgs {
             (finite(self.adam_epsilon) > 0.0, "--adam-epsilon must be positive"),
             (finite(self.max_grad_norm) >= 0.0, "--max-grad-norm must not be negative"),
             (self.max_length.is_none_or(|n| n >= 2), "--max-length must be at least 2"),
-            (matches!(self.master, Dtype::F32 | Dtype::BF16), "--master must be f32 or bf16"),
-            (matches!(self.optim_state, Dtype::F32 | Dtype::BF16), "--optim-state must be f32 or bf16"),
+            (matches!(self.master_dtype, Dtype::F32 | Dtype::BF16), "--master-dtype must be f32 or bf16"),
+            (matches!(self.optim_state_dtype, Dtype::F32 | Dtype::BF16), "--optim-state-dtype must be f32 or bf16"),
             (self.loss_chunk > 0, "--loss-chunk must be at least 1"),
             (self.save_every != Some(0), "--save-every must be at least 1"),
-            (self.keep > 0, "--keep must be at least 1"),
+            (self.save_total_limit > 0, "--save-total-limit must be at least 1"),
             (self.eval_every != Some(0) && self.eval_rows > 0, "--eval-every and --eval-rows must be at least 1"),
             (
                 !self.optimizer_in_backward || self.grad_accum == 1,
-                "--optimizer-in-backward needs --grad-accum 1: a sum over batches needs all gradients kept",
+                "--optimizer-in-backward needs --grad-accum 1: a sum over batches needs all gradients",
             ),
             (
                 !self.optimizer_in_backward || self.max_grad_norm == 0.0,
-                "--optimizer-in-backward needs --max-grad-norm 0: the norm is known only when all gradients are",
+                "--optimizer-in-backward needs --max-grad-norm 0: the norm needs all gradients",
             ),
             (self.log_every > 0, "--log-every must be at least 1"),
             (
@@ -177,7 +222,7 @@ impl TrainingArgs {
         }
     }
 
-    /// How long to train.
+    /// Length of training.
     pub fn budget(&self) -> Budget {
         match self.tokens {
             Some(tokens) => Budget::Tokens(tokens),
@@ -185,13 +230,13 @@ impl TrainingArgs {
         }
     }
 
-    /// The optimizer's numbers.
+    /// Hyperparameters of the optimizer.
     pub fn optimizer(&self) -> AdamWConfig {
         AdamWConfig {
             betas: (self.adam_beta1, self.adam_beta2),
             eps: self.adam_epsilon,
             weight_decay: self.weight_decay,
-            state: kind_of(self.optim_state),
+            state: kind_of(self.optim_state_dtype),
         }
     }
 
@@ -202,36 +247,32 @@ impl TrainingArgs {
             None if device.is_cuda() => Kind::BFloat16,
             None => Kind::Float,
         };
-        Precision { master: kind_of(self.master), compute }
+        Precision { master: kind_of(self.master_dtype), compute }
     }
 
-    /// Every argument that the weights depend on, as it comes out on `device`, for a state to resume from.
+    /// The arguments that the weights depend on, with the dtype and type of `device` resolved: the
+    /// description of a run that a saved state is compared with.
     pub fn describe(&self, device: Device) -> Map<String, Value> {
-        let compute = if self.precision(device).compute == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 };
-        let Value::Object(map) = json!({"steps": self.steps, "tokens": self.tokens, "batch_size": self.batch_size,
-            "grad_accum": self.grad_accum, "lr": self.lr, "warmup_ratio": self.warmup_ratio,
-            "weight_decay": self.weight_decay, "adam_beta1": self.adam_beta1, "adam_beta2": self.adam_beta2,
-            "adam_epsilon": self.adam_epsilon, "max_grad_norm": self.max_grad_norm, "seed": self.seed,
-            "freeze_embeddings": self.freeze_embeddings, "packing": self.packing, "master": self.master.name(),
-            "optim_state": self.optim_state.name(), "loss_chunk": self.loss_chunk, "max_length": self.max_length,
-            "compute_dtype": compute.name(), "device": if device.is_cuda() { "cuda" } else { "cpu" }})
-        else {
-            unreachable!("an object was written")
+        let Ok(Value::Object(mut map)) = serde_json::to_value(self) else {
+            unreachable!("the arguments are a struct of numbers, flags and names")
         };
+        let compute = if self.precision(device).compute == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 };
+        map.insert("compute_dtype".into(), compute.name().into());
+        map.insert("device".into(), if device.is_cuda() { "cuda" } else { "cpu" }.into());
         map
     }
 
-    /// What to do with examples longer than the context.
+    /// Treatment of examples longer than the context.
     pub fn overlong(&self) -> Overlong {
-        if self.strict { Overlong::Refuse } else { Overlong::Truncate }
+        if self.no_truncate { Overlong::Refuse } else { Overlong::Truncate }
     }
 }
 
 impl Budget {
-    /// The budget of stage `index` of `count`: equal parts, the remainder to the first ones.
+    /// The budget of stage `index` of `count`: equal parts; the first ones take the remainder.
     ///
     /// # Errors
-    /// [`Usage`] when a part would be empty.
+    /// [`Usage`] if a part would be empty.
     pub fn part(self, index: usize, count: usize) -> Result<Self> {
         let share = |total: usize| {
             let part = total / count + usize::from(index < total % count);
@@ -246,4 +287,8 @@ impl Budget {
             Self::Tokens(n) => Ok(Self::Tokens(share(n)?)),
         }
     }
+}
+
+fn dtype_name<S: Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(dtype.name())
 }

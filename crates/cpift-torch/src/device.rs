@@ -1,19 +1,19 @@
-//! Choosing the device and the number of threads.
+//! Devices: choosing one, copying to it, its memory.
 
 use anyhow::Result;
 use cpift_core::error::usage;
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::ffi;
 
-/// Where to compute: `cpu`, `cuda`, `cuda:N`, or `auto` (CUDA where there is one).
+/// The device as typed: `cpu`, `cuda`, `cuda:N`, or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceChoice {
     /// The CPU.
     Cpu,
     /// A CUDA device by its number.
     Cuda(usize),
-    /// The first CUDA device where there is one, else the CPU.
+    /// The first CUDA device, or the CPU if there is none.
     Auto,
 }
 
@@ -35,10 +35,11 @@ impl std::str::FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Loads what the device needs, sets libtorch's threads and returns the device. Call once, before any tensor.
+    /// Sets libtorch's number of threads, loads its CUDA library if needed, and returns the device.
+    /// Call before the first tensor is made.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] when CUDA is asked for and is not there.
+    /// [`cpift_core::Usage`] if CUDA is requested and not available.
     pub fn open(self, threads: Option<usize>) -> Result<Device> {
         if let Some(threads) = threads {
             tch::set_num_threads(threads as i32);
@@ -53,9 +54,9 @@ impl DeviceChoice {
         match wanted {
             Some(index) if index < count => Ok(Device::Cuda(index)),
             Some(index) => {
-                let reason = loaded.err().map_or(format!("{count} CUDA devices are visible"), |e| e.to_string());
+                let reason = loaded.err().map_or(format!("{count} CUDA devices are visible"), |e| format!("{e:#}"));
                 Err(usage(format!(
-                    "--device cuda:{index} is not to be had: {reason}\n  hint: `make setup CUDA=1` lays out libtorch \
+                    "--device cuda:{index} is not available: {reason}\n  hint: `make setup CUDA=1` lays out libtorch \
                      with CUDA; --device cpu works everywhere"
                 )))
             }
@@ -65,7 +66,16 @@ impl DeviceChoice {
     }
 }
 
-/// The most bytes that tensors have taken on the CUDA device `index` so far; 0 where it does not say.
+/// Copies a host tensor to `device`, asynchronously where the device allows.
+pub(crate) fn to_device(host: &Tensor, device: Device) -> Tensor {
+    if device.is_cuda() {
+        host.pin_memory(device).to_device_(device, host.kind(), true, false)
+    } else {
+        host.shallow_clone()
+    }
+}
+
+/// Peak number of bytes allocated to tensors on the CUDA device `index`; 0 if unknown.
 pub fn cuda_memory_peak(index: usize) -> u64 {
     ffi::cuda_memory(index).map_or(0, |(_, peak)| peak)
 }

@@ -1,10 +1,12 @@
-//! The Rust face of shim/shim.cpp, and the run-time loading of libtorch's CUDA half.
+//! Safe wrappers of shim/, the C++ layer over libtorch, and loading of libtorch's CUDA library at
+//! run time.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{null, null_mut};
 
 use anyhow::{Result, bail};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use tch::{Device, Kind, Tensor};
 
 type RawTensor = *mut c_void;
@@ -48,7 +50,7 @@ unsafe extern "C" {
     fn cpift_cuda_total(device: c_int, total: *mut i64) -> c_int;
 }
 
-/// The tensors of one optimizer step, one entry for each parameter in every list.
+/// The tensors of an optimizer step; every list has one entry per parameter.
 #[derive(Default)]
 pub(crate) struct AdamWTensors<'a> {
     pub params: Vec<&'a Tensor>,
@@ -58,7 +60,7 @@ pub(crate) struct AdamWTensors<'a> {
     pub steps: Vec<&'a Tensor>,
 }
 
-/// The numbers of one fused AdamW step.
+/// Hyperparameters of a fused AdamW step.
 pub(crate) struct AdamWNumbers<'a> {
     pub lr: f64,
     pub betas: (f64, f64),
@@ -66,16 +68,17 @@ pub(crate) struct AdamWNumbers<'a> {
     pub eps: f64,
     /// Gradients are divided by this one-element f32 tensor.
     pub grad_scale: Option<&'a Tensor>,
-    /// Nothing moves where this one-element f32 tensor is not 0.
+    /// The step does nothing if this one-element f32 tensor is not 0.
     pub found_inf: Option<&'a Tensor>,
 }
 
-/// One fused AdamW step; libtorch wants parameter, gradient and both moments in one dtype.
+/// Makes a fused AdamW step; parameter, gradient and both moments must have one dtype.
 pub(crate) fn fused_adamw(tensors: &AdamWTensors<'_>, numbers: &AdamWNumbers<'_>) -> Result<()> {
     let count = tensors.params.len();
     let lists = [&tensors.grads, &tensors.exp_avgs, &tensors.exp_avg_sqs, &tensors.steps];
     assert!(lists.iter().all(|list| list.len() == count));
-    // SAFETY: every pointer is an at::Tensor that outlives the call, and every list has `count` entries.
+    // SAFETY: every pointer is an at::Tensor that outlives the call, and every list has `count`
+    // entries.
     let code = unsafe {
         cpift_fused_adamw(
             raw(&tensors.params).as_ptr(),
@@ -96,13 +99,15 @@ pub(crate) fn fused_adamw(tensors: &AdamWTensors<'_>, numbers: &AdamWNumbers<'_>
     check(code, "AdamW step")
 }
 
-/// The gradients of `output` with respect to `inputs`, given its own gradient (none: a scalar, 1). The graph is freed.
+/// Gradients of `output` by `inputs`, given its own gradient (none: 1, for a scalar). Frees the
+/// graph.
 ///
 /// # Errors
-/// What libtorch reports, an input that the output does not depend on included.
+/// An error of libtorch, for example for an input that the output does not depend on.
 pub(crate) fn grad(output: &Tensor, grad_output: Option<&Tensor>, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let mut grads = vec![null_mut(); inputs.len()];
-    // SAFETY: every pointer is an at::Tensor that outlives the call; both lists have `inputs.len()` entries.
+    // SAFETY: every pointer is an at::Tensor that outlives the call; both lists have `inputs.len()`
+    // entries.
     let code = unsafe {
         cpift_grad(
             pointer(Some(output)),
@@ -116,10 +121,10 @@ pub(crate) fn grad(output: &Tensor, grad_output: Option<&Tensor>, inputs: &[&Ten
     Ok(grads.into_iter().map(owned).collect())
 }
 
-/// x·wᵀ + b over the last dimension of x, with its graph; on the CPU f32 products go to oneDNN.
+/// x·wᵀ + b over the last dimension of x, with its graph; on the CPU, oneDNN computes f32 products.
 ///
 /// # Panics
-/// When shapes or dtypes do not fit, as tch's own operators do.
+/// If shapes or dtypes do not match, as tch's operators do.
 pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let mut out = null_mut();
     // SAFETY: every pointer is an at::Tensor that outlives the call, or null.
@@ -128,7 +133,8 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
     owned(out)
 }
 
-/// Causal flash attention over documents packed in one row; q, k and v are [tokens, heads, head width].
+/// Causal flash attention over documents concatenated in one row; q, k and v are [tokens, heads,
+/// head width].
 pub(crate) fn flash_varlen(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     ends: &Tensor,
@@ -154,8 +160,9 @@ pub(crate) fn flash_varlen(
     Ok(owned(out))
 }
 
-/// Whether `device` runs flash attention over documents of unequal length, and its backward pass, for `heads` query and `kv_heads` key
-/// heads of this width and each of `windows`: tried once, on two tokens.
+/// Returns true if `device` runs variable-length flash attention and its backward pass for `heads`
+/// query and `kv_heads` key heads of width `head_dim` and each of `windows`: tries it once, on two
+/// tokens.
 pub(crate) fn has_flash_varlen(
     device: Device,
     [heads, kv_heads, head_dim]: [i64; 3],
@@ -171,7 +178,7 @@ pub(crate) fn has_flash_varlen(
     tch::with_grad(|| windows.into_iter().all(|window| tried(window).is_ok()))
 }
 
-/// Bytes that tensors take on the CUDA device `index`: now, and at most so far.
+/// Bytes allocated to tensors on the CUDA device `index`: current and peak.
 pub(crate) fn cuda_memory(index: usize) -> Option<(u64, u64)> {
     let (mut current, mut peak) = (0, 0);
     // SAFETY: both pointers are valid for the call.
@@ -179,7 +186,7 @@ pub(crate) fn cuda_memory(index: usize) -> Option<(u64, u64)> {
     (code == 0).then_some((current as u64, peak as u64))
 }
 
-/// Bytes of memory of the CUDA device `index`.
+/// Total memory of the CUDA device `index` in bytes.
 pub(crate) fn cuda_total(index: usize) -> Option<u64> {
     let mut total = 0;
     // SAFETY: the pointer is valid for the call.
@@ -189,7 +196,8 @@ pub(crate) fn cuda_total(index: usize) -> Option<u64> {
 
 fn check(code: c_int, what: &str) -> Result<()> {
     if code != 0 {
-        // SAFETY: the function returns a NUL-terminated string that lives until the thread's next failing call.
+        // SAFETY: the function returns a NUL-terminated string that is valid until the thread's
+        // next failing call.
         let message = unsafe { CStr::from_ptr(cpift_error()) };
         bail!("{what}: {}", message.to_string_lossy());
     }
@@ -205,20 +213,17 @@ fn pointer(tensor: Option<&Tensor>) -> *const c_void {
 }
 
 fn owned(tensor: RawTensor) -> Tensor {
-    // SAFETY: the shim hands over a heap-allocated at::Tensor, which tch frees when the Tensor is dropped.
+    // SAFETY: the shim returns a heap-allocated at::Tensor, which tch frees when the Tensor is
+    // dropped.
     unsafe { Tensor::from_ptr(tensor as *mut torch_sys::C_tensor) }
 }
 
-/// Loads libtorch_cuda.so, so that one binary serves CPU and CUDA. Must come before anything asks libtorch about CUDA:
-/// it remembers the first answer.
+/// Loads libtorch_cuda.so, so that one binary runs on CPU and CUDA. Must be called before libtorch
+/// is asked about CUDA: it caches the first answer.
 pub(crate) fn load_cuda() -> Result<()> {
-    let name = CString::new("libtorch_cuda.so")?;
-    // SAFETY: loading a library runs its initialisers, which libtorch's are made for; the handle is never closed.
-    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    if handle.is_null() {
-        // SAFETY: dlerror returns a NUL-terminated string after a failed dlopen.
-        let message = unsafe { CStr::from_ptr(libc::dlerror()) };
-        bail!("{}", message.to_string_lossy());
-    }
+    // SAFETY: loading a library runs its initialisers, which libtorch's are made for.
+    let library = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL)? };
+    // Never closed: libtorch keeps pointers into it.
+    std::mem::forget(library);
     Ok(())
 }

@@ -1,12 +1,14 @@
-//! Bit-exact freezing of single elements: their values are saved before a stage and put back after every update.
+//! Bit-exact freezing of single elements: their values are saved before a stage and restored after
+//! every update.
 //!
-//! Multiplying the update with a mask would not be bit-exact (−0.0 becomes +0.0) and would leave weight decay to be dealt
-//! with; saved values are restored whatever the optimizer did.
+//! Multiplying the update by a mask would not be bit-exact (−0.0 becomes +0.0) and would not cover
+//! weight decay; saved values are restored whatever the optimizer did.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use cpift_core::mask::{Mask, indices};
+use cpift_core::BadInput;
+use cpift_core::format::mask::{Mask, indices};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::weights::Parameters;
@@ -16,7 +18,8 @@ pub struct Freeze {
     frozen: BTreeMap<String, Frozen>,
 }
 
-/// What of one parameter must not move; positions are flat, int64 and ascending, values in the parameter's dtype.
+/// Frozen elements of a parameter; indices are flat, int64 and ascending, values in the parameter's
+/// dtype.
 enum Frozen {
     /// These elements.
     Elements { index: Tensor, saved: Tensor },
@@ -39,11 +42,11 @@ impl Frozen {
 }
 
 impl Freeze {
-    /// Freezes every element that is set in any of `masks` at its present value in `parameters`. The masks must have been checked
-    /// against the base checkpoint.
+    /// Freezes every element that is set in any of `masks` at its current value. The masks must
+    /// have been checked against the base checkpoint.
     ///
     /// # Errors
-    /// When a mask lacks a parameter.
+    /// [`BadInput`] if a mask lacks a parameter.
     pub fn new(parameters: &Parameters, masks: &[&Mask]) -> Result<Self> {
         let mut frozen = BTreeMap::new();
         for (name, parameter) in parameters {
@@ -55,11 +58,12 @@ impl Freeze {
         Ok(Self { frozen })
     }
 
-    /// Freezes all but the elements that are set in any mask of `own` and in none of `earlier`; it keeps a copy of every parameter.
+    /// Freezes all but the elements that are set in any mask of `own` and in none of `earlier`.
+    /// Keeps a copy of every parameter.
     ///
     /// # Errors
-    /// As [`Freeze::new`].
-    pub fn all_but(parameters: &Parameters, own: &[&Mask], earlier: &[&Mask]) -> Result<Self> {
+    /// [`BadInput`] if a mask lacks a parameter.
+    pub(crate) fn all_but(parameters: &Parameters, own: &[&Mask], earlier: &[&Mask]) -> Result<Self> {
         let mut frozen = BTreeMap::new();
         for (name, parameter) in parameters {
             let mut free = union(name, parameter, own)?;
@@ -72,8 +76,9 @@ impl Freeze {
         Ok(Self { frozen })
     }
 
-    /// Freezes the elements at `positions` (flat, int64, by parameter) at their present values.
-    pub fn at(parameters: &Parameters, positions: &BTreeMap<String, Tensor>) -> Self {
+    /// Freezes the elements with indices `positions` (flat, int64, by parameter) at their current
+    /// values.
+    pub(crate) fn at(parameters: &Parameters, positions: &BTreeMap<String, Tensor>) -> Self {
         let frozen = |(name, index): (&String, &Tensor)| {
             (name.clone(), Frozen::elements(&parameters[name], index.shallow_clone()))
         };
@@ -95,16 +100,17 @@ impl Freeze {
         self.frozen.values().map(Frozen::len).sum()
     }
 
-    /// Whether nothing is frozen.
+    /// Returns true if nothing is frozen.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Zeroes the gradients of the frozen elements of the parameter `name`, so that the clip norm counts only what may move.
-    pub fn mute(&self, name: &str, grad: &mut Tensor) {
+    /// Zeroes the gradients of the frozen elements of the parameter `name`, so that the clip norm
+    /// counts only trainable elements.
+    pub fn zero_frozen_grads(&self, name: &str, grad: &mut Tensor) {
         let Some(frozen) = self.frozen.get(name) else { return };
         no_grad(|| {
-            // A gradient may come non-contiguous out of the backward pass; a view needs it flat.
+            // The backward pass may return a gradient that is not contiguous.
             *grad = grad.contiguous();
             let mut flat = grad.view([-1]);
             match frozen {
@@ -118,7 +124,7 @@ impl Freeze {
         });
     }
 
-    /// Puts the saved values of the parameter `name` back.
+    /// Restores the saved values of the parameter `name`.
     pub fn restore(&self, name: &str, parameter: &Tensor) {
         let Some(frozen) = self.frozen.get(name) else { return };
         no_grad(|| {
@@ -135,19 +141,18 @@ impl Freeze {
     }
 }
 
-/// The bits of the parameter `name` that any of `masks` has.
+/// Union of the bits of `masks` for the parameter `name`.
 fn union(name: &str, parameter: &Tensor, masks: &[&Mask]) -> Result<Vec<u8>> {
     let mut union = vec![0u8; parameter.numel().div_ceil(8)];
     for mask in masks {
-        let bits = mask
-            .bits(name)
-            .ok_or_else(|| cpift_core::BadInput::new(mask.path(), "a mask tensor is missing").tensor(name))?;
+        let bits =
+            mask.bits(name).ok_or_else(|| BadInput::new(mask.path(), "a mask tensor is missing").tensor(name))?;
         union.iter_mut().zip(bits).for_each(|(u, b)| *u |= b);
     }
     Ok(union)
 }
 
-/// The places of the bits that are set.
+/// Indices of the set bits.
 fn positions(bits: &[u8]) -> Tensor {
     Tensor::from_slice(&indices(bits).map(|i| i as i64).collect::<Vec<i64>>())
 }

@@ -1,50 +1,50 @@
-//! Text generation for batches of prompts of unequal length, padded on the left, over a preallocated key-value cache.
+//! Text generation for batches of prompts of unequal length, padded on the left, over a
+//! preallocated key-value cache; greedy, or sampled by temperature and nucleus (top-p).
 //!
-//! Suffixes: b batch, s sequence, t keys, n new tokens, v vocabulary.
-
-mod sample;
+//! Shape suffixes: b batch, s sequence, t keys, n new tokens, v vocabulary.
 
 use anyhow::Result;
+use cpift_data::ChatText;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor, no_grad};
 
-use sample::Sampler;
-pub use sample::Sampling;
-
 use crate::model::{Attended, CausalLM, KvCache};
-use cpift_data::ChatText;
 
-/// Steps between two looks at the tokens on a CUDA device: each look waits for it. What a row writes after its end is dropped.
-const CUDA_LOOK: usize = 8;
+/// Steps between two reads of the generated tokens on a CUDA device, each of which synchronises.
+/// Tokens after a row's end are dropped.
+const CUDA_READ_EVERY: usize = 8;
 
-/// How to generate.
+/// Options of [`generate`].
 #[derive(Debug, Clone)]
 pub struct GenerationOptions<'a> {
-    /// Ids that end an answer; they are not part of it.
+    /// Token ids that end an answer and are not part of it.
     pub eos_ids: &'a [i64],
-    /// Texts that end an answer; it is cut before the first of them.
+    /// Stop strings: an answer is cut before the first of them.
     pub stop: &'a [String],
-    /// Most tokens of an answer.
+    /// Maximum number of tokens of an answer.
     pub max_new_tokens: usize,
-    /// Prompts in a batch.
+    /// Prompts per batch.
     pub batch_size: usize,
-    /// How a token is chosen; `None`: the likeliest.
+    /// Sampling; `None` is greedy decoding.
     pub sampling: Option<Sampling>,
 }
 
-/// What the model wrote after a prompt.
+/// An answer to a prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Generated {
-    /// Token ids, those of a stop text included, the ending id not.
+    /// Token ids, including those of a stop string, without the id that ends the answer.
     pub ids: Vec<i64>,
-    /// The ids as text, special tokens left out, cut before a stop text.
+    /// The decoded text without special tokens, cut before a stop string.
     pub text: String,
 }
 
-/// Answers to `prompts` (token ids), in order. Prompts are taken by length, so that little is padded. `tick` is called for each
-/// prompt done. A sampled answer depends on the seed and the prompt's place in the list, not on its batch.
+/// Generates answers to `prompts` (token ids), in order. Prompts are batched by length to keep
+/// padding low. `tick` is called for each prompt done. A sampled answer depends on the seed and the
+/// prompt's index, not on its batch.
 ///
 /// # Errors
-/// What the tokenizer reports when it decodes.
+/// An error of the tokenizer while decoding.
 pub fn generate(
     model: &CausalLM,
     text: &ChatText,
@@ -53,7 +53,7 @@ pub fn generate(
     mut tick: impl FnMut(),
 ) -> Result<Vec<Generated>> {
     let mut order: Vec<usize> = (0..prompts.len()).collect();
-    // Longest first: a batch that does not fit fails at once.
+    // Longest first: a batch that does not fit in memory fails at once.
     order.sort_by_key(|&i| (std::cmp::Reverse(prompts[i].len()), i));
     let mut answers = vec![Generated::default(); prompts.len()];
     for chunk in order.chunks(options.batch_size.max(1)) {
@@ -68,18 +68,18 @@ pub fn generate(
     Ok(answers)
 }
 
-/// `text` up to the earliest of the stop texts.
+/// Cuts `text` before the earliest stop string.
 fn cut_before_stop(mut text: String, stop: &[String]) -> String {
     let first = stop.iter().filter(|s| !s.is_empty()).filter_map(|s| text.find(s.as_str())).min();
     text.truncate(first.unwrap_or(text.len()));
     text
 }
 
-/// Prompts padded on the left to one length, and the cache behind them.
+/// Prompts padded on the left to one length, with their key-value cache.
 pub(crate) struct Prefilled {
-    /// Keys and values of the prompts, with room for what follows.
+    /// Keys and values of the prompts, with room for new tokens.
     pub cache: KvCache,
-    /// Whether each key is a real token, [b, capacity]; those after the prompts are.
+    /// True for keys that are not padding, [b, capacity].
     pub seen_bt: Tensor,
     /// Position of each row's last token, [b, 1].
     pub position_b1: Tensor,
@@ -88,14 +88,14 @@ pub(crate) struct Prefilled {
 }
 
 impl Prefilled {
-    /// Runs `prompts` through the model, leaving room for `room` tokens more.
+    /// Runs `prompts` through the model and reserves `room` more tokens in the cache.
     pub fn new(model: &CausalLM, prompts: &[&[i64]], room: usize) -> Self {
         let device = model.device();
         let (b, longest) = (prompts.len() as i64, prompts.iter().map(|p| p.len()).max().unwrap_or(0));
         let (mut ids, mut seen) = (Vec::new(), Vec::new());
         for prompt in prompts {
             let padding = longest - prompt.len();
-            // Any id will do as padding: nothing sees it.
+            // Any id serves as padding: no token attends to it.
             ids.extend(std::iter::repeat_n(0, padding).chain(prompt.iter().copied()));
             seen.extend((0..longest + room).map(|t| t >= padding));
         }
@@ -105,7 +105,8 @@ impl Prefilled {
         let seen_bs = seen_bt.narrow(1, 0, s);
         let positions_bs = (seen_bs.cumsum(1, Kind::Int64) - 1).clamp_min(0);
         let causal = Tensor::ones([s, s], (Kind::Bool, device)).tril(0);
-        // A padding token sees itself: a row of nothing but masked keys would turn into NaN and spread.
+        // A padding token attends to itself: a row in which all keys are masked would become NaN
+        // and spread.
         let itself = Tensor::eye(s, (Kind::Int64, device)).to_kind(Kind::Bool);
         let mask = causal.logical_and(&seen_bs.view([b, 1, 1, s])).logical_or(&itself);
         let mut cache = model.cache(b, capacity);
@@ -115,7 +116,8 @@ impl Prefilled {
         Self { cache, seen_bt, position_b1, logits_bv }
     }
 
-    /// What `s` tokens after the cache's may see: all tokens before, and those of the `s` up to themselves.
+    /// Attention of the next `s` tokens after the cache: to all tokens before, and causal among
+    /// themselves.
     pub fn attended(&self, model: &CausalLM, s: i64) -> Attended {
         let (b, t) = (self.seen_bt.size()[0], self.cache.length() + s);
         let mut mask = self.seen_bt.narrow(1, 0, t).reshape([b, 1, 1, t]);
@@ -127,7 +129,7 @@ impl Prefilled {
     }
 }
 
-/// A batch to be answered.
+/// A batch of prompts to answer.
 struct Batch<'a> {
     model: &'a CausalLM,
     text: &'a ChatText,
@@ -135,25 +137,26 @@ struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// The ids written after each of `prompts`, which are the ones numbered `places` in the caller's list.
+    /// Returns the ids generated after each of `prompts`, whose indices in the caller's list are
+    /// `places`.
     fn answer(&self, prompts: &[&[i64]], places: &[usize]) -> Result<Vec<Vec<i64>>> {
         let most = self.options.max_new_tokens;
         let mut state = Prefilled::new(self.model, prompts, most);
         let mut sampler = self.options.sampling.as_ref().map(|sampling| Sampler::new(sampling, places));
         let mut answers = vec![Vec::new(); prompts.len()];
-        // Which prompt each row still in the batch is.
+        // The prompt of each row still in the batch.
         let mut rows: Vec<usize> = (0..prompts.len()).collect();
-        let look = if self.model.device().is_cuda() { CUDA_LOOK } else { 1 };
-        let mut unseen: Vec<Tensor> = Vec::new();
+        let read_every = if self.model.device().is_cuda() { CUDA_READ_EVERY } else { 1 };
+        let mut unread: Vec<Tensor> = Vec::new();
         for step in 1..=most {
             let next_b = match &mut sampler {
                 None => state.logits_bv.argmax(-1, false),
                 Some(sampler) => sampler.choose(&state.logits_bv, &rows),
             };
-            unseen.push(next_b.shallow_clone());
+            unread.push(next_b.shallow_clone());
             let mut next_b1 = next_b.unsqueeze(1);
-            if step % look == 0 || step == most {
-                let keep = self.look(&mut answers, &rows, &std::mem::take(&mut unseen))?;
+            if step % read_every == 0 || step == most {
+                let keep = self.read(&mut answers, &rows, &std::mem::take(&mut unread))?;
                 if keep.is_empty() || step == most {
                     break;
                 }
@@ -169,8 +172,9 @@ impl Batch<'_> {
         Ok(answers)
     }
 
-    /// Appends the new tokens, a tensor [b] each, to the answers of `rows`; which of the rows go on.
-    fn look(&self, answers: &mut [Vec<i64>], rows: &[usize], new: &[Tensor]) -> Result<Vec<i64>> {
+    /// Appends the new tokens, one tensor [b] per step, to the answers of `rows`; returns the rows
+    /// that continue.
+    fn read(&self, answers: &mut [Vec<i64>], rows: &[usize], new: &[Tensor]) -> Result<Vec<i64>> {
         let new_bn: Vec<i64> = Vec::try_from(Tensor::stack(new, 1).reshape([-1])).expect("ids in one dimension");
         let mut keep = Vec::new();
         for (r, (&row, ids)) in rows.iter().zip(new_bn.chunks(new.len())).enumerate() {
@@ -181,7 +185,7 @@ impl Batch<'_> {
         Ok(keep)
     }
 
-    /// Appends ids up to one that ends the answer; whether it has ended.
+    /// Appends ids up to one that ends the answer; returns true if the answer has ended.
     fn append(&self, answer: &mut Vec<i64>, ids: &[i64]) -> Result<bool> {
         for &id in ids {
             if self.options.eos_ids.contains(&id) {
@@ -195,7 +199,8 @@ impl Batch<'_> {
         Ok(false)
     }
 
-    /// Whether the end of the answer holds a stop text. Every token but special ones writes a byte at least.
+    /// Returns true if the end of the answer contains a stop string. Every token but special ones
+    /// is at least one byte of text.
     fn stops(&self, answer: &[i64]) -> Result<bool> {
         let Some(longest) = self.options.stop.iter().map(String::len).max() else { return Ok(false) };
         let tail = self.text.decode(&answer[answer.len().saturating_sub(longest + 8)..])?;
@@ -210,11 +215,105 @@ impl Prefilled {
         self.cache.keep_rows(index);
     }
 
-    /// Feeds each row's newest token.
+    /// Runs each row's newest token through the model.
     fn advance(&mut self, model: &CausalLM, ids_b1: &Tensor) {
         let attended = self.attended(model, 1);
         let x_bse = model.hidden(ids_b1, &attended, Some(&mut self.cache));
         self.logits_bv = model.logits(&x_bse).squeeze_dim(1);
         self.position_b1 = &self.position_b1 + 1;
+    }
+}
+
+/// Sampling parameters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Divisor of the logits; positive.
+    pub temperature: f64,
+    /// Nucleus sampling (arXiv 1904.09751): the smallest set of likeliest tokens whose probability
+    /// reaches this; 1 keeps all tokens.
+    pub top_p: f64,
+    /// Random seed.
+    pub seed: u64,
+}
+
+/// The sampler of a batch. Each row has a generator of its own, so that its answer does not depend
+/// on its batch.
+struct Sampler {
+    sampling: Sampling,
+    generators: Vec<ChaCha8Rng>,
+}
+
+impl Sampler {
+    /// A sampler for the prompts with indices `places`.
+    fn new(sampling: &Sampling, places: &[usize]) -> Self {
+        let generator = |&place: &usize| {
+            let mut generator = ChaCha8Rng::seed_from_u64(sampling.seed);
+            generator.set_stream(place as u64);
+            generator
+        };
+        Self { sampling: *sampling, generators: places.iter().map(generator).collect() }
+    }
+
+    /// Draws one id for each row of `logits_bv`; `rows` are the indices of the generators.
+    fn choose(&mut self, logits_bv: &Tensor, rows: &[usize]) -> Tensor {
+        let draws: Vec<f32> = rows.iter().map(|&row| self.generators[row].random()).collect();
+        let draws_b1 = Tensor::from_slice(&draws).unsqueeze(1).to_device(logits_bv.device());
+        let probabilities_bv = (logits_bv / self.sampling.temperature).softmax(-1, Kind::Float);
+        if self.sampling.top_p >= 1.0 {
+            return invert(&probabilities_bv, &draws_b1);
+        }
+        // A stable sort: of equal probabilities the smaller id comes first, on every device.
+        let (sorted_bv, ids_bv) = probabilities_bv.sort_stable(true, -1, true);
+        // A token is in the nucleus if the tokens before it do not reach top_p; the first always
+        // is.
+        let before_bv = sorted_bv.cumsum(-1, Kind::Float) - &sorted_bv;
+        let nucleus_bv = sorted_bv.masked_fill(&before_bv.ge(self.sampling.top_p), 0.0);
+        let places_b = invert(&nucleus_bv, &draws_b1);
+        ids_bv.gather(1, &places_b.unsqueeze(1), false).squeeze_dim(1)
+    }
+}
+
+/// Inverts the cumulative distribution: the first index whose cumulative weight exceeds the draw's
+/// share, [b].
+fn invert(weights_bv: &Tensor, draws_b1: &Tensor) -> Tensor {
+    let cumulative_bv = weights_bv.cumsum(-1, Kind::Double);
+    let total_b1 = cumulative_bv.narrow(1, -1, 1);
+    let reached_bv = cumulative_bv.gt_tensor(&(draws_b1.to_kind(Kind::Double) * total_b1));
+    reached_bv.to_kind(Kind::Int8).argmax(-1, false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(top_p: f64, temperature: f64) -> Vec<f64> {
+        let logits: Vec<f32> = [0.4f32, 0.3, 0.15, 0.1, 0.05].iter().map(|p| p.ln()).collect();
+        let rows = 20_000;
+        let logits_bv = Tensor::from_slice(&logits).unsqueeze(0).expand([rows, 5], true);
+        let places: Vec<usize> = (0..rows as usize).collect();
+        let mut sampler = Sampler::new(&Sampling { temperature, top_p, seed: 1 }, &places);
+        let ids = sampler.choose(&logits_bv, &places);
+        (0..5).map(|v| ids.eq(v).sum(Kind::Double).double_value(&[]) / rows as f64).collect()
+    }
+
+    #[test]
+    fn draws_follow_the_distribution_within_the_nucleus() {
+        // numpy: p = [.4 .3 .15 .1 .05]; the nucleus of 0.7 is the first two; of 0.71 the first
+        // three.
+        for (top_p, temperature, expected) in [
+            (1.0, 1.0, [0.4, 0.3, 0.15, 0.1, 0.05]),
+            (0.69, 1.0, [4.0 / 7.0, 3.0 / 7.0, 0.0, 0.0, 0.0]),
+            (0.71, 1.0, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0.0, 0.0]),
+            (0.01, 1.0, [1.0, 0.0, 0.0, 0.0, 0.0]),
+            // p^2 / sum p^2
+            (1.0, 0.5, [0.16 / 0.285, 0.09 / 0.285, 0.0225 / 0.285, 0.01 / 0.285, 0.0025 / 0.285]),
+        ] {
+            let found = counts(top_p, temperature);
+            for (found, expected) in found.iter().zip(expected) {
+                // Four standard deviations of a share of 20,000 draws.
+                let allowed = 4.0 * (expected * (1.0 - expected) / 20_000.0f64).sqrt();
+                assert!((found - expected).abs() <= allowed, "top_p {top_p}: {found} where {expected} is due");
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
-//! Running out of memory, told as one error with what would help.
+//! Running out of memory, reported as one error with options that would fit.
 //!
-//! libtorch's exceptions arrive as panics (tch's plain methods unwrap) or, out of our own C++ layer, as errors.
+//! libtorch's exceptions arrive as panics (tch's methods unwrap) or, from our C++ layer, as errors.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -11,20 +11,21 @@ use anyhow::{Result, anyhow};
 use cpift_core::{BadInput, Stopped, Usage};
 
 thread_local! {
-    /// Whether a panic of this thread will be caught and told by [`explain`].
+    /// True if [`explain`] catches and reports a panic of this thread.
     static CATCHING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Says that a panic of this thread is handed to one that tells it by [`explain`].
-pub(crate) fn told_by_another_thread() {
+/// Marks that a panic of this thread is passed on to a thread whose [`explain`] reports it.
+pub(crate) fn handled_by_another_thread() {
     CATCHING.set(true);
 }
 
-/// Runs `work`. Where memory runs out, the error says what could not be allocated, followed by `table`: what the work takes and how it
-/// would take less. Another panic becomes an error with its first line; the panic hook has printed where it was.
+/// Runs `work`. If it runs out of memory, the error names the failed allocation, followed by
+/// `table`: the memory the work takes, and options that take less. Any other panic becomes an error
+/// with its first line; the panic hook has printed its location.
 ///
 /// # Errors
-/// Those of `work`, and its panics.
+/// Errors of `work`, and its panics.
 pub fn explain<T>(table: impl FnOnce() -> String, work: impl FnOnce() -> Result<T>) -> Result<T> {
     install_hook();
     let before = CATCHING.replace(true);
@@ -40,7 +41,7 @@ pub fn explain<T>(table: impl FnOnce() -> String, work: impl FnOnce() -> Result<
     if is_out_of_memory(&text) {
         return Err(anyhow!("out of memory: {}\n{}", request(&text), table()));
     }
-    // libtorch's messages go on with its C++ stack.
+    // libtorch's messages continue with its C++ stack.
     Err(if panicked { anyhow!(first_line(&text)) } else { error })
 }
 
@@ -48,7 +49,8 @@ fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-/// Panics for want of memory that [`explain`] will tell are not printed; all others are, by the hook before.
+/// Suppresses the output of out-of-memory panics that [`explain`] reports; the previous hook prints
+/// all others.
 fn install_hook() {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -66,7 +68,7 @@ fn text_of(payload: &(dyn Any + Send)) -> String {
     text.unwrap_or("a panic without a message").to_owned()
 }
 
-/// Whether a message of libtorch, C++ or the system says that memory has run out.
+/// Returns true if a message of libtorch, C++ or the system reports that memory has run out.
 fn is_out_of_memory(text: &str) -> bool {
     const SIGNS: [&str; 9] = [
         "out of memory",
@@ -75,16 +77,16 @@ fn is_out_of_memory(text: &str) -> bool {
         "std::bad_alloc",
         "can't allocate memory",
         "Cannot allocate memory",
-        // oneDNN's word for it, and that of threads without room for a stack (or beyond ulimit -u).
+        // Messages of oneDNN, and of threads without memory for a stack (or beyond ulimit -u).
         "could not create a primitive",
         "could not execute a primitive",
         "failed to spawn thread",
     ];
-    // A primitive that this CPU has not is another matter.
+    // A primitive that this CPU does not support is another error.
     SIGNS.iter().any(|sign| text.contains(sign)) && !text.contains("primitive descriptor")
 }
 
-/// What could not be allocated: the amount where the message has it, else its first line.
+/// The failed allocation: its size if the message has it, else the first line.
 fn request(text: &str) -> String {
     const CUDA: &str = "Tried to allocate ";
     const CPU: &str = "you tried to allocate ";

@@ -1,18 +1,19 @@
-//! Scoring given text: negative log-likelihood of targets, and of alternative continuations of one prompt.
+//! Scoring of given text: negative log-likelihood of targets, and of alternative continuations of a
+//! prompt.
 
 use anyhow::Result;
+use cpift_data::Example;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::data::Batch;
 use crate::generate::Prefilled;
+use crate::loss::target_losses;
 use crate::model::CausalLM;
-use crate::train::target_losses;
-use cpift_data::Example;
 
-/// Targets whose logits exist at a time.
+/// Targets per chunk of the loss: the logits of one chunk exist at a time.
 const LOSS_CHUNK: usize = 1024;
 
-/// Summed loss and number of targets of one example.
+/// Summed loss and number of targets of an example.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ExampleLoss {
     /// Sum of the negative log-likelihoods, in nats.
@@ -21,7 +22,8 @@ pub struct ExampleLoss {
     pub targets: usize,
 }
 
-/// The loss of every example, in order; batches are made of examples of similar length, the longest first.
+/// The loss of every example, in order. Batches consist of examples of similar length, the longest
+/// first.
 pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tick: impl FnMut()) -> Vec<ExampleLoss> {
     let order = longest_first(examples.iter().map(|example| example.ids.len()));
     let mut out = vec![ExampleLoss { nll: 0.0, targets: 0 }; examples.len()];
@@ -37,7 +39,7 @@ pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tic
     out
 }
 
-/// The order of work: a batch that does not fit fails at once.
+/// Indices by descending length: a batch that does not fit in memory fails at once.
 fn longest_first(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
     let lengths: Vec<usize> = lengths.collect();
     let mut order: Vec<usize> = (0..lengths.len()).collect();
@@ -50,27 +52,28 @@ fn document_losses(model: &CausalLM, batch: &Batch) -> Vec<f64> {
     let x_bse = model.hidden(&batch.ids_bs, &model.documents(&batch.lengths), None);
     let normed = model.final_norm(&x_bse.squeeze_dim(0).index_select(0, &batch.places_n));
     let each = target_losses(model, &normed, &batch.labels_n, LOSS_CHUNK).to_kind(Kind::Double);
-    // The example that each target belongs to.
+    // Index of the example that each target belongs to.
     let ends: Vec<i64> = batch.lengths.iter().scan(0, |end, n| Some((*end += n, *end).1)).collect();
     let owner = batch.places_n.bucketize(&Tensor::from_slice(&ends).to_device(model.device()), false, true);
     let sums = Tensor::zeros([batch.lengths.len() as i64], (Kind::Double, model.device())).index_add(0, &owner, &each);
     Vec::try_from(sums.to_device(Device::Cpu)).expect("a one-dimensional tensor of doubles")
 }
 
-/// A context and the texts that may follow it, as token ids.
+/// A context and its alternative continuations.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Alternatives {
-    /// What they follow.
+    /// Token ids before each continuation.
     pub context: Vec<i64>,
-    /// Each of at least one token.
+    /// Token ids of each continuation, at least one.
     pub continuations: Vec<Vec<i64>>,
 }
 
-/// Log-likelihoods, in nats, of each continuation after its context. A context runs through the model once, whatever follows it;
-/// batches are made of contexts of similar length, and `tick` is called for each that is done.
+/// Log-likelihood of each continuation given its context, in nats. A context runs through the model
+/// once for all its continuations. Batches consist of contexts of similar length; `tick` is called
+/// for each context done.
 ///
 /// # Errors
-/// When a context or a continuation is empty.
+/// A context or a continuation is empty.
 pub fn alternatives(
     model: &CausalLM,
     items: &[Alternatives],
@@ -91,7 +94,7 @@ pub fn alternatives(
     Ok(out)
 }
 
-/// The first continuation of every context, then the second, each over the same cache.
+/// Scores the first continuation of every context, then the second, and so on, over one cache.
 fn batch_alternatives(model: &CausalLM, batch: &[&Alternatives]) -> Vec<Vec<f64>> {
     let contexts: Vec<&[i64]> = batch.iter().map(|item| item.context.as_slice()).collect();
     let longest = batch.iter().flat_map(|item| &item.continuations).map(Vec::len).max().unwrap_or(1);
@@ -100,14 +103,14 @@ fn batch_alternatives(model: &CausalLM, batch: &[&Alternatives]) -> Vec<Vec<f64>
     let first_bv = state.logits_bv.log_softmax(-1, Kind::Float);
     let most = batch.iter().map(|item| item.continuations.len()).max().unwrap_or(0);
     let mut out = vec![Vec::new(); batch.len()];
-    for which in 0..most {
-        // A row that has no such continuation goes along with one token that is not counted.
+    for index in 0..most {
+        // A row without such a continuation runs with one token that is not counted.
         let ids: Vec<&[i64]> =
-            batch.iter().map(|item| item.continuations.get(which).map_or(&[0][..], Vec::as_slice)).collect();
+            batch.iter().map(|item| item.continuations.get(index).map_or(&[0][..], Vec::as_slice)).collect();
         state.cache.truncate(context_length);
         let scores = continuation_scores(model, &mut state, &first_bv, &ids);
         for ((item, out), score) in batch.iter().zip(&mut out).zip(scores) {
-            if which < item.continuations.len() {
+            if index < item.continuations.len() {
                 out.push(score);
             }
         }
@@ -115,7 +118,8 @@ fn batch_alternatives(model: &CausalLM, batch: &[&Alternatives]) -> Vec<Vec<f64>
     out
 }
 
-/// Summed log-likelihoods of one continuation for each row; `first_bv` are the log-probabilities after the contexts.
+/// Summed log-likelihoods of one continuation per row; `first_bv` are the log-probabilities after
+/// the contexts.
 fn continuation_scores(model: &CausalLM, state: &mut Prefilled, first_bv: &Tensor, ids: &[&[i64]]) -> Vec<f64> {
     let (b, longest) = (ids.len() as i64, ids.iter().map(|ids| ids.len()).max().unwrap_or(1));
     let padded = ids.iter().flat_map(|ids| ids.iter().copied().chain(std::iter::repeat_n(0, longest - ids.len())));
@@ -128,7 +132,7 @@ fn continuation_scores(model: &CausalLM, state: &mut Prefilled, first_bv: &Tenso
     if s > 0 {
         let attended = state.attended(model, s);
         let x_bse = model.hidden(&ids_bs.narrow(1, 0, s), &attended, Some(&mut state.cache));
-        // All positions of all rows as one list, of which a part has logits at a time.
+        // Positions of all rows as one list, so that chunks of it have logits at a time.
         let normed_ne = model.final_norm(&x_bse).flatten(0, 1);
         let rest_n = -target_losses(model, &normed_ne, &ids_bs.narrow(1, 1, s).flatten(0, 1), LOSS_CHUNK);
         each_bs = Tensor::cat(&[each_bs, rest_n.view([b, s])], 1);

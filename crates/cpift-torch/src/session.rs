@@ -1,46 +1,49 @@
-//! A checkpoint folder opened for training or scoring: weights, model, tokenizer; and saved again as one.
+//! A checkpoint directory opened for training or scoring (weights, model, tokenizer), and saved
+//! again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use cpift_core::checkpoint::{Digest, read_config, with_head_of, with_torch_dtype};
-use cpift_core::tasks::Task;
-use cpift_core::{BadInput, Checkpoint, Dtype, json};
-use serde_json::Value;
-use tch::{Device, Kind};
-
-use crate::model::{CausalLM, ModelConfig};
-use crate::weights::{self, Parameters};
+use cpift_core::format::checkpoint::{read_config, with_head_of, with_torch_dtype};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::json;
+use cpift_core::format::tasks::Task;
+use cpift_core::{BadInput, Checkpoint, Dtype};
 use cpift_data::{ChatText, MaxLength};
+use serde_json::Value;
+use tch::{Device, Kind, no_grad};
 
-/// The dtypes of a session.
+use crate::model::{CausalLM, EMBEDDING, ModelConfig};
+use crate::weights::{self, Parameters};
+
+/// Dtypes of weights and computation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Precision {
-    /// Of the weights in memory, which the optimizer moves.
+    /// Dtype of the weights in memory, which the optimizer updates (master weights).
     pub master: Kind,
-    /// Of what blocks compute.
+    /// Dtype in which the blocks compute.
     pub compute: Kind,
 }
 
 impl Precision {
-    /// f32 throughout.
+    /// f32 for both.
     pub const F32: Self = Self { master: Kind::Float, compute: Kind::Float };
 
-    /// Weights and blocks alike in `kind`: for inference, which has no use for finer weights.
+    /// `kind` for both: for inference, which needs no finer weights.
     pub fn all(kind: Kind) -> Self {
         Self { master: kind, compute: kind }
     }
 }
 
-/// A model with everything that belongs to it.
+/// An open checkpoint: weights, model, tokenizer.
 pub struct Session {
-    /// The folder it came from.
+    /// Checkpoint directory.
     pub folder: PathBuf,
-    /// Digest of that folder.
+    /// Digest of the checkpoint directory.
     pub digest: Digest,
-    /// The mapped checkpoint it came from.
+    /// The checkpoint, memory-mapped.
     pub checkpoint: Checkpoint,
     /// Trainable tensors; they share storage with the model's.
     pub parameters: Parameters,
@@ -53,8 +56,8 @@ pub struct Session {
 
 static STRICT_CONFIG: AtomicBool = AtomicBool::new(false);
 
-/// Sets whether fields of config.json that this program does not know are refused (`--strict-config`), for the process: every folder that it
-/// opens is read alike.
+/// Sets `--strict-config` for the process: unknown fields of config.json are refused in every
+/// checkpoint it opens.
 pub fn set_strict_config(strict: bool) {
     STRICT_CONFIG.store(strict, Ordering::Relaxed);
 }
@@ -63,26 +66,27 @@ pub(crate) fn strict_config() -> bool {
     STRICT_CONFIG.load(Ordering::Relaxed)
 }
 
-/// What a checkpoint folder says without its weights: enough to turn rows into examples.
-pub struct Described {
-    /// The folder.
+/// A checkpoint without its weights: enough to turn rows into examples.
+pub struct ModelInfo {
+    /// Checkpoint directory.
     pub folder: PathBuf,
-    /// config.json.
+    /// The parsed config.json.
     pub config: Value,
-    /// What the model reads from it.
+    /// The model configuration read from it.
     pub numbers: ModelConfig,
     /// Tokenizer and chat template.
     pub text: ChatText,
 }
 
-impl Described {
-    /// Reads config.json and the tokenizer of `folder`; `template` takes precedence over the checkpoint's own.
+impl ModelInfo {
+    /// Reads config.json and the tokenizer of `folder`; `template` overrides the checkpoint's chat
+    /// template.
     ///
     /// # Errors
-    /// [`BadInput`] for either.
+    /// [`BadInput`] if either cannot be used.
     pub fn open(folder: &Path, template: Option<&str>) -> Result<Self> {
         if folder.symlink_metadata().is_err() {
-            return Err(BadInput::new(folder, "no such checkpoint").expected("a Hugging Face folder").into());
+            return Err(BadInput::new(folder, "no such checkpoint").expected("a Hugging Face directory").into());
         }
         let config = read_config(folder)?;
         let numbers = ModelConfig::from_json(folder, &config)?;
@@ -98,7 +102,7 @@ impl Described {
     pub fn load(self, device: Device, precision: Precision) -> Result<Session> {
         let Self { folder, config, mut numbers, text } = self;
         let checkpoint = Checkpoint::open(&folder)?;
-        let config = with_head_of(&checkpoint, config);
+        let config = with_head_of(checkpoint.tied(), config);
         numbers.untie_as(&checkpoint);
         let digest = checkpoint.digest()?;
         let parameters = weights::load(&checkpoint, precision.master, device)?;
@@ -106,7 +110,7 @@ impl Described {
         Ok(Session { folder, digest, checkpoint, parameters, model, text, config })
     }
 
-    /// As [`Session::context_of`].
+    /// See [`Session::context_of`].
     pub fn context_of(&self, task: &Task, asked: Option<usize>) -> MaxLength {
         context_of(&self.numbers, task, asked)
     }
@@ -117,40 +121,41 @@ fn context_of(model: &ModelConfig, task: &Task, asked: Option<usize>) -> MaxLeng
 }
 
 impl Session {
-    /// Opens `folder` on `device`; `template` takes precedence over the checkpoint's own.
+    /// Opens `folder` on `device`; `template` overrides the checkpoint's chat template.
     ///
     /// # Errors
-    /// [`BadInput`] for anything in the folder that cannot be used.
+    /// [`BadInput`] for a file of the checkpoint that cannot be used.
     pub fn open(folder: &Path, template: Option<&str>, device: Device, precision: Precision) -> Result<Self> {
-        Described::open(folder, template)?.load(device, precision)
+        ModelInfo::open(folder, template)?.load(device, precision)
     }
 
-    /// A dtype of the checkpoint's weights with values that `dtype` does not have.
+    /// Returns a dtype of the checkpoint's weights that `dtype` cannot represent exactly.
     pub fn rounded_by(&self, dtype: Dtype) -> Option<Dtype> {
         self.checkpoint.parameters().map(|view| view.dtype).find(|stored| !dtype.holds(*stored))
     }
 
-    /// As [`Session::open`], to generate and score only, all in `kind`.
+    /// Opens `folder` for generation and scoring only, all in `kind`.
     ///
     /// # Errors
     /// As [`Session::open`].
     pub fn for_inference(folder: &Path, template: Option<&str>, device: Device, kind: Kind) -> Result<Self> {
         let mut session = Self::open(folder, template, device, Precision::all(kind))?;
         if device == Device::Cpu && kind == Kind::Float {
-            weights::store_by_columns(&mut session.parameters);
+            store_by_columns(&mut session.parameters);
         }
         Ok(session)
     }
 
-    /// The longest example of `task` in tokens: its max_length, or `asked` over it, within the model's own context.
+    /// Maximum length of an example of `task` in tokens: `asked`, else the task's max_length,
+    /// capped at the model's context.
     pub fn context_of(&self, task: &Task, asked: Option<usize>) -> MaxLength {
         context_of(&self.model.config, task, asked)
     }
 
-    /// Writes the model as a Hugging Face folder into `staged`, weights as `dtype`.
+    /// Writes the model as a Hugging Face directory into `staged`, weights as `dtype`.
     ///
     /// # Errors
-    /// I/O errors.
+    /// A weight that is not finite in `dtype`, or a failed write.
     pub fn save(&self, staged: &Path, dtype: Dtype) -> Result<()> {
         weights::save(&self.parameters, staged, dtype)?;
         let config = with_torch_dtype(self.config.clone(), dtype);
@@ -158,4 +163,17 @@ impl Session {
         fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;
         self.text.save(staged)
     }
+}
+
+/// Stores every matrix but the embedding in column-major order; values and shapes stay. On the CPU
+/// oneDNN multiplies a few rows by such a matrix about twice as fast. The embedding stays
+/// row-major, because lookups read its rows.
+fn store_by_columns(parameters: &mut Parameters) {
+    no_grad(|| {
+        for (_, weight) in parameters.iter_mut().filter(|(name, w)| w.dim() == 2 && *name != EMBEDDING) {
+            // Into the same variable, which the model shares.
+            let by_columns = weight.detach().tr().contiguous().tr();
+            weight.set_data(&by_columns);
+        }
+    });
 }

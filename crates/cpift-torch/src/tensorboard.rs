@@ -1,7 +1,7 @@
 //! TensorBoard event files: scalars only.
 //!
-//! The format is TensorFlow's: records of length, checksum of the length, an `Event` message of event.proto, checksum of the message; the
-//! checksums are CRC-32C, rotated and shifted ("masked") as TFRecord has them.
+//! The format is TensorFlow's TFRecord: length, checksum of the length, an `Event` message of
+//! event.proto, checksum of the message; the checksums are CRC-32C, rotated and offset ("masked").
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -10,18 +10,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
-/// An event file being written.
-pub struct TensorBoard {
+/// An open event file.
+pub(crate) struct TensorBoard {
     file: File,
     path: PathBuf,
 }
 
 impl TensorBoard {
-    /// Starts a file in `folder`, which is made where it is missing. Of earlier files there, TensorBoard shows only what lies before step
-    /// `first`: a resumed run writes the steps after its last saved state again.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Creates a file in `folder`, and the directory if it is missing. Of earlier files there,
+    /// TensorBoard shows only steps before `first`: a resumed run writes the steps after its last
+    /// saved state again.
     pub fn create(folder: &Path, first: i64) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
         let seconds = since_epoch() as u64;
@@ -35,10 +33,7 @@ impl TensorBoard {
         Ok(board)
     }
 
-    /// Writes one value of the curve `tag`.
-    ///
-    /// # Errors
-    /// I/O errors.
+    /// Writes a value of the curve `tag`.
     pub fn scalar(&mut self, tag: &str, step: i64, value: f64) -> Result<()> {
         let mut of_tag = field(1, tag.as_bytes());
         of_tag.push(2 << 3 | FIXED32);
@@ -46,12 +41,12 @@ impl TensorBoard {
         self.event(step, &field(SUMMARY, &field(1, &of_tag)))
     }
 
-    fn event(&mut self, step: i64, what: &[u8]) -> Result<()> {
+    fn event(&mut self, step: i64, payload: &[u8]) -> Result<()> {
         let mut event = vec![1 << 3 | FIXED64];
         event.extend(since_epoch().to_le_bytes());
         event.push(2 << 3 | VARINT);
         varint(&mut event, step as u64);
-        event.extend(what);
+        event.extend(payload);
         let length = (event.len() as u64).to_le_bytes();
         let mut record = length.to_vec();
         record.extend(masked(&length).to_le_bytes());

@@ -1,32 +1,30 @@
-//! Parameters between checkpoint files and libtorch tensors.
+//! Parameters as libtorch tensors: loaded from checkpoint files, and saved.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use cpift_core::checkpoint::CheckpointWriter;
+use cpift_core::format::checkpoint::CheckpointWriter;
 use cpift_core::{BadInput, Checkpoint, Dtype, TensorSpec, TensorView};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::model::{EMBEDDING, ModelConfig};
-
-/// Trainable tensors by checkpoint name, in bytewise name order. Clones share storage with the model's.
+/// Tensors by checkpoint name, in bytewise name order; they share storage with the model's.
 pub type Parameters = BTreeMap<String, Tensor>;
 
-/// Loads all parameters of `checkpoint` as `kind` leaves that require gradients.
+/// Loads all parameters of `checkpoint` as leaves of dtype `kind` that require gradients.
 ///
 /// # Errors
-/// [`BadInput`] for a quantised parameter, or NaN or infinite elements (tensor and index named).
+/// [`BadInput`] for a quantised parameter, or an element that is NaN or infinite.
 pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Parameters> {
     if let Some((view, _)) = checkpoint
         .not_parameters()
-        .find(|(v, why)| *why == cpift_core::checkpoint::Excluded::NotFloat && v.name.ends_with(".weight"))
+        .find(|(v, why)| *why == cpift_core::format::checkpoint::Excluded::NotFloat && v.name.ends_with(".weight"))
     {
         return Err(BadInput::new(view.file, "a weight that is not floating-point")
             .tensor(view.name)
             .expected("F64, F32, F16 or BF16")
             .found(view.dtype.name())
-            .hint("quantised checkpoints cannot be fine-tuned: take the floating-point one")
+            .hint("quantised checkpoints cannot be fine-tuned: use the floating-point checkpoint")
             .into());
     }
     let mut parameters = Parameters::new();
@@ -50,17 +48,17 @@ fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
     Ok(tensor)
 }
 
-/// The flat index of the first element that is not finite.
+/// Flat index of the first element that is not finite.
 fn first_not_finite(tensor: &Tensor) -> Option<i64> {
     let finite = tensor.isfinite();
-    let whole = finite.all().int64_value(&[]) == 1;
-    (!whole).then(|| finite.flatten(0, -1).to_kind(Kind::Int).argmin(0, false).int64_value(&[]))
+    let all_finite = finite.all().int64_value(&[]) == 1;
+    (!all_finite).then(|| finite.flatten(0, -1).to_kind(Kind::Int).argmin(0, false).int64_value(&[]))
 }
 
-/// Copies the tensors of `checkpoint` over `parameters`, in place.
+/// Overwrites `parameters` in place with the tensors of `checkpoint`.
 ///
 /// # Errors
-/// [`BadInput`] when one is missing or of another shape.
+/// [`BadInput`] if a tensor is missing or has another shape.
 pub(crate) fn overwrite(parameters: &Parameters, checkpoint: &Checkpoint) -> Result<()> {
     for (name, parameter) in parameters {
         let Some(view) = checkpoint.get(name) else {
@@ -68,7 +66,7 @@ pub(crate) fn overwrite(parameters: &Parameters, checkpoint: &Checkpoint) -> Res
         };
         let shape: Vec<i64> = view.shape.iter().map(|&n| n as i64).collect();
         if shape != parameter.size() {
-            return Err(BadInput::new(view.file, "a tensor of another shape")
+            return Err(BadInput::new(view.file, "a tensor has another shape")
                 .tensor(name)
                 .expected(format!("{:?}", parameter.size()))
                 .found(format!("{shape:?}"))
@@ -79,11 +77,11 @@ pub(crate) fn overwrite(parameters: &Parameters, checkpoint: &Checkpoint) -> Res
     Ok(())
 }
 
-/// Writes `parameters` as `dtype` safetensors files into a staged folder.
+/// Writes `parameters` as safetensors files of dtype `dtype` into a staged directory.
 ///
 /// # Errors
-/// An element that is not finite, or not as `dtype`, with its tensor; I/O errors.
-pub fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> {
+/// An element that is not finite in `dtype` (names tensor and index), or a failed write.
+pub(crate) fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> {
     let specs: Vec<TensorSpec> = parameters
         .iter()
         .map(|(name, tensor)| TensorSpec {
@@ -98,8 +96,8 @@ pub fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> 
         if let Some(index) = first_not_finite(&host) {
             let (trained, saved) =
                 (tensor.flatten(0, -1).double_value(&[index]), host.flatten(0, -1).double_value(&[index]));
-            let hint = if trained.is_finite() { "--save-dtype f32 or bf16 has room for it" } else { "lower --lr" };
-            bail!("{}: element {index} is {trained:e}, which as {dtype} is {saved}\n  hint: {hint}", spec.name);
+            let hint = if trained.is_finite() { "--save-dtype f32 or bf16 can hold it" } else { "lower --lr" };
+            bail!("{}: element {index} is {trained:e}, which becomes {saved} in {dtype}\n  hint: {hint}", spec.name);
         }
         let mut bytes = vec![0u8; spec.nbytes()];
         host.f_copy_data_u8(&mut bytes, spec.numel())?;
@@ -111,7 +109,7 @@ pub fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> 
 /// The libtorch kind of a floating-point dtype.
 ///
 /// # Panics
-/// When `dtype` is not floating-point.
+/// If `dtype` is not floating-point.
 pub fn kind_of(dtype: Dtype) -> Kind {
     match dtype {
         Dtype::F64 => Kind::Double,
@@ -120,61 +118,4 @@ pub fn kind_of(dtype: Dtype) -> Kind {
         Dtype::BF16 => Kind::BFloat16,
         other => panic!("{other} is not a floating-point dtype"),
     }
-}
-
-/// Takes the tensor `name` of shape `shape` out of `parameters` (a clone that shares storage).
-///
-/// # Errors
-/// [`BadInput`] when it is missing or of another shape.
-pub(crate) fn take(parameters: &Parameters, path: &Path, name: &str, shape: &[i64]) -> Result<Tensor> {
-    let Some(tensor) = parameters.get(name) else {
-        return Err(BadInput::new(path, "a tensor that config.json asks for is missing").tensor(name).into());
-    };
-    if tensor.size() != shape {
-        return Err(BadInput::new(path, "a tensor's shape disagrees with config.json")
-            .tensor(name)
-            .expected(format!("{shape:?}"))
-            .found(format!("{:?}", tensor.size()))
-            .into());
-    }
-    Ok(tensor.shallow_clone())
-}
-
-/// Refuses parameters that the model did not take: each would be trained or saved in vain.
-///
-/// # Errors
-/// [`BadInput`] naming the first.
-pub(crate) fn check_all_taken(parameters: &Parameters, path: &Path, taken: &[String]) -> Result<()> {
-    match parameters.keys().find(|name| !taken.contains(name)) {
-        Some(extra) => {
-            Err(BadInput::new(path, "a tensor that the model of config.json does not have").tensor(extra).into())
-        }
-        None if taken.len() != parameters.len() => bail!("a parameter was taken twice"),
-        None => Ok(()),
-    }
-}
-
-/// Random parameters of the shapes of `config`, for benchmarks: normal with standard deviation 0.02, norms 1.
-pub fn random(config: &ModelConfig, kind: Kind, device: Device) -> Parameters {
-    let make = |(name, shape): (String, Vec<i64>)| {
-        let tensor = if name.ends_with("norm.weight") && !config.gemma_norms {
-            Tensor::ones(&shape, (kind, device))
-        } else {
-            Tensor::randn(&shape, (kind, device)).g_mul_scalar_(0.02)
-        };
-        (name, tensor.set_requires_grad(true))
-    };
-    config.parameter_shapes().into_iter().map(make).collect()
-}
-
-/// Stores every matrix but the embedding by columns, values and shapes as they were: on the CPU oneDNN multiplies a few rows with
-/// such a matrix about twice as fast. The embedding stays as it is, for its rows are looked up one by one.
-pub fn store_by_columns(parameters: &mut Parameters) {
-    no_grad(|| {
-        for (_, weight) in parameters.iter_mut().filter(|(name, w)| w.dim() == 2 && *name != EMBEDDING) {
-            // Into the same variable, which the model shares.
-            let by_columns = weight.detach().tr().contiguous().tr();
-            weight.set_data(&by_columns);
-        }
-    });
 }

@@ -1,20 +1,21 @@
-//! Files that the libtorch stages read, with single bytes spoilt: config.json, tokenizer files, data files.
+//! Files that the libtorch stages read, with single bytes changed: config.json, tokenizer files,
+//! data files.
 
 use std::alloc::System;
 use std::fs;
 use std::path::Path;
 
 use cap::Cap;
-use cpift_core::tasks::Format;
+use cpift_core::format::tasks::Format;
 use cpift_data::{Layout, read_rows};
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
 use cpift_testkit::spoil::Spoiler;
-use cpift_torch::session::Described;
+use cpift_torch::session::ModelInfo;
 
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
-/// Whatever is spoilt, the rest of the model is read as well, tokenizer and all.
+/// Reads the whole model, tokenizer included, whatever file is damaged.
 const MODEL: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 4 << 20 };
 const DATA: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 1 << 20 };
 
@@ -23,7 +24,7 @@ fn spoilt_models_do_no_harm() {
     let dir = tempfile::tempdir().unwrap();
     let model = write_tiny_model(&dir.path().join("m"), 1);
     for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
-        MODEL.each(&model.join(name), || Described::open(&model, None).is_ok());
+        MODEL.each(&model.join(name), || ModelInfo::open(&model, None).is_ok());
     }
 }
 

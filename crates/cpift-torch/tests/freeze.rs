@@ -1,10 +1,11 @@
-//! Frozen elements keep their bits through steps with momentum and weight decay, −0.0 included, in f32 and bf16.
+//! Frozen elements keep their bits through steps with momentum and weight decay, −0.0 included, in
+//! f32 and bf16.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use cpift_core::Checkpoint;
-use cpift_core::mask::{FORMAT_VERSION, Mask, MaskHeader, MaskWriter, Metric, Scope, Ties, indices};
+use cpift_core::format::mask::{FORMAT_VERSION, Mask, MaskHeader, MaskWriter, Metric, Scope, Ties, indices};
 use cpift_testkit::{Numbers, Tensor as TestTensor, Tensors, write_checkpoint};
 use cpift_torch::freeze::Freeze;
 use cpift_torch::optim::{AdamW, AdamWConfig, Guard, Update};
@@ -48,11 +49,12 @@ fn bits_of(t: &Tensor) -> Vec<u8> {
     out
 }
 
-/// Ten AdamW steps; which elements changed a bit.
+/// Makes ten AdamW steps; returns true for elements of which a bit changed.
 fn changed(kind: Kind, masks: &[&Mask]) -> Vec<bool> {
     tch::manual_seed(3);
     let w = Tensor::randn([ROWS, COLUMNS], (Kind::Float, Device::Cpu)).to_kind(kind);
-    // Every third element starts as -0.0, which an update multiplied with a mask would turn into +0.0.
+    // Every third element starts as -0.0, which an update multiplied by a mask would turn into
+    // +0.0.
     no_grad(|| drop(w.view([-1]).slice(0, None, None, 3).fill_(-0.0)));
     let parameters = Parameters::from([("w".to_owned(), w.set_requires_grad(true))]);
     let before = bits_of(&parameters["w"]);
@@ -64,7 +66,7 @@ fn changed(kind: Kind, masks: &[&Mask]) -> Vec<bool> {
     let grads: Vec<Tensor> = (0..10).map(|_| Tensor::randn([COLUMNS, ROWS], (Kind::Float, Device::Cpu))).collect();
     for (seed, grad) in grads.into_iter().enumerate() {
         let mut grad = grad.to_kind(kind).tr();
-        freeze.mute("w", &mut grad);
+        freeze.zero_frozen_grads("w", &mut grad);
         optimizer.step(&[0], &[grad], Update { lr: 0.05, seed: seed as u64, guard: &guard }).unwrap();
         freeze.restore("w", &parameters["w"]);
     }
@@ -84,7 +86,8 @@ fn frozen_elements_keep_their_bits_and_the_others_move() {
         for (i, moved) in moved.iter().enumerate() {
             assert!(!(frozen(i) && *moved), "{kind:?} element {i} is frozen and changed");
         }
-        // A coarse bf16 element may come back to where it started by chance, so nearly all is what can be asked.
+        // A bf16 element may return to its start by chance, so nearly all elements must have
+        // changed.
         let free: Vec<bool> = (0..moved.len()).filter(|&i| !frozen(i)).map(|i| moved[i]).collect();
         let share = |moved: &[bool]| moved.iter().filter(|m| **m).count() as f64 / moved.len() as f64;
         assert!(share(&free) > 0.97, "{kind:?}: of the free elements only {} moved", share(&free));
@@ -115,7 +118,7 @@ fn muted_gradients_do_not_count() {
     let parameters = Parameters::from([("w".to_owned(), w)]);
     let freeze = Freeze::new(&parameters, &[&a]).unwrap();
     let mut grad = Tensor::ones([ROWS, COLUMNS], (Kind::Float, Device::Cpu));
-    freeze.mute("w", &mut grad);
+    freeze.zero_frozen_grads("w", &mut grad);
     let left = (ROWS * COLUMNS) as u64 - freeze.len();
     assert_eq!(freeze.len(), a.header.selected);
     let norm = Guard::new(Device::Cpu).watch(&[grad], None).double_value(&[]);

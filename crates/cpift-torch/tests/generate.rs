@@ -1,4 +1,5 @@
-//! Generation with cache and left padding gives what the plain forward pass gives, token for token; scoring agrees with it too.
+//! Generation with cache and left padding equals the plain forward pass token for token, and so
+//! does scoring.
 
 mod golden;
 
@@ -42,7 +43,8 @@ fn batches_of_unequal_prompts_equal_one_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
     let session = session(dir.path());
     let prompts: Vec<Vec<i64>> = (0..9).map(|i| (0..3 + 4 * i).map(|j| (17 * i + 5 * j * j) % 250).collect()).collect();
-    // An id that the model does write ends some answers early, so that rows leave the batch at different times.
+    // An id that the model generates ends some answers early, so that rows leave the batch at
+    // different times.
     let free = reference(&session, &prompts[4], &[], 12);
     let eos = [free[5]];
     let expected: Vec<Vec<i64>> = prompts.iter().map(|p| reference(&session, p, &eos, 12)).collect();
@@ -56,7 +58,7 @@ fn batches_of_unequal_prompts_equal_one_at_a_time() {
 #[test]
 fn answers_are_those_of_transformers_in_every_family() {
     let dir = tempfile::tempdir().unwrap();
-    // Ids alone are compared: any tokenizer will do.
+    // Only ids are compared: any tokenizer serves.
     let text = session(dir.path()).text;
     let file = include_str!("../../../fixtures/golden/generate.json");
     let cases: BTreeMap<String, BTreeMap<String, Vec<Vec<i64>>>> = serde_json::from_str(file).unwrap();
@@ -94,7 +96,7 @@ fn inference_sessions_write_and_score_the_same() {
 fn a_stop_text_ends_the_answer_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let session = session(dir.path());
-    // Letters as a prompt, so that some answer holds text of two letters and more.
+    // Letters as a prompt, so that some answer contains two letters or more.
     let prompts: Vec<Vec<i64>> = (0..12).map(|i| (65 + i..75 + i).collect()).collect();
     let free = generate(&session.model, &session.text, &prompts, &greedy(&[], 12), || ()).unwrap();
     for (i, answer) in free.iter().enumerate() {

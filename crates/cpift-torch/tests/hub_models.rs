@@ -1,11 +1,12 @@
-//! Checkpoints as they are published: every spelling of rotary settings, embeddings tied in config.json only, names with prefixes.
+//! Published checkpoints: every spelling of rotary settings, embeddings tied in
+//! config.json only, names with prefixes.
 
 mod golden;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::checkpoint::read_config;
+use cpift_core::format::checkpoint::read_config;
 use cpift_core::{Checkpoint, Dtype};
 use cpift_testkit::model::{tiny_weights, write_json, write_tiny_model};
 use cpift_testkit::{Tensors, read_checkpoint, write_safetensors};
@@ -23,7 +24,8 @@ fn golden_folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden").join(name)
 }
 
-/// Logits of the golden model `name` under `config`, with the attention of the blocks `silent` left out.
+/// Logits of the golden model `name` under `config`, with the attention of the blocks `silent` left
+/// out.
 fn logits(name: &str, config: &Value, silent: &[usize]) -> Tensor {
     let folder = golden_folder(name);
     let config = ModelConfig::from_json(&folder, config).unwrap();

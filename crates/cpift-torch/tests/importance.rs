@@ -1,4 +1,5 @@
-//! Importance and the elements on top are NumPy's: fixtures/golden/importance.json, made by scripts/oracle/golden_importance.py.
+//! Importance and the top elements equal NumPy's: fixtures/golden/importance.json, made by
+//! scripts/oracle/golden_importance.py.
 
 use std::collections::BTreeMap;
 
@@ -68,8 +69,9 @@ fn squared_gradients_are_those_of_the_batches() {
     let config = FisherConfig { batches: 4, batch_size: 2, seed: 5 };
     let (sums, tokens) = squared_gradients(&session, &examples, config, pass).unwrap();
     assert_eq!(tokens, 4 * 2 * 9);
-    // Twice through the four rows, in pairs: each pass has two batches that together are all rows; whatever the pairs were, the
-    // mean of their gradients is that of all rows, and the sum of squares is no less than 2 passes x 2 x its square.
+    // Twice through the four rows, in pairs: each pass has two batches that together are all rows;
+    // whatever the pairs were, the mean of their gradients is that of all rows, and the sum of
+    // squares is no less than 2 passes x 2 x its square.
     let all = Batch::new(&examples.iter().collect::<Vec<_>>());
     let (_, mean) = loss_and_gradients(&session.model, &session.parameters, &all, pass).unwrap();
     assert_eq!(sums.keys().collect::<Vec<_>>(), session.parameters.keys().collect::<Vec<_>>());

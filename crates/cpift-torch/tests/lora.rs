@@ -1,4 +1,5 @@
-//! Low-rank adapters train as PEFT's do: fixtures/golden/lora.json, made by scripts/oracle/golden_lora.py.
+//! Low-rank adapters train as in PEFT: fixtures/golden/lora.json, made by
+//! scripts/oracle/golden_lora.py.
 
 mod golden;
 
@@ -43,7 +44,7 @@ fn ten_steps_of_the_adapters_equal_those_of_peft() {
             assert!((norm - norms[step]).abs() < 1e-4 * norms[step], "{name} step {step}: gradient norm {norm}");
         }
         for (parameter, norm) in expected["merged_norms"].as_object().unwrap() {
-            // PEFT lists a tied head beside the embedding it is.
+            // PEFT lists a tied head as well as the embedding.
             let Some(merged) = parameters.get(parameter) else { continue };
             let (found, norm) = (merged.to_kind(tch::Kind::Double).norm().double_value(&[]), number(norm));
             assert!((found - norm).abs() < 1e-5 * norm, "{name}, {parameter}: norm {found}, expected {norm}");

@@ -1,4 +1,4 @@
-//! The computed memory against models that are really built.
+//! The computed memory against models that are built.
 
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,8 @@ fn config(value: &Value) -> ModelConfig {
     ModelConfig::from_json(Path::new("m"), value).unwrap()
 }
 
-/// The number of parameters of the model that the loader builds: it is given a tensor of the shape it asks for until it has all.
+/// The number of parameters of the model that the loader builds, which is given tensors of the
+/// requested shapes until it is complete.
 fn built(config: &ModelConfig) -> u64 {
     let mut parameters = Parameters::new();
     loop {
@@ -107,16 +108,16 @@ fn each_option_takes_away_what_it_is_for() {
     let plain = job(llama2(), "--batch-size 1");
     assert_eq!((part(&plain, "loss", "weights"), part(&plain, "loss", "moments")), (4 * d, 8 * d));
     assert_eq!(part(&plain, "update", "gradients"), 4 * d);
-    // Kept activations hold the cast weights of all blocks.
+    // Kept activations include the cast weights of all blocks.
     assert_eq!(part(&plain, "first block", "casts"), 2 * 32 * Sizes::of(&llama2()).block);
     let recomputed = job(llama2(), "--batch-size 1 --gradient-checkpointing");
     assert_eq!(part(&recomputed, "loss", "activations"), 33 * 4096 * 4096 * 2);
     assert_eq!(part(&recomputed, "first block", "casts"), 2 * Sizes::of(&llama2()).block);
     let fused = job(llama2(), "--batch-size 1 --optimizer-in-backward --max-grad-norm 0");
     assert_eq!(part(&fused, "last block", "gradients"), 4 * Sizes::of(&llama2()).block);
-    let summed = job(llama2(), "--batch-size 1 --grad-accum 2 --master bf16");
+    let summed = job(llama2(), "--batch-size 1 --grad-accum 2 --master-dtype bf16");
     assert_eq!(part(&summed, "update", "gradients"), 4 * d, "sums are f32 whatever the weights are");
-    let bf16 = job(llama2(), "--batch-size 1 --master bf16 --optim-state bf16");
+    let bf16 = job(llama2(), "--batch-size 1 --master-dtype bf16 --optim-state-dtype bf16");
     assert_eq!((part(&bf16, "loss", "weights"), part(&bf16, "loss", "moments")), (2 * d, 4 * d));
     assert_eq!(part(&bf16, "loss", "casts"), 0, "there is nothing to cast");
     let frozen = Job { frozen: d / 100, ..job(llama2(), "--batch-size 1") };
@@ -131,7 +132,8 @@ fn only_capped_attention_has_scores() {
         job.longest = longest;
         part(&job, "loss", "activations")
     };
-    // tanh in bf16, softmax in f32 and bf16, the mask: 8 bytes a score and head, one more for all heads.
+    // tanh in bf16, softmax in f32 and bf16, the mask: 8 bytes per score and head, one more for all
+    // heads.
     assert_eq!(gemma(4096) - gemma(2048), 42 * 4096 * 2048 * (16 * 8 + 1));
     let llama = |longest| part(&Job { longest, ..job(llama2(), "--batch-size 1") }, "loss", "activations");
     assert_eq!(llama(4096), llama(2048));
@@ -146,8 +148,8 @@ fn the_advice_is_the_cheapest_that_fits() {
     assert_eq!(advised(100 * GIB).unwrap(), "--gradient-checkpointing --optimizer-in-backward --max-grad-norm 0");
     assert_eq!(advised(30 * GIB), None);
     let (options, total) = advice(&plain, 60 * GIB).fits.unwrap();
-    assert!(options.contains("--master bf16") && total <= 60 * GIB, "{options}");
-    // What is advised is what is computed for those options.
+    assert!(options.contains("--master-dtype bf16") && total <= 60 * GIB, "{options}");
+    // The advised total is the one computed for those options.
     let typed = job(llama2(), &format!("--batch-size 8 {}", advised(100 * GIB).unwrap()));
     assert_eq!(advice(&plain, 100 * GIB).fits.unwrap().1, typed.peak().total());
     let small = advice(&job(llama2(), "--batch-size 1 --gradient-checkpointing"), GIB);

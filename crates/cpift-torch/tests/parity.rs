@@ -1,10 +1,10 @@
-//! Every family and the optimizer against transformers and PyTorch: fixtures/golden, made by scripts/oracle/golden_llama.py and
-//! golden_models.py.
+//! Every family and the optimizer against transformers and PyTorch: fixtures/golden, made by
+//! scripts/oracle/golden_llama.py and golden_models.py.
 
 mod golden;
 
 use cpift_torch::optim::AdamWConfig;
-use cpift_torch::schedule::CosineWithWarmup;
+use cpift_torch::optim::CosineWithWarmup;
 use cpift_torch::train::{StepConfig, Trainer, loss_and_gradients};
 use golden::{Golden, batch, list, max_abs};
 use tch::{Device, Kind, no_grad};

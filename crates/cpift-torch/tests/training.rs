@@ -1,10 +1,12 @@
-//! The ways to save memory and time change nothing, or nothing that matters: every family, on the golden models.
+//! Options that save memory and time leave results identical, or equal within a tolerance: every
+//! family, on the golden models.
 
 mod golden;
 
 use cpift_torch::freeze::Freeze;
+use cpift_torch::loss::target_losses;
 use cpift_torch::optim::AdamWConfig;
-use cpift_torch::train::{PassConfig, StepConfig, Trainer, loss_and_gradients, target_losses};
+use cpift_torch::train::{PassConfig, StepConfig, Trainer, loss_and_gradients};
 use cpift_torch::weights::Parameters;
 use golden::{Golden, batch, max_abs};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -49,7 +51,8 @@ fn recomputed_activations_give_the_same_bits() {
     }
 }
 
-/// The unit-by-unit pass against libtorch's own backward pass through the whole graph and its own cross entropy.
+/// The unit-by-unit pass against libtorch's own backward pass through the whole graph and its own
+/// cross entropy.
 #[test]
 fn the_whole_graph_gives_the_same_gradients() {
     for golden in Golden::here() {
@@ -121,7 +124,7 @@ fn documents_of_a_row_do_not_see_one_another() {
         let packed = losses(&documents);
         let alone: Vec<Tensor> = documents.chunks(1).map(losses).collect();
         let alone = Tensor::cat(&alone, 0);
-        // Each target's loss is of the order of 5 nats, of which f32 holds steps of 5e-7.
+        // Each target's loss is about 5 nats, where f32 has a resolution of 5e-7.
         let difference = max_abs(&(&packed - &alone));
         assert!(difference < 5e-6, "{}: losses differ by {difference}", golden.name);
         let mean = |t: &Tensor| t.mean(Kind::Double).double_value(&[]);
@@ -168,7 +171,7 @@ fn bf16_weights_move_on_average_as_f32_weights_do() {
     assert!((along - 1.0).abs() < 0.15, "bf16 weights went {along} of the way");
 }
 
-/// The norm counts what may move alone, and what it clips is what moves.
+/// The norm counts only trainable elements, and clipping scales only those.
 #[test]
 fn clipping_leaves_frozen_elements_out() {
     const MAX_NORM: f64 = 0.01;
@@ -186,7 +189,7 @@ fn clipping_leaves_frozen_elements_out() {
 
     let whole = grads.values().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
     let freeze = trainer.freeze.as_ref().unwrap();
-    grads.iter_mut().for_each(|(name, grad)| freeze.mute(name, grad));
+    grads.iter_mut().for_each(|(name, grad)| freeze.zero_frozen_grads(name, grad));
     let free = grads.values().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
     let norm = outcome.read().1;
     assert!((norm - free).abs() < 1e-5 * free && norm < 0.9 * whole, "norm {norm}; of all {whole}, of the free {free}");
@@ -195,7 +198,8 @@ fn clipping_leaves_frozen_elements_out() {
         let moved = (tensor.detach() - old).view([-1]);
         let frozen = moved.slice(0, None, None, 2);
         assert_eq!(max_abs(&frozen), 0.0, "{name}: a frozen element moved");
-        // AdamW's first step: −lr (g / (|g| + ε) + decay · w), g clipped; every second element is free.
+        // AdamW's first step: −lr (g / (|g| + ε) + decay · w), g clipped; every second element is
+        // free.
         let grad = grads[name].to_kind(Kind::Double).view([-1]) * (MAX_NORM / norm);
         let decay = if tensor.dim() > 1 { 0.1 } else { 0.0 };
         let expected = (&grad / (grad.abs() + 1.0) + old.to_kind(Kind::Double).view([-1]) * decay) * -1e-2;
@@ -214,14 +218,14 @@ fn nothing_moves_from_the_first_bad_value_on() {
         let mut trainer = Trainer::new(&model, &parameters, None, config);
         let all = batch(&golden.documents());
         trainer.step(&[batch(&golden.documents())], 1e-3, 0).unwrap();
-        // One weight of the head spoils the loss of every target.
+        // One weight of the head makes the loss of every target not finite.
         let norm = &parameters["model.norm.weight"];
         let good = norm.detach().copy();
         no_grad(|| drop(norm.get(0).fill_(f64::NAN)));
         let before: Vec<Tensor> = parameters.values().map(|t| t.detach().copy()).collect();
         assert!(trainer.step(&[all], 1e-3, 1).unwrap().read().0.is_nan());
         no_grad(|| norm.shallow_clone().copy_(&good));
-        // A good batch later does not start it again: the host may not have looked yet.
+        // A good batch later does not resume updates: the host may not have read the loss yet.
         assert!(trainer.step(&[batch(&golden.documents())], 1e-3, 2).unwrap().read().0.is_finite());
         for ((name, tensor), old) in parameters.iter().zip(&before) {
             assert!(name == "model.norm.weight" || same_bits(tensor, old), "{name} moved");

@@ -4,19 +4,34 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{ColorChoice, Parser, Subcommand, ValueEnum};
-use cpift_core::cli::{Common, Named};
 use cpift_core::error::usage;
+use cpift_core::run::cli::{Common, Named};
 use cpift_torch::args::TrainingArgs;
 
-use crate::estimate::PlanArgs;
+/// Heading of `--help`: paths.
+const IO: &str = "Input and output";
+/// Heading of `--help`: the fine-tuning method.
+const METHOD: &str = "Method";
+/// Heading of `--help`: steps, tokens, learning rates.
+const BUDGET: &str = "Budget and schedule";
+/// Heading of `--help`: elements that keep their bits.
+const ISOLATION: &str = "Isolation";
+/// Heading of `--help`: rows and what becomes of them.
+const DATA: &str = "Data";
+/// Heading of `--help`: memory and compute.
+const MEMORY: &str = "Memory and speed";
+/// Heading of `--help`: what is printed.
+const LOGGING: &str = "Logging";
 
-/// Fine-tunes a checkpoint in stages, group by group, while the core regions of earlier groups stay frozen.
+/// Fine-tunes a checkpoint in stages, group by group, while the core regions of earlier groups stay
+/// frozen.
 ///
-/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the state saved.
+/// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input; 75 stopped by SIGTERM or SIGUSR1 with the
+/// state saved.
 #[derive(Parser, Debug)]
 #[command(name = "cpift-train", version)]
 pub struct Args {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: Command,
     /// Arguments of every stage.
@@ -27,32 +42,40 @@ pub struct Args {
 /// The subcommands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Train: CPI-FT's last stage with --groups and --mask, plain multi-stage SFT with --groups --no-freeze, plain multi-task
-    /// SFT without --groups
+    /// Train: CPI-FT's last stage with --groups and --mask, plain multi-stage SFT with --groups
+    /// --no-freeze, plain multi-task SFT without --groups
     ///
-    /// With groups there is one stage for each group, in the order of groups.json, and the budget (--steps or --tokens) is shared
-    /// equally. In stage k every element that is core to a task of an earlier group keeps its bits (as --master
-    /// and --save-dtype have it). With masks every stage trains on the same balanced mixture of all tasks, without them on the rows of its
-    /// own group (--stage-data). The optimizer starts afresh in every stage. The output is a Hugging Face folder with metrics.jsonl
-    /// (while it is at work, in OUT.checkpoints) and cpift.json.
+    /// With groups there is one stage per group, in the order of groups.json, and the budget
+    /// (--steps or --tokens) is divided equally. In stage k every element that is core to a task of
+    /// an earlier group keeps its bits, as --master-dtype and --save-dtype represent it. With masks
+    /// every stage trains on the same balanced mixture of all tasks, without masks on the rows of
+    /// its own group (--stage-data). The optimizer starts afresh in every stage. The output is a
+    /// Hugging Face directory with metrics.jsonl (in OUT.checkpoints during the run) and
+    /// cpift.json.
     Run(Box<RunArgs>),
-    /// Print the memory and the disk that training takes, computed before anything is loaded, and what would make it fit
+    /// Print the memory and disk space that training takes, computed before anything is loaded, and
+    /// options that make it fit
     ///
-    /// Memory is shown by part at the five moments of a step that can be its highest: the loss (all activations are there), the first and
-    /// the last block of the backward pass, the embedding after them, the update. It is computed, not measured; what an allocator loses to
-    /// fragmentation comes on top. LLaMA-2-7B, 1 x 4096 tokens, bf16 compute, recomputation, updates in the backward pass, in GiB:
-    /// f32 masters and moments: weights 25.1, moments 50.2, gradients 0.8, activations 2.0, casts 0.4, CUDA 1.0: 79.4;
-    /// bf16 masters and moments: weights 12.6, moments 25.1, gradients 0.4, activations 2.0, CUDA 1.0: 41.0.
+    /// Memory is shown by part at the five moments of a step that can be its peak: the loss (all
+    /// activations are kept), the first and the last block of the backward pass, the embedding
+    /// after them, and the update. It is computed, not measured; what an allocator loses to
+    /// fragmentation comes on top. LLaMA-2-7B, 1 x 4096 tokens, bf16 compute, recomputation,
+    /// updates in the backward pass, in GiB: f32 master weights and moments: weights 25.1, moments
+    /// 50.2, gradients 0.8, activations 2.0, casts 0.4, CUDA 1.0: 79.4; bf16 master weights and
+    /// moments: weights 12.6, moments 25.1, gradients 0.4, activations 2.0, CUDA 1.0: 41.0.
     ///
-    /// --device cuda --device-memory GIB plans for a device that is not here.
+    /// --device cuda --device-memory GIB plans for a device that this machine does not have.
     Plan(Box<PlanArgs>),
-    /// Show the first examples of each task as the model gets them: which tokens the loss counts, what was cut
+    /// Show the first examples of each task as the model gets them: target tokens of the loss,
+    /// truncation
     ///
-    /// Target tokens stand on green, the others are dim; without colours targets stand between « and ». A line break shows as ↵,
-    /// other control characters as their symbols. All rows are read and counted. No weights are loaded. With --json: a list of objects
-    /// with ids, tokens and target, a value for each token.
+    /// Target tokens have a green background, the others are dim; without colours, targets stand
+    /// between « and ». A line break shows as ↵, other control characters as their symbols. All
+    /// rows are read and counted. No weights are loaded. With --json: a list of objects with ids,
+    /// tokens and target, one value per token.
     Preview(PreviewArgs),
-    /// Check saved states against the digests that were saved with them; --resume does the same before it goes on
+    /// Check saved states against the digests saved with them; --resume does the same before it
+    /// continues
     Verify(VerifyArgs),
 }
 
@@ -60,179 +83,233 @@ pub enum Command {
 #[derive(clap::Args, Debug)]
 pub struct VerifyArgs {
     /// OUT.checkpoints, or one step-N in it
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", help_heading = IO)]
     pub states: PathBuf,
 }
 
 /// Arguments of `preview`.
 #[derive(clap::Args, Debug)]
 pub struct PreviewArgs {
-    /// The checkpoint whose tokenizer and chat template are used: a Hugging Face folder
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint whose tokenizer and chat template are used: a Hugging Face directory
+    #[arg(long, value_name = "DIR", help_heading = IO)]
     pub model: PathBuf,
-    /// The task list, tasks.toml
-    #[arg(long, value_name = "FILE")]
+    /// Task list, tasks.toml
+    #[arg(long, value_name = "FILE", help_heading = IO)]
     pub tasks: PathBuf,
-    /// Show these tasks only (names, separated by commas) [default: all]
-    #[arg(long = "task", value_name = "NAME", value_delimiter = ',')]
+    /// Show only these tasks (names, separated by commas) [default: all]
+    #[arg(long = "task", value_name = "NAME", value_delimiter = ',', help_heading = DATA)]
     pub only: Vec<String>,
-    /// Examples of each task
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    /// Examples per task
+    #[arg(long, value_name = "N", default_value_t = 5, help_heading = DATA)]
     pub rows: usize,
-    /// Longest example in tokens, over the tasks' own max_length
-    #[arg(long, value_name = "N")]
+    /// Maximum length of an example in tokens; overrides max_length of the tasks
+    #[arg(long, value_name = "N", help_heading = DATA)]
     pub max_length: Option<usize>,
-    /// Refuse fields of config.json that this program does not know, instead of a warning
-    #[arg(long)]
+    /// Refuse unknown fields of config.json instead of warning about them
+    #[arg(long, help_heading = DATA)]
     pub strict_config: bool,
     /// Colours: auto (on a terminal, unless NO_COLOR is set), always or never
-    #[arg(long, value_name = "WHEN", hide_possible_values = true, default_value = "auto")]
+    #[arg(long, value_name = "WHEN", hide_possible_values = true, default_value = "auto", help_heading = LOGGING)]
     pub color: ColorChoice,
+}
+
+/// Arguments of `plan`.
+#[derive(clap::Args, Debug)]
+pub struct PlanArgs {
+    /// Model: a Hugging Face directory; only config.json and the headers of its weights are read
+    #[arg(long, value_name = "DIR", required_unless_present = "config", help_heading = IO)]
+    pub model: Option<PathBuf>,
+    /// A config.json instead of a directory
+    #[arg(long, value_name = "FILE", conflicts_with = "model", help_heading = IO)]
+    pub config: Option<PathBuf>,
+    /// Task list, tasks.toml, for the length of the longest example and the number of probes
+    #[arg(long, value_name = "FILE", help_heading = IO)]
+    pub tasks: Option<PathBuf>,
+    /// Directory of the outputs, for its free disk space
+    #[arg(long, value_name = "DIR", default_value = ".", help_heading = IO)]
+    pub out: PathBuf,
+    /// Number of probes of the pipeline [default: the number of tasks, or 5]
+    #[arg(long, value_name = "N", help_heading = METHOD)]
+    pub probes: Option<u64>,
+    /// Share of the elements that are frozen, in percent: --percent of cpift-mask times the tasks
+    /// of earlier groups
+    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0, help_heading = ISOLATION)]
+    pub frozen_percent: f64,
+    /// Fine-tuning arguments.
+    #[command(flatten)]
+    pub training: TrainingArgs,
+    /// Tokens per batch [default: --batch-size times --max-length, or the tasks' largest
+    /// max_length, or 1024]
+    #[arg(long, value_name = "N", help_heading = DATA)]
+    pub batch_tokens: Option<u64>,
+    /// Memory of the device in GiB [default: that of --device; for the CPU that of the machine,
+    /// within the limits on the process]
+    #[arg(long, value_name = "GIB", allow_negative_numbers = true, help_heading = MEMORY)]
+    pub device_memory: Option<f64>,
+    /// Compute rate of training in TFLOP/s (matmul rate of the device times the share training
+    /// reaches), to estimate the time [default: no estimate]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, help_heading = MEMORY)]
+    pub tflops: Option<f64>,
 }
 
 /// Arguments of `run`.
 #[derive(clap::Args, Debug)]
 pub struct RunArgs {
-    /// The checkpoint to start from: a Hugging Face folder
-    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR")]
+    /// Checkpoint to start from: a Hugging Face directory
+    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR", help_heading = IO)]
     pub model: PathBuf,
-    /// The task list, tasks.toml
-    #[arg(long, value_name = "FILE")]
+    /// Task list, tasks.toml
+    #[arg(long, value_name = "FILE", help_heading = IO)]
     pub tasks: PathBuf,
-    /// Train on these tasks only (names, separated by commas) [default: all, or those of groups.json]
-    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "groups")]
-    pub only: Vec<String>,
-    /// Groups and their order, groups.json; without it all tasks form one stage
-    #[arg(long, value_name = "FILE")]
+    /// Groups and their order, groups.json [default: all tasks form one stage]
+    #[arg(long, value_name = "FILE", help_heading = IO)]
     pub groups: Option<PathBuf>,
-    /// The core region of a task; one for every task of groups.json
-    #[arg(long = "mask", value_name = "NAME=FILE", requires = "groups")]
+    /// Core-region mask of a task; one for every task of groups.json
+    #[arg(long = "mask", value_name = "NAME=FILE", requires = "groups", help_heading = IO)]
     pub masks: Vec<Named>,
-    /// The base the masks were made for; needed with --mask unless --model is that base
-    #[arg(long, value_name = "DIR", requires = "masks")]
+    /// Base that the masks were made for [default: --model]
+    #[arg(long, value_name = "DIR", requires = "masks", help_heading = IO)]
     pub base: Option<PathBuf>,
+    /// Output directory
+    #[arg(long, aliases = ["output_dir", "output-dir"], value_name = "DIR", help_heading = IO)]
+    pub out: PathBuf,
     /// Freeze nothing: plain multi-stage SFT
-    #[arg(long, requires = "groups", conflicts_with = "masks")]
+    #[arg(long, requires = "groups", conflicts_with = "masks", help_heading = METHOD)]
     pub no_freeze: bool,
-    /// What the masks do: `static`, core regions of earlier groups keep their bits; `evolving` (EPI, arXiv 2604.14010), without --mask: what
-    /// matters most to earlier groups' tasks at the moment keeps its bits
-    #[arg(long, value_enum, value_name = "KIND", default_value_t = IsolationKind::Static, requires = "groups")]
-    pub isolation: IsolationKind,
-    /// evolving: share of the trainable parameters that is protected, in percent
-    #[arg(long, value_name = "P", default_value_t = 5.0)]
-    pub percent: f64,
-    /// evolving: β of the moving average of squared gradients of earlier tasks' rows (four batches at a time)
-    #[arg(long, value_name = "F", default_value_t = 0.9)]
-    pub ema: f64,
-    /// evolving: steps between two masks
-    #[arg(long, value_name = "N", default_value_t = 50)]
-    pub mask_interval: usize,
-    /// What may move in a stage beside what is frozen: `all`, or `only-cores` (TRACE, arXiv 2605.31025), the core regions of the
-    /// group's own tasks without those of earlier groups
-    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Trained::All)]
-    pub train: Trained,
-    /// Add this share of each earlier task's rows to the rows of every stage, 0 to 1
-    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true)]
+    /// Trainable elements of a stage, apart from those frozen: `all`, or `cores` (TRACE, arXiv
+    /// 2605.31025), the core regions of the group's own tasks without those of earlier groups
+    #[arg(long, alias = "train", value_enum, value_name = "WHAT", default_value_t = Trainable::All)]
+    #[arg(help_heading = METHOD)]
+    pub trainable: Trainable,
+    /// Share of each earlier task's rows that is added to the rows of every stage, 0 to 1
+    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true, help_heading = METHOD)]
     pub replay: f64,
-    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged at the end: a method to compare with, which
-    /// saves no memory here
-    #[arg(long, value_name = "R", conflicts_with_all = ["masks", "optimizer_in_backward"])]
+    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged
+    /// at the end: a baseline, without LoRA's savings of memory
+    #[arg(long, value_name = "R", conflicts_with_all = ["masks", "optimizer_in_backward"], help_heading = METHOD)]
     pub lora_rank: Option<u32>,
     /// LoRA's α [default: twice the rank]
-    #[arg(long, value_name = "F", requires = "lora_rank")]
+    #[arg(long, value_name = "F", requires = "lora_rank", help_heading = METHOD)]
     pub lora_alpha: Option<f64>,
-    /// Rows of a stage: `mixed`, those of all tasks; `group`, those of the group's own tasks [default: mixed where --mask freezes the
-    /// cores of earlier groups, CPI-FT's last stage; group with --no-freeze, --isolation evolving, --train only-cores or --replay]
-    #[arg(long, value_enum, value_name = "WHICH", overrides_with = "stage_data")]
-    pub stage_data: Option<StageData>,
-    /// How many rows of each task: `balanced` (its `sample` in tasks.toml; default the smallest task's rows, at most 1000),
-    /// `all`, or a number [default: balanced when freezing, else all]
-    #[arg(long, value_name = "balanced|all|N")]
-    pub sample: Option<SampleRows>,
-    /// Peak learning rate of each stage, separated by commas [default: --lr in all]
-    #[arg(long, value_name = "F,…", value_delimiter = ',', requires = "groups", allow_negative_numbers = true)]
-    pub stage_lr: Vec<f64>,
-    /// The folder to write
-    #[arg(long, aliases = ["output_dir", "output-dir"], value_name = "DIR")]
-    pub out: PathBuf,
-    /// How to fine-tune.
+    /// Parameter isolation: `static`, the masks of earlier groups keep their bits; `dynamic` (EPI,
+    /// arXiv 2604.14010), without --mask: the elements that currently matter most to earlier
+    /// groups' tasks keep their bits
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = IsolationKind::Static, requires = "groups")]
+    #[arg(help_heading = ISOLATION)]
+    pub isolation: IsolationKind,
+    /// With --isolation dynamic, share of the trainable parameters that is protected, in percent
+    #[arg(long, value_name = "P", default_value_t = 5.0, help_heading = ISOLATION)]
+    pub percent: f64,
+    /// With --isolation dynamic, β of the moving average of squared gradients of earlier tasks'
+    /// rows (four batches per update)
+    #[arg(long, value_name = "F", default_value_t = 0.9, help_heading = ISOLATION)]
+    pub ema: f64,
+    /// With --isolation dynamic, steps between updates of the mask
+    #[arg(long, value_name = "N", default_value_t = 50, help_heading = ISOLATION)]
+    pub mask_interval: usize,
+    /// Fine-tuning arguments.
     #[command(flatten)]
     pub training: TrainingArgs,
+    /// Factor of --lr, for a stage at a share of the rate of others
+    #[arg(long, value_name = "F", default_value_t = 1.0, allow_negative_numbers = true, help_heading = BUDGET)]
+    pub lr_scale: f64,
+    /// Peak learning rate of each stage, separated by commas [default: --lr in all]
+    #[arg(long, value_name = "F,…", value_delimiter = ',', requires = "groups", allow_negative_numbers = true)]
+    #[arg(help_heading = BUDGET)]
+    pub stage_lr: Vec<f64>,
+    /// Train only on these tasks (names, separated by commas) [default: all, or those of
+    /// groups.json]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "groups", help_heading = DATA)]
+    pub only: Vec<String>,
+    /// Rows of a stage: `mixed`, those of all tasks; `group`, those of the group's own tasks
+    /// [default: mixed if --mask freezes the cores of earlier groups, CPI-FT's last stage; group
+    /// with --no-freeze, --isolation dynamic, --trainable cores or --replay]
+    #[arg(long, value_enum, value_name = "WHICH", overrides_with = "stage_data", help_heading = DATA)]
+    pub stage_data: Option<StageData>,
+    /// Rows of each task: `balanced` (its `sample` in tasks.toml; default the smallest task's rows,
+    /// at most 1000), `all`, or a number [default: balanced when freezing, else all]
+    #[arg(long, value_name = "balanced|all|N", help_heading = DATA)]
+    pub sample: Option<SampleRows>,
 }
 
-/// How the protected elements are chosen.
+/// Choice of the protected elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum IsolationKind {
-    /// By the masks that are given.
+    /// The given masks.
     Static,
-    /// By importance that is followed in training.
-    Evolving,
+    /// The most important elements, tracked during training.
+    #[value(alias = "evolving")]
+    Dynamic,
 }
 
-/// What may move.
+/// Trainable elements of a stage, apart from the frozen ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Trained {
-    /// Everything that is not frozen.
+pub enum Trainable {
+    /// All elements.
     All,
-    /// Of that, the own core regions.
-    OnlyCores,
+    /// The core regions of the group's own tasks.
+    #[value(alias = "only-cores")]
+    Cores,
 }
 
 impl RunArgs {
-    /// Checks what belongs together and what is in range.
+    /// Checks ranges and combinations.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`].
+    /// [`cpift_core::Usage`] naming the argument.
     pub fn check(&self) -> Result<()> {
         self.training.check()?;
-        let evolving = self.isolation == IsolationKind::Evolving;
+        let dynamic = self.isolation == IsolationKind::Dynamic;
         let problem = if self.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
             "--stage-lr must be positive"
-        } else if evolving && (!self.masks.is_empty() || self.no_freeze) {
-            "--isolation evolving finds its masks itself: leave out --mask and --no-freeze"
-        } else if self.groups.is_some() && self.masks.is_empty() && !self.no_freeze && !evolving {
-            "--groups needs a --mask NAME=FILE for every task, --isolation evolving, or --no-freeze"
-        } else if self.train == Trained::OnlyCores && self.masks.is_empty() {
-            "--train only-cores needs a --mask NAME=FILE for every task"
-        } else if evolving && !(self.percent > 0.0 && self.percent <= 100.0) {
+        } else if !(self.lr_scale.is_finite() && self.lr_scale > 0.0) {
+            "--lr-scale must be positive"
+        } else if dynamic && (!self.masks.is_empty() || self.no_freeze) {
+            "--isolation dynamic computes its masks itself: leave out --mask and --no-freeze"
+        } else if self.groups.is_some() && self.masks.is_empty() && !self.no_freeze && !dynamic {
+            "--groups needs a --mask NAME=FILE for every task, --isolation dynamic, or --no-freeze"
+        } else if self.trainable == Trainable::Cores && self.masks.is_empty() {
+            "--trainable cores needs a --mask NAME=FILE for every task"
+        } else if dynamic && !(self.percent > 0.0 && self.percent <= 100.0) {
             "--percent must be above 0 and at most 100"
         } else if !(0.0..1.0).contains(&self.ema) || self.mask_interval == 0 {
             "--ema must be 0 or above and below 1, --mask-interval at least 1"
         } else if !(0.0..=1.0).contains(&self.replay) {
             "--replay must be 0 to 1"
         } else if self.replay > 0.0 && self.groups.is_none() {
-            "--replay needs --groups: without stages no task is an earlier one"
+            "--replay needs --groups: without stages there are no earlier tasks"
         } else if self.replay > 0.0 && self.stage_data == Some(StageData::Mixed) {
-            "--replay adds rows of earlier tasks to the group's own: it does not go with --stage-data mixed, which has the rows of all"
+            "--replay adds rows of earlier tasks to the group's own, so --stage-data mixed, which has the rows of all tasks, excludes it"
         } else if self.lora_rank == Some(0) || self.lora_alpha.is_some_and(|a| !(a.is_finite() && a > 0.0)) {
             "--lora-rank and --lora-alpha must be positive"
-        } else if self.lora_rank.is_some() && evolving {
-            "--lora-rank does not go with --isolation evolving"
+        } else if self.lora_rank.is_some() && dynamic {
+            "--lora-rank and --isolation dynamic exclude each other"
         } else {
             return Ok(());
         };
         Err(usage(problem))
     }
 
-    /// Rows of a stage: as given, else as the method that the other arguments ask for is defined.
+    /// Rows of a stage: as given, else by the definition of the method that the other arguments
+    /// select.
     #[must_use]
     pub fn stage_data(&self) -> StageData {
-        let last_stage = !self.masks.is_empty() && self.train == Trained::All && self.replay == 0.0;
+        let last_stage = !self.masks.is_empty() && self.trainable == Trainable::All && self.replay == 0.0;
         self.stage_data.unwrap_or(if last_stage { StageData::Mixed } else { StageData::Group })
     }
 }
 
-/// Tasks whose rows a stage sees.
+/// Tasks whose rows a stage trains on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum StageData {
-    /// Those of the group.
+    /// The tasks of the group.
     Group,
-    /// All.
+    /// All tasks.
     Mixed,
 }
 
 impl StageData {
-    /// As typed.
+    /// The value as typed.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -242,14 +319,14 @@ impl StageData {
     }
 }
 
-/// How many rows each task gives.
+/// Number of rows of each task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SampleRows {
-    /// The same for each unless tasks.toml says otherwise.
+    /// The same number for each task unless tasks.toml sets `sample`.
     Balanced,
-    /// All of them.
+    /// All rows.
     All,
-    /// At most so many of each.
+    /// At most this many rows of each task.
     Count(usize),
 }
 

@@ -1,35 +1,40 @@
-//! Stage 4 of CPI-FT: integrated multi-stage fine-tuning with dynamic freezing, and the plain fine-tunes it is compared with.
+//! Stage 4 of CPI-FT: multi-stage fine-tuning with the cores of earlier groups frozen, and its
+//! baselines.
 
 mod args;
-mod estimate;
-mod paint;
+mod memory_plan;
 mod plan;
 mod preview;
 mod run;
 
-pub use args::{Args, Command, PreviewArgs, RunArgs, SampleRows, StageData, VerifyArgs};
-pub use estimate::PlanArgs;
+pub use args::Args;
 
 use anyhow::Result;
+use args::{Command, VerifyArgs};
 use cpift_torch::train::verify_states;
 use cpift_torch::{memory, oom};
 
 /// Runs the stage.
 ///
 /// # Errors
-/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training after.
+/// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any output; failures of training
+/// after.
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
-        Command::Run(run_args) => oom::explain(
-            || memory::of_failed_run(&run_args.model, &run_args.tasks, &run_args.training, estimate::frozen(&run_args)),
-            || run::run(&run_args, &args.common),
-        ),
-        Command::Plan(plan_args) => estimate::estimate(&plan_args, &args.common),
+        Command::Run(mut run_args) => {
+            run_args.training.lr *= run_args.lr_scale;
+            let told = || {
+                let frozen = memory_plan::frozen(&run_args);
+                memory::of_failed_run(&run_args.model, &run_args.tasks, &run_args.training, frozen)
+            };
+            oom::explain(told, || run::run(&run_args, &args.common))
+        }
+        Command::Plan(plan_args) => memory_plan::estimate(&plan_args, &args.common),
         Command::Preview(preview_args) => preview::run(&preview_args, &args.common),
         Command::Verify(VerifyArgs { states }) => {
             let count = verify_states(&states)?;
-            log::info!("{}: {count} sound", states.display());
+            log::info!("{}: {count} intact", states.display());
             args.common.print_json(&serde_json::json!({"path": states, "states": count}));
             Ok(())
         }

@@ -1,7 +1,7 @@
-//! `cpift-train`: staged fine-tuning with the cores already placed frozen, and the baselines it is compared with.
+//! `cpift-train`: staged fine-tuning with the cores of earlier groups frozen, and its baselines.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cpift_core::cli::run_stage(cpift_train::run)
+    cpift_core::run::cli::run_stage(cpift_train::run)
 }

@@ -1,39 +1,40 @@
-//! What a run will do, complete before it starts: stages, their examples, the masks each one freezes.
+//! The plan of a run, complete before it starts: stages, their examples, the masks each stage
+//! freezes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::Result;
-use cpift_core::checkpoint::Digest;
-use cpift_core::cli::Common;
 use cpift_core::error::usage;
 use cpift_core::files::{check_not_input, check_output};
-use cpift_core::groups::Groups;
-use cpift_core::mask::{self, Mask};
-use cpift_core::provenance::check_made_from;
-use cpift_core::tasks::{DEFAULT_SAMPLE, Task, Tasks};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::mask::{self, Mask};
+use cpift_core::format::tasks::{DEFAULT_SAMPLE, Task, Tasks};
+use cpift_core::record::provenance::check_made_from;
+use cpift_core::run::cli::{Common, Named, require_unique};
+use cpift_core::stream::random::{seed_for, splitmix64};
 use cpift_core::{BadInput, Checkpoint};
-use cpift_data::{self as data, Example, Layout};
+use cpift_data::Example;
 use cpift_torch::args::Budget;
 use cpift_torch::data::balanced_sample;
-use cpift_torch::seed::{mix, mix_name};
-use cpift_torch::session::{Described, Session};
-use cpift_torch::train::{HeldOut, States};
+use cpift_torch::session::{ModelInfo, Session};
+use cpift_torch::train::{HeldOut, States, read_examples};
 
 use crate::args::{IsolationKind, RunArgs, SampleRows, StageData};
 
-/// A checked run.
+/// A checked and resolved run.
 pub struct Plan {
-    /// The model, opened.
+    /// The open checkpoint.
     pub session: Session,
     /// The stages in order.
     pub stages: Vec<StagePlan>,
-    /// Masks by task; empty when nothing is frozen.
+    /// Masks by task; empty if nothing is frozen.
     pub masks: BTreeMap<String, Mask>,
-    /// What the loss is also taken on.
+    /// Held-out examples; empty unless the arguments ask for their loss.
     pub held_out: Vec<HeldOut>,
-    /// Digests of files that were read, by role.
+    /// Role, path and digest of each input file.
     pub inputs: Vec<(String, PathBuf, Digest)>,
 }
 
@@ -41,28 +42,28 @@ pub struct Plan {
 pub struct StagePlan {
     /// Name in logs and metrics.
     pub label: String,
-    /// What it trains on; stages over all tasks share it.
+    /// Examples to train on; stages over all tasks share them.
     pub examples: Rc<[Example]>,
     /// The group's tasks.
     pub tasks: Vec<String>,
     /// Tasks of earlier groups, whose cores are frozen in it.
     pub earlier: Vec<String>,
-    /// Rows of those, where importance is measured on them.
+    /// Examples of those tasks, for --isolation dynamic, which measures importance on them.
     pub earlier_examples: Vec<Example>,
-    /// How long.
+    /// Steps or tokens.
     pub budget: Budget,
     /// Peak learning rate.
     pub lr: f64,
 }
 
 impl Plan {
-    /// Checks everything and reads the data.
+    /// Checks all arguments and inputs and reads the data.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] and [`BadInput`].
+    /// [`cpift_core::Usage`] for an argument, [`BadInput`] for a file that cannot be used.
     pub fn new(args: &RunArgs, common: &Common) -> Result<Self> {
         args.check()?;
-        // Resuming a run that is finished is no error.
+        // Resuming a finished run is no error.
         if !args.training.resume {
             check_output(&args.out, common.force())?;
         }
@@ -71,10 +72,10 @@ impl Plan {
         let chosen = chosen_tasks(args, &tasks, groups.as_ref())?;
         check_inputs(args, &chosen)?;
         let device = args.training.device.open(common.threads)?;
-        let model = Described::open(&args.model, tasks.template()?)?;
-        let examples = read_examples(args, &chosen, &model)?;
+        let model = ModelInfo::open(&args.model, tasks.template()?)?;
+        let examples = sampled_examples(args, &chosen, &model)?;
         let stages = plan_stages(args, groups.as_ref(), &chosen, examples)?;
-        let held_out = read_held_out(args, &chosen, &model)?;
+        let held_out = HeldOut::read(&chosen, &model, &args.training)?;
         let inputs = digest_inputs(args, &chosen)?;
         let session = model.load(device, args.training.precision(device))?;
         let masks = open_masks(args, groups.as_ref(), &session)?;
@@ -83,7 +84,7 @@ impl Plan {
     }
 }
 
-/// Refuses an output that would take an input with it.
+/// Refuses an output that would replace an input.
 fn check_inputs(args: &RunArgs, tasks: &[Task]) -> Result<()> {
     let mut inputs: Vec<&Path> = vec![&args.model, &args.tasks];
     inputs.extend(args.base.iter().chain(&args.groups).map(PathBuf::as_path));
@@ -111,6 +112,7 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
     if args.masks.is_empty() {
         return Ok(BTreeMap::new());
     }
+    require_unique(&args.masks, "--mask")?;
     groups.check_names(path, "--mask", args.masks.iter().map(|m| &m.name))?;
     for mask in &args.masks {
         groups.check_mask(path, &mask.name, &mask.path)?;
@@ -118,7 +120,7 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let digest = match &base {
         Some(base) => {
-            cpift_core::checkpoint::check_same_parameters(base, &session.checkpoint)?;
+            cpift_core::format::checkpoint::check_same_parameters(base, &session.checkpoint)?;
             base.digest()?
         }
         None => session.digest.clone(),
@@ -127,33 +129,23 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
         return Err(BadInput::new(path, "made from masks of another base")
             .expected(format!("base digest {digest}"))
             .found(format!("base digest {}", groups.base))
-            .hint("name the base the masks were made for: --base DIR")
+            .hint("give the base the masks were made for: --base DIR")
             .into());
     }
-    mask::open_all(&args.masks, base.as_ref().unwrap_or(&session.checkpoint), &digest)
+    mask::open_all(args.masks.iter().map(Named::pair), base.as_ref().unwrap_or(&session.checkpoint), &digest)
 }
 
-/// Refuses a fused model that was made from another base or other masks than those given.
+/// Refuses a fused model that was made from another base or other masks than the given ones.
 fn check_model(args: &RunArgs, inputs: &[(String, PathBuf, Digest)]) -> Result<()> {
     let given = inputs.iter().filter(|(role, ..)| role == "base" || role.starts_with("mask:"));
     given.into_iter().try_for_each(|(role, path, digest)| check_made_from(&args.model, role, (path, digest)))
 }
 
 /// Each task's examples, sampled.
-fn read_examples(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<BTreeMap<String, Vec<Example>>> {
+fn sampled_examples(args: &RunArgs, tasks: &[Task], model: &ModelInfo) -> Result<BTreeMap<String, Vec<Example>>> {
     let mut all = BTreeMap::new();
     for task in tasks {
-        let rows = data::read_rows(&task.train, &Layout::of(task)?)?;
-        let max_length = model.context_of(task, args.training.max_length);
-        let encoded = data::encode_rows(
-            &task.train,
-            &rows,
-            model.text.with(&task.template_args),
-            max_length,
-            args.training.overlong(),
-        )?;
-        data::report(&task.name, &encoded, max_length);
-        all.insert(task.name.clone(), encoded.examples);
+        all.insert(task.name.clone(), read_examples(task, model, &args.training)?.examples);
     }
     let plain = args.masks.is_empty() && args.isolation == IsolationKind::Static;
     let default = if plain { SampleRows::All } else { SampleRows::Balanced };
@@ -165,21 +157,9 @@ fn read_examples(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<BT
             SampleRows::Count(n) => n,
         };
         let examples = all.get_mut(&task.name).expect("every task was read above");
-        *examples = balanced_sample(examples, rows, mix_name(args.training.seed, &task.name));
+        *examples = balanced_sample(examples, rows, seed_for(args.training.seed, &task.name));
     }
     Ok(all)
-}
-
-/// The held-out rows of every task, where the arguments ask for their loss.
-fn read_held_out(args: &RunArgs, tasks: &[Task], model: &Described) -> Result<Vec<HeldOut>> {
-    if args.training.eval_every.is_none() {
-        return Ok(Vec::new());
-    }
-    let read = |task: &Task| {
-        let max_length = model.context_of(task, args.training.max_length);
-        HeldOut::read(task, args.training.eval_rows, &model.text, max_length)
-    };
-    tasks.iter().map(read).collect()
 }
 
 fn plan_stages(
@@ -193,8 +173,8 @@ fn plan_stages(
     if !args.stage_lr.is_empty() && args.stage_lr.len() != groups.len() {
         return Err(usage(format!("--stage-lr has {} rates for {} stages", args.stage_lr.len(), groups.len())));
     }
-    // A task is in one group; its rows are copied only where a later stage sees them too.
-    let shared = args.replay > 0.0 || args.isolation == IsolationKind::Evolving;
+    // A task is in one group; its rows are copied only if a later stage uses them too.
+    let shared = args.replay > 0.0 || args.isolation == IsolationKind::Dynamic;
     let mut of = |names: &[String]| -> Vec<Example> {
         let mut take = |name: &String| if shared { examples.get(name).cloned() } else { examples.remove(name) };
         names.iter().flat_map(|name| take(name).expect("a task is in one group")).collect()
@@ -218,7 +198,7 @@ fn plan_stages(
         stages.push(StagePlan {
             label: format!("stage {}/{} ({})", k + 1, groups.len(), group.join(" ")),
             examples,
-            earlier_examples: if args.isolation == IsolationKind::Evolving { of(&earlier) } else { Vec::new() },
+            earlier_examples: if args.isolation == IsolationKind::Dynamic { of(&earlier) } else { Vec::new() },
             tasks: group.clone(),
             earlier,
             budget: args.training.budget().part(k, groups.len())?,
@@ -228,15 +208,16 @@ fn plan_stages(
     Ok(stages)
 }
 
-/// The share of an earlier task's rows that stage `k` sees again, at least one.
+/// The share of an earlier task's rows that stage `k` replays, at least one row.
 fn replayed(examples: &[Example], task: &str, args: &RunArgs, k: usize) -> Vec<Example> {
     let rows = ((examples.len() as f64 * args.replay).round() as usize).max(1);
-    balanced_sample(examples, rows, mix(mix_name(args.training.seed, task), k as u64))
+    balanced_sample(examples, rows, splitmix64(seed_for(args.training.seed, task), k as u64))
 }
 
 fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf, Digest)>> {
-    // Its templates and lengths decide what the rows become.
-    let mut inputs = vec![("tasks".to_owned(), args.tasks.clone(), Digest::of_file(&args.tasks)?)];
+    // The templates and lengths of tasks.toml determine the examples.
+    let (list, names) = (Tasks::read(&args.tasks)?, tasks.iter().map(|task| task.name.as_str()));
+    let mut inputs = vec![(list.role(names.clone()), args.tasks.clone(), list.digest(names)?)];
     for task in tasks {
         inputs.push((format!("train:{}", task.name), task.train.clone(), Digest::of_file(&task.train)?));
     }

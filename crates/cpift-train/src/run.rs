@@ -1,30 +1,30 @@
-//! Runs a plan: stage after stage, each with what it must not move.
+//! Runs a plan, stage after stage, each with its isolation.
 
 use anyhow::Result;
-use cpift_core::cli::Common;
-use cpift_core::provenance::Recorder;
-use cpift_core::stale::Expected;
+use cpift_core::record::provenance::Recorder;
+use cpift_core::record::up_to_date::Expected;
+use cpift_core::run::cli::Common;
+use cpift_core::stream::random::splitmix64;
 use cpift_data as data;
 use cpift_torch::memory;
-use cpift_torch::seed::mix;
-use cpift_torch::train::{Evolving, Isolation, LoraConfig, Run, Stage, StageReport, States};
+use cpift_torch::train::{DynamicConfig, Isolation, LoraConfig, Run, Stage, StageReport, States};
 use log::{info, warn};
 use serde_json::{Map, Value, json};
 
-use crate::args::{IsolationKind, RunArgs, Trained};
+use crate::args::{IsolationKind, RunArgs, Trainable};
 use crate::plan::{Plan, StagePlan};
 
-/// Trains and writes the output folder.
+/// Trains and writes the output directory.
 ///
 /// # Errors
-/// As [`Plan::new`] before any output; failures of training after.
+/// Errors of [`Plan::new`] before any output, failures of training after.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     const STAGE: &str = env!("CARGO_PKG_NAME");
     let recorder = Recorder::start(STAGE);
     if common.up_to_date(&Expected::new(STAGE, &args.out)) {
         return Ok(());
     }
-    // Adapters take less than what is computed.
+    // Adapters take less memory than is computed.
     if args.lora_rank.is_none() {
         memory::check_run(&args.model, &args.tasks, &args.training)?;
     }
@@ -73,42 +73,40 @@ fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) 
         examples: &stage.examples,
         isolation: isolation_of(args, plan, stage),
         budget: stage.budget,
-        seed: mix(args.training.seed, k as u64),
+        seed: splitmix64(args.training.seed, k as u64),
         lr: stage.lr,
     }
 }
 
 fn isolation_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan) -> Isolation<'a> {
     let masks = |tasks: &[String]| tasks.iter().map(|task| &plan.masks[task]).collect::<Vec<_>>();
-    match (args.isolation, args.train) {
-        _ if stage.earlier.is_empty() && args.train == Trained::All => Isolation::None,
-        (IsolationKind::Evolving, _) => Isolation::Evolving(Evolving {
+    match (args.isolation, args.trainable) {
+        _ if stage.earlier.is_empty() && args.trainable == Trainable::All => Isolation::None,
+        (IsolationKind::Dynamic, _) => Isolation::Dynamic(DynamicConfig {
             examples: &stage.earlier_examples,
             percent: args.percent,
             decay: args.ema,
             interval: args.mask_interval,
         }),
         _ if plan.masks.is_empty() => Isolation::None,
-        (_, Trained::All) => Isolation::Static(masks(&stage.earlier)),
-        (_, Trained::OnlyCores) => Isolation::OnlyCores { own: masks(&stage.tasks), earlier: masks(&stage.earlier) },
+        (_, Trainable::All) => Isolation::Static(masks(&stage.earlier)),
+        (_, Trainable::Cores) => Isolation::Cores { own: masks(&stage.tasks), earlier: masks(&stage.earlier) },
     }
 }
 
-/// Frozen elements are those of the checkpoint only where no dtype rounds them.
+/// Warns if a dtype rounds the frozen elements of the checkpoint.
 fn warn_of_rounding(args: &RunArgs, plan: &Plan) {
     if plan.masks.is_empty() {
         return;
     }
-    for (flag, dtype) in [("--master", args.training.master), ("--save-dtype", args.training.save_dtype)] {
+    for (flag, dtype) in [("--master-dtype", args.training.master_dtype), ("--save-dtype", args.training.save_dtype)] {
         if let Some(stored) = plan.session.rounded_by(dtype) {
-            warn!(
-                "{flag} {dtype} rounds the checkpoint's {stored} weights: frozen elements stay as rounded, not as they were"
-            );
+            warn!("{flag} {dtype} rounds the checkpoint's {stored} weights: frozen elements keep their rounded values");
         }
     }
 }
 
-/// All that the weights depend on.
+/// Description of the run: everything the weights depend on, for saved states and cpift.json.
 fn describe(args: &RunArgs, plan: &Plan) -> Map<String, Value> {
     let mut run = args.training.describe(plan.session.model.device());
     run.insert("model".into(), json!(plan.session.digest));
@@ -119,18 +117,18 @@ fn describe(args: &RunArgs, plan: &Plan) -> Map<String, Value> {
     run.insert("stages".into(), stages.collect());
     let isolation = match args.isolation {
         IsolationKind::Static => json!("static"),
-        IsolationKind::Evolving => {
+        IsolationKind::Dynamic => {
             json!({"percent": args.percent, "ema": args.ema, "mask_interval": args.mask_interval})
         }
     };
     run.insert("isolation".into(), isolation);
-    run.insert("only_cores".into(), json!(args.train == Trained::OnlyCores));
+    run.insert("only_cores".into(), json!(args.trainable == Trainable::Cores));
     run.insert("lora".into(), json!(args.lora_rank.map(|rank| (rank, args.lora_alpha))));
     run.insert("examples".into(), plan.stages.iter().map(|s| json!(data::digest(s.examples.iter()))).collect());
     run
 }
 
-/// The tasks whose cores are frozen in a stage.
+/// Tasks whose cores are frozen in a stage.
 fn frozen<'a>(args: &RunArgs, stage: &'a StagePlan) -> &'a [String] {
     if args.masks.is_empty() { &[] } else { &stage.earlier }
 }

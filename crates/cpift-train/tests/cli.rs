@@ -14,7 +14,8 @@ use cpift_testkit::{Tensor, expect_entries, read_checkpoint, write_safetensors};
 fn the_cores_of_earlier_groups_keep_their_bits_in_f32_and_bf16() {
     for (dtype, name) in [(Dtype::F32, "f32"), (Dtype::BF16, "bf16")] {
         let f = Fixture::with_base(&with_negative_zeros(dtype));
-        // The stage before the freeze moves the core too: stop it there first, to know what the second stage starts from.
+        // The first stage changes the core too: stop after it, to know the start of the second
+        // stage.
         let first = f.path("first.json");
         write_groups(&first, &f.base, &[&["count"]], &[]);
         let first = first.to_str().unwrap();
@@ -35,7 +36,7 @@ fn the_cores_of_earlier_groups_keep_their_bits_in_f32_and_bf16() {
 fn the_cores_of_earlier_groups_keep_their_bits_on_mixed_rows() {
     let f = Fixture::with_base(&with_negative_zeros(Dtype::F32));
     let groups = f.path("groups.json");
-    // A second stage at a rate that moves nothing leaves what the first one made of the same rows.
+    // A second stage at a rate that changes nothing leaves the result of the first one.
     let first = ["--groups", groups.to_str().unwrap(), "--no-freeze", "--stage-data", "mixed", "--sample", "balanced"];
     let same = ["--steps", "8", "--weight-decay", "0"];
     f.train("first", &[&first[..], &same, &["--stage-lr", "1e-2,1e-40"]].concat()).ok();
@@ -100,16 +101,17 @@ fn the_last_stage_is_mixed_and_every_other_method_keeps_its_rows() {
     let masks = f.stages();
     let masks: Vec<&str> = masks.iter().map(String::as_str).collect();
     type Args<'a> = &'a [&'a str];
-    // Arguments, the rows that they mean, and the rows of each stage.
+    // Arguments, the rows that they select, and the number of rows of each stage.
     let cases: [(Args<'_>, Args<'_>, &str, [u64; 2]); 8] = [
         (&masks, &[], "mixed", [15, 15]),
         (&masks, &["--stage-data", "group"], "group", [5, 10]),
-        (&masks, &["--train", "only-cores"], "group", [5, 10]),
+        (&masks, &["--trainable", "cores"], "group", [5, 10]),
         (&masks, &["--replay", "0.2"], "group", [5, 11]),
         (&plain, &["--no-freeze"], "group", [5, 10]),
-        (&plain, &["--isolation", "evolving"], "group", [5, 10]),
+        (&plain, &["--isolation", "dynamic"], "group", [5, 10]),
         (&plain, &["--no-freeze", "--stage-data", "mixed"], "mixed", [15, 15]),
-        // Where it is given twice, the last one counts, as of --lr: flags after those of the pipeline win.
+        // If given twice, the last one counts, as with --lr: flags after those of the pipeline
+        // win.
         (&masks, &["--stage-data", "mixed", "--stage-data", "group"], "group", [5, 10]),
     ];
     for (k, (first, more, data, rows)) in cases.into_iter().enumerate() {
@@ -247,4 +249,29 @@ fn a_loss_that_is_not_finite_stops_before_the_update_and_leaves_nothing() {
     write_safetensors(&f.base.join("model.safetensors"), &weights);
     f.train("bad", &["--steps", "2"]).expect_code(1).says(&["step 1", "stopped before the update", "--lr"]);
     expect_entries(&f.path("runs"), &["out"]);
+}
+
+#[test]
+fn every_flag_has_a_heading_in_the_help() {
+    for command in ["run", "plan", "preview"] {
+        assert_headings(command);
+    }
+}
+
+/// Only the shared flags of cpift-core may have no heading.
+fn assert_headings(command: &str) {
+    const SHARED: [&str; 6] = ["--threads", "--force", "--if-stale", "--json", "--quiet", "--help"];
+    let help = cpift_testkit::run(common::PROGRAM, [command, "--help"]).ok().stdout;
+    let mut heading = "";
+    for line in help.lines() {
+        if line.ends_with(':') && !line.starts_with(' ') {
+            heading = line;
+        }
+        let flag = line.trim_start().split(", ").last().filter(|flag| flag.starts_with("--"));
+        if let Some(flag) = flag.filter(|_| line.starts_with("  ") && heading == "Options:") {
+            let name = flag.split(' ').next().unwrap_or_default();
+            assert!(SHARED.contains(&name), "{command} {name} has no heading");
+        }
+    }
+    assert!(help.contains("\nInput and output:\n") && help.contains("\nData:\n"), "{help}");
 }

@@ -1,4 +1,5 @@
-//! What may move beside CPI-FT's frozen cores: own cores only, a mask that moves, replayed rows, adapters.
+//! Methods beside CPI-FT's frozen cores: training of own cores only, a dynamic mask, replayed rows,
+//! adapters.
 
 mod common;
 
@@ -35,7 +36,7 @@ fn figures(f: &Fixture, out: &str, key: &str) -> Vec<Value> {
     lines.filter(|line| !line[key].is_null()).collect()
 }
 
-/// Kills a run as soon as its state after `step` is there and removes those after it.
+/// Kills a run as soon as its state after `step` exists, and removes later states.
 fn killed_at(f: &Fixture, args: &[&str], step: usize) {
     let state = f.path(&format!("runs/killed.checkpoints/step-{step:07}"));
     for _ in 0..50 {
@@ -46,7 +47,7 @@ fn killed_at(f: &Fixture, args: &[&str], step: usize) {
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        // A run that was over before it was killed has removed its states.
+        // A run that ended before it was killed has removed its states.
         if state.exists() {
             for entry in fs::read_dir(state.parent().unwrap()).unwrap().flatten() {
                 let later = entry.file_name().to_str().and_then(|n| n.strip_prefix("step-")?.parse::<usize>().ok());
@@ -61,17 +62,18 @@ fn killed_at(f: &Fixture, args: &[&str], step: usize) {
     panic!("no run could be killed after step {step}");
 }
 
-/// Resumes a run that was killed after `step` and compares its end with that of a quiet one.
+/// Resumes a run that was killed after `step` and compares its result with an uninterrupted run.
 fn killed_and_resumed_ends_the_same(f: &Fixture, args: &[&str], step: usize) {
     f.train("quiet", &[args, &["--force"]].concat()).ok();
     let _ = fs::remove_dir_all(f.path("runs/killed"));
-    let saving = [args, &["--save-every", "1", "--keep", "100"]].concat();
+    let saving = [args, &["--save-every", "1", "--save-total-limit", "100"]].concat();
     killed_at(f, &saving, step);
     f.train("killed", &[&saving[..], &["--resume"]].concat()).ok().says(&["resuming from", &format!("step-{step:07}")]);
     assert!(weights(f, "quiet") == weights(f, "killed"), "another end after {args:?}");
 }
 
-/// The rank of a matrix of `columns`, by elimination; what is below a thousandth of the largest value is nothing.
+/// The rank of a matrix of `columns`, by elimination; values below a thousandth of the largest
+/// count as zero.
 fn rank(mut matrix: Vec<f64>, columns: usize) -> usize {
     let rows = matrix.len() / columns;
     let nothing = 1e-3 * matrix.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
@@ -97,7 +99,7 @@ fn rank(mut matrix: Vec<f64>, columns: usize) -> usize {
 fn only_the_own_cores_move_and_of_those_not_the_earlier_ones() {
     let f = Fixture::new();
     // The cores of the first group's task and of one of the second overlap in every element of it.
-    f.staged("a", &["--train", "only-cores", "--steps", "8", "--sample", "all"]).ok();
+    f.staged("a", &["--trainable", "cores", "--steps", "8", "--sample", "all"]).ok();
     let (before, after) = (cpift_testkit::read_checkpoint(&f.base), f.read("a"));
     let mut moved = 0;
     for (name, b) in &before {
@@ -121,7 +123,7 @@ fn only_the_own_cores_move_and_of_those_not_the_earlier_ones() {
 #[test]
 fn a_mask_that_moves_protects_from_the_second_stage_on_and_counts_its_tokens() {
     let f = Fixture::new();
-    let more = ["--isolation", "evolving", "--percent", "20", "--mask-interval", "3", "--steps", "14"];
+    let more = ["--isolation", "dynamic", "--percent", "20", "--mask-interval", "3", "--steps", "14"];
     staged(&f, "a", &more).ok().says(&["elements protected, Jaccard with the stage's first mask"]);
     let masks = figures(&f, "a", "mask_jaccard");
     // Seven steps in the second stage: before the first, the fourth and the seventh.
@@ -143,7 +145,7 @@ fn a_mask_that_moves_protects_from_the_second_stage_on_and_counts_its_tokens() {
 #[test]
 fn a_run_with_a_moving_mask_resumes_exactly() {
     let f = Fixture::new();
-    let more = ["--isolation", "evolving", "--percent", "20", "--mask-interval", "3", "--steps", "16"];
+    let more = ["--isolation", "dynamic", "--percent", "20", "--mask-interval", "3", "--steps", "16"];
     let args = grouped(&f, &more);
     // In the first stage; in the second before, and in the middle of, an interval.
     for step in [3, 11, 12] {
@@ -188,18 +190,60 @@ fn what_does_not_go_together_is_refused() {
     let with_groups = |more: &[&str]| grouped(&f, more);
     let without = |more: &[&str]| more.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>();
     for (args, part) in [
-        (with_groups(&["--train", "only-cores", "--no-freeze"]), "only-cores needs"),
-        (with_groups(&["--isolation", "evolving", "--no-freeze"]), "leave out --mask"),
-        (with_groups(&["--isolation", "evolving", "--percent", "0"]), "--percent"),
-        (with_groups(&["--isolation", "evolving", "--ema", "1"]), "--ema"),
+        (with_groups(&["--trainable", "cores", "--no-freeze"]), "--trainable cores needs"),
+        (with_groups(&["--isolation", "dynamic", "--no-freeze"]), "leave out --mask"),
+        (with_groups(&["--isolation", "dynamic", "--percent", "0"]), "--percent"),
+        (with_groups(&["--isolation", "dynamic", "--ema", "1"]), "--ema"),
         (with_groups(&["--no-freeze", "--replay", "1.5"]), "--replay"),
         (without(&["--replay", "0.5"]), "--groups"),
-        (without(&["--isolation", "evolving"]), "--groups"),
+        (without(&["--isolation", "dynamic"]), "--groups"),
         (without(&["--lora-rank", "0"]), "--lora-rank"),
         (without(&["--lora-alpha", "4"]), "--lora-rank"),
-        (with_groups(&["--lora-rank", "2", "--isolation", "evolving"]), "--lora-rank"),
+        (with_groups(&["--lora-rank", "2", "--isolation", "dynamic"]), "--lora-rank"),
     ] {
         f.train("out", &texts(&args)).usage_error(&[part]);
         assert!(!f.path("runs/out").exists());
     }
+}
+
+#[test]
+fn old_spellings_of_flags_are_accepted_and_describe_the_same_run() {
+    let f = Fixture::new();
+    // A run that was recorded with the old spelling is accepted as the run of the new one.
+    let same = |out: &str, old: &[String], new: &[String]| {
+        f.train(out, &texts(old)).ok();
+        f.train(out, &texts(&[new, &["--resume".to_owned()]].concat()))
+            .ok()
+            .says(&[&format!("{out} is finished already")]);
+    };
+    let with = |stages: &[String], more: &str| -> Vec<String> {
+        let more = format!("--steps 2 --sample 4 {more}");
+        stages.iter().cloned().chain(more.split_whitespace().map(str::to_owned)).collect()
+    };
+    let stages = f.stages();
+    same(
+        "cores",
+        &with(&stages, "--train only-cores --master bf16 --optim-state bf16 --strict --keep 2"),
+        &with(
+            &stages,
+            "--trainable cores --master-dtype bf16 --optim-state-dtype bf16 --no-truncate --save-total-limit 2",
+        ),
+    );
+    let groups = grouped(&f, &[]);
+    same("epi", &with(&groups, "--isolation evolving"), &with(&groups, "--isolation dynamic"));
+    let run = f.facts("cores")["run"].as_object().unwrap().clone();
+    assert_eq!((&run["master"], &run["optim_state"], &run["only_cores"]), (&json("BF16"), &json("BF16"), &true.into()));
+    let arguments = "steps tokens batch_size grad_accum lr warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon \
+                     max_grad_norm freeze_embeddings packing master optim_state loss_chunk max_length seed \
+                     compute_dtype device model tasks train:count train:copy train:pick mask:count mask:copy mask:pick \
+                     groups stages isolation only_cores lora examples save_dtype";
+    let mut found: Vec<&str> = run.keys().map(String::as_str).collect();
+    let mut expected: Vec<&str> = arguments.split_whitespace().collect();
+    found.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(found, expected, "all that the weights depend on");
+}
+
+fn json(text: &str) -> serde_json::Value {
+    text.into()
 }

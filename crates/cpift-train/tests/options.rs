@@ -1,4 +1,5 @@
-//! The training options of cpift-train through the real binary: what each does, and that frozen elements keep their bits under all.
+//! The training options of cpift-train through the real binary: the effect of each, and that frozen
+//! elements keep their bits under all.
 
 mod common;
 
@@ -22,15 +23,15 @@ fn the_cores_of_earlier_groups_keep_their_bits_under_every_option() {
     for (i, options) in [
         vec!["--packing", "--grad-accum", "2", "--max-length", "64"],
         in_backward.to_vec(),
-        vec!["--optim-state", "bf16", "--loss-chunk", "3"],
-        [&in_backward[..], &["--master", "bf16", "--optim-state", "bf16"]].concat(),
-        vec!["--master", "bf16", "--compute-dtype", "bf16", "--grad-accum", "2"],
+        vec!["--optim-state-dtype", "bf16", "--loss-chunk", "3"],
+        [&in_backward[..], &["--master-dtype", "bf16", "--optim-state-dtype", "bf16"]].concat(),
+        vec!["--master-dtype", "bf16", "--compute-dtype", "bf16", "--grad-accum", "2"],
     ]
     .into_iter()
     .enumerate()
     {
-        // bf16 weights are exact in memory only where the base is bf16.
-        let dtype = if options.contains(&"--master") { Dtype::BF16 } else { Dtype::F32 };
+        // bf16 weights are exact in memory only if the base is bf16.
+        let dtype = if options.contains(&"--master-dtype") { Dtype::BF16 } else { Dtype::F32 };
         let f = Fixture::with_base(&with_negative_zeros(dtype));
         let first = f.path("first.json");
         write_groups(&first, &f.base, &[&["count"]], &[]);
@@ -45,8 +46,8 @@ fn the_cores_of_earlier_groups_keep_their_bits_under_every_option() {
 #[test]
 fn what_rounds_frozen_elements_is_warned_of() {
     let f = Fixture::new();
-    f.staged("master", &["--steps", "2", "--master", "bf16"]).ok().says(&[
-        "--master BF16 rounds",
+    f.staged("master", &["--steps", "2", "--master-dtype", "bf16"]).ok().says(&[
+        "--master-dtype BF16 rounds",
         "F32",
         "frozen elements",
     ]);
@@ -54,9 +55,9 @@ fn what_rounds_frozen_elements_is_warned_of() {
         .ok()
         .says(&["--save-dtype F16 rounds", "frozen elements"]);
     // Nothing is frozen, or nothing is rounded.
-    assert!(!f.train("plain", &["--steps", "2", "--master", "bf16"]).ok().stderr.contains("rounds"));
+    assert!(!f.train("plain", &["--steps", "2", "--master-dtype", "bf16"]).ok().stderr.contains("rounds"));
     let f = Fixture::with_base(&with_negative_zeros(Dtype::BF16));
-    assert!(!f.staged("bf16", &["--steps", "2", "--master", "bf16"]).ok().stderr.contains("rounds"));
+    assert!(!f.staged("bf16", &["--steps", "2", "--master-dtype", "bf16"]).ok().stderr.contains("rounds"));
 }
 
 #[test]
@@ -78,7 +79,7 @@ fn updates_in_the_backward_pass_refuse_what_needs_all_gradients() {
     f.train("out", &["--optimizer-in-backward"]).usage_error(&["--max-grad-norm 0"]);
     f.train("out", &["--optimizer-in-backward", "--max-grad-norm", "0", "--grad-accum", "2"])
         .usage_error(&["--grad-accum 1"]);
-    f.train("out", &["--master", "f16"]).usage_error(&["--master must be f32 or bf16"]);
+    f.train("out", &["--master-dtype", "f16"]).usage_error(&["--master-dtype must be f32 or bf16"]);
 }
 
 #[test]
@@ -92,7 +93,7 @@ fn held_out_losses_are_logged_and_fall() {
         let loss = |i: usize| losses[i]["eval_loss"][task].as_f64().unwrap();
         assert!(loss(1) < loss(0), "{task}: {} then {}", loss(0), loss(1));
     }
-    // The losses only watch: the weights are those of a run without them.
+    // Held-out losses do not change the weights.
     f.train("blind", &["--steps", "40"]).ok();
     let weights = |out: &str| fs::read(f.path("runs").join(out).join("model.safetensors")).unwrap();
     assert!(weights("out") == weights("blind"));
@@ -105,7 +106,7 @@ fn packing_fills_rows_with_whole_examples() {
         f.train(out, &[&["--steps", "1", "--max-length", "96"], more].concat()).ok();
         metrics(&f, out)[0]["tokens"].as_u64().unwrap()
     };
-    // Four rows of at most 96 tokens, each too full for one example more.
+    // Four rows of at most 96 tokens, each too full for another example.
     let packed = tokens("packed", &["--packing"]);
     let plain = tokens("plain", &[]);
     assert!(packed <= 4 * 96 && packed > 2 * plain, "{packed} tokens packed, {plain} in four examples");
@@ -126,7 +127,8 @@ fn each_stage_can_have_its_own_rate() {
 
 #[test]
 fn a_bad_gradient_in_the_backward_pass_says_what_has_moved() {
-    // Gradients in the first block whose squares are too large for f32, under a loss of the usual size.
+    // Gradients in the first block whose squares are too large for f32, under a loss of the usual
+    // size.
     let mut weights = tiny_weights(1);
     for (name, tensor) in &mut weights {
         let scale = match name.strip_prefix("model.layers.0.") {
@@ -151,7 +153,7 @@ fn a_bad_gradient_in_the_backward_pass_says_what_has_moved() {
 #[test]
 fn a_loss_that_is_not_finite_names_the_rows() {
     let f = Fixture::new();
-    // A rate so high that the second loss is no number.
+    // A rate so high that the second loss is NaN.
     let more = ["--steps", "60", "--lr", "1e30", "--warmup-ratio", "0", "--only", "copy", "--batch-size", "9"];
     f.train("out", &more).expect_code(1).says(&["stopped before the update", "copy/train.jsonl line ", ", and 1 more"]);
     assert!(!f.path("runs/out").exists());

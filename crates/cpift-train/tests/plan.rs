@@ -1,4 +1,5 @@
-//! `cpift-train plan` through the real binary: against what a run takes, and against what the README shows.
+//! `cpift-train plan` through the real binary: against the memory of a run, and against the
+//! README.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,9 +49,9 @@ impl Fixture {
         serde_json::from_str(&run.stdout).unwrap()
     }
 
-    /// The most resident memory that a run has taken, in bytes, as the kernel keeps it: of three runs, since a look can come too early for the
-    /// highest. Freed memory goes back to the system at once, as tensors are counted
-    /// and not what malloc keeps.
+    /// Peak resident memory of a run in bytes, as the kernel records it: the maximum of three
+    /// runs, because a reading can come too early. Freed memory returns to the system at once, since
+    /// tensors are counted and not what malloc keeps.
     fn measured(&self, more: &str) -> u64 {
         (0..3).map(|_| self.measured_once(more)).max().unwrap()
     }
@@ -103,12 +104,13 @@ fn masks_of_windows_are_in_the_sum() {
         for more in ["--batch-size 256", "--batch-size 256 --gradient-checkpointing"] {
             let (plan, taken) = (computed(more) - small, f.measured(more) - none);
             let ratio = plan as f64 / taken as f64;
-            // Masks this small come out of pools in which malloc keeps what was freed.
+            // Masks this small come from pools in which malloc keeps freed memory.
             assert!((0.85..1.15).contains(&ratio), "window {window:?}, {more}: computed {plan}, measured {taken}");
             peaks.push(plan);
         }
     }
-    // 256 documents of 96 tokens less one: a byte a pair for the batch, and four in each of the two blocks, or in one.
+    // 256 documents of 96 tokens less one: one byte per pair for the batch, and four in each of the
+    // two blocks, or in one.
     let pair = 96 * 96;
     assert_eq!((peaks[2] - peaks[0], peaks[3] - peaks[1]), ((256 - 1) * pair * 9, (256 * 5 - 9) * pair));
 }
@@ -167,7 +169,7 @@ fn the_disk_of_a_pipeline_is_its_checkpoints_masks_and_states() {
     let five = disk("");
     assert_eq!((five["probes, 5 x f32"].as_u64(), five["masks, 5 x 1 bit"].as_u64()), (Some(20 * D), Some(5 * D / 8)));
     assert_eq!(disk("--probes 3 --save-dtype bf16")["probes, 3 x bf16"].as_u64(), Some(6 * D));
-    // Weights and two moments in f32; one more than is kept while a state is saved.
+    // Weights and two moments in f32; one state more than are kept exists while one is saved.
     assert_eq!(disk("--save-every 10 --keep 2")["states, 3 at a time"].as_u64(), Some(3 * 12 * D));
     let text = llama("--device-memory 80").ok().stdout;
     assert!(text.contains("make clean-probes RUN=DIR frees 134.8 GB") && text.contains("--save-dtype bf16"), "{text}");

@@ -1,4 +1,5 @@
-//! `cpift-train preview` through the real binary, and what it says of data that training would refuse.
+//! `cpift-train preview` through the real binary, and its errors for data that training would
+//! refuse.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -59,7 +60,7 @@ fn the_first_examples_of_each_task_are_shown_with_their_targets_marked() {
          <|im_start|>assistant↵\n«w0<|im_end|>»↵\n\n\n",
         file.display()
     );
-    // A token a byte, and one each for the four marks of ChatML.
+    // One token per byte, and one each for the four marks of ChatML.
     assert_eq!(29, "user\nsay w0\nassistant\nw0\n".len() + 4);
     assert!(shown.starts_with(&first), "{shown}");
     let one = f.preview(&["--task", "pick,count", "--rows", "1"]).ok();

@@ -1,4 +1,4 @@
-//! Runs that are killed or asked to stop, and go on: the end is the same, byte for byte.
+//! Runs that are killed or stopped, and resumed: the result is the same, byte for byte.
 
 mod common;
 
@@ -12,7 +12,7 @@ use cpift_testkit::model::write_json;
 use cpift_testkit::{Numbers, expect_entries};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A run whose end is known.
+/// A run whose result is known.
 struct Known {
     fixture: Fixture,
     more: Vec<String>,
@@ -44,7 +44,7 @@ impl Known {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// Resumes and runs to the end, which must be that of the quiet run.
+    /// Resumes and runs to the end; the result must be that of the uninterrupted run.
     fn finish(&self, out: &str) {
         self.end(out, &["--resume"]);
         self.check_end(out);
@@ -67,7 +67,7 @@ impl Known {
         names
     }
 
-    /// The finished run is the quiet one, and nothing else is left.
+    /// The result is that of the uninterrupted run, and no states are left.
     fn check_end(&self, out: &str) {
         assert!(self.weights_of(out) == self.weights, "the weights of {out} differ from those of the quiet run");
         assert!(!self.states(out).exists(), "states of a finished run are removed");
@@ -85,7 +85,7 @@ impl Known {
     }
 }
 
-/// Kills runs at random moments after a state more is saved, until `kills` were killed; then the run goes to its end.
+/// Kills runs at random moments after one more state is saved, `kills` times, then runs to the end.
 fn killed_at_random(known: &Known, kills: usize, seed: u64) {
     let mut numbers = Numbers(seed);
     let mut done = 0;
@@ -111,7 +111,19 @@ fn killed_at_random(known: &Known, kills: usize, seed: u64) {
 fn killed_at_20_random_moments() {
     let known = Known::run(
         Fixture::new(),
-        &["--steps", "60", "--save-every", "4", "--keep", "2", "--packing", "--grad-accum", "2", "--max-length", "64"],
+        &[
+            "--steps",
+            "60",
+            "--save-every",
+            "4",
+            "--save-total-limit",
+            "2",
+            "--packing",
+            "--grad-accum",
+            "2",
+            "--max-length",
+            "64",
+        ],
     );
     killed_at_random(&known, 20, 1);
 }
@@ -125,9 +137,9 @@ fn killed_with_bf16_weights_and_moments() {
             "40",
             "--save-every",
             "3",
-            "--master",
+            "--master-dtype",
             "bf16",
-            "--optim-state",
+            "--optim-state-dtype",
             "bf16",
             "--gradient-checkpointing",
             "--optimizer-in-backward",
@@ -138,7 +150,7 @@ fn killed_with_bf16_weights_and_moments() {
     killed_at_random(&known, 6, 2);
 }
 
-/// Waits until the run is in its steps, sends the signals and waits for the end.
+/// Waits until the run is training, sends the signals and waits for the end.
 fn stopped(known: &Known, out: &str, signals: &[Signal]) -> (ExitStatus, String) {
     let child = known.start(out, &["--resume", "--save-every", "1"]);
     let before = known.saved(out);
@@ -147,11 +159,11 @@ fn stopped(known: &Known, out: &str, signals: &[Signal]) -> (ExitStatus, String)
         assert!(clock.elapsed() < Duration::from_secs(60), "no state was saved");
         std::thread::sleep(Duration::from_millis(2));
     }
-    // Of several the second must not find the state still being made durable.
+    // A second signal must not arrive while a state is still being written.
     std::thread::sleep(Duration::from_millis(if signals.len() > 1 { 100 } else { 0 }));
     for signal in signals {
         kill_process(Pid::from_child(&child), *signal).unwrap();
-        // Of signals that come together the program sees the order of their numbers.
+        // Signals that arrive together are delivered in the order of their numbers.
         std::thread::sleep(Duration::from_millis(10));
     }
     let output = child.wait_with_output().unwrap();
@@ -173,7 +185,8 @@ fn a_signal_saves_and_stops() {
 
 #[test]
 fn a_second_signal_stops_at_once() {
-    // Steps long enough for both signals to come within one, once the state that is waited for is whole.
+    // Steps long enough for both signals to arrive within one, once the awaited state is
+    // complete.
     let known = Known::run(Fixture::new(), &["--steps", "10", "--batch-size", "800"]);
     let (status, said) = stopped(&known, "stopped", &[Signal::USR1, Signal::TERM]);
     assert_eq!(status.code(), Some(128 + Signal::TERM.as_raw()), "{said}");
@@ -199,10 +212,10 @@ fn a_state_is_for_the_run_that_saved_it() {
     fs::write(&rows, text.lines().skip(1).map(|l| format!("{l}\n")).collect::<String>()).unwrap();
     again(&["--resume"]).bad_input(&["state.json", "another train:pick"]);
     fs::write(&rows, text).unwrap();
-    // What only watches a run may change.
-    again(&["--resume", "--log-every", "7", "--keep", "3"]).ok();
+    // Options that only report on a run may change.
+    again(&["--resume", "--log-every", "7", "--save-total-limit", "3"]).ok();
     known.check_end("half");
-    // A job that is queued again after it has finished; what is the default may be typed.
+    // A job that is requeued after it has finished; defaults may be given explicitly.
     again(&["--resume"]).ok().says(&["half is finished already"]);
     again(&["--resume", "--compute-dtype", "f32"]).ok().says(&["half is finished already"]);
     again(&["--resume", "--save-dtype", "bf16"]).bad_input(&[
@@ -213,12 +226,12 @@ fn a_state_is_for_the_run_that_saved_it() {
     ]);
     again(&["--resume", "--seed", "5"]).bad_input(&["cpift.json", "another seed"]);
     known.check_end("half");
-    // Afresh over what an unfinished run left.
+    // Start over with the states of an unfinished run.
     let (status, _) = stopped(&known, "other", &[Signal::TERM]);
     assert_eq!(status.code(), Some(75));
     again_in("other", &["--force"]).ok();
     known.check_end("other");
-    // The same with --resume, as the pipeline does it: the state of another run is in the way.
+    // The same with --resume, as the pipeline does it, with a state of another run.
     let (status, _) = stopped(&known, "third", &[Signal::TERM]);
     assert_eq!(status.code(), Some(75));
     again_in("third", &["--resume", "--seed", "5"]).bad_input(&["another seed"]);
@@ -233,7 +246,7 @@ fn only_the_newest_states_are_kept() {
     let known = Known::run(Fixture::new(), &["--steps", "200"]);
     let (status, _) = stopped(&known, "kept", &[Signal::TERM]);
     assert_eq!((status.code(), known.saved("kept").len()), (Some(75), 1));
-    let child = known.start("kept", &["--resume", "--save-every", "2", "--keep", "3"]);
+    let child = known.start("kept", &["--resume", "--save-every", "2", "--save-total-limit", "3"]);
     let clock = Instant::now();
     while known.saved("kept").len() < 3 {
         assert!(clock.elapsed() < Duration::from_secs(60), "{:?}", known.saved("kept"));
@@ -252,7 +265,7 @@ fn killed_with_losses_on_held_out_rows() {
 
 #[test]
 fn killed_with_f32_weights_and_bf16_moments() {
-    let known = Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--optim-state", "bf16"]);
+    let known = Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--optim-state-dtype", "bf16"]);
     killed_at_random(&known, 6, 4);
 }
 
@@ -290,7 +303,7 @@ fn a_state_is_for_the_tokens_it_was_trained_on() {
     assert_eq!(code, Some(0), "{text}");
 }
 
-/// What the message names, and how a state is spoilt.
+/// The name in the message, and the damage to the state.
 type Spoil = (&'static str, fn(&Path));
 
 #[test]
@@ -320,16 +333,16 @@ fn force_passes_over_states_that_cannot_be_used() {
         let newest = known.states("bad").join(known.saved("bad").pop().unwrap());
         spoil(&newest);
         again(&["--resume"]).bad_input(&[part, newest.file_name().unwrap().to_str().unwrap(), "--resume --force"]);
-        again(&["--resume", "--force"]).ok().says(&["passing over a state", part]);
+        again(&["--resume", "--force"]).ok().says(&["skipping a saved state", part]);
         known.check_end("bad");
         fs::remove_dir_all(known.fixture.path("runs/bad")).unwrap();
     }
 }
 
 #[test]
-fn an_older_state_serves_where_the_newest_is_damaged() {
+fn an_older_state_is_used_if_the_newest_is_damaged() {
     let known = Known::run(Fixture::new(), &["--steps", "30"]);
-    let child = known.start("two", &["--save-every", "3", "--keep", "2"]);
+    let child = known.start("two", &["--save-every", "3", "--save-total-limit", "2"]);
     let clock = Instant::now();
     while known.saved("two").len() < 2 {
         assert!(clock.elapsed() < Duration::from_secs(60), "{:?}", known.saved("two"));

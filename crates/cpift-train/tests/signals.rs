@@ -1,4 +1,5 @@
-//! What is being written when a signal comes, what shows of a run at work, and two runs at once. The model's states take a while to write.
+//! Signals while a state or the output is being written, the metrics of a running job, and two runs
+//! at once. The model is large enough for its states to take a while to write.
 
 mod common;
 
@@ -35,7 +36,7 @@ fn start(f: &Fixture, out: &str, more: &[&str]) -> Child {
     Command::new(PROGRAM).args(args).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Waits for what `find` finds.
+/// Waits until `find` returns something.
 fn wait_for<T>(find: impl Fn() -> Option<T>) -> T {
     let clock = Instant::now();
     loop {
@@ -47,7 +48,7 @@ fn wait_for<T>(find: impl Fn() -> Option<T>) -> T {
     }
 }
 
-/// The staging folder in `folder` of what will be called `name…`, once `file` is in it.
+/// The staging directory in `folder` of the output `name…`, once it contains `file`.
 fn staged(folder: PathBuf, name: &str, file: &str) -> impl Fn() -> Option<PathBuf> {
     let (start, file) = (format!(".{name}"), file.to_owned());
     move || {
@@ -76,7 +77,7 @@ fn the_output_is_written_whatever_warns_meanwhile() {
         assert!(f.path(&format!("runs/out-{i}/cpift.json")).exists());
     }
     expect_entries(&f.path("runs"), &["out-0", "out-1", "out-2"]);
-    // A person who means it.
+    // A person who insists.
     let child = start(&f, "not", &["--steps", "1"]);
     wait_for(staged(f.path("runs"), "not", "model.safetensors"));
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
@@ -97,14 +98,15 @@ fn a_second_warning_lets_a_state_be_saved() {
     expect_entries(&f.path("runs/out.checkpoints"), &["metrics.jsonl", "step-0000002"]);
 }
 
-/// A cluster warns all processes of a job, and the script around the stage passes its own warning on.
+/// A cluster signals all processes of a job, and the script around the stage forwards its own
+/// signal.
 #[test]
 fn one_warning_that_comes_from_several_sides_is_one() {
     let f = Fixture::new();
     let metrics = f.path("runs/out.checkpoints/metrics.jsonl");
     let child = start(&f, "out", &["--steps", "100000"]);
     wait_for(|| fs::read_to_string(&metrics).ok().filter(|text| text.lines().count() > 3));
-    // One thread hears it; those that compute are not interrupted.
+    // One thread receives it; those that compute are not interrupted.
     let threads = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
     let hears = threads.flatten().filter(|thread| {
         let status = fs::read_to_string(thread.path().join("status")).unwrap();
@@ -126,12 +128,12 @@ fn the_figures_of_a_run_show_while_it_is_at_work() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(metrics.exists(), "a killed run leaves them");
-    // The next run's own take their place, and go into the output.
+    // The next run's metrics replace them, and go into the output.
     let (status, said) = end(start(&f, "out", &["--steps", "2"]), &[]);
     assert!(status.success(), "{said}");
     assert_eq!(fs::read_to_string(f.path("runs/out/metrics.jsonl")).unwrap().lines().count(), 2);
     expect_entries(&f.path("runs"), &["out"]);
-    // A run that fails leaves them too.
+    // A failed run leaves them too.
     let (status, said) = end(start(&f, "bad", &["--steps", "60", "--lr", "1e30", "--warmup-ratio", "0"]), &[]);
     assert_eq!(status.code(), Some(1), "{said}");
     expect_entries(&f.path("runs"), &["bad.checkpoints", "out"]);
@@ -145,7 +147,7 @@ fn two_runs_do_not_share_their_states() {
     wait_for(|| f.path("runs/out.checkpoints/step-0000001").exists().then_some(()));
     for more in [&["--resume"][..], &["--force"], &["--resume", "--force"]] {
         let (status, said) = end(start(&f, "out", &[&["--steps", "3000", "--save-every", "1"], more].concat()), &[]);
-        assert!(status.code() == Some(3) && said.contains("another run is at work"), "{more:?}: {said}");
+        assert!(status.code() == Some(3) && said.contains("another run is writing here"), "{more:?}: {said}");
     }
     let (status, said) = end(child, &[Signal::TERM]);
     assert_eq!(status.code(), Some(75), "{said}");

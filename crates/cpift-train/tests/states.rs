@@ -1,4 +1,4 @@
-//! Saved states that are not what was saved: `verify` finds every spoilt byte, and `--resume` does not go on from them.
+//! Damaged saved states: `verify` finds every changed byte, and `--resume` refuses them.
 
 mod common;
 
@@ -19,7 +19,7 @@ static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 const SPOILER: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 1 << 20 };
 
-/// A run that was killed once it had saved a state; its arguments and the state.
+/// A run that was killed after it had saved a state: its arguments and the state.
 fn killed(f: &Fixture) -> (Vec<String>, PathBuf) {
     let args = f.arguments("out", &["--only", "copy", "--steps", "1000", "--save-every", "2"]);
     let mut child = Command::new(PROGRAM).args(&args).stderr(Stdio::null()).spawn().unwrap();
@@ -42,15 +42,15 @@ fn every_spoilt_byte_of_a_state_is_found() {
     let f = Fixture::new();
     let (args, state) = killed(&f);
     let verify = |path: &PathBuf| run(PROGRAM, ["verify".as_ref(), path.as_os_str()]);
-    verify(&state).ok().says(&["1 sound"]);
-    verify(&state.parent().unwrap().to_owned()).ok().says(&["sound"]);
+    verify(&state).ok().says(&["1 intact"]);
+    verify(&state.parent().unwrap().to_owned()).ok().says(&["intact"]);
     for name in ["weights/model.safetensors", "moments/model.safetensors", "metrics.jsonl"] {
         assert_eq!(SPOILER.each(&state.join(name), || verify_states(&state).is_ok()), 0, "{name}");
     }
     // White space, and last digits that change no number.
     let well = SPOILER.each(&state.join("state.json"), || verify_states(&state).is_ok());
     assert!(well < TIMES / 50, "{well} times state.json passed");
-    // The values alone: all else of the file is well.
+    // Only the values: the rest of the file is valid.
     let weights = state.join("weights/model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
@@ -59,7 +59,7 @@ fn every_spoilt_byte_of_a_state_is_found() {
     verify(&state).bad_input(&parts);
     let resume = args.iter().map(String::as_str).chain(["--resume"]);
     run(PROGRAM, resume).bad_input(&parts);
-    verify(&f.base).bad_input(&["holds no training state"]);
+    verify(&f.base).bad_input(&["contains no training state"]);
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! What the targets share: inputs become files in memory, and no reader may allocate more than a small multiple of them.
+//! Shared parts of the targets: inputs are written to files in memory, and a reader may allocate
+//! only a small multiple of their size.
 
 use std::alloc::System;
 use std::fs::File;
@@ -12,14 +13,15 @@ use serde_json::Value;
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
-/// Bytes a reader may hold for each byte of its input, and those it may hold whatever the input.
+/// Bytes that a reader may allocate per byte of its input.
 const PER_BYTE: usize = 4;
+/// Bytes that a reader may allocate in addition.
 const CONSTANT: usize = 512 << 10;
 
-/// The largest file of zeros that a header is given.
+/// Largest data section of zeros that is appended to a header, in bytes.
 const MAX_DATA: u64 = 1 << 20;
 
-/// FUZZ_FOLDER, else one in memory; [`clean`] removes it.
+/// FUZZ_FOLDER, or else a directory in /dev/shm. [`clean`] removes it.
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     let parent = if Path::new("/dev/shm").is_dir() { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
     let own = || parent.join(format!("cpift-fuzz-{}", std::process::id()));
@@ -28,28 +30,29 @@ static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     folder
 });
 
-/// A folder of this process.
+/// Directory for the files of this process.
 pub fn folder() -> &'static Path {
     &FOLDER
 }
 
-/// Removes the folder, at the end of a process.
+/// Removes the directory. Call it at the end of the process.
 pub fn clean() {
     let _ = std::fs::remove_dir_all(folder());
 }
 
-/// Runs `reader`; an allocation that brings it above its share of `input` bytes ends the process, which is a finding.
+/// Runs `reader` on an input of `input` bytes. An allocation above the bound aborts the process,
+/// which is a finding.
 pub fn bounded<R>(input: usize, reader: impl FnOnce() -> R) -> R {
     bounded_by(CONSTANT + PER_BYTE * input, reader)
 }
 
-/// As [`bounded`], with `bytes` to have.
+/// As [`bounded`], with a bound of `bytes`.
 pub fn bounded_by<R>(bytes: usize, reader: impl FnOnce() -> R) -> R {
-    // What starts once and stays, such as the thread pool, is no reader's.
+    // Start the thread pool and similar once, so that their memory does not count.
     static START: std::sync::Once = std::sync::Once::new();
     START.call_once(|| {
         let path = write("first", &[0; 1 << 20]);
-        cpift_core::checkpoint::Digest::of_file(&path).expect("a file has a digest");
+        cpift_core::format::digest::Digest::of_file(&path).expect("a file has a digest");
         std::fs::remove_file(path).expect("it was there");
     });
     ALLOCATOR.set_limit(ALLOCATOR.allocated() + bytes).expect("the limit is above what is held");
@@ -65,7 +68,8 @@ pub fn write(name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// Writes a safetensors file of this header, with the right length before it and as many zeros behind it as it describes.
+/// Writes a safetensors file with this header, preceded by its length and followed by `data` and as
+/// many zeros as it describes.
 pub fn write_framed(name: &str, header: &[u8], data: &[u8]) -> PathBuf {
     let path = folder().join(name);
     let mut file = File::create(&path).expect("memory has room for the input");
@@ -78,13 +82,13 @@ pub fn write_framed(name: &str, header: &[u8], data: &[u8]) -> PathBuf {
     path
 }
 
-/// Bytes of data that `header` describes.
+/// Number of data bytes that `header` describes.
 fn described(header: &[u8]) -> Option<u64> {
     let header: Value = serde_json::from_slice(header).ok()?;
     header.as_object()?.values().filter_map(|v| v.get("data_offsets")?.get(1)?.as_u64()).max()
 }
 
-/// Splits the input at zero bytes into as many pieces; what is missing is empty.
+/// Splits the input at zero bytes into `N` pieces; missing pieces are empty.
 pub fn pieces<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     let mut parts = data.splitn(N, |byte| *byte == 0);
     std::array::from_fn(|_| parts.next().unwrap_or(&[]))

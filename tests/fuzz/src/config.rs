@@ -1,6 +1,6 @@
-//! config.json, read by libtorch's stages and by those that need none.
+//! config.json, as read by the stages with and without libtorch.
 
-use cpift_core::checkpoint::read_config;
+use cpift_core::format::checkpoint::read_config;
 use cpift_torch::model::ModelConfig;
 
 use crate::bounds;

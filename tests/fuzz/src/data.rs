@@ -1,14 +1,13 @@
-//! Rows of a data file, JSONL (after a byte `l`), a JSON list (`j`) or Parquet (`p`); or (`t`) a template of tasks.toml over a row, a
-//! zero byte between them.
+//! Rows of a data file. The first byte selects JSONL (`l`), a JSON list (`j`), Parquet (`p`), or a
+//! template of tasks.toml and a row, separated by a zero byte (`t`).
 
-use cpift_core::tasks::Format;
-use cpift_data::RowTemplate;
-use cpift_data::{Layout, read_rows};
+use cpift_core::format::tasks::Format;
+use cpift_data::{Layout, RowTemplate, read_rows};
 use serde_json::{Map, Value};
 
 use crate::bounds;
 
-/// What a template may write within its fuel, and Parquet's reader takes for pages that are compressed.
+/// Memory bound, for the output of a template within its fuel and for compressed Parquet pages.
 const BOUND: usize = 64 << 20;
 
 pub fn run(data: &[u8]) -> bool {

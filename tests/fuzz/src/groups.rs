@@ -1,5 +1,6 @@
-//! groups.json.
-use cpift_core::groups::Groups;
+//! groups.json, read, written and read again.
+
+use cpift_core::format::groups::Groups;
 
 use crate::bounds;
 
@@ -8,8 +9,7 @@ pub fn run(data: &[u8]) -> bool {
     bounds::bounded(data.len(), || {
         let Ok(groups) = Groups::read(&path) else { return false };
         assert_eq!(groups.task_order().len(), groups.tasks.len());
-        groups.check_names(&path, "--task", groups.tasks.iter()).expect("a file knows its own tasks");
-        // What was read can be written and read again.
+        groups.check_names(&path, "--task", groups.tasks.iter()).expect("a file has its own tasks");
         groups.write(&path, true).expect("it can be written");
         assert_eq!(Groups::read(&path).expect("it can be read again"), groups);
         true

@@ -1,5 +1,6 @@
-//! A safetensors file: as it is, or (after a byte `h`) framed, so that the length before the header is right.
-use cpift_core::safetensors::MappedFile;
+//! A safetensors file: as it is, or, after a byte `h`, framed with the correct header length.
+
+use cpift_core::format::safetensors::MappedFile;
 
 use crate::bounds;
 

@@ -1,6 +1,9 @@
-//! A checkpoint folder: index, config.json, cpift.json and the headers of two shards, zero bytes between them.
+//! A checkpoint directory: index, config.json, cpift.json and the headers of two shards, separated
+//! by zero bytes.
+
 use cpift_core::Checkpoint;
-use cpift_core::checkpoint::{Digest, check_same_parameters};
+use cpift_core::format::checkpoint::check_same_parameters;
+use cpift_core::format::digest::Digest;
 
 use crate::bounds;
 
@@ -16,7 +19,7 @@ pub fn run(data: &[u8]) -> bool {
     bounds::bounded(data.len(), || {
         let Ok(checkpoint) = Checkpoint::open(bounds::folder()) else { return false };
         let recorded = checkpoint.recorded_digest();
-        assert!(recorded.is_none(), "the times of these files cannot be guessed");
+        assert!(recorded.is_none(), "an input cannot contain the mtimes of these files");
         for view in checkpoint.parameters() {
             let mut values = vec![0f32; view.numel().min(ELEMENTS)];
             view.read(view.numel() - values.len(), &mut values);
@@ -24,8 +27,8 @@ pub fn run(data: &[u8]) -> bool {
         }
         let others = checkpoint.not_parameters().count();
         assert_eq!(checkpoint.parameters().count() + others, checkpoint.tensors().count());
-        check_same_parameters(&checkpoint, &checkpoint).expect("a checkpoint is like itself");
-        Digest::of_checkpoint(&checkpoint).expect("what opens can be hashed");
+        check_same_parameters(&checkpoint, &checkpoint).expect("a checkpoint has its own parameters");
+        Digest::of_checkpoint(&checkpoint).expect("an open checkpoint can be hashed");
         true
     })
 }

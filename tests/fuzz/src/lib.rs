@@ -1,9 +1,9 @@
-//! What every reader of files holds to, whatever the bytes: no panic, no more memory than its bound, and the properties that each
-//! target names. `driver/` gives the targets to libFuzzer; `tests/replay.rs` runs them over the inputs in `corpora/`.
+//! Fuzz targets of all file readers. For any input a reader must not panic, must stay within its
+//! memory bound, and must keep the properties that its target checks. `driver/` runs the targets
+//! under libFuzzer, `tests/replay.rs` on the inputs in `corpora/`.
 
 mod bounds;
 mod config;
-pub mod corpus;
 mod data;
 mod groups;
 mod header;
@@ -17,10 +17,10 @@ mod tokenizer;
 
 pub use bounds::clean;
 
-/// A reader with its checks, run on the bytes of an input; whether it was read, not refused.
+/// Reader with its checks. Takes an input and returns true if the reader accepted it.
 pub type Target = fn(&[u8]) -> bool;
 
-/// All targets by their names.
+/// All targets by name.
 pub const TARGETS: [(&str, Target); 11] = [
     ("config", config::run),
     ("data", data::run),
@@ -35,10 +35,25 @@ pub const TARGETS: [(&str, Target); 11] = [
     ("tokenizer", tokenizer::run),
 ];
 
-/// The target called `name`.
+/// Returns the target called `name`.
 ///
 /// # Panics
-/// When there is none.
+/// If there is none.
 pub fn target(name: &str) -> Target {
     TARGETS.iter().find(|(known, _)| *known == name).unwrap_or_else(|| panic!("no target {name}")).1
+}
+
+/// Splits a packed corpus into its inputs, each preceded by its length as a little-endian u32.
+///
+/// # Panics
+/// If the file is truncated.
+pub fn unpack(mut packed: &[u8]) -> Vec<&[u8]> {
+    let mut inputs = Vec::new();
+    while let Some((length, rest)) = packed.split_first_chunk() {
+        let (input, rest) = rest.split_at(u32::from_le_bytes(*length) as usize);
+        inputs.push(input);
+        packed = rest;
+    }
+    assert!(packed.is_empty(), "a truncated corpus");
+    inputs
 }

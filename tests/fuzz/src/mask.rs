@@ -1,7 +1,8 @@
-//! A mask: a safetensors file as it is, framed (after `h`), or (after `m`) the mask's own metadata and the bits of its one
-//! tensor `w`, a zero byte between them.
+//! A mask: a safetensors file as it is, or framed (after a byte `h`), or, after a byte `m`, the
+//! mask metadata and the bits of its only tensor `w`, separated by a zero byte.
+
 use cpift_core::Mask;
-use cpift_core::mask::indices;
+use cpift_core::format::mask::indices;
 use serde_json::json;
 
 use crate::bounds;
@@ -27,7 +28,7 @@ pub fn run(data: &[u8]) -> bool {
         if sound {
             let set: usize = mask.tensors().map(|(_, bits)| indices(bits).count()).sum();
             assert_eq!(set as u64, mask.header.selected);
-            let stats = cpift_core::density::stats(&mask);
+            let stats = cpift_core::format::density::stats(&mask);
             assert_eq!(stats.roles.iter().map(|row| row.selected).sum::<u64>(), mask.header.selected);
         }
         sound

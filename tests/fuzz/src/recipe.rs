@@ -1,4 +1,5 @@
-//! A recipe in mergekit's YAML. What is read can be written as a recipe, and reads back as the same request.
+//! A recipe in mergekit's YAML. A parsed recipe, written again, parses to the same request.
+
 use std::path::Path;
 
 use cpift_core::Dtype;
@@ -7,7 +8,7 @@ use cpift_merge::recipe::{parse, write};
 
 use crate::bounds;
 
-/// What the reader's bounds on nodes and on repeated aliases come to, at most.
+/// Memory bound that follows from the reader's limits on nodes and repeated aliases.
 const BOUND: usize = 32 << 20;
 
 pub fn run(data: &[u8]) -> bool {

@@ -1,6 +1,6 @@
-//! scores.json. What is read can be written and read again.
+//! scores.json, read, written and read again.
 
-use cpift_core::scores::Scores;
+use cpift_core::format::scores::Scores;
 
 use crate::bounds;
 

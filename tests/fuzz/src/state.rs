@@ -1,5 +1,6 @@
-//! A state to resume from: state.json, the figures, and the headers of weights and moments, zero bytes between them. No state passes
-//! unless its digests are those of its files, which no input here has by chance.
+//! A training state: state.json, metrics.jsonl and the headers of weights and moments, separated by
+//! zero bytes. A state is valid only if it has the digests of its files, which an input cannot have
+//! by chance.
 
 use std::fs;
 
@@ -20,7 +21,7 @@ pub fn run(data: &[u8]) -> bool {
     bounds::bounded(data.len(), || {
         let error = verify_states(&folder).expect_err("digests of other files");
         assert!(format!("{error:#}").contains("step-1"), "{error:#}");
-        // Of the right form, then.
+        // A mismatch of digests means that the form was right.
         format!("{error:#}").contains("digest")
     })
 }

@@ -1,11 +1,12 @@
-//! tasks.toml, whose tasks may name the file a.jsonl. Every task of a list that is read can be asked for.
+//! tasks.toml, whose tasks may name the file a.jsonl. Every listed task can be looked up by name
+//! and index.
 
-use cpift_core::tasks::Tasks;
+use cpift_core::format::tasks::Tasks;
 use cpift_data::Layout;
 
 use crate::bounds;
 
-/// What templates and their environments take.
+/// Memory bound, for templates and their environments.
 const BOUND: usize = 8 << 20;
 
 pub fn run(data: &[u8]) -> bool {
@@ -22,7 +23,7 @@ pub fn run(data: &[u8]) -> bool {
         for (i, task) in tasks.list.iter().enumerate() {
             assert_eq!(
                 tasks.named(&task.name).expect("it is listed").name,
-                tasks.indexed(i).expect("so is its number").name
+                tasks.indexed(i).expect("its index is in range").name
             );
             let _ = Layout::of(task);
         }

@@ -1,10 +1,11 @@
-//! tokenizer.json, tokenizer_config.json and a conversation's text, zero bytes between them: what opens renders, and encodes as text.
+//! tokenizer.json, tokenizer_config.json and the text of a conversation, separated by zero bytes. A
+//! tokenizer that opens must render the conversation and encode the text.
 
 use cpift_data::{ChatText, Message, TemplateArgs};
 
 use crate::bounds;
 
-/// What tables for every byte and a template's fuel come to.
+/// Memory bound, for tables over all bytes and the fuel of a template.
 const BOUND: usize = 64 << 20;
 
 pub fn run(data: &[u8]) -> bool {

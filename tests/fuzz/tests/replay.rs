@@ -1,13 +1,12 @@
-//! The inputs of `corpora/`, which libFuzzer found by what they reach, through every target again.
+//! Replays the inputs in `corpora/`, which libFuzzer kept for their coverage, through every target.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use cpift_fuzz::corpus::unpack;
-use cpift_fuzz::{TARGETS, clean};
+use cpift_fuzz::{TARGETS, clean, unpack};
 
 #[test]
-fn every_input_is_read_or_refused() {
+fn every_input_is_accepted_or_refused() {
     let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpora");
     for (name, target) in TARGETS {
         let packed = std::fs::read(corpora.join(name)).unwrap_or_else(|e| panic!("corpora/{name}: {e}"));
@@ -17,7 +16,7 @@ fn every_input_is_read_or_refused() {
             let ended = catch_unwind(AssertUnwindSafe(|| target(input)));
             ended.unwrap_or_else(|_| panic!("{name} on {:?}", String::from_utf8_lossy(input)))
         });
-        assert!(read.count() > 0, "no input of {name} is read: the seeds no longer fit");
+        assert!(read.count() > 0, "{name} accepts no input: the seeds are outdated");
     }
     clean();
 }

@@ -1,13 +1,15 @@
-//! Outputs that appear under their final name whole, or not at all.
+//! Atomic outputs: a file or directory appears under its final name complete, or not at all.
 //!
-//! What is being written lies in a hidden folder beside its final name, `.NAME.XXXXXX.partial`, and is renamed when it is
-//! complete. The folder is locked while its program lives, so that a later run of the same output can tell, and remove, what a
-//! killed run left behind, and refuses to start beside one that is at work. Locks are flock(2)'s: they die with their process, on one
-//! machine and, with NFS 4 or Lustre's -o flock, across machines. Where a file system has none, leftovers stay, and two runs of one
-//! output are told apart only when the second is finished: without --force it says so and leaves the first one's.
+//! An unfinished output lies in a hidden staging directory beside its final name,
+//! `.NAME.XXXXXX.partial`, and is renamed when it is complete. The staging directory is locked with
+//! flock(2) for the lifetime of the process, so a later run of the same output can detect and
+//! remove what a killed run left behind, and refuses to start while another run is active. The lock
+//! also works across machines on NFS 4, and on Lustre mounted with `-o flock`. On file systems
+//! without locks, leftovers stay, and a second run notices the first only when it renames its
+//! output: without `--force` it then fails and keeps the output of the first run.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,27 +17,29 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-use super::naming::{NewFolders, give_name, wait_for_turn};
-use super::{check_output, check_output_dir};
+use super::naming::{NewFolders, check_output, check_output_dir, lock_for_rename, rename_output};
 use crate::error::BadInput;
 
 const SUFFIX: &str = ".partial";
 
-/// The staging folders of this process. Held while an output gets its name, so that a signal falls before or after that.
+/// Staging directories of this process. Locked while an output is renamed, so that a signal is
+/// handled before or after the rename.
 static UNFINISHED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 fn unfinished() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Removes what this process has staged and runs `last` before anything else can be staged or finished.
-pub fn discard_unfinished(last: impl FnOnce()) {
+/// Removes the unfinished outputs of this process, then runs `last` before any other output can be
+/// started or finished.
+pub(crate) fn discard_unfinished(last: impl FnOnce()) {
     let mut folders = unfinished();
     std::mem::take(&mut *folders).iter().for_each(|folder| remove(folder));
     last();
 }
 
-/// Removes a staging folder. Another thread may just be putting a file there, and then it is not empty at once.
+/// Removes a staging directory, with retries: another thread may be creating a file in it at the
+/// same time.
 fn remove(folder: &Path) {
     for _ in 0..100 {
         if !matches!(remove_all(folder), Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty) {
@@ -44,7 +48,8 @@ fn remove(folder: &Path) {
     }
 }
 
-/// As `fs::remove_dir_all`, with one file handle at a time: they may have run out.
+/// As `fs::remove_dir_all`, but with one open file handle at a time, because handles may have run
+/// out.
 fn remove_all(folder: &Path) -> std::io::Result<()> {
     let inside = |entry: std::io::Result<fs::DirEntry>| entry.and_then(|e| Ok((e.path(), e.file_type()?.is_dir())));
     let entries = fs::read_dir(folder)?.map(inside).collect::<std::io::Result<Vec<_>>>()?;
@@ -54,14 +59,14 @@ fn remove_all(folder: &Path) -> std::io::Result<()> {
     fs::remove_dir(folder)
 }
 
-/// A locked hidden folder beside `dest` with one entry, which will be renamed to `dest`.
+/// A locked, hidden directory beside `dest` with one entry, which will be renamed to `dest`.
 struct Staging {
     folder: TempDir,
     dest: PathBuf,
     force: bool,
-    /// Released when the process ends, however it ends.
+    /// The kernel releases it when the process ends, even if it is killed.
     lock: Option<File>,
-    /// After the folder, so that they are empty unless the output is there.
+    /// Dropped after `folder`, so that they are empty by then unless the output was committed.
     _parents: NewFolders,
 }
 
@@ -78,75 +83,84 @@ impl Staging {
                 .prefix(&prefix)
                 .suffix(SUFFIX)
                 .tempdir_in(&parent)
-                .with_context(|| format!("creating a folder in {}", parent.display()))?;
+                .with_context(|| format!("creating a directory in {}", parent.display()))?;
             let lock = match File::open(folder.path()) {
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                // An empty folder goes without a handle.
+                // Removing an empty directory takes no file handle.
                 other => other.inspect_err(|_| drop(fs::remove_dir(folder.path()))),
             };
-            let lock = lock.with_context(|| format!("creating a folder in {}", parent.display()))?;
-            // Another run of the same output may take the folder for a leftover before it is locked: then a new one is made.
-            // Some network file systems have no locks: there, leftovers stay.
+            let lock = lock.with_context(|| format!("creating a directory in {}", parent.display()))?;
+            // Another run of the same output may remove the directory as a leftover before it is
+            // locked; then create a new one. Other lock errors mean a network file system without
+            // locks, where leftovers stay.
             if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) || !folder.path().exists() {
                 continue;
             }
             folders.insert(folder.path().to_owned());
             return Ok(Self { folder, dest: dest.to_owned(), force, lock: Some(lock), _parents: parents });
         }
-        bail!("cannot keep a folder in {}: another run of {} removes it", parent.display(), dest.display())
+        bail!(
+            "cannot create a staging directory in {}: another run of {} keeps removing it",
+            parent.display(),
+            dest.display()
+        )
     }
 
     fn path(&self) -> PathBuf {
         self.folder.path().join("new")
     }
 
-    /// Gives the finished entry its final name.
+    /// Renames the finished entry to its final name.
     fn rename(&self) -> Result<()> {
         let folder = self.folder_of_output()?;
         let _no_signal = unfinished();
-        self.give_name()?;
+        self.rename_output()?;
         self.sync(&folder)
     }
 
-    /// As [`Staging::rename`], together with what is made `also` and the `record` of this output, which replaces that of an older one. A run that is killed
-    /// between the two leaves no output without its record where one was replaced.
+    /// As [`Staging::rename`], together with the files in `also` and the `record` of this output.
+    /// With `force` the record is renamed first, so that a run killed in between leaves the old
+    /// output with a record that does not match it, never a new output with the old record.
     fn rename_with(&self, record: &Self, also: &[StagedFile]) -> Result<()> {
         let folder = self.folder_of_output()?;
-        wait_for_turn(&folder);
+        lock_for_rename(&folder);
         let _no_signal = unfinished();
         let order = if self.force { [record, self] } else { [self, record] };
-        also.iter().map(|file| &file.staging).chain(order).try_for_each(Self::give_name)?;
+        also.iter().map(|file| &file.staging).chain(order).try_for_each(Self::rename_output)?;
         self.sync(&folder)
     }
 
-    /// Opened before the output gets its name: afterwards nothing should be lacking.
+    /// Opened before the rename, so that running out of file handles cannot fail a run whose output
+    /// is already in place.
     fn folder_of_output(&self) -> Result<File> {
-        let name = || format!("writing {} to the disk", self.dest.display());
+        let name = || format!("syncing {} to disk", self.dest.display());
         File::open(parent_of(&self.dest)).with_context(name)
     }
 
     fn sync(&self, folder: &File) -> Result<()> {
-        folder.sync_all().with_context(|| format!("writing {} to the disk", self.dest.display()))
+        folder.sync_all().with_context(|| format!("syncing {} to disk", self.dest.display()))
     }
 
-    fn give_name(&self) -> Result<()> {
-        give_name(&self.path(), &self.dest, self.force, &self.folder.path().join("old"))
+    fn rename_output(&self) -> Result<()> {
+        rename_output(&self.path(), &self.dest, self.force, &self.folder.path().join("old"))
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // While it is held: a signal between the two would leave the folder.
+        // Locked until the end: a signal between removal and bookkeeping would leave the directory
+        // behind.
         let mut folders = unfinished();
-        // Its handle may be the only one to be had.
+        // Closing it first frees a file handle, which removal may need.
         self.lock = None;
         remove(self.folder.path());
         folders.remove(self.folder.path());
     }
 }
 
-/// `path` as it will be called: what lies in a staging folder goes by its final name.
-pub fn final_name(path: &Path) -> PathBuf {
+/// Returns the final path of a `path` inside a staging directory, for messages; other paths are
+/// returned unchanged.
+pub(crate) fn final_name(path: &Path) -> PathBuf {
     for (staging, inside) in path.ancestors().filter_map(|p| Some((p, path.strip_prefix(p).ok()?))) {
         let name = staging.file_name().unwrap_or_default().to_string_lossy();
         let hidden = name.strip_prefix('.').and_then(|n| n.strip_suffix(SUFFIX)).and_then(|n| n.rsplit_once('.'));
@@ -158,10 +172,10 @@ pub fn final_name(path: &Path) -> PathBuf {
     path.to_owned()
 }
 
-/// Removes the staging folders of runs of `dest` that have ended without tidying up.
+/// Removes the staging directories that killed runs of `dest` have left.
 ///
 /// # Errors
-/// [`BadInput`] when one of them is still at work.
+/// [`BadInput`] if one of these runs is still active.
 fn remove_leftovers(dest: &Path, parent: &Path, prefix: &str) -> Result<()> {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -188,24 +202,24 @@ fn remove_leftovers(dest: &Path, parent: &Path, prefix: &str) -> Result<()> {
     Ok(())
 }
 
-/// A file that appears under its final name whole, or not at all.
+/// A file that appears under its final name complete, or not at all.
 pub struct StagedFile {
     staging: Staging,
     file: File,
 }
 
 impl StagedFile {
-    /// Starts a file that will become `dest`, written beside it.
+    /// Creates a file in a staging directory that will be renamed to `dest`.
     ///
     /// # Errors
-    /// [`BadInput`] when `dest` exists without `force` or is a folder; I/O errors otherwise.
+    /// [`BadInput`] if `dest` exists and `force` is false, or if it is a directory.
     pub fn create(dest: &Path, force: bool) -> Result<Self> {
         let staging = StagedPath::create(dest, force)?.staging;
         let file = File::create_new(staging.path()).with_context(|| format!("creating {}", dest.display()))?;
         Ok(Self { staging, file })
     }
 
-    /// As [`StagedFile::create`], with `text` in it.
+    /// As [`StagedFile::create`], and writes `text` to it.
     ///
     /// # Errors
     /// As [`StagedFile::create`].
@@ -215,60 +229,61 @@ impl StagedFile {
         Ok(staged)
     }
 
-    /// The same as a path, when all is written.
+    /// Final path.
+    pub(crate) fn dest(&self) -> &Path {
+        &self.staging.dest
+    }
+
+    /// Converts it to a [`StagedPath`] once everything is written.
     pub fn into_path(self) -> StagedPath {
         StagedPath { staging: self.staging }
     }
 
-    /// The file under construction.
+    /// The open file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Makes the file durable and gives it its final name.
-    ///
-    /// # Errors
-    /// I/O errors; nothing is left behind.
+    /// Syncs the file to disk and renames it to its final name. On an error nothing is left behind.
     pub fn commit(self) -> Result<()> {
         self.file.sync_all().with_context(|| format!("writing {}", self.staging.dest.display()))?;
         self.staging.rename()
     }
 }
 
-/// A path for another writer to create a file at, which then appears under its final name whole, or not at all.
+/// A path at which the caller creates a file, which then appears under its final name complete, or
+/// not at all.
 pub struct StagedPath {
     staging: Staging,
 }
 
 impl StagedPath {
-    /// Starts a file that will become `dest`, to be created at [`StagedPath::path`] on the same file system.
+    /// Reserves a path for a file that will be renamed to `dest`.
     ///
     /// # Errors
-    /// [`BadInput`] when `dest` exists without `force` or is a folder; I/O errors otherwise.
+    /// [`BadInput`] if `dest` exists and `force` is false, or if it is a directory.
     pub fn create(dest: &Path, force: bool) -> Result<Self> {
         check_output(dest, force)?;
         if dest.is_dir() {
-            return Err(BadInput::new(dest, "is a folder").expected("a file name for the output").into());
+            return Err(BadInput::new(dest, "is a directory").expected("a file name for the output").into());
         }
         Ok(Self { staging: Staging::create(dest, force)? })
     }
 
-    /// Where the file is to be created.
+    /// Path at which to create the file, on the same file system as `dest`.
     pub fn path(&self) -> PathBuf {
         self.staging.path()
     }
 
-    /// What it will be called.
-    pub fn dest(&self) -> &Path {
+    /// Final path.
+    pub(crate) fn dest(&self) -> &Path {
         &self.staging.dest
     }
 
-    /// As [`StagedPath::commit`], together with the `record` beside it, and before it what is made `also`: of two runs that write one
-    /// output, all of it is the same run's.
-    ///
-    /// # Errors
-    /// As [`StagedPath::commit`].
-    pub fn commit_with(self, record: StagedFile, also: &[StagedFile]) -> Result<()> {
+    /// As [`StagedPath::commit`], but first commits the files in `also`, and commits the `record`
+    /// of the output with it. If two runs write the same output, all these files come from the same
+    /// run.
+    pub(crate) fn commit_with(self, record: StagedFile, also: &[StagedFile]) -> Result<()> {
         sync(&self.path())?;
         for file in also.iter().chain([&record]) {
             file.file.sync_all().with_context(|| format!("writing {}", file.staging.dest.display()))?;
@@ -276,17 +291,14 @@ impl StagedPath {
         self.staging.rename_with(&record.staging, also)
     }
 
-    /// Makes the file durable and gives it its final name.
-    ///
-    /// # Errors
-    /// I/O errors; nothing is left behind.
+    /// Syncs the file to disk and renames it to its final name. On an error nothing is left behind.
     pub fn commit(self) -> Result<()> {
         sync(&self.path())?;
         self.staging.rename()
     }
 }
 
-/// Writes `text` to `dest`, whole or not at all.
+/// Writes `text` to `dest` atomically.
 ///
 /// # Errors
 /// As [`StagedFile::create`].
@@ -294,17 +306,18 @@ pub fn write_text(dest: &Path, text: &str, force: bool) -> Result<()> {
     StagedFile::of_text(dest, text, force)?.commit()
 }
 
-/// A folder that appears under its final name whole, or not at all.
+/// A directory that appears under its final name complete, or not at all.
 pub struct StagedDir {
     staging: Staging,
     path: PathBuf,
 }
 
 impl StagedDir {
-    /// Starts a folder that will become `dest`, filled beside it.
+    /// Creates a staging directory that will be renamed to `dest`.
     ///
     /// # Errors
-    /// [`BadInput`] when `dest` exists without `force`, or is not of our making; I/O errors otherwise.
+    /// [`BadInput`] if `dest` exists and `force` is false, or if it is a non-empty directory
+    /// without a record of ours.
     pub fn create(dest: &Path, force: bool) -> Result<Self> {
         check_output_dir(dest, force)?;
         let staging = Staging::create(dest, force)?;
@@ -313,15 +326,13 @@ impl StagedDir {
         Ok(Self { staging, path })
     }
 
-    /// The folder under construction.
+    /// The directory to fill.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Makes every file durable and gives the folder its final name; an older output under that name goes.
-    ///
-    /// # Errors
-    /// I/O errors; the older output stays then.
+    /// Syncs all files to disk and renames the directory to its final name, replacing an older
+    /// output. On an error the older output stays.
     pub fn commit(self) -> Result<()> {
         sync_all(self.path())?;
         self.staging.rename()
@@ -339,7 +350,7 @@ fn parent_of(dest: &Path) -> PathBuf {
     }
 }
 
-/// Makes all that is in `folder` durable, and the folder last.
+/// Syncs everything in `folder` to disk, and the directory itself last.
 fn sync_all(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
@@ -349,9 +360,153 @@ fn sync_all(folder: &Path) -> Result<()> {
 }
 
 fn sync(path: &Path) -> Result<()> {
-    let name = || format!("writing {} to the disk", final_name(path).display());
+    let name = || format!("syncing {} to disk", final_name(path).display());
     File::open(path).and_then(|f| f.sync_all()).with_context(name)
 }
 
+/// Creates a file of `len` bytes in a staged directory, open for positional reads and writes. The
+/// file is sparse, so a full disk is noticed only when data is written.
+pub(crate) fn create_sized(path: &Path, len: u64) -> Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .with_context(|| format!("creating {}", final_name(path).display()))?;
+    file.set_len(len).with_context(|| format!("setting the size to {len} bytes of {}", final_name(path).display()))?;
+    Ok(file)
+}
+
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dropping_an_unfinished_output_removes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let staged = StagedDir::create(&dir.path().join("out"), false).unwrap();
+        fs::write(staged.path().join("x"), "y").unwrap();
+        drop(staged);
+        drop(StagedFile::create(&dir.path().join("f"), false).unwrap());
+        let staged = StagedPath::create(&dir.path().join("p"), false).unwrap();
+        fs::write(staged.path(), "y").unwrap();
+        drop(staged);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn existing_outputs_are_refused_and_replaced_with_force() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join("stale"), "").unwrap();
+        assert!(StagedDir::create(&out, false).is_err());
+        assert!(StagedDir::create(&out, true).is_err(), "a directory that is not ours");
+        assert!(out.join("stale").exists());
+        fs::write(out.join("cpift.json"), "").unwrap();
+        let staged = StagedDir::create(&out, true).unwrap();
+        fs::write(staged.path().join("new"), "").unwrap();
+        staged.commit().unwrap();
+        assert!(out.join("new").exists() && !out.join("stale").exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn committing_a_staged_path_leaves_only_its_destination() {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("p");
+        let staged = StagedPath::create(&dest, false).unwrap();
+        fs::write(staged.path(), "y").unwrap();
+        staged.commit().unwrap();
+        assert_eq!(fs::read_to_string(&dest).unwrap(), "y");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert!(StagedPath::create(&dest, false).is_err());
+    }
+
+    #[test]
+    fn outputs_get_the_mode_of_the_umask() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        write_text(&path, "x", false).unwrap();
+        let plain = dir.path().join("plain");
+        fs::write(&plain, "x").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions(), fs::metadata(&plain).unwrap().permissions());
+    }
+
+    #[test]
+    fn new_parent_directories_are_removed_without_their_output() {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("a/b/out");
+        drop(StagedDir::create(&dest, false).unwrap());
+        assert!(!dir.path().join("a").exists());
+        StagedDir::create(&dest, false).unwrap().commit().unwrap();
+        assert!(dest.is_dir());
+    }
+
+    #[test]
+    fn messages_show_the_final_names_of_staged_paths() {
+        let dir = tempfile::tempdir().unwrap();
+        let dest = dir.path().join("a.b");
+        let folder = StagedDir::create(&dest, false).unwrap();
+        assert_eq!(final_name(&folder.path().join("x.safetensors")), dest.join("x.safetensors"));
+        drop(folder);
+        let file = StagedPath::create(&dest, false).unwrap();
+        assert_eq!(final_name(&file.path()), dest);
+        assert_eq!(final_name(Path::new("/m/.a.partial/x")), Path::new("/m/.a.partial/x"));
+    }
+
+    #[test]
+    fn leftovers_of_a_dead_run_are_removed_and_a_live_run_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let dead = dir.path().join(".out.abc123.partial");
+        let other = dir.path().join(".out.more.abc123.partial");
+        for folder in [&dead, &other] {
+            fs::create_dir(folder).unwrap();
+            fs::write(folder.join("new"), "half").unwrap();
+        }
+        let first = StagedDir::create(&dir.path().join("out"), false).unwrap();
+        assert!(!dead.exists() && other.exists());
+        for force in [false, true] {
+            let error =
+                StagedDir::create(&dir.path().join("out"), force).err().expect("another run is active").to_string();
+            assert!(error.contains("another run is writing this output"), "{error}");
+        }
+        assert!(first.path().exists());
+    }
+
+    #[test]
+    fn an_output_that_another_run_wrote_in_the_meantime_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, folder) = (dir.path().join("f"), dir.path().join("d"));
+        let staged = StagedFile::of_text(&file, "mine", false).unwrap();
+        let staged_dir = StagedDir::create(&folder, false).unwrap();
+        fs::write(&file, "theirs").unwrap();
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("theirs"), "").unwrap();
+        for error in [staged.commit(), staged_dir.commit()].map(|done| done.unwrap_err().to_string()) {
+            assert!(error.contains("another run has written this output in the meantime"), "{error}");
+        }
+        assert_eq!(fs::read_to_string(&file).unwrap(), "theirs");
+        assert!(folder.join("theirs").exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn symbolic_links_at_the_final_name_are_replaced_and_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("elsewhere");
+        fs::create_dir(&target).unwrap();
+        for name in ["precious", crate::files::naming::RECORD_NAME] {
+            fs::write(target.join(name), "old").unwrap();
+        }
+        let (file, folder) = (dir.path().join("f"), dir.path().join("d"));
+        std::os::unix::fs::symlink(target.join("precious"), &file).unwrap();
+        std::os::unix::fs::symlink(&target, &folder).unwrap();
+        assert!(write_text(&file, "new", false).is_err() && StagedDir::create(&folder, false).is_err());
+        write_text(&file, "new", true).unwrap();
+        StagedDir::create(&folder, true).unwrap().commit().unwrap();
+        assert!(!file.is_symlink() && !folder.is_symlink());
+        assert_eq!(fs::read_dir(&target).unwrap().count(), 2);
+        assert_eq!(fs::read_to_string(target.join("precious")).unwrap(), "old");
+    }
+}

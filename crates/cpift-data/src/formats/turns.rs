@@ -1,19 +1,18 @@
-//! Formats that hold a list of turns: messages, ShareGPT, UltraChat's first release.
+//! Lists of turns: OpenAI's messages, ShareGPT's conversations, and their mixtures.
 
 use anyhow::{Result, bail};
 use cpift_core::BadInput;
 use serde_json::{Map, Value};
 
 use super::notes::Notes;
-use super::{Fields, list, need_list, shown, take_system, text};
-use crate::place::Place;
-use crate::rows::Message;
+use crate::conversation::{Message, is_empty_system};
+use crate::files::raw::{Fields, Place, need_list, shown, take, text};
 
-/// Keys that name the speaker of a turn, in any pairing with those of [`SPEECH`].
+/// Keys that name the speaker of a turn, in any combination with those of [`SPEECH`].
 const SPEAKER: [&str; 2] = ["role", "from"];
-/// Keys that hold what was said.
+/// Keys with the text of a turn.
 const SPEECH: [&str; 2] = ["content", "value"];
-/// Names of speakers in data sets, and the role that each one is.
+/// Names of speakers in data sets, with their role.
 const ROLES: [(&str, &str); 8] = [
     ("human", "user"),
     ("user", "user"),
@@ -24,49 +23,49 @@ const ROLES: [(&str, &str); 8] = [
     ("model", "assistant"),
     ("system", "system"),
 ];
-/// Keys that say whether an assistant's turn is trained: OpenAI and Mistral, axolotl, ms-swift, verl.
+/// Keys that turn training on an assistant turn on or off: OpenAI and Mistral, axolotl, ms-swift,
+/// verl.
 const TRAINING: [&str; 6] = ["weight", "train", "trainable", "training", "loss", "loss_mask"];
-/// Speakers and keys of tool use, which no target mask here is defined for.
+/// Speakers and keys of tool use, for which no targets are defined here.
 const TOOL_ROLES: [&str; 6] = ["tool", "tool_call", "function", "function_call", "observation", "ipython"];
 const TOOL_KEYS: [&str; 2] = ["tool_calls", "function_call"];
-/// Types of content parts that are text: chat completions, and the two of OpenAI's Responses API.
+/// Types of content parts that are text: chat completions, and two of OpenAI's Responses API.
 const TEXT_PARTS: [&str; 3] = ["text", "input_text", "output_text"];
 
-/// A list of turns under the first of the columns `names` that the row has, after an optional column `system`.
+/// The list of turns in the first of the columns `names` that the row has, after an optional column
+/// `system`.
 pub fn conversation(fields: &mut Fields, names: [&str; 3], place: &Place, notes: &mut Notes) -> Result<Vec<Message>> {
     let has = |name: &&str| fields.get(*name).is_some_and(|value| !value.is_null());
     let name = names.into_iter().find(has).unwrap_or(names[0]);
     let mut turns = chat(need_list(fields, name, place)?, name, true, place, notes)?;
-    // Beside `messages` such a column may be something else.
-    if name == "messages" && !fields.get("system").is_some_and(Value::is_string) {
-        return Ok(turns);
+    // Next to `messages`, a column that is no string has another meaning.
+    if name != "messages" || fields.get("system").is_some_and(Value::is_string) {
+        add_system(&mut turns, fields, place, notes)?;
     }
+    Ok(turns)
+}
+
+/// Puts the text of the column `system` before `turns`, unless they have a system turn of their
+/// own.
+pub fn add_system(turns: &mut Vec<Message>, fields: &mut Fields, place: &Place, notes: &mut Notes) -> Result<()> {
     let own = turns.iter().find(|turn| turn.role == "system" && !turn.content.trim().is_empty());
     match (take_system(fields, place)?, own.map(|own| own.content.clone())) {
         (Some(system), None) => turns.insert(0, system),
         (Some(system), Some(own)) if system.content != own => notes.other_system(place),
         _ => {}
     }
-    Ok(turns)
+    Ok(())
 }
 
-/// `data`: texts in turn, the user's first.
-pub fn ultrachat(fields: &mut Fields, place: &Place) -> Result<Vec<Message>> {
-    let texts = need_list(fields, "data", place)?;
-    let said = texts.into_iter().zip(["user", "assistant"].into_iter().cycle()).enumerate();
-    said.map(|(i, (value, role))| Ok(Message::new(role, text(value, &format!("data, turn {},", i + 1), place)?)))
-        .collect()
-}
-
-/// The turns of a list, the value of the field `what`. The assistant's are trained as their keys say, or else `train`. The order of
-/// roles is checked for all formats alike, later.
+/// The turns of a list, the value of the field `what`. Assistant turns are trained as their keys
+/// say, by default as `train` says. The order of roles is checked later, for all formats.
 pub fn chat(turns: Vec<Value>, what: &str, train: bool, place: &Place, notes: &mut Notes) -> Result<Vec<Message>> {
     let said =
         turns.into_iter().enumerate().map(|(i, value)| Turn { what, number: i + 1, place }.said(value, train, notes));
     said.collect()
 }
 
-/// A turn, for messages about it.
+/// Position of a turn, for messages.
 struct Turn<'a> {
     what: &'a str,
     number: usize,
@@ -85,6 +84,12 @@ impl Turn<'_> {
         };
         self.refuse_tools(&turn)?;
         let role = self.role(&mut turn)?;
+        // Exports write null for a system turn that a conversation does not have.
+        let null = SPEECH.iter().filter_map(|key| turn.get(*key)).all(Value::is_null);
+        if role == "system" && null && SPEECH.iter().any(|key| turn.contains_key(*key)) {
+            SPEECH.iter().for_each(|key| drop(turn.shift_remove(*key)));
+            turn.insert(SPEECH[0].to_owned(), Value::from(""));
+        }
         let content = self.content(&mut turn)?;
         let asked = self.training(&mut turn, role, notes)?;
         for (key, _) in turn.iter().filter(|(_, value)| !is_nothing(value)) {
@@ -93,7 +98,7 @@ impl Turn<'_> {
         Ok(Message { train: asked.unwrap_or(train), ..Message::new(role, content) })
     }
 
-    /// The role that the speaker is.
+    /// Role of the speaker.
     fn role(&self, turn: &mut Map<String, Value>) -> Result<&'static str> {
         let named = self.take(turn, SPEAKER)?.into_iter().map(|(key, value)| {
             let Value::String(name) = value else {
@@ -114,7 +119,7 @@ impl Turn<'_> {
         }
     }
 
-    /// The text that was said.
+    /// Text of the turn.
     fn content(&self, turn: &mut Map<String, Value>) -> Result<String> {
         let said = self.take(turn, SPEECH)?.into_iter().map(|(key, value)| self.text(key, value));
         let mut texts: Vec<String> = said.collect::<Result<_>>()?;
@@ -124,7 +129,8 @@ impl Turn<'_> {
         Ok(texts.swap_remove(0))
     }
 
-    /// Takes both of two keys out of a turn; null is absent, and one of them must be there.
+    /// Removes both of two keys from a turn. Null counts as absent; at least one value must be
+    /// present.
     fn take(&self, turn: &mut Map<String, Value>, keys: [&'static str; 2]) -> Result<Vec<(&'static str, Value)>> {
         let there = keys.map(|key| (key, turn.shift_remove(key)));
         let name = there.iter().find(|(_, value)| value.is_some()).map_or(keys[0], |(key, _)| *key);
@@ -138,7 +144,8 @@ impl Turn<'_> {
         Ok(given)
     }
 
-    /// A text, or the texts of a list of parts in one, as chat templates of transformers write such a list.
+    /// A text, or the concatenated texts of a list of parts, as the chat templates of transformers
+    /// write it.
     fn text(&self, key: &str, value: Value) -> Result<String> {
         let no_text = |value: &Value| {
             self.bad(format!("has no text as its {key}"))
@@ -159,7 +166,7 @@ impl Turn<'_> {
                     Some(kind) if !TEXT_PARTS.contains(&kind) => bail!(
                         self.bad(format!("has a part of the type {kind:?} in its {key}"))
                             .expected("parts of text: {type: text, text: …}")
-                            .hint("models of text see no images, audio or files: leave such rows out, or write what matters as text")
+                            .hint("text models do not read images, audio or files: leave out such rows, or describe the content as text")
                     ),
                     _ => bail!(no_text(&Value::Array(parts))),
                 },
@@ -168,8 +175,8 @@ impl Turn<'_> {
         Ok(text)
     }
 
-    /// What the turn's keys say of training on it; `None` where they say nothing. On turns that are not the assistant's, which are never
-    /// trained, they are taken out alike.
+    /// Value of the turn's training keys; `None` if it has none. On turns of the system or the
+    /// user, which are never trained, the keys are removed too.
     fn training(&self, turn: &mut Map<String, Value>, role: &str, notes: &mut Notes) -> Result<Option<bool>> {
         let mut asked: Option<(&str, bool)> = None;
         for key in TRAINING {
@@ -192,17 +199,19 @@ impl Turn<'_> {
             }
             let Some(answer) = answer else {
                 bail!(
-                    self.bad(format!("has a {key} that says neither whether the turn is trained nor that it is not"))
+                    self.bad(format!("has a {key} that is neither on nor off"))
                         .expected("0 or 1, false or true")
                         .found(shown(&value))
-                        .hint("turns are trained or not, there is no share between: round it, or rename a key that means something else")
+                        .hint("a turn is trained or not, with no weight in between: round the value, or rename a key with another meaning")
                 );
             };
             match asked {
                 Some((other, said)) if said != answer => bail!(
-                    self.bad(format!("is trained by one key and not by another: {other} and {key}"))
-                        .expected("keys that agree")
-                        .found(format!("{other} for {said}, {key} for {answer}"))
+                    self.bad(format!(
+                        "is trained according to one key and not according to another: {other} and {key}"
+                    ))
+                    .expected("keys that agree")
+                    .found(format!("{other} for {said}, {key} for {answer}"))
                 ),
                 _ => asked = Some((key, answer)),
             }
@@ -219,13 +228,14 @@ impl Turn<'_> {
         let calls = || TOOL_KEYS.iter().find(calls).map(|key| (*key).to_owned());
         let Some(found) = SPEAKER.iter().find_map(speaks).or_else(calls) else { return Ok(()) };
         let error =
-            self.bad("is a tool's: tool turns are not supported").expected("turns of system, user and assistant");
+            self.bad("belongs to a tool: tool turns are not supported").expected("turns of system, user and assistant");
         bail!(error.found(found).hint("leave out the rows that use tools"))
     }
 }
 
-/// Returns true for what exports write where a key has no value: null, and empty texts, lists and objects.
-fn is_nothing(value: &Value) -> bool {
+/// Returns true for values that exports write for an absent key: null, and empty texts, lists and
+/// objects.
+pub fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::String(text) => text.is_empty(),
@@ -235,17 +245,9 @@ fn is_nothing(value: &Value) -> bool {
     }
 }
 
-/// The pairs of Alpaca's `history`: [[what the user said, what the assistant said], …].
-pub fn history(value: Value, place: &Place) -> Result<Vec<Message>> {
-    let mut messages = Vec::new();
-    for (i, pair) in list(value, "history", place)?.into_iter().enumerate() {
-        let what = format!("history, pair {},", i + 1);
-        let pair = list(pair, &what, place)?;
-        let [user, assistant] = <[Value; 2]>::try_from(pair).map_err(|pair| {
-            place.bad(format!("{what} has {} texts", pair.len())).expected("two: the user's and the assistant's")
-        })?;
-        messages.push(Message::new("user", text(user, &what, place)?));
-        messages.push(Message::new("assistant", text(assistant, &what, place)?));
-    }
-    Ok(messages)
+/// The optional column `system` as a turn; an empty one counts as absent.
+fn take_system(fields: &mut Fields, place: &Place) -> Result<Option<Message>> {
+    let Some(value) = take(fields, "system") else { return Ok(None) };
+    let turn = Message::new("system", text(value, "system", place)?);
+    Ok((!is_empty_system(&turn)).then_some(turn))
 }

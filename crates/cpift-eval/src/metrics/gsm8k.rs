@@ -1,14 +1,18 @@
-//! GSM8K's exact match as lm-evaluation-harness (task `gsm8k`, version 3) has it, its quirks included.
+//! `gsm8k`: exact match of the final number, as in lm-evaluation-harness (task `gsm8k`, version 3),
+//! including its quirks.
 
 use std::sync::LazyLock;
 
+use anyhow::Result;
 use regex::Regex;
 use serde_json::{Map, Value};
 
-use super::{Answer, Grade};
+use super::generated::graded;
+use super::metric::{FRACTION, Grade, Metric, Prepared, TaskView};
+use crate::fields::reference;
 
-/// What stands for an answer without a number.
-pub const INVALID: &str = "[invalid]";
+/// Extracted text of an answer without a number.
+const INVALID: &str = "[invalid]";
 
 fn constant(pattern: &str) -> Regex {
     Regex::new(pattern).expect("a constant that parses")
@@ -16,22 +20,22 @@ fn constant(pattern: &str) -> Regex {
 
 static STRICT: LazyLock<Regex> = LazyLock::new(|| constant(r"#### (\-?[0-9\.\,]+)"));
 static FLEXIBLE: LazyLock<Regex> = LazyLock::new(|| constant(r"(-?[$0-9.,]{2,})|(-?[0-9]+)"));
-/// The last is `\.$` in Python, whose `$` stands before a final line break too.
+/// The last pattern is `\.$` in Python, whose `$` also matches before a final line break.
 static IGNORED: LazyLock<[Regex; 4]> =
     LazyLock::new(|| [constant(","), constant(r"\$"), constant(r"(?s).*#### "), constant(r"\.(\n?)\z")]);
 
-/// The number after the first `####`, else `[invalid]`.
+/// The number after the first `####`, or `[invalid]`.
 pub fn strict_match(answer: &str) -> &str {
     STRICT.captures(answer).and_then(|c| c.get(1)).map_or(INVALID, |m| m.as_str())
 }
 
-/// The last thing that looks like a number, else `[invalid]`.
+/// The last match that looks like a number, or `[invalid]`.
 pub fn flexible_extract(answer: &str) -> &str {
     FLEXIBLE.captures_iter(answer).last().and_then(|c| c.get(1).or(c.get(2))).map_or(INVALID, |m| m.as_str())
 }
 
-/// What both sides go through before they are compared: thousands commas, dollar signs, all up to `#### ` and a final full stop go;
-/// lower case.
+/// Normalises both sides of the comparison: removes commas, dollar signs, everything up to `#### `
+/// and a final full stop, and converts to lower case.
 pub fn normalise(text: &str) -> String {
     let mut out = text.to_owned();
     for pattern in IGNORED.iter() {
@@ -40,14 +44,39 @@ pub fn normalise(text: &str) -> String {
     out.to_lowercase()
 }
 
-/// Strict match, and flexible extraction beside it.
-pub fn grade(answer: &Answer<'_>) -> Grade {
-    let (strict, flexible) = (strict_match(answer.output), flexible_extract(answer.output));
-    let wanted = normalise(answer.reference);
-    let same = |extracted: &str| f64::from(normalise(extracted) == wanted);
+/// `gsm8k`: strict match; `exact_match_flexible` uses flexible extraction.
+pub(crate) struct Gsm8k;
+
+impl Metric for Gsm8k {
+    fn key(&self) -> &'static str {
+        "gsm8k"
+    }
+
+    fn name(&self) -> &'static str {
+        "exact_match"
+    }
+
+    fn unit(&self) -> &'static str {
+        FRACTION
+    }
+
+    fn summary(&self) -> &'static str {
+        "answers whose number after #### is that of the reference"
+    }
+
+    fn prepare(&self, task: &TaskView<'_>) -> Result<Box<dyn Prepared>> {
+        graded(task, self.name(), reference, grade)
+    }
+}
+
+fn grade(output: &str, reference: &str) -> Grade {
+    let (strict, flexible) = (strict_match(output), flexible_extract(output));
+    let expected = normalise(reference);
+    let same = |extracted: &str| f64::from(normalise(extracted) == expected);
     let extracted = [("extracted", strict), ("flexible_extract", flexible)];
     Grade {
-        scores: vec![("exact_match", same(strict)), ("exact_match_flexible", same(flexible))],
+        score: same(strict),
+        also: vec![("exact_match_flexible", same(flexible))],
         extracted: Map::from_iter(extracted.map(|(key, text)| (key.to_owned(), Value::from(text)))),
     }
 }

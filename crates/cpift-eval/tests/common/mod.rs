@@ -1,5 +1,5 @@
-//! A tiny model, its tasks, and cpift-eval on them.
-#![allow(dead_code, reason = "each test file uses its own part")]
+//! A tiny model, its tasks, and runs of cpift-eval.
+#![allow(dead_code, reason = "each test file uses a part")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

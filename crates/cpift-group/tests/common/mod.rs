@@ -5,18 +5,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::checkpoint::Digest;
-use cpift_core::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_testkit::{Run, run};
 use serde_json::json;
 use tempfile::TempDir;
 
 pub const BIN: &str = env!("CARGO_BIN_EXE_cpift-group");
 
-/// Positions in the model below, all tensors after one another in bytewise name order.
+/// Positions in the model below, with its tensors concatenated in bytewise name order.
 pub type Region = BTreeSet<usize>;
 
-/// Elements of each tensor: a size that is no multiple of 8, one that fills several blocks, and one of each kind.
+/// Elements of each tensor. One size is not a multiple of 8, one fills several blocks, and there is a
+/// tensor of each kind.
 pub const MODEL: [(&str, usize); 4] = [
     ("lm_head.weight", 1003),
     ("model.embed_tokens.weight", 300_001),
@@ -59,7 +60,7 @@ pub fn write_mask(path: &Path, region: &Region, header: &MaskHeader) {
     }
 }
 
-/// A folder with masks, and one for the outputs.
+/// A directory with masks, and one for the outputs.
 pub struct Setting {
     pub dir: TempDir,
     pub out: PathBuf,
@@ -95,9 +96,9 @@ impl Setting {
     }
 
     /// Runs and reads groups.json.
-    pub fn groups(&self, more: &[&str]) -> cpift_core::groups::Groups {
+    pub fn groups(&self, more: &[&str]) -> cpift_core::format::groups::Groups {
         self.run(&[more, &["--force"]].concat()).ok();
-        cpift_core::groups::Groups::read(&self.out.join("groups.json")).unwrap()
+        cpift_core::format::groups::Groups::read(&self.out.join("groups.json")).unwrap()
     }
 
     /// Writes a scores.json with these losses.

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use cpift_core::mask::indices;
+use cpift_core::format::mask::indices;
 use cpift_core::{Dtype, Mask};
 use cpift_testkit::{Tensor, Tensors};
 use serde_json::Value;
@@ -36,6 +36,6 @@ pub fn model(dtypes: &[Dtype], mut next: impl FnMut() -> f32) -> Tensors {
 
 /// The record beside an output.
 pub fn record(out: &Path) -> Value {
-    let text = std::fs::read_to_string(cpift_core::provenance::beside(out)).unwrap();
+    let text = std::fs::read_to_string(cpift_core::record::provenance::beside(out)).unwrap();
     serde_json::from_str(&text).unwrap()
 }

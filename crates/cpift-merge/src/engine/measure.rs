@@ -1,42 +1,48 @@
-//! What must be known of a whole tensor before it can be written: inner products, cut-offs, sums of magnitudes.
+//! Statistics of a whole tensor that its rule needs before it can be written: inner products,
+//! cut-offs of trims, sums of magnitudes.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
 use anyhow::Result;
-use cpift_core::mask::{Ties, count_ones};
-use cpift_core::{BadInput, simd};
+use cpift_core::BadInput;
+use cpift_core::dispatch;
+use cpift_core::format::mask::Ties;
+use cpift_core::stream::select::{Cut, Source, find_cut};
+use rayon::prelude::*;
 
-use super::block::{Block, Number, not_finite};
-use super::jobs::{self, Piece, Pool};
-use super::{Engine, Job, Tensor, trim};
-use crate::cli::Space;
-use crate::methods::consensus::{self, Filter, Sparsify};
+use super::job::{self, Job, Piece, Pool, Shared};
+use super::tensor::{Block, Tensor, read};
+use crate::methods::region::outside;
+use crate::methods::sign_merge::{self, Filter, Keep, Number, Sparsify, rescaling, sum_of_magnitudes};
 use crate::methods::sphere::{Combination, Gram};
-use crate::methods::{Consensus, Rule};
+use crate::methods::{Rule, SignMerge};
+use crate::request::Space;
 
-/// What is known of one tensor before it is written.
+/// Statistics of one tensor.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Settled {
+pub(crate) struct TensorStats {
     /// Coefficients, branches and angles.
     pub combination: Combination,
-    /// For a consensus, what stays of each task vector.
+    /// For TIES and DARE, the elements of each task vector that are kept.
     pub filters: Vec<Filter>,
-    /// Elements at the cut-offs of trims.
+    /// Numbers of elements at the cut-offs of trims.
     pub trimmed: Ties,
-    /// Elements in at least one core region.
+    /// Number of elements in at least one core region.
     pub core: u64,
-    /// Elements in at least two.
+    /// Number of elements in at least two core regions.
     pub conflicts: u64,
 }
 
-/// What the first reading of a tensor yields.
+/// Sums over a tensor, or over a part of it.
 #[derive(Debug, Clone, PartialEq)]
 struct Measure {
-    /// Inner products of the operands, or of their differences from the base, over the elements that are free.
+    /// Inner products of the operands, or of their differences from the base, over the elements
+    /// that are neither core nor protected.
     gram: Gram,
     core: u64,
     conflicts: u64,
-    /// Sums of magnitudes of each task vector, before and after elements are dropped by chance.
+    /// Sums of magnitudes of each task vector, before and after elements are dropped at random.
     magnitudes: Vec<[f64; 2]>,
 }
 
@@ -55,41 +61,46 @@ impl Measure {
     }
 }
 
-/// Measures the tensors of a batch and settles how each is written. Finds every number in any input that is not finite,
-/// where a tensor is measured at all.
+/// Measures the tensors of a batch. Tensors merged by a linear combination need no measurement and
+/// are not read.
 ///
 /// # Errors
-/// [`BadInput`] naming file, tensor and element.
-pub fn measure(engine: &Engine<'_>, batch: Range<usize>) -> Result<Vec<Settled>> {
-    let tensors = &engine.job.tensors;
-    let measures = read(engine, batch.clone(), |tensor| !matches!(tensor.rule, Rule::Linear(_)))?;
-    batch.zip(measures).map(|(i, m)| settle(engine, i, &tensors[i], &m)).collect()
+/// [`BadInput`] naming file, tensor and element if a number is not finite.
+pub(super) fn measure(shared: &Shared<'_>, batch: Range<usize>) -> Result<Vec<TensorStats>> {
+    let tensors = &shared.job.tensors;
+    let measures = read_tensors(shared, batch.clone(), |tensor| !matches!(tensor.rule, Rule::Linear(_)))?;
+    batch.zip(measures).map(|(i, m)| with_filters(shared.job, &tensors[i], &m)).collect()
 }
 
-/// Measures angles and core regions only, which is what can be told before anything is written.
+/// Measures angles and core regions only.
 ///
 /// # Errors
-/// [`BadInput`] naming file, tensor and element.
-pub fn survey(engine: &Engine<'_>, batch: Range<usize>) -> Result<Vec<Settled>> {
-    let tensors = &engine.job.tensors;
-    let measures = read(engine, batch.clone(), |tensor| tensor.rule.has_angles())?;
-    batch.zip(measures).map(|(i, m)| combined(engine.job, &tensors[i], &m)).collect()
+/// [`BadInput`] naming file, tensor and element if a number is not finite.
+pub(super) fn survey(shared: &Shared<'_>, batch: Range<usize>) -> Result<Vec<TensorStats>> {
+    let tensors = &shared.job.tensors;
+    let measures = read_tensors(shared, batch.clone(), |tensor| tensor.rule.has_angles())?;
+    batch.zip(measures).map(|(i, m)| combined(shared.job, &tensors[i], &m)).collect()
 }
 
-fn read(engine: &Engine<'_>, batch: Range<usize>, needed: impl Fn(&Tensor<'_>) -> bool) -> Result<Vec<Measure>> {
-    let tensors = &engine.job.tensors;
-    let mut pieces = jobs::pieces(tensors, batch.clone());
+/// Measures the tensors of a batch for which `needed` is true; the sums of the others are zero.
+fn read_tensors(
+    shared: &Shared<'_>,
+    batch: Range<usize>,
+    needed: impl Fn(&Tensor<'_>) -> bool,
+) -> Result<Vec<Measure>> {
+    let tensors = &shared.job.tensors;
+    let mut pieces = job::pieces(tensors, batch.clone());
     pieces.retain(|piece| needed(&tensors[piece.tensor]));
-    let parts = jobs::for_each(&pieces, |piece| {
+    let parts = job::for_each(&pieces, |piece| {
         let tensor = &tensors[piece.tensor];
-        engine.hash(tensor, piece);
+        shared.hash(tensor, piece);
         if tensor.is_wide() {
-            read_piece(engine.job, &engine.wide, tensor, piece)
+            read_piece(shared.job, &shared.wide, tensor, piece)
         } else {
-            read_piece(engine.job, &engine.narrow, tensor, piece)
+            read_piece(shared.job, &shared.narrow, tensor, piece)
         }
     })?;
-    let mut measures: Vec<Measure> = batch.clone().map(|i| Measure::zero(tensors[i].operands.len())).collect();
+    let mut measures: Vec<Measure> = batch.clone().map(|_| Measure::zero(shared.job.operands)).collect();
     for (piece, part) in pieces.iter().zip(parts) {
         measures[piece.tensor - batch.start].add(&part);
     }
@@ -97,11 +108,12 @@ fn read(engine: &Engine<'_>, batch: Range<usize>, needed: impl Fn(&Tensor<'_>) -
 }
 
 fn read_piece<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, piece: &Piece) -> Result<Measure> {
-    let sum = pool.with(|block, _| simd::dispatch!(read_blocks(job, tensor, piece, block)));
-    sum.map_err(|(start, len)| not_finite(tensor, start, len).into())
+    let sum = pool.with(|block, _| dispatch!(read_blocks(job, tensor, piece, block)));
+    sum.map_err(|(start, len)| tensor.not_finite(start, len).into())
 }
 
-/// Sums over the blocks of a piece; the error is the range of a block with a number that is not finite.
+/// Sums over the blocks of a piece; the error is the range (start, length) of a block with a number
+/// that is not finite.
 #[inline(always)]
 fn read_blocks<T: Number>(
     job: &Job<'_>,
@@ -120,7 +132,7 @@ fn read_blocks<T: Number>(
         }
         match tensor.rule {
             Rule::Linear(_) => {}
-            Rule::Consensus(rule) => add_magnitudes(rule, start, block, &mut sum.magnitudes),
+            Rule::SignMerge(rule) => add_magnitudes(rule, start, block, &mut sum.magnitudes),
             Rule::Fold(_) | Rule::SphericalMean(_) => {
                 tensor.claims.for_each(start, len, |j| block.clear_one(j));
                 sum.gram.accumulate(&block.operands, about_base.then_some(&block.base[..]));
@@ -133,51 +145,49 @@ fn read_blocks<T: Number>(
     Ok(sum)
 }
 
-/// The sums that a rescaled drop needs.
+/// Adds the sums of magnitudes before and after a random drop, which its rescaling needs.
 #[inline(always)]
-fn add_magnitudes<T: Number>(rule: &Consensus, start: usize, block: &mut Block<T>, sums: &mut [[f64; 2]]) {
-    let (true, Sparsify::Drop { .. }) = (rule.rescale, &rule.sparsify) else { return };
-    consensus::differences(block);
-    for ((i, values), sums) in block.operands.iter_mut().enumerate().zip(sums) {
-        sums[0] += consensus::sum_of_magnitudes(values);
-        rule.drawn(i).apply(values, start, &mut 0);
-        sums[1] += consensus::sum_of_magnitudes(values);
+fn add_magnitudes<T: Number>(rule: &SignMerge, start: usize, block: &mut Block<T>, sums: &mut [[f64; 2]]) {
+    let (true, Sparsify::Drop) = (rule.rescale, rule.sparsify) else { return };
+    sign_merge::subtract_base(&mut block.operands, &block.base);
+    for ((values, vector), sums) in block.operands.iter_mut().zip(&rule.vectors).zip(sums) {
+        sums[0] += sum_of_magnitudes(values);
+        rule.drawn(vector).apply(values, start, &mut 0);
+        sums[1] += sum_of_magnitudes(values);
     }
 }
 
-fn settle(engine: &Engine<'_>, index: usize, tensor: &Tensor<'_>, measure: &Measure) -> Result<Settled> {
-    let mut settled = combined(engine.job, tensor, measure)?;
-    let Rule::Consensus(rule) = tensor.rule else { return Ok(settled) };
-    for (i, density) in rule.densities.iter().enumerate() {
+/// The statistics of a tensor, with the filters of its task vectors.
+fn with_filters(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<TensorStats> {
+    let mut stats = combined(job, tensor, measure)?;
+    let Rule::SignMerge(rule) = tensor.rule else { return Ok(stats) };
+    for (i, vector) in rule.vectors.iter().enumerate() {
         let filter = match rule.sparsify {
-            _ if *density >= 1.0 => Filter::ALL,
-            _ if *density <= 0.0 => Filter::NONE,
-            Sparsify::Drop { .. } => {
+            _ if vector.density >= 1.0 => Filter::ALL,
+            _ if vector.density <= 0.0 => Filter::NONE,
+            Sparsify::Drop => {
                 let [before, after] = measure.magnitudes[i];
-                Filter {
-                    keep: rule.drawn(i),
-                    scale: if rule.rescale { consensus::stretch(before, after) } else { 1.0 },
-                }
+                Filter { keep: rule.drawn(vector), scale: if rule.rescale { rescaling(before, after) } else { 1.0 } }
             }
             Sparsify::Trim => {
-                let (filter, ties) = trim::trim(engine, index, i, rule, *density);
-                settled.trimmed.at_threshold += ties.at_threshold;
-                settled.trimmed.chosen += ties.chosen;
-                settled.trimmed.decided_by_position += ties.decided_by_position;
+                let (filter, ties) = trim(tensor, i, vector.density, rule.rescale);
+                stats.trimmed.at_threshold += ties.at_threshold;
+                stats.trimmed.chosen += ties.chosen;
+                stats.trimmed.decided_by_position += ties.decided_by_position;
                 filter
             }
         };
-        settled.filters.push(filter);
+        stats.filters.push(filter);
     }
-    Ok(settled)
+    Ok(stats)
 }
 
-fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<Settled> {
+fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<TensorStats> {
     if !measure.gram.is_finite() {
-        let view = tensor.operands[0];
+        let view = &tensor.operands[0].view;
         return Err(BadInput::new(view.file, "weights so large that their norm overflows").tensor(view.name).into());
     }
-    Ok(Settled {
+    Ok(TensorStats {
         combination: tensor.rule.combination(&measure.gram, job.epsilon),
         filters: Vec::new(),
         trimmed: Ties::default(),
@@ -186,7 +196,104 @@ fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<Set
     })
 }
 
-/// Elements that are not protected.
-pub fn free(tensor: &Tensor<'_>) -> u64 {
-    tensor.numel() as u64 - tensor.protected.map_or(0, count_ones)
+/// Elements of task vector `operand` that are kept, exactly as many of the largest as `density`
+/// asks for, and the ties at the cut-off.
+fn trim(tensor: &Tensor<'_>, operand: usize, density: f64, rescale: bool) -> (Filter, Ties) {
+    let free = tensor.free();
+    if free == 0 {
+        return (Filter::ALL, Ties::default());
+    }
+    // Rounded down, but at least one, as mergekit does.
+    let k = ((density * free as f64) as u64).max(1);
+    if tensor.is_wide() { cut::<f64>(tensor, operand, k, rescale) } else { cut::<f32>(tensor, operand, k, rescale) }
+}
+
+fn cut<T: Number>(tensor: &Tensor<'_>, operand: usize, k: u64, rescale: bool) -> (Filter, Ties) {
+    let source = Magnitudes::<T> { tensor, operand, spare: Mutex::new(Vec::new()) };
+    let Cut { threshold, ties } = find_cut(&source, k);
+    if threshold == T::default() {
+        // The tied elements are zero in any case.
+        return (Filter::ALL, Ties::default());
+    }
+    let split = ties.chosen < ties.at_threshold;
+    if !split && !rescale {
+        return (Filter { keep: Keep::Above { threshold: threshold.to_f64(), ties: Vec::new() }, scale: 1.0 }, ties);
+    }
+    let counts = source.counts(threshold);
+    let mut left = ties.chosen;
+    let per_chunk = counts.iter().map(|c| {
+        let kept = c.tied.min(left);
+        left -= kept;
+        kept
+    });
+    let keep =
+        Keep::Above { threshold: threshold.to_f64(), ties: if split { per_chunk.collect() } else { Vec::new() } };
+    let [before, above] = counts.iter().fold([0.0; 2], |[a, b], c| [a + c.all, b + c.above]);
+    let after = above + ties.chosen as f64 * threshold.to_f64();
+    (Filter { keep, scale: if rescale { rescaling(before, after) } else { 1.0 } }, ties)
+}
+
+/// Magnitudes of one task vector, without protected elements.
+struct Magnitudes<'a, T> {
+    tensor: &'a Tensor<'a>,
+    operand: usize,
+    /// Buffers for elements of the operand and of the base.
+    spare: Mutex<Vec<(Vec<T>, Vec<T>)>>,
+}
+
+/// Counts and sums of magnitudes of one chunk.
+struct Count {
+    /// Number of elements equal to the threshold.
+    tied: u64,
+    /// Sum over all elements.
+    all: f64,
+    /// Sum over the elements above the threshold.
+    above: f64,
+}
+
+impl<T: Number> Source<T> for Magnitudes<'_, T> {
+    fn chunks(&self) -> usize {
+        job::pieces_of(0, self.tensor.numel()).count()
+    }
+
+    fn scores(&self, i: usize, out: &mut Vec<T>) {
+        let piece = job::pieces_of(0, self.tensor.numel()).nth(i).expect("chunks are counted");
+        let taken = self.spare.lock().expect("no thread panics here").pop();
+        let (mut values, mut base) = taken.unwrap_or_default();
+        out.clear();
+        dispatch!(self.read(&piece, &mut values, &mut base, out));
+        self.spare.lock().expect("no thread panics here").push((values, base));
+    }
+}
+
+impl<T: Number> Magnitudes<'_, T> {
+    #[inline(always)]
+    fn read(&self, piece: &Piece, values: &mut Vec<T>, base: &mut Vec<T>, out: &mut Vec<T>) {
+        let tensor = self.tensor;
+        let operand = &tensor.operands[self.operand];
+        let base_view = tensor.base.as_ref().expect("task vectors have a base");
+        for (start, len) in piece.blocks() {
+            read(&operand.view, start, len, values);
+            read(base_view, start, len, base);
+            values.iter_mut().zip(&*base).for_each(|(v, b)| *v = (*v - *b).abs());
+            if let Some(bits) = operand.mask {
+                outside(bits, start, values, |_, v| *v = T::default());
+            }
+            match tensor.protected {
+                None => out.extend_from_slice(values),
+                Some(bits) => outside(bits, start, values, |_, v| out.push(*v)),
+            }
+        }
+    }
+
+    fn counts(&self, threshold: T) -> Vec<Count> {
+        let count = |scores: &mut Vec<T>, i| {
+            self.scores(i, scores);
+            let all = sum_of_magnitudes(scores);
+            let tied = scores.iter().filter(|s| **s == threshold).count() as u64;
+            scores.iter_mut().for_each(|s| *s = if *s > threshold { *s } else { T::default() });
+            Count { tied, all, above: sum_of_magnitudes(scores) }
+        };
+        (0..self.chunks()).into_par_iter().map_init(Vec::new, count).collect()
+    }
 }

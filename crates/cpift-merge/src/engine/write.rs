@@ -1,4 +1,5 @@
-//! Writing tensors: the result of every element, cast, hashed and put in its place while it is in a cache.
+//! The write pass: the result of every element, cast to the output dtype, hashed and written while
+//! it is in a cache.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,72 +9,74 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, PieceHasher};
-use cpift_core::{BadInput, CheckpointWriter, Dtype, TensorSpec, TensorView, simd};
+use cpift_core::dispatch;
+use cpift_core::format::digest::Digest;
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::{BadInput, CheckpointWriter, Dtype, TensorSpec, TensorView};
 
-use super::block::{Block, Number, not_finite};
-use super::jobs::{self, CHUNK, Piece, Pool};
-use super::measure::Settled;
-use super::{Engine, Job, Tensor};
-use crate::cli::Space;
-use crate::methods::consensus::{self, Filter};
-use crate::methods::{Rule, magnitude};
+use super::job::{self, CHUNK, Job, Piece, Pool, Shared};
+use super::measure::TensorStats;
+use super::tensor::{Block, Tensor};
+use crate::methods::region::magnitude;
+use crate::methods::sign_merge::{self, Filter, Number};
+use crate::methods::{Conflict, Rule};
+use crate::request::Space;
 
 /// A checkpoint being written and hashed.
-pub struct Output {
+pub(crate) struct Output {
     writer: CheckpointWriter,
     hasher: PieceHasher,
     index: BTreeMap<String, usize>,
-    /// Bytes written since the disk was last told to hurry.
-    fresh: AtomicU64,
+    /// Number of bytes written since the last flush began.
+    unflushed: AtomicU64,
 }
 
-/// Bytes after which the disk begins to write, so that little is left to wait for at the end.
+/// Number of bytes after which a flush begins, so that little is left to flush at the end.
 const FLUSH: u64 = 256 << 20;
 
 impl Output {
     /// Creates the files for `specs` in `folder`.
     ///
     /// # Errors
-    /// I/O errors.
+    /// A file that cannot be created.
     pub fn create(folder: &Path, specs: &[TensorSpec], shard_size: u64) -> Result<Self> {
         let index = specs.iter().enumerate().map(|(i, spec)| (spec.name.clone(), i)).collect();
         let writer = CheckpointWriter::create(folder, specs, shard_size)?;
-        Ok(Self { writer, hasher: PieceHasher::new(specs, CHUNK), index, fresh: AtomicU64::new(0) })
+        Ok(Self { writer, hasher: PieceHasher::new(specs, CHUNK), index, unflushed: AtomicU64::new(0) })
     }
 
-    /// Writes elements of a tensor from `start` on: a chunk.
+    /// Writes a chunk of a tensor, its elements from `start` on.
     fn put(&self, name: &str, start: usize, size: usize, bytes: &[u8]) -> Result<()> {
         self.hasher.add(self.index[name], start, bytes);
-        self.fresh.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.unflushed.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.writer.write(name, (start * size) as u64, bytes)
     }
 
-    /// Writes a tensor as it is.
+    /// Writes a tensor unchanged.
     ///
     /// # Errors
-    /// I/O errors.
+    /// A failed write.
     pub fn copy(&self, view: &TensorView<'_>) -> Result<()> {
         let size = view.dtype.size();
-        let pieces: Vec<Piece> = jobs::of_tensor(0, view.numel()).collect();
+        let pieces: Vec<Piece> = job::pieces_of(0, view.numel()).collect();
         let copy = |piece: &Piece| {
             let Range { start, end } = piece.elements;
             self.put(view.name, start, size, &view.bytes[start * size..end * size])
         };
-        jobs::for_each(&pieces, copy).map(drop)
+        job::for_each(&pieces, copy).map(drop)
     }
 
-    /// Runs `work` while a thread beside it keeps the disk busy with what is written.
+    /// Runs `work` while another thread flushes the bytes written so far to the disk.
     ///
     /// # Errors
-    /// Those of `work`, and of the disk.
+    /// Those of `work`, and a failed flush.
     pub fn flushed<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
             let flusher = scope.spawn(|| -> Result<()> {
                 while !done.load(Ordering::Acquire) {
-                    if self.fresh.load(Ordering::Relaxed) >= FLUSH {
-                        self.fresh.store(0, Ordering::Relaxed);
+                    if self.unflushed.load(Ordering::Relaxed) >= FLUSH {
+                        self.unflushed.store(0, Ordering::Relaxed);
                         self.writer.sync()?;
                     } else {
                         thread::sleep(Duration::from_millis(10));
@@ -82,58 +85,64 @@ impl Output {
                 Ok(())
             });
             let result = {
-                // Dropped by a panic as well, so that the thread above always ends.
-                let _ending = Ending(&done);
+                // Dropped by a panic too, so that the thread above always ends.
+                let _done = SetOnDrop(&done);
                 work()
             };
-            // The system tells of a failed write once: what this thread was told would not come up again at the end.
+            // The system reports a failed write once: an error that this thread got would not be
+            // reported again.
             let flushed = flusher.join().expect("the thread does not panic");
             result.and_then(|value| flushed.map(|()| value))
         })
     }
 
-    /// The digest of what was written, with the side files in `folder`.
+    /// Digest of the tensors written and of the side files in `folder`.
     ///
     /// # Errors
-    /// I/O errors on the side files.
+    /// A side file that cannot be read.
     pub fn finish(self, folder: &Path) -> Result<Digest> {
         self.hasher.finish(Some(folder))
     }
 }
 
-/// Says that work is done when it is dropped.
-struct Ending<'a>(&'a AtomicBool);
+/// Sets a flag when it is dropped.
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Ending<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
     }
 }
 
-/// Why a block cannot be written, and which.
+/// A block that cannot be written.
 enum Fault {
+    /// An input has a number that is not finite in the block of this start and length.
     NotFinite(usize, usize),
+    /// A result in the block of this start is out of the range of the dtype; all results of the
+    /// block.
     OutOfRange(usize, Vec<f64>),
 }
 
 /// Writes the tensors of a batch.
 ///
 /// # Errors
-/// [`BadInput`] where a number is not finite, in an input or after the cast to the output's dtype; I/O errors.
-pub fn write(engine: &Engine<'_>, batch: Range<usize>, settled: &[Settled], output: &Output) -> Result<()> {
-    let tensors = &engine.job.tensors;
-    let pieces = jobs::pieces(tensors, batch.clone());
-    jobs::for_each(&pieces, |piece| {
-        let (tensor, settled) = (&tensors[piece.tensor], &settled[piece.tensor - batch.start]);
+/// [`BadInput`] if a number is not finite, in an input or after the cast to the output's dtype; a
+/// failed write.
+pub(super) fn write(shared: &Shared<'_>, batch: Range<usize>, stats: &[TensorStats], output: &Output) -> Result<()> {
+    let tensors = &shared.job.tensors;
+    let pieces = job::pieces(tensors, batch.clone());
+    job::for_each(&pieces, |piece| {
+        let (tensor, stats) = (&tensors[piece.tensor], &stats[piece.tensor - batch.start]);
+        // This pass is the first to read a tensor that needs no measurement.
         if matches!(tensor.rule, Rule::Linear(_)) {
-            engine.hash(tensor, piece);
+            shared.hash(tensor, piece);
         }
         if tensor.is_wide() {
-            write_piece(engine.job, &engine.wide, tensor, settled, piece, output)?;
+            write_piece(shared.job, &shared.wide, tensor, stats, piece, output)?;
         } else {
-            write_piece(engine.job, &engine.narrow, tensor, settled, piece, output)?;
+            write_piece(shared.job, &shared.narrow, tensor, stats, piece, output)?;
         }
-        engine.bar.inc((piece.elements.len() * tensor.operands[0].dtype.size()) as u64);
+        shared.bar.inc((piece.elements.len() * tensor.operands[0].view.dtype.size()) as u64);
         Ok(())
     })
     .map(drop)
@@ -143,17 +152,17 @@ fn write_piece<T: Number>(
     job: &Job<'_>,
     pool: &Pool<T>,
     tensor: &Tensor<'_>,
-    settled: &Settled,
+    stats: &TensorStats,
     piece: &Piece,
     output: &Output,
 ) -> Result<()> {
     pool.with(|block, bytes| {
         let size = job.dtype.size();
         bytes.resize(piece.elements.len() * size, 0);
-        let done = simd::dispatch!(write_blocks(job, tensor, settled, piece, block, bytes));
+        let done = dispatch!(write_blocks(job, tensor, stats, piece, block, bytes));
         match done {
-            Ok(()) => output.put(tensor.operands[0].name, piece.elements.start, size, bytes),
-            Err(Fault::NotFinite(start, len)) => Err(not_finite(tensor, start, len).into()),
+            Ok(()) => output.put(tensor.operands[0].view.name, piece.elements.start, size, bytes),
+            Err(Fault::NotFinite(start, len)) => Err(tensor.not_finite(start, len).into()),
             Err(Fault::OutOfRange(start, values)) => Err(out_of_range(job.dtype, tensor, start, &values).into()),
         }
     })
@@ -163,28 +172,33 @@ fn write_piece<T: Number>(
 fn write_blocks<T: Number>(
     job: &Job<'_>,
     tensor: &Tensor<'_>,
-    settled: &Settled,
+    stats: &TensorStats,
     piece: &Piece,
     block: &mut Block<T>,
     bytes: &mut [u8],
 ) -> Result<(), Fault> {
     let (about_base, size, limit) = (job.space == Space::Delta, job.dtype.size(), T::from_f64(overflow(job.dtype)));
-    let with_base = about_base || job.base_is_separate && (tensor.protected.is_some() || !tensor.masks.is_empty());
-    let mut ties: Vec<u64> = settled.filters.iter().map(|f| f.keep.ties_in(piece.chunk)).collect();
+    let with_base = about_base || job.base_is_separate && (tensor.protected.is_some() || tensor.is_masked());
+    let mut ties: Vec<u64> = stats.filters.iter().map(|f| f.keep.ties_in(piece.chunk)).collect();
     for (start, len) in piece.blocks() {
         if !block.load(tensor, start, len, with_base) {
             return Err(Fault::NotFinite(start, len));
         }
+        block.out.resize(len, T::default());
         match tensor.rule {
-            Rule::Consensus(rule) => {
-                consensus::differences(block);
-                thin(tensor, &settled.filters, start, &mut ties, block);
-                rule.merge(&settled.filters, block);
+            Rule::SignMerge(rule) => {
+                sign_merge::subtract_base(&mut block.operands, &block.base);
+                thin(tensor, &stats.filters, start, &mut ties, block);
+                let Block { operands, base, out, sums, divisors } = &mut *block;
+                rule.merge(&stats.filters, operands, base, [&mut sums[..len], &mut divisors[..len]], out);
             }
-            _ => block.combine(&settled.combination.coefficients, len, about_base),
+            _ => {
+                let Block { operands, base, out, sums, .. } = &mut *block;
+                stats.combination.apply(operands, about_base.then_some(&base[..]), &mut sums[..len], out);
+            }
         }
-        if !tensor.claims.is_empty() {
-            transplant(job, tensor, start, len, block);
+        if let Some(conflict) = job.conflict {
+            transplant(conflict, tensor, start, len, block);
         }
         if let Some(bits) = tensor.protected {
             block.keep_backbone(bits, start);
@@ -199,7 +213,8 @@ fn write_blocks<T: Number>(
     Ok(())
 }
 
-/// Leaves of each task vector what its filter keeps; protected elements are no part of any.
+/// Sets the elements of each task vector that its filter drops to zero, and those that are
+/// protected.
 #[inline(always)]
 fn thin<T: Number>(tensor: &Tensor<'_>, filters: &[Filter], start: usize, ties: &mut [u64], block: &mut Block<T>) {
     if let Some(bits) = tensor.protected {
@@ -210,36 +225,40 @@ fn thin<T: Number>(tensor: &Tensor<'_>, filters: &[Filter], start: usize, ties: 
     }
 }
 
-/// Puts core elements in place.
-fn transplant<T: Number>(job: &Job<'_>, tensor: &Tensor<'_>, start: usize, len: usize, block: &mut Block<T>) {
+/// Puts the elements of the core regions into the result.
+fn transplant<T: Number>(conflict: Conflict, tensor: &Tensor<'_>, start: usize, len: usize, block: &mut Block<T>) {
     let Block { operands, out, .. } = block;
     let mut values = vec![0.0; operands.len() - 1];
     tensor.claims.for_each(start, len, |j| {
         values.iter_mut().zip(&operands[1..]).for_each(|(slot, v)| *slot = v[j].to_f64());
         let moved = |task: usize| {
             let base = tensor.base.as_ref().expect("core regions come with a base");
-            magnitude(&tensor.operands[task + 1], base, start + j, operands[task + 1][j].to_f64())
+            let mut origin = [0f64];
+            base.read(start + j, &mut origin);
+            let wide = [tensor.operands[task + 1].view.dtype, base.dtype].contains(&Dtype::F64);
+            magnitude(operands[task + 1][j].to_f64(), origin[0], wide)
         };
-        out[j] = T::from_f64(tensor.claims.resolve(job.conflict, start + j, &values, moved));
+        out[j] = T::from_f64(tensor.claims.resolve(conflict, start + j, &values, moved));
     });
 }
 
-/// The error for a result that the output's dtype cannot hold.
+/// The error for a result that is out of the range of the output dtype.
 fn out_of_range(dtype: Dtype, tensor: &Tensor<'_>, start: usize, values: &[f64]) -> BadInput {
     let limit = overflow(dtype);
     let at = values.iter().position(|v| v.is_nan() || v.abs() >= limit).unwrap_or(0);
     let name = dtype.torch_name().unwrap_or(dtype.name());
-    BadInput::new(tensor.operands[0].file, format!("a merged weight is out of the range of {name}"))
-        .tensor(tensor.operands[0].name)
+    let view = &tensor.operands[0].view;
+    BadInput::new(view.file, format!("a merged weight is out of the range of {name}"))
+        .tensor(view.name)
         .expected(format!("less than {limit:e}"))
         .found(format!("{:e} at element {}", values[at], start + at))
         .hint(match dtype {
             Dtype::F16 => "--dtype bf16 or f32 has a wider range",
-            _ => "the inputs' numbers are too large to be merged: check them",
+            _ => "the numbers in the inputs are too large to be merged: check them",
         })
 }
 
-/// The smallest number that a cast to `dtype` rounds to infinity.
+/// Smallest number that a cast to `dtype` rounds to infinity.
 fn overflow(dtype: Dtype) -> f64 {
     let half_ulp_over = |max_exponent: i32, bits: i32| (2.0 - 0.5f64.powi(bits)) * 2f64.powi(max_exponent);
     match dtype {
@@ -253,7 +272,7 @@ fn overflow(dtype: Dtype) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cpift_core::checkpoint::Float;
+    use cpift_core::format::dtype::Float;
 
     #[test]
     fn overflow_is_where_the_cast_gives_infinity() {

@@ -1,37 +1,38 @@
-//! The arithmetic of the methods: what becomes of one tensor, given its elements in every input.
+//! Arithmetic of the methods on slices: the result of one tensor, given its elements in every
+//! input.
 
-pub mod consensus;
-mod region;
+pub(crate) mod region;
+pub(crate) mod sign_merge;
 pub mod sphere;
 
-pub use consensus::{Consensus, Filter, Sparsify};
-pub use region::{Claims, Conflict, magnitude};
+pub(crate) use region::{Claims, Conflict};
+pub(crate) use sign_merge::SignMerge;
 
 use sphere::{Combination, Gram};
 
-/// How one tensor is merged.
+/// Operation that merges one tensor, with its settings.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Rule {
-    /// A combination with these coefficients.
+pub(crate) enum Rule {
+    /// Linear combination with these coefficients.
     Linear(Vec<f64>),
-    /// SLERP of operand after operand into the first, each with its ω.
+    /// SLERP of operand after operand into the first, each with its weight ω.
     Fold(Vec<f64>),
-    /// The mean on the sphere, weights summing to 1.
+    /// Spherical mean; the weights sum to 1.
     SphericalMean(Vec<f64>),
-    /// Task vectors thinned out, and summed where they agree on a sign.
-    Consensus(Consensus),
+    /// TIES or DARE.
+    SignMerge(SignMerge),
 }
 
 impl Rule {
-    /// Whether its coefficients follow from angles.
+    /// Returns true if the coefficients follow from angles.
     pub fn has_angles(&self) -> bool {
         matches!(self, Self::Fold(_) | Self::SphericalMean(_))
     }
 
-    /// Its settings, for people.
+    /// Settings as text, for reports.
     pub fn describe(&self) -> String {
         let list = |numbers: &[f64]| {
-            // Ten digits: a weight of 1/3 need not be read to its last one.
+            // Ten digits, so that a weight of 1/3 stays readable.
             let shown = numbers.iter().map(|x| ((x * 1e10).round() / 1e10).to_string());
             shown.collect::<Vec<String>>().join(", ")
         };
@@ -40,22 +41,22 @@ impl Rule {
             Self::Fold(omegas) if omegas.len() == 1 => format!("t {}", list(omegas)),
             Self::Fold(omegas) => format!("ω {}", list(omegas)),
             Self::SphericalMean(weights) => format!("weights {}", list(weights)),
-            Self::Consensus(rule) => format!(
-                "weights {}; densities {}; λ {}",
-                list(&rule.weights),
-                list(&rule.densities),
-                list(&[rule.lambda])
-            ),
+            Self::SignMerge(rule) => {
+                let weights: Vec<f64> = rule.vectors.iter().map(|v| v.weight).collect();
+                let densities: Vec<f64> = rule.vectors.iter().map(|v| v.density).collect();
+                format!("weights {}; densities {}; λ {}", list(&weights), list(&densities), list(&[rule.lambda]))
+            }
         }
     }
 
-    /// The combination that the inner products of the operands lead to; empty for a consensus.
+    /// The combination that follows from the inner products of the operands; empty for TIES and
+    /// DARE.
     pub fn combination(&self, gram: &Gram, epsilon: f64) -> Combination {
         match self {
             Self::Linear(coefficients) => Combination { coefficients: coefficients.clone(), steps: Vec::new() },
             Self::Fold(omegas) => sphere::fold(gram, omegas, epsilon),
             Self::SphericalMean(weights) => sphere::spherical_mean(gram, weights, epsilon),
-            Self::Consensus(_) => Combination { coefficients: Vec::new(), steps: Vec::new() },
+            Self::SignMerge(_) => Combination { coefficients: Vec::new(), steps: Vec::new() },
         }
     }
 }

@@ -1,39 +1,72 @@
-//! Core regions while streaming: which elements belong to one, to whom, and what value an element of several gets.
+//! Regions of a tensor as packed bits (bit b of byte a is element 8a + b): visiting their elements,
+//! the core regions of all tasks, and the value of an element that belongs to several.
 
-use cpift_core::TensorView;
-use cpift_core::mask::bit;
+use cpift_core::format::mask::bit;
 
-/// What an element that is core to several tasks becomes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Conflict {
-    /// The value of the last task in the order of groups.json
+/// Calls `each` with position and value of every element whose bit is set; `values[0]` is element
+/// `start`, a multiple of 8.
+pub(crate) fn inside<T>(bits: &[u8], start: usize, values: &mut [T], each: impl FnMut(usize, &mut T)) {
+    by_bit(bits, start, values, 0, each);
+}
+
+/// Calls `each` with position and value of every element whose bit is not set; otherwise as
+/// [`inside`].
+pub(crate) fn outside<T>(bits: &[u8], start: usize, values: &mut [T], each: impl FnMut(usize, &mut T)) {
+    by_bit(bits, start, values, 0xFF, each);
+}
+
+fn by_bit<T>(bits: &[u8], start: usize, values: &mut [T], flip: u8, mut each: impl FnMut(usize, &mut T)) {
+    debug_assert_eq!(start % 8, 0);
+    for (a, (byte, eight)) in bits[start / 8..].iter().zip(values.chunks_mut(8)).enumerate() {
+        let byte = byte ^ flip;
+        if byte != 0 {
+            eight.iter_mut().enumerate().filter(|(b, _)| byte >> b & 1 == 1).for_each(|(b, v)| each(8 * a + b, v));
+        }
+    }
+}
+
+/// Value of an element that is core to several tasks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Conflict {
+    /// Value of the last task in the order of groups.json.
     Last,
-    /// The value of the first task in the order of groups.json
+    /// Value of the first task in the order of groups.json.
     First,
-    /// The value of the task that moved it most from --base; of equals the first
+    /// Value of the task that moved it most from the base; of equals the first.
     MaxDelta,
-    /// The mean of the values of the tasks that claim it
+    /// Mean of the values of the tasks that claim it.
     Mean,
 }
 
-/// The core regions of all tasks in one tensor: packed bits per task, in the order of groups.json.
+impl Conflict {
+    /// All rules, in the order of help texts.
+    pub const ALL: [Self; 4] = [Self::Last, Self::First, Self::MaxDelta, Self::Mean];
+
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Last => "last",
+            Self::First => "first",
+            Self::MaxDelta => "max-delta",
+            Self::Mean => "mean",
+        }
+    }
+}
+
+/// Core regions of all tasks in one tensor: packed bits per task, in the order of groups.json.
 #[derive(Clone, Default)]
-pub struct Claims<'a> {
+pub(crate) struct Claims<'a> {
     bits: Vec<&'a [u8]>,
 }
 
 impl<'a> Claims<'a> {
-    /// From the packed bits of each task.
+    /// Core regions with these packed bits, one slice per task.
     pub fn new(bits: Vec<&'a [u8]>) -> Self {
         Self { bits }
     }
 
-    /// Whether there are no tasks.
-    pub fn is_empty(&self) -> bool {
-        self.bits.is_empty()
-    }
-
-    /// Numbers of elements in `start..start + len` that are core to at least one task, and to at least two.
+    /// Number of elements in `start..start + len` that are core to at least one task, and number of
+    /// those that are core to at least two.
     ///
     /// `start` is a multiple of 8.
     pub fn count(&self, start: usize, len: usize) -> (u64, u64) {
@@ -42,14 +75,16 @@ impl<'a> Claims<'a> {
         })
     }
 
-    /// Calls `each` with the position, counted from `start`, of every core element in `start..start + len`, in order.
+    /// Calls `each` with the position, counted from `start`, of every core element in `start..start
+    /// + len`, in order.
     pub fn for_each(&self, start: usize, len: usize, mut each: impl FnMut(usize)) {
         for (a, any, _) in self.bytes(start, len).filter(|(_, any, _)| *any != 0) {
             (0..8).filter(|b| any >> b & 1 == 1).for_each(|b| each(8 * a + b));
         }
     }
 
-    /// Per byte of the range: its number, the elements some task claims and those several claim.
+    /// For each byte of the range its index, the elements that some task claims and those that
+    /// several claim.
     fn bytes(&self, start: usize, len: usize) -> impl Iterator<Item = (usize, u8, u8)> {
         debug_assert_eq!(start % 8, 0);
         let first = start / 8;
@@ -63,7 +98,8 @@ impl<'a> Claims<'a> {
         })
     }
 
-    /// The value of a core element: `values[i]` is that of task i, `index` its place in the tensor.
+    /// Value of the core element at `index` of the tensor; `values[i]` is the value in task i, and
+    /// `moved` gives a task's distance from the base.
     pub fn resolve(&self, rule: Conflict, index: usize, values: &[f64], moved: impl Fn(usize) -> f64) -> f64 {
         let mut claimants = (0..self.bits.len()).filter(|&i| bit(self.bits[i], index));
         let first = claimants.next().expect("a core element is claimed by a task");
@@ -87,12 +123,10 @@ impl<'a> Claims<'a> {
     }
 }
 
-/// |θ⁽ⁱ⁾ − θ⁽⁰⁾| of one element as the mask stage ranks it: in f32, or in f64 where an input is F64.
-pub fn magnitude(task: &TensorView<'_>, base: &TensorView<'_>, index: usize, value: f64) -> f64 {
-    let mut origin = [0f64];
-    base.read(index, &mut origin);
-    let delta = (value - origin[0]).abs();
-    let wide = [task.dtype, base.dtype].contains(&cpift_core::Dtype::F64);
+/// |θ⁽ⁱ⁾ − θ⁽⁰⁾| of one element as the mask stage ranks it: in f32, or in f64 if an input is F64
+/// (`wide`).
+pub(crate) fn magnitude(value: f64, base: f64, wide: bool) -> f64 {
+    let delta = (value - base).abs();
     // Rounding the f64 difference of two f32 values gives exactly their f32 difference.
     if wide { delta } else { f64::from(delta as f32) }
 }

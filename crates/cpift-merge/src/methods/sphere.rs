@@ -1,26 +1,29 @@
-//! The maths of spherical interpolation, done on inner products: angles, branches and the coefficients that follow.
+//! Spherical interpolation computed from inner products: angles, branches, and the linear
+//! combination that follows.
 
 use std::f64::consts::PI;
 
-use cpift_core::checkpoint::Float;
+use cpift_core::format::dtype::Float;
 
-/// cos ε of the default ε: below this angle two tensors count as collinear.
+/// Cosine of the default ε; below this angle two tensors count as collinear.
 pub const COLLINEAR_COSINE: f64 = 0.9995;
 
-/// Smallest ε in effect, in radians: `acos` of a rounded cosine cannot tell smaller angles from zero.
+/// Smallest ε in effect, in radians: `acos` of a rounded cosine cannot tell smaller angles from
+/// zero.
 const SMALLEST_EPSILON: f64 = 1e-7;
 
-/// A squared norm below this share of the terms it is the sum of has been cancelled down to rounding errors.
+/// A squared norm below this share of the terms it is the sum of has been cancelled down to
+/// rounding errors.
 const CANCELLED: f64 = 64.0 * f64::EPSILON;
 
-/// How two tensors were interpolated.
+/// Form of interpolation between two tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Branch {
     /// On the sphere.
     Slerp,
     /// Linear, because the angle is below ε.
     Collinear,
-    /// Linear, because the angle is within ε of π and the great circle is not defined.
+    /// Linear, because the angle is within ε of π, where the great circle is undefined.
     Opposite,
     /// Linear, because a norm is zero and there is no angle.
     Zero,
@@ -30,7 +33,7 @@ impl Branch {
     /// All branches, in the order of reports.
     pub const ALL: [Self; 4] = [Self::Slerp, Self::Collinear, Self::Opposite, Self::Zero];
 
-    /// The name in reports.
+    /// Name in reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Slerp => "slerp",
@@ -41,7 +44,7 @@ impl Branch {
     }
 }
 
-/// The inner products of k vectors with one another, [k × k], symmetric.
+/// Inner products of k vectors with one another, [k × k], symmetric.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gram {
     k: usize,
@@ -54,7 +57,7 @@ impl Gram {
         Self { k, entries: vec![0.0; k * k] }
     }
 
-    /// Of whole vectors of one length.
+    /// Inner products of whole vectors of one length.
     pub fn of(vectors: &[Vec<f64>]) -> Self {
         let mut gram = Self::zero(vectors.len());
         gram.accumulate(vectors, None);
@@ -70,7 +73,8 @@ impl Gram {
         }
         for i in 0..self.k {
             for j in 0..i {
-                // Three products in one reading of two vectors, of which the two squares count once.
+                // Three products in one reading of two vectors, of which the two squares count
+                // once.
                 let [xx, xy, yy] = match base {
                     None => products(&pieces[i], &pieces[j], |x, _| x, &pieces[i]),
                     Some(base) => products(&pieces[i], &pieces[j], |x, b| x - b, base),
@@ -97,7 +101,7 @@ impl Gram {
         self.k
     }
 
-    /// Whether it is of no vectors at all.
+    /// Returns true if there are no vectors.
     pub fn is_empty(&self) -> bool {
         self.k == 0
     }
@@ -107,7 +111,7 @@ impl Gram {
         self.entries[i * self.k + j]
     }
 
-    /// Whether no product overflowed.
+    /// Returns true if no product overflowed.
     pub fn is_finite(&self) -> bool {
         self.entries.iter().all(|x| x.is_finite())
     }
@@ -117,7 +121,7 @@ impl Gram {
         (0..self.k).map(|j| self.get(i, j) * c[j]).sum()
     }
 
-    /// Norm of the combination `c`; zero where the terms cancel down to their rounding errors.
+    /// Norm of the combination `c`; zero if the terms cancel down to their rounding errors.
     fn norm(&self, c: &[f64]) -> f64 {
         let (mut sum, mut size) = (0.0, 0.0);
         for i in 0..self.k {
@@ -131,10 +135,12 @@ impl Gram {
     }
 }
 
-/// Running sums of an inner product: their number and order never depend on the machine or the number of threads.
+/// Running sums of an inner product: their number and order never depend on the machine or the
+/// number of threads.
 const LANES: usize = 16;
 
-/// x·x, x·y and y·y, with every element first changed by the one of `base` in its place.
+/// x·x, x·y and y·y, after `about` has combined every element with that of `base` at the same
+/// position.
 #[inline(always)]
 fn products<T: Float>(x: &[T], y: &[T], about: impl Fn(f64, f64) -> f64, base: &[T]) -> [f64; 3] {
     let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
@@ -156,22 +162,54 @@ fn products<T: Float>(x: &[T], y: &[T], about: impl Fn(f64, f64) -> f64, base: &
     sums
 }
 
-/// A linear combination of vectors and how it was arrived at.
+/// A linear combination of vectors, with the interpolations that led to it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Combination {
-    /// One factor for each vector.
+    /// One factor per vector.
     pub coefficients: Vec<f64>,
-    /// What was done for each task folded in; one entry for a spherical mean.
+    /// One entry per task folded in; one for a spherical mean.
     pub steps: Vec<Step>,
 }
 
 /// One interpolation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// How it was done.
+    /// Form of the interpolation.
     pub branch: Branch,
-    /// The angle in radians, where there is one.
+    /// Angle in radians; `None` if a norm is zero.
     pub angle: Option<f64>,
+}
+
+impl Combination {
+    /// Writes Σ cᵢ vᵢ to `out`, or base + Σ cᵢ (vᵢ − base) if there is a base. `sums` is working
+    /// space; all slices are as long as `out`.
+    #[inline(always)]
+    pub(crate) fn apply<T: Float>(&self, vectors: &[Vec<T>], base: Option<&[T]>, sums: &mut [f64], out: &mut [T]) {
+        if let ([a, b], None) = (&self.coefficients[..], base)
+            && *a != 0.0
+            && *b != 0.0
+        {
+            let pairs = vectors[0].iter().zip(&vectors[1]);
+            out.iter_mut().zip(pairs).for_each(|(o, (x, y))| *o = T::from_f64(a * x.to_f64() + b * y.to_f64()));
+            return;
+        }
+        // Sums begin at −0.0 and terms with coefficient zero are left out, so that a −0.0 is
+        // preserved.
+        sums.fill(-0.0);
+        for (c, values) in self.coefficients.iter().zip(vectors).filter(|(c, _)| **c != 0.0) {
+            match base {
+                Some(base) => {
+                    let pairs = values.iter().zip(base);
+                    sums.iter_mut().zip(pairs).for_each(|(s, (v, b))| *s += c * (v.to_f64() - b.to_f64()));
+                }
+                None => sums.iter_mut().zip(values).for_each(|(s, v)| *s += c * v.to_f64()),
+            }
+        }
+        if let Some(base) = base {
+            sums.iter_mut().zip(base).for_each(|(s, b)| *s += b.to_f64());
+        }
+        out.iter_mut().zip(&*sums).for_each(|(o, s)| *o = T::from_f64(*s));
+    }
 }
 
 /// Folds vectors 1.. into vector 0 one after another, vector i with weight `omegas[i - 1]`.
@@ -208,7 +246,7 @@ impl Step {
         Self { branch, angle: Some(angle) }
     }
 
-    /// Factors of what is there and of what comes in with weight `omega`.
+    /// Factors of the vector so far and of the one folded in with weight `omega`.
     fn factors(self, omega: f64) -> (f64, f64) {
         match (self.branch, self.angle) {
             (Branch::Slerp, Some(angle)) => {
@@ -219,10 +257,11 @@ impl Step {
     }
 }
 
-/// The mean of all vectors on the sphere (Karcher mean of their directions), times the mean of their norms; `weights`
-/// sum to 1.
+/// The mean of all vectors on the sphere (Karcher mean of their directions), times the mean of
+/// their norms; `weights` sum to 1.
 ///
-/// A zero vector has no direction and counts in the mean norm only. The step's angle is the largest between any two.
+/// A zero vector has no direction and counts in the mean norm only. The angle of the step is the
+/// largest between any two.
 pub fn spherical_mean(gram: &Gram, weights: &[f64], epsilon: f64) -> Combination {
     let norms: Vec<f64> = (0..gram.len()).map(|i| gram.get(i, i).sqrt()).collect();
     let step = widest(gram, &norms, epsilon);
@@ -238,7 +277,7 @@ pub fn spherical_mean(gram: &Gram, weights: &[f64], epsilon: f64) -> Combination
     Combination { coefficients: mean.iter().map(|c| c * scale).collect(), steps: vec![step] }
 }
 
-/// The step between the two vectors that lie farthest apart.
+/// Step between the two vectors that are farthest apart.
 fn widest(gram: &Gram, norms: &[f64], epsilon: f64) -> Step {
     let mut widest = Step { branch: Branch::Zero, angle: None };
     for i in 0..gram.len() {
@@ -252,7 +291,8 @@ fn widest(gram: &Gram, norms: &[f64], epsilon: f64) -> Step {
     widest
 }
 
-/// Coefficients of the unit vector that is the mean of the directions; `None` where the mean is not defined.
+/// Coefficients of the unit vector that is the mean of the directions; `None` if the mean is
+/// undefined.
 fn karcher(gram: &Gram, norms: &[f64], weights: &[f64]) -> Option<Vec<f64>> {
     let with_direction = |i: &usize| norms[*i] > 0.0;
     let mut mean: Vec<f64> =
@@ -264,7 +304,8 @@ fn karcher(gram: &Gram, norms: &[f64], weights: &[f64]) -> Option<Vec<f64>> {
         for i in (0..gram.len()).filter(with_direction) {
             let cos = (gram.with(i, &mean) / norms[i]).clamp(-1.0, 1.0);
             let sin = ((1.0 - cos) * (1.0 + cos)).sqrt();
-            // The direction's logarithm at the mean: its tangent part, stretched to the length of the angle.
+            // The direction's logarithm at the mean: its tangent part, stretched to the length of
+            // the angle.
             let stretch = if sin > 1e-12 { sin.atan2(cos) / sin } else { 1.0 };
             let weight = weights[i] / total * stretch;
             step.iter_mut().zip(&mean).for_each(|(s, m)| *s -= weight * cos * m);

@@ -1,69 +1,71 @@
-//! The checkpoints a merge reads, and what they must have in common before any work begins.
+//! Input checkpoints of a merge, and the checks that they are checkpoints of one model.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
-use cpift_core::checkpoint::rope::RopeSettings;
-use cpift_core::checkpoint::{Digest, Excluded, TensorKind, check_same_parameters, read_config};
 use cpift_core::error::usage;
-use cpift_core::provenance::Provenance;
+use cpift_core::format::checkpoint::{Excluded, check_same_parameters, read_config};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::json;
+use cpift_core::format::names::TensorKind;
+use cpift_core::format::rope::RopeSettings;
+use cpift_core::record::provenance::Provenance;
 use cpift_core::{BadInput, Checkpoint, Dtype};
 use serde_json::Value;
 
-use super::tokens;
-
-/// The output embedding.
+/// Name of the output embedding.
 const HEAD: &str = "lm_head.weight";
 
-/// One input checkpoint: a Hugging Face folder.
-pub struct Source {
-    /// What it is to the merge, such as `base` or `task:gsm8k`.
+/// One input checkpoint, a Hugging Face directory.
+pub(crate) struct Source {
+    /// Role in the merge, such as `base` or `task:gsm8k`.
     pub role: String,
-    /// The mapped tensors.
+    /// Mapped tensors.
     pub checkpoint: Checkpoint,
-    /// Its config.json.
+    /// Content of config.json.
     pub config: Value,
     digest: OnceLock<Digest>,
 }
 
 impl Source {
-    /// Opens the folder at `path`.
+    /// Opens the checkpoint at `path`.
     ///
     /// # Errors
-    /// [`BadInput`] when it is not a sound Hugging Face folder.
+    /// [`BadInput`] if it is not a Hugging Face directory of floating-point tensors.
     pub fn open(role: impl Into<String>, path: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         if checkpoint.folder().is_none() {
             return Err(BadInput::new(path, "is a bare file")
-                .expected("a Hugging Face folder with config.json and weights")
+                .expected("a Hugging Face directory with config.json and weights")
                 .into());
         }
         let config = read_config(path)?;
         if config.get("quantization_config").is_some_and(|q| !q.is_null()) {
             return Err(BadInput::new(path, "is quantised (config.json has a quantization_config)")
-                .hint("merge the floating-point checkpoint it was made from")
+                .hint("merge the floating-point checkpoint that was quantised")
                 .into());
         }
         Ok(Self { role: role.into(), checkpoint, config, digest: OnceLock::new() })
     }
 
-    /// Its content digest, where it is recorded in a cpift.json that still holds or has been computed.
+    /// Digest of its content, if it has been computed or is recorded in a cpift.json whose sizes
+    /// and mtimes still match.
     pub fn known_digest(&self) -> Option<&Digest> {
         if self.digest.get().is_none()
             && let Some(record) = Provenance::recorded_digest(self.path())
             && record.holds_for(self.path())
         {
-            self.tell_digest(record.blake3);
+            self.set_digest(record.blake3);
         }
         self.digest.get()
     }
 
-    /// Its content digest; where it is not known, all of it is read.
+    /// Digest of its content; the whole checkpoint is read if the digest is not known.
     ///
     /// # Errors
-    /// I/O errors on the side files.
+    /// A side file that cannot be read.
     pub fn digest(&self) -> Result<&Digest> {
         if let Some(known) = self.known_digest() {
             return Ok(known);
@@ -72,12 +74,12 @@ impl Source {
         Ok(self.digest.get_or_init(|| digest))
     }
 
-    /// Takes over a digest computed while the checkpoint was read.
-    pub fn tell_digest(&self, digest: Digest) {
+    /// Stores a digest that was computed while the checkpoint was read.
+    pub fn set_digest(&self, digest: Digest) {
         let _ = self.digest.set(digest);
     }
 
-    /// The folder as it was given.
+    /// Path of the directory, as given.
     pub fn path(&self) -> &Path {
         self.checkpoint.path()
     }
@@ -87,13 +89,14 @@ impl Source {
     }
 }
 
-/// Gives the tied ones among `sources` an output embedding, the values of their input embedding, where others have one of their own.
-pub fn share_head(sources: &mut [&mut Source]) {
+/// Unties the sources with a tied output embedding if others have one of their own: theirs gets the
+/// values of the input embedding.
+pub(crate) fn share_head(sources: &mut [&mut Source]) {
     let Some(own) = sources.iter().find(|s| !s.checkpoint.tied() && s.checkpoint.get(HEAD).is_some()) else { return };
     let own = own.path().to_owned();
     for source in sources.iter_mut().filter(|source| source.checkpoint.tied()) {
         log::warn!(
-            "{}: {HEAD} is the input embedding, and a parameter of its own in {}: both are merged, and the output has one of its own",
+            "{}: {HEAD} is the input embedding, but a parameter of its own in {}: both are merged, and the output has one of its own",
             source.path().display(),
             own.display()
         );
@@ -101,11 +104,12 @@ pub fn share_head(sources: &mut [&mut Source]) {
     }
 }
 
-/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying, vocabulary, parameters and shapes.
+/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying,
+/// vocabulary, parameters and shapes. Warns about settings and tokenizers that differ.
 ///
 /// # Errors
 /// [`BadInput`] that names the first difference.
-pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
+pub(crate) fn check_compatible(first: &Source, other: &Source) -> Result<()> {
     let differs = |key: &str, expected: &Value, found: &Value, hint: &str| {
         BadInput::new(other.config_path(), format!("{key} differs from {}", first.config_path().display()))
             .expected(expected.to_string())
@@ -118,7 +122,7 @@ pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
             return Err(differs(key, expected, found, "only checkpoints of one architecture can be merged").into());
         }
     }
-    // What the shapes of the tensors do not tell.
+    // Settings that the shapes of the tensors do not determine.
     for key in ["num_hidden_layers", "num_attention_heads", "num_key_value_heads"] {
         if let (Some(expected), Some(found)) = (first.config.get(key), other.config.get(key))
             && expected != found
@@ -128,19 +132,18 @@ pub fn check_alike(first: &Source, other: &Source) -> Result<()> {
     }
     let (expected, found) = (first.checkpoint.tied(), other.checkpoint.tied());
     if expected != found {
-        let hint =
-            "one config.json asks for an output embedding of its own that its weights do not have: save both alike";
+        let hint = "one config.json asks for an output embedding of its own that its weights do not have: save both models alike";
         return Err(differs("tie_word_embeddings", &expected.into(), &found.into(), hint).into());
     }
     check_vocabulary(first, other)?;
     check_same_parameters(&first.checkpoint, &other.checkpoint)?;
     check_same_integers(first, other)?;
     warn_of_settings(first, other);
-    tokens::warn_of_differences(first.path(), other.path());
+    warn_of_tokens(first.path(), other.path());
     Ok(())
 }
 
-/// Integer tensors are copied from the first model, so the others must have the same.
+/// Refuses integer tensors that differ; they are copied from the first model.
 fn check_same_integers(first: &Source, other: &Source) -> Result<()> {
     let integers = |source: &'_ Source| {
         let all = source.checkpoint.not_parameters().filter(|(_, why)| *why == Excluded::NotFloat);
@@ -157,14 +160,15 @@ fn check_same_integers(first: &Source, other: &Source) -> Result<()> {
                 format!("an integer tensor differs from {}", first.path().display()),
             )
             .tensor(name)
-            .hint("integers cannot be merged: take checkpoints in floating point")
+            .hint("integers cannot be merged: use floating-point checkpoints")
             .into());
         }
     }
     Ok(())
 }
 
-/// Tells of settings that change what the weights mean and are not the same; the output takes the first model's.
+/// Warns about differing settings that change what the weights mean; the output takes those of the
+/// first model.
 fn warn_of_settings(first: &Source, other: &Source) {
     for key in ["rms_norm_eps", "hidden_act", "head_dim", "sliding_window"] {
         let (ours, theirs) = (&first.config[key], &other.config[key]);
@@ -172,13 +176,13 @@ fn warn_of_settings(first: &Source, other: &Source) {
             warn_of_setting(first, other, key, ours, theirs);
         }
     }
-    // By meaning: versions of transformers spell one and the same differently.
+    // Compared by meaning, because versions of transformers spell the same settings differently.
     let rope = |source: &Source| RopeSettings::read(&source.config_path(), &source.config, POSITIONS).ok();
     let alike = |key: &str| first.config[key] == other.config[key];
     let keys = ["rope_theta", "rope_scaling", "rope_parameters"];
     let same = match (rope(first), rope(other)) {
         (Some(ours), Some(theirs)) => ours.same_as(&theirs),
-        // Settings of architectures that this program does not train.
+        // Settings of architectures that the pipeline does not train.
         _ => keys.iter().all(|key| alike(key)),
     };
     for key in keys.into_iter().filter(|key| !same && !alike(key)) {
@@ -186,7 +190,8 @@ fn warn_of_settings(first: &Source, other: &Source) {
     }
 }
 
-/// A context for configs without `max_position_embeddings`: the same for both that are compared.
+/// Context length for configs without `max_position_embeddings`, the same for both that are
+/// compared.
 const POSITIONS: f64 = 2048.0;
 
 fn warn_of_setting(first: &Source, other: &Source, key: &str, ours: &Value, theirs: &Value) {
@@ -197,7 +202,60 @@ fn warn_of_setting(first: &Source, other: &Source, key: &str, ours: &Value, thei
     );
 }
 
-/// Refuses embeddings of another number of tokens, the usual difference between fine-tunes of one base.
+/// Warns if two directories have different tokens at the same id, naming the first. A merge mixes
+/// rows of the embeddings, so that equal ids must mean equal tokens.
+fn warn_of_tokens(first: &Path, other: &Path) {
+    let (Some(ours), Some(theirs)) = (tokens(first), tokens(other)) else { return };
+    let ids = ours.keys().chain(theirs.keys().filter(|id| !ours.contains_key(id)));
+    let mut different: Vec<u64> = ids.filter(|id| ours.get(id) != theirs.get(id)).copied().collect();
+    different.sort_unstable();
+    let Some(id) = different.first() else { return };
+    let shown = |tokens: &BTreeMap<u64, String>| tokens.get(id).map_or("no token".to_owned(), |t| format!("{t:?}"));
+    log::warn!(
+        "{}: {} ids stand for other tokens than in {}: id {id} is {}, and {} there; their rows of the embeddings are merged anyway",
+        other.display(),
+        different.len(),
+        first.display(),
+        shown(&theirs),
+        shown(&ours)
+    );
+}
+
+/// Tokens by id: those of tokenizer.json, then those added by tokenizer_config.json. `None` if
+/// there is no readable tokenizer.
+fn tokens(folder: &Path) -> Option<BTreeMap<u64, String>> {
+    let file: Value = json::read(&folder.join("tokenizer.json")).ok()?;
+    let mut tokens = BTreeMap::new();
+    match file.pointer("/model/vocab")? {
+        Value::Object(vocab) => {
+            tokens.extend(vocab.iter().filter_map(|(token, id)| Some((id.as_u64()?, token.clone()))));
+        }
+        // The vocabulary of a unigram model is a list of tokens with scores.
+        Value::Array(vocab) => {
+            let token = |entry: &Value| Some(entry.get(0)?.as_str()?.to_owned());
+            tokens.extend((0..).zip(vocab).filter_map(|(id, entry)| Some((id, token(entry)?))));
+        }
+        _ => return None,
+    }
+    for token in file.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
+        if let (Some(id), Some(content)) =
+            (token.get("id").and_then(Value::as_u64), token.get("content").and_then(Value::as_str))
+        {
+            tokens.insert(id, content.to_owned());
+        }
+    }
+    let config: Option<Value> = json::read(&folder.join("tokenizer_config.json")).ok();
+    let decoder = config.as_ref().and_then(|config| config.get("added_tokens_decoder")?.as_object());
+    for (id, token) in decoder.into_iter().flatten() {
+        if let (Ok(id), Some(content)) = (id.parse(), token.get("content").and_then(Value::as_str)) {
+            tokens.insert(id, content.to_owned());
+        }
+    }
+    Some(tokens)
+}
+
+/// Refuses embeddings with different numbers of tokens, a common difference between fine-tunes of
+/// one base.
 fn check_vocabulary(first: &Source, other: &Source) -> Result<()> {
     for view in first.checkpoint.parameters().filter(|view| TensorKind::Embeddings.matches(view.name)) {
         let Some(found) = other.checkpoint.get(view.name) else { continue };
@@ -211,8 +269,8 @@ fn check_vocabulary(first: &Source, other: &Source) -> Result<()> {
                 .expected(format!("{tokens} tokens"))
                 .found(format!("{other_tokens} tokens"))
                 .hint(format!(
-                    "bring both to one tokenizer first: resize_token_embeddings({small}) of transformers drops what \
-                     was added, resize_token_embeddings({large}) makes room"
+                    "bring both to one tokenizer first: resize_token_embeddings({small}) of transformers drops the added \
+                     tokens, resize_token_embeddings({large}) adds rows for them"
                 ))
                 .into());
         }
@@ -220,11 +278,11 @@ fn check_vocabulary(first: &Source, other: &Source) -> Result<()> {
     Ok(())
 }
 
-/// The dtype that all parameters of all `sources` have.
+/// Dtype of all parameters of all `sources`.
 ///
 /// # Errors
 /// [`BadInput`] that names the first parameter of another dtype.
-pub fn common_dtype<'a>(sources: impl Iterator<Item = &'a Source>) -> Result<Dtype> {
+pub(crate) fn common_dtype<'a>(sources: impl Iterator<Item = &'a Source>) -> Result<Dtype> {
     let mut common: Option<(Dtype, &Path)> = None;
     for view in sources.flat_map(|s| s.checkpoint.parameters()) {
         let (dtype, file) = *common.get_or_insert((view.dtype, view.file));
@@ -233,9 +291,9 @@ pub fn common_dtype<'a>(sources: impl Iterator<Item = &'a Source>) -> Result<Dty
                 .tensor(view.name)
                 .expected(format!("{dtype}, as in {}", file.display()))
                 .found(view.dtype.name())
-                .hint("--dtype f32, bf16, f16 or f64 says which the output shall have")
+                .hint("--dtype f32, bf16, f16 or f64 sets the dtype of the output")
                 .into());
         }
     }
-    common.map(|c| c.0).ok_or_else(|| usage("the inputs hold no parameters to merge"))
+    common.map(|c| c.0).ok_or_else(|| usage("the inputs have no parameters to merge"))
 }

@@ -1,147 +1,336 @@
-//! What a merge will do, checked and resolved before any work or any output starts.
+//! A merge checked and resolved, complete before any work or output starts, from a request for one
+//! of the plain methods or for `cpi`.
 
-pub(crate) mod cpi;
 mod inputs;
 mod output;
-mod plain;
-mod shard_size;
-mod tokens;
+mod rules;
 
-pub use cpi::plan_cpi;
-pub use inputs::Source;
-pub use output::{Destination, check_space};
-pub use plain::plan;
-pub use shard_size::parse_shard_size;
+pub(crate) use inputs::Source;
+pub(crate) use output::{Destination, check_space};
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use cpift_core::checkpoint::{Digest, Excluded};
-use cpift_core::error::usage;
-use cpift_core::{Mask, TensorSpec, TensorView};
+use cpift_core::format::checkpoint::Excluded;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::Groups;
+use cpift_core::format::mask;
+use cpift_core::record::provenance::check_made_from;
+use cpift_core::run::cli::{self, Named};
+use cpift_core::{BadInput, Mask, TensorSpec, TensorView, files};
 
-use crate::cli::Space;
-use crate::engine::{Job, Tensor};
-use crate::methods::{Claims, Conflict, Rule};
+use crate::methods::sphere::COLLINEAR_COSINE;
+use crate::methods::{Conflict, Rule};
+use crate::request::{CpiRequest, ModelRequest, OutputRequest, Request, Space, TaskWeights};
+use inputs::{check_compatible, share_head};
 
 /// A merge ready to run.
-pub struct Plan {
-    /// The command, such as `cpi` or `slerp`.
+pub(crate) struct Plan {
+    /// Name of the method, such as `cpi` or `slerp`.
     pub method: &'static str,
     /// θ⁽⁰⁾, for methods that have one.
     pub base: Option<Arc<Source>>,
-    /// What is combined; for `cpi` the backbone comes first.
-    pub operands: Vec<Arc<Source>>,
-    /// How each tensor is combined, in bytewise name order.
+    /// Checkpoints that are combined.
+    pub inputs: Inputs,
+    /// Rule of each parameter, in bytewise name order.
     pub rules: Vec<Rule>,
-    /// Whether weights or differences from the base are combined.
+    /// Vectors that are combined.
     pub space: Space,
     /// Angle in radians below which, or within which of π, interpolation is linear.
     pub epsilon: f64,
-    /// The core region of each operand after the first; empty for the plain methods.
-    pub cores: Vec<Mask>,
-    /// What becomes of an element in several core regions.
-    pub conflict: Conflict,
-    /// Outside its mask an operand counts as the backbone; empty where none has one, and for `cpi`.
-    pub masks: Vec<Option<Mask>>,
-    /// Where the output is the backbone.
+    /// Mask of the elements at which the output is the backbone.
     pub protect: Option<Mask>,
-    /// The seed of random draws, for methods that draw.
+    /// Seed of the random drop, for methods that have one.
     pub seed: Option<u64>,
-    /// The output.
+    /// Destination of the output.
     pub output: Destination,
-    /// The output's README.md.
-    pub card: String,
     /// Path and digest of the input files that are not checkpoints, by role.
     pub files: BTreeMap<String, (PathBuf, Digest)>,
 }
 
+/// Checkpoints that are combined.
+pub(crate) enum Inputs {
+    /// Models of a plain method, in the order of the request.
+    Models(Vec<Model>),
+    /// Backbone and tasks of `cpi`.
+    Tasks {
+        /// Checkpoint the tasks are folded into.
+        backbone: Arc<Source>,
+        /// Tasks in the order of groups.json.
+        tasks: Vec<Task>,
+        /// Value of an element in several core regions.
+        conflict: Conflict,
+    },
+}
+
+/// A model of a plain method.
+pub(crate) struct Model {
+    pub source: Arc<Source>,
+    /// Outside its mask the model is replaced by the backbone.
+    pub mask: Option<Mask>,
+}
+
+/// A task of `cpi`.
+pub(crate) struct Task {
+    pub name: String,
+    pub source: Arc<Source>,
+    /// Core region, which is transplanted.
+    pub core: Mask,
+}
+
 impl Plan {
-    /// What gives the buffers and config.json, and counts where an operand is masked: the backbone of `cpi`, else the base where
-    /// the method has one, else the first model.
+    /// Resolves a merge by one of the plain methods.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] for settings out of range, [`BadInput`] for inputs that cannot be
+    /// merged.
+    pub fn of_models(request: &Request, output: &OutputRequest) -> Result<Self> {
+        rules::check(request)?;
+        check_output(output)?;
+        let open = |(i, model): (usize, &ModelRequest)| Source::open(format!("model:{}", i + 1), &model.path);
+        let mut sources: Vec<Source> = request.models.iter().enumerate().map(open).collect::<Result<_>>()?;
+        let mut base = request.base.as_deref().map(|path| Source::open("base", path)).transpose()?;
+        share_head(&mut sources.iter_mut().chain(&mut base).collect::<Vec<_>>());
+        let sources: Vec<Arc<Source>> = sources.into_iter().map(Arc::new).collect();
+        let base = base.map(Arc::new);
+        let backbone = base.as_ref().unwrap_or(&sources[0]);
+        let everything: Vec<&Source> = base.iter().chain(&sources).map(Arc::as_ref).collect();
+        for other in everything.iter().filter(|source| !std::ptr::eq(**source, backbone.as_ref())) {
+            check_compatible(backbone, other)?;
+        }
+        files::check_not_input("--out", &output.dir, everything.iter().map(|source| source.path()))?;
+        let destination = Destination::resolve(output, &everything, backbone, backbone, &everything)?;
+        let rules = rules::of_models(request, backbone)?;
+        let mut files = BTreeMap::new();
+        let mut open_mask = |role: String, path: &Path| open_mask(role, path, backbone, &mut files);
+        let mut models = Vec::new();
+        for (i, (source, model)) in sources.iter().zip(&request.models).enumerate() {
+            let mask = model.mask.as_deref().map(|path| open_mask(format!("mask:{}", i + 1), path)).transpose()?;
+            models.push(Model { source: Arc::clone(source), mask });
+        }
+        let protect = request.protect.as_deref().map(|path| open_mask("protect".into(), path)).transpose()?;
+        files::check_not_input("--out", &output.dir, files.values().map(|(path, _)| path.as_path()))?;
+        Ok(Self {
+            method: request.method.name(),
+            base,
+            inputs: Inputs::Models(models),
+            rules,
+            space: if request.method.needs_base() { Space::Delta } else { request.space },
+            epsilon: request.epsilon,
+            protect,
+            seed: request.method.draws().then_some(request.seed),
+            output: destination,
+            files,
+        })
+    }
+
+    /// Resolves a merge by `cpi`.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] for settings out of range, [`BadInput`] for inputs that do not belong
+    /// together.
+    pub fn of_tasks(request: &CpiRequest, output: &OutputRequest) -> Result<Self> {
+        let epsilon = request.epsilon.unwrap_or_else(|| COLLINEAR_COSINE.acos());
+        rules::check_epsilon(epsilon)?;
+        if let TaskWeights::Omega(omega) = request.weights {
+            rules::require_unit("--omega", omega)?;
+        }
+        cli::require_unique(&request.tasks, "--task")?;
+        cli::require_unique(&request.masks, "--mask")?;
+        check_output(output)?;
+        let groups = Groups::read(&request.groups)?;
+        groups.check_names(&request.groups, "--task", request.tasks.iter().map(|t| &t.name))?;
+        groups.check_names(&request.groups, "--mask", request.masks.iter().map(|m| &m.name))?;
+        let Opened { base, backbone, tasks } = Opened::open(request, &groups)?;
+        let of_tasks: Vec<&Source> = tasks.iter().map(|(_, task)| task.as_ref()).collect();
+        let everything: Vec<&Source> =
+            [backbone.as_ref()].into_iter().chain(of_tasks.iter().copied()).chain([base.as_ref()]).collect();
+        let destination = Destination::resolve(output, &of_tasks, &backbone, &base, &everything)?;
+        check_groups_base(&request.groups, &groups, &base)?;
+        for source in everything.iter().filter(|source| !std::ptr::eq(**source, base.as_ref())) {
+            check_made_from(source.path(), "base", (base.path(), base.digest()?))?;
+        }
+        let mut files = BTreeMap::new();
+        let inputs: Vec<PathBuf> = everything.iter().map(|source| source.path().to_owned()).collect();
+        let tasks = with_cores(tasks, request, &groups, &base, &mut files)?;
+        files.insert("groups".into(), (request.groups.clone(), Digest::of_file(&request.groups)?));
+        let paths = inputs.iter().map(PathBuf::as_path).chain(files.values().map(|(path, _)| path.as_path()));
+        files::check_not_input("--out", &destination.dir, paths)?;
+        let rule = rules::of_tasks(request.weights, tasks.len());
+        Ok(Self {
+            method: "cpi",
+            rules: vec![rule; backbone.checkpoint.parameters().count()],
+            base: Some(base),
+            inputs: Inputs::Tasks { backbone, tasks, conflict: request.conflict },
+            space: request.space,
+            epsilon,
+            protect: None,
+            seed: None,
+            output: destination,
+            files,
+        })
+    }
+
+    /// Checkpoint that gives config.json and buffers, and replaces a masked model outside its mask:
+    /// the backbone of `cpi`, else the base, or the first model if there is no base.
     pub fn backbone(&self) -> &Arc<Source> {
-        match &self.base {
-            Some(base) if self.cores.is_empty() => base,
-            _ => &self.operands[0],
+        match (&self.inputs, &self.base) {
+            (Inputs::Tasks { backbone, .. }, _) => backbone,
+            (Inputs::Models(_), Some(base)) => base,
+            (Inputs::Models(models), None) => &models[0].source,
         }
     }
 
-    /// Every checkpoint that is read: the operands, then a base apart from them.
+    /// Operands of the combination in order; for `cpi` the backbone comes first.
+    pub fn operands(&self) -> Vec<&Source> {
+        match &self.inputs {
+            Inputs::Models(models) => models.iter().map(|model| model.source.as_ref()).collect(),
+            Inputs::Tasks { backbone, tasks, .. } => {
+                let tasks = tasks.iter().map(|task| task.source.as_ref());
+                [backbone.as_ref()].into_iter().chain(tasks).collect()
+            }
+        }
+    }
+
+    /// Every checkpoint that is read: the operands, then a base that is not one of them.
     pub fn sources(&self) -> impl Iterator<Item = &Source> {
-        let base = self.base.iter().filter(|_| self.base_is_separate());
-        self.operands.iter().chain(base).map(Arc::as_ref)
+        let base = self.base.as_deref().filter(|_| self.base_is_separate());
+        self.operands().into_iter().chain(base)
     }
 
-    /// Whether the base is read apart from the operands.
-    fn base_is_separate(&self) -> bool {
-        self.base.as_ref().is_some_and(|base| !Arc::ptr_eq(base, &self.operands[0]))
+    /// Returns true if there is a base that is not one of the operands.
+    pub fn base_is_separate(&self) -> bool {
+        let Some(base) = &self.base else { return false };
+        !matches!(&self.inputs, Inputs::Tasks { backbone, .. } if Arc::ptr_eq(backbone, base))
     }
 
-    /// The merge as the engine takes it.
-    pub fn job(&self) -> Job<'_> {
-        let parameters = self.backbone().checkpoint.parameters();
-        Job {
-            tensors: parameters.zip(&self.rules).map(|(view, rule)| self.tensor(view.name, rule)).collect(),
-            space: self.space,
-            base_is_separate: self.base_is_separate(),
-            epsilon: self.epsilon,
-            conflict: self.conflict,
-            dtype: self.output.dtype,
-        }
-    }
-
-    fn tensor<'a>(&'a self, name: &str, rule: &'a Rule) -> Tensor<'a> {
-        let view = |source: &'a Arc<Source>| source.checkpoint.get(name).expect("checked to be there");
-        let bits = |mask: &'a Mask| mask.bits(name).expect("checked to be there");
-        Tensor {
-            operands: self.operands.iter().map(view).collect(),
-            base: self.base.as_ref().map(view),
-            claims: Claims::new(self.cores.iter().map(bits).collect()),
-            masks: self.masks.iter().map(|mask| mask.as_ref().map(bits)).collect(),
-            protected: self.protect.as_ref().map(bits),
-            rule,
-        }
-    }
-
-    /// What the output's parameters are, in bytewise name order.
+    /// Parameters of the output, in bytewise name order.
     pub fn specs(&self) -> Vec<TensorSpec> {
         let parameters = self.backbone().checkpoint.parameters();
         parameters.map(|view| TensorSpec { dtype: self.output.dtype, ..view.spec() }).collect()
     }
 
-    /// The backbone's tensors that are copied as they are. A tied lm_head is not: it is the input embedding once more, and
-    /// transformers restores it from config.json.
+    /// Tensors of the backbone that are copied unchanged. A tied lm_head is not: transformers
+    /// restores it from the input embedding.
     pub fn copies(&self) -> Vec<TensorView<'_>> {
         let others = self.backbone().checkpoint.not_parameters();
         others.filter(|(_, why)| *why != Excluded::Tied).map(|(view, _)| view).collect()
     }
 
-    /// Bytes of all tensors of the output.
+    /// Number of bytes of all tensors of the output.
     pub fn bytes_to_write(&self) -> u64 {
         let parameters: u64 = self.specs().iter().map(|s| s.nbytes() as u64).sum();
         parameters + self.copies().iter().map(|v| v.bytes.len() as u64).sum::<u64>()
     }
 
-    /// Bytes of all tensors that are read.
+    /// Number of bytes of all tensors that are read.
     pub fn bytes_to_read(&self) -> u64 {
         self.sources().flat_map(|s| s.checkpoint.tensors()).map(|v| v.bytes.len() as u64).sum()
     }
+
+    /// Refuses masks that were extracted from another checkpoint than their task's. Tasks whose
+    /// digest is not known yet are passed over, so the check is repeated after the tasks have been
+    /// read.
+    ///
+    /// # Errors
+    /// [`BadInput`] naming both.
+    pub fn check_masks_of_tasks(&self) -> Result<()> {
+        let Inputs::Tasks { tasks, .. } = &self.inputs else { return Ok(()) };
+        for Task { name, source, core } in tasks {
+            let Some(digest) = source.known_digest().filter(|digest| **digest != core.header.tuned) else { continue };
+            return Err(BadInput::new(
+                core.path(),
+                format!("extracted from another checkpoint than {}", source.path().display()),
+            )
+            .expected(format!("digest {digest}"))
+            .found(format!("digest {} of the tuned checkpoint", core.header.tuned))
+            .hint(format!("check that --task {name} and --mask {name} belong together, or extract the mask again"))
+            .into());
+        }
+        Ok(())
+    }
 }
 
-/// Refuses what is not between 0 and 1.
-fn require_unit(what: &str, value: f64) -> Result<()> {
-    if (0.0..=1.0).contains(&value) {
-        return Ok(());
-    }
-    Err(usage(format!("{what} must lie between 0 and 1, found {value}")))
+fn check_output(output: &OutputRequest) -> Result<()> {
+    if output.dry_run { Ok(()) } else { files::check_output_dir(&output.dir, output.force) }
 }
 
-/// Refuses an ε that is no angle of a linear branch.
-fn check_epsilon(value: f64) -> Result<()> {
-    if (0.0..=std::f64::consts::FRAC_PI_2).contains(&value) {
+/// Opens a mask for the parameters of `backbone` and adds it to `files`.
+fn open_mask(
+    role: String,
+    path: &Path,
+    backbone: &Source,
+    files: &mut BTreeMap<String, (PathBuf, Digest)>,
+) -> Result<Mask> {
+    let mask = Mask::open(path)?;
+    // Any mask of this layout is accepted, whatever base it was made for.
+    mask.check_base(&backbone.checkpoint, &mask.header.base)?;
+    mask.verify()?;
+    if backbone.known_digest().is_some_and(|digest| *digest != mask.header.base) {
+        log::warn!("{}: made for another base than {}", path.display(), backbone.path().display());
+    }
+    files.insert(role, (path.to_owned(), Digest::of_file(path)?));
+    Ok(mask)
+}
+
+/// Checkpoints of `cpi`.
+struct Opened {
+    base: Arc<Source>,
+    backbone: Arc<Source>,
+    /// Name and checkpoint of each task, in the order of groups.json.
+    tasks: Vec<(String, Arc<Source>)>,
+}
+
+impl Opened {
+    /// Opens base, backbone and tasks, and checks that all are checkpoints of the base's model.
+    fn open(request: &CpiRequest, groups: &Groups) -> Result<Self> {
+        let mut base = Source::open("base", &request.base)?;
+        let mut backbone = request.backbone.as_deref().map(|path| Source::open("backbone", path)).transpose()?;
+        let mut tasks = Vec::new();
+        for name in groups.task_order() {
+            let task = request.tasks.iter().find(|t| t.name == name).expect("names are checked");
+            tasks.push((name.to_owned(), Source::open(format!("task:{name}"), &task.path)?));
+        }
+        let sources_of_tasks = tasks.iter_mut().map(|(_, source)| source);
+        share_head(&mut [&mut base].into_iter().chain(&mut backbone).chain(sources_of_tasks).collect::<Vec<_>>());
+        for source in backbone.iter().chain(tasks.iter().map(|(_, source)| source)) {
+            check_compatible(&base, source)?;
+        }
+        let base = Arc::new(base);
+        let backbone = backbone.map_or_else(|| Arc::clone(&base), Arc::new);
+        let tasks = tasks.into_iter().map(|(name, source)| (name, Arc::new(source))).collect();
+        Ok(Self { base, backbone, tasks })
+    }
+}
+
+fn check_groups_base(path: &Path, groups: &Groups, base: &Source) -> Result<()> {
+    let digest = base.digest()?;
+    if groups.base == *digest {
         return Ok(());
     }
-    Err(usage(format!("--epsilon must lie between 0 and π/2 radians, found {value}")))
+    Err(BadInput::new(path, format!("made for another base than {}", base.path().display()))
+        .expected(format!("base digest {digest}"))
+        .found(format!("base digest {}", groups.base))
+        .hint("extract the masks and group them again from this base")
+        .into())
+}
+
+/// Opens the core region of each task, checks it against base and groups, and adds it to `files`.
+fn with_cores(
+    tasks: Vec<(String, Arc<Source>)>,
+    request: &CpiRequest,
+    groups: &Groups,
+    base: &Source,
+    files: &mut BTreeMap<String, (PathBuf, Digest)>,
+) -> Result<Vec<Task>> {
+    let mut by_name = mask::open_all(request.masks.iter().map(Named::pair), &base.checkpoint, base.digest()?)?;
+    let task = |(name, source): (String, Arc<Source>)| -> Result<Task> {
+        let core = by_name.remove(name.as_str()).expect("names are checked");
+        let digest = groups.check_mask(&request.groups, &name, core.path())?;
+        files.insert(format!("mask:{name}"), (core.path().to_owned(), digest));
+        Ok(Task { name, source, core })
+    };
+    tasks.into_iter().map(task).collect()
 }

@@ -1,61 +1,64 @@
-//! Where the result goes, in which form, and whether there is room for it.
+//! Destination of a merge: its dtype, configuration and side files, and the disk space it needs.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use cpift_core::checkpoint::{with_head_of, with_torch_dtype};
-use cpift_core::{BadInput, Dtype, json};
+use cpift_core::format::checkpoint::{with_head_of, with_torch_dtype};
+use cpift_core::format::json;
+use cpift_core::{BadInput, Dtype};
 use serde_json::Value;
 
 use super::inputs::{Source, common_dtype};
-use crate::cli::OutputArgs;
+use crate::request::OutputRequest;
 
-/// Where the result goes and in which form.
-pub struct Destination {
-    /// The folder.
+/// Destination of a merge, resolved.
+pub(crate) struct Destination {
+    /// Directory that is created.
     pub dir: PathBuf,
-    /// Replace it where it exists.
+    /// Replace an existing output.
     pub force: bool,
     /// Dtype of all parameters.
     pub dtype: Dtype,
-    /// Largest shard in bytes.
+    /// Size of the largest shard in bytes.
     pub shard_size: u64,
-    /// Its config.json.
+    /// Content of config.json.
     pub config: Value,
-    /// The folder whose tokenizer and other side files it gets.
+    /// Directory from which tokenizer and other side files are copied.
     pub side_files: PathBuf,
 }
 
-/// Resolves the output's flags: the dtype is that of `dtype_of` unless given, the configuration that of `backbone`, the side
-/// files are those of `side_files` unless `--copy-from` names another folder.
-///
-/// # Errors
-/// [`BadInput`] where the dtypes differ, or a tokenizer would be left behind.
-pub fn resolve(
-    args: &OutputArgs,
-    force: bool,
-    dtype_of: &[&Source],
-    backbone: &Source,
-    side_files: &Source,
-    inputs: &[&Source],
-) -> Result<Destination> {
-    let dtype = match args.dtype {
-        Some(dtype) => dtype,
-        None => common_dtype(dtype_of.iter().copied())?,
-    };
-    let side_files = args.copy_from.clone().unwrap_or_else(|| side_files.path().to_owned());
-    check_side_files(&side_files, inputs)?;
-    Ok(Destination {
-        dir: args.out.clone(),
-        force,
-        dtype,
-        shard_size: args.shard_size,
-        config: with_torch_dtype(with_head_of(&backbone.checkpoint, backbone.config.clone()), dtype),
-        side_files,
-    })
+impl Destination {
+    /// Resolves `request`: the dtype is that of `dtype_of` by default, the configuration that of
+    /// `backbone`, and the side files those of `side_files` by default.
+    ///
+    /// # Errors
+    /// [`BadInput`] if the dtypes differ, or if one of `inputs` has a tokenizer and the output
+    /// would have none.
+    pub fn resolve(
+        request: &OutputRequest,
+        dtype_of: &[&Source],
+        backbone: &Source,
+        side_files: &Source,
+        inputs: &[&Source],
+    ) -> Result<Self> {
+        let dtype = match request.dtype {
+            Some(dtype) => dtype,
+            None => common_dtype(dtype_of.iter().copied())?,
+        };
+        let side_files = request.side_files.clone().unwrap_or_else(|| side_files.path().to_owned());
+        check_side_files(&side_files, inputs)?;
+        Ok(Self {
+            dir: request.dir.clone(),
+            force: request.force,
+            dtype,
+            shard_size: request.shard_size,
+            config: with_torch_dtype(with_head_of(backbone.checkpoint.tied(), backbone.config.clone()), dtype),
+            side_files,
+        })
+    }
 }
 
-/// The files one of which every tokenizer has.
+/// Files of which every tokenizer has at least one.
 const TOKENIZERS: [&str; 9] = [
     "qwen.tiktoken",
     "sentencepiece.bpe.model",
@@ -82,13 +85,13 @@ fn has_tokenizer(folder: &Path) -> bool {
 
 fn check_side_files(folder: &Path, inputs: &[&Source]) -> Result<()> {
     if !folder.is_dir() {
-        return Err(BadInput::new(folder, "no such folder").expected("the folder of a tokenizer").into());
+        return Err(BadInput::new(folder, "no such directory").expected("the directory of a tokenizer").into());
     }
     if !has_chat_template(folder)
         && let Some(other) = inputs.iter().find(|source| has_chat_template(source.path()))
     {
         log::warn!(
-            "{}: no chat template, so the output has none; --copy-from {} takes that one's",
+            "{}: no chat template, so the output has none; --copy-from {} copies one",
             folder.display(),
             other.path().display()
         );
@@ -99,7 +102,7 @@ fn check_side_files(folder: &Path, inputs: &[&Source]) -> Result<()> {
     match inputs.iter().find(|source| has_tokenizer(source.path())) {
         Some(other) => Err(BadInput::new(folder, "the output would have no tokenizer")
             .expected(format!("one of {}", TOKENIZERS.join(", ")))
-            .found(format!("none of them here, but one in {}", other.path().display()))
+            .found(format!("none of them in this directory, but one in {}", other.path().display()))
             .hint(format!(
                 "--copy-from {} copies tokenizer, chat template and generation config",
                 other.path().display()
@@ -112,12 +115,12 @@ fn check_side_files(folder: &Path, inputs: &[&Source]) -> Result<()> {
     }
 }
 
-/// Refuses an output of `needed` bytes at `dir` where only `available` are free.
+/// Refuses an output of `needed` bytes at `dir` if only `available` bytes are free.
 ///
 /// # Errors
-/// [`anyhow::Error`] naming both.
-pub fn check_space(dir: &Path, needed: u64, available: u64) -> Result<()> {
-    // config.json, tokenizer and record are small beside the weights.
+/// Names both numbers.
+pub(crate) fn check_space(dir: &Path, needed: u64, available: u64) -> Result<()> {
+    // config.json, tokenizer and record are small compared with the weights.
     const SIDE_FILES: u64 = 32 << 20;
     let needed = needed + SIDE_FILES.min(needed);
     if needed <= available {
@@ -134,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn too_little_room_is_told_with_both_numbers() {
+    fn the_error_for_too_little_room_has_both_numbers() {
         assert!(check_space(Path::new("out"), 1000, 2000).is_ok());
         let error = check_space(Path::new("out"), 1000, 1999).unwrap_err().to_string();
         assert!(error.contains("needed: 2000 bytes") && error.contains("available: 1999 bytes"), "{error}");

@@ -1,12 +1,16 @@
-//! A place in a recipe: its value and the path of keys to it, so that every error can say where it is.
+//! A place in a recipe: its value, the settings read from it, and the path of keys to it, so that
+//! every error names it.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::BadInput;
 use serde_json::{Map, Value};
 
-/// A value in the file and how to get there.
+use crate::setting::{Rule, Setting};
+
+/// A value in the file, with the path of keys to it.
 #[derive(Clone)]
 pub(super) struct Node<'a> {
     file: &'a Path,
@@ -27,14 +31,14 @@ impl<'a> Node<'a> {
         Self { file, path: String::new(), value }
     }
 
-    /// An error about this place.
+    /// An error that names this place.
     pub fn error(&self, message: &str) -> BadInput {
         let place = if self.path.is_empty() { "the recipe" } else { &self.path };
         BadInput::new(self.file, format!("{place}: {message}"))
     }
 
     fn unexpected<T>(&self, expected: &str) -> Result<T> {
-        Err(self.error("has a value of another kind").expected(expected).found(self.shown()).into())
+        Err(self.error("has a value of the wrong type").expected(expected).found(self.shown()).into())
     }
 
     /// The value as JSON, cut to a length that fits a line.
@@ -62,7 +66,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// A finite number; one in quotes is taken too.
+    /// A finite number, which may be in quotes.
     pub fn number(&self) -> Result<f64> {
         let number = match self.value {
             Value::String(text) => text.trim().parse().ok(),
@@ -81,7 +85,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// True or false, in any of the ways YAML 1.1 and mergekit have to write it.
+    /// A boolean in any form that YAML 1.1 and mergekit accept.
     pub fn flag(&self) -> Result<bool> {
         match self.value.to_string().trim_matches('"').to_ascii_lowercase().as_str() {
             "true" | "yes" | "on" | "1" | "1.0" => Ok(true),
@@ -99,7 +103,8 @@ impl<'a> Node<'a> {
         Ok(list.iter().enumerate().map(entry).collect())
     }
 
-    /// A mapping with none but the `known` keys. `hint` may tell what is wrong with another.
+    /// A mapping with no other than the `known` keys. `hint` may explain why another key is not
+    /// supported.
     pub fn fields(&self, known: &[&str], hint: impl Fn(&str) -> Option<String>) -> Result<Fields<'a>> {
         let Some(map) = self.value.as_object() else {
             return self.unexpected(&format!("a mapping with {}", known.join(", ")));
@@ -132,13 +137,13 @@ impl<'a> Node<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// The value of `key`, where it is written and not null.
+    /// The value of `key`, if it is present and not null.
     pub fn get(&self, key: &str) -> Option<Node<'a>> {
         let value = self.map.get(key).filter(|value| !value.is_null())?;
         Some(self.node.child(key, value))
     }
 
-    /// The value of `key`, which must be there.
+    /// The value of `key`, which must be present.
     pub fn require(&self, key: &str) -> Result<Node<'a>> {
         let missing = || self.node.error("a key is missing").expected(key).into();
         self.get(key).ok_or_else(missing)
@@ -150,13 +155,73 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The entry of `known` that `word` may be a slip of: at most two letters apart and mostly the same.
+/// The parameters in one place of the recipe, such as those of a model.
+pub(super) type Scope<'a> = Option<Fields<'a>>;
+
+/// The setting `key`: the rules of all scopes, those of the innermost first.
+pub(super) fn setting(scopes: &[&Scope<'_>], key: &str, range: RangeInclusive<f64>) -> Result<Setting> {
+    let mut setting = Setting::default();
+    for node in written(scopes, key) {
+        setting.append(rules(&node, &range)?);
+    }
+    Ok(setting)
+}
+
+/// A boolean that is the same for every tensor, from the innermost scope that has it.
+pub(super) fn flag(scopes: &[&Scope<'_>], key: &str) -> Result<Option<bool>> {
+    written(scopes, key).next().map(|node| node.flag()).transpose()
+}
+
+/// The values of `key` in the scopes that have it.
+fn written<'a>(scopes: &[&Scope<'a>], key: &str) -> impl Iterator<Item = Node<'a>> {
+    scopes.iter().filter_map(move |scope| scope.as_ref()?.get(key))
+}
+
+/// Reads a value, a gradient, or a list of either with filters.
+pub(super) fn rules(node: &Node<'_>, range: &RangeInclusive<f64>) -> Result<Setting> {
+    let mut setting = Setting::default();
+    let entries = if node.is_list() { node.entries()? } else { vec![node.clone()] };
+    if entries.iter().any(Node::is_mapping) {
+        entries.iter().try_for_each(|entry| conditional(entry, &mut setting, range))?;
+    } else {
+        setting.push(Rule::new(None, values(node, range)?));
+    }
+    Ok(setting)
+}
+
+/// Reads a value for the tensors whose name contains the filter.
+fn conditional(node: &Node<'_>, into: &mut Setting, range: &RangeInclusive<f64>) -> Result<()> {
+    let fields = node.fields(&["filter", "value"], |_| None)?;
+    let filter = fields.get("filter").map(|f| f.text().map(str::to_owned)).transpose()?;
+    into.push(Rule::new(filter, values(&fields.require("value")?, range)?));
+    Ok(())
+}
+
+fn values(node: &Node<'_>, range: &RangeInclusive<f64>) -> Result<Vec<f64>> {
+    if !node.is_list() {
+        return Ok(vec![in_range(node, range)?]);
+    }
+    node.entries()?.iter().map(|entry| in_range(entry, range)).collect()
+}
+
+fn in_range(node: &Node<'_>, range: &RangeInclusive<f64>) -> Result<f64> {
+    let value = node.number()?;
+    if range.contains(&value) {
+        return Ok(value);
+    }
+    let expected = format!("{} to {}", range.start(), range.end());
+    Err(node.error("is out of range").expected(expected).found(node.shown()).into())
+}
+
+/// The entry of `known` of which `word` may be a misspelling: at most two edits away and mostly the
+/// same.
 fn closest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let near = known.iter().map(|k| (distance(word, k), *k)).min()?;
     (near.0 <= 2 && near.0 * 2 < near.1.len()).then_some(near.1)
 }
 
-/// Letters to change, add, drop or swap with their neighbour to get from `a` to `b`; 3 where lengths are far apart.
+/// Number of letters to change, add, drop or swap with their neighbour to get from `a` to `b`; 3 if
+/// the lengths differ by more than 2.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().take(64).collect(), b.chars().collect());
     if a.len().abs_diff(b.len()) > 2 {
@@ -183,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slips_are_recognised_and_other_words_are_not() {
+    fn misspellings_are_recognised_and_other_words_are_not() {
         let known = ["weight", "density", "t", "normalize"];
         for (slip, word) in [("wieght", "weight"), ("densty", "density"), ("normalise", "normalize")] {
             assert_eq!(closest(slip, &known), Some(word));

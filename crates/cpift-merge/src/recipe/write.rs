@@ -1,4 +1,4 @@
-//! A request as a recipe, which [`super::parse`] reads back as the same request.
+//! From a request to a recipe, which `parse` reads back as the same request.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -6,14 +6,14 @@ use std::path::Path;
 use cpift_core::Dtype;
 use serde_json::Value;
 
-use crate::cli::Space;
-use crate::request::{Method, ModelRequest, Request};
+use crate::request::{Method, ModelRequest, Request, Space};
 use crate::setting::{Rule, Setting};
 
-/// The recipe of `request`, whose output is of `dtype`.
+/// Recipe of `request` for an output of `dtype`.
 ///
-/// mergekit reads it too and computes as we do, in f32. It passes over the keys under `cpift`: `seed`, `epsilon`, `space`,
-/// `base` of the differences and `protect` of the whole merge, `mask` and (of a spherical mean) `weight` of a model.
+/// mergekit reads it too and gives the same result in f32. It ignores the keys under `cpift`:
+/// `seed`, `epsilon`, `space`, `base` of the differences and `protect` of the whole merge, `mask`
+/// and (of a spherical mean) `weight` of a model.
 pub fn write(request: &Request, dtype: Dtype) -> String {
     let mut text = format!("merge_method: {}\n", request.method.recipe_name());
     let base = base(request);
@@ -31,11 +31,11 @@ pub fn write(request: &Request, dtype: Dtype) -> String {
     if let Some(source) = request.side_files.as_deref().filter(|path| Some(*path) != base) {
         line(&mut text, 0, "tokenizer_source", &quoted(source));
     }
-    block(&mut text, 0, "cpift", &ours(request));
+    block(&mut text, 0, "cpift", &extensions(request));
     text
 }
 
-/// What stands as `base_model`.
+/// Value of `base_model`.
 fn base(request: &Request) -> Option<&Path> {
     let first = request.models.first().map(|model| model.path.as_path());
     match request.method {
@@ -48,21 +48,21 @@ fn base(request: &Request) -> Option<&Path> {
 fn model(text: &mut String, method: Method, model: &ModelRequest) {
     let _ = writeln!(text, "  - model: {}", quoted(&model.path));
     let mut parameters = Vec::new();
-    let mut ours: Vec<(&str, String)> = Vec::new();
+    let mut extensions: Vec<(&str, String)> = Vec::new();
     match method {
         Method::Slerp => {}
         Method::SphericalMean if model.weight == Setting::constant(1.0) => {}
-        Method::SphericalMean => ours.push(("weight", setting(&model.weight))),
+        Method::SphericalMean => extensions.push(("weight", setting(&model.weight))),
         _ => parameters.push(("weight", setting(&model.weight))),
     }
     if method.has_density() {
         parameters.push(("density", setting(&model.density)));
     }
     if let Some(mask) = &model.mask {
-        ours.push(("mask", quoted(mask)));
+        extensions.push(("mask", quoted(mask)));
     }
     block(text, 4, "parameters", &parameters);
-    block(text, 4, "cpift", &ours);
+    block(text, 4, "cpift", &extensions);
 }
 
 fn parameters(request: &Request) -> Vec<(&'static str, String)> {
@@ -83,22 +83,22 @@ fn parameters(request: &Request) -> Vec<(&'static str, String)> {
     parameters
 }
 
-fn ours(request: &Request) -> Vec<(&'static str, String)> {
+fn extensions(request: &Request) -> Vec<(&'static str, String)> {
     let method = request.method;
     let spherical = matches!(method, Method::Slerp | Method::SphericalMean);
-    let mut ours = Vec::new();
-    if matches!(method, Method::DareLinear | Method::DareTies) {
-        ours.push(("seed", request.seed.to_string()));
+    let mut extensions = Vec::new();
+    if method.draws() {
+        extensions.push(("seed", request.seed.to_string()));
     }
-    if spherical && request.epsilon != super::epsilon(method) {
-        ours.push(("epsilon", request.epsilon.to_string()));
+    if spherical && request.epsilon != method.epsilon() {
+        extensions.push(("epsilon", request.epsilon.to_string()));
     }
     if spherical && request.space == Space::Delta {
-        ours.push(("space", request.space.name().to_owned()));
-        ours.extend(request.base.as_deref().map(|base| ("base", quoted(base))));
+        extensions.push(("space", request.space.name().to_owned()));
+        extensions.extend(request.base.as_deref().map(|base| ("base", quoted(base))));
     }
-    ours.extend(request.protect.as_deref().map(|mask| ("protect", quoted(mask))));
-    ours
+    extensions.extend(request.protect.as_deref().map(|mask| ("protect", quoted(mask))));
+    extensions
 }
 
 fn block(text: &mut String, indent: usize, key: &str, entries: &[(&str, String)]) {
@@ -137,7 +137,7 @@ fn values(rule: &Rule) -> String {
     }
 }
 
-/// Text in quotes, which YAML reads as JSON does.
-pub(crate) fn quoted(path: &Path) -> String {
+/// Path in quotes, which YAML reads as JSON does.
+fn quoted(path: &Path) -> String {
     Value::from(path.to_string_lossy()).to_string()
 }

@@ -1,4 +1,5 @@
-//! Inputs and arguments that are refused, with the message a user sees; nothing is ever left behind.
+//! Inputs and arguments that are refused, with the message that a user sees and nothing left
+//! behind.
 
 use std::fs;
 
@@ -43,7 +44,7 @@ fn a_missing_path_is_named() {
 }
 
 #[test]
-fn a_bare_file_or_a_folder_without_config_is_no_model() {
+fn a_bare_file_or_a_directory_without_config_is_refused() {
     let world = sound();
     let line = "linear --model @a/model.safetensors --model @b --out @out";
     world.refused(line, &["model.safetensors", "is a bare file", "config.json"]);
@@ -52,7 +53,7 @@ fn a_bare_file_or_a_folder_without_config_is_no_model() {
 }
 
 #[test]
-fn a_truncated_shard_is_told_with_both_lengths() {
+fn a_truncated_shard_is_reported_with_both_lengths() {
     let world = sound();
     let tensors = Tensors::from([
         ("w".to_owned(), Tensor::f32(&[3], &[1.0, 2.0, 3.0])),
@@ -68,7 +69,7 @@ fn a_truncated_shard_is_told_with_both_lengths() {
 }
 
 #[test]
-fn shapes_that_differ_are_told_with_tensor_and_both_shapes() {
+fn shapes_that_differ_are_reported_with_tensor_and_both_shapes() {
     let world = pair(&w(&[1.0, 2.0, 3.0]), &w(&[1.0, 2.0]));
     for line in [LINEAR, SLERP] {
         world.refused(line, &["@b/model.safetensors", "tensor: w", "expected: [3]", "found: [2]"]);
@@ -90,7 +91,7 @@ fn a_missing_or_extra_tensor_is_named() {
 }
 
 #[test]
-fn numbers_that_are_not_finite_are_refused_with_their_place() {
+fn numbers_that_are_not_finite_are_refused_with_their_position() {
     for (bad, shown) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
         let mut values = vec![1.0; 70_000];
         values[66_001] = bad;

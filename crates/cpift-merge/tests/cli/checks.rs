@@ -1,4 +1,4 @@
-//! What is checked before any work: vocabularies, tying, tokenizers; and `--dry-run`, which writes nothing.
+//! Checks before any work (vocabularies, tying, tokenizers), and `--dry-run`, which writes nothing.
 
 use std::fs;
 use std::path::Path;
@@ -28,7 +28,7 @@ fn language_model(tokens: usize) -> Tensors {
 }
 
 #[test]
-fn a_vocabulary_of_another_size_gets_a_message_of_its_own() {
+fn vocabularies_of_different_sizes_are_refused_with_a_hint() {
     let world = World::new();
     world.checkpoint("a", &language_model(5));
     world.checkpoint("b", &language_model(7));
@@ -70,7 +70,7 @@ fn a_tied_head_stored_in_one_model_only_is_no_difference_and_is_not_written() {
 }
 
 #[test]
-fn a_tokenizer_is_never_left_behind_in_silence() {
+fn an_output_without_tokenizer_is_refused_or_warned_about() {
     let world = pair();
     world.run(LINEAR).ok().says(&["none of the inputs has a tokenizer"]);
     fs::write(world.path("b/tokenizer.json"), "of b").unwrap();
@@ -84,7 +84,7 @@ fn a_tokenizer_is_never_left_behind_in_silence() {
     assert_eq!(bytes(&world.path("second/tokenizer.json")), b"of b");
     assert!(world.path("second/chat_template.jinja").exists() && world.path("second/generation_config.json").exists());
     let line = LINEAR.replace("@out", "@third");
-    world.refused(&format!("{line} --copy-from @none"), &["@none: no such folder"]);
+    world.refused(&format!("{line} --copy-from @none"), &["@none: no such directory"]);
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn configuration_buffers_and_tokenizer_come_from_the_base() {
     assert_eq!(world.read("out")["w"].dtype, Dtype::BF16);
 }
 
-/// The plan that `--dry-run --json` prints; asserts that nothing was written.
+/// Plan that `--dry-run --json` prints; asserts that nothing was written.
 fn preview(world: &World, line: &str) -> Value {
     let before = fs::read_dir(world.path("")).unwrap().count();
     let run = world.run(&format!("{line} --dry-run --json")).ok();
@@ -110,7 +110,7 @@ fn preview(world: &World, line: &str) -> Value {
 }
 
 #[test]
-fn a_dry_run_tells_angles_branches_and_bytes_and_writes_nothing() {
+fn a_dry_run_prints_angles_branches_and_bytes_and_writes_nothing() {
     let world = World::new();
     let mut a = w(&[1.0, 0.0, 0.0]);
     let mut b = w(&[0.0, 1.0, 0.0]);
@@ -131,10 +131,10 @@ fn a_dry_run_tells_angles_branches_and_bytes_and_writes_nothing() {
     for part in ["slerp of 2 tensors, 5 parameters", "settings    t 0.25", "w  slerp 90.0000°", "10 bytes, of"] {
         assert!(text.contains(part), "{part:?} is not in\n{text}");
     }
-    // The plan is what happens.
+    // The merge agrees with the plan.
     let done: Value = serde_json::from_str(&world.run(&format!("{line} --json")).ok().stdout).unwrap();
     assert_eq!((&done["branches"], &done["angles_degrees"]), (&plan["branches"], &plan["angles_degrees"]));
-    // A plan can be looked at where the output exists.
+    // A plan can be printed although the output exists.
     preview(&world, line);
 }
 

@@ -1,15 +1,17 @@
-//! `cpi`: transplanted elements bit for bit, the conflict rules, backbones, weights and what the output folder holds.
+//! `cpi`: transplanted elements bit for bit, conflict rules, backbones, weights and the files of
+//! the output.
 
 use std::fs;
 
-use cpift_core::checkpoint::Digest;
-use cpift_core::provenance::Recorder;
+use cpift_core::format::digest::Digest;
+use cpift_core::record::provenance::Recorder;
 use cpift_core::{Checkpoint, Dtype};
 use cpift_testkit::{Numbers, Tensor, Tensors};
 
 use crate::world::{Core, World, assert_close, bytes, cast, core, json, w};
 
-/// Base, two probes and a conflict at elements 2 (b moved more), 3 (a moved more) and 4 (both alike).
+/// Base, two probes and conflicts at elements 2 (b moved more), 3 (a moved more) and 4 (both moved
+/// equally).
 fn conflict(world: &World) -> String {
     let base = w(&[0.0, 1.0, 1.0, 1.0, 1.0, -0.0, 7.0, 8.0, 9.0]);
     let a = w(&[-0.0, 1.5, 1.25, 3.0, 1.5, 2.0, 7.0, 8.0, 9.0]);
@@ -43,7 +45,7 @@ fn each_conflict_rule_gives_its_value() {
     assert_eq!(bytes(&world.path("default/model.safetensors")), bytes(&world.path("max-delta/model.safetensors")));
 }
 
-/// Random checkpoints with −0.0 sprinkled in, of tensors whose sizes lie around byte and chunk boundaries.
+/// A random checkpoint with a −0.0 at every 11th element.
 fn random(numbers: &mut Numbers, sizes: &[usize]) -> Tensors {
     let tensor = |(i, n): (usize, &usize)| {
         let mut values = numbers.units(*n);
@@ -92,14 +94,14 @@ fn the_backbone_counts_outside_the_core_and_the_base_does_not() {
     let line = world.cpi(&w(&[100.0, -200.0, 300.0, 5.0]), &[("a", &task, core("w", &[3]))]);
     world.checkpoint("backbone", &w(&[4.0, 3.0, 0.0, 50.0]));
     world.run(&format!("{line} --backbone @backbone --out @out")).ok();
-    // cos = 24/25; half-way on the circle both count alike.
+    // cos = 24/25; half-way on the circle both coefficients are equal.
     let half = (0.5 * 0.96f64.acos()).sin() / 0.96f64.acos().sin();
     let found: Vec<f64> = world.read_w("out").into_iter().map(f64::from).collect();
     assert_close(&found, &[7.0 * half, 7.0 * half, 0.0, 0.0], "fused");
 }
 
 #[test]
-fn omega_and_weights_set_how_much_a_task_counts() {
+fn omega_and_weights_set_the_weight_of_a_task() {
     let world = World::new();
     let ones = w(&[1.0; 4]);
     let line = world.cpi(&w(&[1.0; 4]), &[("a", &w(&[1.01; 4]), Core::new()), ("b", &ones, Core::new())]);
@@ -111,7 +113,7 @@ fn omega_and_weights_set_how_much_a_task_counts() {
 }
 
 #[test]
-fn the_order_of_the_groups_decides_and_not_that_of_the_arguments() {
+fn the_order_is_that_of_the_groups_and_not_of_the_arguments() {
     let world = World::new();
     let line = conflict(&world);
     let swapped = "cpi --base @base --groups @groups.json --mask a=@a.mask --task a=@a --mask b=@b.mask --task b=@b";
@@ -124,7 +126,7 @@ fn the_order_of_the_groups_decides_and_not_that_of_the_arguments() {
 }
 
 #[test]
-fn tied_heads_go_buffers_stay_and_side_files_come_from_the_base() {
+fn tied_heads_are_dropped_buffers_copied_and_side_files_come_from_the_base() {
     let world = World::new();
     let mut base = Tensors::new();
     base.insert("model.embed_tokens.weight".into(), Tensor::f32(&[2, 2], &[1.0, 2.0, 3.0, 4.0]));
@@ -200,7 +202,7 @@ fn a_mask_from_another_checkpoint_than_its_task_is_refused() {
         &format!("{swapped} --out @out"),
         &["@b.mask", "extracted from another checkpoint than", "expected: digest"],
     );
-    // Known before anything is read where it is recorded.
+    // If the digest is recorded, the error comes before anything is read.
     for task in ["a", "b"] {
         Recorder::start("cpift-probe").write_into(&world.path(task)).unwrap();
     }

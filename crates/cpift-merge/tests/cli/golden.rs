@@ -1,4 +1,5 @@
-//! SLERP, its branches, folds and the spherical mean against the NumPy float64 reference in fixtures/golden.
+//! SLERP, its branches, folds and the spherical mean against the NumPy float64 reference in
+//! fixtures/golden.
 
 use std::path::Path;
 
@@ -114,7 +115,8 @@ fn folds_agree_through_the_binary() {
         let tasks: Vec<_> = vectors(&case["tasks"]).iter().map(|t| w(&f32s(t))).collect();
         let flags = case["core"].as_array().unwrap();
         let in_core: Vec<usize> = (0..flags.len()).filter(|j| flags[*j] == true).collect();
-        // The whole core is the first task's: which task claims an element does not matter outside it.
+        // The whole core belongs to the first task: outside it, the task that claims an element
+        // does not matter.
         let named: Vec<(&str, _, Core)> = ["a", "b", "c"]
             .into_iter()
             .zip(&tasks)
@@ -145,7 +147,7 @@ fn spherical_means_agree() {
     for case in cases(&golden(), "spherical_means") {
         let (vectors, weights) = (vectors(&case["vectors"]), numbers(&case["weights"]));
         let expected = numbers(&case["expected"]);
-        // ε of zero: the reference has no linear branch.
+        // With ε = 0, because the reference has no linear branch.
         let mean = spherical_mean(&Gram::of(&vectors), &weights, 0.0);
         assert_close(&combined(&mean, &vectors), &expected, &case["name"].to_string());
         if case["name"] == "weighted" {

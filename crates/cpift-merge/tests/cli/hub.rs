@@ -1,4 +1,5 @@
-//! Models as they are published: heads beside a tied config, wrapped names, adapters, indexes that list too much, settings spelt differently.
+//! Models as they are published: output embeddings despite a tied config, prefixed names, adapters,
+//! indexes that list too much, settings spelled differently.
 
 use std::fs;
 
@@ -11,7 +12,7 @@ const LINEAR: &str = "linear --model @a --model @b --out @out";
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// A language model of three tokens: its embedding and, where it is given, its head.
+/// A language model of three tokens, with a head if one is given.
 fn model(embedding: f32, head: Option<f32>) -> Tensors {
     let table = |value: f32| Tensor::f32(&[3, 2], &[value; 6]);
     let mut tensors = Tensors::from([
@@ -48,7 +49,7 @@ fn a_head_of_its_own_is_merged_whatever_config_json_says() {
 }
 
 #[test]
-fn beside_a_head_of_its_own_a_tied_models_head_is_its_embedding() {
+fn a_tied_head_merged_with_an_untied_one_is_the_embedding() {
     for line in [LINEAR, "linear --model @b --model @a --out @out"] {
         let world = pair(&model(1.0, Some(5.0)), &model(3.0, None));
         world.run(line).ok().says(&["lm_head.weight is the input embedding", "the output has one of its own"]);
@@ -68,7 +69,7 @@ fn cpi_transplants_heads_that_the_base_ties() {
         world.checkpoint(name, tensors);
         config(&world, name, &json!({}));
     }
-    // The layout of a mask that cpift-mask makes of the two.
+    // The layout of a mask that cpift-mask extracts from the two.
     world.untied_mask("a", &core(HEAD, &[0, 5]));
     world.groups(&["a"]);
     world.run("cpi --base @base --groups @groups.json --task a=@a --mask a=@a.mask --out @out").ok();
@@ -89,7 +90,7 @@ fn a_tied_model_that_kept_only_its_head_is_opened() {
 }
 
 #[test]
-fn wrapped_names_are_cleaned_or_named() {
+fn prefixes_of_names_are_removed_or_named() {
     let wrapped =
         |prefix: &str| model(3.0, None).into_iter().map(|(n, t)| (format!("{prefix}{n}"), t)).collect::<Tensors>();
     for prefix in ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."] {
@@ -134,7 +135,7 @@ fn adapters_and_pointers_are_named() {
 }
 
 #[test]
-fn an_index_may_list_what_is_no_parameter_and_nothing_else() {
+fn an_index_may_list_absent_tensors_that_are_not_parameters_and_no_others() {
     for (extra, lost, fine) in [
         (HEAD, "model-00002-of-00002.safetensors", true),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", "model-00002-of-00002.safetensors", true),
@@ -191,7 +192,7 @@ fn rotary_settings_are_compared_by_meaning() {
 }
 
 #[test]
-fn different_tokens_at_the_same_id_are_warned_of() {
+fn different_tokens_at_the_same_id_are_warned_about() {
     let tokenizer = |last: &str, added: &str| {
         json!({"model": {"vocab": {"x": 0, last: 1}}, "added_tokens": [{"id": 2, "content": added}]}).to_string()
     };

@@ -1,4 +1,5 @@
-//! cpift-merge through the real binary: results against references, bad input, and what it links.
+//! cpift-merge through the real binary: results against references, bad input, and linked
+//! libraries.
 
 mod bad_input;
 mod checks;
@@ -23,7 +24,7 @@ fn the_binary_links_no_libtorch() {
 }
 
 #[test]
-fn help_tells_defaults_units_and_exit_codes() {
+fn help_has_defaults_units_and_exit_codes() {
     let help = cpift_testkit::run(world::PROGRAM, ["cpi", "--help"]).ok().stdout;
     for part in ["[default: max-delta]", "[default: --base]", "[default: 5GB]", "radians", "[default: weights]"] {
         assert!(help.contains(part), "{part} is not in\n{help}");

@@ -1,4 +1,5 @@
-//! `--mask` and `--protect` in the plain methods: outside its mask a model counts as the backbone, and what is protected stays.
+//! `--mask` and `--protect` in the plain methods: outside its mask a model is replaced by the
+//! backbone, and protected elements keep its values.
 
 use cpift_core::Dtype;
 use cpift_testkit::masks::write_mask;
@@ -20,7 +21,7 @@ fn mask(world: &World, name: &str, like: &str, set: &[usize]) {
 }
 
 #[test]
-fn outside_its_mask_a_model_counts_as_the_backbone() {
+fn outside_its_mask_a_model_is_replaced_by_the_backbone() {
     let (base, a, b) = ([1.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0], [5.0, 7.0, 9.0, 1.0]);
     let world = world(&[("base", &base), ("a", &a), ("b", &b)]);
     mask(&world, "low", "base", &[0, 1]);
@@ -38,7 +39,7 @@ fn outside_its_mask_a_model_counts_as_the_backbone() {
 }
 
 #[test]
-fn what_is_protected_stays_the_backbone_and_takes_no_part_in_angles() {
+fn protected_elements_equal_the_backbone_and_take_no_part_in_angles() {
     let world = world(&[("a", &[3.0, 0.0, -0.0, 100.0]), ("b", &[0.0, 3.0, 50.0, -70.0])]);
     mask(&world, "kept", "a", &[2, 3]);
     world.run("slerp --model @a --model @b --protect @kept --out @out").ok().says(&["median 90.0000"]);
@@ -49,14 +50,15 @@ fn what_is_protected_stays_the_backbone_and_takes_no_part_in_angles() {
 }
 
 #[test]
-fn what_is_protected_takes_no_part_in_trims() {
+fn protected_elements_take_no_part_in_trims() {
     let base = [0.0; 6];
     let world = world(&[("base", &base), ("a", &[9.0, 1.0, 2.0, -3.0, 4.0, 8.0])]);
     mask(&world, "kept", "base", &[0, 5]);
     let line = "ties --base @base --model @a --density 0.5 --protect @kept --out @out";
     world.run(line).ok();
     assert_eq!(world.read_w("out"), [0.0, 0.0, 0.0, -3.0, 4.0, 0.0], "two of the four that are free");
-    // Nor in the sums that a drop is stretched to: all but one element protected, it stays or goes as it is.
+    // Nor in the sums by which a drop is rescaled: with all elements but one protected, that one is
+    // kept unchanged or dropped.
     mask(&world, "but-one", "base", &[0, 1, 2, 3, 5]);
     for seed in 0..4 {
         let line = "dare --base @base --model @a --density 0.5 --protect @but-one --force --out @dare";
@@ -67,7 +69,7 @@ fn what_is_protected_takes_no_part_in_trims() {
 }
 
 #[test]
-fn what_is_protected_is_not_counted_among_equals_at_the_cut_off() {
+fn protected_elements_are_not_counted_among_equals_at_the_cut_off() {
     let world = world(&[("base", &[0.0; 4]), ("a", &[2.0, 2.0, 2.0, 1.0])]);
     mask(&world, "kept", "base", &[0]);
     world.run("ties --base @base --model @a --density 0.34 --protect @kept --out @out").ok();
@@ -113,7 +115,7 @@ fn masks_are_checked_and_named() {
         world.refused(&format!("{line} {flag}"), &["@short", "tensor: w", "expected: 3 elements", "found: 2 elements"]);
     }
     world.refused(&format!("{line} --protect @a/model.safetensors"), &["model.safetensors: not a mask"]);
-    world.misused(&format!("{line} --mask c=@kept"), &["--mask c", "expected 1 to 2 or the name of a folder"]);
+    world.misused(&format!("{line} --mask c=@kept"), &["--mask c", "expected 1 to 2 or the name of a directory"]);
     world.misused(&format!("{line} --mask 3=@kept"), &["--mask 3"]);
     world.misused(&format!("{line} --mask b=@kept --mask 2=@kept"), &["--mask 2", "has one already"]);
     world.misused(&format!("{line} --mask 1=@kept"), &["mask of the first model has no effect"]);
@@ -127,7 +129,7 @@ fn masks_are_checked_and_named() {
 }
 
 #[test]
-fn a_mask_made_for_another_base_is_warned_of_where_that_is_known() {
+fn a_mask_made_for_another_base_is_warned_about_if_that_is_known() {
     let world = world(&[("a", &[1.0, 2.0]), ("b", &[2.0, 1.0])]);
     world.run("linear --model @a --model @b --out @c").ok();
     mask(&world, "for-a", "a", &[1]);

@@ -1,4 +1,5 @@
-//! Task arithmetic, TIES, DARE, spherical mean and the settings of all methods, against numbers worked out by hand.
+//! Task arithmetic, TIES, DARE, spherical mean and the settings of all methods, against numbers
+//! computed by hand.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +8,7 @@ use serde_json::Value;
 
 use crate::world::{World, assert_close, bytes, json, w};
 
-/// A base and two models that moved away from it by known steps.
+/// A base and models that differ from it by `models`.
 fn vectors(base: &[f32], models: &[&[f32]]) -> World {
     let world = World::new();
     world.checkpoint("base", &w(base));
@@ -20,7 +21,7 @@ fn vectors(base: &[f32], models: &[&[f32]]) -> World {
 
 const BOTH: &str = "--base @base --model @m1 --model @m2";
 
-/// What the model at `out` moved from `base`.
+/// Difference of the model at `out` from `base`.
 fn moved(world: &World, base: &[f32]) -> Vec<f32> {
     world.read_w("out").iter().zip(base).map(|(x, b)| x - b).collect()
 }
@@ -46,22 +47,23 @@ fn task_arithmetic_adds_weighted_task_vectors() {
 }
 
 #[test]
-fn ties_trims_elects_and_takes_the_mean_of_what_agrees() {
+fn ties_trims_elects_and_averages_the_terms_that_agree() {
     let base = [8.0; 6];
-    // Half of six: three of each stay. m1 keeps 4, -3, 2; m2 keeps -5, 2, and of the two of size 1 the first.
+    // Half of six: three of each are kept. m1 keeps 4, -3, 2; m2 keeps -5, 2, and of the two of
+    // size 1 the first.
     let world = vectors(&base, &[&[4.0, -3.0, 2.0, 1.0, 0.5, 0.0], &[-5.0, 1.0, 2.0, 0.0, 1.0, 0.5]]);
     let summary = run(&world, &format!("ties {BOTH} --density 0.5"));
     assert_eq!(moved(&world, &base), [-5.0, -3.0, 2.0, 0.0, 0.0, 0.0]);
     assert_eq!(summary["trim"], serde_json::json!({"at_cut": 3, "decided_by_position": 1}));
     run(&world, &format!("ties {BOTH} --density 0.5 --normalize false --weight 2 --weight 1 --lambda 0.5"));
     assert_eq!(moved(&world, &base), [4.0, -3.0, 3.0, 0.0, 0.0, 0.0]);
-    // What stays is stretched by (4+3+2+1.5)/9 and (5+1+2+1+0.5)/8.
+    // The elements that are kept are scaled by (4+3+2+1.5)/9 and (5+1+2+1+0.5)/8.
     run(&world, &format!("ties {BOTH} --density 0.5 --rescale true"));
     let (a, b) = (10.5 / 9.0, 9.5 / 8.0);
     let expected = [-5.0 * b, -3.0 * a, a + b, 0.0, 0.0, 0.0];
     let found: Vec<f64> = world.read_w("out").into_iter().map(|x| f64::from(x) - 8.0).collect();
     assert_close(&found, &expected.map(|x: f64| f64::from((8.0 + x) as f32) - 8.0), "rescaled");
-    // A density for each model: of m1 all stays, of m2 one element, then nothing.
+    // A density per model: all elements of m1 are kept, and of m2 one, then none.
     run(&world, &format!("ties {BOTH} --density 1 --density 0.01"));
     assert_eq!(moved(&world, &base), [-5.0, -3.0, 2.0, 1.0, 0.5, 0.0]);
     for method in ["ties", "dare", "dare --elect-sign"] {
@@ -129,7 +131,7 @@ fn dare_draws_for_each_model_and_elects_on_request() {
         counts
     };
     let linear = count("");
-    // Drawn apart, all four pairings come up about as often.
+    // The draws are independent, so all four combinations are about equally frequent.
     assert!(linear.keys().eq([&-3, &-2, &0, &1]) && linear.values().all(|n| n.abs_diff(1000) < 150), "{linear:?}");
     let elected = count("--elect-sign");
     assert_eq!(elected[&-3], linear[&-3] + linear[&-2], "the larger one wins: {elected:?}");

@@ -1,4 +1,4 @@
-//! `slerp` and `linear` of any two checkpoints: dtypes, shards, threads, weights, and the edges t = 0 and t = 1.
+//! `slerp` and `linear`: dtypes, shards, threads, weights, and the limits t = 0 and t = 1.
 
 use cpift_core::Dtype;
 use cpift_testkit::{Numbers, Tensor, Tensors, expect_entries, write_sharded};
@@ -89,7 +89,7 @@ fn f64_models_are_merged_in_f64() {
     assert_eq!(json(&world.path("out/config.json"))["torch_dtype"], "float64");
 }
 
-/// Tensors with sizes around a chunk's; those of different seeds lie some 45° apart.
+/// Tensors with sizes around that of a chunk; the angle between different seeds is about 45°.
 fn several(seed: u64) -> Tensors {
     let (mut common, mut own) = (Numbers(0), Numbers(seed));
     let mut tensor = |n: usize| Tensor::f32(&[n], &(0..n).map(|_| common.unit() + own.unit()).collect::<Vec<_>>());
@@ -97,7 +97,7 @@ fn several(seed: u64) -> Tensors {
     sizes.into_iter().enumerate().map(|(i, n)| (format!("t{i}"), tensor(n))).collect()
 }
 
-/// The tensors in F64, where a sum taken in another order shows in the last bits.
+/// The tensors in F64, in which the order of a sum shows in the last bits.
 fn in_f64(tensors: &Tensors) -> Tensors {
     let widen = |t: &Tensor| t.values().iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect();
     let tensor = |t: &Tensor| Tensor { dtype: Dtype::F64, shape: t.shape.clone(), bytes: widen(t) };
@@ -121,7 +121,7 @@ fn the_bytes_are_the_same_at_any_number_of_threads_and_on_a_rerun() {
 }
 
 #[test]
-fn shards_in_and_out_change_nothing_about_the_tensors() {
+fn sharding_of_inputs_and_output_does_not_change_the_tensors() {
     let world = World::new();
     world.checkpoint("a", &several(1));
     world.checkpoint("b", &several(2));

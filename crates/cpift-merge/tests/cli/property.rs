@@ -1,4 +1,4 @@
-//! Random merges against a reference that holds whole tensors and folds them one after another, as the method is written.
+//! Random merges by `cpi` against a reference that folds whole tensors one after another.
 
 use cpift_testkit::{Numbers, Tensor, Tensors};
 
@@ -65,7 +65,7 @@ fn slerp(a: &[f64], b: &[f64], omega: f64, free: &[bool]) -> Vec<f64> {
     a.iter().zip(b).map(|(x, y)| p * x + q * y).collect()
 }
 
-/// The task each element belongs to: of those that claim it, the one that moved it most.
+/// Task that each element belongs to: of those that claim it, the one that moved it most.
 fn owners(case: &Case, name: &str) -> Vec<Option<usize>> {
     let base = case.base[name].values();
     let mut owner: Vec<Option<(usize, f32)>> = vec![None; base.len()];

@@ -1,4 +1,4 @@
-//! `verify`: a sound checkpoint passes; changed content and NaN are told with their place.
+//! `verify`: a sound checkpoint passes; changed content and NaN are reported with their position.
 
 use std::alloc::System;
 use std::io::{Seek, SeekFrom, Write};
@@ -11,7 +11,7 @@ use crate::world::{World, w};
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
-/// Room for the buffers of all threads, and for what the other tests of this program hold meanwhile.
+/// Memory limit with room for the buffers of all threads and for the other tests of this program.
 const SPOILER: Spoiler = Spoiler { allocator: &ALLOCATOR, per_byte: 4, constant: 256 << 20 };
 
 /// Overwrites the last four bytes of the weights.
@@ -39,7 +39,7 @@ fn a_merge_verifies_and_so_does_a_checkpoint_without_a_record() {
 }
 
 #[test]
-fn digest_says_of_inputs_and_outputs_what_the_record_says() {
+fn digest_prints_the_digests_in_the_record() {
     let world = merged();
     let record = std::fs::read_to_string(world.path("out/cpift.json")).unwrap();
     let printed = world.run("digest @a @b @out").ok().stdout;
@@ -57,11 +57,14 @@ fn digest_says_of_inputs_and_outputs_what_the_record_says() {
 fn one_changed_weight_is_found() {
     let world = merged();
     overwrite_last(&world, 4.5);
-    world.refused("verify @out", &["@out: the content is not what cpift.json records", "expected", "found: digest"]);
+    world.refused(
+        "verify @out",
+        &["@out: the content differs from the digest in cpift.json", "expected", "found: digest"],
+    );
 }
 
 #[test]
-fn nan_is_counted_and_its_place_named() {
+fn nan_is_counted_and_its_position_named() {
     let world = merged();
     overwrite_last(&world, f32::NAN);
     world.refused("verify @out", &["1 weights are not finite", "tensor: w", "element 2"]);
@@ -86,7 +89,7 @@ fn bad_numbers_of_many_chunks_are_all_counted_and_the_first_is_named() {
 }
 
 #[test]
-fn every_spoilt_byte_is_found() {
+fn every_changed_byte_is_found() {
     let world = merged();
     let out = world.path("out");
     for name in ["model.safetensors", "config.json"] {

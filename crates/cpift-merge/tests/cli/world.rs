@@ -1,12 +1,13 @@
-//! A folder with small checkpoints, masks and groups, and the binary run on it.
+//! A directory with small checkpoints, masks and groups, on which the binary runs.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cpift_core::Dtype;
-use cpift_core::checkpoint::{Checkpoint, Digest};
-use cpift_core::groups::{Groups, Order, TauMode};
-use cpift_core::mask::{MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::format::checkpoint::Checkpoint;
+use cpift_core::format::digest::Digest;
+use cpift_core::format::groups::{Groups, Order, TauMode};
+use cpift_core::format::mask::{MaskHeader, MaskWriter, Metric, Scope, Ties};
 use cpift_testkit::{Run, Tensor, Tensors, expect_entries, run, write_checkpoint};
 use tempfile::TempDir;
 
@@ -43,17 +44,18 @@ impl World {
         self.dir.path().join(name)
     }
 
-    /// `@name` in `text` stands for a path in this folder.
+    /// Replaces `@name` in `text` by a path in this directory.
     fn resolve(&self, text: &str) -> String {
         text.replace('@', &format!("{}/", self.dir.path().display()))
     }
 
-    /// Runs the program with the words of `line`.
+    /// Runs the program with the words of `line` as arguments.
     pub fn run(&self, line: &str) -> Run {
         run(PROGRAM, self.resolve(line).split_whitespace())
     }
 
-    /// Runs `line`, asserts that it is refused as bad input saying all `parts`, and that nothing is left behind.
+    /// Runs `line` and asserts that it is refused as bad input with a message that contains all
+    /// `parts`, and that nothing is left behind.
     #[track_caller]
     pub fn refused(&self, line: &str, parts: &[&str]) {
         let before = self.entries();
@@ -62,7 +64,7 @@ impl World {
         expect_entries(self.dir.path(), &before.iter().map(String::as_str).collect::<Vec<_>>());
     }
 
-    /// Runs `line` and asserts a usage error saying all `parts`, with nothing left behind.
+    /// Runs `line` and asserts a usage error that contains all `parts`, with nothing left behind.
     #[track_caller]
     pub fn misused(&self, line: &str, parts: &[&str]) {
         let before = self.entries();
@@ -74,14 +76,14 @@ impl World {
         std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
     }
 
-    /// Writes the checkpoint `name`, in place of an older one.
+    /// Writes the checkpoint `name`, replacing an older one.
     pub fn checkpoint(&self, name: &str, tensors: &Tensors) -> PathBuf {
         let _ = std::fs::remove_dir_all(self.path(name));
         write_checkpoint(&self.path(name), tensors)
     }
 
-    /// Writes base, probes, masks and groups (each task a group, in the order given) and returns the `cpi` command
-    /// without `--out`.
+    /// Writes base, probes, masks and groups (each task a group, in the order given) and returns
+    /// the `cpi` command without `--out`.
     pub fn cpi(&self, base: &Tensors, tasks: &[(&str, &Tensors, Core)]) -> String {
         self.checkpoint("base", base);
         let mut line = "cpi --base @base --groups @groups.json".to_owned();
@@ -99,7 +101,7 @@ impl World {
         self.mask_of(name, core, &Checkpoint::open(&self.path("base")).unwrap());
     }
 
-    /// As [`World::mask`], for a task with an output embedding of its own where the base ties it.
+    /// As [`World::mask`], for a task that has an output embedding of its own, unlike the base.
     pub fn untied_mask(&self, name: &str, core: &Core) {
         let mut base = Checkpoint::open(&self.path("base")).unwrap();
         base.untie();
@@ -112,7 +114,7 @@ impl World {
         let d: u64 = numel.values().sum();
         let selected = core.values().map(|c| c.len() as u64).sum();
         let header = MaskHeader {
-            format_version: cpift_core::mask::FORMAT_VERSION,
+            format_version: cpift_core::format::mask::FORMAT_VERSION,
             percent: 100.0 * selected as f64 / d as f64,
             scope: Scope::Global,
             metric: Metric::Magnitude,
@@ -135,11 +137,11 @@ impl World {
         }
     }
 
-    /// Writes groups.json for masks that exist, each task a group.
+    /// Writes groups.json for existing masks, with one group per task.
     pub fn groups(&self, tasks: &[&str]) {
         let n = tasks.len();
         let groups = Groups {
-            format_version: cpift_core::groups::FORMAT_VERSION,
+            format_version: cpift_core::format::groups::FORMAT_VERSION,
             tau: 2.0,
             partition: None,
             tau_mode: TauMode::Fixed,
@@ -159,12 +161,12 @@ impl World {
         groups.write(&self.path("groups.json"), true).unwrap();
     }
 
-    /// The tensors of a checkpoint in this folder.
+    /// Tensors of a checkpoint in this directory.
     pub fn read(&self, name: &str) -> Tensors {
         cpift_testkit::read_checkpoint(&self.path(name))
     }
 
-    /// The elements of the tensor `w` of a checkpoint in this folder.
+    /// Elements of the tensor `w` of a checkpoint in this directory.
     pub fn read_w(&self, name: &str) -> Vec<f32> {
         self.read(name)["w"].values()
     }
@@ -180,7 +182,7 @@ pub fn json(path: &Path) -> serde_json::Value {
     serde_json::from_slice(&bytes(path)).unwrap()
 }
 
-/// Asserts that every element agrees to 1e-6 relative; numbers that cancel to nearly nothing to 1e-12.
+/// Asserts that every element agrees to a relative error of 1e-6, or to 1e-12 absolute.
 #[track_caller]
 pub fn assert_close(found: &[f64], expected: &[f64], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");

@@ -1,4 +1,4 @@
-//! Recipes: mergekit's YAML as we read it and write it, and everything about one that is refused.
+//! Recipes in mergekit's YAML: parsed, written, and refused.
 
 mod reading;
 mod refusals;
@@ -18,7 +18,7 @@ fn paths(request: &Request) -> Vec<&str> {
     request.models.iter().map(|model| model.path.to_str().unwrap()).collect()
 }
 
-/// A TIES recipe as people write them, with `more` lines.
+/// A typical TIES recipe, with `more` lines.
 fn ties(more: &str) -> String {
     format!(
         "models:
@@ -60,7 +60,7 @@ parameters:
 dtype: float16
 ";
 
-/// Asserts that `text` is bad input and that the message says all `parts`.
+/// Asserts that `text` is bad input and that the message contains all `parts`.
 #[track_caller]
 fn refused(text: &str, parts: &[&str]) {
     let error = parse(text, Path::new("r.yml")).expect_err(text);

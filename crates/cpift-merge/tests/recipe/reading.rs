@@ -1,11 +1,10 @@
-//! What a recipe means, and that one written is read back as it was.
+//! Requests that recipes are parsed to, and recipes written from a request and read back.
 
 use std::path::Path;
 
 use cpift_core::Dtype;
-use cpift_merge::card;
 use cpift_merge::recipe::write;
-use cpift_merge::{Method, Request, Setting};
+use cpift_merge::{Method, Request, Setting, card};
 
 use crate::{SLERP, linear, parsed, paths, refused, ties};
 
@@ -57,7 +56,7 @@ fn defaults_are_those_of_mergekit() {
 }
 
 #[test]
-fn the_narrowest_scope_comes_first() {
+fn the_innermost_scope_comes_first() {
     let text = "
 merge_method: linear
 slices:
@@ -85,7 +84,7 @@ fn a_base_that_is_merged_like_the_others_comes_first() {
 }
 
 #[test]
-fn karcher_is_the_mean_on_the_sphere_at_any_angle() {
+fn karcher_is_the_spherical_mean_at_any_angle() {
     let recipe =
         |more: &str| format!("merge_method: karcher\nmodels: [{{model: a}}, {{model: b}}, {{model: c}}]\n{more}");
     let request = parsed(&recipe("parameters: {max_iter: 10, tol: 1e-5}"));
@@ -96,7 +95,7 @@ fn karcher_is_the_mean_on_the_sphere_at_any_angle() {
 }
 
 #[test]
-fn numbers_in_quotes_and_flags_as_numbers_are_taken() {
+fn numbers_in_quotes_and_flags_as_numbers_are_accepted() {
     let request = parsed(&ties("parameters: {lambda: '1e-3', normalize: 0, rescale: yes}\n"));
     assert_eq!((request.lambda.at("w", None), request.normalize, request.rescale), (Some(0.001), false, true));
 }
@@ -123,11 +122,14 @@ fn the_tokenizer_comes_from_where_the_recipe_says() {
     refused(&ties("tokenizer: {pad_to_multiple_of: 8}\n"), &["tokenizer.pad_to_multiple_of: is not supported here"]);
     refused(&ties("tokenizer: {}\n"), &["tokenizer: a key is missing", "source"]);
     refused(&linear("tokenizer_source: base\n"), &["tokenizer_source: there is no base_model"]);
-    refused(&linear("tokenizer_source: a\ntokenizer: {source: a}\n"), &["tokenizer: stands beside tokenizer_source"]);
+    refused(
+        &linear("tokenizer_source: a\ntokenizer: {source: a}\n"),
+        &["tokenizer: cannot be given together with tokenizer_source"],
+    );
 }
 
 #[test]
-fn a_recipe_written_is_read_back_as_it_was() {
+fn a_written_recipe_is_read_back_unchanged() {
     let karcher = "{merge_method: karcher, models: [{model: a, cpift: {weight: [0.5, 2]}}, {model: b}],
         cpift: {space: delta, base: z, epsilon: 0.25, protect: p.mask}}";
     let dare = "{merge_method: dare_ties, base_model: \"a \\\"b\\\" `c`: |\", tokenizer_source: t, dtype: bfloat16,
@@ -150,10 +152,10 @@ fn a_recipe_written_is_read_back_as_it_was() {
 }
 
 #[test]
-fn the_card_tells_method_models_and_weights() {
+fn the_card_lists_method_models_and_weights() {
     let card = card::of_request(&parsed(&ties("")), Dtype::BF16);
     for part in [
-        // Only what can be a name on the hub: not the folders base and code.
+        // Only a possible name on the hub: not the directories base and code.
         "---\nbase_model:\n  - org/math\nlibrary_name: transformers\n",
         "# Merge by TIES\n",
         "arXiv:2306.01708",
@@ -168,7 +170,7 @@ fn the_card_tells_method_models_and_weights() {
 }
 
 #[test]
-fn keys_of_ours_stand_under_cpift() {
+fn keys_that_mergekit_does_not_have_stand_under_cpift() {
     refused(&ties("cpift: {seed: 1}\n"), &["cpift.seed: is not a known key", "protect"]);
     refused(&ties("cpift: {protct: 1}\n"), &["did you mean protect?"]);
     refused(&linear("").replace("{model: a}", "{model: a, cpift: {weight: 2}}"), &["models[0].cpift.weight", "mask"]);

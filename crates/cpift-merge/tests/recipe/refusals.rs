@@ -1,4 +1,4 @@
-//! Recipes that are refused, with messages that name the place.
+//! Recipes that are refused, with messages that name the place in the file.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use cpift_merge::recipe::{parse, read};
 use crate::{SLERP, linear, parsed, paths, refused, ties};
 
 #[test]
-fn keys_that_are_not_known_are_named() {
+fn unknown_keys_are_named() {
     let wrong = ties("").replace("weight: 1.0", "wieght: 1.0");
     refused(&wrong, &["models[1].parameters.wieght: is not a known key", "weight, density", "did you mean weight?"]);
     refused(&ties("merge_metod: ties\n"), &["merge_metod", "did you mean merge_method?"]);
@@ -46,7 +46,7 @@ fn values_out_of_range_are_refused() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn missing_keys_are_named() {
     refused("", &["r.yml"]);
     refused("merge_method: linear\n", &["expected: models or slices"]);
     refused("models: [{model: a}]\n", &["expected: merge_method"]);
@@ -59,7 +59,7 @@ fn what_is_missing_is_named() {
     refused("{merge_method: ties, base_model: a, models: [{model: a}]}", &["at least 1 models"]);
     refused(&linear("").replace("model: b", "model: a"), &["models[1]: is listed twice"]);
     refused(&linear("").replace("model: b", "model: {model: b}"), &["models[1].model: is a mapping"]);
-    refused(&linear("slices: [{}]\n"), &["slices: stands beside models"]);
+    refused(&linear("slices: [{}]\n"), &["slices: cannot be given together with models"]);
 }
 
 /// A linear merge of `a` and `b` by these slices, each `[range of a, range of b]`.
@@ -72,7 +72,7 @@ fn slices(ranges: &[[&str; 2]], more: &str) -> String {
 }
 
 #[test]
-fn slices_must_be_every_layer_in_order() {
+fn slices_must_cover_every_layer_in_order() {
     let request = parsed(&slices(&[["[0, 3]"; 2], ["[3, 8]"; 2]], ""));
     assert_eq!(paths(&request), ["a", "b"]);
     for ranges in [
@@ -146,7 +146,7 @@ fn mutilated_recipes_are_read_or_refused() {
 }
 
 #[test]
-fn files_that_are_no_recipe_are_refused() {
+fn files_that_are_not_recipes_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("r.yml");
     let error = |bytes: &[u8]| {
@@ -161,7 +161,8 @@ fn files_that_are_no_recipe_are_refused() {
     assert!(read(&path).unwrap_err().downcast_ref::<BadInput>().is_some());
 }
 
-/// A folder with the models `a` and `b`, of which config.json says `layers`, and the recipe made of `text`.
+/// Reads the recipe `text` in a directory with the models `a` and `b`, which have `layers` layers
+/// and these vocabularies.
 fn on_disk(text: &str, layers: usize, tokenizers: [&str; 2]) -> Result<Request, String> {
     let dir = tempfile::tempdir().unwrap();
     for (model, tokenizer) in ["a", "b"].into_iter().zip(tokenizers) {
@@ -179,12 +180,12 @@ fn on_disk(text: &str, layers: usize, tokenizers: [&str; 2]) -> Result<Request, 
 }
 
 #[test]
-fn folders_layers_and_vocabularies_are_checked_on_disk() {
+fn directories_layers_and_vocabularies_are_checked_on_disk() {
     on_disk(SLERP, 32, [""; 2]).unwrap();
     let error = on_disk(SLERP, 24, [""; 2]).unwrap_err();
     assert!(error.contains("models with 32 layers") && error.contains("24 layers in "), "{error}");
     let error = on_disk(&linear("").replace("{model: b}", "{model: c}"), 1, [""; 2]).unwrap_err();
-    assert!(error.contains("names a model that is not a folder"), "{error}");
+    assert!(error.contains("names a model that is not a directory"), "{error}");
 
     let tokenizer = SLERP.to_owned() + "tokenizer_source: base\n";
     let (one, two) = (r#"{"x": 0}"#, r#"{"x": 1}"#);
@@ -196,7 +197,7 @@ fn folders_layers_and_vocabularies_are_checked_on_disk() {
 }
 
 #[test]
-fn a_model_of_the_hub_is_to_be_downloaded_first() {
+fn a_model_of_the_hub_must_be_downloaded_first() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("r.yml");
     let hint = |model: &str| {
@@ -204,6 +205,6 @@ fn a_model_of_the_hub_is_to_be_downloaded_first() {
         read(&path).unwrap_err().to_string()
     };
     assert!(hint("org/name").contains("huggingface-cli download org/name"));
-    assert!(hint("org/name+org/lora").contains("an adapter is merged"));
-    assert!(hint("./org/name").contains("relative to the folder"));
+    assert!(hint("org/name+org/lora").contains("an adapter must be merged"));
+    assert!(hint("./org/name").contains("relative to the directory"));
 }

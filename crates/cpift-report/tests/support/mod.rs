@@ -1,12 +1,13 @@
-//! A small run folder as the pipeline lays it out, with rows that would act on a careless page.
+//! A small run directory as the pipeline lays it out, with outputs that would act on a page that does
+//! not escape them.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cpift_core::checkpoint::Digest;
-use cpift_core::scores::{Figure, Scores, TaskScore};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::scores::{MetricValue, Scores, TaskScore};
 use cpift_testkit::masks::{write_groups, write_mask};
 use cpift_testkit::model::write_tiny_model;
 use serde_json::{Value, json};
@@ -48,7 +49,7 @@ impl Folder {
             })
         });
         self.write(&format!("{folder}/outputs.jsonl"), &lines.collect::<String>());
-        let tasks = tasks.iter().map(|(task, scores)| task_score(task, Some(Figure::mean("acc", scores))));
+        let tasks = tasks.iter().map(|(task, scores)| task_score(task, Some(MetricValue::mean("acc", scores))));
         self.write_scores_at(folder, tasks.collect())
     }
 
@@ -62,7 +63,8 @@ impl Folder {
         self.path(folder)
     }
 
-    /// Gives the rows of a task in outputs.jsonl their losses, as sums and numbers of tokens, and scores.json what they come to.
+    /// Gives the rows of a task in outputs.jsonl their losses, as sums and numbers of tokens, and
+    /// scores.json the mean.
     pub fn losses_at(&self, folder: &str, task: &str, losses: &[(f64, u64)]) {
         let path = self.path(&format!("{folder}/outputs.jsonl"));
         let with_loss = |line: &str| {
@@ -86,7 +88,7 @@ impl Folder {
         });
     }
 
-    /// Writes experiments/NAME.json: `more` over the fields that every experiment has. Its path.
+    /// Writes experiments/NAME.json, with the fields of every experiment and `more`; returns its path.
     pub fn experiment(&self, name: &str, kind: &str, more: &Value) -> PathBuf {
         let mut value = json!({"format_version": 1, "name": name, "title": format!("The {name} experiment"),
             "question": "Does it hold?", "kind": kind});
@@ -156,7 +158,7 @@ impl Folder {
         self.experiment("3-forgetting", "forgetting", &json!({"baseline": "full-sft", "rows": rows}));
     }
 
-    /// Everything a finished pipeline leaves.
+    /// All files of a finished pipeline.
     pub fn whole() -> Self {
         let f = Self::new();
         let base = write_tiny_model(&f.path("base-model"), 1);
@@ -198,15 +200,15 @@ impl Folder {
     }
 }
 
-/// The score of a task on four rows; without a metric where there is none.
-pub fn task_score(task: &str, metric: Option<Figure>) -> TaskScore {
-    let nll = Figure { name: "nll".into(), value: 2.0, stderr: Some(0.1), n: 4 };
+/// The score of a task on four rows.
+pub fn task_score(task: &str, metric: Option<MetricValue>) -> TaskScore {
+    let nll = MetricValue { name: "nll".into(), value: 2.0, stderr: Some(0.1), n: 4 };
     let settings = BTreeMap::from([("rows".to_owned(), json!(4)), ("truncated".to_owned(), json!(0))]);
     TaskScore { task: task.into(), eval_digest: Digest::blank(), metric, also: BTreeMap::new(), nll, settings }
 }
 
-pub fn common(force: bool) -> cpift_core::cli::Common {
-    cpift_core::cli::Common { force, ..Default::default() }
+pub fn common(force: bool) -> cpift_core::run::cli::Common {
+    cpift_core::run::cli::Common { force, ..Default::default() }
 }
 
 pub fn read(path: &Path) -> String {

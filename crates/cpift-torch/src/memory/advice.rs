@@ -1,26 +1,27 @@
-//! What to change so that a job fits.
+//! Advice: options that make a job fit in memory.
 
-use super::{Job, gib};
 use cpift_core::Dtype;
 
-/// Which options make a job fit.
+use super::job::{Job, gib};
+
+/// Options that make a job fit.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Advice {
-    /// Each option alone, in the order of what it costs, and the total with it.
+    /// Each option alone, cheapest first, and the total with it.
     pub alone: Vec<(String, u64)>,
-    /// The cheapest options that together fit, and the total with them.
+    /// The cheapest combination that fits, and the total with it.
     pub fits: Option<(String, u64)>,
-    /// The memory there is.
+    /// Available bytes.
     limit: u64,
 }
 
-/// Whether `job` fits into `limit` bytes (none: not known), and if not what would make it fit.
+/// Reports if `job` fits in `limit` bytes (none: not known), and if not, what would make it fit.
 pub fn verdict(job: &Job, limit: Option<u64>) -> String {
     let (peak, total) = (job.peak().name, job.peak().total());
     match limit {
-        None => "how much memory the device has is not known: name it with --device-memory GIB\n".to_owned(),
+        None => "the memory of the device is not known: give it with --device-memory GIB\n".to_owned(),
         Some(limit) if total <= limit => {
-            // What an allocator loses to fragmentation is not in the sum.
+            // The sum leaves out what an allocator loses to fragmentation.
             let tight = if total > limit / 20 * 19 { ", but only just: allocators need some room" } else { "" };
             format!("fits: {:.2} of {:.2} GiB (peak: {peak}){tight}\n", gib(total), gib(limit))
         }
@@ -31,8 +32,9 @@ pub fn verdict(job: &Job, limit: Option<u64>) -> String {
     }
 }
 
-/// The table of a job that ran out of memory, and what would take less: less than there is, and less than this.
-pub fn after_failure(job: &Job, limit: Option<u64>) -> String {
+/// The table of a job that ran out of memory, and options that take less than the limit and less
+/// than the estimate.
+pub(super) fn after_failure(job: &Job, limit: Option<u64>) -> String {
     let total = job.peak().total();
     let limit = limit.unwrap_or(total).min(total - total / 20);
     format!("{}{}", job.table(), advice(job, limit))
@@ -40,26 +42,27 @@ pub fn after_failure(job: &Job, limit: Option<u64>) -> String {
 
 type Change = fn(&Job, u64) -> Option<(Job, String)>;
 
-/// In the order of what they cost: a third more work; conditions on the step; more steps of less work each; moments, then weights, that
-/// are rounded.
+/// Changes, cheapest first: a third more work; conditions on the step; more, smaller batches;
+/// rounded moments; rounded weights.
 const CHANGES: [Change; 5] = [checkpointing, in_backward, smaller_batch, moments, master];
 
-/// The options that make `job` fit into `limit` bytes: of all combinations the one whose most expensive option is the cheapest.
+/// Finds the options that make `job` fit in `limit` bytes: the combination whose most expensive
+/// option is cheapest.
 pub fn advice(job: &Job, limit: u64) -> Advice {
     let now = job.peak().total();
     let alone = CHANGES.iter().filter_map(|change| change(job, limit)).map(|(j, text)| (text, j.peak().total()));
-    // What saves less than a hundredth is no way out.
+    // An option that saves less than 1 % is not worth listing.
     let alone = alone.filter(|(_, total)| *total < now - now / 100);
     let together = (1..1u32 << CHANGES.len()).filter_map(|set| apply(job, set, limit));
     let fits = together.map(|(j, text)| (text, j.peak().total())).find(|(_, total)| *total <= limit);
     Advice { alone: alone.collect(), fits, limit }
 }
 
-/// `job` with the changes whose bits are set; none where one of them cannot be made.
+/// Applies the changes whose bits are set; none if one of them is not possible.
 fn apply(job: &Job, set: u32, limit: u64) -> Option<(Job, String)> {
     let mut texts = Vec::new();
     let mut changed = job.clone();
-    // The batch last: how small it must be depends on the others.
+    // The batch last: the size that fits depends on the other changes.
     for i in [0, 1, 3, 4, 2] {
         if set & (1 << i) != 0 {
             let text;
@@ -76,7 +79,8 @@ fn checkpointing(job: &Job, _: u64) -> Option<(Job, String)> {
     (!done).then(|| (job, "--gradient-checkpointing".to_owned()))
 }
 
-/// Without sums over batches and without clipping: both need all gradients.
+/// Updates in the backward pass, without clipping and without gradient accumulation: both need all
+/// gradients.
 fn in_backward(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
     let possible = !job.args.optimizer_in_backward && job.args.grad_accum == 1;
@@ -86,7 +90,7 @@ fn in_backward(job: &Job, _: u64) -> Option<(Job, String)> {
     possible.then(|| (job, text.to_owned()))
 }
 
-/// The largest batch that fits, by halves, and as many more of them a step; where none does, one example.
+/// Halves the batch until it fits (down to one example) and accumulates as many more.
 fn smaller_batch(job: &Job, limit: u64) -> Option<(Job, String)> {
     if job.args.batch_size == 1 || job.args.optimizer_in_backward {
         return None;
@@ -106,14 +110,14 @@ fn smaller_batch(job: &Job, limit: u64) -> Option<(Job, String)> {
 
 fn moments(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
-    let before = std::mem::replace(&mut job.args.optim_state, Dtype::BF16);
-    (before != Dtype::BF16).then(|| (job, "--optim-state bf16".to_owned()))
+    let before = std::mem::replace(&mut job.args.optim_state_dtype, Dtype::BF16);
+    (before != Dtype::BF16).then(|| (job, "--optim-state-dtype bf16".to_owned()))
 }
 
 fn master(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
-    let before = std::mem::replace(&mut job.args.master, Dtype::BF16);
-    (before != Dtype::BF16).then(|| (job, "--master bf16".to_owned()))
+    let before = std::mem::replace(&mut job.args.master_dtype, Dtype::BF16);
+    (before != Dtype::BF16).then(|| (job, "--master-dtype bf16".to_owned()))
 }
 
 impl std::fmt::Display for Advice {
@@ -127,7 +131,7 @@ impl std::fmt::Display for Advice {
             }
             None => write!(
                 f,
-                "  hint: no option makes it fit into {:.2} GiB: take a smaller model or --max-length, or a larger device",
+                "  hint: no option makes it fit in {:.2} GiB: use a smaller model, a smaller --max-length or a larger device",
                 gib(self.limit)
             ),
         }

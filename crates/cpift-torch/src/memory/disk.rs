@@ -1,42 +1,42 @@
-//! The disk that a whole pipeline takes.
+//! Disk space of a whole pipeline.
 
 use cpift_core::Dtype;
 
-use super::{Job, Sizes};
+use super::job::{Job, Sizes};
 
-/// What a pipeline of so many probes writes, in bytes.
+/// Sizes of the outputs of a pipeline, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Disk {
-    /// Number of tasks: each has a probe and a mask.
+    /// Number of tasks; each has a probe and a mask.
     pub tasks: u64,
-    /// One checkpoint in --save-dtype.
+    /// A checkpoint in --save-dtype.
     pub checkpoint: u64,
-    /// The mask of one task: a bit an element.
+    /// The mask of a task: one bit per element.
     pub mask: u64,
-    /// One state to resume from: weights and both moments as they are in training.
+    /// A saved training state: weights and both moments in their dtypes.
     pub state: u64,
-    /// States that exist at a time while one is saved; 0 without --save-every.
+    /// Saved states that exist while one more is being saved; 0 without --save-every.
     pub states: u64,
     save_dtype: Dtype,
 }
 
 impl Disk {
-    /// The disk for `job` and `tasks` tasks.
+    /// The disk space of `job` for `tasks` tasks.
     pub fn of(job: &Job, tasks: u64) -> Self {
         let s = Sizes::of(&job.config);
-        let (weight, moment) = (job.args.master.size() as u64, job.args.optim_state.size() as u64);
+        let (weight, moment) = (job.args.master_dtype.size() as u64, job.args.optim_state_dtype.size() as u64);
         Self {
             tasks,
             checkpoint: s.total() * job.args.save_dtype.size() as u64,
             mask: s.total().div_ceil(8),
             state: s.total() * weight + 2 * job.trained(&s) * moment,
-            // The new one is whole before the oldest goes.
-            states: job.args.save_every.map_or(0, |_| job.args.keep as u64 + 1),
+            // The new state is complete before the oldest is removed.
+            states: job.args.save_every.map_or(0, |_| job.args.save_total_limit as u64 + 1),
             save_dtype: job.args.save_dtype,
         }
     }
 
-    /// Name and bytes of each row.
+    /// Name and size of each kind of output.
     pub fn rows(&self) -> Vec<(String, u64)> {
         let dtype = self.save_dtype.name().to_lowercase();
         let mut rows = vec![
@@ -53,12 +53,12 @@ impl Disk {
         rows
     }
 
-    /// Bytes of all.
+    /// Total bytes.
     pub fn total(&self) -> u64 {
         self.rows().iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// Lines of text, in GB as `df -H` and the names of disks have it.
+    /// Table in GB (10⁹ bytes, as in `df -H`).
     pub fn table(&self) -> String {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         let rows = self.rows().into_iter().chain([("total".to_owned(), self.total())]);

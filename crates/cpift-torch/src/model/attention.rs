@@ -1,38 +1,39 @@
-//! Attention: who may see whom, the key-value cache, and the scores of each family.
+//! Attention: masks, key-value cache, and the scores of each family.
 //!
-//! Suffixes: b batch, s sequence (queries), t keys, h query heads, k key-value heads, d head width, e embedding.
+//! Shape suffixes: b batch, s sequence (queries), t keys, h query heads, k key-value heads, d head
+//! width, e embedding.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::config::ModelConfig;
-use super::layers::{Linear, Loader, RmsNorm};
-use super::rope::{distinct, rotate};
+use super::layers::{Linear, Loader, RmsNorm, distinct_ropes, rotate};
 use crate::ffi;
 
-/// What every block needs to attend: rotary factors in the dtype of the blocks, and who may see whom.
+/// Inputs of attention that all blocks share: rotary factors in the dtype of the blocks, and the
+/// attention pattern.
 pub struct Attended {
-    /// cos and sin of each of the model's rotary settings.
+    /// cos and sin for each of the model's rotary settings.
     pub(super) rotary: Vec<(Tensor, Tensor)>,
     pub(super) pattern: Pattern,
 }
 
-/// Who may see whom.
+/// The attention pattern.
 pub(super) enum Pattern {
-    /// Documents one after another in a single row, each causal in itself and closed to the others.
+    /// Documents concatenated in a single row: causal attention within each, none between them.
     Documents(Documents),
-    /// Of whether a query sees a key, [b, 1, s, t]; and the same within the window, for the blocks that have one. Added to the scores
-    /// (0 or −∞) where a fused kernel takes it, boolean where scores are capped.
+    /// A mask [b, 1, s, t], and one restricted to the sliding window for the blocks that have one.
+    /// Additive (0 or −∞) for fused kernels, boolean if scores are soft-capped.
     Mask { full: Tensor, windowed: Option<Tensor> },
 }
 
 /// The documents of a row.
 pub(super) struct Documents {
-    /// Their lengths.
+    /// Number of tokens of each document.
     lengths: Vec<i64>,
-    /// For each document longer than the window, who sees whom within it, [len, len]; none where no block has a window.
+    /// Sliding-window mask [len, len] of each document longer than the window.
     windowed: Vec<Option<Tensor>>,
-    /// Cumulative lengths from 0, int32, where the device has variable-length flash attention.
+    /// Cumulative lengths from 0, int32, if the device has variable-length flash attention.
     ends: Option<Tensor>,
 }
 
@@ -43,37 +44,38 @@ impl Documents {
     }
 }
 
-/// Boolean [s, t]: the last `s` of `t` tokens see themselves and the `window` − 1 tokens before.
+/// Boolean [s, t]: each of the last `s` of `t` tokens attends to itself and the `window` − 1 tokens
+/// before.
 pub(super) fn causal_window(s: i64, t: i64, window: i64, device: Device) -> Tensor {
     let all = Tensor::ones([s, t], (Kind::Bool, device));
     all.tril(t - s).logical_and(&all.triu(t - s - window + 1))
 }
 
-/// Keys and values of the tokens seen so far, [b, k, capacity, d] for each block; made whole at once, filled from the left.
+/// Key-value cache: [b, k, capacity, d] for each block, allocated once and filled from the left.
 pub struct KvCache {
     layers: Vec<(Tensor, Tensor)>,
     length: i64,
 }
 
 impl KvCache {
-    /// Room for `capacity` tokens of `b` rows.
+    /// An empty cache for `b` rows of up to `capacity` tokens.
     pub(super) fn new(c: &ModelConfig, b: i64, capacity: i64, options: (Kind, Device)) -> Self {
         let shape = [b, c.num_key_value_heads, capacity, c.head_dim];
         let layer = |_| (Tensor::empty(shape, options), Tensor::empty(shape, options));
         Self { layers: (0..c.num_hidden_layers).map(layer).collect(), length: 0 }
     }
 
-    /// Tokens in the cache.
+    /// Number of tokens in the cache.
     pub fn length(&self) -> i64 {
         self.length
     }
 
-    /// Forgets all tokens but the first `length`.
+    /// Drops all tokens but the first `length`.
     pub fn truncate(&mut self, length: i64) {
         self.length = self.length.min(length);
     }
 
-    /// Writes a block's new keys and values behind the others and returns all of them.
+    /// Appends a block's new keys and values and returns all of them.
     fn extend(&self, layer: usize, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
         let s = k.size()[2];
         let write = |all: &Tensor, new: &Tensor| {
@@ -85,7 +87,7 @@ impl KvCache {
         (write(all_k, k), write(all_v, v))
     }
 
-    /// Counts `s` tokens that every block has written.
+    /// Advances the length by `s` tokens, which every block has written.
     pub(super) fn advance(&mut self, s: i64) {
         self.length += s;
     }
@@ -99,24 +101,24 @@ impl KvCache {
     }
 }
 
-/// Queries, keys and values in, mixed values out.
+/// Multi-head attention with grouped keys and values.
 pub(super) struct Attention {
     q_proj: Linear,
     k_proj: Linear,
     v_proj: Linear,
     o_proj: Linear,
-    /// Norms over each head of q and k.
+    /// Norms over each head of q and k (Qwen3).
     norms: Option<(RmsNorm, RmsNorm)>,
     heads: i64,
     kv_heads: i64,
     head_dim: i64,
     layer: usize,
-    /// Its place among the model's rotary settings.
+    /// Index into the model's rotary settings.
     rope: usize,
     scores: Scores,
 }
 
-/// How scores are made of q·k.
+/// Scaling, soft cap and window of the scores q·k.
 #[derive(Clone, Copy)]
 struct Scores {
     scale: f64,
@@ -143,7 +145,11 @@ impl Attention {
             kv_heads: c.num_key_value_heads,
             head_dim: c.head_dim,
             layer,
-            rope: c.ropes.get(layer).and_then(|own| distinct(&c.ropes).iter().position(|p| *p == own)).unwrap_or(0),
+            rope: c
+                .ropes
+                .get(layer)
+                .and_then(|own| distinct_ropes(&c.ropes).iter().position(|p| *p == own))
+                .unwrap_or(0),
             scores: Scores {
                 scale: c.attention_scale,
                 softcap: c.attention_softcap,
@@ -179,7 +185,7 @@ impl Attention {
 }
 
 impl Scores {
-    /// Attention under a mask, or plain causal.
+    /// Attention with a mask, or causal without one.
     fn attend(&self, q_bhsd: &Tensor, k_bktd: &Tensor, v_bktd: &Tensor, mask: Option<&Tensor>) -> Tensor {
         if let Some(cap) = self.softcap {
             return capped(q_bhsd, k_bktd, v_bktd, mask, self.scale, cap);
@@ -187,7 +193,8 @@ impl Scores {
         let (b, h, s, d) = q_bhsd.size4().expect("queries are [b, h, s, d]");
         let k = k_bktd.size()[1];
         if let Some(mask) = mask.filter(|_| s == 1 && h != k) {
-            // With one query the heads that share keys can stand where queries do: no key is repeated.
+            // With one query, the heads that share a key head take the place of queries: no key is
+            // repeated.
             let grouped = q_bhsd.reshape([b, k, h / k, d]);
             let mask = mask.expand([b, 1, h / k, mask.size()[3]], true);
             let out = Tensor::scaled_dot_product_attention(
@@ -206,13 +213,13 @@ impl Scores {
         Tensor::scaled_dot_product_attention(q_bhsd, k_bktd, v_bktd, mask, 0.0, mask.is_none(), self.scale, gqa)
     }
 
-    /// Causal attention inside each document of a row; no cost for the pairs between documents.
+    /// Causal attention within each document of a row; pairs between documents are never computed.
     fn by_document(&self, q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents) -> Tensor {
         if let Some(ends) = documents.ends.as_ref().filter(|_| self.softcap.is_none()) {
             let longest = documents.lengths.iter().copied().max().unwrap_or(0);
             let flat = |t: &Tensor| t.transpose(1, 2).squeeze_dim(0);
             let out = ffi::flash_varlen((&flat(q), &flat(k), &flat(v)), ends, longest, self.scale, self.window)
-                .expect("a kernel that was tried when the model was opened");
+                .expect("the kernel ran when the model was opened");
             return out.unsqueeze(0).transpose(1, 2);
         }
         let mask = |i: usize| documents.windowed[i].as_ref().filter(|_| self.window.is_some());
@@ -231,8 +238,9 @@ impl Scores {
     }
 }
 
-/// Attention with soft-capped scores (Gemma-2): no fused kernel has the cap, so that the scores of a document exist, [b, h, s, t].
-/// Softmax in f32, as transformers' eager attention.
+/// Attention with soft-capped scores (Gemma-2). No fused kernel implements the cap, so the scores
+/// of a document, [b, h, s, t], are materialised. Softmax in f32, as in transformers' eager
+/// attention.
 fn capped(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: f64, cap: f64) -> Tensor {
     let groups = q.size()[1] / k.size()[1];
     let (k, v) = (k.repeat_interleave_self_int(groups, 1, None), v.repeat_interleave_self_int(groups, 1, None));

@@ -1,6 +1,6 @@
-//! Decoder-only language models: Block and CausalLM.
+//! The root of the model: Block and CausalLM.
 //!
-//! Suffixes: b batch, s sequence (queries), t keys, e embedding, v vocabulary.
+//! Shape suffixes: b batch, s sequence (queries), t keys, e embedding, v vocabulary.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -9,17 +9,17 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attended, Attention, Documents, KvCache, Pattern, causal_window};
-use super::config::ModelConfig;
-use super::layers::{Loader, Mlp, RmsNorm};
-use super::rope::{Rope, distinct};
+use super::config::{EMBEDDING, ModelConfig};
+use super::layers::{Loader, Mlp, RmsNorm, Rope, check_all_taken, distinct_ropes};
+use crate::device::to_device;
 use crate::ffi;
-use crate::weights::{Parameters, check_all_taken};
+use crate::weights::Parameters;
 
-/// One decoder block; the trainer calls them one at a time.
+/// A decoder block; the trainer calls the blocks one at a time.
 pub struct Block {
     input_layernorm: RmsNorm,
     self_attn: Attention,
-    /// Before the MLP; in Gemma-2 after the attention.
+    /// Norm before the MLP; in Gemma-2 after the attention.
     post_attention_layernorm: RmsNorm,
     /// Gemma-2's norms before and after the MLP.
     around_mlp: Option<(RmsNorm, RmsNorm)>,
@@ -45,7 +45,8 @@ impl Block {
         })
     }
 
-    /// Hidden states [b, s, e] to hidden states [b, s, e]; with a cache, keys and values are written behind its tokens.
+    /// Maps hidden states [b, s, e] to hidden states [b, s, e]; a cache is extended by the new keys
+    /// and values.
     pub fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&KvCache>) -> Tensor {
         let mixed = self.self_attn.forward(&self.input_layernorm.forward(x_bse), attended, cache);
         match &self.around_mlp {
@@ -61,32 +62,33 @@ impl Block {
     }
 }
 
-/// A model with its parameters; the tensors share storage with the [`Parameters`] it was made from.
+/// A decoder-only language model; its tensors share storage with the [`Parameters`] it was built
+/// from.
 pub struct CausalLM {
-    /// Its numbers.
+    /// Model configuration.
     pub config: ModelConfig,
     /// The decoder blocks in order.
     pub blocks: Vec<Block>,
-    /// Names of the parameters of each unit: the embedding, each block, the head (its norm and, unless tied, its matrix).
+    /// Parameter names of each unit: the embedding, each block, the head (final norm and, unless
+    /// tied, output matrix).
     pub units: Vec<Vec<String>>,
     embed_tokens: Tensor,
     norm: RmsNorm,
     lm_head: Tensor,
-    /// Different rotary settings, in the order in which blocks first have them.
+    /// Distinct rotary settings, in the order in which blocks first use them.
     ropes: Vec<Rope>,
     compute: Kind,
-    /// Whether the device has flash attention over documents of unequal length.
+    /// True if the device has variable-length flash attention for this model.
     varlen: bool,
 }
 
-/// The name of the embedding table.
-pub const EMBEDDING: &str = "model.embed_tokens.weight";
-
 impl CausalLM {
-    /// Builds the model over `parameters`; blocks compute in `compute`. `path` is the checkpoint's, for messages.
+    /// Builds the model over `parameters`; blocks compute in `compute`. `path` names the checkpoint
+    /// in errors.
     ///
     /// # Errors
-    /// [`cpift_core::BadInput`] for a tensor that is missing, of another shape, or not part of the model.
+    /// [`cpift_core::BadInput`] for a tensor that is missing, has another shape, or is not part of
+    /// the model.
     pub fn new(mut config: ModelConfig, parameters: &Parameters, path: &Path, compute: Kind) -> Result<Self> {
         // transformers rounds the scale to the dtype of the hidden states first.
         config.embedding_scale = config.embedding_scale.map(|s| Tensor::from(s).to_kind(compute).double_value(&[]));
@@ -106,7 +108,7 @@ impl CausalLM {
         };
         units.push(loader.taken);
         check_all_taken(parameters, path, &units.concat())?;
-        let distinct = distinct(&config.ropes).into_iter();
+        let distinct = distinct_ropes(&config.ropes).into_iter();
         let ropes = distinct.map(|p| Rope { head_dim: config.head_dim, parameters: p.clone() }).collect();
         let varlen = embed_tokens.device().is_cuda()
             && compute == Kind::BFloat16
@@ -124,7 +126,7 @@ impl CausalLM {
         self.embed_tokens.device()
     }
 
-    /// How documents of a row are attended, for logs.
+    /// Describes how the documents of a row are attended, for logs.
     pub fn attention(&self) -> &'static str {
         match (self.config.attention_softcap, self.varlen) {
             (Some(_), _) => "attention document by document, scores in full for the soft cap",
@@ -133,7 +135,7 @@ impl CausalLM {
         }
     }
 
-    /// Token ids [b, s] to hidden states [b, s, e].
+    /// Maps token ids [b, s] to hidden states [b, s, e].
     pub fn embed(&self, ids_bs: &Tensor) -> Tensor {
         let x_bse = Tensor::embedding(&self.embed_tokens, ids_bs, -1, false, false).to_kind(self.compute);
         match self.config.embedding_scale {
@@ -142,12 +144,13 @@ impl CausalLM {
         }
     }
 
-    /// The window of the blocks that have one.
+    /// Sliding window of the blocks that have one.
     fn window(&self) -> Option<i64> {
         self.config.windows.iter().copied().flatten().next()
     }
 
-    /// Documents one after another in a single row, [1, Σ lengths]: causal inside each, positions from 0 in each.
+    /// Attention for documents concatenated in a single row, [1, Σ lengths]: causal within each
+    /// document, positions from 0 in each.
     pub fn documents(&self, lengths: &[i64]) -> Attended {
         let device = self.device();
         let positions: Vec<i64> = lengths.iter().flat_map(|&n| 0..n).collect();
@@ -161,12 +164,13 @@ impl CausalLM {
             });
             to_device(&Tensor::from_slice(&std::iter::once(0).chain(sums).collect::<Vec<i32>>()), device)
         });
-        // The flash kernel has windows of its own.
+        // The flash kernel implements windows itself.
         let window = if ends.is_some() { None } else { self.window() };
         Attended { rotary, pattern: Pattern::Documents(Documents::new(lengths, window, ends, device)) }
     }
 
-    /// Attention with explicit positions [b, s] and boolean mask [b, 1, s, t], whose queries are the last s of the t tokens.
+    /// Attention with explicit positions [b, s] and a boolean mask [b, 1, s, t]; the queries are
+    /// the last s of the t tokens.
     pub fn masked(&self, positions_bs: &Tensor, mask: &Tensor) -> Attended {
         let (s, t) = (positions_bs.size()[1], mask.size()[3]);
         let rotary = self.rotary(positions_bs, t);
@@ -182,7 +186,7 @@ impl CausalLM {
         Attended { rotary, pattern: Pattern::Mask { full: form(mask), windowed: windowed.as_ref().map(form) } }
     }
 
-    /// cos and sin of each of the rotary settings.
+    /// cos and sin for each rotary setting.
     fn rotary(&self, positions_bs: &Tensor, longest: i64) -> Vec<(Tensor, Tensor)> {
         let cos_sin = |rope: &Rope| {
             let (cos, sin) = rope.cos_sin(positions_bs, longest);
@@ -196,7 +200,7 @@ impl CausalLM {
         KvCache::new(&self.config, b, capacity, (self.compute, self.device()))
     }
 
-    /// The norm before the output matrix.
+    /// Final norm, before the output matrix.
     pub fn final_norm(&self, x: &Tensor) -> Tensor {
         self.norm.forward(x)
     }
@@ -217,7 +221,7 @@ impl CausalLM {
         logits.to_kind(Kind::Float)
     }
 
-    /// Token ids [b, s] through all blocks to hidden states [b, s, e].
+    /// Runs token ids [b, s] through all blocks to hidden states [b, s, e].
     pub fn hidden(&self, ids_bs: &Tensor, attended: &Attended, mut cache: Option<&mut KvCache>) -> Tensor {
         let mut x_bse = self.embed(ids_bs);
         for block in &self.blocks {
@@ -227,14 +231,5 @@ impl CausalLM {
             cache.advance(ids_bs.size()[1]);
         }
         x_bse
-    }
-}
-
-/// A host tensor on `device`, without waiting for the copy where the device allows.
-pub(crate) fn to_device(host: &Tensor, device: Device) -> Tensor {
-    if device.is_cuda() {
-        host.pin_memory(device).to_device_(device, host.kind(), true, false)
-    } else {
-        host.shallow_clone()
     }
 }

@@ -1,15 +1,22 @@
-//! The leaves of a block: Linear, RmsNorm, Mlp; and the loader that takes their tensors by name.
+//! The leaves of the model: Linear, RmsNorm, Rope, Mlp; and the loader that takes their tensors by
+//! name.
+//!
+//! Shape suffixes: b batch, s sequence, h heads, d head width; e is the embedding width, f the MLP
+//! width.
 
+use std::f64::consts::PI;
 use std::path::Path;
 
-use anyhow::Result;
-use tch::{Kind, Tensor};
+use anyhow::{Result, bail};
+use cpift_core::BadInput;
+use cpift_core::format::rope::{RopeParameters, RopeScaling};
+use tch::{Device, Kind, Tensor};
 
 use super::config::{Activation, ModelConfig};
 use crate::ffi;
-use crate::weights::{Parameters, take};
+use crate::weights::Parameters;
 
-/// Takes named tensors, with the path for messages and the list of what was taken.
+/// Takes tensors by name and records the names; `path` names the checkpoint in errors.
 pub(super) struct Loader<'a> {
     pub parameters: &'a Parameters,
     pub path: &'a Path,
@@ -35,7 +42,33 @@ impl Loader<'_> {
     }
 }
 
-/// y = x·Wᵀ + b, computed in the dtype of x: master weights are cast on the way.
+/// Returns the tensor `name` of shape `shape` of `parameters`, sharing its storage.
+fn take(parameters: &Parameters, path: &Path, name: &str, shape: &[i64]) -> Result<Tensor> {
+    let Some(tensor) = parameters.get(name) else {
+        return Err(BadInput::new(path, "a tensor that config.json asks for is missing").tensor(name).into());
+    };
+    if tensor.size() != shape {
+        return Err(BadInput::new(path, "a tensor's shape disagrees with config.json")
+            .tensor(name)
+            .expected(format!("{shape:?}"))
+            .found(format!("{:?}", tensor.size()))
+            .into());
+    }
+    Ok(tensor.shallow_clone())
+}
+
+/// Refuses parameters that are not part of the model: they would be saved untrained.
+pub(super) fn check_all_taken(parameters: &Parameters, path: &Path, taken: &[String]) -> Result<()> {
+    match parameters.keys().find(|name| !taken.contains(name)) {
+        Some(extra) => {
+            Err(BadInput::new(path, "a tensor that the model of config.json does not have").tensor(extra).into())
+        }
+        None if taken.len() != parameters.len() => bail!("a parameter was taken twice"),
+        None => Ok(()),
+    }
+}
+
+/// y = x·Wᵀ + b, computed in the dtype of x: master weights are cast to it.
 pub(super) struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
@@ -49,7 +82,8 @@ impl Linear {
     }
 }
 
-/// x / rms(x) · weight over the last dimension, normalised in f32 as transformers does. Gemma multiplies with 1 + weight, in f32.
+/// x / rms(x) · weight over the last dimension, normalised in f32 as in transformers. Gemma
+/// multiplies by 1 + weight, in f32.
 pub(super) struct RmsNorm {
     weight: Tensor,
     eps: f64,
@@ -70,7 +104,92 @@ impl RmsNorm {
     }
 }
 
-/// down(act(gate(x)) · up(x)).
+/// Rotary position embeddings, with the frequency scalings that config.json can request
+/// ([`cpift_core::format::rope`] reads them).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// d: head width.
+    pub head_dim: i64,
+    /// Base of the frequencies and their scaling.
+    pub parameters: RopeParameters,
+}
+
+impl Rope {
+    /// cos and sin, [b, 1, s, d] in f32, for integer positions [b, s]. `length` is the length of
+    /// the longest sequence; only dynamic scaling uses it.
+    pub fn cos_sin(&self, positions_bs: &Tensor, length: i64) -> (Tensor, Tensor) {
+        let inv_freq = self.inv_freq(length as f64, positions_bs.device());
+        let angles_bsd = positions_bs.to_kind(Kind::Float).unsqueeze(-1) * inv_freq;
+        let full = Tensor::cat(&[&angles_bsd, &angles_bsd], -1).unsqueeze(1);
+        let scale = match self.parameters.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            _ => 1.0,
+        };
+        (full.cos() * scale, full.sin() * scale)
+    }
+
+    /// Frequencies of the d/2 pairs, [d/2], computed in f32 as in transformers.
+    fn inv_freq(&self, length: f64, device: Device) -> Tensor {
+        let dim = self.head_dim as f64;
+        let options = (Kind::Float, device);
+        let exponents = Tensor::arange_start_step(0, self.head_dim, 2, options) / dim;
+        let plain = |theta: f64| Tensor::full([], f64::from(theta as f32), options).pow(&exponents).reciprocal();
+        match self.parameters.scaling {
+            RopeScaling::Default => plain(self.parameters.theta),
+            RopeScaling::Linear { factor } => plain(self.parameters.theta) / factor,
+            RopeScaling::Dynamic { factor, max_positions } => {
+                let growth = factor * length.max(max_positions) / max_positions - (factor - 1.0);
+                plain(self.parameters.theta * growth.powf(dim / (dim - 2.0)))
+            }
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+                let freq = plain(self.parameters.theta);
+                let wavelength = freq.reciprocal() * (2.0 * PI);
+                let smooth =
+                    (wavelength.reciprocal() * original - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                let blended = (1.0 - &smooth) * &freq / factor + &smooth * &freq;
+                let long = wavelength.gt(original / low_freq_factor);
+                let short = wavelength.lt(original / high_freq_factor);
+                (&freq / factor).where_self(&long, &freq.where_self(&short, &blended))
+            }
+            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, truncate, .. } => {
+                let pair = |rotations: f64| {
+                    dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.parameters.theta.ln())
+                };
+                let (mut low, mut high) = (pair(beta_fast), pair(beta_slow));
+                if truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                (low, high) = (low.max(0.0), high.min(dim - 1.0));
+                if low == high {
+                    high += 0.001;
+                }
+                let ramp = ((Tensor::arange(self.head_dim / 2, options) - low) / (high - low)).clamp(0.0, 1.0);
+                let freq = plain(self.parameters.theta);
+                &freq / factor * &ramp + &freq * (1.0 - &ramp)
+            }
+        }
+    }
+}
+
+/// The distinct settings among those of the blocks, in the order of the blocks.
+pub(super) fn distinct_ropes(of_blocks: &[RopeParameters]) -> Vec<&RopeParameters> {
+    let mut found: Vec<&RopeParameters> = Vec::new();
+    for parameters in of_blocks {
+        if !found.contains(&parameters) {
+            found.push(parameters);
+        }
+    }
+    found
+}
+
+/// Rotates the two halves of each head: x·cos + (−x₂, x₁)·sin; x is [b, h, s, d].
+pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let halves = x.chunk(2, -1);
+    let turned = Tensor::cat(&[&halves[1].neg(), &halves[0]], -1);
+    x * cos + turned * sin
+}
+
+/// Gated MLP: down(act(gate(x)) · up(x)).
 pub(super) struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,

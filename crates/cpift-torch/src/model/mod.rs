@@ -1,16 +1,16 @@
-//! Decoder-only language models, leaf to root, under their checkpoints' own names.
+//! Decoder-only language models, leaf to root, with the names of their checkpoints: `config` reads
+//! config.json, `layers` has the leaves, then `attention`, then `decoder` with Block and CausalLM.
 //!
-//! The trainer calls [`CausalLM::embed`], the blocks one at a time, and the head, so that it can hold, drop or recompute
-//! what lies between them.
+//! The trainer calls [`CausalLM::embed`], the blocks one at a time, and the head, so that it can
+//! keep, drop or recompute the activations between them.
 
 mod attention;
 mod config;
+mod config_fields;
 mod decoder;
 mod layers;
-mod rope;
 
 pub use attention::{Attended, KvCache};
-pub use config::{Activation, Family, ModelConfig};
-pub(crate) use decoder::to_device;
-pub use decoder::{Block, CausalLM, EMBEDDING};
-pub use rope::Rope;
+pub use config::{Activation, EMBEDDING, Family, ModelConfig};
+pub use decoder::{Block, CausalLM};
+pub use layers::Rope;

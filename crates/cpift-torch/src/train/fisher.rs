@@ -1,39 +1,41 @@
-//! The diagonal of the empirical Fisher information, as TRACE ([arXiv 2605.31025](https://arxiv.org/abs/2605.31025)) takes it: squared gradients
-//! of the loss of batches at the weights after training.
+//! The diagonal of the empirical Fisher information, as in TRACE ([arXiv
+//! 2605.31025](https://arxiv.org/abs/2605.31025)): squared gradients of the loss of batches at the
+//! weights after training.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use cpift_core::Dtype;
+use cpift_data::Example;
 use log::info;
 use tch::{Kind, Tensor, no_grad};
 
-use super::batches::join;
-use super::pass::{Forward, PassConfig, Units};
-use crate::data::{FeedConfig, Feeder};
+use super::pass::{Forward, ParamGroups, PassConfig};
+use crate::data::{Batch, FeedConfig, Feeder};
 use crate::session::Session;
 use crate::weights::{self, Parameters};
-use cpift_data::Example;
 
-/// The folder of a probe in which its sums of squared gradients lie, as a checkpoint's weights.
+/// Subdirectory of a probe with its sums of squared gradients, stored as the weights of a
+/// checkpoint.
 pub const FISHER: &str = "fisher";
 
-/// How squared gradients are taken.
+/// Settings of [`squared_gradients`].
 #[derive(Debug, Clone, Copy)]
 pub struct FisherConfig {
-    /// Batches that are summed over.
+    /// Number of batches summed over.
     pub batches: usize,
-    /// Rows of a batch.
+    /// Rows per batch.
     pub batch_size: usize,
     /// Seed of the order of the rows.
     pub seed: u64,
 }
 
-/// Σ over batches of the squared gradient of the batch's mean loss, by parameter, in f32; and how many tokens that took.
+/// Sums the squared gradients of the mean loss over batches, by parameter and in f32; returns the
+/// sums and the number of tokens.
 ///
 /// # Errors
-/// What libtorch reports.
+/// An error of libtorch.
 pub fn squared_gradients(
     session: &Session,
     examples: &[Example],
@@ -44,11 +46,11 @@ pub fn squared_gradients(
     let mut sums: Parameters = session.parameters.iter().map(zero).collect();
     let feed = FeedConfig { batch_size: config.batch_size, grad_accum: 1, row: None };
     let (mut feeder, mut tokens) = (Feeder::new(examples, feed, config.seed), 0);
-    let units = Units::new(&session.model, &session.parameters, true);
+    let units = ParamGroups::new(&session.model, &session.parameters, true);
     for _ in 0..config.batches {
-        let batch = join(examples, &feeder.next_step().concat()).to_device(session.model.device());
+        let batch = Batch::at(examples, &feeder.next_step().concat()).to_device(session.model.device());
         let scale = 1.0 / batch.targets() as f64;
-        // Gradients of one unit exist at a time.
+        // Only one unit's gradients exist at a time.
         Forward::run(&session.model, &units, &batch, scale, pass).backward(|places, gradients| {
             for (&i, gradient) in places.iter().zip(gradients) {
                 let sum = sums.get_mut(&units.list[i].0).expect("a gradient of a parameter");
@@ -61,7 +63,7 @@ pub fn squared_gradients(
     Ok((sums, tokens))
 }
 
-/// Writes the sums into the folder [`FISHER`] of `staged`; how many tokens they took.
+/// Writes the sums into the subdirectory [`FISHER`] of `staged`; returns the number of tokens.
 pub(crate) fn save(
     session: &Session,
     examples: &[Example],

@@ -1,22 +1,23 @@
-//! How much each parameter matters to tasks learnt before, followed while training moves on (Evolving Parameter Isolation,
-//! [arXiv 2604.14010](https://arxiv.org/abs/2604.14010)).
+//! Importance of each parameter to earlier tasks, tracked during training (Evolving Parameter
+//! Isolation, [arXiv 2604.14010](https://arxiv.org/abs/2604.14010)).
 //!
-//! Importance is an exponential moving average of squared gradients of the earlier tasks' loss at the weights of the moment:
-//! `v ← β·v + (1 − β)·g²` (the first time `v = g²`). To compare layers, each layer's values are divided by their mean; everything outside
-//! the layers is one more. The top p % of all parameters together are protected.
+//! Importance is an exponential moving average of squared gradients of the earlier tasks' loss at
+//! the current weights: `v ← β·v + (1 − β)·g²` (the first time `v = g²`). To compare layers, the
+//! values of each layer are divided by their mean; the parameters outside the layers count as one
+//! layer. The top p % of all parameters are protected.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use cpift_core::checkpoint::names::layer;
+use cpift_core::format::names::layer;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::weights::Parameters;
 
-/// Flat positions by parameter, int64 and ascending; parameters without any are left out.
+/// Flat indices of elements by parameter, int64 and ascending; parameters without any are left out.
 pub type Positions = BTreeMap<String, Tensor>;
 
-/// The suffix under which states keep an average beside the moments.
+/// Suffix of an average in a saved state.
 const SUFFIX: &str = ".importance";
 
 /// Moving averages of squared gradients.
@@ -27,18 +28,18 @@ pub struct Importance {
 }
 
 impl Importance {
-    /// Averages for the parameters called `names`, with nothing seen yet.
+    /// Averages for `parameters`, without any gradient yet.
     pub fn new<'a>(parameters: impl Iterator<Item = &'a (String, Tensor)>, decay: f64) -> Self {
         let zero = |(name, p): &(String, Tensor)| (name.clone(), Tensor::zeros(p.size(), (Kind::Float, p.device())));
         Self { decay, averages: no_grad(|| parameters.map(zero).collect()), updates: 0 }
     }
 
-    /// Takes one more gradient of every parameter into the averages.
+    /// Updates the averages with a gradient of every parameter.
     pub fn update<'a>(&mut self, gradients: impl Iterator<Item = (&'a str, &'a Tensor)>) {
         let old = if self.updates == 0 { 0.0 } else { self.decay };
         no_grad(|| {
             for (name, gradient) in gradients {
-                let average = self.averages.get_mut(name).expect("a gradient of a parameter that is followed");
+                let average = self.averages.get_mut(name).expect("a gradient of a tracked parameter");
                 let square = gradient.to_kind(Kind::Float).square();
                 let _ = average.g_mul_scalar_(old).g_add_(&(square * (1.0 - old)));
             }
@@ -46,12 +47,13 @@ impl Importance {
         self.updates += 1;
     }
 
-    /// Whether no gradient has been seen.
+    /// Returns true if no gradient has been seen.
     pub fn is_empty(&self) -> bool {
         self.updates == 0
     }
 
-    /// The ⌊p·D/100⌋ most important elements after the normalisation; of equal ones those first in bytewise name order, then by position.
+    /// The ⌊p·D/100⌋ most important elements after normalisation; ties go to the first in bytewise
+    /// name order, then by index.
     pub fn top(&self, percent: f64) -> Positions {
         no_grad(|| {
             let scores = self.normalised();
@@ -61,7 +63,7 @@ impl Importance {
         })
     }
 
-    /// The averages divided by their layer's mean; a layer of nothing but zeros stays so.
+    /// The averages divided by their layer's mean; a layer of zeros stays zero.
     fn normalised(&self) -> BTreeMap<String, Tensor> {
         let of = |name: &str| layer(name).map(|(prefix, _)| prefix.to_owned());
         let mut sums: BTreeMap<Option<String>, (f64, f64)> = BTreeMap::new();
@@ -78,23 +80,24 @@ impl Importance {
         self.averages.iter().map(divided).collect()
     }
 
-    /// The averages by name, for a saved state; they share storage with these.
+    /// The averages by name for a saved state; they share storage.
     pub fn state(&self) -> Parameters {
         self.averages.iter().map(|(name, t)| (format!("{name}{SUFFIX}"), t.shallow_clone())).collect()
     }
 
-    /// Says that the averages were restored from a state.
+    /// Marks the averages as restored from a saved state.
     pub fn restored(&mut self) {
         self.updates = 1;
     }
 }
 
-/// The positions of the `count` largest of `scores`, none of which is negative.
+/// Indices of the `count` largest of `scores`, none of which is negative.
 fn largest(scores: &BTreeMap<String, Tensor>, count: i64) -> Positions {
     let at_least = |threshold: i64| -> i64 {
         scores.values().map(|t| t.view_dtype(Kind::Int).ge(threshold).sum(Kind::Int64).int64_value(&[])).sum()
     };
-    // The bits of floats that are not negative rise with their values: the largest threshold that enough elements reach.
+    // The bits of nonnegative floats are ordered like their values: search the largest threshold
+    // that enough elements reach.
     let (mut low, mut high) = (0i64, i64::from(f32::INFINITY.to_bits()) + 1);
     while high - low > 1 {
         let middle = low + (high - low) / 2;
@@ -105,7 +108,7 @@ fn largest(scores: &BTreeMap<String, Tensor>, count: i64) -> Positions {
     for (name, score) in scores {
         let bits = score.view_dtype(Kind::Int);
         let equal = bits.eq(low);
-        // Of the elements at the threshold, as many as are still wanted.
+        // Of the elements equal to the threshold, take as many as are still needed.
         let wanted = equal.logical_and(&equal.cumsum(0, Kind::Int64).le(ties));
         ties -= wanted.sum(Kind::Int64).int64_value(&[]);
         let positions = bits.gt(low).logical_or(&wanted).nonzero().squeeze_dim(1);
@@ -116,10 +119,10 @@ fn largest(scores: &BTreeMap<String, Tensor>, count: i64) -> Positions {
     chosen
 }
 
-/// The Jaccard similarity of two sets of positions.
+/// Jaccard similarity of two sets of elements.
 ///
 /// # Errors
-/// What libtorch reports.
+/// An error of libtorch.
 pub fn jaccard(a: &Positions, b: &Positions) -> Result<f64> {
     let size = |p: &Positions| p.values().map(|t| t.numel() as f64).sum::<f64>();
     let mut common = 0.0;

@@ -1,8 +1,9 @@
-//! What of a stage's parameters may move: everything, all but earlier cores, the own cores only, or all but what matters most to earlier
-//! tasks at the moment.
+//! Parameter isolation: which elements may change in a stage. All of them; all but the cores of
+//! earlier tasks; only the own cores; or all but those that currently matter most to earlier tasks.
 
 use anyhow::Result;
-use cpift_core::mask::Mask;
+use cpift_core::format::mask::Mask;
+use cpift_data::Example;
 use tch::{Kind, Tensor, no_grad};
 
 use super::importance::{Importance, Positions, jaccard};
@@ -10,74 +11,73 @@ use super::step::Trainer;
 use crate::data::{Batch, FeedConfig, Feeder};
 use crate::freeze::Freeze;
 use crate::weights::Parameters;
-use cpift_data::Example;
 
-/// Batches of earlier tasks' rows whose gradients go into the averages each time.
-pub const REFRESH_BATCHES: usize = 4;
-/// The suffix under which a state keeps the first mask.
+/// Batches of earlier tasks' rows per update of the mask.
+const REFRESH_BATCHES: usize = 4;
+/// Suffix of the first mask in a saved state.
 const FIRST: &str = ".first";
 
-/// What of a stage's parameters may move.
+/// The elements of a stage that may change.
 pub enum Isolation<'a> {
-    /// Everything.
+    /// All elements.
     None,
     /// All but the core regions of earlier tasks (CPI-FT).
     Static(Vec<&'a Mask>),
     /// The group's own core regions, without those of earlier tasks (TRACE).
-    OnlyCores {
-        /// Of the group's tasks.
+    Cores {
+        /// Masks of the group's tasks.
         own: Vec<&'a Mask>,
-        /// Of the tasks before.
+        /// Masks of earlier tasks.
         earlier: Vec<&'a Mask>,
     },
-    /// All but what matters most to earlier tasks, found again as training goes on (EPI).
-    Evolving(Evolving<'a>),
+    /// All but the elements most important to earlier tasks, updated during training (EPI).
+    Dynamic(DynamicConfig<'a>),
 }
 
-/// How the protected elements are found.
-pub struct Evolving<'a> {
-    /// Rows of earlier tasks, on whose loss importance is measured.
+/// Settings of the dynamic mask.
+pub struct DynamicConfig<'a> {
+    /// Examples of earlier tasks, on whose loss importance is measured.
     pub examples: &'a [Example],
-    /// Share of the trainable elements to protect, in percent.
+    /// Share of the trainable elements that is frozen, in percent.
     pub percent: f64,
     /// β of the moving average.
     pub decay: f64,
-    /// Steps between two masks.
+    /// Steps between updates of the mask.
     pub interval: usize,
 }
 
 impl Isolation<'_> {
-    /// What is frozen from the first step to the last.
+    /// Elements frozen throughout the stage.
     pub(crate) fn freeze(&self, parameters: &Parameters) -> Result<Option<Freeze>> {
         Ok(match self {
-            Self::None | Self::Evolving(_) => None,
+            Self::None | Self::Dynamic(_) => None,
             Self::Static(masks) => Some(Freeze::new(parameters, masks)?),
-            Self::OnlyCores { own, earlier } => Some(Freeze::all_but(parameters, own, earlier)?),
+            Self::Cores { own, earlier } => Some(Freeze::all_but(parameters, own, earlier)?),
         })
     }
 }
 
-/// The moving mask of a stage.
-pub(crate) struct MovingMask<'a> {
-    config: &'a Evolving<'a>,
+/// The dynamic mask of a stage.
+pub(crate) struct DynamicMask<'a> {
+    config: &'a DynamicConfig<'a>,
     importance: Importance,
-    /// The first mask of the stage; empty before.
+    /// The first mask of the stage; empty until it is computed.
     first: Positions,
     feeder: Feeder,
-    /// Tokens of the rows that importance was measured on.
+    /// Tokens that importance was measured on.
     pub tokens: usize,
 }
 
-/// How far the mask has moved.
+/// Drift of the mask.
 pub(crate) struct Drift {
-    /// Protected elements.
+    /// Number of protected elements.
     pub protected: u64,
-    /// Jaccard similarity of the mask with the stage's first one.
+    /// Jaccard similarity with the stage's first mask.
     pub jaccard: f64,
 }
 
-impl<'a> MovingMask<'a> {
-    pub fn new(config: &'a Evolving<'a>, trainer: &Trainer<'_>, batch_size: usize, seed: u64) -> Self {
+impl<'a> DynamicMask<'a> {
+    pub fn new(config: &'a DynamicConfig<'a>, trainer: &Trainer<'_>, batch_size: usize, seed: u64) -> Self {
         let feed = FeedConfig { batch_size, grad_accum: 1, row: None };
         Self {
             config,
@@ -88,17 +88,16 @@ impl<'a> MovingMask<'a> {
         }
     }
 
-    /// Whether a mask is due before the step counted from 0.
+    /// Returns true if the mask is updated before step `step`, counted from 0.
     pub fn is_due(&self, step: usize) -> bool {
         step.is_multiple_of(self.config.interval)
     }
 
-    /// Measures importance at the present weights and freezes what is now on top; what was frozen before and is not any more may move.
+    /// Measures importance at the current weights and freezes the top elements; others may change
+    /// again.
     pub fn renew(&mut self, trainer: &mut Trainer<'_>, parameters: &Parameters) -> Result<Drift> {
         for _ in 0..REFRESH_BATCHES {
-            let places = self.feeder.next_step().concat();
-            let rows: Vec<&Example> = places.iter().map(|&i| &self.config.examples[i]).collect();
-            let batch = Batch::new(&rows).to_device(trainer.device());
+            let batch = Batch::at(self.config.examples, &self.feeder.next_step().concat()).to_device(trainer.device());
             self.tokens += batch.tokens();
             let gradients = trainer.gradients(&batch)?;
             self.importance.update(gradients.iter().map(|(name, grad)| (*name, grad)));
@@ -117,7 +116,7 @@ impl<'a> MovingMask<'a> {
         now
     }
 
-    /// What a saved state holds of it, by name.
+    /// Tensors for a saved state, by name.
     pub fn state(&self, parameters: &Parameters) -> Parameters {
         let first = |(name, index): (&String, &Tensor)| {
             let p = &parameters[name];
@@ -128,7 +127,7 @@ impl<'a> MovingMask<'a> {
         self.importance.state().into_iter().chain(self.first.iter().map(first)).collect()
     }
 
-    /// Room for what a state holds.
+    /// Zero tensors to load a saved state into.
     pub fn blank(&self, names: impl Iterator<Item = String>, parameters: &Parameters) -> Parameters {
         let first = names.filter_map(|name| {
             let p = &parameters[name.strip_suffix(FIRST)?];
@@ -137,7 +136,8 @@ impl<'a> MovingMask<'a> {
         first.chain(self.importance.state()).collect()
     }
 
-    /// Goes on from a state whose tensors are in `restored`, made by [`MovingMask::blank`], after `steps` steps.
+    /// Restores the mask after `steps` steps from the tensors of a saved state (see
+    /// [`DynamicMask::blank`]).
     pub fn restore(
         &mut self,
         restored: &Parameters,
@@ -165,7 +165,7 @@ impl<'a> MovingMask<'a> {
 mod tests {
     use super::*;
     use crate::session::{Precision, Session};
-    use crate::train::StepConfig;
+    use crate::train::step::StepConfig;
     use cpift_testkit::model::write_tiny_model;
     use tch::Device;
 
@@ -186,9 +186,9 @@ mod tests {
         let session = Session::open(&folder, None, Device::Cpu, Precision::F32).unwrap();
         let parameters = &session.parameters;
         let (earlier, own) = (examples(3), examples(101));
-        let config = Evolving { examples: &earlier, percent: 10.0, decay: 0.5, interval: 3 };
+        let config = DynamicConfig { examples: &earlier, percent: 10.0, decay: 0.5, interval: 3 };
         let mut trainer = Trainer::new(&session.model, parameters, None, StepConfig::default());
-        let mut mask = MovingMask::new(&config, &trainer, 4, 1);
+        let mut mask = DynamicMask::new(&config, &trainer, 4, 1);
         let total: usize = parameters.values().map(Tensor::numel).sum();
         let batch = Batch::new(&own.iter().collect::<Vec<_>>());
         let (mut similarities, mut kept) = (Vec::new(), Vec::new());
@@ -205,7 +205,8 @@ mod tests {
                 .zip(&kept)
                 .map(|((_, a), (_, b))| a.iter().zip(b).filter(|(a, b)| a.to_bits() == b.to_bits()).count())
                 .sum();
-            // All but the protected ones move: with decay off, every element that has ever had a gradient.
+            // All but the protected elements change: without weight decay, those that have ever had
+            // a gradient.
             let frozen = mask.importance.top(10.0);
             for (name, index) in &frozen {
                 let (now, then) = (&parameters[name].flatten(0, -1), kept.iter().find(|(n, _)| n == name).unwrap());

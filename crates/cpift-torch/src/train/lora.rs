@@ -1,25 +1,26 @@
-//! Low-rank adapters ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) as a method to compare with: every linear layer's weight is
-//! W = W₀ + (α/r)·B·A, and A and B are what is trained.
+//! Low-rank adapters ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) as a baseline: every
+//! linear layer's weight is W = W₀ + (α/r)·B·A, and only A and B are trained.
 //!
-//! Their gradients follow from the weight's own by the chain rule, ∂A = (α/r)·Bᵀ·∂W and ∂B = (α/r)·∂W·Aᵀ, so that the pass needs no change
-//! and the merged weight is there at every step. It trains as LoRA does but saves none of its memory.
+//! Their gradients follow from the weight's by the chain rule, ∂A = (α/r)·Bᵀ·∂W and ∂B =
+//! (α/r)·∂W·Aᵀ, so that the forward and backward pass stay the same and the weights are merged
+//! after every step. The training is LoRA's; the memory is that of full fine-tuning.
 
+use cpift_core::stream::random::seed_for;
 use tch::{Kind, Tensor, no_grad};
 
-use super::pass::Units;
+use super::pass::ParamGroups;
 use crate::model::EMBEDDING;
-use crate::seed::mix_name;
 use crate::weights::Parameters;
 
 /// The output layer, which has no adapter, as the embedding has none.
 const HEAD: &str = "lm_head.weight";
 
-/// How adapters are made.
+/// Settings of the adapters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoraConfig {
-    /// Rows of A and columns of B.
+    /// Rank: rows of A and columns of B.
     pub rank: i64,
-    /// α: the product counts α/rank.
+    /// α: the product is scaled by α/rank.
     pub alpha: f64,
     /// Seed of A.
     pub seed: u64,
@@ -32,7 +33,7 @@ pub(crate) struct Adapters {
 }
 
 struct Adapter {
-    /// Of the weight in the list of trainable parameters.
+    /// Index of the weight in the list of trainable parameters.
     place: usize,
     name: String,
     weight: Tensor,
@@ -43,15 +44,16 @@ struct Adapter {
 }
 
 impl Adapters {
-    /// Fresh ones for every linear layer among `units`: A uniform within ±1/√(inputs), as PEFT has it, and B zero.
-    pub fn new(units: &Units, config: LoraConfig) -> Self {
+    /// New adapters for every linear layer among `units`: A uniform within ±1/√(inputs), as in
+    /// PEFT, and B zero.
+    pub fn new(units: &ParamGroups, config: LoraConfig) -> Self {
         let linear =
             |(_, (name, weight)): &(usize, &(String, Tensor))| weight.dim() == 2 && *name != EMBEDDING && *name != HEAD;
         let adapter = |(place, (name, weight)): (usize, &(String, Tensor))| {
             let (outputs, inputs) = weight.size2().expect("two dimensions");
-            tch::manual_seed(mix_name(config.seed, name) as i64);
+            tch::manual_seed(seed_for(config.seed, name) as i64);
             let bound = 1.0 / (inputs as f64).sqrt();
-            // Made on the CPU, so that the bits do not depend on the device.
+            // Drawn on the CPU, so that the bits do not depend on the device.
             let a = Tensor::empty([config.rank, inputs], (Kind::Float, tch::Device::Cpu)).uniform_(-bound, bound);
             Adapter {
                 place,
@@ -66,7 +68,8 @@ impl Adapters {
         Self { scale: config.alpha / config.rank as f64, list }
     }
 
-    /// A and B of each adapter by name, in the order of [`Adapters::gradients`]; they share storage.
+    /// A and B of each adapter by name, in the order of [`Adapters::gradients`]; they share
+    /// storage.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         let pair = |x: &Adapter| {
             [(format!("{}.lora_A", x.name), x.a.shallow_clone()), (format!("{}.lora_B", x.name), x.b.shallow_clone())]
@@ -74,7 +77,7 @@ impl Adapters {
         self.list.iter().flat_map(pair).collect()
     }
 
-    /// The gradients of all A and B from those of the trainable parameters.
+    /// Gradients of all A and B, from those of the trainable parameters.
     pub fn gradients(&self, grads: &[Tensor]) -> Vec<Tensor> {
         let pair = |x: &Adapter| {
             let grad = grads[x.place].to_kind(Kind::Float);
@@ -83,7 +86,7 @@ impl Adapters {
         no_grad(|| self.list.iter().flat_map(pair).collect())
     }
 
-    /// Brings every weight up to its adapter.
+    /// Merges the adapters into the weights.
     pub fn merge(&self) {
         no_grad(|| {
             for x in &self.list {
@@ -93,7 +96,7 @@ impl Adapters {
         });
     }
 
-    /// What a saved state holds for `parameters`: the weights without their adapters, from which fresh adapters start.
+    /// Tensors that a saved state stores for `parameters`: the weights without their adapters.
     pub fn without(&self, parameters: &Parameters) -> Parameters {
         let mut all: Parameters = parameters.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
         all.extend(self.list.iter().map(|x| (x.name.clone(), x.before.shallow_clone())));

@@ -1,31 +1,30 @@
-//! The training core that cpift-probe and cpift-train share.
+//! The training core that cpift-probe and cpift-train share, in the order data takes: `examples`
+//! reads a task's rows, [`Run`] goes through its stages (`stage`), whose batches a thread of their
+//! own makes; [`Trainer`] (`step`) makes an optimizer step out of forward and backward passes
+//! (`pass`) that go unit by unit.
 //!
-//! [`run`](Run) goes through the stages: batches come from a thread of their own, [`step`](Trainer) makes one optimizer step out of one or
-//! more passes (`pass`: forward and backward, unit by unit; `loss`: the head), [`isolation`](Isolation) says what may move, `watch` shows what happens, `state` saves what a
-//! later start needs to go on, `fisher` looks back at the gradients where training has ended.
+//! [`Isolation`] says which elements may change (`importance` measures what a dynamic mask
+//! protects), `lora` trains adapters, `watch` writes metrics, `state` saves what a later start
+//! needs, `fisher` sums squared gradients after training.
 
-mod batches;
+mod examples;
 mod fisher;
-mod held_out;
 pub mod importance;
 mod isolation;
 mod lora;
-mod loss;
 mod pass;
 mod run;
+mod stage;
 mod state;
 mod step;
 mod watch;
 
+pub use examples::{HeldOut, read_examples};
 pub use fisher::{FISHER, FisherConfig, squared_gradients};
-pub use held_out::HeldOut;
-pub use isolation::{Evolving, Isolation, REFRESH_BATCHES};
+pub use isolation::{DynamicConfig, Isolation};
 pub use lora::LoraConfig;
-pub use loss::target_losses;
 pub use pass::{PassConfig, loss_and_gradients};
-pub use run::{Run, Stage, StageReport};
-pub use state::{RUN, States, verify_states};
+pub use run::Run;
+pub use stage::{Stage, StageReport};
+pub use state::{States, verify_states};
 pub use step::{StepConfig, StepOutcome, Trainer};
-
-/// The file of a run's figures, one JSON object a line.
-const METRICS: &str = "metrics.jsonl";

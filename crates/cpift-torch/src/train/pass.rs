@@ -1,34 +1,36 @@
-//! A forward and backward pass, unit by unit: embedding, each block, head. Every unit's graph is its own, so that gradients come one unit
-//! at a time, last unit first, and activations can be recomputed instead of kept.
+//! Forward and backward pass, unit by unit: embedding, each block, head. Each unit has an autograd
+//! graph of its own, so that gradients come one unit at a time, last unit first, and activations
+//! can be recomputed instead of kept.
 
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
-use super::loss::{self, HeadLoss};
 use crate::data::Batch;
 use crate::ffi::grad;
+use crate::loss::{self, HeadLoss};
 use crate::model::{Attended, CausalLM, EMBEDDING};
 use crate::weights::Parameters;
 
-/// What a pass keeps and how it cuts the loss.
+/// Settings that trade work for memory.
 #[derive(Debug, Clone, Copy)]
 pub struct PassConfig {
-    /// Keep only each block's input and compute its activations again in the backward pass.
+    /// Keeps only the input of each block and recomputes its activations in the backward pass.
     pub checkpointing: bool,
-    /// Targets whose logits exist at a time.
+    /// Targets per chunk of the loss: the logits of one chunk exist at a time.
     pub loss_chunk: usize,
 }
 
 /// The trainable parameters of each unit.
-pub(crate) struct Units {
+pub(crate) struct ParamGroups {
     /// Name and tensor of every trainable parameter, unit by unit.
     pub list: Vec<(String, Tensor)>,
-    /// The places in the list of each unit's own, embedding first and head last.
+    /// Indices into the list of each unit's parameters, embedding first and head last.
     places: Vec<Vec<usize>>,
 }
 
-impl Units {
-    /// All parameters of `model`, the embedding table (and a head tied to it) only with `embeddings`.
+impl ParamGroups {
+    /// All parameters of `model`; the embedding table (and a head tied to it) only with
+    /// `embeddings`.
     pub fn new(model: &CausalLM, parameters: &Parameters, embeddings: bool) -> Self {
         let (mut list, mut places) = (Vec::new(), Vec::new());
         for unit in &model.units {
@@ -40,7 +42,7 @@ impl Units {
         Self { list, places }
     }
 
-    /// No parameters.
+    /// An empty set of parameters.
     pub fn none() -> Self {
         Self { list: Vec::new(), places: Vec::new() }
     }
@@ -49,19 +51,19 @@ impl Units {
         self.places[unit].iter().map(|&i| &self.list[i].1).collect()
     }
 
-    /// Whether the embedding table is trained.
+    /// Returns true if the embedding table is trained.
     fn embedding(&self) -> bool {
         !self.places[0].is_empty()
     }
 }
 
-/// A forward pass that has been made, its loss included, and that waits for its backward pass.
+/// A forward pass with its loss, ready for its backward pass.
 pub(crate) struct Forward<'a> {
     model: &'a CausalLM,
-    units: &'a Units,
+    units: &'a ParamGroups,
     attended: Attended,
     embedded: Tensor,
-    /// Input of each block, and its output with its graph where that was kept.
+    /// Input of each block, and its output with the graph if that is kept.
     blocks: Vec<(Tensor, Option<Tensor>)>,
     /// Input of the head.
     last: Tensor,
@@ -70,14 +72,14 @@ pub(crate) struct Forward<'a> {
 }
 
 impl<'a> Forward<'a> {
-    /// Runs `batch` forward; gradients will be those of `scale` · the summed loss.
-    pub fn run(model: &'a CausalLM, units: &'a Units, batch: &Batch, scale: f64, config: PassConfig) -> Self {
+    /// Runs `batch` forward; the gradients will be those of `scale` · the summed loss.
+    pub fn run(model: &'a CausalLM, units: &'a ParamGroups, batch: &Batch, scale: f64, config: PassConfig) -> Self {
         let attended = model.documents(&batch.lengths);
         let embedded = model.embed(&batch.ids_bs);
         let mut x_bse = embedded.detach();
         let mut blocks = Vec::new();
         for (layer, block) in model.blocks.iter().enumerate() {
-            // Below the first block there may be nothing to train.
+            // Without a trained embedding, the first block's input needs no gradient.
             let input = x_bse.set_requires_grad(layer > 0 || units.embedding());
             if config.checkpointing {
                 x_bse = no_grad(|| block.forward(&input, &attended, None));
@@ -95,22 +97,22 @@ impl<'a> Forward<'a> {
         Self { model, units, attended, embedded, blocks, last, normed, head }
     }
 
-    /// The loss summed over the targets, not scaled: one f64 element.
+    /// Loss summed over the targets, not scaled: one f64 element.
     pub fn loss(&self) -> &Tensor {
         &self.head.sum
     }
 
-    /// Hands the gradients of each unit to `sink`, last unit first, with their places in the list of trainable parameters; what the
-    /// unit held is freed by then.
+    /// Passes the gradients of each unit to `sink`, last unit first, with their indices in the list
+    /// of trainable parameters; the unit's activations are freed before.
     ///
     /// # Errors
-    /// Those of `sink`, and what libtorch reports.
+    /// Errors of `sink` and of libtorch.
     pub fn backward(self, mut sink: impl FnMut(&[usize], Vec<Tensor>) -> Result<()>) -> Result<()> {
         let Self { model, units, attended, embedded, mut blocks, last, normed, head } = self;
         let head_unit = units.places.len() - 1;
         let mut tied = None;
         let mut x_grad = {
-            // The norm's graph; the matrix has its gradient already.
+            // The graph of the final norm; the matrix has its gradient already.
             let norm = units.list[units.places[head_unit][0]].1.shallow_clone();
             let mut grads = grad(&normed, Some(&head.grad_hidden), &[&norm, &last])?;
             let x_grad = grads.pop().expect("two inputs, two gradients");
@@ -148,17 +150,17 @@ impl<'a> Forward<'a> {
     }
 }
 
-/// The mean loss of `batch` over its targets, in nats, and its gradient by every parameter.
+/// Mean loss of `batch` over its targets, in nats, and its gradients by every parameter.
 ///
 /// # Errors
-/// What libtorch reports.
+/// An error of libtorch.
 pub fn loss_and_gradients(
     model: &CausalLM,
     parameters: &Parameters,
     batch: &Batch,
     config: PassConfig,
 ) -> Result<(f64, Parameters)> {
-    let units = Units::new(model, parameters, true);
+    let units = ParamGroups::new(model, parameters, true);
     let scale = 1.0 / batch.targets() as f64;
     let forward = Forward::run(model, &units, batch, scale, config);
     let loss = forward.loss().double_value(&[]) * scale;

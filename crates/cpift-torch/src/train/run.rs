@@ -8,104 +8,70 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use cpift_core::Stopped;
-use cpift_core::cli::Common;
 use cpift_core::files::StagedDir;
-use cpift_core::provenance::Recorder;
-use cpift_core::signals::{Orderly, Work, stop_asked};
+use cpift_core::record::provenance::Recorder;
+use cpift_core::run::cli::Common;
+use cpift_core::run::signals::{Phase, SignalScope, stop_asked};
+use cpift_core::stream::random::splitmix64;
 use log::info;
-use serde::{Deserialize, Serialize};
 
-use super::METRICS;
-use super::batches::{join, made, plan_steps};
+use super::examples::{HeldOut, held_out_losses};
 use super::fisher::{self, FisherConfig};
-use super::held_out::{self, HeldOut};
-use super::isolation::{Isolation, MovingMask};
+use super::isolation::{DynamicMask, Isolation};
 use super::lora::LoraConfig;
 use super::pass::PassConfig;
-use super::state::{Found, Position, RUN, States};
+use super::stage::{Stage, StageReport, plan_steps, receive};
+use super::state::{Progress, RUN, SavedState, States};
 use super::step::{StepConfig, StepOutcome, Trainer};
-use super::watch::{StageWatch, StepFigures, Watch};
-use crate::args::{Budget, TrainingArgs};
+use super::watch::{METRICS, StageWatch, StepFigures, Watch};
+use crate::args::TrainingArgs;
 use crate::data::{Batch, FeedConfig, Feeder};
 use crate::freeze::Freeze;
 use crate::oom;
-use crate::schedule::CosineWithWarmup;
-use crate::seed::mix;
+use crate::optim::CosineWithWarmup;
 use crate::session::Session;
-use cpift_data::Example;
 
-/// Stream of a stage's seed that draws the rows importance is measured on.
+/// Random stream of a stage that draws the rows importance is measured on.
 const IMPORTANCE: u64 = u64::MAX;
 
-/// What one stage trains on and how.
-pub struct Stage<'a> {
-    /// Name in logs and metrics.
-    pub label: String,
-    /// The examples.
-    pub examples: &'a [Example],
-    /// What may move.
-    pub isolation: Isolation<'a>,
-    /// How long.
-    pub budget: Budget,
-    /// Seed of the shuffle.
-    pub seed: u64,
-    /// Peak learning rate.
-    pub lr: f64,
-}
-
-/// What a stage of training did.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct StageReport {
-    /// Optimizer steps.
-    pub steps: usize,
-    /// Tokens seen, padding not counted.
-    pub tokens: usize,
-    /// Loss of the first step.
-    pub first_loss: f64,
-    /// Mean loss of the last tenth of the steps.
-    pub final_loss: f64,
-    /// Elements that could not move; the last mask's, where it moves.
-    pub frozen: u64,
-    /// Tokens that importance was measured on, beside those trained on.
-    #[serde(default)]
-    pub importance_tokens: usize,
-}
-
-/// A run: a model trained in place through stages, from its start or from a saved state.
+/// A training run: trains a model in place through its stages, from the start or from a saved
+/// state.
 pub struct Run<'a> {
-    /// The model.
+    /// The open checkpoint.
     pub session: &'a Session,
-    /// How to train.
+    /// Training arguments.
     pub args: &'a TrainingArgs,
     /// The stages in order.
     pub stages: Vec<Stage<'a>>,
-    /// What the loss is also taken on, where the arguments ask for it.
+    /// Held-out examples, if the arguments ask for their loss.
     pub held_out: Vec<HeldOut>,
-    /// Low-rank adapters in place of the parameters; fresh ones in each stage.
+    /// Trains low-rank adapters instead of the parameters; new ones in each stage.
     pub lora: Option<LoraConfig>,
-    /// Sums of squared gradients on the last stage's examples, saved with the model.
+    /// Saves sums of squared gradients on the last stage's examples with the model.
     pub fisher: Option<FisherConfig>,
-    /// Where states are saved and looked for.
+    /// Saved training states.
     pub states: States,
 }
 
-/// A step whose figures have not been read from the device.
+/// A step whose loss and norm have not been read from the device.
 struct Pending {
     step: usize,
     lr: f64,
     tokens: usize,
     outcome: StepOutcome,
-    /// Its examples, by their places in the stage's.
+    /// Indices of its examples.
     chosen: Vec<usize>,
 }
 
 impl Run<'_> {
-    /// Trains through all stages and writes the folder `out`: the model, metrics.jsonl and the provenance, to which `record` adds what is
-    /// its own. None where this very run has written `out` before. `--force` starts afresh where old states are in the way.
+    /// Trains through all stages and writes the directory `out`: the model, metrics.jsonl and the
+    /// provenance, to which `record` adds facts. Returns none if this run has already written
+    /// `out`. `--force` removes old states.
     ///
     /// # Errors
-    /// A loss or norm that is not finite, with step and examples named; [`Stopped`] when a signal asked to stop and the state is saved;
-    /// [`cpift_core::BadInput`] for a state of another run, or where another run is at work; I/O errors.
+    /// A loss or norm that is not finite, with step and examples; [`Stopped`] after a signal, with
+    /// the state saved; [`cpift_core::BadInput`] for a state of another run, or if another run is
+    /// writing `out`; failed writes.
     pub fn write(
         &self,
         out: &Path,
@@ -118,11 +84,11 @@ impl Run<'_> {
             return Ok(None);
         }
         let _held = self.states.hold()?;
-        let _steps = Orderly::begin(Work::Steps);
+        let _steps = SignalScope::begin(Phase::Steps);
         let staged = StagedDir::create(out, common.force())?;
         let reports = self.train(common.force())?;
-        // What was trained is not lost to a signal that comes while it is written.
-        let _output = Orderly::begin(Work::Output);
+        // A signal while the output is written must not lose the trained weights.
+        let _output = SignalScope::begin(Phase::Output);
         self.session.save(staged.path(), self.args.save_dtype)?;
         if let Some(config) = self.fisher {
             let examples = self.stages.last().expect("a run has a stage").examples;
@@ -180,23 +146,28 @@ impl Run<'_> {
     }
 }
 
-/// One stage on its way.
+/// A stage in progress.
 struct StageRun<'a> {
     run: &'a Run<'a>,
     stage: &'a Stage<'a>,
     schedule: CosineWithWarmup,
-    position: Position,
-    found: Option<Found>,
+    position: Progress,
+    found: Option<SavedState>,
 }
 
 impl<'a> StageRun<'a> {
-    fn new(run: &'a Run<'a>, stage: &'a Stage<'a>, finished: &[StageReport], found: Option<Found>) -> Result<Self> {
+    fn new(
+        run: &'a Run<'a>,
+        stage: &'a Stage<'a>,
+        finished: &[StageReport],
+        found: Option<SavedState>,
+    ) -> Result<Self> {
         let parameters = &run.session.parameters;
         if let Some(found) = &found {
             found.load(parameters)?;
         }
         let finished = finished.to_vec();
-        let fresh = Position { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
+        let fresh = Progress { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
         let position = found.as_ref().map_or(fresh, |f| f.position.clone());
         let total = plan_steps(stage, run.feed_config(stage));
         // The first step of a warm-up has rate 0, so a stage of one step has none.
@@ -207,7 +178,7 @@ impl<'a> StageRun<'a> {
 
     fn go(mut self, watch: &mut Watch) -> Result<StageReport> {
         let (run, stage, session) = (self.run, self.stage, self.run.session);
-        // Frozen elements have the values they had when the stage began, in a saved state as well.
+        // Frozen elements have their values from the start of the stage, in a saved state too.
         let freeze = stage.isolation.freeze(&session.parameters)?;
         let frozen = freeze.as_ref().map_or(0, Freeze::len);
         let attention = session.model.attention();
@@ -219,8 +190,8 @@ impl<'a> StageRun<'a> {
         );
         let mut trainer = Trainer::new(&session.model, &session.parameters, freeze, run.step_config());
         let mut moving = match &stage.isolation {
-            Isolation::Evolving(config) => {
-                Some(MovingMask::new(config, &trainer, run.args.batch_size, mix(stage.seed, IMPORTANCE)))
+            Isolation::Dynamic(config) => {
+                Some(DynamicMask::new(config, &trainer, run.args.batch_size, splitmix64(stage.seed, IMPORTANCE)))
             }
             _ => None,
         };
@@ -233,16 +204,18 @@ impl<'a> StageRun<'a> {
         let mut feeder = Feeder::new(stage.examples, run.feed_config(stage), stage.seed);
         feeder.skip(self.position.step);
         thread::scope(|scope| {
-            // Batches are made while the device works on the ones before.
+            // Batches are made while the device runs the previous steps.
             let (sender, batches) = sync_channel(2);
             let (count, device) = (steps.len(), session.model.device());
             let maker = scope.spawn(move || {
-                oom::told_by_another_thread();
+                oom::handled_by_another_thread();
                 for _ in 0..count {
                     let chosen = feeder.next_step();
-                    let made =
-                        chosen.iter().map(|places| join(stage.examples, places).pinned(device)).collect::<Vec<Batch>>();
-                    // Nobody listens any more when the stage has ended early.
+                    let made = chosen
+                        .iter()
+                        .map(|places| Batch::at(stage.examples, places).pinned(device))
+                        .collect::<Vec<Batch>>();
+                    // The receiver is gone if the stage has ended early.
                     if sender.send((chosen.concat(), made)).is_err() {
                         return;
                     }
@@ -256,7 +229,7 @@ impl<'a> StageRun<'a> {
                     self.position.importance_tokens = mask.tokens;
                     watch.mask(step + 1, drift.protected, drift.jaccard, clock.elapsed())?;
                 }
-                let (chosen, host) = made(&batches, &mut maker)?;
+                let (chosen, host) = receive(&batches, &mut maker)?;
                 pending.push(self.step(&mut trainer, step, chosen, &host)?);
                 self.after_step(&trainer, moving.as_ref(), &mut pending, &mut watch)?;
             }
@@ -265,8 +238,13 @@ impl<'a> StageRun<'a> {
         Ok(self.report(trainer.freeze.as_ref().map_or(0, Freeze::len)))
     }
 
-    /// Goes on from a state whose weights are loaded.
-    fn restore(&self, found: &Found, trainer: &mut Trainer<'_>, moving: Option<&mut MovingMask<'_>>) -> Result<()> {
+    /// Restores the rest of a state whose weights are already loaded.
+    fn restore(
+        &self,
+        found: &SavedState,
+        trainer: &mut Trainer<'_>,
+        moving: Option<&mut DynamicMask<'_>>,
+    ) -> Result<()> {
         let (parameters, position) = (&self.run.session.parameters, &self.position);
         found.load_moments(&trainer.optimizer.moments())?;
         trainer.optimizer.set_steps(position.step);
@@ -285,24 +263,24 @@ impl<'a> StageRun<'a> {
         self.schedule.total_steps
     }
 
-    /// Starts step `step`, counted from 0; on CUDA it may still be under way when this returns.
+    /// Starts step `step`, counted from 0; on CUDA it may still be running when this returns.
     fn step(&mut self, trainer: &mut Trainer<'_>, step: usize, chosen: Vec<usize>, host: &[Batch]) -> Result<Pending> {
         let device = self.run.session.model.device();
         let batches: Vec<Batch> = host.iter().map(|b| b.to_device(device)).collect();
         let lr = self.schedule.rate(step);
         let outcome = trainer
-            .step(&batches, lr, mix(self.stage.seed, step as u64))
+            .step(&batches, lr, splitmix64(self.stage.seed, step as u64))
             .with_context(|| format!("{}, step {}", self.stage.label, step + 1))?;
         self.position.step = step + 1;
         self.position.tokens += batches.iter().map(Batch::tokens).sum::<usize>();
         Ok(Pending { step: step + 1, lr, tokens: self.position.tokens, outcome, chosen })
     }
 
-    /// What is due after a step: figures, held-out losses, a saved state, stopping.
+    /// After a step: metrics, held-out losses, a saved state, stopping.
     fn after_step(
         &mut self,
         trainer: &Trainer<'_>,
-        moving: Option<&MovingMask<'_>>,
+        moving: Option<&DynamicMask<'_>>,
         pending: &mut Vec<Pending>,
         watch: &mut StageWatch<'_>,
     ) -> Result<()> {
@@ -312,7 +290,7 @@ impl<'a> StageRun<'a> {
         // The last step of the last stage is followed by the output itself.
         let last = step == total && self.position.finished.len() + 1 == self.run.stages.len();
         let save = (every(args.save_every) && !last) || stop_asked().is_some();
-        // Reading figures waits for the device.
+        // Reading metrics synchronises with the device.
         if !session.model.device().is_cuda() || evaluate || save || step == total || step % args.log_every == 0 {
             let count = pending.len();
             for (i, done) in pending.drain(..).enumerate() {
@@ -321,31 +299,31 @@ impl<'a> StageRun<'a> {
         }
         if evaluate {
             let clock = Instant::now();
-            let losses = held_out::losses(&session.model, &self.run.held_out, args.batch_size);
+            let losses = held_out_losses(&session.model, &self.run.held_out, args.batch_size);
             watch.held_out(step, &losses, clock.elapsed())?;
         }
         if save {
-            let (clock, _saving) = (Instant::now(), Orderly::begin(Work::State));
+            let (clock, _saving) = (Instant::now(), SignalScope::begin(Phase::State));
             let steps = steps_of(&self.position.finished) + step;
             let moments = trainer.optimizer.moments();
             let extra = moving.map_or_else(|| trainer.adapters(), |mask| mask.state(&session.parameters));
             let weights = trainer.stored(&session.parameters);
             let folder = self.run.states.save(steps, &self.position, &weights, &moments, &extra)?;
             watch.saved(clock);
-            // A signal may have come while the state was saved.
+            // A signal may have arrived while the state was saved.
             if let Some(signal) = stop_asked() {
                 let message = format!(
                     "stopped by {signal} after step {step} of {}; saved {}",
                     self.stage.label,
                     folder.display()
                 );
-                return Err(Stopped(message + "\n  hint: the same command with --resume goes on from there").into());
+                return Err(Stopped(message + "\n  hint: the same command with --resume continues from there").into());
             }
         }
         Ok(())
     }
 
-    /// Reads a step's figures; those that are not finite end the run.
+    /// Reads a step's loss and norm; values that are not finite end the run.
     fn read(&mut self, done: &Pending, timed: bool, watch: &mut StageWatch<'_>) -> Result<()> {
         let (loss, grad_norm) = done.outcome.read();
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -354,7 +332,8 @@ impl<'a> StageRun<'a> {
             if done.chosen.len() > examples.len() {
                 examples.push(format!("and {} more", done.chosen.len() - examples.len()));
             }
-            // In the backward pass the head and the last blocks are updated before the gradients of the first ones are known.
+            // With updates in the backward pass, the head and the last blocks are updated before
+            // the first blocks' gradients are known.
             let stopped = if self.run.args.optimizer_in_backward && loss.is_finite() {
                 "stopped there; the blocks above the first bad gradient were updated already (--optimizer-in-backward)"
             } else {

@@ -1,62 +1,66 @@
-//! States to resume from: OUT.checkpoints/step-N holds all that the rest of a run depends on, whole or not at all.
+//! Saved training states: OUT.checkpoints/step-N is written whole or not at all and holds
+//! everything the rest of a run depends on.
 //!
-//! weights/ and moments/ (safetensors, in the dtypes of training), extra/ where adapters train or a mask moves (f32), metrics.jsonl so
-//! far, state.json with the digests of them all. The order of the data, the learning
-//! rate and the random bits follow from the seed and the step, so that nothing else needs saving. OUT.checkpoints/metrics.jsonl is what
-//! the run at work writes its figures to; it stays where a run fails.
+//! weights/ and moments/ (safetensors, in the dtypes of training), extra/ for adapters or a dynamic
+//! mask (f32), metrics.jsonl so far, and state.json with the digests of all files. The order of the
+//! data, the learning rate and the random bits follow from seed and step and are not saved. The
+//! running job writes OUT.checkpoints/metrics.jsonl, which stays if the run fails.
 
-mod file;
-
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use cpift_core::files::{NewFolders, StagedDir};
-use cpift_core::{BadInput, Checkpoint, Dtype, json, provenance};
+use cpift_core::files::{NewFolders, RECORD_NAME, StagedDir};
+use cpift_core::format::digest::Digest;
+use cpift_core::format::json;
+use cpift_core::{BadInput, Checkpoint, Dtype};
 use log::warn;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use file::{STATE, StateFile, VERSION};
-
-use super::{METRICS, StageReport};
+use super::stage::StageReport;
+use super::watch::METRICS;
 use crate::args::TrainingArgs;
 use crate::weights::{self, Parameters};
 
 const WEIGHTS: &str = "weights";
 const MOMENTS: &str = "moments";
 const EXTRA: &str = "extra";
-/// The fact of cpift.json that tells what a run was started with.
-pub const RUN: &str = "run";
+const VERSION: u32 = 3;
+const STATE: &str = "state.json";
+/// Fact of cpift.json with the description of the run.
+pub(crate) const RUN: &str = "run";
 
-/// How far a run has come.
+/// Progress of a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Position {
-    /// Reports of the stages that are done.
+pub(crate) struct Progress {
+    /// Reports of the finished stages.
     pub finished: Vec<StageReport>,
-    /// Steps made in the stage after those.
+    /// Steps done in the current stage.
     pub step: usize,
-    /// Tokens seen in it.
+    /// Tokens seen in the current stage.
     pub tokens: usize,
-    /// Loss of each of its steps.
+    /// Loss of each step of the current stage.
     pub losses: Vec<f64>,
-    /// Tokens of it that only importance was measured on.
+    /// Tokens of the current stage that importance was measured on.
     #[serde(default)]
     pub importance_tokens: usize,
 }
 
-/// Checks the state in `folder`, or all states in it, against the digests that were saved; returns how many there are.
+/// Checks the state in `folder`, or all states in it, against the saved digests; returns their
+/// number.
 ///
 /// # Errors
-/// [`BadInput`] naming what is damaged, or where there is no state.
+/// [`BadInput`] naming the damaged file, or if there is no state.
 pub fn verify_states(folder: &Path) -> Result<usize> {
     let folders = match folder.join(STATE).exists() {
         true => vec![folder.to_owned()],
         false => list(folder)?.into_iter().map(|(_, state)| state).collect(),
     };
     if folders.is_empty() {
-        return Err(BadInput::new(folder, "holds no training state")
+        return Err(BadInput::new(folder, "contains no training state")
             .expected("OUT.checkpoints, or a step-N in it")
             .into());
     }
@@ -64,94 +68,96 @@ pub fn verify_states(folder: &Path) -> Result<usize> {
     Ok(folders.len())
 }
 
-/// The states of one run.
+/// The saved states of a run.
 pub struct States {
     folder: PathBuf,
-    /// What the run is started with: a state of a run with other arguments or inputs is refused.
+    /// Description of the run: arguments and inputs. A state with another description is refused.
     run: Map<String, Value>,
-    /// The same with what only the output depends on.
+    /// The description with the arguments that only the output depends on.
     output: Map<String, Value>,
+    /// Number of states to keep.
     keep: usize,
 }
 
-/// A state that was found.
-pub(crate) struct Found {
+/// A saved state, opened.
+pub(crate) struct SavedState {
     pub folder: PathBuf,
-    pub position: Position,
+    pub position: Progress,
     weights: Checkpoint,
     moments: Checkpoint,
     extra: Option<Checkpoint>,
 }
 
-/// The right to work in the states' folder, which is gone at the end where it is empty.
-pub(crate) struct Held {
+/// Exclusive use of the directory of states, which is removed on drop if it is empty.
+pub(crate) struct StateLock {
     folder: PathBuf,
-    /// Released when the process ends, however it ends.
+    /// The operating system releases the lock when the process ends.
     _lock: File,
     _parents: NewFolders,
 }
 
-impl Drop for Held {
+impl Drop for StateLock {
     fn drop(&mut self) {
         let _ = fs::remove_dir(&self.folder);
     }
 }
 
 impl States {
-    /// Those of the run with `args` that will write `out`; `run` names all arguments and inputs that the weights depend on.
+    /// States of the run that writes `out`; `run` describes all arguments and inputs that the
+    /// weights depend on.
     pub fn new(out: &Path, run: Map<String, Value>, args: &TrainingArgs) -> Self {
         let mut output = run.clone();
         output.insert("save_dtype".into(), args.save_dtype.name().into());
-        Self { folder: Self::folder(out), run, output, keep: args.keep }
+        Self { folder: Self::folder(out), run, output, keep: args.save_total_limit }
     }
 
-    /// The folder of the states of the run that writes `out`.
+    /// Directory of the states of the run that writes `out`.
     pub fn folder(out: &Path) -> PathBuf {
         let mut name = out.file_name().unwrap_or_default().to_owned();
         name.push(".checkpoints");
         out.with_file_name(name)
     }
 
-    /// The file that the run at work writes its figures to.
+    /// Path of the metrics of the running job.
     pub(crate) fn metrics(&self) -> PathBuf {
         self.folder.join(METRICS)
     }
 
-    /// Makes the folder, for this run alone as long as what is returned lives.
+    /// Creates the directory and locks it for this run until the returned lock is dropped.
     ///
     /// # Errors
-    /// [`BadInput`] when another run is at work in it; I/O errors.
-    pub(crate) fn hold(&self) -> Result<Held> {
+    /// [`BadInput`] if another run holds the lock.
+    pub(crate) fn hold(&self) -> Result<StateLock> {
         if self.folder.is_symlink() {
             return Err(BadInput::new(&self.folder, "is a symbolic link, which is not followed for writing")
-                .hint("name the place itself with --out, or mount it there")
+                .hint("give the target itself to --out, or mount it there")
                 .into());
         }
         for _ in 0..100 {
             let parents = NewFolders::make(&self.folder)?;
             let Ok(lock) = File::open(&self.folder) else { continue };
-            // Some network file systems have no locks: there, two runs are not told apart.
+            // Some network file systems have no locks: there, two runs cannot be told apart.
             if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {
-                return Err(BadInput::new(&self.folder, "another run is at work here")
-                    .hint("wait until it has ended, or choose another --out")
+                return Err(BadInput::new(&self.folder, "another run is writing here")
+                    .hint("wait until it ends, or choose another --out")
                     .into());
             }
             // A run that has just ended may have removed what was opened.
-            let opened = lock.metadata().context("asking for the folder's number")?;
+            let opened = lock.metadata().context("reading the metadata of the directory")?;
             if fs::metadata(&self.folder).is_ok_and(|now| (now.dev(), now.ino()) == (opened.dev(), opened.ino())) {
-                return Ok(Held { folder: self.folder.clone(), _lock: lock, _parents: parents });
+                return Ok(StateLock { folder: self.folder.clone(), _lock: lock, _parents: parents });
             }
         }
-        bail!("cannot keep the folder {}: other runs remove it", self.folder.display())
+        bail!("cannot lock the directory {}: other runs keep removing it", self.folder.display())
     }
 
-    /// The newest state, checked to be of this very run; none where there is no state. `force` passes over, and removes, states that are
-    /// damaged, of another version or of another run.
-    pub(crate) fn newest(&self, force: bool) -> Result<Option<Found>> {
+    /// Opens the newest state, which must belong to this run; none if there is no state. `force`
+    /// skips and removes states that are damaged, of another version or of another run.
+    pub(crate) fn newest(&self, force: bool) -> Result<Option<SavedState>> {
         for (_, folder) in list(&self.folder)?.into_iter().rev() {
             match self.read(&folder) {
                 Err(error) if force => {
-                    warn!("passing over a state: {error:#}");
+                    warn!("skipping a saved state: {error:#}");
                     discard(&folder)?;
                 }
                 other => return other.map(Some),
@@ -160,26 +166,27 @@ impl States {
         Ok(None)
     }
 
-    fn read(&self, folder: &Path) -> Result<Found> {
-        let (file, weights, moments, extra) = parts(folder).with_context(|| {
-            format!("{} cannot be resumed from (--resume --force passes over it)", folder.display())
-        })?;
+    fn read(&self, folder: &Path) -> Result<SavedState> {
+        let (file, weights, moments, extra) = parts(folder)
+            .with_context(|| format!("{} cannot be resumed from (--resume --force skips it)", folder.display()))?;
         self.check(&folder.join(STATE), &file.run, &self.run)?;
-        Ok(Found { folder: folder.to_owned(), position: file.position, weights, moments, extra })
+        Ok(SavedState { folder: folder.to_owned(), position: file.position, weights, moments, extra })
     }
 
-    /// Whether this very run has written `out` already; what it left of its states goes.
+    /// Returns true if this run has already written `out`, and removes leftover states.
     ///
     /// # Errors
-    /// [`BadInput`] when `out` is that of another run, or of none.
+    /// [`BadInput`] if `out` is the output of another run, or of none.
     pub fn finished(&self, out: &Path) -> Result<bool> {
         if out.symlink_metadata().is_err() {
             return Ok(false);
         }
-        let path = out.join(provenance::FILE_NAME);
+        let path = out.join(RECORD_NAME);
         let record: Value = json::read(&path)?;
         let Some(run) = record["facts"][RUN].as_object() else {
-            return Err(BadInput::new(&path, "does not say which run wrote it").hint("--force replaces it").into());
+            return Err(BadInput::new(&path, "does not record the run that wrote it")
+                .hint("--force replaces it")
+                .into());
         };
         self.check(&path, run, &self.output)?;
         if self.folder.exists() {
@@ -189,12 +196,12 @@ impl States {
         Ok(true)
     }
 
-    /// What the output is made with, as a fact for cpift.json under the name [`RUN`].
+    /// Description of the run for cpift.json, as the fact `run`.
     pub fn run(&self) -> Value {
         Value::Object(self.output.clone())
     }
 
-    /// Refuses what another run has saved.
+    /// Refuses a state or output of another run.
     fn check(&self, path: &Path, saved: &Map<String, Value>, own: &Map<String, Value>) -> Result<()> {
         let differs = |key: &&String| saved.get(*key) != own.get(*key);
         let Some(key) = saved.keys().chain(own.keys()).find(differs) else { return Ok(()) };
@@ -202,28 +209,26 @@ impl States {
         Err(BadInput::new(path, format!("of a run with another {key}"))
             .expected(shown(own))
             .found(shown(saved))
-            .hint("resume with the arguments and inputs of the first run; --force starts afresh")
+            .hint("resume with the arguments and inputs of the first run; --force starts over")
             .into())
     }
 
-    /// Refuses to start afresh over the states of an earlier run, unless `force`, which removes them.
-    ///
-    /// # Errors
-    /// [`BadInput`] with the way out.
+    /// Refuses to start over if there are states of an earlier run; `force` removes them.
     pub(crate) fn start_afresh(&self, force: bool) -> Result<()> {
         if !force && !list(&self.folder)?.is_empty() {
-            return Err(BadInput::new(&self.folder, "holds the states of a run that did not finish")
-                .hint("--resume goes on from the newest; --force starts afresh and removes them")
+            return Err(BadInput::new(&self.folder, "contains states of a run that did not finish")
+                .hint("--resume continues from the newest; --force removes them and starts over")
                 .into());
         }
         self.clear()
     }
 
-    /// Saves one more state, with what else the stage holds in f32 in `extra`, and removes the oldest beyond those to keep; returns its folder.
+    /// Saves a state (`extra`: f32 tensors of adapters or a dynamic mask), removes the oldest
+    /// beyond the limit, and returns its directory.
     pub(crate) fn save(
         &self,
         total_steps: usize,
-        position: &Position,
+        position: &Progress,
         parameters: &Parameters,
         moments: &Parameters,
         extra: &Parameters,
@@ -252,7 +257,7 @@ impl States {
         Ok(dest)
     }
 
-    /// Removes all states and their folder; they are of no use once the output is there.
+    /// Removes all states and their directory.
     pub(crate) fn remove(&self) -> Result<()> {
         self.clear()?;
         let _ = fs::remove_dir(&self.folder);
@@ -261,7 +266,7 @@ impl States {
 
     fn clear(&self) -> Result<()> {
         list(&self.folder)?.iter().try_for_each(|(_, folder)| discard(folder))?;
-        // What a killed run left half-written or half-removed.
+        // Left half-written or half-removed by a killed run.
         for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(".step-") {
                 let _ = fs::remove_dir_all(entry.path());
@@ -272,7 +277,7 @@ impl States {
     }
 }
 
-/// Steps and folder of each state in `folder`, oldest first.
+/// Step and path of each state in `folder`, oldest first.
 fn list(folder: &Path) -> Result<Vec<(usize, PathBuf)>> {
     let entries = match fs::read_dir(folder) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -290,7 +295,7 @@ fn list(folder: &Path) -> Result<Vec<(usize, PathBuf)>> {
     Ok(states)
 }
 
-/// What a state consists of; the figures must be there too.
+/// Opens and verifies the files of a state.
 fn parts(folder: &Path) -> Result<(StateFile, Checkpoint, Checkpoint, Option<Checkpoint>)> {
     let path = folder.join(STATE);
     let value: Value = json::read(&path)?;
@@ -303,7 +308,7 @@ fn parts(folder: &Path) -> Result<(StateFile, Checkpoint, Checkpoint, Option<Che
     Ok((file, Checkpoint::open(&folder.join(WEIGHTS))?, Checkpoint::open(&folder.join(MOMENTS))?, extra))
 }
 
-/// Removes a state so that no half of it can be taken for one: what makes it a state goes first.
+/// Removes a state; renamed first, so that a half-removed state is not taken for a state.
 fn discard(folder: &Path) -> Result<()> {
     let gone = folder.with_file_name(format!(".{}.old", folder.file_name().unwrap_or_default().to_string_lossy()));
     fs::rename(folder, &gone)
@@ -316,36 +321,89 @@ fn dtype_of(tensors: &Parameters) -> Dtype {
     if bf16 { Dtype::BF16 } else { Dtype::F32 }
 }
 
-impl Found {
-    /// Copies the saved weights over the present ones.
-    ///
-    /// # Errors
-    /// [`BadInput`] when one is missing or of another shape.
+impl SavedState {
+    /// Overwrites `parameters` with the saved weights.
     pub fn load(&self, parameters: &Parameters) -> Result<()> {
         weights::overwrite(parameters, &self.weights)
     }
 
-    /// As [`Found::load`], for the optimizer's moments.
-    ///
-    /// # Errors
-    /// As [`Found::load`].
+    /// Overwrites the optimizer's moments with the saved ones.
     pub fn load_moments(&self, moments: &Parameters) -> Result<()> {
         weights::overwrite(moments, &self.moments)
     }
 
-    /// Names of what else the stage held.
+    /// Names of the extra tensors.
     pub fn extra_names(&self) -> Vec<String> {
         self.extra.iter().flat_map(|c| c.tensors().map(|view| view.name.to_owned())).collect()
     }
 
-    /// As [`Found::load`], for what else the stage held.
-    ///
-    /// # Errors
-    /// As [`Found::load`].
+    /// Overwrites the extra tensors with the saved ones.
     pub fn load_extra(&self, extra: &Parameters) -> Result<()> {
         match &self.extra {
             Some(saved) => weights::overwrite(extra, saved),
             None => Ok(()),
         }
     }
+}
+
+/// state.json: the description of the run, its progress, and the digests of all files of the state.
+#[derive(Serialize, Deserialize)]
+struct StateFile {
+    format_version: u32,
+    /// BLAKE3 of every other file of the state, by relative path.
+    files: BTreeMap<String, Digest>,
+    /// BLAKE3 of `run` and `position`.
+    own: Digest,
+    /// Description of the run.
+    run: Map<String, Value>,
+    position: Progress,
+}
+
+impl StateFile {
+    fn new(folder: &Path, run: Map<String, Value>, position: Progress) -> Result<Self> {
+        let own = digest_of(&run, &position)?;
+        Ok(Self { format_version: VERSION, files: digests_in(folder)?, own, run, position })
+    }
+
+    /// Checks the state in `folder` against the digests.
+    fn verify(&self, folder: &Path) -> Result<()> {
+        let damaged = |name: &str, what: &str| {
+            let error = BadInput::new(folder.join(name), format!("{what}, so the state is not what was saved"));
+            error.hint("an older state may be intact: --resume --force skips this one")
+        };
+        if digest_of(&self.run, &self.position)? != self.own {
+            return Err(damaged(STATE, "does not have the digest that it records").into());
+        }
+        let found = digests_in(folder)?;
+        let differs = |name: &&String| found.get(*name) != self.files.get(*name);
+        match self.files.keys().chain(found.keys()).find(differs) {
+            Some(name) if !found.contains_key(name) => Err(damaged(name, "is missing").into()),
+            Some(name) => Err(damaged(name, &format!("does not have the digest that {STATE} records")).into()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Digest of the contents of state.json.
+fn digest_of(run: &Map<String, Value>, position: &Progress) -> Result<Digest> {
+    Ok(Digest::of_chunks([serde_json::to_vec(&(run, position))?]))
+}
+
+/// Digests of all files of a state but state.json.
+fn digests_in(folder: &Path) -> Result<BTreeMap<String, Digest>> {
+    let mut digests = BTreeMap::new();
+    for inside in ["", WEIGHTS, MOMENTS, EXTRA] {
+        let entries = match fs::read_dir(folder.join(inside)) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            other => other.with_context(|| format!("reading {}", folder.join(inside).display()))?,
+        };
+        for entry in entries {
+            let path = entry.with_context(|| format!("reading {}", folder.display()))?.path();
+            let name = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().into_owned();
+            if path.is_file() && name != STATE {
+                digests.insert(name, Digest::of_file(&path)?);
+            }
+        }
+    }
+    Ok(digests)
 }

@@ -1,30 +1,31 @@
-//! One optimizer step: gradients of one or more batches, frozen elements muted, the norm kept, the update, frozen elements put back.
+//! The optimizer step: gradients of one or more batches, zeroed at frozen elements and clipped; the
+//! update; frozen elements restored.
 
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use super::lora::{Adapters, LoraConfig};
-use super::pass::{Forward, PassConfig, Units};
+use super::pass::{Forward, ParamGroups, PassConfig};
 use crate::data::Batch;
 use crate::freeze::Freeze;
 use crate::model::CausalLM;
 use crate::optim::{AdamW, AdamWConfig, Guard, Update};
 use crate::weights::Parameters;
 
-/// How steps are made.
+/// Settings of the steps.
 #[derive(Debug, Clone, Copy)]
 pub struct StepConfig {
-    /// The optimizer's numbers.
+    /// Hyperparameters of the optimizer.
     pub optimizer: AdamWConfig,
-    /// The global gradient norm to keep within; 0: none.
+    /// Gradients are clipped to this global norm; 0 turns clipping off.
     pub max_grad_norm: f64,
-    /// Recomputation and the cutting of the loss.
+    /// Recomputation, and chunks of the loss.
     pub pass: PassConfig,
-    /// Update each unit as soon as its gradients are there.
+    /// Updates each unit as soon as its gradients are computed.
     pub optimizer_in_backward: bool,
-    /// Whether the embedding table is trained.
+    /// Trains the embedding table.
     pub train_embeddings: bool,
-    /// Train low-rank adapters of the linear layers, and nothing else; with all gradients kept.
+    /// Trains only low-rank adapters of the linear layers; not with updates in the backward pass.
     pub lora: Option<LoraConfig>,
 }
 
@@ -41,20 +42,20 @@ impl Default for StepConfig {
     }
 }
 
-/// A model in training: its parameters, the optimizer's state, what is frozen.
+/// A model in training: its parameters, the optimizer, the frozen elements.
 pub struct Trainer<'a> {
     model: &'a CausalLM,
-    units: Units,
-    /// What must not move now.
+    units: ParamGroups,
+    /// Elements that are frozen now.
     pub freeze: Option<Freeze>,
     adapters: Option<Adapters>,
-    /// The optimizer's state.
+    /// The optimizer with its state.
     pub optimizer: AdamW,
     config: StepConfig,
     guard: Guard,
 }
 
-/// What one step did, still on the device: reading it waits for the step.
+/// Loss and norm of a step, still on the device: reading them waits for the step.
 pub struct StepOutcome {
     /// Mean loss in nats over the step's target tokens, before the update; one f64 element.
     loss: Tensor,
@@ -63,16 +64,16 @@ pub struct StepOutcome {
 }
 
 impl StepOutcome {
-    /// Loss and gradient norm.
+    /// Returns loss and gradient norm.
     pub fn read(&self) -> (f64, f64) {
         (self.loss.double_value(&[]), self.grad_norm.double_value(&[]))
     }
 }
 
 impl<'a> Trainer<'a> {
-    /// A trainer with a fresh optimizer state.
+    /// A trainer with a new optimizer.
     pub fn new(model: &'a CausalLM, parameters: &'a Parameters, freeze: Option<Freeze>, config: StepConfig) -> Self {
-        let units = Units::new(model, parameters, config.train_embeddings);
+        let units = ParamGroups::new(model, parameters, config.train_embeddings);
         let adapters = config.lora.map(|lora| Adapters::new(&units, lora));
         let adapted = adapters.as_ref().map(Adapters::tensors);
         let trained = adapted.as_ref().unwrap_or(&units.list);
@@ -80,12 +81,12 @@ impl<'a> Trainer<'a> {
         Self { model, units, freeze, adapters, optimizer, config, guard: Guard::new(model.device()) }
     }
 
-    /// Where it trains.
+    /// Device of the model.
     pub(crate) fn device(&self) -> tch::Device {
         self.model.device()
     }
 
-    /// The parameters that get gradients.
+    /// The parameters that have gradients.
     pub(crate) fn trainable(&self) -> &[(String, Tensor)] {
         &self.units.list
     }
@@ -95,7 +96,7 @@ impl<'a> Trainer<'a> {
         self.adapters.iter().flat_map(Adapters::tensors).collect()
     }
 
-    /// What a saved state holds for `parameters`.
+    /// Tensors that a saved state stores for `parameters`.
     pub(crate) fn stored(&self, parameters: &Parameters) -> Parameters {
         match &self.adapters {
             Some(adapters) => adapters.without(parameters),
@@ -103,17 +104,17 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Says that adapters were restored from a saved state.
+    /// Merges adapters that were restored from a saved state into the weights.
     pub(crate) fn merge(&self) {
         if let Some(adapters) = &self.adapters {
             adapters.merge();
         }
     }
 
-    /// Gradients of `batch` by every trainable parameter, by name; nothing moves.
+    /// Gradients of `batch` by every trainable parameter, by name, without an update.
     ///
     /// # Errors
-    /// What libtorch reports.
+    /// An error of libtorch.
     pub(crate) fn gradients(&self, batch: &Batch) -> Result<Vec<(&str, Tensor)>> {
         let scale = 1.0 / batch.targets() as f64;
         let mut all = Vec::new();
@@ -124,12 +125,12 @@ impl<'a> Trainer<'a> {
         Ok(all)
     }
 
-    /// One optimizer step over `batches`, whose gradients are those of one big batch. From the first loss or norm that is not
-    /// finite on, nothing moves any more; the caller learns of it when it reads the outcome. `seed` is that of the step's
-    /// stochastic rounding.
+    /// Makes an optimizer step over `batches`, whose gradients are those of one large batch. From
+    /// the first loss or norm on that is not finite, nothing is updated; the caller notices when it
+    /// reads the outcome. `seed` is that of the step's stochastic rounding.
     ///
     /// # Errors
-    /// What libtorch reports.
+    /// An error of libtorch.
     pub fn step(&mut self, batches: &[Batch], lr: f64, seed: u64) -> Result<StepOutcome> {
         let targets: usize = batches.iter().map(Batch::targets).sum();
         let scale = 1.0 / targets as f64;
@@ -137,26 +138,9 @@ impl<'a> Trainer<'a> {
             assert_eq!(batches.len(), 1, "an update in the backward pass is that of a single batch");
             return self.step_in_backward(&batches[0], scale, lr, seed);
         }
-        let mut loss = Tensor::zeros([], (Kind::Double, self.model.device()));
-        let mut sums: Vec<Option<Tensor>> = self.units.list.iter().map(|_| None).collect();
-        for batch in batches {
-            let forward = Forward::run(self.model, &self.units, batch, scale, self.config.pass);
-            loss += forward.loss() * scale;
-            forward.backward(|places, grads| {
-                for (&i, fresh) in places.iter().zip(grads) {
-                    match &mut sums[i] {
-                        Some(sum) => drop(sum.g_add_(&fresh)),
-                        // Sums over batches are f32 whatever the dtype of the weights.
-                        empty if batches.len() > 1 => *empty = Some(fresh.to_kind(Kind::Float)),
-                        empty => *empty = Some(fresh),
-                    }
-                }
-                Ok(())
-            })?;
-        }
-        let mut grads: Vec<Tensor> = sums.into_iter().map(|g| g.expect("every unit has given its gradients")).collect();
+        let (loss, mut grads) = self.accumulate(batches, scale)?;
         for ((name, _), grad) in self.units.list.iter().zip(&mut grads) {
-            self.mute(name, grad);
+            self.zero_frozen_grads(name, grad);
         }
         if let Some(adapters) = &self.adapters {
             grads = adapters.gradients(&grads);
@@ -165,24 +149,53 @@ impl<'a> Trainer<'a> {
         let max_norm = Some(self.config.max_grad_norm).filter(|max| *max > 0.0);
         let grad_norm = self.guard.watch(&grads, max_norm);
         let all: Vec<usize> = (0..grads.len()).collect();
-        self.update(&all, &grads, lr, seed)?;
+        self.optimizer.step(&all, &grads, Update { lr, seed, guard: &self.guard })?;
+        match &self.adapters {
+            Some(adapters) => adapters.merge(),
+            None => self.restore_frozen(self.units.list.iter()),
+        }
         Ok(StepOutcome { loss, grad_norm })
     }
 
+    /// Loss and gradients of `batches`, summed and scaled by `scale`. Sums over batches are f32
+    /// whatever the dtype of the weights.
+    fn accumulate(&self, batches: &[Batch], scale: f64) -> Result<(Tensor, Vec<Tensor>)> {
+        let mut loss = Tensor::zeros([], (Kind::Double, self.model.device()));
+        let mut sums: Vec<Option<Tensor>> = self.units.list.iter().map(|_| None).collect();
+        for batch in batches {
+            let forward = Forward::run(self.model, &self.units, batch, scale, self.config.pass);
+            loss += forward.loss() * scale;
+            forward.backward(|places, grads| {
+                for (&i, grad) in places.iter().zip(grads) {
+                    match &mut sums[i] {
+                        Some(sum) => drop(sum.g_add_(&grad)),
+                        empty if batches.len() > 1 => *empty = Some(grad.to_kind(Kind::Float)),
+                        empty => *empty = Some(grad),
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        let grads = sums.into_iter().map(|sum| sum.expect("the backward pass visits every unit"));
+        Ok((loss, grads.collect()))
+    }
+
+    /// Makes a step that updates each unit in the backward pass, as soon as its gradients are
+    /// computed.
     fn step_in_backward(&mut self, batch: &Batch, scale: f64, lr: f64, seed: u64) -> Result<StepOutcome> {
-        // The units are lent to the pass while the sink updates the rest of self.
-        let units = std::mem::replace(&mut self.units, Units::none());
+        // The pass borrows the units while the sink borrows self mutably.
+        let units = std::mem::replace(&mut self.units, ParamGroups::none());
         let forward = Forward::run(self.model, &units, batch, scale, self.config.pass);
         let loss = forward.loss() * scale;
         self.guard.require_finite(&loss);
         let mut norms = Vec::new();
         let done = forward.backward(|places, mut grads| {
             for (&i, grad) in places.iter().zip(&mut grads) {
-                self.mute(&units.list[i].0, grad);
+                self.zero_frozen_grads(&units.list[i].0, grad);
             }
             norms.push(self.guard.watch(&grads, None));
             self.optimizer.step(places, &grads, Update { lr, seed, guard: &self.guard })?;
-            self.restore(places.iter().map(|&i| &units.list[i]));
+            self.restore_frozen(places.iter().map(|&i| &units.list[i]));
             Ok(())
         });
         self.units = units;
@@ -190,23 +203,13 @@ impl<'a> Trainer<'a> {
         Ok(StepOutcome { loss, grad_norm: Tensor::stack(&norms, 0).norm() })
     }
 
-    fn update(&mut self, places: &[usize], grads: &[Tensor], lr: f64, seed: u64) -> Result<()> {
-        self.optimizer.step(places, grads, Update { lr, seed, guard: &self.guard })?;
-        if self.adapters.is_some() {
-            self.merge();
-            return Ok(());
-        }
-        self.restore(places.iter().map(|&i| &self.units.list[i]));
-        Ok(())
-    }
-
-    fn mute(&self, name: &str, grad: &mut Tensor) {
+    fn zero_frozen_grads(&self, name: &str, grad: &mut Tensor) {
         if let Some(freeze) = &self.freeze {
-            freeze.mute(name, grad);
+            freeze.zero_frozen_grads(name, grad);
         }
     }
 
-    fn restore<'b>(&self, parameters: impl Iterator<Item = &'b (String, Tensor)>) {
+    fn restore_frozen<'b>(&self, parameters: impl Iterator<Item = &'b (String, Tensor)>) {
         if let Some(freeze) = &self.freeze {
             no_grad(|| parameters.for_each(|(name, tensor)| freeze.restore(name, tensor)));
         }

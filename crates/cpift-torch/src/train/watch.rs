@@ -1,4 +1,4 @@
-//! What a person sees of a run: metrics.jsonl, TensorBoard, a bar on a terminal, lines in a log.
+//! Metrics of a run: metrics.jsonl, TensorBoard, a progress bar on a terminal, lines in a log.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use cpift_core::progress;
+use cpift_core::run::progress;
 use indicatif::ProgressBar;
 use log::info;
 use serde_json::{Value, json};
@@ -15,16 +15,19 @@ use tch::Device;
 use crate::ffi;
 use crate::tensorboard::TensorBoard;
 
-/// Where the figures of a run go.
+/// File of a run's metrics, one JSON object per line.
+pub(crate) const METRICS: &str = "metrics.jsonl";
+
+/// Writes the metrics of a run to all outputs.
 pub(crate) struct Watch {
-    /// metrics.jsonl, made with its first line.
+    /// Path of metrics.jsonl, which is created with its first line.
     path: PathBuf,
     metrics: Option<File>,
     board: Option<TensorBoard>,
     device: Device,
 }
 
-/// One step's figures.
+/// Metrics of a step.
 pub(crate) struct StepFigures {
     /// Step within the stage, from 1.
     pub step: usize,
@@ -33,13 +36,13 @@ pub(crate) struct StepFigures {
     pub lr: f64,
     /// Tokens of the stage so far.
     pub tokens: usize,
-    /// Whether it is the last step of those read at once: only up to it is the time known.
+    /// True for the last of the steps read at once, the only one whose time is known.
     pub timed: bool,
 }
 
 impl Watch {
-    /// Starts the figures at `path`, or goes on with what `earlier` holds; the same for TensorBoard's files in `board`, from
-    /// step `first` of the run.
+    /// Starts the metrics at `path`, as a copy of `earlier` if given, and TensorBoard's files in
+    /// `board`; the run starts at step `first`.
     pub fn start(
         path: PathBuf,
         earlier: Option<&Path>,
@@ -47,7 +50,7 @@ impl Watch {
         first: usize,
         device: Device,
     ) -> Result<Self> {
-        // What lies there may be another run's, or a link to what is not ours.
+        // A file there may belong to another run, or be a link to a file elsewhere.
         let _ = fs::remove_file(&path);
         if let Some(earlier) = earlier {
             fs::copy(earlier, &path).with_context(|| format!("copying {}", earlier.display()))?;
@@ -56,7 +59,7 @@ impl Watch {
         Ok(Self { path, metrics: None, board, device })
     }
 
-    /// Watches a stage whose first step is number `before` + 1 of the run.
+    /// Starts a stage whose first step is step `before` + 1 of the run.
     pub fn stage<'a>(&'a mut self, label: &'a str, total: usize, before: usize, log_every: usize) -> StageWatch<'a> {
         let bar = progress::items("training", total as u64);
         StageWatch {
@@ -90,7 +93,8 @@ impl Watch {
         }
     }
 
-    /// Memory in MiB: the most that tensors have taken on the device where it is CUDA, else what the process takes now.
+    /// Memory in MiB: peak of the tensors on a CUDA device, else current resident memory of the
+    /// process.
     fn memory_mib(&self) -> u64 {
         match self.device {
             Device::Cuda(index) => ffi::cuda_memory(index).map_or(0, |(_, peak)| peak >> 20),
@@ -99,7 +103,7 @@ impl Watch {
     }
 }
 
-/// The figures of one stage.
+/// Metrics of a stage.
 pub(crate) struct StageWatch<'a> {
     watch: &'a mut Watch,
     label: &'a str,
@@ -108,14 +112,14 @@ pub(crate) struct StageWatch<'a> {
     log_every: usize,
     bar: ProgressBar,
     clock: Instant,
-    /// Time not spent in training.
+    /// Time not spent on training steps.
     idle: Duration,
-    /// Tokens of the stage when the clock was started.
+    /// Tokens of the stage when the clock started.
     seen: usize,
 }
 
 impl StageWatch<'_> {
-    /// Starts the bar and the clock at a step that is not the first.
+    /// Starts bar and clock at a later step.
     pub fn skip_to(&mut self, step: usize, tokens: usize) {
         self.bar.set_position(step as u64);
         self.bar.reset_eta();
@@ -152,12 +156,12 @@ impl StageWatch<'_> {
         Ok(())
     }
 
-    /// Tokens of a step, on average.
+    /// Mean number of tokens per step.
     fn pace(&self, tokens: usize, step: usize) -> f64 {
         tokens as f64 / step as f64
     }
 
-    /// Held-out losses after `step`, by task.
+    /// Records the held-out loss of each task after `step`.
     pub fn held_out(&mut self, step: usize, losses: &[(String, f64)], took: Duration) -> Result<()> {
         self.idle += took;
         let map: serde_json::Map<String, Value> = losses.iter().map(|(t, l)| (t.clone(), json!(l))).collect();
@@ -170,7 +174,7 @@ impl StageWatch<'_> {
         Ok(())
     }
 
-    /// A mask that was found again before step `step`, counted from 1.
+    /// Records an update of the dynamic mask before step `step`, counted from 1.
     pub fn mask(&mut self, step: usize, protected: u64, jaccard: f64, took: Duration) -> Result<()> {
         self.idle += took;
         self.watch
@@ -199,7 +203,7 @@ impl Drop for StageWatch<'_> {
     }
 }
 
-/// Resident memory of this process in MiB; 0 where the system does not say.
+/// Resident memory of this process in MiB; 0 if the system does not report it.
 fn resident_mib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));

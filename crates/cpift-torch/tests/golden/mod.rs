@@ -1,17 +1,18 @@
-//! Golden checkpoints of fixtures/golden: models with what transformers and PyTorch computed for them.
+//! Golden checkpoints of fixtures/golden: models with results of transformers and PyTorch.
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
 
 use cpift_core::Checkpoint;
-use cpift_core::checkpoint::read_config;
+use cpift_core::format::checkpoint::read_config;
 use cpift_torch::data::Batch;
 use cpift_torch::model::{CausalLM, ModelConfig};
 use cpift_torch::weights::{self, Parameters};
 use serde_json::Value;
 use tch::{Device, IndexOp, Kind, Tensor};
 
-/// A folder of fixtures/golden/llama (golden_llama.py) or fixtures/golden/models (golden_models.py).
+/// A folder of fixtures/golden/llama (golden_llama.py) or fixtures/golden/models
+/// (golden_models.py).
 pub struct Golden {
     pub name: String,
     folder: PathBuf,
@@ -19,7 +20,7 @@ pub struct Golden {
 }
 
 impl Golden {
-    /// All of them, under the folder fixtures/golden.
+    /// All golden models under the directory fixtures/golden.
     pub fn all(root: &Path) -> Vec<Self> {
         let mut found = Vec::new();
         for set in ["llama", "models"] {
@@ -34,7 +35,7 @@ impl Golden {
         found
     }
 
-    /// Those of this checkout.
+    /// The golden models of this checkout.
     pub fn here() -> Vec<Self> {
         Self::all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden"))
     }
@@ -87,7 +88,7 @@ impl Golden {
         Tensor::cat(&[self.get("logits_0"), self.get("logits_1")], 0)
     }
 
-    /// The training curve, where there is one.
+    /// The training curve, if there is one.
     pub fn curve(&self) -> Option<Value> {
         let text = std::fs::read_to_string(self.folder.join("adamw.json")).ok()?;
         Some(serde_json::from_str(&text).unwrap())

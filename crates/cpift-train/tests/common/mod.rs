@@ -21,7 +21,7 @@ pub struct Fixture {
     pub tasks: PathBuf,
 }
 
-/// Which elements are core to the task number `k`: every eleventh, shifted by the task.
+/// Returns true for elements that are core to task `k`: every eleventh, shifted by the task.
 pub fn core(k: usize, index: usize) -> bool {
     index % 11 == 3 * k
 }
@@ -70,7 +70,7 @@ impl Fixture {
         fixed.chain(usual.copied()).chain(more.iter().copied()).map(str::to_owned).collect()
     }
 
-    /// What makes a run staged: groups.json and a mask for every task.
+    /// Arguments of a staged run: groups.json and a mask for every task.
     pub fn stages(&self) -> Vec<String> {
         let masks = TASKS
             .iter()
@@ -102,7 +102,8 @@ pub fn element(t: &Tensor, i: usize) -> &[u8] {
     &t.bytes[i * t.dtype.size()..(i + 1) * t.dtype.size()]
 }
 
-/// Asserts that exactly the core of `count`, the first group, kept its bits; in bf16 a free element may by chance.
+/// Asserts that exactly the core of `count`, the first group, kept its bits; in bf16 a free element
+/// may by chance.
 pub fn assert_frozen(before: &Tensors, after: &Tensors) {
     let (mut free, mut moved) = (0, 0);
     for (name, b) in before {

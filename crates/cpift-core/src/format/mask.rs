@@ -1,0 +1,342 @@
+//! Core-region masks: one bit per parameter of a base checkpoint, in a safetensors file.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::error::BadInput;
+use crate::format::checkpoint::reader::Checkpoint;
+use crate::format::digest::Digest;
+use crate::format::dtype::Dtype;
+use crate::format::json;
+use crate::format::safetensors::{FileWriter, MappedFile, TensorSpec};
+
+/// Format version of mask files that this program reads and writes.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Metadata key of the [`MaskHeader`], stored as JSON.
+pub(crate) const METADATA_KEY: &str = "cpift";
+
+/// Metadata of a mask file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaskHeader {
+    /// Format version of the file.
+    pub format_version: u32,
+    /// p in percent of D, or of the number of tensors for [`Scope::Whole`]; for [`Metric::Random`],
+    /// that of the mask it imitates.
+    pub percent: f64,
+    /// Set of elements from which the top p % are chosen.
+    pub scope: Scope,
+    /// Quantity by which elements are ranked.
+    pub metric: Metric,
+    /// Seed of [`Metric::Random`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// D, the number of ranked parameters.
+    #[serde(rename = "D")]
+    pub d: u64,
+    /// Number of bits set.
+    pub selected: u64,
+    /// Ties at the threshold; all zero if there is no threshold.
+    pub ties: Ties,
+    /// Kinds of tensors excluded from D (`embeddings`, `norms`); their bits are zero.
+    pub excluded: Vec<String>,
+    /// Digest of the base checkpoint.
+    pub base: Digest,
+    /// Digest of the tuned checkpoint.
+    pub tuned: Digest,
+    /// Number of elements of each tensor, including excluded tensors.
+    pub numel: BTreeMap<String, u64>,
+}
+
+/// Set of elements from which the top p % are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// All parameters together (the paper).
+    Global,
+    /// Each decoder layer by itself, and all parameters outside the layers together.
+    Layer,
+    /// Each tensor by itself.
+    Tensor,
+    /// Whole tensors are ranked and chosen instead of elements (cpift-mask tensors).
+    #[value(skip)]
+    Whole,
+}
+
+/// Quantity by which elements are ranked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Metric {
+    /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| (the paper).
+    Magnitude,
+    /// |θ⁽ⁱ⁾ − θ⁽⁰⁾| / (|θ⁽⁰⁾| + 10⁻⁸): the change relative to the size of the weight.
+    Relative,
+    /// F, the sum of squared gradients saved by a probe (--fisher): the sensitivity of the loss to
+    /// a weight.
+    Fisher,
+    /// ½·minmax(|θ⁽ⁱ⁾ − θ⁽⁰⁾|) + ½·minmax(F), each scaled to 0..1 over the elements of the scope
+    /// (--fisher).
+    Blend,
+    /// For whole tensors: the root mean square of θ⁽ⁱ⁾ − θ⁽⁰⁾.
+    #[value(skip)]
+    Rms,
+    /// For whole tensors: ½·minmax(root mean square of θ⁽ⁱ⁾ − θ⁽⁰⁾) + ½·minmax(mean of F), scaled
+    /// over the tensors (TRACE).
+    #[value(skip)]
+    Trace,
+    /// None: a random control mask drawn with the seed (cpift-mask random).
+    #[value(skip)]
+    Random,
+}
+
+/// Ties at the threshold, summed over the parts of the scope.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ties {
+    /// Elements whose score equals the threshold.
+    pub at_threshold: u64,
+    /// Number of these that are chosen.
+    pub chosen: u64,
+    /// Number of chosen elements that were preferred to equal ones only because of their position.
+    pub decided_by_position: u64,
+}
+
+/// A mapped mask file.
+pub struct Mask {
+    /// Metadata of the file.
+    pub header: MaskHeader,
+    file: MappedFile,
+}
+
+impl Mask {
+    /// Opens a mask file and checks its structure. [`Mask::verify`] checks the bits.
+    ///
+    /// # Errors
+    /// [`BadInput`] if it is not a mask, has another version or is inconsistent.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = MappedFile::open(path)?;
+        let text = file.metadata.get(METADATA_KEY).ok_or_else(|| {
+            BadInput::new(path, "not a mask")
+                .expected("a file that cpift-mask extract wrote")
+                .found("no cpift metadata")
+        })?;
+        check_header_version(path, text)?;
+        let header: MaskHeader = serde_json::from_str(text)
+            .map_err(|e| BadInput::new(path, format!("the mask's metadata cannot be read: {e}")))?;
+        let mask = Self { header, file };
+        mask.check_layout()?;
+        Ok(mask)
+    }
+
+    fn check_layout(&self) -> Result<()> {
+        for (name, entry) in &self.file.entries {
+            let numel = self.header.numel.get(name).copied();
+            let expected = numel.map(|n| vec![n.div_ceil(8) as usize]);
+            if entry.dtype != Dtype::U8 || expected.as_ref() != Some(&entry.shape) {
+                return Err(BadInput::new(&self.file.path, "a mask tensor has the wrong dtype or shape")
+                    .tensor(name)
+                    .expected(expected.map_or("no such tensor".into(), |s| format!("U8 {s:?}")))
+                    .found(format!("{} {:?}", entry.dtype, entry.shape))
+                    .into());
+            }
+        }
+        if let Some(missing) = self.header.numel.keys().find(|n| !self.file.entries.contains_key(*n)) {
+            return Err(BadInput::new(&self.file.path, "a mask tensor is missing").tensor(missing).into());
+        }
+        Ok(())
+    }
+
+    /// Path of the file.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// Bytes of the whole file, for its digest.
+    pub fn file_bytes(&self) -> &[u8] {
+        self.file.whole()
+    }
+
+    /// Names and packed bits of all tensors in bytewise name order. Bit b of byte a is element 8a +
+    /// b.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.file.entries.iter().map(|(name, entry)| (name.as_str(), self.file.bytes(entry)))
+    }
+
+    /// Packed bits of one tensor.
+    pub fn bits(&self, name: &str) -> Option<&[u8]> {
+        self.file.entries.get(name).map(|entry| self.file.bytes(entry))
+    }
+
+    /// Byte range of the packed bits of one tensor in [`Mask::file_bytes`].
+    pub fn range(&self, name: &str) -> Option<Range<usize>> {
+        self.file.entries.get(name).map(|entry| entry.range.clone())
+    }
+
+    /// Checks that the mask was made for `base`: digest, names and sizes.
+    ///
+    /// # Errors
+    /// [`BadInput`] with the first difference.
+    pub fn check_base(&self, base: &Checkpoint, digest: &Digest) -> Result<()> {
+        for view in base.parameters() {
+            let found = self.header.numel.get(view.name).copied();
+            if found != Some(view.numel() as u64) {
+                return Err(self
+                    .other_base(base)
+                    .tensor(view.name)
+                    .expected(format!("{} elements", view.numel()))
+                    .found(found.map_or("no such tensor in the mask".into(), |n| format!("{n} elements")))
+                    .into());
+            }
+        }
+        // A tuned checkpoint may have its own output embedding although the base ties it to the
+        // input embedding.
+        let extra = |name: &&String| base.get(name).is_none() && !base.ties(name, self.header.numel[*name]);
+        if let Some(extra) = self.header.numel.keys().find(extra) {
+            return Err(self.other_base(base).tensor(extra).found("a tensor the base does not have").into());
+        }
+        if self.header.base != *digest {
+            return Err(self
+                .other_base(base)
+                .expected(format!("base digest {digest}"))
+                .found(format!("base digest {}", self.header.base))
+                .hint("extract the mask again from this base and its probe")
+                .into());
+        }
+        Ok(())
+    }
+
+    fn other_base(&self, base: &Checkpoint) -> BadInput {
+        BadInput::new(&self.file.path, format!("a mask made for another base than {}", base.path().display()))
+    }
+
+    /// Checks that the number of bits set equals `selected` and that padding bits are zero.
+    ///
+    /// # Errors
+    /// [`BadInput`] if either does not hold.
+    pub fn verify(&self) -> Result<()> {
+        let mut count = 0;
+        for (name, bits) in self.tensors() {
+            let used = self.header.numel[name] % 8;
+            if used != 0 && bits.last().is_some_and(|last| last >> used != 0) {
+                return Err(BadInput::new(self.path(), "padding bits are set").tensor(name).into());
+            }
+            count += count_ones(bits);
+        }
+        if count != self.header.selected {
+            return Err(BadInput::new(self.path(), "the number of bits set is not the one recorded")
+                .expected(self.header.selected.to_string())
+                .found(count.to_string())
+                .hint("the file is damaged: extract the mask again")
+                .into());
+        }
+        Ok(())
+    }
+}
+
+fn check_header_version(path: &Path, text: &str) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Version {
+        format_version: u32,
+    }
+    let found: Version = serde_json::from_str(text)
+        .map_err(|e| BadInput::new(path, format!("the mask's metadata cannot be read: {e}")))?;
+    json::check_version(path, "a mask", found.format_version, FORMAT_VERSION)
+}
+
+/// Writes a mask file at a staged path, in any order and from any thread.
+pub struct MaskWriter {
+    file: FileWriter,
+}
+
+impl MaskWriter {
+    /// Creates the mask file at `path` with all bits zero. The header is written by
+    /// [`MaskWriter::finish`]; `longest` reserves room for it and must be at least as long as JSON
+    /// text, and have the same `numel`.
+    pub fn create(path: &Path, longest: &MaskHeader) -> Result<Self> {
+        let specs: Vec<TensorSpec> = longest
+            .numel
+            .iter()
+            .map(|(name, n)| TensorSpec { name: name.clone(), dtype: Dtype::U8, shape: vec![n.div_ceil(8) as usize] })
+            .collect();
+        Ok(Self { file: FileWriter::create(path, &specs, &metadata(longest)?)? })
+    }
+
+    /// Writes packed bits at byte `offset` of the tensor `name`.
+    pub fn write(&self, name: &str, offset: u64, bits: &[u8]) -> Result<()> {
+        self.file.write(name, offset, bits)
+    }
+
+    /// Reads back packed bits from byte `offset` of the tensor `name`.
+    pub fn read(&self, name: &str, offset: u64, bits: &mut [u8]) -> Result<()> {
+        self.file.read(name, offset, bits)
+    }
+
+    /// Writes the final header.
+    pub fn finish(self, header: &MaskHeader) -> Result<()> {
+        self.file.replace_metadata(&metadata(header)?)
+    }
+}
+
+fn metadata(header: &MaskHeader) -> Result<BTreeMap<String, String>> {
+    Ok(BTreeMap::from([(METADATA_KEY.to_owned(), serde_json::to_string(header)?)]))
+}
+
+/// Returns true if element `index` is set in packed bits.
+pub fn bit(bits: &[u8], index: usize) -> bool {
+    bits[index / 8] >> (index % 8) & 1 == 1
+}
+
+/// Number of bits set.
+pub fn count_ones(bits: &[u8]) -> u64 {
+    let (words, rest) = bits.as_chunks::<8>();
+    let whole: u64 = words.iter().map(|w| u64::from(u64::from_le_bytes(*w).count_ones())).sum();
+    whole + rest.iter().map(|b| u64::from(b.count_ones())).sum::<u64>()
+}
+
+/// Indices of the bits set, in order.
+pub fn indices(bits: &[u8]) -> impl Iterator<Item = usize> + '_ {
+    bits.iter()
+        .enumerate()
+        .filter(|(_, b)| **b != 0)
+        .flat_map(|(a, &byte)| (0..8).filter(move |b| byte >> b & 1 == 1).map(move |b| 8 * a + b))
+}
+
+/// Opens masks and checks each against the base. Returns them by task name.
+///
+/// # Errors
+/// As [`Mask::open`], [`Mask::check_base`] and [`Mask::verify`].
+pub fn open_all<'a>(
+    list: impl IntoIterator<Item = (&'a str, &'a Path)>,
+    base: &Checkpoint,
+    digest: &Digest,
+) -> Result<BTreeMap<String, Mask>> {
+    let mut masks = BTreeMap::new();
+    for (name, path) in list {
+        let mask = Mask::open(path)?;
+        mask.check_base(base, digest)?;
+        mask.verify()?;
+        masks.insert(name.to_owned(), mask);
+    }
+    Ok(masks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bit_order_is_little_endian() {
+        // NumPy: unpackbits([0b0000_0101, 0b1000_0000], bitorder='little') sets elements 0, 2 and
+        // 15.
+        let bits = [0b0000_0101, 0b1000_0000];
+        assert_eq!(indices(&bits).collect::<Vec<_>>(), [0, 2, 15]);
+        assert!(bit(&bits, 2) && !bit(&bits, 1) && bit(&bits, 15));
+        assert_eq!(count_ones(&bits), 3);
+        assert_eq!(count_ones(&[255; 19]), 152);
+    }
+}

@@ -1,0 +1,5 @@
+//! Run-time support of the programs: command line, signals, progress bars.
+
+pub mod cli;
+pub mod progress;
+pub mod signals;

@@ -1,0 +1,159 @@
+//! Signal handling: unfinished outputs are removed, and a stage that can save its state is asked to
+//! stop first.
+
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{SigSet, Signal};
+use signal_hook::consts::{SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+
+use crate::files::staging;
+
+/// Current [`Phase`] of the stage; 0 outside any phase.
+static PHASE: AtomicU8 = AtomicU8::new(0);
+/// Signal that asked the stage to stop; 0 for none.
+static STOP_SIGNAL: AtomicI32 = AtomicI32::new(0);
+
+/// The same signal within this time of the first is a duplicate: Slurm signals all processes of a
+/// job, and the scripts that started the stage forward the signal too.
+const DUPLICATE_WINDOW: Duration = Duration::from_secs(2);
+
+/// Phase of a stage, which decides how signals are handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Training steps: the stage checks [`stop_asked`] after each step, and then saves its state.
+    Steps = 1,
+    /// The state is being saved.
+    State = 2,
+    /// All work is done and the output is being written.
+    Output = 3,
+}
+
+/// Reaction to a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// Remove unfinished outputs and exit.
+    End,
+    /// Record the signal, log this text and continue.
+    Wait(&'static str),
+}
+
+/// Starts the thread that handles signals. By default a signal removes the unfinished outputs and
+/// ends the program with exit code 128 + its number, as shells report it. There are three
+/// exceptions while a [`SignalScope`] is active:
+///
+/// - During [`Phase::Steps`], the first SIGTERM or SIGUSR1 (Slurm's warnings) only asks the stage
+///   to stop.
+/// - SIGTERM and SIGUSR1 never interrupt the writing of a state or of the output.
+/// - The first signal of any kind does not interrupt the writing of the output.
+///
+/// Only this thread receives signals: they are blocked in all threads started after this call. A
+/// handler that ran on a thread inside a matrix product of libtorch has been seen to corrupt its
+/// heap.
+///
+/// # Errors
+/// If the handlers cannot be set.
+pub(crate) fn listen() -> Result<()> {
+    const HANDLED: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1];
+    let handled: SigSet = HANDLED.into_iter().collect();
+    let mut signals = Signals::new(HANDLED.map(|s| s as i32)).context("listening for signals")?;
+    handled.thread_block().context("blocking signals")?;
+    let handle = move || {
+        if let Err(error) = handled.thread_unblock() {
+            log::warn!("signals cannot be received: {error}");
+        }
+        let mut warned: Option<(i32, Instant)> = None;
+        for signal in signals.forever() {
+            if warned.is_some_and(|(before, at)| before == signal && at.elapsed() < DUPLICATE_WINDOW) {
+                continue;
+            }
+            let first = STOP_SIGNAL.load(Ordering::SeqCst) == 0;
+            match answer(signal, PHASE.load(Ordering::SeqCst), first) {
+                Answer::Wait(what) => {
+                    if is_warning(signal) {
+                        warned.get_or_insert_with(|| (signal, Instant::now()));
+                    }
+                    let _ = STOP_SIGNAL.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
+                    log::info!("{}: {what}", name(signal));
+                }
+                // Exit without destructors, because other threads still use what they would
+                // destroy.
+                Answer::End => staging::discard_unfinished(|| signal_hook::low_level::exit(128 + signal)),
+            }
+        }
+    };
+    std::thread::Builder::new().spawn(handle).map(drop).context("starting the signal thread")
+}
+
+fn is_warning(signal: i32) -> bool {
+    matches!(signal, SIGTERM | SIGUSR1)
+}
+
+fn answer(signal: i32, work: u8, first: bool) -> Answer {
+    let warning = is_warning(signal);
+    match work {
+        w if w == Phase::Steps as u8 && warning && first => {
+            Answer::Wait("saving and stopping after this step; a second signal stops at once")
+        }
+        w if w == Phase::State as u8 && warning => Answer::Wait("stopping when the state is saved"),
+        w if w == Phase::Output as u8 && (warning || first) => {
+            Answer::Wait("training is done, the output is being written first; another SIGINT stops at once")
+        }
+        _ => Answer::End,
+    }
+}
+
+/// Sets the [`Phase`] while it is alive, and restores the previous one when dropped.
+pub struct SignalScope(u8);
+
+impl SignalScope {
+    /// Sets the phase to `work`.
+    pub fn begin(work: Phase) -> Self {
+        Self(PHASE.swap(work as u8, Ordering::SeqCst))
+    }
+}
+
+impl Drop for SignalScope {
+    fn drop(&mut self) {
+        PHASE.store(self.0, Ordering::SeqCst);
+    }
+}
+
+/// Returns the name of the signal that asked the stage to stop, if any.
+pub fn stop_asked() -> Option<&'static str> {
+    match STOP_SIGNAL.load(Ordering::SeqCst) {
+        0 => None,
+        signal => Some(name(signal)),
+    }
+}
+
+fn name(signal: i32) -> &'static str {
+    signal_hook::low_level::signal_name(signal).unwrap_or("a signal")
+}
+
+#[cfg(test)]
+mod tests {
+    use signal_hook::consts::{SIGHUP, SIGINT};
+
+    use super::*;
+
+    #[test]
+    fn warnings_do_not_interrupt_writing() {
+        let ends = |signal, work, first| answer(signal, work, first) == Answer::End;
+        let [steps, state, output] = [Phase::Steps, Phase::State, Phase::Output].map(|w| w as u8);
+        for warning in [SIGTERM, SIGUSR1] {
+            assert!(ends(warning, 0, true), "outside any phase");
+            assert!(!ends(warning, steps, true) && ends(warning, steps, false));
+            for first in [true, false] {
+                assert!(!ends(warning, state, first) && !ends(warning, output, first));
+            }
+        }
+        for other in [SIGINT, SIGHUP] {
+            assert!(ends(other, steps, true) && ends(other, state, true));
+            assert!(!ends(other, output, true) && ends(other, output, false));
+        }
+    }
+}

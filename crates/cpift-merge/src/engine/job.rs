@@ -1,0 +1,243 @@
+//! The work of a merge: its tensors cut into chunks, and everything the threads share while they
+//! process them.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Mutex;
+
+use anyhow::Result;
+use cpift_core::run::progress;
+use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::{Dtype, Mask, TensorView};
+use indicatif::ProgressBar;
+use rayon::prelude::*;
+
+use super::tensor::{BLOCK, Block, Operand, Tensor};
+use crate::methods::sign_merge::Number;
+use crate::methods::{Claims, Conflict, Rule};
+use crate::plan::{Inputs, Model, Plan, Source};
+use crate::request::Space;
+
+/// Number of elements that one job takes: its bytes in two inputs and the output fit in a core's
+/// second-level cache, and a write is long enough to hide the cost of the system call. A power of
+/// two, as pieces of a digest are.
+pub(crate) const CHUNK: usize = 1 << 17;
+
+/// A merge as the passes need it.
+pub(super) struct Job<'a> {
+    /// Parameters in bytewise name order.
+    pub tensors: Vec<Tensor<'a>>,
+    /// Number of operands of each tensor.
+    pub operands: usize,
+    /// Vectors that are combined.
+    pub space: Space,
+    /// True if there is a base that is not one of the operands.
+    pub base_is_separate: bool,
+    /// Angle in radians below which, or within which of π, interpolation is linear.
+    pub epsilon: f64,
+    /// Value of an element in several core regions.
+    pub conflict: Option<Conflict>,
+    /// Dtype of the result.
+    pub dtype: Dtype,
+}
+
+impl<'a> Job<'a> {
+    pub fn of(plan: &'a Plan) -> Self {
+        let parameters = plan.backbone().checkpoint.parameters();
+        Self {
+            tensors: parameters.zip(&plan.rules).map(|(view, rule)| tensor(plan, view.name, rule)).collect(),
+            operands: plan.operands().len(),
+            space: plan.space,
+            base_is_separate: plan.base_is_separate(),
+            epsilon: plan.epsilon,
+            conflict: match &plan.inputs {
+                Inputs::Models(_) => None,
+                Inputs::Tasks { conflict, .. } => Some(*conflict),
+            },
+            dtype: plan.output.dtype,
+        }
+    }
+}
+
+fn tensor<'a>(plan: &'a Plan, name: &str, rule: &'a Rule) -> Tensor<'a> {
+    let view = |source: &'a Source| source.checkpoint.get(name).expect("checked by the plan");
+    let bits = |mask: &'a Mask| mask.bits(name).expect("checked by the plan");
+    let (operands, claims) = match &plan.inputs {
+        Inputs::Models(models) => {
+            let operand = |m: &'a Model| Operand { view: view(&m.source), mask: m.mask.as_ref().map(bits) };
+            (models.iter().map(operand).collect(), Claims::default())
+        }
+        Inputs::Tasks { backbone, tasks, .. } => {
+            let sources = [backbone].into_iter().chain(tasks.iter().map(|task| &task.source));
+            let operands = sources.map(|source| Operand { view: view(source), mask: None }).collect();
+            (operands, Claims::new(tasks.iter().map(|task| bits(&task.core)).collect()))
+        }
+    };
+    let base = plan.base.as_deref().map(view);
+    Tensor { operands, base, claims, protected: plan.protect.as_ref().map(bits), rule }
+}
+
+/// Number of bytes of the first operand of `tensors`.
+pub(super) fn bytes_of(tensors: &[Tensor<'_>]) -> u64 {
+    tensors.iter().map(|t| t.operands[0].view.bytes.len() as u64).sum()
+}
+
+/// One chunk of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Piece {
+    /// Index of the tensor.
+    pub tensor: usize,
+    /// Index of the chunk in the tensor.
+    pub chunk: usize,
+    /// Elements of the chunk.
+    pub elements: Range<usize>,
+}
+
+impl Piece {
+    /// Start and length of each block.
+    #[inline(always)]
+    pub fn blocks(&self) -> impl Iterator<Item = (usize, usize)> {
+        let end = self.elements.end;
+        self.elements.clone().step_by(BLOCK).map(move |start| (start, BLOCK.min(end - start)))
+    }
+}
+
+/// Chunks of the tensors in `range`.
+pub(super) fn pieces(tensors: &[Tensor<'_>], range: Range<usize>) -> Vec<Piece> {
+    range.flat_map(|tensor| pieces_of(tensor, tensors[tensor].numel())).collect()
+}
+
+/// Chunks of the tensor at index `tensor`, which has `numel` elements.
+pub(super) fn pieces_of(tensor: usize, numel: usize) -> impl Iterator<Item = Piece> {
+    (0..numel.div_ceil(CHUNK)).map(move |chunk| Piece {
+        tensor,
+        chunk,
+        elements: chunk * CHUNK..numel.min((chunk + 1) * CHUNK),
+    })
+}
+
+/// Runs of tensors that keep all threads busy and, unless a tensor is large, fit in the last-level
+/// cache.
+pub(super) fn batches(tensors: &[Tensor<'_>]) -> Vec<Range<usize>> {
+    let enough = 8 * rayon::current_num_threads();
+    let (mut batches, mut start, mut filled) = (Vec::new(), 0, 0);
+    for (i, tensor) in tensors.iter().enumerate() {
+        filled += tensor.numel().div_ceil(CHUNK);
+        if filled >= enough || i + 1 == tensors.len() {
+            batches.push(start..i + 1);
+            (start, filled) = (i + 1, 0);
+        }
+    }
+    batches
+}
+
+/// Calls `each` for every piece, on all threads, and returns the results in the order of the
+/// pieces.
+///
+/// # Errors
+/// The first error in that order.
+pub(super) fn for_each<R: Send>(pieces: &[Piece], each: impl Fn(&Piece) -> Result<R> + Sync + Send) -> Result<Vec<R>> {
+    let results: Vec<Result<R>> = pieces.par_iter().with_max_len(1).map(each).collect();
+    results.into_iter().collect()
+}
+
+/// Buffers that are not in use.
+pub(super) struct Pool<T> {
+    operands: usize,
+    free: Mutex<Vec<(Block<T>, Vec<u8>)>>,
+}
+
+impl<T: Number> Pool<T> {
+    /// An empty pool of blocks for `operands` operands.
+    fn new(operands: usize) -> Self {
+        Self { operands, free: Mutex::new(Vec::new()) }
+    }
+
+    /// Calls `with` with a block and a buffer for bytes.
+    pub fn with<R>(&self, with: impl FnOnce(&mut Block<T>, &mut Vec<u8>) -> R) -> R {
+        let taken = self.free.lock().expect("no thread panics here").pop();
+        let (mut block, mut bytes) = taken.unwrap_or_else(|| (Block::new(self.operands), Vec::new()));
+        let result = with(&mut block, &mut bytes);
+        self.free.lock().expect("no thread panics here").push((block, bytes));
+        result
+    }
+}
+
+/// Everything the threads of a pass share.
+pub(super) struct Shared<'a> {
+    pub job: &'a Job<'a>,
+    /// Buffers for tensors that are merged in f32.
+    pub narrow: Pool<f32>,
+    /// Buffers for tensors that are merged in f64.
+    pub wide: Pool<f64>,
+    pub bar: ProgressBar,
+    hashes: Option<&'a InputHashes<'a>>,
+}
+
+impl<'a> Shared<'a> {
+    pub fn new(job: &'a Job<'a>, hashes: Option<&'a InputHashes<'a>>, label: &'static str) -> Self {
+        let bar = progress::bytes(label, bytes_of(&job.tensors));
+        Self { job, narrow: Pool::new(job.operands), wide: Pool::new(job.operands), bar, hashes }
+    }
+
+    /// Adds a piece of every input to the digests that are not known.
+    pub fn hash(&self, tensor: &Tensor<'_>, piece: &Piece) {
+        let Some(hashes) = self.hashes else { return };
+        let base = tensor.base.iter().filter(|_| self.job.base_is_separate);
+        let operands = tensor.operands.iter().map(|operand| &operand.view);
+        for (hash, view) in hashes.list.iter().zip(operands.chain(base)) {
+            if let Some(hash) = hash {
+                hash.add(view, piece);
+            }
+        }
+    }
+}
+
+/// Digests of the inputs that have none recorded, computed in the pass that reads them first.
+pub(crate) struct InputHashes<'a> {
+    /// One entry per source of the plan, in its order; `None` if the digest is known.
+    list: Vec<Option<InputHash<'a>>>,
+}
+
+struct InputHash<'a> {
+    source: &'a Source,
+    hasher: PieceHasher,
+    index: BTreeMap<&'a str, usize>,
+}
+
+impl<'a> InputHashes<'a> {
+    pub fn new(plan: &'a Plan) -> Self {
+        let hash = |source: &'a Source| {
+            if source.known_digest().is_some() {
+                return None;
+            }
+            let specs: Vec<_> = source.checkpoint.tensors().map(|view| view.spec()).collect();
+            let index = source.checkpoint.tensors().enumerate().map(|(i, view)| (view.name, i)).collect();
+            Some(InputHash { source, hasher: PieceHasher::new(&specs, CHUNK), index })
+        };
+        Self { list: plan.sources().map(hash).collect() }
+    }
+
+    /// Adds the tensors that the merge did not read, and stores the digest of each source.
+    ///
+    /// # Errors
+    /// A side file that cannot be read.
+    pub fn finish(self) -> Result<()> {
+        for InputHash { source, hasher, .. } in self.list.into_iter().flatten() {
+            hasher.add_missing(&source.checkpoint);
+            source.set_digest(hasher.finish(source.checkpoint.folder())?);
+        }
+        Ok(())
+    }
+}
+
+impl InputHash<'_> {
+    fn add(&self, view: &TensorView<'_>, piece: &Piece) {
+        let size = view.dtype.size();
+        let bytes = &view.bytes[piece.elements.start * size..piece.elements.end * size];
+        // An output embedding that stands for the input embedding is not a tensor of the file.
+        if let Some(index) = self.index.get(view.name) {
+            self.hasher.add(*index, piece.elements.start, bytes);
+        }
+    }
+}

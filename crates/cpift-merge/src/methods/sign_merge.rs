@@ -1,0 +1,319 @@
+//! TIES and DARE: task vectors thinned by size or at random, weighted, and summed, optionally only
+//! where they agree with the elected sign.
+//!
+//! Differences from the base and the election are taken in f32 (f64 if an input is F64), sums in
+//! f64.
+
+use std::ops::{Add, Mul, Sub};
+
+use cpift_core::stream::random::splitmix64;
+use cpift_core::stream::select::Score;
+
+/// Type in which a tensor is merged: `f32`, which holds every element of an F32, F16 or BF16 input
+/// exactly, or `f64` if an input is F64.
+pub(crate) trait Number: Score + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> {
+    /// The magnitude.
+    fn abs(self) -> Self;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn abs(self) -> Self {
+        Self::abs(self)
+    }
+}
+
+impl Number for f64 {
+    #[inline(always)]
+    fn abs(self) -> Self {
+        Self::abs(self)
+    }
+}
+
+/// Settings of one tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct SignMerge {
+    /// Settings of each task vector.
+    pub vectors: Vec<TaskVector>,
+    /// Selection of the elements that are kept.
+    pub sparsify: Sparsify,
+    /// Scale a thinned task vector up to the sum of magnitudes it had before.
+    pub rescale: bool,
+    /// Elect the sign of each element and leave out the terms of the other sign.
+    pub elect: bool,
+    /// Divide each sum by the weights that took part in it.
+    pub normalize: bool,
+    /// Factor of the sum.
+    pub lambda: f64,
+}
+
+/// Settings of one task vector.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct TaskVector {
+    /// Factor of the task vector.
+    pub weight: f64,
+    /// Share of its elements that is kept, 0 to 1.
+    pub density: f64,
+    /// Key of the random numbers by which elements are dropped.
+    pub key: u64,
+}
+
+/// Selection of the elements of a task vector that are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sparsify {
+    /// The largest are kept, of equal ones the first.
+    Trim,
+    /// Each is kept with the probability `density`.
+    Drop,
+}
+
+/// Elements of one task vector that are kept, and their factor.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Filter {
+    /// Elements that are kept.
+    pub keep: Keep,
+    /// Factor of the elements that are kept.
+    pub scale: f64,
+}
+
+/// Elements of one task vector that are kept.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Keep {
+    /// All elements.
+    All,
+    /// Elements of at least the magnitude `threshold`.
+    Above {
+        /// Smallest magnitude that is kept.
+        threshold: f64,
+        /// Number of elements equal to the threshold that are kept in each chunk, the first ones;
+        /// empty if all are.
+        ties: Vec<u64>,
+    },
+    /// Elements whose random number of 53 bits is below `limit`.
+    Drawn {
+        /// Key of the random numbers.
+        key: u64,
+        /// Density times 2⁵³.
+        limit: u64,
+    },
+}
+
+impl Filter {
+    /// Keeps all elements as they are.
+    pub const ALL: Self = Self { keep: Keep::All, scale: 1.0 };
+
+    /// Keeps no element.
+    pub const NONE: Self = Self { keep: Keep::Above { threshold: f64::INFINITY, ties: Vec::new() }, scale: 1.0 };
+}
+
+impl Keep {
+    /// Random selection of a share of `density`.
+    pub fn drawn(key: u64, density: f64) -> Self {
+        Self::Drawn { key, limit: (density * (1u64 << 53) as f64) as u64 }
+    }
+
+    /// Number of elements equal to the threshold that are kept in `chunk`.
+    pub fn ties_in(&self, chunk: usize) -> u64 {
+        match self {
+            Self::Above { ties, .. } => ties.get(chunk).copied().unwrap_or(u64::MAX),
+            _ => 0,
+        }
+    }
+
+    /// Sets the elements that are not kept to zero; `values[0]` is element `start` of the tensor,
+    /// and `ties` the number of elements equal to the threshold that may still be kept.
+    #[inline(always)]
+    pub fn apply<T: Number>(&self, values: &mut [T], start: usize, ties: &mut u64) {
+        let zero = T::default();
+        match self {
+            Self::All => {}
+            Self::Above { threshold, .. } if *ties == u64::MAX => {
+                let threshold = T::from_f64(*threshold);
+                values.iter_mut().for_each(|v| *v = if v.abs() < threshold { zero } else { *v });
+            }
+            Self::Above { threshold, .. } => {
+                let threshold = T::from_f64(*threshold);
+                for v in values {
+                    let tied = v.abs() == threshold;
+                    if v.abs() < threshold || tied && *ties == 0 {
+                        *v = zero;
+                    }
+                    *ties -= u64::from(tied && *ties > 0);
+                }
+            }
+            Self::Drawn { key, limit } => {
+                for (j, v) in values.iter_mut().enumerate() {
+                    *v = if splitmix64(*key, (start + j) as u64) >> 11 < *limit { *v } else { zero };
+                }
+            }
+        }
+    }
+}
+
+/// Key of the random numbers of one tensor of one model: seed, index and name mixed, eight bytes at
+/// a time.
+pub(crate) fn key(seed: u64, model: usize, tensor: &str) -> u64 {
+    let words = tensor.as_bytes().chunks(8).map(|chunk| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        u64::from_le_bytes(word)
+    });
+    let parts = [seed, model as u64, tensor.len() as u64].into_iter().chain(words);
+    parts.fold(0, |key, part| splitmix64(key ^ part, 0))
+}
+
+/// Turns the operands into their differences from `base`.
+#[inline(always)]
+pub(crate) fn subtract_base<T: Number>(operands: &mut [Vec<T>], base: &[T]) {
+    for values in operands {
+        values.iter_mut().zip(base).for_each(|(v, b)| *v = *v - *b);
+    }
+}
+
+/// Sum of magnitudes, in sixteen running sums whose order never depends on the machine or the
+/// number of threads.
+#[inline(always)]
+pub(crate) fn sum_of_magnitudes<T: Number>(values: &[T]) -> f64 {
+    let (chunks, rest) = values.as_chunks::<16>();
+    let mut lanes = [0.0; 16];
+    for chunk in chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane += v.abs().to_f64();
+        }
+    }
+    lanes.iter().sum::<f64>() + rest.iter().map(|v| v.abs().to_f64()).sum::<f64>()
+}
+
+/// Factor that restores a sum of magnitudes; 1 if one of the two sums is close to zero.
+pub(crate) fn rescaling(before: f64, after: f64) -> f64 {
+    const CLOSE_TO_ZERO: f64 = 1e-7;
+    if before < CLOSE_TO_ZERO || after < CLOSE_TO_ZERO { 1.0 } else { before / after }
+}
+
+impl SignMerge {
+    /// Random selection that thins `vector`; all elements if none are dropped at random.
+    pub fn drawn(&self, vector: &TaskVector) -> Keep {
+        match self.sparsify {
+            Sparsify::Drop if vector.density < 1.0 => Keep::drawn(vector.key, vector.density),
+            _ => Keep::All,
+        }
+    }
+
+    /// Merges the thinned task vectors `operands` about `base` into `out`. `sums` and `divisors`
+    /// are working space; all slices are as long as `base`.
+    #[inline(always)]
+    pub fn merge<T: Number>(
+        &self,
+        filters: &[Filter],
+        operands: &[Vec<T>],
+        base: &[T],
+        [sums, divisors]: [&mut [f64]; 2],
+        out: &mut [T],
+    ) {
+        sums.fill(0.0);
+        if self.elect {
+            self.vote(filters, operands, out);
+            divisors.fill(0.0);
+            for ((values, filter), TaskVector { weight, .. }) in operands.iter().zip(filters).zip(&self.vectors) {
+                let factor = weight * filter.scale;
+                let totals = sums.iter_mut().zip(divisors.iter_mut());
+                for ((v, vote), (sum, divisor)) in values.iter().zip(&*out).zip(totals) {
+                    let term = factor * v.to_f64();
+                    let agrees = if *vote >= T::default() { term > 0.0 } else { term < 0.0 };
+                    *sum += if agrees { term } else { 0.0 };
+                    *divisor += if agrees { *weight } else { 0.0 };
+                }
+            }
+        } else {
+            for ((values, filter), TaskVector { weight, .. }) in operands.iter().zip(filters).zip(&self.vectors) {
+                let factor = weight * filter.scale;
+                values.iter().zip(sums.iter_mut()).for_each(|(v, sum)| *sum += factor * v.to_f64());
+            }
+            divisors.fill(self.vectors.iter().map(|v| v.weight).sum());
+        }
+        for (((o, b), sum), divisor) in out.iter_mut().zip(base).zip(&*sums).zip(&*divisors) {
+            let divisor = if !self.normalize || divisor.abs() < 1e-8 { 1.0 } else { *divisor };
+            *o = T::from_f64(b.to_f64() + sum / divisor * self.lambda);
+        }
+    }
+
+    /// Sums the weighted task vectors into `votes`; the sign of the sum is the one elected, + for
+    /// zero.
+    #[inline(always)]
+    fn vote<T: Number>(&self, filters: &[Filter], operands: &[Vec<T>], votes: &mut [T]) {
+        votes.fill(T::default());
+        for ((values, filter), TaskVector { weight, .. }) in operands.iter().zip(filters).zip(&self.vectors) {
+            let (scale, weight) = (T::from_f64(filter.scale), T::from_f64(*weight));
+            values.iter().zip(votes.iter_mut()).for_each(|(v, vote)| *vote = *vote + *v * scale * weight);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn merged(rule: &SignMerge, base: &[f32], models: &[&[f32]]) -> Vec<f32> {
+        let mut operands: Vec<Vec<f32>> = models.iter().map(|m| m.to_vec()).collect();
+        subtract_base(&mut operands, base);
+        let filters = vec![Filter::ALL; models.len()];
+        let (mut sums, mut divisors) = (vec![0.0; base.len()], vec![0.0; base.len()]);
+        let mut out = vec![0.0; base.len()];
+        rule.merge(&filters, &operands, base, [&mut sums, &mut divisors], &mut out);
+        out
+    }
+
+    fn rule(elect: bool, normalize: bool, weights: &[f64]) -> SignMerge {
+        let vectors = weights.iter().map(|&weight| TaskVector { weight, density: 1.0, key: 0 }).collect();
+        SignMerge { vectors, sparsify: Sparsify::Trim, rescale: false, elect, normalize, lambda: 0.5 }
+    }
+
+    #[test]
+    fn only_what_agrees_with_the_elected_sign_counts() {
+        // Element 0: both up. 1: 3 against −1, + wins. 2: 1 against −3, − wins. 3: 1 against −1, a
+        // draw is +. 4: nobody moves.
+        let (base, a, b) = ([1.0; 5], [3.0, 4.0, 2.0, 2.0, 1.0], [5.0, 0.0, -2.0, 0.0, 1.0]);
+        let found = merged(&rule(true, true, &[1.0, 1.0]), &base, &[&a, &b]);
+        assert_eq!(found, [1.0 + 1.5, 1.0 + 1.5, 1.0 - 1.5, 1.0 + 0.5, 1.0]);
+        let found = merged(&rule(true, false, &[1.0, 2.0]), &base, &[&a, &b]);
+        assert_eq!(found, [1.0 + 5.0, 1.0 + 1.5, 1.0 - 3.0, 1.0 - 1.0, 1.0]);
+    }
+
+    #[test]
+    fn without_an_election_all_terms_are_summed() {
+        let (base, a, b) = ([1.0; 2], [3.0, 0.0], [5.0, 2.0]);
+        assert_eq!(merged(&rule(false, true, &[1.0, 3.0]), &base, &[&a, &b]), [1.0 + 1.75, 1.0 + 0.25]);
+        assert_eq!(merged(&rule(false, true, &[1.0, -1.0]), &base, &[&a, &b]), [1.0 - 1.0, 1.0 - 1.0]);
+    }
+
+    #[test]
+    fn trimming_keeps_large_elements_and_the_first_of_equals() {
+        let values = [0.5f32, -2.0, 2.0, 3.0, -2.0];
+        let keep = |ties: Vec<u64>| {
+            let (keep, mut values) = (Keep::Above { threshold: 2.0, ties }, values);
+            let mut left = keep.ties_in(0);
+            keep.apply(&mut values, 0, &mut left);
+            values
+        };
+        assert_eq!(keep(vec![]), [0.0, -2.0, 2.0, 3.0, -2.0]);
+        assert_eq!(keep(vec![2]), [0.0, -2.0, 2.0, 3.0, 0.0]);
+        assert_eq!(keep(vec![0]), [0.0, 0.0, 0.0, 3.0, 0.0]);
+    }
+
+    #[test]
+    fn draws_depend_on_seed_model_tensor_and_place_alone() {
+        let draw = |key: u64, start: usize| {
+            let mut values = [1.0f32; 1000];
+            Keep::drawn(key, 0.3).apply(&mut values, start, &mut 0);
+            values
+        };
+        let one = key(1, 0, "w");
+        assert_eq!(draw(one, 0)[100..], draw(one, 100)[..900]);
+        for other in [key(2, 0, "w"), key(1, 1, "w"), key(1, 0, "v"), key(1, 0, "ww")] {
+            assert_ne!(draw(one, 0), draw(other, 0));
+        }
+        let kept = (0..100).map(|i| draw(one, 1000 * i).iter().sum::<f32>()).sum::<f32>();
+        // 100,000 draws at 0.3: a standard deviation is 145.
+        assert!((kept - 30_000.0).abs() < 600.0, "{kept}");
+    }
+}

@@ -1,0 +1,260 @@
+//! From examples to batches: shuffling, sampling, the batches of each step, joining rows.
+//!
+//! Shape suffixes: b batch, s sequence, n targets.
+
+use cpift_data::Example;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Device, Tensor};
+
+use crate::device::to_device;
+
+/// Examples concatenated in a single row without padding; each is a document that attends only to
+/// itself.
+///
+/// The tensors are made on the host; [`Batch::to_device`] copies them.
+pub struct Batch {
+    /// Token ids [1, s].
+    pub ids_bs: Tensor,
+    /// Positions whose next token is a target, int64 `[n]`.
+    pub places_n: Tensor,
+    /// The target tokens, int64 `[n]`.
+    pub labels_n: Tensor,
+    /// Number of tokens of each example.
+    pub lengths: Vec<i64>,
+}
+
+impl Batch {
+    /// Concatenates `examples`.
+    pub fn new(examples: &[&Example]) -> Self {
+        let (mut ids, mut places, mut labels) = (Vec::new(), Vec::new(), Vec::new());
+        for example in examples {
+            let start = ids.len() as i64;
+            ids.extend_from_slice(&example.ids);
+            for next in (1..example.ids.len()).filter(|&next| example.target[next]) {
+                places.push(start + next as i64 - 1);
+                labels.push(example.ids[next]);
+            }
+        }
+        Self {
+            ids_bs: Tensor::from_slice(&ids).unsqueeze(0),
+            places_n: Tensor::from_slice(&places),
+            labels_n: Tensor::from_slice(&labels),
+            lengths: examples.iter().map(|e| e.ids.len() as i64).collect(),
+        }
+    }
+
+    /// The batch of the examples at `places`.
+    pub fn at(examples: &[Example], places: &[usize]) -> Self {
+        Self::new(&places.iter().map(|&i| &examples[i]).collect::<Vec<_>>())
+    }
+
+    /// Copies the batch to `device` without waiting for the device.
+    #[must_use]
+    pub fn to_device(&self, device: Device) -> Self {
+        self.map(|t| to_device(t, device))
+    }
+
+    /// The batch in pinned host memory, for asynchronous copies; unchanged if `device` is the CPU.
+    #[must_use]
+    pub fn pinned(&self, device: Device) -> Self {
+        self.map(|t| if device.is_cuda() { t.pin_memory(device) } else { t.shallow_clone() })
+    }
+
+    fn map(&self, change: impl Fn(&Tensor) -> Tensor) -> Self {
+        Self {
+            ids_bs: change(&self.ids_bs),
+            places_n: change(&self.places_n),
+            labels_n: change(&self.labels_n),
+            lengths: self.lengths.clone(),
+        }
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.lengths.iter().sum::<i64>() as usize
+    }
+
+    /// Number of tokens that the loss counts.
+    pub fn targets(&self) -> usize {
+        self.labels_n.numel()
+    }
+}
+
+/// An endless stream of indices into `n` examples: a new permutation for every epoch, determined by
+/// the seed.
+pub(crate) struct Sampler {
+    order: Vec<usize>,
+    next: usize,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// A sampler over `n` examples.
+    pub fn new(n: usize, seed: u64) -> Self {
+        Self { order: (0..n).collect(), next: n, rng: ChaCha8Rng::seed_from_u64(seed) }
+    }
+
+    /// The next `count` indices.
+    pub fn take(&mut self, count: usize) -> Vec<usize> {
+        (0..count)
+            .map(|_| {
+                if self.next == self.order.len() {
+                    self.order.shuffle(&mut self.rng);
+                    self.next = 0;
+                }
+                self.next += 1;
+                self.order[self.next - 1]
+            })
+            .collect()
+    }
+}
+
+/// Draws `count` of `examples` without replacement, in their own order; all of them if there are no
+/// more.
+pub fn balanced_sample(examples: &[Example], count: usize, seed: u64) -> Vec<Example> {
+    if count >= examples.len() {
+        return examples.to_vec();
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    // Selection sampling keeps the order: each example is taken with probability wanted /
+    // remaining.
+    let mut wanted = count;
+    let mut out = Vec::with_capacity(count);
+    for (i, example) in examples.iter().enumerate() {
+        if rng.random_range(0..examples.len() - i) < wanted {
+            out.push(example.clone());
+            wanted -= 1;
+        }
+    }
+    out
+}
+
+/// Sizes of batches and steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FeedConfig {
+    /// Examples per batch; with packing, rows.
+    pub batch_size: usize,
+    /// Batches per step.
+    pub grad_accum: usize,
+    /// With packing, tokens per row, at least as many as the longest example has.
+    pub row: Option<usize>,
+}
+
+/// An endless, seeded stream of steps; each step is `grad_accum` batches of indices into the
+/// examples.
+pub(crate) struct Feeder {
+    lengths: Vec<usize>,
+    sampler: Sampler,
+    config: FeedConfig,
+    /// With packing, the example that did not fit in the previous row.
+    waiting: Option<usize>,
+}
+
+impl Feeder {
+    /// A stream over `examples`.
+    pub fn new(examples: &[Example], config: FeedConfig, seed: u64) -> Self {
+        let lengths: Vec<usize> = examples.iter().map(|e| e.ids.len()).collect();
+        Self { sampler: Sampler::new(lengths.len(), seed), lengths, config, waiting: None }
+    }
+
+    /// Returns the next step's batches.
+    pub fn next_step(&mut self) -> Vec<Vec<usize>> {
+        (0..self.config.grad_accum).map(|_| self.next_batch()).collect()
+    }
+
+    /// Skips `steps` steps.
+    pub fn skip(&mut self, steps: usize) {
+        (0..steps).for_each(|_| drop(self.next_step()));
+    }
+
+    fn next_batch(&mut self) -> Vec<usize> {
+        let Some(row) = self.config.row else { return self.sampler.take(self.config.batch_size) };
+        let mut batch = Vec::new();
+        for _ in 0..self.config.batch_size {
+            let mut room = row;
+            loop {
+                let place = self.waiting.take().unwrap_or_else(|| self.sampler.take(1)[0]);
+                if self.lengths[place] > room {
+                    self.waiting = Some(place);
+                    break;
+                }
+                room -= self.lengths[place];
+                batch.push(place);
+            }
+        }
+        batch
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example(n: usize) -> Example {
+        Example { ids: (0..n as i64).collect(), target: (0..n).map(|i| i >= 2).collect(), ..Example::default() }
+    }
+
+    #[test]
+    fn labels_are_the_next_targets_within_each_example() {
+        let (a, b) = (example(4), example(3));
+        let batch = Batch::new(&[&a, &b]);
+        let list = |t: &Tensor| Vec::<i64>::try_from(t).unwrap();
+        assert_eq!(list(&batch.ids_bs.squeeze()), [0, 1, 2, 3, 0, 1, 2]);
+        assert_eq!((list(&batch.places_n), list(&batch.labels_n)), (vec![1, 2, 5], vec![2, 3, 2]));
+        assert_eq!((batch.tokens(), batch.targets(), batch.lengths), (7, 3, vec![4, 3]));
+    }
+
+    #[test]
+    fn every_epoch_is_a_permutation_and_seeds_repeat() {
+        let mut sampler = Sampler::new(10, 1);
+        for _ in 0..3 {
+            let mut epoch = sampler.take(10);
+            epoch.sort_unstable();
+            assert_eq!(epoch, (0..10).collect::<Vec<_>>());
+        }
+        assert_eq!(Sampler::new(50, 7).take(120), Sampler::new(50, 7).take(120));
+        assert_ne!(Sampler::new(50, 7).take(50), Sampler::new(50, 8).take(50));
+    }
+
+    #[test]
+    fn a_balanced_sample_has_the_size_asked_for() {
+        let all: Vec<Example> = (3..103).map(example).collect();
+        let sample = balanced_sample(&all, 30, 5);
+        assert_eq!(sample.len(), 30);
+        assert!(sample.windows(2).all(|w| w[0].ids.len() < w[1].ids.len()));
+        assert_eq!(balanced_sample(&all, 1000, 5).len(), 100);
+    }
+
+    fn examples(lengths: &[usize]) -> Vec<Example> {
+        let example = |&n: &usize| Example { ids: vec![0; n], target: vec![true; n], ..Example::default() };
+        lengths.iter().map(example).collect()
+    }
+
+    #[test]
+    fn packed_rows_hold_whole_examples_and_nothing_is_lost() {
+        let lengths = [30, 50, 20, 64, 10, 45, 64, 1];
+        let config = FeedConfig { batch_size: 2, grad_accum: 1, row: Some(64) };
+        let mut packed = Feeder::new(&examples(&lengths), config, 3);
+        let stream: Vec<usize> = (0..40).flat_map(|_| packed.next_step().concat()).collect();
+        assert_eq!(stream, Sampler::new(lengths.len(), 3).take(stream.len()), "the order of an unpacked run");
+        let mut packed = Feeder::new(&examples(&lengths), config, 3);
+        for _ in 0..40 {
+            let tokens: usize = packed.next_step().concat().iter().map(|&i| lengths[i]).sum();
+            assert!((65..=128).contains(&tokens), "{tokens} tokens in two rows of 64");
+        }
+    }
+
+    #[test]
+    fn skipping_leads_to_the_same_step() {
+        for row in [None, Some(64)] {
+            let config = FeedConfig { batch_size: 3, grad_accum: 2, row };
+            let all = examples(&[30, 50, 20, 64, 10]);
+            let (mut walked, mut skipped) = (Feeder::new(&all, config, 9), Feeder::new(&all, config, 9));
+            (0..7).for_each(|_| drop(walked.next_step()));
+            skipped.skip(7);
+            assert_eq!(walked.next_step(), skipped.next_step());
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Memory of a training step, by part and moment. Derived from the code of `model/`, `train/`,
+//! `optim` and `freeze`: it counts their tensors, not what an allocator loses to rounding and
+//! fragmentation.
+//!
+//! Suffixes of shapes: e embedding, f MLP width, h query heads, k key heads, d head width, v
+//! vocabulary, n tokens. Autograd saves the input of a linear layer, both factors of a product, and
+//! the f32 copy that a norm squares, but not the terms of a sum.
+
+use cpift_core::Dtype;
+use serde_json::{Value, json};
+
+use super::job::{F32, Job, PROGRAM, Sizes, dimensions, gib};
+use crate::model::ModelConfig;
+
+/// Parts of the memory, in the order of [`Moment::bytes`].
+pub const PARTS: [&str; 9] =
+    ["weights", "moments", "gradients", "activations", "loss", "casts", "update", "frozen", "context"];
+
+/// A moment of a step that can be its peak.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Moment {
+    /// Name of the moment.
+    pub name: &'static str,
+    /// Bytes of each of [`PARTS`].
+    pub bytes: [u64; PARTS.len()],
+}
+
+impl Moment {
+    /// Bytes of all parts.
+    pub fn total(&self) -> u64 {
+        self.bytes.iter().sum()
+    }
+}
+
+/// Memory that CUDA takes per process (context, kernels, cuBLAS workspaces), as nvidia-smi shows
+/// it: 0.5 to 1 GiB, depending on the GPU.
+const CUDA_CONTEXT: u64 = 1 << 30;
+/// Elements that an update with mixed dtypes widens at a time (see `optim`).
+const WIDENED: u64 = 1 << 24;
+
+impl Job {
+    /// Memory at each moment of a step.
+    pub fn moments(&self) -> Vec<Moment> {
+        let s = Sizes::of(&self.config);
+        let (block, head, g) = (Block::of(self), Head::of(self), self.gradients(&s));
+        let (weight, layers) = (self.args.master_dtype.size() as u64, s.blocks);
+        let recompute = self.args.gradient_checkpointing;
+        // Weights are cast in the forward pass of a block, and the cast is kept with its
+        // activations.
+        let cast = if weight == self.compute_bytes() { 0 } else { self.compute_bytes() };
+        let kept = if recompute { 0 } else { layers };
+        let inputs = (layers + 1) * block.input;
+        let windowed = self.config.windows.iter().flatten().count() as u64;
+        // For the blocks whose activations are kept: all, or the recomputed one, which may have a
+        // window.
+        let masks =
+            |kept: u64| windows(self) + block.window * if kept == layers { windowed } else { kept.min(windowed) };
+        let moment = |name, gradients, activations, loss, casts, update| Moment {
+            name,
+            bytes: [
+                s.total() * weight,
+                2 * self.trained(&s) * self.args.optim_state_dtype.size() as u64,
+                gradients,
+                activations,
+                loss,
+                casts,
+                update,
+                self.frozen * (8 + weight),
+                if self.cuda { CUDA_CONTEXT } else { PROGRAM },
+            ],
+        };
+        let update = self.update(&s);
+        let mut all = vec![
+            moment(
+                "loss",
+                g.at_loss,
+                inputs + kept * block.saved + masks(kept),
+                head.hidden + head.chunk,
+                cast * (kept * s.block + s.embedding),
+                0,
+            ),
+            moment(
+                "first block",
+                g.first_block,
+                inputs + kept.max(1) * block.saved + block.transient + masks(kept.max(1)),
+                0,
+                cast * kept.max(1) * s.block,
+                0,
+            ),
+            moment(
+                "last block",
+                g.last_block,
+                block.input + block.saved + block.transient + masks(1),
+                0,
+                cast * s.block,
+                0,
+            ),
+            moment("embedding", g.embedding, 2 * block.input + masks(0), 0, 0, 0),
+        ];
+        // With updates in the backward pass, the head is updated first, while all activations are
+        // kept.
+        all.push(if self.args.optimizer_in_backward {
+            moment("update", g.update, inputs + kept * block.saved + masks(kept), 0, cast * kept * s.block, update)
+        } else {
+            moment("update", g.update, 0, 0, 0, update)
+        });
+        all
+    }
+
+    /// Bytes of gradients at each moment. They have the weights' dtype; the output matrix's
+    /// gradient and sums over batches are f32.
+    fn gradients(&self, s: &Sizes) -> Gradients {
+        let weight = self.args.master_dtype.size() as u64;
+        let tied = self.config.tie_word_embeddings;
+        let embedding = if self.args.freeze_embeddings { 0 } else { s.embedding };
+        let matrix = F32 * if tied { embedding } else { s.head };
+        // The gradient of a tied matrix is kept until the embedding's gradient is computed.
+        let waiting = if tied { matrix } else { 0 };
+        let block = s.block * weight;
+        // The table's own gradient; if tied also the sum of both, and its f32 copy.
+        let copies = if tied && weight != F32 { 2 } else { u64::from(tied) };
+        let last = embedding * weight + copies * F32 * embedding;
+        let sums = F32 * self.trained(s);
+        if self.args.grad_accum > 1 {
+            let unit = sums + waiting + block;
+            Gradients {
+                at_loss: sums + matrix,
+                first_block: unit,
+                last_block: unit,
+                embedding: sums + waiting + last,
+                update: sums,
+            }
+        } else if self.args.optimizer_in_backward {
+            let unit = waiting + block;
+            Gradients {
+                at_loss: matrix,
+                first_block: unit,
+                last_block: unit,
+                embedding: waiting + last,
+                update: matrix.max(unit),
+            }
+        } else {
+            let head = matrix + s.norm * weight;
+            let all = head + s.blocks * block;
+            Gradients {
+                at_loss: matrix,
+                first_block: head + block,
+                last_block: all,
+                embedding: all + last,
+                update: all + if tied { 0 } else { embedding * weight },
+            }
+        }
+    }
+
+    /// Temporaries of an update with mixed dtypes: f32 copies of a part of a tensor, and random
+    /// bits for rounding.
+    fn update(&self, s: &Sizes) -> u64 {
+        let (weights, moments) = (self.args.master_dtype == Dtype::BF16, self.args.optim_state_dtype == Dtype::BF16);
+        if !weights && !moments {
+            return 0;
+        }
+        let copies = 2 * u64::from(weights) + 2 * u64::from(moments);
+        WIDENED.min(s.largest) * (copies * F32 + 3 * F32 + 2)
+    }
+
+    /// The moment with the highest total.
+    pub fn peak(&self) -> Moment {
+        self.moments().into_iter().max_by_key(Moment::total).expect("there are five moments")
+    }
+
+    /// Table of the memory by part and moment, in GiB.
+    pub fn table(&self) -> String {
+        let (moments, peak) = (self.moments(), self.peak());
+        let names = |part: &str| match part {
+            "weights" => format!("weights, {}", self.args.master_dtype.name().to_lowercase()),
+            "moments" => format!("moments, 2 x {}", self.args.optim_state_dtype.name().to_lowercase()),
+            "casts" => "casts to bf16".to_owned(),
+            "context" if self.cuda => "CUDA context".to_owned(),
+            "context" => "program".to_owned(),
+            other => other.to_owned(),
+        };
+        let dtype = if self.compute_bytes() == F32 { "f32" } else { "bf16" };
+        let mut text = format!(
+            "GiB, computed: {:?}, {} parameters; {} tokens a batch, computing in {dtype} on {}\n{:18}",
+            self.config.family,
+            grouped(Sizes::of(&self.config).total()),
+            grouped(self.tokens),
+            if self.cuda { "CUDA" } else { "the CPU" },
+            ""
+        );
+        moments.iter().for_each(|m| text.push_str(&format!("{:>13}", m.name)));
+        for (i, part) in PARTS.iter().enumerate().filter(|(i, _)| moments.iter().any(|m| m.bytes[*i] > 0)) {
+            text.push_str(&format!("\n{:18}", names(part)));
+            moments.iter().for_each(|m| text.push_str(&format!("{:13.2}", gib(m.bytes[i]))));
+        }
+        text.push_str(&format!("\n{:18}", "total"));
+        for m in &moments {
+            let mark = if m.name == peak.name { '*' } else { ' ' };
+            text.push_str(&format!("{:>13}", format!("{mark}{:.2}", gib(m.total()))));
+        }
+        text + "\n"
+    }
+
+    /// The table in bytes, as JSON.
+    pub fn to_json(&self) -> Value {
+        let moment = |m: &Moment| {
+            let parts: serde_json::Map<String, Value> =
+                PARTS.iter().zip(m.bytes).map(|(p, b)| ((*p).to_owned(), b.into())).collect();
+            json!({"moment": m.name, "total": m.total(), "parts": parts})
+        };
+        json!({"parameters": Sizes::of(&self.config).total(), "tokens": self.tokens, "peak": self.peak().total(),
+            "moments": self.moments().iter().map(moment).collect::<Vec<_>>()})
+    }
+}
+
+struct Gradients {
+    at_loss: u64,
+    first_block: u64,
+    last_block: u64,
+    embedding: u64,
+    update: u64,
+}
+
+/// 1234567 as 1,234,567.
+fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().map(|g| std::str::from_utf8(g).unwrap_or("")).collect();
+    groups.join(",")
+}
+
+/// Activations of one decoder block.
+struct Block {
+    /// Its input; with recomputation nothing else is kept.
+    input: u64,
+    /// Other tensors saved for its backward pass.
+    saved: u64,
+    /// Gradients of activations at the peak of its backward pass.
+    transient: u64,
+    /// Sliding-window mask in the dtype of the scores, saved by a block with a window.
+    window: u64,
+}
+
+impl Block {
+    fn of(job: &Job) -> Self {
+        let c = &job.config;
+        let [e, f, d, h, k, _] = dimensions(c);
+        let (n, b) = (job.tokens, job.compute_bytes());
+        let head_norms = if c.qk_norm { norm(c, b, (h + k) * d, true) } else { 0 };
+        let norms = norm(c, b, e, false) + norm(c, b, e, true) * if c.gemma_norms { 3 } else { 1 };
+        let mlp = 4 * f * b;
+        let fixed = norms + head_norms + 2 * e * b + mlp;
+        let scores = scores(job);
+        Self {
+            input: n * e * b,
+            saved: n * (fixed + attention(job)) + scores.saved,
+            // Backward of the MLP needs twice its width; in the backward of attention the MLP is
+            // already freed.
+            transient: 2 * n * e * b + (2 * n * f * b).max(scores.transient.saturating_sub(n * mlp)),
+            window: if c.attention_softcap.is_some() { 0 } else { windows(job) * b },
+        }
+    }
+}
+
+/// Bytes a norm over `width` elements saves per token: its f32 input (if that is no copy, only if
+/// `own`: not saved by another operation), and the normed values before the weight.
+fn norm(c: &ModelConfig, bytes: u64, width: u64, own: bool) -> u64 {
+    let input = if bytes != F32 || own { F32 } else { 0 };
+    let normed = if c.gemma_norms { F32 } else { bytes };
+    width * (input + normed)
+}
+
+/// Bytes of queries, keys, values and output of attention per token, without scores.
+fn attention(job: &Job) -> u64 {
+    let c = &job.config;
+    let [_, _, d, h, k, _] = dimensions(c);
+    let b = job.compute_bytes();
+    if c.attention_softcap.is_some() {
+        // Keys and values are repeated for every query head.
+        return 4 * h * d * b;
+    }
+    // Attention document by document concatenates the outputs in a copy.
+    let results = if job.flash_varlen() || job.longest >= job.tokens { 1 } else { 2 };
+    (h + 2 * k + results * h) * d * b + h * F32
+}
+
+/// Elements of the sliding-window masks of a batch: s × s for each document longer than the window,
+/// unless a flash kernel implements windows. The boolean masks take one byte per element.
+fn windows(job: &Job) -> u64 {
+    let longest = job.longest.min(job.tokens);
+    let window = job.config.windows.iter().copied().flatten().next();
+    let masked = window.is_some_and(|window| longest > window as u64) && !job.flash_varlen();
+    if masked { longest * job.tokens } else { 0 }
+}
+
+struct Scores {
+    saved: u64,
+    transient: u64,
+}
+
+/// Scores of each document, h × s × s: only soft-capped attention materialises them, as no fused
+/// kernel has the cap.
+fn scores(job: &Job) -> Scores {
+    if job.config.attention_softcap.is_none() {
+        return Scores { saved: 0, transient: 0 };
+    }
+    let heads = job.config.num_attention_heads as u64;
+    let longest = job.longest.min(job.tokens).max(1);
+    let one = heads * longest * longest;
+    let all = heads * longest * job.tokens;
+    // Saved: tanh, softmax in f32, its cast if hidden states are not f32, and the mask, one byte
+    // per head.
+    let b = job.compute_bytes();
+    let cast = if b == F32 { 0 } else { b };
+    Scores { saved: all * (b + F32 + cast) + all / heads, transient: one * (2 * F32 + b) }
+}
+
+/// Final norm and loss, with the backward pass of the loss.
+struct Head {
+    /// Hidden states of the targets and their gradient.
+    hidden: u64,
+    /// Logits and log-probabilities of a chunk.
+    chunk: u64,
+}
+
+impl Head {
+    fn of(job: &Job) -> Self {
+        let c = &job.config;
+        let [e, _, _, _, _, v] = dimensions(c);
+        let b = job.compute_bytes();
+        let chunk = job.tokens.min(job.args.loss_chunk as u64) * v;
+        let cast = if b == F32 { 0 } else { F32 };
+        // Logits, their cast in log_softmax, log-probabilities; with a soft cap also tanh, slope
+        // and capped logits.
+        let capped = if c.logit_softcap.is_some() { 2 * b + F32 } else { 0 };
+        let forward = chunk * (b + cast + F32 + capped);
+        // The gradient in f32 and its cast; the product for the matrix, and its f32 copy before it
+        // is added.
+        let slope = if c.logit_softcap.is_some() { F32 } else { 0 };
+        let cast_gradient = if b == F32 { 0 } else { b };
+        let product = v * e * (b + cast);
+        let backward = chunk * (F32 + slope + cast_gradient) + product;
+        Self { hidden: job.tokens * (norm(c, b, e, true) + 2 * e * b), chunk: forward.max(backward) }
+    }
+}

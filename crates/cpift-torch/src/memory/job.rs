@@ -1,0 +1,160 @@
+//! The training job whose memory is estimated, and the sizes of its model.
+
+use std::path::Path;
+
+use anyhow::Result;
+use cpift_core::Checkpoint;
+use cpift_core::format::checkpoint::read_config;
+use cpift_core::format::tasks::Tasks;
+use tch::{Device, Kind};
+
+use crate::args::TrainingArgs;
+use crate::model::{EMBEDDING, ModelConfig};
+use crate::session::strict_config;
+
+/// Bytes of f32.
+pub(super) const F32: u64 = 4;
+/// Resident memory of the program with libtorch's CPU library.
+pub(super) const PROGRAM: u64 = 160 << 20;
+
+/// A training job whose memory is estimated.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Model configuration.
+    pub config: ModelConfig,
+    /// Training arguments.
+    pub args: TrainingArgs,
+    /// Tokens of a batch, which is one row; all may be targets.
+    pub tokens: u64,
+    /// Tokens of the longest document.
+    pub longest: u64,
+    /// Number of frozen elements.
+    pub frozen: u64,
+    /// True if the device is CUDA.
+    pub cuda: bool,
+}
+
+/// Reads the model configuration of `path`, a checkpoint directory or a config.json.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] for a config.json that cannot be used.
+pub fn read_model(path: &Path) -> Result<ModelConfig> {
+    let config = if path.is_file() { cpift_core::format::json::read(path)? } else { read_config(path)? };
+    let mut numbers = ModelConfig::from_json(path, &config)?;
+    numbers.check_unknown_fields(path, strict_config())?;
+    let has_weights = ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| path.join(name).exists());
+    if numbers.tie_word_embeddings && has_weights {
+        numbers.untie_as(&Checkpoint::open(path)?);
+    }
+    Ok(numbers)
+}
+
+impl Job {
+    /// A job with batches of `--batch-size` examples of `longest` tokens, capped at the model's
+    /// context.
+    pub fn new(config: ModelConfig, args: &TrainingArgs, longest: usize, cuda: bool) -> Self {
+        let longest = longest.min(config.max_position_embeddings as usize) as u64;
+        let tokens = longest * args.batch_size as u64;
+        Self { config, args: args.clone(), tokens, longest, frozen: 0, cuda }
+    }
+
+    /// The job of training the checkpoint `model` on the tasks of `tasks`, before anything is
+    /// loaded.
+    ///
+    /// # Errors
+    /// [`cpift_core::BadInput`] for files that cannot be used.
+    pub fn of_run(model: &Path, tasks: &Path, args: &TrainingArgs) -> Result<Self> {
+        let longest = longest_of(Some(&Tasks::read(tasks)?), args);
+        let cuda = args.device.open(None)?.is_cuda();
+        Ok(Self::new(read_model(model)?, args, longest, cuda))
+    }
+
+    /// Bytes per element of the hidden states.
+    pub(crate) fn compute_bytes(&self) -> u64 {
+        let device = if self.cuda { Device::Cuda(0) } else { Device::Cpu };
+        if self.args.precision(device).compute == Kind::Float { F32 } else { 2 }
+    }
+
+    /// True if attention runs over all documents in one kernel.
+    pub(super) fn flash_varlen(&self) -> bool {
+        self.cuda && self.compute_bytes() == 2 && self.config.attention_softcap.is_none()
+    }
+
+    /// The same job with batches of `size` examples.
+    pub(crate) fn with_batch(&self, size: usize) -> Self {
+        let mut job = self.clone();
+        job.tokens = (self.tokens * size as u64).div_ceil(self.args.batch_size as u64);
+        job.longest = self.longest.min(job.tokens);
+        job.args.batch_size = size;
+        job
+    }
+
+    /// Number of trained parameters.
+    pub(super) fn trained(&self, s: &Sizes) -> u64 {
+        s.total() - if self.args.freeze_embeddings { s.embedding } else { 0 }
+    }
+}
+
+/// Number of parameters of each unit of a model, from its configuration alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// The embedding table, [v, e].
+    pub embedding: u64,
+    /// One decoder block.
+    pub block: u64,
+    /// Number of decoder blocks.
+    pub blocks: u64,
+    /// Final norm.
+    pub norm: u64,
+    /// The output matrix, [v, e]; 0 if tied to the embedding table.
+    pub head: u64,
+    /// The largest tensor.
+    pub largest: u64,
+}
+
+impl Sizes {
+    /// Sizes of the model `c`.
+    pub fn of(c: &ModelConfig) -> Self {
+        let shapes: Vec<(String, u64)> = c
+            .parameter_shapes()
+            .into_iter()
+            .map(|(name, shape)| (name, shape.iter().product::<i64>() as u64))
+            .collect();
+        let sum = |prefix: &str| shapes.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, n)| n).sum();
+        Self {
+            embedding: sum(EMBEDDING),
+            block: sum("model.layers.0."),
+            blocks: c.num_hidden_layers as u64,
+            norm: sum("model.norm."),
+            head: sum("lm_head."),
+            largest: shapes.iter().map(|(_, n)| *n).max().unwrap_or(0),
+        }
+    }
+
+    /// D: all parameters, a tied matrix counted once.
+    pub fn total(&self) -> u64 {
+        self.embedding + self.blocks * self.block + self.norm + self.head
+    }
+}
+
+/// e, f, d, h, k and v: widths of residual stream, MLP and head; query heads, key heads, vocabulary
+/// size.
+pub(super) fn dimensions(c: &ModelConfig) -> [u64; 6] {
+    [c.hidden_size, c.intermediate_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads, c.vocab_size]
+        .map(|n| n as u64)
+}
+
+/// Longest example in tokens: `--max-length`, else the tasks' largest `max_length`, else its
+/// default.
+pub fn longest_of(tasks: Option<&Tasks>, args: &TrainingArgs) -> usize {
+    let largest = tasks.and_then(|t| t.list.iter().map(|task| task.max_length).max());
+    args.max_length.or(largest).unwrap_or(DEFAULT_LENGTH)
+}
+
+/// The default of `max_length` in tasks.toml.
+const DEFAULT_LENGTH: usize = 1024;
+
+/// Bytes in GiB.
+pub(super) fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}

@@ -1,0 +1,357 @@
+//! The fields of a config.json: typed access with errors that name file and field; and which fields
+//! are read, have no effect on the output, or would change it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use cpift_core::BadInput;
+use cpift_core::format::rope::RopeSettings;
+use serde_json::{Map, Value};
+
+/// The fields of one config.json; null counts as absent.
+pub(super) struct Fields {
+    path: PathBuf,
+    map: Map<String, Value>,
+}
+
+impl Fields {
+    /// The fields of `at`, a checkpoint directory or a config.json.
+    pub(super) fn new(at: &Path, config: &Value) -> Self {
+        let path = if at.is_file() { at.to_owned() } else { at.join("config.json") };
+        Self { path, map: config.as_object().cloned().unwrap_or_default() }
+    }
+
+    pub(super) fn bad(&self, message: impl Into<String>) -> BadInput {
+        BadInput::new(&self.path, message)
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|v| !v.is_null())
+    }
+
+    /// Returns true if the field is present, null included.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
+    /// All fields that are not null.
+    pub(super) fn present(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.map.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.as_str(), v))
+    }
+
+    fn typed<T>(&self, key: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) => match read(value) {
+                Some(v) => Ok(Some(v)),
+                None => Err(self.bad(format!("{key} cannot be used")).found(value.to_string()).into()),
+            },
+        }
+    }
+
+    pub(super) fn int(&self, key: &str) -> Result<i64> {
+        self.typed(key, positive)?.ok_or_else(|| self.bad(format!("the field {key} is missing")).into())
+    }
+
+    pub(super) fn int_or(&self, key: &str, default: i64) -> Result<i64> {
+        Ok(self.typed(key, positive)?.unwrap_or(default))
+    }
+
+    /// A count that may be 0.
+    pub(super) fn count_or(&self, key: &str, default: i64) -> Result<i64> {
+        Ok(self.typed(key, |v| v.as_i64().filter(|n| *n >= 0))?.unwrap_or(default))
+    }
+
+    /// A positive number; absent gives `default`, null gives none.
+    pub(super) fn optional_float(&self, key: &str, default: f64) -> Result<Option<f64>> {
+        let given = self.typed(key, |v| v.as_f64().filter(|x| *x > 0.0))?;
+        Ok(if self.has(key) { given } else { Some(default) })
+    }
+
+    /// A positive integer; absent gives `default`, null gives none.
+    pub(super) fn optional_int(&self, key: &str, default: i64) -> Result<Option<i64>> {
+        let given = self.typed(key, positive)?;
+        Ok(if self.has(key) { given } else { Some(default) })
+    }
+
+    pub(super) fn float_or(&self, key: &str, default: f64) -> Result<f64> {
+        Ok(self.typed(key, Value::as_f64)?.unwrap_or(default))
+    }
+
+    pub(super) fn bool_or(&self, key: &str, default: bool) -> Result<bool> {
+        Ok(self.typed(key, Value::as_bool)?.unwrap_or(default))
+    }
+
+    pub(super) fn text_or<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(Value::String(text)) => Ok(text),
+            Some(other) => Err(self.bad(format!("{key} cannot be used")).found(other.to_string()).into()),
+        }
+    }
+
+    /// A list of strings, if the field is present.
+    pub(super) fn words(&self, key: &str) -> Result<Option<Vec<String>>> {
+        self.typed(key, |v| v.as_array()?.iter().map(|w| w.as_str().map(str::to_owned)).collect())
+    }
+
+    /// The rotary settings; `default_positions` is the family's default of
+    /// `max_position_embeddings`.
+    pub(super) fn rope(&self, default_positions: i64) -> Result<RopeSettings> {
+        RopeSettings::read(&self.path, &Value::from(self.map.clone()), default_positions as f64)
+    }
+
+    /// Path of the file, for errors.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn positive(value: &Value) -> Option<i64> {
+    value.as_i64().filter(|n| *n > 0)
+}
+
+/// Fields that the families read.
+const READ: &[&str] = &[
+    "architectures",
+    "attention_bias",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "hidden_size",
+    "intermediate_size",
+    "layer_types",
+    "max_position_embeddings",
+    "max_window_layers",
+    "mlp_bias",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "query_pre_attn_scalar",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "vocab_size",
+];
+
+/// Fields without effect on the loss of a causal language model: they concern training, storage,
+/// generation or serving.
+const HARMLESS: &[&str] = &[
+    // Falcon3 has it beside hidden_act.
+    "activation",
+    "add_cross_attention",
+    "attn_implementation",
+    "auto_map",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bf16",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "diversity_penalty",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "fp16",
+    "fp32",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_range",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "min_length",
+    "model_max_length",
+    "name_or_path",
+    "neftune_noise_alpha",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_labels",
+    "num_logits_to_keep",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "prefix",
+    "pretraining_tp",
+    "problem_type",
+    "pruned_heads",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "seq_length",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "typical_p",
+    "unsloth_fixed",
+    "use_bfloat16",
+    "use_cache",
+    "use_flash_attention",
+    "use_flash_attention_2",
+    "use_flash_attn",
+    "use_return_dict",
+    "use_sdpa",
+];
+
+/// Fields that change the maths, with their neutral values; all other values but null are refused.
+const NEUTRAL: &[(&str, &[&str])] = &[
+    ("attention_multiplier", &["1", "1.0"]),
+    ("causal", &["true"]),
+    ("embedding_multiplier", &["1", "1.0"]),
+    ("is_causal", &["true"]),
+    ("is_decoder", &["true", "false"]),
+    ("is_encoder_decoder", &["false"]),
+    ("logit_scale", &["1", "1.0"]),
+    ("logits_scaling", &["1", "1.0"]),
+    ("num_experts", &["0", "1"]),
+    ("num_local_experts", &["0", "1"]),
+    ("partial_rotary_factor", &["1", "1.0"]),
+    ("residual_multiplier", &["1", "1.0"]),
+    ("rope_interleaved", &["false"]),
+    ("rotary_pct", &["1", "1.0"]),
+    ("use_rope", &["true"]),
+];
+
+/// Prefixes of words in field names that change the maths in some family of transformers, unless
+/// the value is off.
+const MATHS: &[&str] = &[
+    "adapter",
+    "alibi",
+    "altup",
+    "audio_config",
+    "bias",
+    "bidirectional",
+    "block_sparse",
+    "clamp",
+    "chunked",
+    "clip",
+    "dropout",
+    "expert",
+    "head_dim",
+    "heads",
+    "kv_shared",
+    "laurel",
+    "linear_attention",
+    "logit",
+    "lora",
+    "mamba",
+    "moe",
+    "multiplier",
+    "mup",
+    "layernorm",
+    "nope",
+    "norm",
+    "parallel_residual",
+    "pdrop",
+    "per_layer",
+    "position_embedding",
+    "quantization",
+    "rmsnorm",
+    "rope",
+    "rotary",
+    "router",
+    "scale",
+    "scaling",
+    "sink",
+    "sliding",
+    "softcap",
+    "sparse",
+    "sparsity",
+    "text_config",
+    "theta",
+    "use_logn",
+    "vision_config",
+    "window",
+];
+
+/// Refuses fields that change the maths and are not implemented; returns unknown fields with their
+/// values. An unknown field that is false, zero or empty is ignored.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] naming the first refused field.
+pub(super) fn check_fields(fields: &Fields) -> Result<Vec<String>> {
+    let mut unknown = Vec::new();
+    for (key, value) in fields.present() {
+        if READ.contains(&key) || harmless(key) {
+            continue;
+        }
+        let text = value.to_string();
+        let neutral = NEUTRAL.iter().find(|(name, _)| *name == key).map(|(_, values)| *values);
+        let refused = match neutral {
+            Some(values) => !values.contains(&text.as_str()),
+            None if is_off(value) => false,
+            None if names_maths(key) => true,
+            None => {
+                unknown.push(format!("{key} = {text}"));
+                false
+            }
+        };
+        if refused {
+            return Err(fields
+                .bad(format!("{key} = {text} changes the maths in a way that is not implemented"))
+                .expected(neutral.map_or("no such field".into(), |values| values.join(" or ")))
+                .hint("if the field has no effect on the model's output, remove it from config.json")
+                .into());
+        }
+    }
+    Ok(unknown)
+}
+
+fn names_maths(key: &str) -> bool {
+    let words = key.char_indices().filter(|(i, _)| *i == 0 || matches!(key.as_bytes()[i - 1], b'_' | b'.'));
+    words.map(|(i, _)| &key[i..]).any(|rest| MATHS.iter().any(|part| rest.starts_with(part)))
+}
+
+/// Private fields, versions and special tokens have no effect either.
+fn harmless(key: &str) -> bool {
+    let by_form = key.starts_with('_')
+        || key.ends_with("_version")
+        || key.ends_with("_token")
+        || key.ends_with("_token_id")
+        || key.ends_with("_token_ids");
+    by_form || HARMLESS.contains(&key)
+}
+
+fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::Bool(true) | Value::String(_) => false,
+    }
+}
