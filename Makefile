@@ -35,12 +35,12 @@ check: setup ## Format and lints only
 
 # Tools that are not on the machine are put into .cache.
 check-words: ## Spelling of code and prose (typos)
-	@command -v typos > /dev/null || [ -x .cache/typos/bin/typos ] || { python3 -m venv .cache/typos && .cache/typos/bin/pip install -q typos==1.52.0; }
+	@command -v typos > /dev/null || [ -x .cache/typos/bin/typos ] || python3 -m pip install -q --disable-pip-version-check --target .cache/typos typos==1.52.0
 	@PATH="$$PWD/.cache/typos/bin:$$PATH" typos
 
 check-deps: ## Licences, duplicates and sources of dependencies (cargo-deny); advisories if their database can be reached
-	@cargo deny --version > /dev/null 2>&1 || [ -x .cache/bin/cargo-deny ] || cargo install --quiet --locked --root .cache cargo-deny
-	@PATH="$$PWD/.cache/bin:$$PATH"; cargo deny check licenses bans sources; \
+	@cargo deny --version > /dev/null 2>&1 || [ -x .cache/bin/cargo-deny ] || cargo install --quiet --locked --root .cache cargo-deny --version 0.20.2
+	@PATH="$$PWD/.cache/bin:$$PATH"; cargo deny check licenses bans sources || exit 1; \
 		if git ls-remote -q https://github.com/rustsec/advisory-db HEAD > /dev/null 2>&1; then cargo deny check advisories; \
 		else echo "check-deps: advisories not checked, their database cannot be reached"; fi
 
@@ -131,7 +131,7 @@ slurm: ## Submit the pipeline to Slurm: what is not made yet (RUN=, BASE=, TASKS
 test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
 	@BIN=$(BIN) tests/slurm/test.sh
 
-clean-probes: build-files ## Delete the weights of the probes of RUN= once everything made from them is up to date
+clean-probes: build ## Delete the weights of the probes of RUN= once everything made from them is up to date
 	@BIN=$(BIN) scripts/clean_probes.py "$(RUN)"
 
 install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch

@@ -38,7 +38,7 @@ def check_probes(run, tasks):
     for name in before:
         out = run / "probe-scores" / name
         command = [Path(os.environ.get("BIN", "target/release")) / "cpift-eval", "run", "--model", run / "probes" / name, "--tasks", tasks,
-                   "--only", name, "--quiet", "--force", "--threads", "2", "--device", "cpu", "--batch-size", "50", "--out", out]
+                   "--only", name, "--quiet", "--skip-up-to-date", "--threads", "2", "--device", "cpu", "--batch-size", "50", "--out", out]
         subprocess.run(command, check=True)
         after = scores(out / "scores.json")[name]
         print(f"  {name:<12} {before[name]:5.1f} -> {after:5.1f}")

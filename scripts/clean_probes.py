@@ -28,7 +28,7 @@ def main():
     artifacts = graph.artifacts()
     probes = {a.name for a in artifacts if a.name.startswith("probe-")}
     for artifact in artifacts:
-        needed = sorted(probes.intersection(artifact.needs))
+        needed = sorted(probes.intersection(artifact.reads))
         if needed and artifact.due:
             reason = f" ({artifact.reason})" if artifact.reason else ""
             stop(f"{artifact.name} is {artifact.state}{reason}: {', '.join(needed)} is still needed; run make pipeline first")

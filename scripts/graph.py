@@ -1,4 +1,5 @@
 """The graph of scripts/pipeline.mk and what of it is up to date, for status.py and slurm/submit.py."""
+import getpass
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ class Artifact:
     name: str
     state: str  # done, deleted, missing or stale
     reason: str
-    needs: list  # names of the artifacts it is made from
+    reads: list  # names of the artifacts it is made from
+    surveys: list  # names of the artifacts in a directory that it is about
 
     @property
     def due(self):
@@ -39,7 +41,7 @@ def artifacts():
     program = Path(os.environ.get("BIN", "target/release")) / "cpift-mask"
     lines = output_of([program, "up-to-date"], graph).splitlines()
     fields = [line.split("\t") for line in lines]
-    return [Artifact(name, state, reason, needs.split()) for name, state, reason, needs in fields]
+    return [Artifact(name, state, reason, reads.split(), surveys.split()) for name, state, reason, reads, surveys in fields]
 
 
 def settings(run):
@@ -58,16 +60,14 @@ def use_settings(run):
 
 def squeue():
     """State and reason of every job or array element of this user in the queue, by (id, name)."""
-    command = ["squeue", "-h", "-r", "-o", "%i\t%j\t%T\t%r"]
-    try:
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return {}
+    command = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i\t%j\t%T\t%r"]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return {tuple(line.split("\t")[:2]): line.split("\t")[2:] for line in found.stdout.splitlines()}
 
 
 def jobs(run):
-    """Jobs in the queue that submit.py has started for a run: artifact -> (id, state, reason)."""
+    """Jobs in the queue that submit.py has started for a run: artifact -> (id, state, reason). OSError or CalledProcessError if the
+    queue cannot be read."""
     path = run / "slurm/jobs"
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
     queue = squeue() if lines else {}

@@ -1,5 +1,6 @@
 # The pipeline. Every artifact is a target by its name (probe-TASK, mask-TASK, groups, …): its command runs if `cpift-STAGE
-# up-to-date` says that the output is missing or not what the command would make now. Times of files do not count.
+# up-to-date` says that the output is missing or not what the command would make now. Times of files do not count. A run that is
+# moved to another directory is made again there.
 # Usually called through `make pipeline`.
 #
 #   BASE=DIR TASKS=FILE RUN=DIR    the base checkpoint, the task list, the directory for everything that is made
@@ -53,6 +54,7 @@ TOTAL_TOKENS := $(shell echo $$(($(words $(NAMES)) * $(PROBE_TOKENS) + $(BACKBON
 
 KNOWN := full-sft multi-stage cpi-ft cpi-ft-group capped-mixture cpi-ft-plus
 $(if $(strip $(METHODS)),,$(error METHODS is empty: name some of $(KNOWN)))
+$(if $(filter ~%,$(BASE) $(TASKS) $(RUN)),$(error write BASE, TASKS and RUN without ~))
 $(foreach m,$(METHODS),$(if $(filter $(m),$(KNOWN)),,$(error METHODS: $(m) is none of $(KNOWN))))
 $(if $(filter --only --only=%,$(EVAL_FLAGS)),$(error EVAL_FLAGS: --only is set here: each task is scored on its own))
 mask_args := $(foreach n,$(NAMES),--mask $(n)=$(RUN)/masks/$(n).safetensors)
@@ -81,7 +83,8 @@ run = @$(if $(GRAPH),$@$(tab)$(BIN)/$(strip $(1)) $(common),$(if $(filter $@,$(D
 	$(filter $@,$(ONLY)),,$(refuse)))STARTED=$(STARTED) DUE='$(DUE)' scripts/stage.sh $(RUN)/logs/$@ $(BIN)/$(strip $(1)) $(common),:))
 refuse = echo "pipeline: $@ is missing or not up to date, and not this job's to make" >&2; exit 1;
 DUE = $(eval DUE := $$(shell MAKEFLAGS= MAKELEVEL= $$(MAKE) -sn --no-print-directory -f $$(firstword $$(MAKEFILE_LIST)) \
-	$$(MAKEOVERRIDES) TASK_NAMES='$$(NAMES)' GRAPH=1 $$(MAKECMDGOALS) | $$(BIN)/cpift-mask up-to-date --due))$(DUE)
+	$$(MAKEOVERRIDES) TASK_NAMES='$$(NAMES)' GRAPH=1 $$(MAKECMDGOALS) | $$(BIN)/cpift-mask up-to-date --due))$(if $(filter 0,$(.SHELLSTATUS)),,$(error cannot tell what is up to \
+	date))$(DUE)
 STARTED = $(eval STARTED := $$(shell date +%s.%N))$(STARTED)
 
 .PHONY: all settings

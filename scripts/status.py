@@ -4,6 +4,7 @@ failed, stale or missing (with the reason), deleted (and not needed)."""
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -44,7 +45,11 @@ def main():
     if run == Path() or not run.is_dir():
         sys.exit(f"status: {run}: no such directory (hint: make status RUN=DIR)")
     graph.use_settings(run)
-    artifacts, queue, counts = graph.artifacts(), graph.jobs(run), Counter()
+    artifacts, queue, counts = graph.artifacts(), {}, Counter()
+    try:
+        queue = graph.jobs(run)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"status: jobs are not shown, squeue failed: {error}", file=sys.stderr)
     width = max(len(artifact.name) for artifact in artifacts) + 2
     for artifact in artifacts:
         known = at_work(run, artifact.name, queue) if artifact.due else None

@@ -79,7 +79,10 @@ impl Pipeline {
     /// Runs `make clean-probes`.
     fn clean_probes(&self, run: &str) -> Run {
         let mut command = Command::new(root().join("scripts/clean_probes.py"));
-        command.arg(self.path(run)).env("BIN", programs());
+        if !run.is_empty() {
+            command.arg(self.path(run));
+        }
+        command.env("BIN", programs());
         run_command(command)
     }
 
@@ -196,8 +199,16 @@ fn the_whole_pipeline() {
         let bytes = |run: &str| fs::read(p.path(run).join(model).join("model.safetensors")).unwrap();
         assert_eq!(bytes("run"), bytes("again,here"), "{model} is the same on a rerun");
     }
+    fs::write(p.path("run/probes/notes.txt"), "mine").unwrap();
     p.clean_probes("run").ok();
-    assert!(!p.path("run/probes/copy/model.safetensors").exists());
+    assert!(!p.path("run/probes/copy/model.safetensors").exists() && p.path("run/probes/notes.txt").exists());
+    p.clean_probes("").expect_code(2).says(&["RUN=DIR"]);
+    // Another spelling of the path is the same run; scoring again needs no probe.
+    assert!(p.make_with("./run", &all).is_empty());
+    fs::remove_dir_all(p.path("run/task-scores/full-sft/copy")).unwrap();
+    let made = p.make_with("run", &all);
+    assert!(made.iter().any(|name| name == "score-full-sft.copy"), "{made:?}");
+    assert!(!made.iter().any(|name| name.starts_with("probe-") || name.starts_with("mask-")), "{made:?}");
     assert!(p.make_with("run", &all).is_empty(), "probes are not needed once masks and fused model exist");
     // A probe is remade for its mask. With the same mask, all that is made from it is up to date.
     let stamp = |name: &str| -> SystemTime { fs::metadata(p.path(name)).unwrap().modified().unwrap() };

@@ -30,8 +30,10 @@ def place(name):
 
 def cluster_settings(path):
     """The variables that a cluster.env, which is Bash, sets."""
-    script = 'set -a; source "$1"; env -0'
-    found = subprocess.run(["bash", "-c", script, "-", path], stdout=subprocess.PIPE, text=True, check=True)
+    script = 'set -ea; source "$1"; env -0'
+    found = subprocess.run(["bash", "-c", script, "-", path], stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        stop(f"{path} cannot be read")
     return dict(entry.split("=", 1) for entry in found.stdout.split("\0") if "=" in entry)
 
 
@@ -69,7 +71,7 @@ def stages_of(artifacts):
         name, element = place(artifact.name)
         stage = stages.setdefault(name, Stage(name))
         stage.elements.setdefault(element, []).append(artifact)
-        for need in (place(need)[0] for need in artifact.needs):
+        for need in (place(need)[0] for need in artifact.reads + artifact.surveys):
             if need != name and need not in stage.needs:
                 stage.needs.append(need)
     ordered = {}
@@ -137,8 +139,15 @@ def main():
         stop("name the inputs: BASE=DIR TASKS=FILE scripts/slurm/submit.py RUN")
     os.environ["RUN"] = os.environ["RUN"].rstrip("/")
     os.environ.setdefault("CLUSTER", "scripts/slurm/cluster.env")
+    # Not for the make of a job.
+    for key in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
+        os.environ.pop(key, None)
     run, cluster = Path(os.environ["RUN"]), cluster_settings(os.environ["CLUSTER"])
-    artifacts, queued, before = graph.artifacts(), graph.jobs(run), graph.settings(run)
+    artifacts, before = graph.artifacts(), graph.settings(run)
+    try:
+        queued = graph.jobs(run)
+    except (OSError, subprocess.CalledProcessError) as error:
+        stop(f"the queue cannot be read: {error}")
     if not dry_run:
         (run / "slurm").mkdir(parents=True, exist_ok=True)
         # Writes the settings that the jobs are for.

@@ -82,7 +82,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// Returns true if `--if-stale` is given and the directory of an evaluation is up to date.
+/// Returns true if `--skip-up-to-date` is given and the directory of an evaluation is up to date.
 pub(crate) fn up_to_date(common: &Common, out: &Path) -> bool {
     let made = [scores::FILE_NAME, OUTPUTS].map(|name| out.join(name));
     common.up_to_date(&Expected { also: made.iter().map(PathBuf::as_path).collect(), ..Expected::new(STAGE, out) })

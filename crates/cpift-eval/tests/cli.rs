@@ -191,7 +191,7 @@ fn the_report_names_a_grouping_with_a_short_matrix() {
     let folder = f.out("r");
     run(env!("CARGO_BIN_EXE_cpift-eval"), ["report", folder.to_str().unwrap()]).ok();
     let page = fs::read_to_string(folder.join("report.html")).unwrap();
-    assert!(page.contains("jaccard does not have a row and a column for each task"), "{page}");
+    assert!(page.contains("jaccard does not have one row and one column per task"), "{page}");
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Returns true if `--if-stale` finds the outputs up to date. A sweep is always printed.
+/// Returns true if `--skip-up-to-date` finds the outputs up to date. A sweep is always printed.
 fn is_up_to_date(args: &Args) -> bool {
     let Some(outputs) = Outputs::named_by(args).filter(|_| !args.sweep) else { return false };
     let also = vec![outputs.svg.as_path(), &outputs.layers, &outputs.layers_svg];

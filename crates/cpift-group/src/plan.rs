@@ -258,7 +258,7 @@ fn excluded_kinds(mask: &Mask, more: &[TensorKind]) -> Result<Vec<TensorKind>> {
 fn read_order_input(args: &Args, tasks: &[String], base: &Digest, recorder: &mut Recorder) -> Result<OrderInput> {
     let base_losses = |path: &Path, recorder: &mut Recorder| {
         let (losses, digest) = read_losses(path, tasks, Some(base))?;
-        recorder.input("scores", path, digest);
+        recorder.input("scores", &Scores::file(path), digest);
         anyhow::Ok(losses)
     };
     match (&args.edges, &args.probe_scores, &args.scores) {

@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use common::{BIN, Region, Setting, every};
-use cpift_core::format::digest::Digest;
 use cpift_core::format::groups::{Groups, Parting, TauMode};
+use cpift_core::format::tasks::Tasks;
 use cpift_testkit::{expect_entries, run};
 use serde_json::{Value, json};
 
@@ -84,7 +84,9 @@ fn tasks_of_one_kind_are_a_group_in_every_order() {
     let record: Value =
         serde_json::from_str(&fs::read_to_string(s.out.join("groups.json.cpift.json")).unwrap()).unwrap();
     let tasks = s.path("tasks.toml");
-    assert_eq!(record["inputs"]["tasks"], json!({"path": tasks, "digest": Digest::of_file(&tasks).unwrap()}));
+    let list = Tasks::read(&tasks).unwrap();
+    let digest = list.digest(list.names().iter().map(String::as_str)).unwrap();
+    assert_eq!(record["inputs"]["tasks"], json!({"path": tasks, "digest": digest}));
     assert!(record.get("seed").is_none());
     let ran = s.run(&with(&flags, &["--force"])).ok().says(&["by kind: 3 groups"]);
     assert!(!ran.stderr.contains("τ =") && !ran.stderr.contains("warn"), "{}", ran.stderr);

@@ -75,7 +75,7 @@ fn raw(path: &Path, header: &str, data: usize) {
 #[test]
 fn a_path_that_does_not_exist() {
     let s = Setting::new();
-    s.refuses(&s.path("nowhere"), &s.path("nowhere"), &["no such checkpoint", "expected: a Hugging Face folder"]);
+    s.refuses(&s.path("nowhere"), &s.path("nowhere"), &["no such checkpoint", "expected: a Hugging Face directory"]);
 }
 
 #[test]
@@ -107,7 +107,7 @@ fn offsets_that_overlap_or_leave_the_file() {
         .to_string()
     };
     raw(&file, &header([4, 12]), 12);
-    s.refuses(&s.path("tuned"), &file, &["overlap", "tensor: b", "expected: tensors that follow one another"]);
+    s.refuses(&s.path("tuned"), &file, &["overlap", "tensor: b", "expected: contiguous tensors"]);
     raw(&file, &header([8, 16]), 12);
     let len = header([8, 16]).len();
     let (expected, found) = (format!("expected: {} bytes", len + 24), format!("found: {} bytes", len + 20));

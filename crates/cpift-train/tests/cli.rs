@@ -260,7 +260,7 @@ fn every_flag_has_a_heading_in_the_help() {
 
 /// Only the shared flags of cpift-core may have no heading.
 fn assert_headings(command: &str) {
-    const SHARED: [&str; 6] = ["--threads", "--force", "--if-stale", "--json", "--quiet", "--help"];
+    const SHARED: [&str; 6] = ["--threads", "--force", "--skip-up-to-date", "--json", "--quiet", "--help"];
     let help = cpift_testkit::run(common::PROGRAM, [command, "--help"]).ok().stdout;
     let mut heading = "";
     for line in help.lines() {

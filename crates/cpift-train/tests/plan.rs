@@ -212,35 +212,3 @@ fn tasks_give_lengths_and_probes_and_weights_must_be_those_of_the_config() {
     run(PROGRAM, f.args("plan", "--frozen-percent 101")).usage_error(&["--frozen-percent"]);
     run(PROGRAM, ["plan"]).usage_error(&["--model"]);
 }
-
-#[test]
-fn clean_probes_deletes_probes_only_when_masks_and_merge_are_made_of_them() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = |name: &str| dir.path().join(name);
-    let write = |name: &str| {
-        fs::create_dir_all(path(name).parent().unwrap()).unwrap();
-        fs::write(path(name), "").unwrap();
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    let clean = || {
-        run("make", ["-s", "-C", root().to_str().unwrap(), "clean-probes", &format!("RUN={}", dir.path().display())])
-    };
-    let refused = |part: &str| {
-        clean().expect_code(2).says(&[part]);
-        assert!(path("probes/a/cpift.json").exists() && path("probes/b/cpift.json").exists());
-    };
-    ["probes/a/cpift.json", "probes/b/cpift.json", "masks/a.safetensors"].iter().for_each(|name| write(name));
-    refused("fused is not there yet");
-    write("fused/cpift.json");
-    refused("masks/b.safetensors is not there yet");
-    write("masks/b.safetensors");
-    write("probes/b/cpift.json");
-    refused("b.safetensors is older than its probe");
-    write("masks/b.safetensors");
-    refused("fused is older than the probe b");
-    write("fused/cpift.json");
-    write("probes/notes.txt");
-    clean().ok();
-    assert!(!path("probes/a").exists() && !path("probes/b").exists() && path("probes/notes.txt").exists());
-    run("make", ["-s", "-C", root().to_str().unwrap(), "clean-probes"]).expect_code(2).says(&["RUN=DIR"]);
-}

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
@@ -112,17 +113,20 @@ impl DigestRecord {
 }
 
 impl FileStamp {
-    /// Stamps of the file or checkpoint directory at `path`; empty if it cannot be read.
+    /// Stamps of the plain file or checkpoint directory at `path`; none if it cannot be read.
     pub fn of(path: &Path) -> Vec<Self> {
         let name = || path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let found = if path.is_dir() { stamps(path) } else { stamp(name(), path).map(|one| vec![one]) };
         found.unwrap_or_default()
     }
 
-    /// Returns true if the file was last written before `unix` (in seconds), so that a digest
-    /// computed after that time is of the current content.
-    pub(crate) fn is_before(&self, unix: u64) -> bool {
-        self.mtime_ns / 1_000_000_000 < unix
+    /// Stamps as [`FileStamp::of`] gives them, or none if a file was changed or replaced at or after `unix` (in seconds): then a
+    /// digest taken since may be of another content.
+    pub(crate) fn of_unchanged(path: &Path, unix: u64) -> Vec<Self> {
+        let stamps = Self::of(path);
+        let file = |stamp: &Self| if path.is_dir() { path.join(&stamp.name) } else { path.to_owned() };
+        let before = |stamp: &Self| fs::metadata(file(stamp)).is_ok_and(|meta| meta.ctime() < unix as i64);
+        if stamps.iter().all(before) { stamps } else { Vec::new() }
     }
 }
 

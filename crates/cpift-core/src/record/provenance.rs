@@ -101,7 +101,8 @@ impl Recorder {
         let role = role.into();
         // The settings of tasks are a part of tasks.toml plus template files, and are cheap to hash
         // again.
-        let files = if Tasks::is_role(&role) { Vec::new() } else { FileStamp::of(path) };
+        let files =
+            if Tasks::is_role(&role) { Vec::new() } else { FileStamp::of_unchanged(path, self.record.started_unix) };
         self.record.inputs.insert(role, Input { path: path.display().to_string(), digest, files });
     }
 

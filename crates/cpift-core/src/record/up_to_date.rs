@@ -5,7 +5,8 @@
 //! whole lists of commands (`cpift-STAGE up-to-date`). Inputs are hashed only where neither the sizes and times in the record nor
 //! the inputs' own records tell.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use crate::format::checkpoint::reader::Checkpoint;
@@ -14,7 +15,7 @@ use crate::format::tasks::Tasks;
 use crate::record::provenance::{self, Input, Provenance};
 
 /// Flags that do not change the output, and their number of values.
-const WITHOUT_EFFECT: [(&str, usize); 11] = [
+const WITHOUT_EFFECT: [(&str, usize); 12] = [
     ("--force", 0),
     ("--skip-up-to-date", 0),
     ("--if-stale", 0),
@@ -26,6 +27,7 @@ const WITHOUT_EFFECT: [(&str, usize); 11] = [
     ("--save-every", 1),
     ("--save-total-limit", 1),
     ("--keep", 1),
+    ("--log-every", 1),
 ];
 
 /// An output that a command line would make.
@@ -60,21 +62,27 @@ pub fn reason(expected: &Expected<'_>, arguments: &[String]) -> Option<String> {
     if let Some((name, value)) = expected.facts.iter().find(|(name, value)| fact(name) != Some(value)) {
         return Some(format!("its {name} is not {value}"));
     }
-    difference(&record, expected.stage, arguments, |_| false).or_else(|| damage(&record, out))
+    let contents = Contents::default();
+    difference(&record, expected.stage, arguments, &contents, |_| None).or_else(|| damage(&record, out, &contents))
 }
 
-/// Returns what differs between a record and a command line with its inputs as they are now. Inputs for which `skip` returns true
-/// are not looked at.
-fn difference(record: &Provenance, stage: &str, arguments: &[String], skip: impl Fn(&Path) -> bool) -> Option<String> {
+/// Returns what differs between a record and a command line with its inputs as they are now. `deleted` tells, of an input whose
+/// content was deleted on purpose, if it was the recorded one.
+fn difference(
+    record: &Provenance,
+    stage: &str,
+    arguments: &[String],
+    contents: &Contents,
+    deleted: impl Fn(&Input) -> Option<bool>,
+) -> Option<String> {
     if record.stage != stage || record.version != env!("CARGO_PKG_VERSION") {
         return Some(format!("made by {} {}, now {stage} {}", record.stage, record.version, env!("CARGO_PKG_VERSION")));
     }
     if let Some(change) = changed_argument(&record.arguments, arguments) {
         return Some(change);
     }
-    let changed = |(role, input): &(&String, &Input)| {
-        !skip(Path::new(&input.path)) && !is_as_recorded(role, input, record.started_unix)
-    };
+    let changed =
+        |(role, input): &(&String, &Input)| !deleted(input).unwrap_or_else(|| is_as_recorded(role, input, contents));
     let (role, input) = record.inputs.iter().find(changed)?;
     Some(match Path::new(&input.path).exists() {
         true => format!("input {role} has changed: {}", input.path),
@@ -83,13 +91,14 @@ fn difference(record: &Provenance, stage: &str, arguments: &[String], skip: impl
 }
 
 /// Returns what is wrong with the output, if it is not the one that `record` describes.
-fn damage(record: &Provenance, out: &Path) -> Option<String> {
+fn damage(record: &Provenance, out: &Path, contents: &Contents) -> Option<String> {
     if let Some(missing) = record.also.iter().find(|path| !Path::new(path).exists()) {
         return Some(format!("{missing} does not exist"));
     }
-    let whole = record.output.as_ref().is_none_or(|output| {
-        output.holds_for_file(out) || output.holds_for(out) || digests(out).any(|digest| digest == output.blake3)
-    });
+    let whole = record
+        .output
+        .as_ref()
+        .is_none_or(|output| output.holds_for_file(out) || output.holds_for(out) || contents.has(out, &output.blake3));
     (!whole).then(|| format!("it is not what {} records", provenance::of_output(out).display()))
 }
 
@@ -133,24 +142,31 @@ fn with_effect(arguments: &[String]) -> Vec<&str> {
     left
 }
 
-fn is_as_recorded(role: &str, input: &Input, started_unix: u64) -> bool {
+fn is_as_recorded(role: &str, input: &Input, contents: &Contents) -> bool {
     let path = Path::new(&input.path);
     if let Some(digest) = Tasks::digest_of_role(path, role) {
         return digest.is_ok_and(|digest| digest == input.digest);
     }
-    let untouched = !input.files.is_empty()
-        && input.files.iter().all(|file| file.is_before(started_unix))
-        && FileStamp::of(path) == input.files;
-    untouched
+    !input.files.is_empty() && FileStamp::of(path) == input.files
         || Provenance::recorded_file_digest(path).as_ref() == Some(&input.digest)
-        || digests(path).any(|digest| digest == input.digest)
+        || contents.has(path, &input.digest)
 }
 
-/// Digests that `path` may have been recorded with: that of a checkpoint, or of the bytes of a file.
-fn digests(path: &Path) -> impl Iterator<Item = Digest> {
-    let file = path.is_file().then(|| Digest::of_file(path).ok()).flatten();
-    let checkpoint = move || Checkpoint::open(path).ok()?.digest().ok();
-    file.into_iter().chain(std::iter::once_with(checkpoint).flatten())
+/// Digests of files and checkpoints, each taken once.
+#[derive(Default)]
+struct Contents(RefCell<HashMap<PathBuf, Vec<Digest>>>);
+
+impl Contents {
+    /// Returns true if `path` has the digest, as a checkpoint or as the bytes of a file.
+    fn has(&self, path: &Path, digest: &Digest) -> bool {
+        let mut known = self.0.borrow_mut();
+        let digests = known.entry(path.to_owned()).or_insert_with(|| {
+            let file = path.is_file().then(|| Digest::of_file(path).ok()).flatten();
+            let checkpoint = || Checkpoint::open(path).ok()?.digest().ok();
+            file.into_iter().chain(checkpoint()).collect()
+        });
+        digests.contains(digest)
+    }
 }
 
 /// One command of a pipeline.
@@ -168,13 +184,15 @@ pub struct Command {
     pub more_inputs: Vec<PathBuf>,
 }
 
-/// State of an output in a pipeline, and the indices of the commands whose outputs it is made from.
+/// State of an output in a pipeline, and the commands it comes after, by index.
 #[derive(Debug, Clone)]
 pub struct Status {
     /// Its state.
     pub state: State,
-    /// Indices of the commands that make its inputs.
-    pub needs: Vec<usize>,
+    /// Commands whose outputs it is made from.
+    pub reads: Vec<usize>,
+    /// Commands whose outputs lie in a directory that it is about.
+    pub surveys: Vec<usize>,
 }
 
 /// State of an output in a pipeline.
@@ -211,31 +229,36 @@ impl State {
 /// States of the outputs of `commands`, each of which comes after those that make its inputs. What is made from an output that is
 /// due is due itself.
 pub fn states(commands: &[Command]) -> Vec<Status> {
-    let needs: Vec<Vec<usize>> = commands.iter().enumerate().map(|(i, c)| needs(c, &commands[..i])).collect();
+    let outs: Vec<PathBuf> = commands.iter().map(|command| resolved(&command.out)).collect();
+    let after: Vec<Needs> = commands.iter().enumerate().map(|(i, c)| Needs::of(c, &outs[i], &outs[..i])).collect();
     let records: Vec<Option<Provenance>> = commands.iter().map(|c| Provenance::of(&c.out)).collect();
-    let weights_gone = |i: usize| {
-        let output = records[i].as_ref().and_then(|record| record.output.as_ref());
-        output.is_some_and(|output| commands[i].out.is_dir() && output.lost_weights(&commands[i].out))
-    };
-    let gone: Vec<bool> = (0..commands.len()).map(|i| !commands[i].out.exists() || weights_gone(i)).collect();
+    let output_of = |i: usize| records[i].as_ref().and_then(|record| record.output.as_ref());
+    let weights_gone = |i: usize| outs[i].is_dir() && output_of(i).is_some_and(|output| output.lost_weights(&outs[i]));
+    let gone: Vec<bool> = (0..commands.len()).map(|i| !outs[i].exists() || weights_gone(i)).collect();
+    let contents = Contents::default();
     let mut states: Vec<State> = Vec::new();
     for (i, command) in commands.iter().enumerate() {
-        let is_gone = |path: &Path| needs[i].iter().any(|j| gone[*j] && path.starts_with(&commands[*j].out));
+        // Weights that were deleted count as those that their record describes.
+        let deleted = |input: &Input| {
+            let path = resolved(Path::new(&input.path));
+            let j = after[i].reads.iter().copied().find(|j| gone[*j] && path.starts_with(&outs[*j]))?;
+            Some(path != outs[j] || output_of(j).is_none_or(|output| output.blake3 == input.digest))
+        };
         let own = match &records[i] {
-            _ if !command.out.exists() => State::Missing(String::new()),
+            _ if !outs[i].exists() => State::Missing(String::new()),
             None => State::Stale("it has no record that this version reads".to_owned()),
             Some(record) => {
-                let difference = difference(record, &command.stage, &command.arguments, is_gone);
+                let difference = difference(record, &command.stage, &command.arguments, &contents, deleted);
                 match (gone[i], difference) {
                     (true, None) => State::Deleted,
                     (true, Some(reason)) => State::Missing(reason),
-                    (false, None) => damage(record, &command.out).map_or(State::Done, State::Stale),
+                    (false, None) => damage(record, &command.out, &contents).map_or(State::Done, State::Stale),
                     (false, Some(reason)) => State::Stale(reason),
                 }
             }
         };
-        let due: Vec<&str> =
-            needs[i].iter().filter(|j| states[**j].is_due()).map(|j| commands[*j].name.as_str()).collect();
+        let before = after[i].reads.iter().chain(&after[i].surveys);
+        let due: Vec<&str> = before.filter(|j| states[**j].is_due()).map(|j| commands[*j].name.as_str()).collect();
         states.push(match own {
             State::Missing(reason) if reason.is_empty() && !due.is_empty() => {
                 State::Missing(format!("waits for {}", due.join(", ")))
@@ -245,31 +268,63 @@ pub fn states(commands: &[Command]) -> Vec<Status> {
             own => own,
         });
     }
-    // What is gone is needed again where something made from it is due.
+    // Deleted weights are needed again if something made from them is due, or if nothing is made from them.
     for i in (0..commands.len()).rev().filter(|i| gone[*i]) {
-        let used = (0..commands.len()).find(|j| needs[*j].contains(&i) && states[*j].is_due());
-        let is_used = (0..commands.len()).any(|j| needs[j].contains(&i));
-        if let (State::Deleted, Some(user)) = (&states[i], used) {
-            states[i] = State::Missing(format!("needed again by {}", commands[user].name));
-        } else if states[i] == State::Deleted && !is_used {
-            states[i] = State::Missing(String::new());
+        let mut users = (0..commands.len()).filter(|j| after[*j].reads.contains(&i)).peekable();
+        let unused = users.peek().is_none();
+        let user = users.find(|j| states[*j].is_due());
+        match (&states[i], user) {
+            (State::Deleted, Some(user)) => {
+                states[i] = State::Missing(format!("needed again by {}", commands[user].name));
+            }
+            (State::Deleted, None) if unused => states[i] = State::Missing(String::new()),
+            _ => {}
         }
     }
-    states.into_iter().zip(needs).map(|(state, needs)| Status { state, needs }).collect()
+    let status = |(state, Needs { reads, surveys })| Status { state, reads, surveys };
+    states.into_iter().zip(after).map(status).collect()
 }
 
-/// Indices of the commands in `before` whose outputs `command` reads: an argument is such an output, lies in it or holds it.
-fn needs(command: &Command, before: &[Command]) -> Vec<usize> {
-    let words =
-        command.arguments.iter().map(|word| Path::new(word.rsplit_once('=').map_or(word.as_str(), |(_, path)| path)));
-    let paths: Vec<&Path> = words.chain(command.more_inputs.iter().map(PathBuf::as_path)).collect();
-    let reads = |out: &Path| {
-        let touches = |path: &&Path| {
-            !path.as_os_str().is_empty() && **path != *command.out && (path.starts_with(out) || out.starts_with(path))
-        };
-        paths.iter().any(touches)
-    };
-    (0..before.len()).filter(|j| reads(&before[*j].out)).collect()
+/// The same path for every spelling of it; the file need not exist.
+fn resolved(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        match (parent.map(resolved), path.file_name()) {
+            (Some(parent), Some(name)) => parent.join(name),
+            _ => std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
+        }
+    })
+}
+
+/// Earlier commands that a command comes after, by index.
+struct Needs {
+    /// An argument is their output, or lies in it.
+    reads: Vec<usize>,
+    /// An argument that is no flag's value is a directory that holds their output.
+    surveys: Vec<usize>,
+}
+
+impl Needs {
+    fn of(command: &Command, out: &Path, before: &[PathBuf]) -> Self {
+        let value = |word: &str| PathBuf::from(word.rsplit_once('=').map_or(word, |(_, path)| path));
+        let words = &command.arguments;
+        let mut paths: Vec<PathBuf> = words.iter().map(|word| value(word)).collect();
+        paths.extend(command.more_inputs.iter().cloned());
+        let paths: Vec<PathBuf> = paths
+            .into_iter()
+            .filter(|p| !p.as_os_str().is_empty())
+            .map(|p| resolved(&p))
+            .filter(|p| p != out)
+            .collect();
+        let free = |k: &usize| *k > 0 && !words[*k].starts_with('-') && !words[*k - 1].starts_with('-');
+        let folders: Vec<PathBuf> =
+            (0..words.len()).filter(free).map(|k| resolved(Path::new(&words[k]))).filter(|p| p.is_dir()).collect();
+        let reads: Vec<usize> =
+            (0..before.len()).filter(|j| paths.iter().any(|path| path.starts_with(&before[*j]))).collect();
+        let held = |j: &usize| folders.iter().any(|folder| before[*j] != *folder && before[*j].starts_with(folder));
+        let surveys = (0..before.len()).filter(|j| !reads.contains(j)).filter(held).collect();
+        Self { reads, surveys }
+    }
 }
 
 /// Reads commands as `make -n` with GRAPH=1 prints them: name, command and further inputs, separated by tabs, one per line.
@@ -317,15 +372,24 @@ mod tests {
     }
 
     #[test]
-    fn a_command_needs_what_its_arguments_name() {
-        let parse = |text: &str| parse_commands(text).unwrap();
-        let list = parse(
-            "probe\tcpift-probe --base b --out run/p\nmask\tbin/cpift-mask extract --fisher run/p/fisher --out run/m\n\
-             group\tcpift-group --mask a=run/m --out run/g.json\nreport\tcpift-eval report run --out run/report.html\n\
-             more\tcpift-eval x --out elsewhere\trun/p",
-        );
-        let all: Vec<Vec<usize>> = (0..list.len()).map(|i| needs(&list[i], &list[..i])).collect();
-        assert_eq!(all, [vec![], vec![0], vec![1], vec![0, 1, 2], vec![0]]);
+    fn a_command_comes_after_those_whose_outputs_it_reads_or_surveys() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        std::fs::create_dir(&run).unwrap();
+        let text = "probe\tcpift-probe --base b --out run/p\nmask\tbin/cpift-mask extract --fisher run/p/fisher --out run/m\n\
+                    group\tcpift-group --mask a=run/./m --out run/g.json\n\
+                    train\tcpift-train run --model run --tasks t --out run/t\n\
+                    report\tcpift-eval report run --out run/report.html\nmore\tcpift-eval x --out elsewhere\trun/p";
+        let run = run.to_str().unwrap();
+        let list =
+            parse_commands(&text.replace("run/", &format!("{run}/")).replace("report run", &format!("report {run}")))
+                .unwrap();
+        let outs: Vec<PathBuf> = list.iter().map(|command| resolved(&command.out)).collect();
+        let all: Vec<Needs> = list.iter().enumerate().map(|(i, c)| Needs::of(c, &outs[i], &outs[..i])).collect();
+        let reads: Vec<Vec<usize>> = all.iter().map(|needs| needs.reads.clone()).collect();
+        assert_eq!(reads, [vec![], vec![0], vec![1], vec![], vec![], vec![0]]);
+        let surveys: Vec<Vec<usize>> = all.into_iter().map(|needs| needs.surveys).collect();
+        assert_eq!(surveys, [vec![], vec![], vec![], vec![], vec![0, 1, 2, 3], vec![]]);
         assert_eq!(list[1].stage, "cpift-mask");
         assert!(parse_commands("a\tcpift-mask extract").unwrap_err().contains("no --out"));
         assert!(parse_commands("a\tx --out y\na\tx --out z").unwrap_err().contains("line 2: a is on line 1"));

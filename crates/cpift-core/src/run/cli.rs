@@ -146,8 +146,8 @@ fn parse<A: Parser>() -> Result<A, ExitCode> {
             "Show which outputs of a list of commands are up to date, without running the commands.\n\nReads one command per line from \
              stdin: a name, a tab and a command line of any CPI-FT program, optionally followed by further input paths, each after a \
              tab. A command must come after the commands that make its inputs. Prints one line per command, separated by tabs: its \
-             name, its state (done, deleted, missing or stale), the reason, and the names of the commands that make its inputs. An \
-             output is done if its record has this version, these arguments (ignoring those that do not affect the output, such as \
+             name, its state (done, deleted, missing or stale), the reason, the names of the commands that make its inputs, and those of \
+             the commands whose outputs are in a directory that it is about. An output is done if its record has this version, these arguments (ignoring those that do not affect the output, such as \
              --threads) and the current content of every input.",
         )
         .arg(
@@ -189,8 +189,9 @@ fn print_states(due_only: bool) -> ExitCode {
                     true if status.state.is_due() => print(&format!("{}\n", command.name)),
                     true => {}
                     false => {
-                        let needs = status.needs.iter().map(name).collect::<Vec<_>>().join(" ");
-                        print(&format!("{}\t{word}\t{reason}\t{needs}\n", command.name));
+                        let names = |list: &[usize]| list.iter().map(name).collect::<Vec<_>>().join(" ");
+                        let (reads, surveys) = (names(&status.reads), names(&status.surveys));
+                        print(&format!("{}\t{word}\t{reason}\t{reads}\t{surveys}\n", command.name));
                     }
                 }
             }

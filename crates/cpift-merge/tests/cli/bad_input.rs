@@ -34,7 +34,7 @@ fn a_missing_path_is_named() {
     let world = sound();
     for method in ["linear", "slerp"] {
         let line = format!("{method} --model @a --model @none --out @out");
-        world.refused(&line, &["@none", "no such checkpoint", "expected: a Hugging Face folder"]);
+        world.refused(&line, &["@none", "no such checkpoint", "expected: a Hugging Face directory"]);
     }
     let world = World::new();
     let line = cpi(&world);
@@ -147,7 +147,7 @@ fn groups_of_other_tasks_another_base_or_other_masks_are_refused() {
     world.refused(&line.replace("--task b=@b ", ""), &["@groups.json", "the task b", "no --task", "--task b=PATH"]);
     world.refused(&line.replace("--mask b=@b.mask ", ""), &["@groups.json", "the task b", "no --mask"]);
     let extra = format!("{line} --task c=@a");
-    world.refused(&extra, &["@groups.json", "does not know the task c", "expected: a, b"]);
+    world.refused(&extra, &["@groups.json", "has no task c, which --task names", "expected: a, b"]);
     world.mask("b", &core("w", &[1, 2]));
     world.refused(&line, &["@b.mask", "not the mask of b that", "groups.json", "group the masks again"]);
     world.checkpoint("base", &w(&[9.0, 2.0, 3.0, 4.0]));

@@ -41,7 +41,7 @@ fn pair(a: &Tensors, b: &Tensors) -> World {
 #[test]
 fn a_head_of_its_own_is_merged_whatever_config_json_says() {
     let world = pair(&model(1.0, Some(5.0)), &model(3.0, Some(7.0)));
-    world.run(LINEAR).ok().says(&["lm_head.weight is not model.embed_tokens.weight"]);
+    world.run(LINEAR).ok().says(&["lm_head.weight differs from model.embed_tokens.weight"]);
     let out = world.read("out");
     assert_eq!((out[EMBEDDING].values()[0], out[HEAD].values()[0]), (2.0, 6.0));
     assert_eq!(read_json(&world.path("out/config.json"))["tie_word_embeddings"], json!(false));
@@ -84,7 +84,7 @@ fn a_tied_model_that_kept_only_its_head_is_opened() {
     let embedding = head_only.remove(EMBEDDING).unwrap();
     head_only.insert(HEAD.into(), embedding);
     let world = pair(&model(1.0, None), &head_only);
-    world.run(LINEAR).ok().says(&["lm_head.weight is also the input embedding"]);
+    world.run(LINEAR).ok().says(&["lm_head.weight is also used as the input embedding"]);
     let out = world.read("out");
     assert_eq!((out[EMBEDDING].values()[0], out.contains_key(HEAD)), (2.0, false));
 }
