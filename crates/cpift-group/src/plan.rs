@@ -9,6 +9,7 @@ use cpift_core::files::{check_not_input, check_output};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::groups::{Groups, Parting};
 use cpift_core::format::names::TensorKind;
+use cpift_core::format::scores::Scores;
 use cpift_core::format::tasks::Tasks;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::run::cli;
