@@ -19,27 +19,22 @@ now() { date +%s.%N; }
 begun=$(now)
 seconds() { LC_ALL=C awk -v a="$begun" -v b="$1" 'BEGIN { printf b - a < 100 ? "%.1f" : "%.0f", b - a }'; }
 
-# The number of DUE that is done by the time $1, then the names of what is running.
-of_due() {
-    local n files=()
-    for n in $DUE; do [ ! -e "$logs/$n.state" ] || files+=("$logs/$n.state"); done
-    LC_ALL=C awk -v from="$STARTED" -v to="$1" '
-        $1 == "exit" && $2 == 0 && $3 >= from && $3 <= to { done++ }
-        $1 == "running" { name = FILENAME; sub(/.*\//, "", name); sub(/\.state$/, "", name); running = running " " name }
-        END { print done + 0 running }' "${files[@]}" < /dev/null 2> /dev/null
-}
+# Names of what this call of make has made, in order: appending is atomic, so each has a number of its own.
+made=$logs/.made-$STARTED
+done_so_far() { if [ -e "$made" ]; then wc -l < "$made"; else echo 0; fi; }
+# Names of what is running.
+running() { local n; for n in $DUE; do [[ "$(cat "$logs/$n.state" 2> /dev/null)" != running* ]] || echo "$n"; done; }
 # Stage, step and loss of the last step that a log has, or nothing.
 last_step() { grep -oE '^(stage [0-9]+/[0-9]+|[^ ]+).* step [0-9]+/[0-9]+ loss [^ ]+' "$1" 2> /dev/null | tail -n 1 | sed -E 's/ \([^)]*\) step/ step/'; }
 
 # All that runs, on one line.
 live() {
-    local n names line all='' width
-    read -ra names <<< "$(of_due "$(now)")"
-    for n in "${names[@]:1}"; do
+    local n line all='' width
+    for n in $(running); do
         line=$(last_step "$logs/$n.log")
         all+="; $n${line:+ ${line#"$n" }}"
     done
-    line="[${names[0]}/$(wc -w <<< "$DUE")] ${all:2}"
+    line="[$(done_so_far)/$(wc -w <<< "$DUE")] ${all:2}"
     width=$(stty size 2> /dev/null < /dev/tty | cut -d ' ' -f 2)
     printf '\r\033[K%s' "${line:0:$((${width:-80} - 1))}"
 }
@@ -84,7 +79,10 @@ clear=
 [ ! -t 1 ] || clear=$'\r\033[K'
 if [ "$code" = 0 ]; then
     total=$(wc -w <<< "$DUE")
-    printf '%s[%*d/%d] %-24s%6s s\n' "$clear" "${#total}" "$(of_due "$ended" | cut -d ' ' -f 1)" "$total" "$name" "$(seconds "$ended")"
+    echo "$name" >> "$made"
+    number=$(grep -n -x -m 1 -e "$name" "$made" | cut -d : -f 1)
+    printf '%s[%*d/%d] %-24s%6s s\n' "$clear" "${#total}" "$number" "$total" "$name" "$(seconds "$ended")"
+    find "$logs" -maxdepth 1 -name '.made-*' -mtime +1 -delete
 else
     printf '%s%s: exit code %d after %s s\n' "$clear" "$name" "$code" "$(seconds "$ended")"
     tail -n 20 "$path.log" >&2
