@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """clean_probes.py RUN: deletes the probes of a run, but for their records (cpift.json), once everything made from them is up to
-date. They are not made again until something that is made from them must be."""
+date. The pipeline remakes a probe only when it must remake an artifact that reads its weights."""
 import os
 import sys
 from pathlib import Path

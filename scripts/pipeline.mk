@@ -1,6 +1,6 @@
 # The pipeline. Every artifact is a target by its name (probe-TASK, mask-TASK, groups, …): its command runs if `cpift-STAGE
-# up-to-date` says that the output is missing or not what the command would make now. Times of files do not count. A run that is
-# moved to another directory is made again there.
+# up-to-date` says that the output is missing or not what the command would make now. Times of files do not count. After a run
+# directory is moved, all its artifacts are out of date.
 # Usually called through `make pipeline`.
 #
 #   BASE=DIR TASKS=FILE RUN=DIR    the base checkpoint, the task list, the directory for everything that is made
@@ -75,7 +75,7 @@ $(if $(ONLY)$(GRAPH),,$(shell mkdir -p $(RUN))$(file >$(RUN)/pipeline.env,$(subs
 	v,$(GIVEN),$(v)=$($(v))$(newline)))))
 
 # A command runs through stage.sh, with its log and its state in RUN/logs, if its artifact is among DUE: those of this call of make
-# that are not up to date. The program asks once more when it starts: an input may have been made again with the same content.
+# that are not up to date. The program checks once more when it starts: a remade input may have the same content as before.
 # STARTED is the time at which the first command started.
 tab := $(shell printf '\t')
 common := --threads $(THREADS) --skip-up-to-date

@@ -8,7 +8,7 @@ job=$SLURM_JOB_ID
 # RUNNING, or SIGNALING while the warning is still on its way, where the time limit comes near; in a job that was cancelled, or that Slurm
 # is queueing again by itself, COMPLETING or PENDING.
 state() { scontrol show job -o "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p'; }
-# Before the time limit this shell alone is told; make tells its stage, and the stage its program.
+# Before the time limit Slurm signals only this shell, which signals make; make signals stage.sh, and stage.sh the program.
 make='' warned='' told=''
 # shellcheck disable=SC2317
 stop() {

@@ -79,7 +79,7 @@ wait_for "full-sft at work" steps full-sft full-sft 5
 scancel "$(job_of "$rough" full-sft)"
 wait_for "the end of the failed graph" idle "$rough"
 status=$(scripts/status.py "$rough")
-has "$status" '^probe-logic +failed +exit code 3: error: .*no program of ours made'
+has "$status" '^probe-logic +failed +exit code 3: error: .*CPI-FT did not write'
 has "$status" '^probe-recall +done'
 has "$status" '^groups +missing +waits for mask-logic'
 has "$status" '^full-sft +stopped'

@@ -85,5 +85,5 @@ fn parts_that_do_not_belong_together_are_refused() {
     fs::create_dir(f.out("joined")).unwrap();
     join(&f, &["both"], &[]).bad_input(&["joined", "exists already", "--force"]);
     fs::write(f.out("joined/mine.txt"), "").unwrap();
-    join(&f, &["both"], &["--force"]).bad_input(&["no program of ours made"]);
+    join(&f, &["both"], &["--force"]).bad_input(&["CPI-FT did not write"]);
 }

@@ -1,7 +1,7 @@
 //! The command line of `cpift-mask`: its flags, their checks, and the dispatch to the subcommands.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::{Args as ClapArgs, Parser, Subcommand};
@@ -61,14 +61,27 @@ enum Command {
     Verify(VerifyArgs),
 }
 
+/// The two checkpoints whose difference is ranked.
 #[derive(ClapArgs, Debug)]
-struct ExtractArgs {
+struct CheckpointArgs {
     /// Checkpoint before fine-tuning: a Hugging Face directory or a .safetensors file
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     base: PathBuf,
     /// Checkpoint after fine-tuning on one task, with the same tensor names and shapes
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     tuned: PathBuf,
+}
+
+impl CheckpointArgs {
+    fn open(&self, fisher: Option<&Path>) -> Result<Inputs> {
+        Inputs::open(&self.base, &self.tuned, fisher)
+    }
+}
+
+#[derive(ClapArgs, Debug)]
+struct ExtractArgs {
+    #[command(flatten)]
+    checkpoints: CheckpointArgs,
     /// Sums of squared gradients saved by cpift-probe, for --score fisher and blend: a .safetensors
     /// file or a directory, with the names and shapes of the parameters
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
@@ -97,12 +110,8 @@ struct ExtractArgs {
 
 #[derive(ClapArgs, Debug)]
 struct TensorsArgs {
-    /// Checkpoint before fine-tuning: a Hugging Face directory or a .safetensors file
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
-    base: PathBuf,
-    /// Checkpoint after fine-tuning on one task, with the same tensor names and shapes
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
-    tuned: PathBuf,
+    #[command(flatten)]
+    checkpoints: CheckpointArgs,
     /// Sums of squared gradients saved by cpift-probe; by default only the updates count
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     fisher: Option<PathBuf>,
@@ -222,7 +231,7 @@ impl ExtractArgs {
             return Err(usage("--stats names its own picture, or the file that --out names"));
         }
         check_fisher(self.score, self.fisher.is_some())?;
-        let inputs = Inputs::open(&self.base, &self.tuned, self.fisher.as_deref())?;
+        let inputs = self.checkpoints.open(self.fisher.as_deref())?;
         check_not_input("--out", &self.out, inputs.files())?;
         stats.iter().flatten().try_for_each(|path| check_not_input("--stats", path, inputs.files()))?;
         Ok(extract::Plan {
@@ -251,7 +260,7 @@ fn check_fisher(score: Metric, given: bool) -> Result<(), Usage> {
 impl TensorsArgs {
     fn plan(self, force: bool) -> Result<tensors::Plan> {
         check_output(&self.out, force)?;
-        let inputs = Inputs::open(&self.base, &self.tuned, self.fisher.as_deref())?;
+        let inputs = self.checkpoints.open(self.fisher.as_deref())?;
         check_not_input("--out", &self.out, inputs.files())?;
         let (percent, excluded) = (self.percent, each_once(&self.exclude));
         Ok(tensors::Plan { inputs, percent, excluded, out: self.out, force })

@@ -22,6 +22,14 @@ pub struct CompareArgs {
     /// bootstrap interval over the rows of outputs.jsonl [default: none]
     #[arg(long, value_name = "NAME", help_heading = "Method")]
     pub baseline: Option<String>,
+    /// Bootstrap arguments.
+    #[command(flatten)]
+    pub bootstrap: BootstrapArgs,
+}
+
+/// Arguments of the bootstrap behind the intervals.
+#[derive(clap::Args, Debug, Clone)]
+pub struct BootstrapArgs {
     /// Number of resamples of the bootstrap, 1 to 1000000
     #[arg(long, value_name = "N", default_value_t = 10_000, help_heading = "Method")]
     pub resamples: usize,
@@ -61,12 +69,9 @@ pub struct ExperimentArgs {
     /// Output file [default: stdout]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
-    /// Number of resamples of the bootstrap, 1 to 1000000
-    #[arg(long, value_name = "N", default_value_t = 10_000, help_heading = "Method")]
-    pub resamples: usize,
-    /// Seed of the bootstrap
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
-    pub seed: u64,
+    /// Bootstrap arguments.
+    #[command(flatten)]
+    pub bootstrap: BootstrapArgs,
 }
 
 /// Arguments of `report`.
@@ -87,12 +92,9 @@ pub struct ReportArgs {
     /// [default: base, if it was scored]
     #[arg(long, value_name = "NAME", help_heading = "Method")]
     pub baseline: Option<String>,
-    /// Number of resamples of the bootstrap, 1 to 1000000
-    #[arg(long, value_name = "N", default_value_t = 10_000, help_heading = "Method")]
-    pub resamples: usize,
-    /// Seed of the bootstrap
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
-    pub seed: u64,
+    /// Bootstrap arguments.
+    #[command(flatten)]
+    pub bootstrap: BootstrapArgs,
 }
 
 #[cfg(test)]

@@ -58,7 +58,8 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
             recorder.input(format!("scores:{}", run.name), &scores, Digest::of_file(&scores)?);
         }
     }
-    let question = Question { baseline: args.baseline.clone(), resamples: args.resamples, seed: args.seed };
+    let question =
+        Question { baseline: args.baseline.clone(), resamples: args.bootstrap.resamples, seed: args.bootstrap.seed };
     let comparison = Comparison::new(runs, question)?;
     let text = match args.format {
         _ if common.json => format!("{}\n", data::comparison_json(&comparison)),
@@ -86,7 +87,7 @@ pub fn experiment(args: &ExperimentArgs, common: &Common) -> Result<()> {
         check_output(out, common.force())?;
         check_not_input("--out", out, [args.file.as_path()])?;
     }
-    let question = Question { baseline: None, resamples: args.resamples, seed: args.seed };
+    let question = Question { baseline: None, resamples: args.bootstrap.resamples, seed: args.bootstrap.seed };
     let experiment = Experiment::read(&args.file, question, common.force())?;
     let text = match args.format {
         _ if common.json => format!("{}\n", data::experiment_json(&experiment)),

@@ -36,7 +36,7 @@ pub fn check_output(dest: &Path, force: bool) -> Result<()> {
 }
 
 /// As [`check_output`], for a directory. `force` replaces only an empty directory or one with a
-/// record of ours, because its whole content is deleted.
+/// cpift.json, because its whole content is deleted.
 ///
 /// # Errors
 /// [`BadInput`] with a hint.
@@ -50,7 +50,7 @@ pub fn check_output_dir(dest: &Path, force: bool) -> Result<()> {
     }
     let first = fs::read_dir(dest).ok().and_then(|mut entries| entries.next()?.ok());
     first.map_or(Ok(()), |entry| {
-        Err(BadInput::new(dest, "is a directory that no program of ours made, so --force does not replace it")
+        Err(BadInput::new(dest, "is a directory that CPI-FT did not write, so --force does not replace it")
             .found(format!("{} but no {RECORD_NAME}", entry.file_name().display()))
             .hint("remove it yourself, or choose another name")
             .into())

@@ -317,7 +317,7 @@ impl StagedDir {
     ///
     /// # Errors
     /// [`BadInput`] if `dest` exists and `force` is false, or if it is a non-empty directory
-    /// without a record of ours.
+    /// without a cpift.json.
     pub fn create(dest: &Path, force: bool) -> Result<Self> {
         check_output_dir(dest, force)?;
         let staging = Staging::create(dest, force)?;

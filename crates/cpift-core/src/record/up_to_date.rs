@@ -205,7 +205,7 @@ pub enum State {
     Deleted,
     /// Does not exist; the reason if that is not all.
     Missing(String),
-    /// Must be made again, for a reason.
+    /// Exists but is out of date, for a reason.
     Stale(String),
 }
 

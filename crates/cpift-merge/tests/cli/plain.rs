@@ -147,7 +147,7 @@ fn an_existing_output_is_replaced_with_force_and_its_stale_files_go() {
     std::fs::create_dir(world.path("out")).unwrap();
     std::fs::write(world.path("out/model-00001-of-00009.safetensors"), "stale").unwrap();
     let line = "linear --model @a --model @b --out @out --force";
-    world.refused(line, &["@out: is a directory that no program of ours made", "hint: remove it yourself"]);
+    world.refused(line, &["@out: is a directory that CPI-FT did not write", "hint: remove it yourself"]);
     std::fs::write(world.path("out/cpift.json"), "{}").unwrap();
     world.run(line).ok();
     assert_eq!(world.read_w("out"), [2.0, 3.0]);

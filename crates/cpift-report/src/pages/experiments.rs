@@ -29,7 +29,7 @@ pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 /// The section with all experiments; in place of one that cannot be read is its error message.
 pub(crate) fn section(args: &ReportArgs, files: &[PathBuf]) -> Markup {
     let one = |path: &PathBuf| {
-        let question = Question { baseline: None, resamples: args.resamples, seed: args.seed };
+        let question = Question { baseline: None, resamples: args.bootstrap.resamples, seed: args.bootstrap.seed };
         match Experiment::read(path, question, false) {
             Ok(experiment) => html! { h3 { (experiment.head.title) } "\n" (body(&experiment)) },
             Err(e) => html! {

@@ -53,7 +53,7 @@ pub(crate) fn render(args: &ReportArgs, page_file: &Path) -> Result<String> {
             .hint("give the RUN= directory of make pipeline")
             .into());
     }
-    Question { baseline: None, resamples: args.resamples, seed: args.seed }.check()?;
+    Question { baseline: None, resamples: args.bootstrap.resamples, seed: args.bootstrap.seed }.check()?;
     let scored = scores::compare(args)?;
     let (table, seesaw, samples) = scored.sections(args.samples);
     let mut sections = vec![

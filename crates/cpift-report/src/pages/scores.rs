@@ -91,7 +91,7 @@ pub(crate) fn compare(args: &ReportArgs) -> Result<Scored> {
     // Without scores of the baseline there are no differences.
     let baseline = args.baseline.as_deref().unwrap_or(BASE);
     let baseline = set.iter().any(|run| run.name == baseline).then(|| baseline.to_owned());
-    let question = Question { baseline, resamples: args.resamples, seed: args.seed };
+    let question = Question { baseline, resamples: args.bootstrap.resamples, seed: args.bootstrap.seed };
     Ok(Scored { comparison: Some(Comparison::new(set, question)?), left_out })
 }
 
