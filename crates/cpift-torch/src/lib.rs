@@ -8,6 +8,7 @@
 pub mod args;
 pub mod data;
 pub mod device;
+pub mod dist;
 mod ffi;
 pub mod freeze;
 pub mod generate;

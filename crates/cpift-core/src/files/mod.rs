@@ -6,4 +6,4 @@ pub(crate) mod staging;
 
 pub use naming::{NewFolders, RECORD_NAME, check_not_input, check_output, check_output_dir};
 pub use open::{available_bytes, map, open, read_text};
-pub use staging::{StagedDir, StagedFile, StagedPath, write_text};
+pub use staging::{StagedDir, StagedFile, StagedPath, discard_unfinished, write_text};

@@ -32,7 +32,7 @@ fn unfinished() -> MutexGuard<'static, BTreeSet<PathBuf>> {
 
 /// Removes the unfinished outputs of this process, then runs `last` before any other output can be
 /// started or finished.
-pub(crate) fn discard_unfinished(last: impl FnOnce()) {
+pub fn discard_unfinished(last: impl FnOnce()) {
     let mut folders = unfinished();
     std::mem::take(&mut *folders).iter().for_each(|folder| remove(folder));
     last();
