@@ -19,9 +19,10 @@ use cpift_data::{self as data, Encoded};
 use cpift_torch::args::TrainingArgs;
 use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::train::{FISHER, FisherConfig, HeldOut, Isolation, Run, Stage, States, read_examples};
+use cpift_torch::workers::Workers;
 use cpift_torch::{memory, oom};
 use log::{info, warn};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 const STAGE: &str = env!("CARGO_PKG_NAME");
 
@@ -118,16 +119,27 @@ fn list(args: &Args) -> Result<()> {
 
 fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
     let recorder = Recorder::start(STAGE);
+    args.training.check()?;
+    let workers = Workers::start(&args.training, &args.common)?;
+    let result = train(args, base, out, &workers, recorder);
+    workers.finish(result)
+}
+
+fn train(args: &Args, base: &Path, out: &Path, workers: &Workers, recorder: Recorder) -> Result<()> {
     let (tasks, task) = chosen_task(args)?;
-    if args.common.up_to_date(&Expected { facts: vec![("task", &task.name)], ..Expected::new(STAGE, out) }) {
+    let expected = Expected { facts: vec![("task", &task.name)], ..Expected::new(STAGE, out) };
+    if workers.agree("the output is up to date", || args.common.up_to_date(&expected))? {
         return Ok(());
     }
     memory::check_run(base, &args.tasks, &args.training)?;
-    let mut plan = plan(args, (&tasks, task), base, out)?;
+    let mut plan = plan(args, (&tasks, task), base, out, workers)?;
     warn_of_rounding(args, &plan.session);
+    let run = describe(args, &plan);
+    workers.check_same(&run)?;
+    let states = States::new(out, run, &args.training);
     let held_out = std::mem::take(&mut plan.held_out);
     let written =
-        training_run(args, &plan, held_out, out).write(out, &args.common, recorder, |recorder, reports| {
+        training_run(args, &plan, held_out, states).write(out, &args.common, recorder, |recorder, reports| {
             recorder.input("base", base, plan.session.digest.clone());
             recorder.input(plan.tasks_role.as_str(), &args.tasks, plan.tasks_digest.clone());
             recorder.input("train", &plan.task.train, plan.train_digest.clone());
@@ -139,8 +151,10 @@ fn probe(args: &Args, base: &Path, out: &Path) -> Result<()> {
         })?;
     let Some(report) = written.map(|mut reports| reports.remove(0)) else { return Ok(()) };
     info!("{}: loss {:.4} -> {:.4}; wrote {}", plan.task.name, report.first_loss, report.final_loss, out.display());
-    args.common.print_json(&json!({"task": plan.task.name, "steps": report.steps, "tokens": report.tokens,
-        "first_loss": report.first_loss, "final_loss": report.final_loss, "out": out.display().to_string()}));
+    if workers.leads() {
+        args.common.print_json(&json!({"task": plan.task.name, "steps": report.steps, "tokens": report.tokens,
+            "first_loss": report.first_loss, "final_loss": report.final_loss, "out": out.display().to_string()}));
+    }
     Ok(())
 }
 
@@ -155,8 +169,7 @@ fn chosen_task(args: &Args) -> Result<(Tasks, Task)> {
     Ok((tasks, task))
 }
 
-fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path) -> Result<Plan> {
-    args.training.check()?;
+fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path, workers: &Workers) -> Result<Plan> {
     // Resuming a finished run is no error.
     if !args.training.resume {
         check_output(out, args.common.force())?;
@@ -167,11 +180,12 @@ fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path) -> 
     // The templates and lengths of tasks.toml determine the examples.
     let (tasks_role, tasks_digest) = (tasks.role([task.name.as_str()]), tasks.digest([task.name.as_str()])?);
     let train_digest = Digest::of_file(&task.train)?;
-    let device = args.training.device.open(args.common.threads)?;
+    let placement = workers.placement.clone();
     let model = ModelInfo::open(base, tasks.template()?)?;
     let encoded = read_examples(&task, &model, &args.training)?;
     let held_out = HeldOut::read(slice::from_ref(&task), &model, &args.training)?;
-    let session = model.load(device, args.training.precision(device))?;
+    let precision = args.training.precision(placement.device);
+    let session = model.load_at(placement, precision)?;
     Ok(Plan { task, tasks_role, tasks_digest, train_digest, encoded, held_out, session })
 }
 
@@ -199,7 +213,7 @@ fn task_index(typed: Option<usize>) -> Result<usize> {
     }
 }
 
-fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, out: &Path) -> Run<'a> {
+fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, states: States) -> Run<'a> {
     let training = &args.training;
     let stage = Stage {
         label: plan.task.name.clone(),
@@ -209,18 +223,34 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, out:
         seed: training.seed,
         lr: training.lr,
     };
-    let mut description = training.describe(plan.session.model.device());
+    Run {
+        session: &plan.session,
+        args: training,
+        stages: vec![stage],
+        held_out,
+        lora: None,
+        fisher: fisher(args),
+        states,
+    }
+}
+
+/// Settings of the squared gradients, if they are saved.
+fn fisher(args: &Args) -> Option<FisherConfig> {
+    args.save_fisher.then(|| FisherConfig {
+        batches: args.fisher_batches.get(),
+        batch_size: args.fisher_batch_size.get(),
+        seed: seed_for(args.training.seed, FISHER),
+    })
+}
+
+/// Description of the run: everything the weights depend on, for saved states and cpift.json.
+fn describe(args: &Args, plan: &Plan) -> Map<String, Value> {
+    let mut description = args.training.describe(plan.session.model.device());
     description.insert("base".into(), json!(plan.session.digest));
     description.insert("task".into(), json!(plan.task.name));
     description.insert("tasks".into(), json!(plan.tasks_digest));
     description.insert("train".into(), json!(plan.train_digest));
     description.insert("examples".into(), json!(data::digest(&plan.encoded.examples)));
-    let fisher = args.save_fisher.then(|| FisherConfig {
-        batches: args.fisher_batches.get(),
-        batch_size: args.fisher_batch_size.get(),
-        seed: seed_for(training.seed, FISHER),
-    });
-    description.insert("fisher".into(), json!(fisher.map(|f| (f.batches, f.batch_size))));
-    let states = States::new(out, description, training);
-    Run { session: &plan.session, args: training, stages: vec![stage], held_out, lora: None, fisher, states }
+    description.insert("fisher".into(), json!(fisher(args).map(|f| (f.batches, f.batch_size))));
+    description
 }

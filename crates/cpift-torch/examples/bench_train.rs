@@ -15,9 +15,10 @@ use cpift_data::Example;
 use cpift_torch::data::Batch;
 use cpift_torch::device::{DeviceChoice, cuda_memory_peak};
 use cpift_torch::freeze::Freeze;
+use cpift_torch::home::whole_pieces;
 use cpift_torch::model::{CausalLM, ModelConfig};
 use cpift_torch::optim::AdamWConfig;
-use cpift_torch::train::{PassConfig, StepConfig, Trainer};
+use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer};
 use cpift_torch::weights::{self, Parameters, kind_of};
 use serde_json::json;
 use tch::Device;
@@ -130,7 +131,7 @@ fn main() -> Result<()> {
     let (sequences, tokens) = args.shape.split_once('x').ok_or_else(|| anyhow!("--shape is like 4x256"))?;
     let (sequences, tokens): (usize, usize) = (sequences.parse()?, tokens.parse()?);
     let (model, parameters) = open(&args, device)?;
-    let freeze = (args.frozen_percent > 0.0).then(|| Freeze::every(&parameters, args.frozen_percent));
+    let freeze = (args.frozen_percent > 0.0).then(|| Freeze::every(&whole_pieces(&parameters), args.frozen_percent));
     let config = StepConfig {
         optimizer: AdamWConfig { state: kind_of(args.optim_state), ..AdamWConfig::default() },
         max_grad_norm: if args.optimizer_in_backward { 0.0 } else { 1.0 },
@@ -139,13 +140,13 @@ fn main() -> Result<()> {
         train_embeddings: true,
         ..StepConfig::default()
     };
-    let mut trainer = Trainer::new(&model, &parameters, freeze, config);
+    let mut trainer = Trainer::new(&model, &parameters, freeze, config)?;
     let mut ids = Ids { state: 1, vocab: model.config.vocab_size as u64 };
     let (mut cpu, mut wall, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..args.steps {
         let batch = ids.batch(sequences, tokens).to_device(device);
         let (cpu_start, clock) = (cpu_seconds(), Instant::now());
-        let outcome = trainer.step(&[batch], args.lr, step as u64).context("a step")?;
+        let outcome = trainer.step(&StepInput::alone(&[batch]), args.lr, step as u64).context("a step")?;
         // Reading waits for the device, so that the time covers the whole step.
         losses.push(outcome.read().0);
         cpu.push(cpu_seconds() - cpu_start);

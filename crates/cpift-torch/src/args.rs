@@ -12,6 +12,8 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
 use crate::device::DeviceChoice;
+use crate::home::Reduce;
+use crate::offload::Storage;
 use crate::optim::AdamWConfig;
 use crate::session::{Precision, set_strict_config};
 use crate::weights::kind_of;
@@ -38,7 +40,7 @@ pub struct TrainingArgs {
     /// Train until this many tokens have been seen, over all stages; padding is not counted
     #[arg(long, value_name = "N", help_heading = BUDGET)]
     pub tokens: Option<usize>,
-    /// Examples per batch
+    /// Examples per batch, which all ranks share
     #[arg(long, aliases = ["per_device_train_batch_size", "per-device-train-batch-size"], value_name = "N")]
     #[arg(default_value_t = 8, help_heading = BUDGET)]
     pub batch_size: usize,
@@ -102,6 +104,22 @@ pub struct TrainingArgs {
     #[arg(long, alias = "optim-state", value_name = "DTYPE", default_value = "f32", help_heading = MEMORY)]
     #[serde(rename = "optim_state", serialize_with = "dtype_name")]
     pub optim_state_dtype: Dtype,
+    /// Keep the optimizer's moments (optimizer), or moments and weights (all), out of the device's
+    /// memory: in pinned host memory if it is a CUDA device, in files of --offload-dir if it is the
+    /// CPU. A unit's weights (embedding, block, head) are copied to the device for its forward and
+    /// backward pass, and its moments for its update. The result is the same, bit for bit
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = Offload::None, help_heading = MEMORY)]
+    #[serde(skip)]
+    pub offload: Offload,
+    /// Directory of the files for --offload on the CPU; they vanish when the program ends
+    #[arg(long, value_name = "DIR", help_heading = MEMORY)]
+    #[serde(skip)]
+    pub offload_dir: Option<PathBuf>,
+    /// Sum of gradients over ranks: ordered gives the same bits as one process that accumulates;
+    /// native uses the backend's reduce-scatter, which takes less memory with many ranks
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = Reduce::Ordered, help_heading = MEMORY)]
+    #[serde(skip_serializing_if = "Reduce::is_ordered")]
+    pub reduce: Reduce,
     /// Target tokens per chunk of the loss: the logits of one chunk exist at a time
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = MEMORY)]
     pub loss_chunk: usize,
@@ -164,6 +182,17 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = RUN)]
     #[serde(skip)]
     pub device: DeviceChoice,
+}
+
+/// State that is kept out of the device's memory.
+#[derive(clap::ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offload {
+    /// None.
+    None,
+    /// The optimizer's moments.
+    Optimizer,
+    /// The moments and the weights.
+    All,
 }
 
 /// Length of training.
@@ -248,6 +277,32 @@ impl TrainingArgs {
             None => Kind::Float,
         };
         Precision { master: kind_of(self.master_dtype), compute }
+    }
+
+    /// Memory of the weights and of the moments when `device` computes.
+    ///
+    /// # Errors
+    /// [`Usage`] for --offload on the CPU without a directory, or a directory without it.
+    pub(crate) fn storage(&self, device: Device) -> Result<[Storage; 2]> {
+        let away = match (&self.offload_dir, device.is_cuda()) {
+            _ if self.offload == Offload::None && self.offload_dir.is_none() => Storage::On(device),
+            (Some(_), _) if self.offload == Offload::None => {
+                return Err(usage("--offload-dir needs --offload optimizer or all"));
+            }
+            (Some(folder), false) => Storage::Files(folder.clone()),
+            (None, true) => Storage::Pinned(device),
+            (Some(_), true) => {
+                return Err(usage("--offload-dir is for the CPU: on CUDA the state lies in pinned host memory"));
+            }
+            (None, false) => {
+                return Err(usage("--offload on the CPU needs --offload-dir DIR, on a disk with room for the state"));
+            }
+        };
+        Ok(match self.offload {
+            Offload::None => [Storage::On(device), Storage::On(device)],
+            Offload::Optimizer => [Storage::On(device), away],
+            Offload::All => [away.clone(), away],
+        })
     }
 
     /// The arguments that the weights depend on, with the dtype and type of `device` resolved: the

@@ -134,16 +134,26 @@ pub fn balanced_sample(examples: &[Example], count: usize, seed: u64) -> Vec<Exa
 /// Sizes of batches and steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FeedConfig {
-    /// Examples per batch; with packing, rows.
+    /// Examples per batch of all ranks together; with packing, rows.
     pub batch_size: usize,
     /// Batches per step.
     pub grad_accum: usize,
+    /// Ranks that share each batch.
+    pub ranks: usize,
     /// With packing, tokens per row, at least as many as the longest example has.
     pub row: Option<usize>,
 }
 
-/// An endless, seeded stream of steps; each step is `grad_accum` batches of indices into the
-/// examples.
+impl FeedConfig {
+    /// The same sizes without packing.
+    pub fn unpacked(self) -> Self {
+        Self { row: None, ..self }
+    }
+}
+
+/// An endless, seeded stream of steps. The rows of a step are dealt to `grad_accum` · `ranks`
+/// micro-batches of indices into the examples; which rows they are does not depend on the number
+/// of ranks.
 pub(crate) struct Feeder {
     lengths: Vec<usize>,
     sampler: Sampler,
@@ -159,33 +169,72 @@ impl Feeder {
         Self { sampler: Sampler::new(lengths.len(), seed), lengths, config, waiting: None }
     }
 
-    /// Returns the next step's batches.
+    /// Returns the next step's micro-batches. With N ranks, those of rank r are the r-th, the
+    /// (r + N)-th and so on: the order in which one process adds their gradients.
     pub fn next_step(&mut self) -> Vec<Vec<usize>> {
-        (0..self.config.grad_accum).map(|_| self.next_batch()).collect()
+        let rows = self.next_rows();
+        let tokens: Vec<usize> = rows.iter().map(|row| row.iter().map(|&i| self.lengths[i]).sum()).collect();
+        let parts = deal(&tokens, self.config.grad_accum * self.config.ranks);
+        parts.into_iter().map(|part| part.into_iter().flat_map(|row| rows[row].iter().copied()).collect()).collect()
     }
 
     /// Skips `steps` steps.
     pub fn skip(&mut self, steps: usize) {
-        (0..steps).for_each(|_| drop(self.next_step()));
+        (0..steps).for_each(|_| drop(self.next_rows()));
     }
 
-    fn next_batch(&mut self) -> Vec<usize> {
-        let Some(row) = self.config.row else { return self.sampler.take(self.config.batch_size) };
-        let mut batch = Vec::new();
-        for _ in 0..self.config.batch_size {
-            let mut room = row;
-            loop {
-                let place = self.waiting.take().unwrap_or_else(|| self.sampler.take(1)[0]);
-                if self.lengths[place] > room {
-                    self.waiting = Some(place);
-                    break;
-                }
-                room -= self.lengths[place];
-                batch.push(place);
-            }
-        }
-        batch
+    /// The rows of the next step, each of one example, or with packing of as many as fit.
+    fn next_rows(&mut self) -> Vec<Vec<usize>> {
+        let count = self.config.batch_size * self.config.grad_accum;
+        let Some(room) = self.config.row else {
+            return self.sampler.take(count).into_iter().map(|i| vec![i]).collect();
+        };
+        (0..count).map(|_| self.next_packed(room)).collect()
     }
+
+    fn next_packed(&mut self, mut room: usize) -> Vec<usize> {
+        let mut row = Vec::new();
+        loop {
+            let place = self.waiting.take().unwrap_or_else(|| self.sampler.take(1)[0]);
+            if self.lengths[place] > room {
+                self.waiting = Some(place);
+                return row;
+            }
+            room -= self.lengths[place];
+            row.push(place);
+        }
+    }
+}
+
+/// Deals rows with these numbers of tokens to `parts` parts of at least one row each, so that the
+/// largest part has few tokens. Contiguous parts of equal numbers of rows if no other deal is
+/// better; else each row, longest first, goes to the part with the fewest tokens. Rows keep their
+/// order within a part, and parts that of their first rows.
+///
+/// # Panics
+/// If there are fewer rows than parts.
+fn deal(tokens: &[usize], parts: usize) -> Vec<Vec<usize>> {
+    assert!(tokens.len() >= parts, "{} rows for {parts} parts", tokens.len());
+    let largest = |dealt: &[Vec<usize>]| {
+        dealt.iter().map(|rows| rows.iter().map(|&row| tokens[row]).sum::<usize>()).max().unwrap_or(0)
+    };
+    let start = |part: usize| part * tokens.len() / parts;
+    let contiguous: Vec<Vec<usize>> = (0..parts).map(|part| (start(part)..start(part + 1)).collect()).collect();
+    let mut order: Vec<usize> = (0..tokens.len()).collect();
+    order.sort_by_key(|&row| (std::cmp::Reverse(tokens[row]), row));
+    let mut balanced: Vec<Vec<usize>> = vec![Vec::new(); parts];
+    let mut sums = vec![0; parts];
+    for row in order {
+        let (part, _) = sums.iter().enumerate().min_by_key(|(i, sum)| (**sum, *i)).expect("at least one part");
+        balanced[part].push(row);
+        sums[part] += tokens[row];
+    }
+    if largest(&contiguous) <= largest(&balanced) {
+        return contiguous;
+    }
+    balanced.iter_mut().for_each(|rows| rows.sort_unstable());
+    balanced.sort();
+    balanced
 }
 
 #[cfg(test)]
@@ -235,7 +284,7 @@ mod tests {
     #[test]
     fn packed_rows_hold_whole_examples_and_nothing_is_lost() {
         let lengths = [30, 50, 20, 64, 10, 45, 64, 1];
-        let config = FeedConfig { batch_size: 2, grad_accum: 1, row: Some(64) };
+        let config = FeedConfig { batch_size: 2, grad_accum: 1, ranks: 1, row: Some(64) };
         let mut packed = Feeder::new(&examples(&lengths), config, 3);
         let stream: Vec<usize> = (0..40).flat_map(|_| packed.next_step().concat()).collect();
         assert_eq!(stream, Sampler::new(lengths.len(), 3).take(stream.len()), "the order of an unpacked run");
@@ -249,12 +298,40 @@ mod tests {
     #[test]
     fn skipping_leads_to_the_same_step() {
         for row in [None, Some(64)] {
-            let config = FeedConfig { batch_size: 3, grad_accum: 2, row };
+            let config = FeedConfig { batch_size: 3, grad_accum: 2, ranks: 1, row };
             let all = examples(&[30, 50, 20, 64, 10]);
             let (mut walked, mut skipped) = (Feeder::new(&all, config, 9), Feeder::new(&all, config, 9));
             (0..7).for_each(|_| drop(walked.next_step()));
             skipped.skip(7);
             assert_eq!(walked.next_step(), skipped.next_step());
         }
+    }
+
+    #[test]
+    fn ranks_share_the_rows_that_one_process_accumulates() {
+        for row in [None, Some(80)] {
+            let all = examples(&[30, 50, 20, 64, 10, 7, 44, 3, 71, 12]);
+            let one = FeedConfig { batch_size: 2, grad_accum: 4, ranks: 1, row };
+            let (mut alone, mut shared) = (
+                Feeder::new(&all, one, 5),
+                Feeder::new(&all, FeedConfig { batch_size: 8, grad_accum: 1, ranks: 4, row }, 5),
+            );
+            let mut both = Feeder::new(&all, FeedConfig { batch_size: 4, grad_accum: 2, ranks: 2, row }, 5);
+            for _ in 0..6 {
+                let step = alone.next_step();
+                assert_eq!((step.len(), &step), (4, &shared.next_step()));
+                assert_eq!(step, both.next_step());
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_dealt_by_tokens() {
+        assert_eq!(deal(&[5, 5, 5, 5, 5], 2), [vec![0, 1], vec![2, 3, 4]], "contiguous if nothing is better");
+        assert_eq!(deal(&[100, 90, 1, 2], 2), [vec![0, 2], vec![1, 3]]);
+        assert_eq!(deal(&[1, 1, 1, 50], 3), [vec![0], vec![1, 2], vec![3]]);
+        assert_eq!(deal(&[9], 1), [vec![0]]);
+        // A part always has a row.
+        assert!(deal(&[0, 0, 7], 3).iter().all(|rows| rows.len() == 1));
     }
 }

@@ -4,6 +4,7 @@ use anyhow::Result;
 use cpift_core::error::usage;
 use tch::{Device, Tensor};
 
+use crate::dist::Place;
 use crate::ffi;
 
 /// The device as typed: `cpu`, `cuda`, `cuda:N`, or `auto`.
@@ -41,6 +42,15 @@ impl DeviceChoice {
     /// # Errors
     /// [`cpift_core::Usage`] if CUDA is requested and not available.
     pub fn open(self, threads: Option<usize>) -> Result<Device> {
+        self.open_for(threads, None)
+    }
+
+    /// As [`DeviceChoice::open`], for a rank of several: `cuda` and `auto` are the device of its
+    /// place on the node.
+    ///
+    /// # Errors
+    /// As [`DeviceChoice::open`]; fewer devices than ranks on the node.
+    pub(crate) fn open_for(self, threads: Option<usize>, place: Option<&Place>) -> Result<Device> {
         if let Some(threads) = threads {
             tch::set_num_threads(threads as i32);
         }
@@ -49,9 +59,16 @@ impl DeviceChoice {
             Self::Cuda(index) => Some(index),
             Self::Auto => None,
         };
+        if let (Some(place), Some(1..)) = (place, wanted) {
+            return Err(usage(format!(
+                "--device cuda:N is one device for all {} ranks\n  hint: --device cuda gives each rank its own",
+                place.world
+            )));
+        }
         let loaded = ffi::load_cuda();
         let count = if loaded.is_ok() { tch::Cuda::device_count().max(0) as usize } else { 0 };
-        match wanted {
+        let of_place = place.filter(|_| count > 0).map(|place| place.cuda_index(count)).transpose()?;
+        match wanted.and(of_place).or(wanted) {
             Some(index) if index < count => Ok(Device::Cuda(index)),
             Some(index) => {
                 let reason = loaded.err().map_or(format!("{count} CUDA devices are visible"), |e| format!("{e:#}"));
@@ -60,7 +77,7 @@ impl DeviceChoice {
                      with CUDA; --device cpu works everywhere"
                 )))
             }
-            None if count > 0 => Ok(Device::Cuda(0)),
+            None if count > 0 => Ok(Device::Cuda(of_place.unwrap_or(0))),
             None => Ok(Device::Cpu),
         }
     }

@@ -11,15 +11,15 @@ use cpift_core::BadInput;
 use cpift_core::format::mask::{Mask, indices};
 use tch::{Kind, Tensor, no_grad};
 
-use crate::weights::Parameters;
+use crate::home::{Piece, Pieces};
 
 /// The frozen elements of a set of parameters.
 pub struct Freeze {
     frozen: BTreeMap<String, Frozen>,
 }
 
-/// Frozen elements of a parameter; indices are flat, int64 and ascending, values in the parameter's
-/// dtype.
+/// Frozen elements of a parameter's piece; indices are flat in it, int64 and ascending, values in
+/// the parameter's dtype.
 enum Frozen {
     /// These elements.
     Elements { index: Tensor, saved: Tensor },
@@ -47,12 +47,12 @@ impl Freeze {
     ///
     /// # Errors
     /// [`BadInput`] if a mask lacks a parameter.
-    pub fn new(parameters: &Parameters, masks: &[&Mask]) -> Result<Self> {
+    pub fn new(pieces: &Pieces, masks: &[&Mask]) -> Result<Self> {
         let mut frozen = BTreeMap::new();
-        for (name, parameter) in parameters {
-            let index = positions(&union(name, parameter, masks)?);
+        for (name, piece) in pieces {
+            let index = positions(&union(name, piece, masks)?, piece);
             if index.numel() > 0 {
-                frozen.insert(name.clone(), Frozen::elements(parameter, index.to_device(parameter.device())));
+                frozen.insert(name.clone(), Frozen::elements(&piece.tensor, index));
             }
         }
         Ok(Self { frozen })
@@ -63,39 +63,40 @@ impl Freeze {
     ///
     /// # Errors
     /// [`BadInput`] if a mask lacks a parameter.
-    pub(crate) fn all_but(parameters: &Parameters, own: &[&Mask], earlier: &[&Mask]) -> Result<Self> {
+    pub(crate) fn all_but(pieces: &Pieces, own: &[&Mask], earlier: &[&Mask]) -> Result<Self> {
         let mut frozen = BTreeMap::new();
-        for (name, parameter) in parameters {
-            let mut free = union(name, parameter, own)?;
-            let taken = union(name, parameter, earlier)?;
+        for (name, piece) in pieces {
+            let mut free = union(name, piece, own)?;
+            let taken = union(name, piece, earlier)?;
             free.iter_mut().zip(taken).for_each(|(f, t)| *f &= !t);
-            let index = positions(&free).to_device(parameter.device());
-            let saved = no_grad(|| parameter.flatten(0, -1).copy());
+            let index = positions(&free, piece);
+            let saved = no_grad(|| piece.tensor.flatten(0, -1).copy());
             frozen.insert(name.clone(), Frozen::AllBut { index, saved });
         }
         Ok(Self { frozen })
     }
 
-    /// Freezes the elements with indices `positions` (flat, int64, by parameter) at their current
-    /// values.
-    pub(crate) fn at(parameters: &Parameters, positions: &BTreeMap<String, Tensor>) -> Self {
+    /// Freezes the elements with indices `positions` (flat in the piece, int64, by parameter) at
+    /// their current values.
+    pub(crate) fn at(pieces: &Pieces, positions: &BTreeMap<String, Tensor>) -> Self {
         let frozen = |(name, index): (&String, &Tensor)| {
-            (name.clone(), Frozen::elements(&parameters[name], index.shallow_clone()))
+            let tensor = &pieces[name].tensor;
+            (name.clone(), Frozen::elements(tensor, index.to_device(tensor.device())))
         };
         Self { frozen: positions.iter().map(frozen).collect() }
     }
 
     /// Freezes about `percent` of the elements, evenly spread, for benchmarks.
-    pub fn every(parameters: &Parameters, percent: f64) -> Self {
+    pub fn every(pieces: &Pieces, percent: f64) -> Self {
         let gap = (100.0 / percent).round().max(1.0) as i64;
-        let frozen = |(name, parameter): (&String, &Tensor)| {
-            let index = Tensor::arange_start_step(0, parameter.numel() as i64, gap, (Kind::Int64, parameter.device()));
-            (name.clone(), Frozen::elements(parameter, index))
+        let frozen = |(name, piece): (&String, &Piece)| {
+            let index = Tensor::arange_start_step(0, piece.len(), gap, (Kind::Int64, piece.tensor.device()));
+            (name.clone(), Frozen::elements(&piece.tensor, index))
         };
-        Self { frozen: parameters.iter().map(frozen).collect() }
+        Self { frozen: pieces.iter().map(frozen).collect() }
     }
 
-    /// Number of frozen elements.
+    /// Number of frozen elements of the pieces.
     pub fn len(&self) -> u64 {
         self.frozen.values().map(Frozen::len).sum()
     }
@@ -113,12 +114,16 @@ impl Freeze {
             // The backward pass may return a gradient that is not contiguous.
             *grad = grad.contiguous();
             let mut flat = grad.view([-1]);
+            // The weights, and with them the indices, may lie in host memory.
             match frozen {
-                Frozen::Elements { index, .. } => drop(flat.index_fill_(0, index, 0.0)),
+                Frozen::Elements { index, .. } => {
+                    drop(flat.index_fill_(0, &index.to_device(flat.device()), 0.0));
+                }
                 Frozen::AllBut { index, .. } => {
-                    let free = flat.index_select(0, index);
+                    let index = index.to_device(flat.device());
+                    let free = flat.index_select(0, &index);
                     let _ = flat.zero_();
-                    let _ = flat.index_copy_(0, index, &free);
+                    let _ = flat.index_copy_(0, &index, &free);
                 }
             }
         });
@@ -141,9 +146,9 @@ impl Freeze {
     }
 }
 
-/// Union of the bits of `masks` for the parameter `name`.
-fn union(name: &str, parameter: &Tensor, masks: &[&Mask]) -> Result<Vec<u8>> {
-    let mut union = vec![0u8; parameter.numel().div_ceil(8)];
+/// Union of the bits of `masks` for the whole parameter `name`.
+fn union(name: &str, piece: &Piece, masks: &[&Mask]) -> Result<Vec<u8>> {
+    let mut union = vec![0u8; (piece.whole_len() as usize).div_ceil(8)];
     for mask in masks {
         let bits =
             mask.bits(name).ok_or_else(|| BadInput::new(mask.path(), "a mask tensor is missing").tensor(name))?;
@@ -152,7 +157,9 @@ fn union(name: &str, parameter: &Tensor, masks: &[&Mask]) -> Result<Vec<u8>> {
     Ok(union)
 }
 
-/// Indices of the set bits.
-fn positions(bits: &[u8]) -> Tensor {
-    Tensor::from_slice(&indices(bits).map(|i| i as i64).collect::<Vec<i64>>())
+/// Indices of the set bits within `piece`, from its first element on.
+fn positions(bits: &[u8], piece: &Piece) -> Tensor {
+    let held = piece.start..piece.start + piece.len();
+    let of_piece = indices(bits).map(|i| i as i64).filter(|i| held.contains(i)).map(|i| i - held.start);
+    Tensor::from_slice(&of_piece.collect::<Vec<i64>>()).to_device(piece.tensor.device())
 }

@@ -8,7 +8,7 @@ use cpift_core::stream::random::splitmix64;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::ffi::{AdamWNumbers, AdamWTensors, fused_adamw};
-use crate::weights::Parameters;
+use crate::home::{Piece, Pieces, Placement};
 
 /// The learning rate over a known number of steps: linear warm-up, then half a cosine to zero, as
 /// in transformers' `get_cosine_schedule_with_warmup`.
@@ -54,7 +54,7 @@ impl Default for AdamWConfig {
     }
 }
 
-/// AdamW with its state for a list of parameters.
+/// AdamW with its state for a list of parameters' pieces.
 pub struct AdamW {
     config: AdamWConfig,
     slots: Vec<Slot>,
@@ -62,7 +62,7 @@ pub struct AdamW {
 
 struct Slot {
     name: String,
-    param: Tensor,
+    param: Piece,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
@@ -84,21 +84,31 @@ pub struct Update<'a> {
 const WIDENED: i64 = 1 << 24;
 
 impl AdamW {
-    /// An optimizer for `parameters` whose moments are zero.
-    pub fn new<'a>(parameters: impl Iterator<Item = (&'a String, &'a Tensor)>, config: AdamWConfig) -> Self {
-        let slot = |(name, param): (&String, &Tensor)| Slot {
-            name: name.clone(),
-            exp_avg: Tensor::zeros(param.size(), (config.state, param.device())),
-            exp_avg_sq: Tensor::zeros(param.size(), (config.state, param.device())),
-            step: Tensor::zeros([], (Kind::Float, param.device())),
-            decays: param.dim() >= 2,
-            param: param.shallow_clone(),
+    /// An optimizer for `pieces` whose moments are zero, in the placement's memory for moments.
+    ///
+    /// # Errors
+    /// No room for the moments.
+    pub fn new<'a>(
+        pieces: impl Iterator<Item = (&'a String, &'a Piece)>,
+        config: AdamWConfig,
+        placement: &Placement,
+    ) -> Result<Self> {
+        let slot = |(name, piece): (&String, &Piece)| -> Result<Slot> {
+            let zeros = || placement.moments.zeros("the moments", &piece.tensor.size(), config.state);
+            Ok(Slot {
+                name: name.clone(),
+                exp_avg: zeros()?,
+                exp_avg_sq: zeros()?,
+                step: Tensor::zeros([], (Kind::Float, placement.device)),
+                decays: piece.shape.len() >= 2,
+                param: piece.with(piece.tensor.shallow_clone()),
+            })
         };
-        Self { config, slots: no_grad(|| parameters.map(slot).collect()) }
+        Ok(Self { config, slots: no_grad(|| pieces.map(slot).collect::<Result<_>>())? })
     }
 
-    /// Updates the parameters with indices `chosen` (in the list given to [`AdamW::new`]) by
-    /// `grads`, one each.
+    /// Updates the pieces with indices `chosen` (in the list given to [`AdamW::new`]) by `grads`,
+    /// one each.
     ///
     /// # Errors
     /// An error of libtorch.
@@ -108,10 +118,12 @@ impl AdamW {
         let grads: Vec<Tensor> = grads.iter().map(Tensor::contiguous).collect();
         for decays in [true, false] {
             let mut tensors = AdamWTensors::default();
-            for (&i, grad) in chosen.iter().zip(&grads).filter(|(i, _)| self.slots[**i].decays == decays) {
+            let held = |i: usize| self.slots[i].decays == decays && !self.slots[i].param.is_empty();
+            for (&i, grad) in chosen.iter().zip(&grads).filter(|(i, _)| held(**i)) {
                 let slot = &self.slots[i];
-                if [slot.param.kind(), slot.exp_avg.kind(), grad.kind()] == [Kind::Float; 3] {
-                    tensors.params.push(&slot.param);
+                let all = [&slot.param.tensor, &slot.exp_avg, grad];
+                if all.iter().all(|t| t.kind() == Kind::Float && t.device() == slot.step.device()) {
+                    tensors.params.push(&slot.param.tensor);
                     tensors.grads.push(grad);
                     tensors.exp_avgs.push(&slot.exp_avg);
                     tensors.exp_avg_sqs.push(&slot.exp_avg_sq);
@@ -130,16 +142,26 @@ impl AdamW {
         Ok(())
     }
 
-    /// Updates a parameter whose dtypes are not all f32: a part at a time is copied to f32,
-    /// updated, and rounded back stochastically.
+    /// Updates a piece whose tensors are not all f32 on the device that computes: a part at a time
+    /// is copied there as f32, updated, and copied back, to bf16 by stochastic rounding. The random
+    /// bits depend on an element's place in the whole parameter only.
     fn step_widened(&self, slot: &Slot, grad: &Tensor, update: Update<'_>) -> Result<()> {
-        let count = slot.param.numel() as i64;
+        let (device, whole) = (slot.step.device(), slot.param.whole_len());
+        let held = slot.param.start..slot.param.start + slot.param.len();
+        let tensors = [&slot.param.tensor, &slot.exp_avg, &slot.exp_avg_sq];
         let before = no_grad(|| slot.step.copy());
-        for start in (0..count).step_by(WIDENED as usize) {
-            let part = |t: &Tensor| t.detach().view([-1]).narrow(0, start, WIDENED.min(count - start));
-            let kept = [part(&slot.param), part(&slot.exp_avg), part(&slot.exp_avg_sq)];
-            let wide: Vec<Tensor> = kept.iter().map(|t| t.to_kind(Kind::Float)).collect();
-            let wide_grad = part(grad).to_kind(Kind::Float);
+        for start in (0..whole).step_by(WIDENED as usize).take_while(|start| *start < held.end) {
+            let count = WIDENED.min(whole - start);
+            let (from, to) = (start.max(held.start), (start + count).min(held.end));
+            let noise = || Tensor::randint(1 << 16, [count], (Kind::Int, device));
+            if from >= to {
+                tensors.iter().filter(|t| t.kind() == Kind::BFloat16).for_each(|_| drop(noise()));
+                continue;
+            }
+            let part = |t: &Tensor| t.detach().view([-1]).narrow(0, from - held.start, to - from);
+            let kept = tensors.map(part);
+            let wide: Vec<Tensor> = kept.iter().map(|t| t.to_device(device).to_kind(Kind::Float)).collect();
+            let wide_grad = part(grad).to_device(device).to_kind(Kind::Float);
             // All parts belong to one step: each starts from the same counter.
             let step = before.copy();
             let tensors = AdamWTensors {
@@ -152,7 +174,7 @@ impl AdamW {
             fused_adamw(&tensors, &self.numbers(slot.decays, update))?;
             for (mut kept, wide) in kept.into_iter().zip(&wide) {
                 if kept.kind() == Kind::BFloat16 {
-                    kept.copy_(&stochastic_bf16(wide));
+                    kept.copy_(&stochastic_bf16(wide, &noise().narrow(0, from - start, to - from)));
                 } else if wide.data_ptr() != kept.data_ptr() {
                     kept.copy_(wide);
                 }
@@ -174,12 +196,10 @@ impl AdamW {
     }
 
     /// The moments as `NAME.exp_avg` and `NAME.exp_avg_sq`; they share storage with the optimizer.
-    pub fn moments(&self) -> Parameters {
+    pub fn moments(&self) -> Pieces {
         let pair = |s: &Slot| {
-            [
-                (format!("{}.exp_avg", s.name), s.exp_avg.shallow_clone()),
-                (format!("{}.exp_avg_sq", s.name), s.exp_avg_sq.shallow_clone()),
-            ]
+            [("exp_avg", &s.exp_avg), ("exp_avg_sq", &s.exp_avg_sq)]
+                .map(|(moment, tensor)| (format!("{}.{moment}", s.name), s.param.with(tensor.shallow_clone())))
         };
         self.slots.iter().flat_map(pair).collect()
     }
@@ -212,14 +232,10 @@ impl Guard {
         self.found_inf = no_grad(|| self.found_inf.max_other(&bad));
     }
 
-    /// Returns the global L2 norm of `grads`; with `max_norm`, the next update scales them to at
-    /// most that norm, as `torch.nn.utils.clip_grad_norm_` does.
-    pub fn watch(&mut self, grads: &[Tensor], max_norm: Option<f64>) -> Tensor {
-        let norms: Vec<Tensor> = grads.iter().map(|g| g.norm_scalaropt_dtype(2, Kind::Float)).collect();
-        let norm = Tensor::stack(&norms, 0).norm();
-        self.require_finite(&norm);
-        self.grad_scale = max_norm.map(|max| ((&norm + 1e-6) / max).clamp_min(1.0).view([1]));
-        norm
+    /// Scales the next update so that gradients of the global L2 norm `norm` (one f64 element) get
+    /// at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+    pub fn clip(&mut self, norm: &Tensor, max_norm: f64) {
+        self.grad_scale = Some(((norm + 1e-6) / max_norm).clamp_min(1.0).to_kind(Kind::Float).view([1]));
     }
 
     pub(crate) fn grad_scale(&self) -> Option<&Tensor> {
@@ -231,13 +247,27 @@ impl Guard {
     }
 }
 
+/// Sum of the squares of all elements of `grads`: one f64 element on `device`. In f64, so that the
+/// f32 scale that follows does not depend on how the elements are shared among ranks.
+pub fn sum_of_squares(grads: &[Tensor], device: Device) -> Tensor {
+    let mut sum = Tensor::zeros([], (Kind::Double, device));
+    for grad in grads.iter().filter(|g| g.numel() > 0) {
+        let flat = grad.reshape([-1]);
+        let count = flat.numel() as i64;
+        for start in (0..count).step_by(WIDENED as usize) {
+            let norm = flat.narrow(0, start, WIDENED.min(count - start)).norm_scalaropt_dtype(2, Kind::Double);
+            sum += norm.square();
+        }
+    }
+    sum
+}
+
 /// Rounds an f32 tensor to bf16 stochastically: up or down with the probabilities that make the
-/// rounding unbiased, so that updates smaller than half a bf16 step are not lost. Draws from
-/// libtorch's generator.
-fn stochastic_bf16(wide: &Tensor) -> Tensor {
+/// rounding unbiased, so that updates smaller than half a bf16 step are not lost. `noise` has 16
+/// random bits per element.
+fn stochastic_bf16(wide: &Tensor, noise: &Tensor) -> Tensor {
     // bf16 is the upper half of f32: adding 16 random bits to the lower half carries into the upper
     // with that probability.
-    let noise = Tensor::randint(1 << 16, wide.size(), (Kind::Int, wide.device()));
     let bits = wide.contiguous().view_dtype(Kind::Int) + noise;
     bits.bitwise_and(-(1i64 << 16)).view_dtype(Kind::Float).to_kind(Kind::BFloat16)
 }
@@ -246,18 +276,22 @@ fn stochastic_bf16(wide: &Tensor) -> Tensor {
 mod tests {
     use super::*;
 
+    fn rounded(wide: &Tensor) -> Tensor {
+        stochastic_bf16(wide, &Tensor::randint(1 << 16, wide.size(), (Kind::Int, wide.device())))
+    }
+
     /// The mean of many roundings of x: within 5 standard errors of x.
     #[test]
     fn the_mean_is_unbiased_for_either_sign() {
         tch::manual_seed(1);
         let draws = 1 << 18;
         for x in [1.001, -1.001, 3e-5, -7.7e4, 1.0 + 1.0 / 512.0] {
-            let rounded = stochastic_bf16(&Tensor::full([draws], x, (Kind::Float, Device::Cpu))).to_kind(Kind::Double);
+            let found = rounded(&Tensor::full([draws], x, (Kind::Float, Device::Cpu))).to_kind(Kind::Double);
             let x = f64::from(x as f32);
-            let spread = rounded.std(true).double_value(&[]) / (draws as f64).sqrt();
-            let error = (rounded.mean(Kind::Double).double_value(&[]) - x).abs();
+            let spread = found.std(true).double_value(&[]) / (draws as f64).sqrt();
+            let error = (found.mean(Kind::Double).double_value(&[]) - x).abs();
             assert!(spread > 0.0 && error < 5.0 * spread, "{x}: mean off by {error}, standard error {spread}");
-            let values = rounded.unique_dim(0, true, false, false).0;
+            let values = found.unique_dim(0, true, false, false).0;
             assert_eq!(values.numel(), 2, "{x}: only its two neighbours");
         }
     }
@@ -265,7 +299,7 @@ mod tests {
     #[test]
     fn what_bf16_holds_is_kept() {
         let exact = Tensor::from_slice(&[0.0f32, -0.0, 1.0, -2.5, 3.3895314e38]);
-        let rounded = stochastic_bf16(&exact).to_kind(Kind::Float);
+        let rounded = rounded(&exact).to_kind(Kind::Float);
         assert_eq!(exact.view_dtype(Kind::Int), rounded.view_dtype(Kind::Int));
     }
 }

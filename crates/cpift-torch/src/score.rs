@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::data::Batch;
 use crate::generate::Prefilled;
+use crate::home::Placement;
 use crate::loss::target_losses;
 use crate::model::CausalLM;
 
@@ -39,6 +40,40 @@ pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tic
     out
 }
 
+/// As [`losses`], with the batches shared by the ranks of `placement`: every rank returns all
+/// losses.
+///
+/// # Errors
+/// A failed collective.
+pub(crate) fn shared_losses(
+    model: &CausalLM,
+    placement: &Placement,
+    examples: &[Example],
+    batch_size: usize,
+) -> Result<Vec<ExampleLoss>> {
+    if placement.group.is_none() {
+        return Ok(losses(model, examples, batch_size, || ()));
+    }
+    let order = longest_first(examples.iter().map(|example| example.ids.len()));
+    let chunks: Vec<&[usize]> = order.chunks(batch_size).collect();
+    let mut sums = vec![0.0; examples.len()];
+    for round in chunks.chunks(placement.world()) {
+        // A rank without a batch of its own runs the last one too: all lend the same units.
+        let own = placement.rank().min(round.len() - 1);
+        let rows: Vec<&Example> = round[own].iter().map(|&i| &examples[i]).collect();
+        let batch = Batch::new(&rows).to_device(model.device());
+        let found = no_grad(|| document_losses(model, &batch));
+        if own == placement.rank() {
+            round[own].iter().zip(found).for_each(|(&i, nll)| sums[i] = nll);
+        }
+    }
+    let all = placement.total(&Tensor::from_slice(&sums).to_device(model.device()))?.to_device(Device::Cpu);
+    let all = Vec::<f64>::try_from(all).expect("a one-dimensional tensor of doubles");
+    let loss =
+        |(nll, example): (f64, &Example)| ExampleLoss { nll, targets: example.target.iter().filter(|t| **t).count() };
+    Ok(all.into_iter().zip(examples).map(loss).collect())
+}
+
 /// Indices by descending length: a batch that does not fit in memory fails at once.
 fn longest_first(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
     let lengths: Vec<usize> = lengths.collect();
@@ -50,6 +85,7 @@ fn longest_first(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
 /// Summed negative log-likelihood of each example of a batch.
 fn document_losses(model: &CausalLM, batch: &Batch) -> Vec<f64> {
     let x_bse = model.hidden(&batch.ids_bs, &model.documents(&batch.lengths), None);
+    let _head = model.lend_head();
     let normed = model.final_norm(&x_bse.squeeze_dim(0).index_select(0, &batch.places_n));
     let each = target_losses(model, &normed, &batch.labels_n, LOSS_CHUNK).to_kind(Kind::Double);
     // Index of the example that each target belongs to.

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
@@ -15,8 +16,9 @@ use cpift_data::{ChatText, MaxLength};
 use serde_json::Value;
 use tch::{Device, Kind, no_grad};
 
+use crate::home::{self, Home, Pieces, Placement, UnitHome, whole_pieces};
 use crate::model::{CausalLM, EMBEDDING, ModelConfig};
-use crate::weights::{self, Parameters};
+use crate::weights::{self, Parameters, Saver};
 
 /// Dtypes of weights and computation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,8 +47,11 @@ pub struct Session {
     pub digest: Digest,
     /// The checkpoint, memory-mapped.
     pub checkpoint: Checkpoint,
-    /// Trainable tensors; they share storage with the model's.
+    /// Trainable tensors, which the model shares. They have no memory while their unit is not lent;
+    /// [`Session::pieces`] has the values.
     pub parameters: Parameters,
+    /// Placement of the weights.
+    pub placement: Placement,
     /// The model.
     pub model: CausalLM,
     /// Tokenizer and chat template.
@@ -100,14 +105,32 @@ impl ModelInfo {
     /// # Errors
     /// [`BadInput`] for weights that cannot be used.
     pub fn load(self, device: Device, precision: Precision) -> Result<Session> {
+        self.load_at(Placement::on(device), precision)
+    }
+
+    /// Loads this process's part of the weights.
+    ///
+    /// # Errors
+    /// [`BadInput`] for weights that cannot be used; no room for them.
+    pub fn load_at(self, placement: Placement, precision: Precision) -> Result<Session> {
         let Self { folder, config, mut numbers, text } = self;
         let checkpoint = Checkpoint::open(&folder)?;
         let config = with_head_of(checkpoint.tied(), config);
         numbers.untie_as(&checkpoint);
         let digest = checkpoint.digest()?;
-        let parameters = weights::load(&checkpoint, precision.master, device)?;
-        let model = CausalLM::new(numbers, &parameters, &folder, precision.compute)?;
-        Ok(Session { folder, digest, checkpoint, parameters, model, text, config })
+        let parameters = if placement.lends() {
+            weights::refuse_quantised(&checkpoint)?;
+            home::placeholders(&checkpoint, precision.master, placement.device)
+        } else {
+            weights::load_into(&checkpoint, precision.master, &placement.weights)?
+        };
+        let mut model = CausalLM::new(numbers, &parameters, &folder, precision.compute)?;
+        if placement.lends() {
+            let wire = |name: &str, leaf: &tch::Tensor| model.wire_kind(name, leaf);
+            let home = UnitHome::load(placement.clone(), &model.units, &parameters, &checkpoint, wire)?;
+            model.home = Home::Units(Rc::new(home));
+        }
+        Ok(Session { folder, digest, checkpoint, parameters, placement, model, text, config })
     }
 
     /// See [`Session::context_of`].
@@ -152,12 +175,33 @@ impl Session {
         context_of(&self.model.config, task, asked)
     }
 
-    /// Writes the model as a Hugging Face directory into `staged`, weights as `dtype`.
+    /// This process's pieces of all parameters; they share storage with the weights.
+    pub fn pieces(&self) -> Pieces {
+        self.model.unit_home().map_or_else(|| whole_pieces(&self.parameters), |home| home.pieces())
+    }
+
+    /// Writes `pieces` as whole tensors into the directory `folder`, weights as `dtype`: rank 0
+    /// writes, every other rank takes part without a directory.
     ///
     /// # Errors
-    /// A weight that is not finite in `dtype`, or a failed write.
-    pub fn save(&self, staged: &Path, dtype: Dtype) -> Result<()> {
-        weights::save(&self.parameters, staged, dtype)?;
+    /// A weight that is not finite in `dtype`, a failed write, or a failed collective.
+    pub(crate) fn save_pieces(&self, pieces: &Pieces, folder: Option<&Path>, dtype: Dtype) -> Result<()> {
+        let saver = folder.map(|folder| Saver::create(pieces, folder, dtype)).transpose()?;
+        let write = |name: &str, tensor: &tch::Tensor| saver.as_ref().map_or(Ok(()), |saver| saver.write(name, tensor));
+        match self.model.unit_home() {
+            Some(home) => home.each_whole(pieces, write),
+            None => pieces.iter().try_for_each(|(name, piece)| write(name, &piece.tensor)),
+        }
+    }
+
+    /// Writes the model as a Hugging Face directory into `staged`, weights as `dtype`: rank 0
+    /// writes, every other rank takes part without a directory.
+    ///
+    /// # Errors
+    /// A weight that is not finite in `dtype`, a failed write, or a failed collective.
+    pub fn save(&self, staged: Option<&Path>, dtype: Dtype) -> Result<()> {
+        self.save_pieces(&self.pieces(), staged, dtype)?;
+        let Some(staged) = staged else { return Ok(()) };
         let config = with_torch_dtype(self.config.clone(), dtype);
         let path = staged.join("config.json");
         fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;

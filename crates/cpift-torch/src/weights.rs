@@ -6,7 +6,10 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use cpift_core::format::checkpoint::CheckpointWriter;
 use cpift_core::{BadInput, Checkpoint, Dtype, TensorSpec, TensorView};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
+
+use crate::home::Pieces;
+use crate::offload::Storage;
 
 /// Tensors by checkpoint name, in bytewise name order; they share storage with the model's.
 pub type Parameters = BTreeMap<String, Tensor>;
@@ -16,6 +19,14 @@ pub type Parameters = BTreeMap<String, Tensor>;
 /// # Errors
 /// [`BadInput`] for a quantised parameter, or an element that is NaN or infinite.
 pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Parameters> {
+    load_into(checkpoint, kind, &Storage::On(device))
+}
+
+/// Refuses a checkpoint whose weights are quantised.
+///
+/// # Errors
+/// [`BadInput`] naming the tensor.
+pub(crate) fn refuse_quantised(checkpoint: &Checkpoint) -> Result<()> {
     if let Some((view, _)) = checkpoint
         .not_parameters()
         .find(|(v, why)| *why == cpift_core::format::checkpoint::Excluded::NotFloat && v.name.ends_with(".weight"))
@@ -27,83 +38,91 @@ pub fn load(checkpoint: &Checkpoint, kind: Kind, device: Device) -> Result<Param
             .hint("quantised checkpoints cannot be fine-tuned: use the floating-point checkpoint")
             .into());
     }
+    Ok(())
+}
+
+/// As [`load`], in the memory of `storage`.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn load_into(checkpoint: &Checkpoint, kind: Kind, storage: &Storage) -> Result<Parameters> {
+    refuse_quantised(checkpoint)?;
     let mut parameters = Parameters::new();
     for view in checkpoint.parameters() {
-        let tensor = to_tensor(&view)?.to_kind(kind).to_device(device).set_requires_grad(true);
+        let shape: Vec<i64> = view.shape.iter().map(|&n| n as i64).collect();
+        let read = read_part(&view, 0, view.numel() as i64)?.view(shape.as_slice());
+        let tensor = storage.copy_of(view.name, &read, kind)?.set_requires_grad(true);
         parameters.insert(view.name.to_owned(), tensor);
     }
     Ok(parameters)
 }
 
-fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
-    let shape: Vec<i64> = view.shape.iter().map(|&n| n as i64).collect();
-    let tensor = Tensor::from_data_size(view.bytes, &shape, kind_of(view.dtype));
+/// Elements `from` to `to` of a tensor of a checkpoint, flat and in its dtype; reads no others.
+///
+/// # Errors
+/// [`BadInput`] for an element that is NaN or infinite.
+pub(crate) fn read_part(view: &TensorView<'_>, from: i64, to: i64) -> Result<Tensor> {
+    let bytes = view.slice(from as usize, (to - from) as usize);
+    let tensor = Tensor::from_data_size(bytes, &[to - from], kind_of(view.dtype));
     if let Some(index) = first_not_finite(&tensor) {
         return Err(BadInput::new(view.file, "a weight is not finite")
             .tensor(view.name)
             .expected("finite numbers")
-            .found(format!("{} at flat index {index}", tensor.flatten(0, -1).double_value(&[index])))
+            .found(format!("{} at flat index {}", tensor.double_value(&[index]), from + index))
             .into());
     }
     Ok(tensor)
 }
 
 /// Flat index of the first element that is not finite.
-fn first_not_finite(tensor: &Tensor) -> Option<i64> {
+pub(crate) fn first_not_finite(tensor: &Tensor) -> Option<i64> {
     let finite = tensor.isfinite();
     let all_finite = finite.all().int64_value(&[]) == 1;
     (!all_finite).then(|| finite.flatten(0, -1).to_kind(Kind::Int).argmin(0, false).int64_value(&[]))
 }
 
-/// Overwrites `parameters` in place with the tensors of `checkpoint`.
-///
-/// # Errors
-/// [`BadInput`] if a tensor is missing or has another shape.
-pub(crate) fn overwrite(parameters: &Parameters, checkpoint: &Checkpoint) -> Result<()> {
-    for (name, parameter) in parameters {
-        let Some(view) = checkpoint.get(name) else {
-            return Err(BadInput::new(checkpoint.path(), "a tensor is missing").tensor(name).into());
-        };
-        let shape: Vec<i64> = view.shape.iter().map(|&n| n as i64).collect();
-        if shape != parameter.size() {
-            return Err(BadInput::new(view.file, "a tensor has another shape")
-                .tensor(name)
-                .expected(format!("{:?}", parameter.size()))
-                .found(format!("{shape:?}"))
-                .into());
-        }
-        no_grad(|| parameter.shallow_clone().copy_(&Tensor::from_data_size(view.bytes, &shape, kind_of(view.dtype))));
-    }
-    Ok(())
+/// Writes tensors as safetensors files of dtype `dtype` into a staged directory, as they come.
+pub(crate) struct Saver {
+    writer: CheckpointWriter,
+    dtype: Dtype,
 }
 
-/// Writes `parameters` as safetensors files of dtype `dtype` into a staged directory.
-///
-/// # Errors
-/// An element that is not finite in `dtype` (names tensor and index), or a failed write.
-pub(crate) fn save(parameters: &Parameters, folder: &Path, dtype: Dtype) -> Result<()> {
-    let specs: Vec<TensorSpec> = parameters
-        .iter()
-        .map(|(name, tensor)| TensorSpec {
+impl Saver {
+    /// Creates the files for the whole parameters of `pieces` in `folder`.
+    ///
+    /// # Errors
+    /// A file that cannot be created.
+    pub fn create(pieces: &Pieces, folder: &Path, dtype: Dtype) -> Result<Self> {
+        let spec = |(name, piece): (&String, &crate::home::Piece)| TensorSpec {
             name: name.clone(),
             dtype,
-            shape: tensor.size().iter().map(|&n| n as usize).collect(),
-        })
-        .collect();
-    let writer = CheckpointWriter::create(folder, &specs, CheckpointWriter::SHARD_SIZE)?;
-    for (spec, tensor) in specs.iter().zip(parameters.values()) {
-        let host = tensor.detach().to_device(Device::Cpu).to_kind(kind_of(dtype)).contiguous();
+            shape: piece.shape.iter().map(|&n| n as usize).collect(),
+        };
+        let specs: Vec<TensorSpec> = pieces.iter().map(spec).collect();
+        Ok(Self { writer: CheckpointWriter::create(folder, &specs, CheckpointWriter::SHARD_SIZE)?, dtype })
+    }
+
+    /// Writes the whole tensor `name`.
+    ///
+    /// # Errors
+    /// An element that is not finite in the dtype (names tensor and index), or a failed write.
+    pub fn write(&self, name: &str, tensor: &Tensor) -> Result<()> {
+        let host = tensor.detach().to_device(Device::Cpu).to_kind(kind_of(self.dtype)).contiguous();
         if let Some(index) = first_not_finite(&host) {
             let (trained, saved) =
                 (tensor.flatten(0, -1).double_value(&[index]), host.flatten(0, -1).double_value(&[index]));
             let hint = if trained.is_finite() { "--save-dtype f32 or bf16 can hold it" } else { "lower --lr" };
-            bail!("{}: element {index} is {trained:e}, which becomes {saved} in {dtype}\n  hint: {hint}", spec.name);
+            bail!("{name}: element {index} is {trained:e}, which becomes {saved} in {}\n  hint: {hint}", self.dtype);
         }
-        let mut bytes = vec![0u8; spec.nbytes()];
-        host.f_copy_data_u8(&mut bytes, spec.numel())?;
-        writer.write(&spec.name, 0, &bytes)?;
+        self.writer.write(name, 0, &bytes_of(&host)?)
     }
-    Ok(())
+}
+
+/// Bytes of a contiguous host tensor.
+pub(crate) fn bytes_of(host: &Tensor) -> Result<Vec<u8>> {
+    let mut bytes = vec![0u8; host.numel() * host.kind().elt_size_in_bytes()];
+    host.f_copy_data_u8(&mut bytes, host.numel())?;
+    Ok(bytes)
 }
 
 /// The libtorch kind of a floating-point dtype.

@@ -8,7 +8,8 @@ use cpift_core::Checkpoint;
 use cpift_core::format::mask::{FORMAT_VERSION, Mask, MaskHeader, MaskWriter, Metric, Scope, Ties, indices};
 use cpift_testkit::{Numbers, Tensor as TestTensor, Tensors, write_checkpoint};
 use cpift_torch::freeze::Freeze;
-use cpift_torch::optim::{AdamW, AdamWConfig, Guard, Update};
+use cpift_torch::home::{Placement, whole_pieces};
+use cpift_torch::optim::{AdamW, AdamWConfig, Guard, Update, sum_of_squares};
 use cpift_torch::weights::Parameters;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -58,9 +59,9 @@ fn changed(kind: Kind, masks: &[&Mask]) -> Vec<bool> {
     no_grad(|| drop(w.view([-1]).slice(0, None, None, 3).fill_(-0.0)));
     let parameters = Parameters::from([("w".to_owned(), w.set_requires_grad(true))]);
     let before = bits_of(&parameters["w"]);
-    let freeze = Freeze::new(&parameters, masks).unwrap();
+    let freeze = Freeze::new(&whole_pieces(&parameters), masks).unwrap();
     let config = AdamWConfig { weight_decay: 0.5, ..AdamWConfig::default() };
-    let mut optimizer = AdamW::new(parameters.iter(), config);
+    let mut optimizer = AdamW::new(whole_pieces(&parameters).iter(), config, &Placement::on(Device::Cpu)).unwrap();
     let guard = Guard::new(Device::Cpu);
     tch::manual_seed(4);
     let grads: Vec<Tensor> = (0..10).map(|_| Tensor::randn([COLUMNS, ROWS], (Kind::Float, Device::Cpu))).collect();
@@ -103,7 +104,10 @@ fn gradients_of_any_layout_make_the_same_step() {
         let guard = Guard::new(Device::Cpu);
         let update = Update { lr: 0.1, seed: 0, guard: &guard };
         let config = AdamWConfig { eps: 0.5, ..AdamWConfig::default() };
-        AdamW::new(parameters.iter(), config).step(&[0], &[grad], update).unwrap();
+        AdamW::new(whole_pieces(&parameters).iter(), config, &Placement::on(Device::Cpu))
+            .unwrap()
+            .step(&[0], &[grad], update)
+            .unwrap();
         bits_of(&parameters["w"])
     };
     let transposed = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]).tr();
@@ -116,11 +120,11 @@ fn muted_gradients_do_not_count() {
     let a = mask(dir.path(), "a", 1);
     let w = Tensor::zeros([ROWS, COLUMNS], (Kind::Float, Device::Cpu));
     let parameters = Parameters::from([("w".to_owned(), w)]);
-    let freeze = Freeze::new(&parameters, &[&a]).unwrap();
+    let freeze = Freeze::new(&whole_pieces(&parameters), &[&a]).unwrap();
     let mut grad = Tensor::ones([ROWS, COLUMNS], (Kind::Float, Device::Cpu));
     freeze.zero_frozen_grads("w", &mut grad);
     let left = (ROWS * COLUMNS) as u64 - freeze.len();
     assert_eq!(freeze.len(), a.header.selected);
-    let norm = Guard::new(Device::Cpu).watch(&[grad], None).double_value(&[]);
+    let norm = sum_of_squares(&[grad], Device::Cpu).sqrt().double_value(&[]);
     assert!((norm - (left as f64).sqrt()).abs() < 1e-4);
 }

@@ -6,9 +6,11 @@ use std::collections::BTreeMap;
 use cpift_data::Example;
 use cpift_testkit::model::write_tiny_model;
 use cpift_torch::data::Batch;
+use cpift_torch::home::{Placement, whole_pieces};
 use cpift_torch::session::{Precision, Session};
 use cpift_torch::train::importance::{Importance, Positions, jaccard};
 use cpift_torch::train::{FisherConfig, StepConfig, loss_and_gradients, squared_gradients};
+use cpift_torch::weights::Parameters;
 use serde::Deserialize;
 use tch::{Device, Tensor};
 
@@ -20,15 +22,19 @@ struct Golden {
     top: BTreeMap<String, BTreeMap<String, Vec<i64>>>,
 }
 
+fn here() -> Placement {
+    Placement::on(Device::Cpu)
+}
+
 #[test]
 fn the_mask_is_that_of_numpy() {
     let golden: Golden = serde_json::from_str(include_str!("../../../fixtures/golden/importance.json")).unwrap();
-    let parameters: Vec<(String, Tensor)> = golden
+    let parameters: Parameters = golden
         .shapes
         .iter()
         .map(|(name, shape)| (name.clone(), Tensor::zeros(shape.as_slice(), tch::kind::FLOAT_CPU)))
         .collect();
-    let mut importance = Importance::new(parameters.iter(), golden.decay);
+    let mut importance = Importance::new(whole_pieces(&parameters).iter(), golden.decay, &here());
     assert!(importance.is_empty());
     for step in &golden.gradients {
         let grads: Vec<(&str, Tensor)> = step
@@ -39,7 +45,7 @@ fn the_mask_is_that_of_numpy() {
     }
     assert_eq!(golden.top.len(), 5);
     for (percent, expected) in &golden.top {
-        let top = importance.top(percent.parse().unwrap());
+        let top = importance.top(percent.parse().unwrap()).unwrap();
         let found: BTreeMap<String, Vec<i64>> =
             top.iter().map(|(name, t)| (name.clone(), Vec::try_from(t).unwrap())).collect();
         assert_eq!(found, *expected, "{percent} %");
@@ -52,9 +58,9 @@ fn similarity_counts_what_both_have() {
         list.iter().map(|(name, p)| ((*name).to_owned(), Tensor::from_slice(p))).collect()
     };
     let (a, b) = (set(&[("x", &[0, 2, 5]), ("y", &[1])]), set(&[("x", &[2, 5, 7]), ("z", &[3])]));
-    assert_eq!(jaccard(&a, &b).unwrap(), 2.0 / 6.0);
-    assert_eq!(jaccard(&a, &a).unwrap(), 1.0);
-    assert_eq!(jaccard(&set(&[]), &set(&[])).unwrap(), 1.0);
+    assert_eq!(jaccard(&a, &b, &here()).unwrap(), 2.0 / 6.0);
+    assert_eq!(jaccard(&a, &a, &here()).unwrap(), 1.0);
+    assert_eq!(jaccard(&set(&[]), &set(&[]), &here()).unwrap(), 1.0);
 }
 
 #[test]
@@ -80,8 +86,8 @@ fn squared_gradients_are_those_of_the_batches() {
     let (squares, _) = squared_gradients(&session, &examples, one, pass).unwrap();
     for (name, gradient) in &mean {
         let square: Tensor = gradient.square();
-        let least: bool = (&sums[name] - &square * 4.0 * 0.999).min().double_value(&[]) >= -1e-9;
+        let least: bool = (&sums[name].tensor - &square * 4.0 * 0.999).min().double_value(&[]) >= -1e-9;
         assert!(least, "{name}: less than the mean's square");
-        assert!(squares[name].allclose(&(square * 3.0), 1e-3, 1e-9, false), "{name}");
+        assert!(squares[name].tensor.allclose(&(square * 3.0), 1e-3, 1e-9, false), "{name}");
     }
 }

@@ -4,7 +4,7 @@
 mod golden;
 
 use cpift_torch::optim::AdamWConfig;
-use cpift_torch::train::{LoraConfig, StepConfig, Trainer};
+use cpift_torch::train::{LoraConfig, StepConfig, StepInput, Trainer};
 use golden::{Golden, batch, list};
 use serde_json::Value;
 
@@ -35,11 +35,11 @@ fn ten_steps_of_the_adapters_equal_those_of_peft() {
             lora: Some(lora),
             ..StepConfig::default()
         };
-        let mut trainer = Trainer::new(&model, &parameters, None, config);
+        let mut trainer = Trainer::new(&model, &parameters, None, config).unwrap();
         let (losses, norms) = (list(&expected["losses"]), list(&expected["grad_norms"]));
         for step in 0..losses.len() {
             let documents = batch(&golden.step_documents(step));
-            let (loss, norm) = trainer.step(&[documents], number(&hyper["lr"]), 0).unwrap().read();
+            let (loss, norm) = trainer.step(&StepInput::alone(&[documents]), number(&hyper["lr"]), 0).unwrap().read();
             assert!((loss - losses[step]).abs() < 1e-5, "{name} step {step}: loss {loss}, expected {}", losses[step]);
             assert!((norm - norms[step]).abs() < 1e-4 * norms[step], "{name} step {step}: gradient norm {norm}");
         }

@@ -5,7 +5,7 @@ mod golden;
 
 use cpift_torch::optim::AdamWConfig;
 use cpift_torch::optim::CosineWithWarmup;
-use cpift_torch::train::{StepConfig, Trainer, loss_and_gradients};
+use cpift_torch::train::{StepConfig, StepInput, Trainer, loss_and_gradients};
 use golden::{Golden, batch, list, max_abs};
 use tch::{Device, Kind, no_grad};
 
@@ -96,13 +96,14 @@ fn ten_adamw_steps_equal_those_of_pytorch() {
             total_steps: number("steps") as usize,
         };
         let config = StepConfig { optimizer, max_grad_norm: number("max_grad_norm"), ..StepConfig::default() };
-        let mut trainer = Trainer::new(&model, &parameters, None, config);
+        let mut trainer = Trainer::new(&model, &parameters, None, config).unwrap();
         let (losses, lrs, norms) = (list(&curve["losses"]), list(&curve["lrs"]), list(&curve["grad_norms"]));
         assert_eq!(losses.len(), 10);
         for step in 0..10 {
             let lr = schedule.rate(step);
             assert!((lr - lrs[step]).abs() < 1e-12, "{case} step {step}: lr {lr}, expected {}", lrs[step]);
-            let (loss, norm) = trainer.step(&[batch(&golden.step_documents(step))], lr, 0).unwrap().read();
+            let (loss, norm) =
+                trainer.step(&StepInput::alone(&[batch(&golden.step_documents(step))]), lr, 0).unwrap().read();
             let off = (loss - losses[step]).abs();
             assert!(off < 1e-5, "{case} step {step}: loss {loss}, expected {}", losses[step]);
             assert!((norm - norms[step]).abs() < 1e-4 * norms[step], "{case} step {step}: gradient norm {norm}");

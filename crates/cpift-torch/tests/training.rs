@@ -4,9 +4,10 @@
 mod golden;
 
 use cpift_torch::freeze::Freeze;
+use cpift_torch::home::whole_pieces;
 use cpift_torch::loss::target_losses;
 use cpift_torch::optim::AdamWConfig;
-use cpift_torch::train::{PassConfig, StepConfig, Trainer, loss_and_gradients};
+use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer, loss_and_gradients};
 use cpift_torch::weights::Parameters;
 use golden::{Golden, batch, max_abs};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -26,11 +27,11 @@ fn same_bits(a: &Tensor, b: &Tensor) -> bool {
 /// The parameters after three steps, and the losses.
 fn train(golden: &Golden, master: Kind, config: StepConfig, split: bool) -> (Parameters, Vec<f64>) {
     let (model, parameters) = golden.open(Device::Cpu, master, Kind::Float);
-    let mut trainer = Trainer::new(&model, &parameters, None, config);
+    let mut trainer = Trainer::new(&model, &parameters, None, config).unwrap();
     let documents = golden.documents();
     let losses = (0..3).map(|step| {
         let batches = if split { documents.chunks(1).map(batch).collect() } else { vec![batch(&documents)] };
-        trainer.step(&batches, 1e-2, step).unwrap().read().0
+        trainer.step(&StepInput::alone(&batches), 1e-2, step).unwrap().read().0
     });
     let losses = losses.collect();
     (parameters, losses)
@@ -157,9 +158,9 @@ fn bf16_weights_move_on_average_as_f32_weights_do() {
     let moved = |master: Kind| {
         let (model, parameters) = golden.open(Device::Cpu, master, Kind::Float);
         let before = parameters["lm_head.weight"].detach().to_kind(Kind::Float).copy();
-        let mut trainer = Trainer::new(&model, &parameters, None, StepConfig::default());
+        let mut trainer = Trainer::new(&model, &parameters, None, StepConfig::default()).unwrap();
         for step in 0..20 {
-            trainer.step(&[batch(&golden.documents())], 2e-5, step).unwrap();
+            trainer.step(&StepInput::alone(&[batch(&golden.documents())]), 2e-5, step).unwrap();
         }
         let difference = parameters["lm_head.weight"].detach().to_kind(Kind::Float) - before;
         // Along the direction that f32 weights take.
@@ -181,11 +182,11 @@ fn clipping_leaves_frozen_elements_out() {
     let optimizer = AdamWConfig { eps: 1.0, weight_decay: 0.1, ..AdamWConfig::default() };
     let (model, parameters) = golden.open_f32();
     let before: Vec<Tensor> = parameters.values().map(|t| t.detach().copy()).collect();
-    let freeze = Freeze::every(&parameters, 50.0);
+    let freeze = Freeze::every(&whole_pieces(&parameters), 50.0);
     let config = StepConfig { optimizer, max_grad_norm: MAX_NORM, ..StepConfig::default() };
     let (_, mut grads) = loss_and_gradients(&model, &parameters, &all, config.pass).unwrap();
-    let mut trainer = Trainer::new(&model, &parameters, Some(freeze), config);
-    let outcome = trainer.step(&[all], 1e-2, 0).unwrap();
+    let mut trainer = Trainer::new(&model, &parameters, Some(freeze), config).unwrap();
+    let outcome = trainer.step(&StepInput::alone(&[all]), 1e-2, 0).unwrap();
 
     let whole = grads.values().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
     let freeze = trainer.freeze.as_ref().unwrap();
@@ -215,18 +216,18 @@ fn nothing_moves_from_the_first_bad_value_on() {
     for optimizer_in_backward in [false, true] {
         let (model, parameters) = golden.open_f32();
         let config = StepConfig { optimizer_in_backward, max_grad_norm: 0.0, ..StepConfig::default() };
-        let mut trainer = Trainer::new(&model, &parameters, None, config);
+        let mut trainer = Trainer::new(&model, &parameters, None, config).unwrap();
         let all = batch(&golden.documents());
-        trainer.step(&[batch(&golden.documents())], 1e-3, 0).unwrap();
+        trainer.step(&StepInput::alone(&[batch(&golden.documents())]), 1e-3, 0).unwrap();
         // One weight of the head makes the loss of every target not finite.
         let norm = &parameters["model.norm.weight"];
         let good = norm.detach().copy();
         no_grad(|| drop(norm.get(0).fill_(f64::NAN)));
         let before: Vec<Tensor> = parameters.values().map(|t| t.detach().copy()).collect();
-        assert!(trainer.step(&[all], 1e-3, 1).unwrap().read().0.is_nan());
+        assert!(trainer.step(&StepInput::alone(&[all]), 1e-3, 1).unwrap().read().0.is_nan());
         no_grad(|| norm.shallow_clone().copy_(&good));
         // A good batch later does not resume updates: the host may not have read the loss yet.
-        assert!(trainer.step(&[batch(&golden.documents())], 1e-3, 2).unwrap().read().0.is_finite());
+        assert!(trainer.step(&StepInput::alone(&[batch(&golden.documents())]), 1e-3, 2).unwrap().read().0.is_finite());
         for ((name, tensor), old) in parameters.iter().zip(&before) {
             assert!(name == "model.norm.weight" || same_bits(tensor, old), "{name} moved");
         }

@@ -21,6 +21,7 @@ use cpift_torch::args::Budget;
 use cpift_torch::data::balanced_sample;
 use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::train::{HeldOut, States, read_examples};
+use cpift_torch::workers::Workers;
 
 use crate::args::{IsolationKind, RunArgs, SampleRows, StageData};
 
@@ -61,8 +62,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`cpift_core::Usage`] for an argument, [`BadInput`] for a file that cannot be used.
-    pub fn new(args: &RunArgs, common: &Common) -> Result<Self> {
-        args.check()?;
+    pub fn new(args: &RunArgs, common: &Common, workers: &Workers) -> Result<Self> {
         // Resuming a finished run is no error.
         if !args.training.resume {
             check_output(&args.out, common.force())?;
@@ -71,13 +71,14 @@ impl Plan {
         let groups = args.groups.as_deref().map(Groups::read).transpose()?;
         let chosen = chosen_tasks(args, &tasks, groups.as_ref())?;
         check_inputs(args, &chosen)?;
-        let device = args.training.device.open(common.threads)?;
+        let placement = workers.placement.clone();
         let model = ModelInfo::open(&args.model, tasks.template()?)?;
         let examples = sampled_examples(args, &chosen, &model)?;
         let stages = plan_stages(args, groups.as_ref(), &chosen, examples)?;
         let held_out = HeldOut::read(&chosen, &model, &args.training)?;
         let inputs = digest_inputs(args, &chosen)?;
-        let session = model.load(device, args.training.precision(device))?;
+        let precision = args.training.precision(placement.device);
+        let session = model.load_at(placement, precision)?;
         let masks = open_masks(args, groups.as_ref(), &session)?;
         check_model(args, &inputs)?;
         Ok(Self { session, stages, masks, held_out, inputs })

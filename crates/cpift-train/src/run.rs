@@ -1,36 +1,50 @@
 //! Runs a plan, stage after stage, each with its isolation.
 
 use anyhow::Result;
+use cpift_core::error::usage;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::record::up_to_date::Expected;
 use cpift_core::run::cli::Common;
 use cpift_core::stream::random::splitmix64;
 use cpift_data as data;
+use cpift_torch::args::Offload;
 use cpift_torch::memory;
 use cpift_torch::train::{DynamicConfig, Isolation, LoraConfig, Run, Stage, StageReport, States};
+use cpift_torch::workers::Workers;
 use log::{info, warn};
 use serde_json::{Map, Value, json};
 
 use crate::args::{IsolationKind, RunArgs, Trainable};
 use crate::plan::{Plan, StagePlan};
 
+const STAGE: &str = env!("CARGO_PKG_NAME");
+
 /// Trains and writes the output directory.
 ///
 /// # Errors
 /// Errors of [`Plan::new`] before any output, failures of training after.
 pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
-    const STAGE: &str = env!("CARGO_PKG_NAME");
     let recorder = Recorder::start(STAGE);
-    if common.up_to_date(&Expected::new(STAGE, &args.out)) {
+    args.check()?;
+    let workers = Workers::start(&args.training, common)?;
+    let result = train(args, common, &workers, recorder);
+    workers.finish(result)
+}
+
+fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder) -> Result<()> {
+    if workers.agree("the output is up to date", || common.up_to_date(&Expected::new(STAGE, &args.out)))? {
         return Ok(());
     }
+    check_placement(args, workers)?;
     // Adapters take less memory than is computed.
     if args.lora_rank.is_none() {
         memory::check_run(&args.model, &args.tasks, &args.training)?;
     }
-    let mut plan = Plan::new(args, common)?;
+    let mut plan = Plan::new(args, common, workers)?;
     warn_of_rounding(args, &plan);
-    let states = States::new(&args.out, describe(args, &plan), &args.training);
+    let run = describe(args, &plan);
+    workers.check_same(&run)?;
+    let states = States::new(&args.out, run, &args.training);
     let held_out = std::mem::take(&mut plan.held_out);
     let training = Run {
         session: &plan.session,
@@ -63,7 +77,18 @@ pub fn run(args: &RunArgs, common: &Common) -> Result<()> {
     let Some(reports) = written else { return Ok(()) };
     let (summaries, tokens) = (summaries(&reports), tokens(&reports));
     info!("{} stages, {tokens} tokens; wrote {}", plan.stages.len(), args.out.display());
-    common.print_json(&json!({"stages": summaries, "tokens": tokens, "out": args.out.display().to_string()}));
+    if workers.leads() {
+        common.print_json(&json!({"stages": summaries, "tokens": tokens, "out": args.out.display().to_string()}));
+    }
+    Ok(())
+}
+
+/// Refuses adapters with weights that are shared or elsewhere.
+fn check_placement(args: &RunArgs, workers: &Workers) -> Result<()> {
+    let away = workers.placement.world() > 1 || args.training.offload != Offload::None;
+    if args.lora_rank.is_some() && away {
+        return Err(usage("--lora-rank trains in one process, without --offload"));
+    }
     Ok(())
 }
 

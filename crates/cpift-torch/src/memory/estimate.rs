@@ -10,11 +10,12 @@ use cpift_core::Dtype;
 use serde_json::{Value, json};
 
 use super::job::{F32, Job, PROGRAM, Sizes, dimensions, gib};
+use crate::args::Offload;
 use crate::model::ModelConfig;
 
 /// Parts of the memory, in the order of [`Moment::bytes`].
-pub const PARTS: [&str; 9] =
-    ["weights", "moments", "gradients", "activations", "loss", "casts", "update", "frozen", "context"];
+pub const PARTS: [&str; 10] =
+    ["weights", "lent", "moments", "gradients", "activations", "loss", "casts", "update", "frozen", "context"];
 
 /// A moment of a step that can be its peak.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +49,9 @@ impl Job {
         // Weights are cast in the forward pass of a block, and the cast is kept with its
         // activations.
         let cast = if weight == self.compute_bytes() { 0 } else { self.compute_bytes() };
+        // What is lent to a block is cast before.
+        let block_cast = if self.lends() { 0 } else { cast };
+        let lent = Lent::of(self, &s);
         let kept = if recompute { 0 } else { layers };
         let inputs = (layers + 1) * block.input;
         let windowed = self.config.windows.iter().flatten().count() as u64;
@@ -55,17 +59,22 @@ impl Job {
         // window.
         let masks =
             |kept: u64| windows(self) + block.window * if kept == layers { windowed } else { kept.min(windowed) };
-        let moment = |name, gradients, activations, loss, casts, update| Moment {
+        let kept_here = |offloaded: bool, bytes: u64| if offloaded { 0 } else { bytes.div_ceil(self.world) };
+        let moment = |name, lent, gradients, activations, loss, casts, update| Moment {
             name,
             bytes: [
-                s.total() * weight,
-                2 * self.trained(&s) * self.args.optim_state_dtype.size() as u64,
+                kept_here(self.args.offload == Offload::All, s.total() * weight),
+                lent,
+                kept_here(
+                    self.args.offload != Offload::None,
+                    2 * self.trained(&s) * self.args.optim_state_dtype.size() as u64,
+                ),
                 gradients,
                 activations,
                 loss,
                 casts,
                 update,
-                self.frozen * (8 + weight),
+                self.frozen.div_ceil(self.world) * (8 + weight),
                 if self.cuda { CUDA_CONTEXT } else { PROGRAM },
             ],
         };
@@ -73,36 +82,40 @@ impl Job {
         let mut all = vec![
             moment(
                 "loss",
+                lent.at_loss,
                 g.at_loss,
                 inputs + kept * block.saved + masks(kept),
                 head.hidden + head.chunk,
-                cast * (kept * s.block + s.embedding),
+                block_cast * kept * s.block + cast * s.embedding,
                 0,
             ),
             moment(
                 "first block",
+                2 * lent.block,
                 g.first_block,
                 inputs + kept.max(1) * block.saved + block.transient + masks(kept.max(1)),
                 0,
-                cast * kept.max(1) * s.block,
+                block_cast * kept.max(1) * s.block,
                 0,
             ),
             moment(
                 "last block",
+                lent.block,
                 g.last_block,
                 block.input + block.saved + block.transient + masks(1),
                 0,
-                cast * s.block,
+                block_cast * s.block,
                 0,
             ),
-            moment("embedding", g.embedding, 2 * block.input + masks(0), 0, 0, 0),
+            moment("embedding", 0, g.embedding, 2 * block.input + masks(0), 0, 0, 0),
         ];
         // With updates in the backward pass, the head is updated first, while all activations are
         // kept.
         all.push(if self.args.optimizer_in_backward {
-            moment("update", g.update, inputs + kept * block.saved + masks(kept), 0, cast * kept * s.block, update)
+            let activations = inputs + kept * block.saved + masks(kept);
+            moment("update", lent.block, g.update, activations, 0, block_cast * kept * s.block, update)
         } else {
-            moment("update", g.update, 0, 0, 0, update)
+            moment("update", 0, g.update, 0, 0, 0, update)
         });
         all
     }
@@ -121,6 +134,9 @@ impl Job {
         let copies = if tied && weight != F32 { 2 } else { u64::from(tied) };
         let last = embedding * weight + copies * F32 * embedding;
         let sums = F32 * self.trained(s);
+        if self.lends() {
+            return self.shared_gradients(s, matrix, waiting, last);
+        }
         if self.args.grad_accum > 1 {
             let unit = sums + waiting + block;
             Gradients {
@@ -152,11 +168,31 @@ impl Job {
         }
     }
 
+    /// Gradients where weights are lent: those of a unit, in the dtype in which it is lent; the
+    /// flat vectors in which the unit before is summed over the ranks; this rank's sums in f32.
+    fn shared_gradients(&self, s: &Sizes, matrix: u64, waiting: u64, last: u64) -> Gradients {
+        let block = s.block * self.wire_bytes();
+        // A vector to send and one to receive.
+        let vectors = if self.world > 1 { 2 } else { 1 };
+        let sums = if self.args.optimizer_in_backward { 0 } else { (F32 * self.trained(s)).div_ceil(self.world) };
+        let earlier = if self.args.grad_accum > 1 { sums } else { 0 };
+        let head = if self.config.tie_word_embeddings { s.norm } else { s.norm + s.head };
+        Gradients {
+            at_loss: earlier + matrix,
+            first_block: earlier + waiting + vectors * F32 * head + block,
+            last_block: sums + waiting + (vectors + 1) * block,
+            embedding: sums + waiting + last + vectors * F32 * s.embedding,
+            update: if self.args.optimizer_in_backward { (vectors + 1) * block.max(matrix) } else { sums },
+        }
+    }
+
     /// Temporaries of an update with mixed dtypes: f32 copies of a part of a tensor, and random
     /// bits for rounding.
     fn update(&self, s: &Sizes) -> u64 {
         let (weights, moments) = (self.args.master_dtype == Dtype::BF16, self.args.optim_state_dtype == Dtype::BF16);
-        if !weights && !moments {
+        // State in host memory is copied to the device, a part at a time.
+        let copied = self.cuda && self.args.offload != Offload::None;
+        if !weights && !moments && !copied {
             return 0;
         }
         let copies = 2 * u64::from(weights) + 2 * u64::from(moments);
@@ -210,6 +246,25 @@ impl Job {
         };
         json!({"parameters": Sizes::of(&self.config).total(), "tokens": self.tokens, "peak": self.peak().total(),
             "moments": self.moments().iter().map(moment).collect::<Vec<_>>()})
+    }
+}
+
+/// Whole weights of units on the device.
+struct Lent {
+    /// One block.
+    block: u64,
+    /// The head, and the embedding if the output matrix is tied to it.
+    at_loss: u64,
+}
+
+impl Lent {
+    fn of(job: &Job, s: &Sizes) -> Self {
+        if !job.lends() {
+            return Self { block: 0, at_loss: 0 };
+        }
+        let weight = job.args.master_dtype.size() as u64;
+        let table = if job.config.tie_word_embeddings { s.embedding } else { 0 };
+        Self { block: s.block * job.wire_bytes(), at_loss: (s.norm + s.head + table) * weight }
     }
 }
 

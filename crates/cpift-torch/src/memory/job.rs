@@ -8,7 +8,7 @@ use cpift_core::format::checkpoint::read_config;
 use cpift_core::format::tasks::Tasks;
 use tch::{Device, Kind};
 
-use crate::args::TrainingArgs;
+use crate::args::{Offload, TrainingArgs};
 use crate::model::{EMBEDDING, ModelConfig};
 use crate::session::strict_config;
 
@@ -32,6 +32,8 @@ pub struct Job {
     pub frozen: u64,
     /// True if the device is CUDA.
     pub cuda: bool,
+    /// Ranks that share the weights, the moments and each batch.
+    pub world: u64,
 }
 
 /// Reads the model configuration of `path`, a checkpoint directory or a config.json.
@@ -55,7 +57,25 @@ impl Job {
     pub fn new(config: ModelConfig, args: &TrainingArgs, longest: usize, cuda: bool) -> Self {
         let longest = longest.min(config.max_position_embeddings as usize) as u64;
         let tokens = longest * args.batch_size as u64;
-        Self { config, args: args.clone(), tokens, longest, frozen: 0, cuda }
+        Self { config, args: args.clone(), tokens, longest, frozen: 0, cuda, world: 1 }
+    }
+
+    /// The same job on `world` ranks, of which each has its share of the batch.
+    #[must_use]
+    pub fn shared_by(mut self, world: u64) -> Self {
+        self.tokens = self.tokens.div_ceil(world).max(self.longest.min(self.tokens));
+        Self { world, ..self }
+    }
+
+    /// Returns true if the weights of a unit are lent to the model: they are shared, or lie in host
+    /// memory.
+    pub(super) fn lends(&self) -> bool {
+        self.world > 1 || (self.cuda && self.args.offload == Offload::All)
+    }
+
+    /// Bytes per element of the matrices that are lent to a block.
+    pub(super) fn wire_bytes(&self) -> u64 {
+        self.compute_bytes().min(self.args.master_dtype.size() as u64)
     }
 
     /// The job of training the checkpoint `model` on the tasks of `tasks`, before anything is

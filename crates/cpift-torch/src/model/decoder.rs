@@ -13,6 +13,7 @@ use super::config::{EMBEDDING, ModelConfig};
 use super::layers::{Loader, Mlp, RmsNorm, Rope, check_all_taken, distinct_ropes};
 use crate::device::to_device;
 use crate::ffi;
+use crate::home::{Home, Lent, UnitHome};
 use crate::weights::Parameters;
 
 /// A decoder block; the trainer calls the blocks one at a time.
@@ -72,6 +73,8 @@ pub struct CausalLM {
     /// Parameter names of each unit: the embedding, each block, the head (final norm and, unless
     /// tied, output matrix).
     pub units: Vec<Vec<String>>,
+    /// Home of the weights.
+    pub home: Home,
     embed_tokens: Tensor,
     norm: RmsNorm,
     lm_head: Tensor,
@@ -118,7 +121,38 @@ impl CausalLM {
                 [config.num_attention_heads, config.num_key_value_heads, config.head_dim],
                 config.windows.iter().copied().collect::<BTreeSet<_>>(),
             );
-        Ok(Self { config, blocks, units, embed_tokens, norm, lm_head, ropes, compute, varlen })
+        Ok(Self { config, blocks, units, home: Home::Whole, embed_tokens, norm, lm_head, ropes, compute, varlen })
+    }
+
+    /// Dtype in which the parameter `name` can be lent to a block without changing a result: that
+    /// of the computation for the matrices of linear layers, which cast them to it; else its own.
+    pub(crate) fn wire_kind(&self, name: &str, parameter: &Tensor) -> Kind {
+        let in_block = self.units[1..self.units.len() - 1].iter().flatten().any(|n| n == name);
+        if in_block && parameter.dim() == 2 { self.compute } else { parameter.kind() }
+    }
+
+    /// Brings the weights of unit `unit` to the device until the result is dropped; the rest of the
+    /// model may be computed then. Does nothing if they are there.
+    ///
+    /// # Panics
+    /// If a rank has failed.
+    fn lend(&self, unit: usize) -> Lent {
+        self.home.ask(unit).and_then(crate::home::Asked::lend).unwrap_or_else(|e| panic!("{e:#}"))
+    }
+
+    /// Weights of the final norm and the output matrix, for [`CausalLM::final_norm`] and
+    /// [`CausalLM::logits`], until dropped.
+    pub(crate) fn lend_head(&self) -> (Lent, Option<Lent>) {
+        let table = self.config.tie_word_embeddings.then(|| self.lend(0));
+        (self.lend(self.units.len() - 1), table)
+    }
+
+    /// The parts of the units, if they are lent.
+    pub(crate) fn unit_home(&self) -> Option<&std::rc::Rc<UnitHome>> {
+        match &self.home {
+            Home::Whole => None,
+            Home::Units(home) => Some(home),
+        }
     }
 
     /// The device of the parameters.
@@ -223,8 +257,11 @@ impl CausalLM {
 
     /// Runs token ids [b, s] through all blocks to hidden states [b, s, e].
     pub fn hidden(&self, ids_bs: &Tensor, attended: &Attended, mut cache: Option<&mut KvCache>) -> Tensor {
+        let table = self.lend(0);
         let mut x_bse = self.embed(ids_bs);
-        for block in &self.blocks {
+        drop(table);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let _weights = self.lend(layer + 1);
             x_bse = block.forward(&x_bse, attended, cache.as_deref());
         }
         if let Some(cache) = &mut cache {

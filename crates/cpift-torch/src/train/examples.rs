@@ -6,9 +6,8 @@ use cpift_data::{self as data, Encoded, Example, Layout, Overlong};
 use tch::no_grad;
 
 use crate::args::TrainingArgs;
-use crate::model::CausalLM;
 use crate::score;
-use crate::session::ModelInfo;
+use crate::session::{ModelInfo, Session};
 
 /// Encodes the training file of `task`, and logs the numbers of examples, truncated and dropped
 /// rows.
@@ -51,11 +50,16 @@ impl HeldOut {
     }
 }
 
-/// Mean loss of each task in nats per target token, in batches of `batch_size` examples.
-pub(crate) fn held_out_losses(model: &CausalLM, sets: &[HeldOut], batch_size: usize) -> Vec<(String, f64)> {
-    let mean = |set: &HeldOut| {
-        let losses = score::losses(model, &set.examples, batch_size, || ());
-        losses.iter().map(|l| l.nll).sum::<f64>() / losses.iter().map(|l| l.targets as f64).sum::<f64>()
+/// Mean loss of each task in nats per target token, in batches of `batch_size` examples, which the
+/// ranks share.
+///
+/// # Errors
+/// A failed collective.
+pub(crate) fn held_out_losses(session: &Session, sets: &[HeldOut], batch_size: usize) -> Result<Vec<(String, f64)>> {
+    let mean = |set: &HeldOut| -> Result<(String, f64)> {
+        let losses = score::shared_losses(&session.model, &session.placement, &set.examples, batch_size)?;
+        let mean = losses.iter().map(|l| l.nll).sum::<f64>() / losses.iter().map(|l| l.targets as f64).sum::<f64>();
+        Ok((set.task.clone(), mean))
     };
-    no_grad(|| sets.iter().map(|set| (set.task.clone(), mean(set))).collect())
+    no_grad(|| sets.iter().map(mean).collect())
 }

@@ -12,9 +12,11 @@ use log::info;
 use tch::{Kind, Tensor, no_grad};
 
 use super::pass::{Forward, ParamGroups, PassConfig};
-use crate::data::{Batch, FeedConfig, Feeder};
+use super::stage::StepShare;
+use super::step::sum_over_ranks;
+use crate::data::{FeedConfig, Feeder};
+use crate::home::{Piece, Pieces};
 use crate::session::Session;
-use crate::weights::{self, Parameters};
 
 /// Subdirectory of a probe with its sums of squared gradients, stored as the weights of a
 /// checkpoint.
@@ -32,49 +34,66 @@ pub struct FisherConfig {
 }
 
 /// Sums the squared gradients of the mean loss over batches, by parameter and in f32; returns the
-/// sums and the number of tokens.
+/// sums of this process's pieces and the number of tokens.
 ///
 /// # Errors
-/// An error of libtorch.
+/// An error of libtorch; a failed collective.
 pub fn squared_gradients(
     session: &Session,
     examples: &[Example],
     config: FisherConfig,
     pass: PassConfig,
-) -> Result<(Parameters, usize)> {
-    let zero = |(name, p): (&String, &Tensor)| (name.clone(), Tensor::zeros(p.size(), (Kind::Float, p.device())));
-    let mut sums: Parameters = session.parameters.iter().map(zero).collect();
-    let feed = FeedConfig { batch_size: config.batch_size, grad_accum: 1, row: None };
+) -> Result<(Pieces, usize)> {
+    let (placement, model) = (&session.placement, &session.model);
+    let zero = |(name, p): (String, Piece)| {
+        let zeros = Tensor::zeros(p.tensor.size(), (Kind::Float, placement.device));
+        (name, p.with(zeros))
+    };
+    let mut sums: Pieces = session.pieces().into_iter().map(zero).collect();
+    let feed = FeedConfig { batch_size: config.batch_size, grad_accum: 1, ranks: placement.world(), row: None };
     let (mut feeder, mut tokens) = (Feeder::new(examples, feed, config.seed), 0);
-    let units = ParamGroups::new(&session.model, &session.parameters, true);
+    let units = ParamGroups::new(model, &session.parameters, true);
     for _ in 0..config.batches {
-        let batch = Batch::at(examples, &feeder.next_step().concat()).to_device(session.model.device());
-        let scale = 1.0 / batch.targets() as f64;
-        // Only one unit's gradients exist at a time.
-        Forward::run(&session.model, &units, &batch, scale, pass).backward(|places, gradients| {
-            for (&i, gradient) in places.iter().zip(gradients) {
-                let sum = sums.get_mut(&units.list[i].0).expect("a gradient of a parameter");
+        let share = StepShare::of(examples, feeder.next_step(), placement);
+        let batch = &share.on(placement.device)[0];
+        let scale = 1.0 / share.targets as f64;
+        let mut add = |unit: usize, grads: Vec<Tensor>| {
+            for (&i, gradient) in units.places[unit].iter().zip(grads) {
+                let sum = &mut sums.get_mut(&units.list[i].0).expect("a gradient of a parameter").tensor;
                 let _ = no_grad(|| sum.g_add_(&gradient.to_kind(Kind::Float).square()));
             }
             Ok(())
-        })?;
-        tokens += batch.tokens();
+        };
+        // Only one unit's gradients exist at a time.
+        let forward = Forward::run(model, &units, batch, scale, pass)?;
+        match model.unit_home() {
+            None => forward.backward(add)?,
+            Some(home) => sum_over_ranks(model, forward, &mut home.no_sums(), |unit, shared| {
+                add(unit, home.gradients(unit, shared))?;
+                home.clear(unit, shared);
+                Ok(())
+            })?,
+        }
+        tokens += share.tokens;
     }
     Ok((sums, tokens))
 }
 
-/// Writes the sums into the subdirectory [`FISHER`] of `staged`; returns the number of tokens.
+/// Writes the sums into the subdirectory [`FISHER`] of `staged`, on rank 0; returns the number of
+/// tokens.
 pub(crate) fn save(
     session: &Session,
     examples: &[Example],
     config: FisherConfig,
     pass: PassConfig,
-    staged: &Path,
+    staged: Option<&Path>,
 ) -> Result<usize> {
     info!("squared gradients of {} batches of {} rows", config.batches, config.batch_size);
     let (sums, tokens) = squared_gradients(session, examples, config, pass)?;
-    let folder = staged.join(FISHER);
-    fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    weights::save(&sums, &folder, Dtype::F32)?;
+    let folder = staged.map(|staged| staged.join(FISHER));
+    if let Some(folder) = &folder {
+        fs::create_dir(folder).with_context(|| format!("creating {}", folder.display()))?;
+    }
+    session.save_pieces(&sums, folder.as_deref(), Dtype::F32)?;
     Ok(tokens)
 }

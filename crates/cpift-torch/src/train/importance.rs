@@ -10,28 +10,33 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use cpift_core::format::names::layer;
-use tch::{Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::weights::Parameters;
+use crate::home::{Piece, Pieces, Placement};
 
-/// Flat indices of elements by parameter, int64 and ascending; parameters without any are left out.
+/// Flat indices of elements within this process's piece of each parameter, int64 and ascending;
+/// parameters without any are left out.
 pub type Positions = BTreeMap<String, Tensor>;
 
 /// Suffix of an average in a saved state.
-const SUFFIX: &str = ".importance";
+pub(super) const IMPORTANCE: &str = ".importance";
 
 /// Moving averages of squared gradients.
 pub struct Importance {
     decay: f64,
-    averages: BTreeMap<String, Tensor>,
+    averages: Pieces,
+    placement: Placement,
     updates: u64,
 }
 
 impl Importance {
-    /// Averages for `parameters`, without any gradient yet.
-    pub fn new<'a>(parameters: impl Iterator<Item = &'a (String, Tensor)>, decay: f64) -> Self {
-        let zero = |(name, p): &(String, Tensor)| (name.clone(), Tensor::zeros(p.size(), (Kind::Float, p.device())));
-        Self { decay, averages: no_grad(|| parameters.map(zero).collect()), updates: 0 }
+    /// Averages for `pieces`, without any gradient yet.
+    pub fn new<'a>(pieces: impl Iterator<Item = (&'a String, &'a Piece)>, decay: f64, placement: &Placement) -> Self {
+        let device = placement.device;
+        let zero = |(name, p): (&String, &Piece)| {
+            (name.clone(), p.with(Tensor::zeros(p.tensor.size(), (Kind::Float, device))))
+        };
+        Self { decay, averages: no_grad(|| pieces.map(zero).collect()), placement: placement.clone(), updates: 0 }
     }
 
     /// Updates the averages with a gradient of every parameter.
@@ -41,7 +46,7 @@ impl Importance {
             for (name, gradient) in gradients {
                 let average = self.averages.get_mut(name).expect("a gradient of a tracked parameter");
                 let square = gradient.to_kind(Kind::Float).square();
-                let _ = average.g_mul_scalar_(old).g_add_(&(square * (1.0 - old)));
+                let _ = average.tensor.g_mul_scalar_(old).g_add_(&(square * (1.0 - old)));
             }
         });
         self.updates += 1;
@@ -54,35 +59,46 @@ impl Importance {
 
     /// The ⌊p·D/100⌋ most important elements after normalisation; ties go to the first in bytewise
     /// name order, then by index.
-    pub fn top(&self, percent: f64) -> Positions {
+    ///
+    /// # Errors
+    /// A failed collective.
+    pub fn top(&self, percent: f64) -> Result<Positions> {
         no_grad(|| {
-            let scores = self.normalised();
-            let total: u64 = scores.values().map(|t| t.numel() as u64).sum();
+            let scores = self.normalised()?;
+            let total: i64 = self.averages.values().map(Piece::whole_len).sum();
             let count = (percent * total as f64 / 100.0).floor() as i64;
-            if count == 0 { Positions::new() } else { largest(&scores, count) }
+            if count == 0 { Ok(Positions::new()) } else { largest(&scores, count, &self.placement) }
         })
     }
 
     /// The averages divided by their layer's mean; a layer of zeros stays zero.
-    fn normalised(&self) -> BTreeMap<String, Tensor> {
+    fn normalised(&self) -> Result<BTreeMap<String, Tensor>> {
         let of = |name: &str| layer(name).map(|(prefix, _)| prefix.to_owned());
-        let mut sums: BTreeMap<Option<String>, (f64, f64)> = BTreeMap::new();
-        for (name, average) in &self.averages {
-            let (sum, count) = sums.entry(of(name)).or_default();
-            *sum += average.sum(Kind::Double).double_value(&[]);
-            *count += average.numel() as f64;
+        let sums = self.averages.values().map(|p| p.tensor.sum(Kind::Double)).collect::<Vec<_>>();
+        let sums = self.placement.total(&Tensor::stack(&sums, 0))?;
+        let mut layers: BTreeMap<Option<String>, (f64, f64)> = BTreeMap::new();
+        for ((name, average), sum) in self.averages.iter().zip(values(&sums)) {
+            let (total, count) = layers.entry(of(name)).or_default();
+            *total += sum;
+            *count += average.whole_len() as f64;
         }
-        let divided = |(name, average): (&String, &Tensor)| {
-            let (sum, count) = sums[&of(name)];
+        let divided = |(name, average): (&String, &Piece)| {
+            let (sum, count) = layers[&of(name)];
             let mean = if sum > 0.0 { sum / count } else { 1.0 };
-            (name.clone(), (average / mean).flatten(0, -1))
+            (name.clone(), (&average.tensor / mean).flatten(0, -1))
         };
-        self.averages.iter().map(divided).collect()
+        Ok(self.averages.iter().map(divided).collect())
     }
 
     /// The averages by name for a saved state; they share storage.
-    pub fn state(&self) -> Parameters {
-        self.averages.iter().map(|(name, t)| (format!("{name}{SUFFIX}"), t.shallow_clone())).collect()
+    pub fn state(&self) -> Pieces {
+        let share = |(name, p): (&String, &Piece)| (format!("{name}{IMPORTANCE}"), p.with(p.tensor.shallow_clone()));
+        self.averages.iter().map(share).collect()
+    }
+
+    /// Device of the averages.
+    pub(super) fn device(&self) -> Device {
+        self.placement.device
     }
 
     /// Marks the averages as restored from a saved state.
@@ -91,39 +107,66 @@ impl Importance {
     }
 }
 
-/// Indices of the `count` largest of `scores`, none of which is negative.
-fn largest(scores: &BTreeMap<String, Tensor>, count: i64) -> Positions {
-    let at_least = |threshold: i64| -> i64 {
-        scores.values().map(|t| t.view_dtype(Kind::Int).ge(threshold).sum(Kind::Int64).int64_value(&[])).sum()
+/// The elements of a one-dimensional f64 tensor.
+fn values(tensor: &Tensor) -> Vec<f64> {
+    Vec::try_from(tensor.to_device(Device::Cpu)).expect("a one-dimensional tensor of doubles")
+}
+
+/// Indices of the `count` largest of all ranks' `scores`, none of which is negative.
+fn largest(scores: &BTreeMap<String, Tensor>, count: i64, placement: &Placement) -> Result<Positions> {
+    let at_least = |threshold: i64| -> Result<i64> {
+        let own: i64 =
+            scores.values().map(|t| t.view_dtype(Kind::Int).ge(threshold).sum(Kind::Int64).int64_value(&[])).sum();
+        Ok(placement.total_count(own as u64)? as i64)
     };
     // The bits of nonnegative floats are ordered like their values: search the largest threshold
     // that enough elements reach.
     let (mut low, mut high) = (0i64, i64::from(f32::INFINITY.to_bits()) + 1);
     while high - low > 1 {
         let middle = low + (high - low) / 2;
-        if at_least(middle) >= count { low = middle } else { high = middle }
+        if at_least(middle)? >= count { low = middle } else { high = middle }
     }
-    let mut ties = count - at_least(low + 1);
+    let ties = count - at_least(low + 1)?;
+    let first = ties_before(scores, low, placement)?;
     let mut chosen = Positions::new();
-    for (name, score) in scores {
+    for ((name, score), before) in scores.iter().zip(first) {
         let bits = score.view_dtype(Kind::Int);
         let equal = bits.eq(low);
         // Of the elements equal to the threshold, take as many as are still needed.
-        let wanted = equal.logical_and(&equal.cumsum(0, Kind::Int64).le(ties));
-        ties -= wanted.sum(Kind::Int64).int64_value(&[]);
+        let wanted = equal.logical_and(&equal.cumsum(0, Kind::Int64).le(ties - before));
         let positions = bits.gt(low).logical_or(&wanted).nonzero().squeeze_dim(1);
         if positions.numel() > 0 {
             chosen.insert(name.clone(), positions);
         }
     }
-    chosen
+    Ok(chosen)
 }
 
-/// Jaccard similarity of two sets of elements.
+/// For this process's piece of each parameter, the number of elements of the value `bits` that come
+/// before it: those of parameters earlier in name order, and those of lower ranks in the same.
+fn ties_before(scores: &BTreeMap<String, Tensor>, bits: i64, placement: &Placement) -> Result<Vec<i64>> {
+    let own: Vec<i64> =
+        scores.values().map(|t| t.view_dtype(Kind::Int).eq(bits).sum(Kind::Int64).int64_value(&[])).collect();
+    let (world, rank) = (placement.world(), placement.rank());
+    let mut counts = vec![0.0; own.len() * world];
+    own.iter().enumerate().for_each(|(i, n)| counts[i * world + rank] = *n as f64);
+    let all = values(&placement.total(&Tensor::from_slice(&counts).to_device(placement.device))?);
+    let sums: Vec<i64> = all
+        .iter()
+        .scan(0, |sum, n| {
+            let before = *sum;
+            *sum += *n as i64;
+            Some(before)
+        })
+        .collect();
+    Ok((0..own.len()).map(|i| sums[i * world + rank]).collect())
+}
+
+/// Jaccard similarity of two sets of elements over all ranks.
 ///
 /// # Errors
-/// An error of libtorch.
-pub fn jaccard(a: &Positions, b: &Positions) -> Result<f64> {
+/// An error of libtorch; a failed collective.
+pub fn jaccard(a: &Positions, b: &Positions, placement: &Placement) -> Result<f64> {
     let size = |p: &Positions| p.values().map(|t| t.numel() as f64).sum::<f64>();
     let mut common = 0.0;
     for (name, positions) in a {
@@ -131,6 +174,8 @@ pub fn jaccard(a: &Positions, b: &Positions) -> Result<f64> {
             common += Tensor::f_isin(positions, other, true, false)?.sum(Kind::Int64).f_double_value(&[])?;
         }
     }
-    let union = size(a) + size(b) - common;
-    Ok(if union == 0.0 { 1.0 } else { common / union })
+    let counts = Tensor::from_slice(&[common, size(a) + size(b)]).to_device(placement.device);
+    let counts = values(&placement.total(&counts)?);
+    let union = counts[1] - counts[0];
+    Ok(if union == 0.0 { 1.0 } else { counts[0] / union })
 }

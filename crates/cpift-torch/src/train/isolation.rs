@@ -6,11 +6,12 @@ use cpift_core::format::mask::Mask;
 use cpift_data::Example;
 use tch::{Kind, Tensor, no_grad};
 
-use super::importance::{Importance, Positions, jaccard};
-use super::step::Trainer;
-use crate::data::{Batch, FeedConfig, Feeder};
+use super::importance::{IMPORTANCE, Importance, Positions, jaccard};
+use super::stage::StepShare;
+use super::step::{StepInput, Trainer};
+use crate::data::{FeedConfig, Feeder};
 use crate::freeze::Freeze;
-use crate::weights::Parameters;
+use crate::home::{Piece, Pieces};
 
 /// Batches of earlier tasks' rows per update of the mask.
 const REFRESH_BATCHES: usize = 4;
@@ -48,11 +49,11 @@ pub struct DynamicConfig<'a> {
 
 impl Isolation<'_> {
     /// Elements frozen throughout the stage.
-    pub(crate) fn freeze(&self, parameters: &Parameters) -> Result<Option<Freeze>> {
+    pub(crate) fn freeze(&self, pieces: &Pieces) -> Result<Option<Freeze>> {
         Ok(match self {
             Self::None | Self::Dynamic(_) => None,
-            Self::Static(masks) => Some(Freeze::new(parameters, masks)?),
-            Self::Cores { own, earlier } => Some(Freeze::all_but(parameters, own, earlier)?),
+            Self::Static(masks) => Some(Freeze::new(pieces, masks)?),
+            Self::Cores { own, earlier } => Some(Freeze::all_but(pieces, own, earlier)?),
         })
     }
 }
@@ -77,13 +78,13 @@ pub(crate) struct Drift {
 }
 
 impl<'a> DynamicMask<'a> {
-    pub fn new(config: &'a DynamicConfig<'a>, trainer: &Trainer<'_>, batch_size: usize, seed: u64) -> Self {
-        let feed = FeedConfig { batch_size, grad_accum: 1, row: None };
+    /// A mask whose importance is measured on batches of a step's size.
+    pub fn new(config: &'a DynamicConfig<'a>, trainer: &Trainer<'_>, feed: FeedConfig, seed: u64) -> Self {
         Self {
             config,
-            importance: Importance::new(trainer.trainable().iter(), config.decay),
+            importance: Importance::new(trainer.trainable(), config.decay, trainer.placement()),
             first: Positions::new(),
-            feeder: Feeder::new(config.examples, feed, seed),
+            feeder: Feeder::new(config.examples, feed.unpacked(), seed),
             tokens: 0,
         }
     }
@@ -95,77 +96,81 @@ impl<'a> DynamicMask<'a> {
 
     /// Measures importance at the current weights and freezes the top elements; others may change
     /// again.
-    pub fn renew(&mut self, trainer: &mut Trainer<'_>, parameters: &Parameters) -> Result<Drift> {
+    pub fn renew(&mut self, trainer: &mut Trainer<'_>) -> Result<Drift> {
+        let placement = trainer.placement().clone();
         for _ in 0..REFRESH_BATCHES {
-            let batch = Batch::at(self.config.examples, &self.feeder.next_step().concat()).to_device(trainer.device());
-            self.tokens += batch.tokens();
-            let gradients = trainer.gradients(&batch)?;
+            let share = StepShare::of(self.config.examples, self.feeder.next_step(), &placement);
+            self.tokens += share.tokens;
+            let batches = share.on(placement.device);
+            let input = StepInput { batches: &batches, targets: share.targets, stop: false };
+            let gradients = trainer.gradients(&input)?;
             self.importance.update(gradients.iter().map(|(name, grad)| (*name, grad)));
         }
-        let now = self.freeze(trainer, parameters);
+        let now = self.freeze(trainer)?;
         if self.first.is_empty() {
             self.first = now.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
         }
-        let protected = trainer.freeze.as_ref().map_or(0, Freeze::len);
-        Ok(Drift { protected, jaccard: jaccard(&self.first, &now)? })
+        let protected = placement.total_count(trainer.freeze.as_ref().map_or(0, Freeze::len))?;
+        Ok(Drift { protected, jaccard: jaccard(&self.first, &now, &placement)? })
     }
 
-    fn freeze(&self, trainer: &mut Trainer<'_>, parameters: &Parameters) -> Positions {
-        let now = self.importance.top(self.config.percent);
-        trainer.freeze = Some(Freeze::at(parameters, &now));
-        now
+    fn freeze(&self, trainer: &mut Trainer<'_>) -> Result<Positions> {
+        let now = self.importance.top(self.config.percent)?;
+        trainer.freeze = Some(Freeze::at(trainer.pieces(), &now));
+        Ok(now)
     }
 
-    /// Tensors for a saved state, by name.
-    pub fn state(&self, parameters: &Parameters) -> Parameters {
-        let first = |(name, index): (&String, &Tensor)| {
-            let p = &parameters[name];
-            let mut bits = Tensor::zeros([p.numel() as i64], (Kind::Float, p.device()));
+    /// Pieces for a saved state, by name: averages, and the first mask as zeros and ones.
+    pub fn state(&self, pieces: &Pieces) -> Pieces {
+        let mut state = self.blank(pieces);
+        for (name, index) in &self.first {
+            let bits = &mut state.get_mut(&format!("{name}{FIRST}")).expect("blank has every parameter").tensor;
             let _ = no_grad(|| bits.index_fill_(0, index, 1.0));
-            (format!("{name}{FIRST}"), bits)
-        };
-        self.importance.state().into_iter().chain(self.first.iter().map(first)).collect()
+        }
+        state
     }
 
-    /// Zero tensors to load a saved state into.
-    pub fn blank(&self, names: impl Iterator<Item = String>, parameters: &Parameters) -> Parameters {
-        let first = names.filter_map(|name| {
-            let p = &parameters[name.strip_suffix(FIRST)?];
-            Some((name, Tensor::zeros([p.numel() as i64], (Kind::Float, p.device()))))
-        });
-        first.chain(self.importance.state()).collect()
+    /// As [`DynamicMask::state`] with an empty first mask, to load a saved state into.
+    pub fn blank(&self, pieces: &Pieces) -> Pieces {
+        let averages = self.importance.state();
+        let tracked = |name: &str| averages.contains_key(&format!("{name}{IMPORTANCE}"));
+        let first = |(name, p): (&String, &Piece)| {
+            let device = self.importance.device();
+            (format!("{name}{FIRST}"), p.with(Tensor::zeros([p.len()], (Kind::Float, device))))
+        };
+        let firsts: Vec<_> = pieces.iter().filter(|(name, _)| tracked(name)).map(first).collect();
+        averages.into_iter().chain(firsts).collect()
     }
 
     /// Restores the mask after `steps` steps from the tensors of a saved state (see
     /// [`DynamicMask::blank`]).
-    pub fn restore(
-        &mut self,
-        restored: &Parameters,
-        steps: usize,
-        tokens: usize,
-        trainer: &mut Trainer<'_>,
-        parameters: &Parameters,
-    ) {
+    ///
+    /// # Errors
+    /// A failed collective.
+    pub fn restore(&mut self, restored: &Pieces, steps: usize, tokens: usize, trainer: &mut Trainer<'_>) -> Result<()> {
         let renewed = steps.div_ceil(self.config.interval);
         if renewed == 0 {
-            return;
+            return Ok(());
         }
         self.importance.restored();
         self.feeder.skip(renewed * REFRESH_BATCHES);
         self.tokens = tokens;
-        let first = |(name, bits): (&String, &Tensor)| {
-            Some((name.strip_suffix(FIRST)?.to_owned(), bits.nonzero().squeeze_dim(1)))
+        let first = |(name, bits): (&String, &Piece)| {
+            let index = bits.tensor.nonzero().squeeze_dim(1);
+            Some((name.strip_suffix(FIRST)?.to_owned(), index)).filter(|(_, index)| index.numel() > 0)
         };
         self.first = restored.iter().filter_map(first).collect();
-        self.freeze(trainer, parameters);
+        self.freeze(trainer).map(drop)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Batch;
     use crate::session::{Precision, Session};
     use crate::train::step::StepConfig;
+    use crate::weights::Parameters;
     use cpift_testkit::model::write_tiny_model;
     use tch::Device;
 
@@ -187,19 +192,20 @@ mod tests {
         let parameters = &session.parameters;
         let (earlier, own) = (examples(3), examples(101));
         let config = DynamicConfig { examples: &earlier, percent: 10.0, decay: 0.5, interval: 3 };
-        let mut trainer = Trainer::new(&session.model, parameters, None, StepConfig::default());
-        let mut mask = DynamicMask::new(&config, &trainer, 4, 1);
+        let mut trainer = Trainer::new(&session.model, parameters, None, StepConfig::default()).unwrap();
+        let feed = FeedConfig { batch_size: 4, grad_accum: 1, ranks: 1, row: None };
+        let mut mask = DynamicMask::new(&config, &trainer, feed, 1);
         let total: usize = parameters.values().map(Tensor::numel).sum();
         let batch = Batch::new(&own.iter().collect::<Vec<_>>());
         let (mut similarities, mut kept) = (Vec::new(), Vec::new());
         for step in 0..9 {
             if mask.is_due(step) {
-                let drift = mask.renew(&mut trainer, parameters).unwrap();
+                let drift = mask.renew(&mut trainer).unwrap();
                 assert_eq!(drift.protected, (total as u64) / 10);
                 similarities.push(drift.jaccard);
                 kept = values(parameters);
             }
-            trainer.step(std::slice::from_ref(&batch), 2e-2, 0).unwrap();
+            trainer.step(&StepInput::alone(std::slice::from_ref(&batch)), 2e-2, 0).unwrap();
             let same: usize = values(parameters)
                 .iter()
                 .zip(&kept)
@@ -207,7 +213,7 @@ mod tests {
                 .sum();
             // All but the protected elements change: without weight decay, those that have ever had
             // a gradient.
-            let frozen = mask.importance.top(10.0);
+            let frozen = mask.importance.top(10.0).unwrap();
             for (name, index) in &frozen {
                 let (now, then) = (&parameters[name].flatten(0, -1), kept.iter().find(|(n, _)| n == name).unwrap());
                 let then = Tensor::from_slice(&then.1);

@@ -10,7 +10,6 @@ use tch::{Kind, Tensor, no_grad};
 
 use super::pass::ParamGroups;
 use crate::model::EMBEDDING;
-use crate::weights::Parameters;
 
 /// The output layer, which has no adapter, as the embedding has none.
 const HEAD: &str = "lm_head.weight";
@@ -96,10 +95,8 @@ impl Adapters {
         });
     }
 
-    /// Tensors that a saved state stores for `parameters`: the weights without their adapters.
-    pub fn without(&self, parameters: &Parameters) -> Parameters {
-        let mut all: Parameters = parameters.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
-        all.extend(self.list.iter().map(|x| (x.name.clone(), x.before.shallow_clone())));
-        all
+    /// Name and weight without its adapter, for a saved state.
+    pub fn before(&self) -> impl Iterator<Item = (&String, &Tensor)> {
+        self.list.iter().map(|x| (&x.name, &x.before))
     }
 }

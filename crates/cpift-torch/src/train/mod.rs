@@ -27,4 +27,4 @@ pub use pass::{PassConfig, loss_and_gradients};
 pub use run::Run;
 pub use stage::{Stage, StageReport};
 pub use state::{States, verify_states};
-pub use step::{StepConfig, StepOutcome, Trainer};
+pub use step::{StepConfig, StepInput, StepOutcome, Trainer};

@@ -1,12 +1,14 @@
 //! Forward and backward pass, unit by unit: embedding, each block, head. Each unit has an autograd
 //! graph of its own, so that gradients come one unit at a time, last unit first, and activations
-//! can be recomputed instead of kept.
+//! can be recomputed instead of kept. A unit's weights are lent to the model ([`crate::home`])
+//! while it computes, and those of the next unit are on their way meanwhile.
 
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::data::Batch;
 use crate::ffi::grad;
+use crate::home::{Asked, Home, Lent, Parked};
 use crate::loss::{self, HeadLoss};
 use crate::model::{Attended, CausalLM, EMBEDDING};
 use crate::weights::Parameters;
@@ -25,7 +27,7 @@ pub(crate) struct ParamGroups {
     /// Name and tensor of every trainable parameter, unit by unit.
     pub list: Vec<(String, Tensor)>,
     /// Indices into the list of each unit's parameters, embedding first and head last.
-    places: Vec<Vec<usize>>,
+    pub places: Vec<Vec<usize>>,
 }
 
 impl ParamGroups {
@@ -63,38 +65,74 @@ pub(crate) struct Forward<'a> {
     units: &'a ParamGroups,
     attended: Attended,
     embedded: Tensor,
-    /// Input of each block, and its output with the graph if that is kept.
-    blocks: Vec<(Tensor, Option<Tensor>)>,
+    blocks: Vec<BlockPass>,
     /// Input of the head.
     last: Tensor,
     normed: Tensor,
     head: HeadLoss,
+    /// Weights of the head, and those of the embedding if the output matrix is tied to it.
+    _head_weights: (Lent, Option<Lent>),
+}
+
+/// A block's forward pass.
+struct BlockPass {
+    input: Tensor,
+    /// Output with its graph, and the weights that the graph needs, if the graph is kept.
+    kept: Option<(Tensor, Parked)>,
+}
+
+impl BlockPass {
+    /// Starts to bring the weights of the last of `blocks` to the device, for its backward pass.
+    fn ask_last(blocks: &mut [Self], home: &Home) -> Result<Option<(Asked, Option<Tensor>)>> {
+        let unit = blocks.len();
+        let Some(block) = blocks.last_mut() else { return Ok(None) };
+        Ok(Some(match block.kept.take() {
+            Some((output, parked)) => (parked.ask()?, Some(output)),
+            None => (home.ask(unit)?, None),
+        }))
+    }
 }
 
 impl<'a> Forward<'a> {
     /// Runs `batch` forward; the gradients will be those of `scale` · the summed loss.
-    pub fn run(model: &'a CausalLM, units: &'a ParamGroups, batch: &Batch, scale: f64, config: PassConfig) -> Self {
+    ///
+    /// # Errors
+    /// A failed collective.
+    pub fn run(
+        model: &'a CausalLM,
+        units: &'a ParamGroups,
+        batch: &Batch,
+        scale: f64,
+        config: PassConfig,
+    ) -> Result<Self> {
+        let (home, tied) = (&model.home, model.config.tie_word_embeddings);
         let attended = model.documents(&batch.lengths);
+        let table = home.ask(0)?.lend()?;
+        let mut next = home.ask(1)?;
         let embedded = model.embed(&batch.ids_bs);
+        let table = tied.then_some(table);
         let mut x_bse = embedded.detach();
         let mut blocks = Vec::new();
         for (layer, block) in model.blocks.iter().enumerate() {
+            let weights = next.lend()?;
+            next = home.ask(layer + 2)?;
             // Without a trained embedding, the first block's input needs no gradient.
             let input = x_bse.set_requires_grad(layer > 0 || units.embedding());
             if config.checkpointing {
                 x_bse = no_grad(|| block.forward(&input, &attended, None));
-                blocks.push((input, None));
+                blocks.push(BlockPass { input, kept: None });
             } else {
                 let output = block.forward(&input, &attended, None);
                 x_bse = output.detach();
-                blocks.push((input, Some(output)));
+                blocks.push(BlockPass { input, kept: Some((output, weights.park()?)) });
             }
         }
+        let weights = next.lend()?;
         let last = x_bse.set_requires_grad(true);
         let normed = model.final_norm(&last.squeeze_dim(0).index_select(0, &batch.places_n));
-        let train_matrix = if model.config.tie_word_embeddings { units.embedding() } else { true };
+        let train_matrix = if tied { units.embedding() } else { true };
         let head = loss::backward(model, &normed.detach(), &batch.labels_n, scale, config.loss_chunk, train_matrix);
-        Self { model, units, attended, embedded, blocks, last, normed, head }
+        Ok(Self { model, units, attended, embedded, blocks, last, normed, head, _head_weights: (weights, table) })
     }
 
     /// Loss summed over the targets, not scaled: one f64 element.
@@ -102,13 +140,13 @@ impl<'a> Forward<'a> {
         &self.head.sum
     }
 
-    /// Passes the gradients of each unit to `sink`, last unit first, with their indices in the list
-    /// of trainable parameters; the unit's activations are freed before.
+    /// Passes the gradients of each unit to `sink`, last unit first, with the unit's index, in the
+    /// order of its trainable parameters; the unit's activations are freed before.
     ///
     /// # Errors
-    /// Errors of `sink` and of libtorch.
-    pub fn backward(self, mut sink: impl FnMut(&[usize], Vec<Tensor>) -> Result<()>) -> Result<()> {
-        let Self { model, units, attended, embedded, mut blocks, last, normed, head } = self;
+    /// Errors of `sink` and of libtorch; a failed collective.
+    pub fn backward(self, mut sink: impl FnMut(usize, Vec<Tensor>) -> Result<()>) -> Result<()> {
+        let Self { model, units, attended, embedded, mut blocks, last, normed, head, _head_weights } = self;
         let head_unit = units.places.len() - 1;
         let mut tied = None;
         let mut x_grad = {
@@ -121,12 +159,16 @@ impl<'a> Forward<'a> {
             } else {
                 grads.extend(head.grad_matrix);
             }
-            drop((normed, last, head.grad_hidden));
-            sink(&units.places[head_unit], grads)?;
+            drop((normed, last, head.grad_hidden, _head_weights));
+            sink(head_unit, grads)?;
             x_grad
         };
-        while let Some((input, kept)) = blocks.pop() {
+        let mut next = BlockPass::ask_last(&mut blocks, &model.home)?;
+        while let Some(BlockPass { input, .. }) = blocks.pop() {
             let layer = blocks.len();
+            let (asked, kept) = next.take().expect("asked for before");
+            let weights = asked.lend()?;
+            next = BlockPass::ask_last(&mut blocks, &model.home)?;
             let output = kept.unwrap_or_else(|| model.blocks[layer].forward(&input, &attended, None));
             let mut inputs = units.tensors(layer + 1);
             if input.requires_grad() {
@@ -136,15 +178,16 @@ impl<'a> Forward<'a> {
             if input.requires_grad() {
                 x_grad = grads.pop().expect("the input's gradient is last");
             }
-            drop((output, input));
-            sink(&units.places[layer + 1], grads)?;
+            drop((output, input, weights));
+            sink(layer + 1, grads)?;
         }
         if units.embedding() {
+            // Only the shape of the table counts here.
             let mut grads = grad(&embedded, Some(&x_grad), &units.tensors(0))?;
             if let Some(matrix) = tied {
                 grads[0] = no_grad(|| matrix + &grads[0].to_kind(Kind::Float));
             }
-            sink(&units.places[0], grads)?;
+            sink(0, grads)?;
         }
         Ok(())
     }
@@ -162,11 +205,11 @@ pub fn loss_and_gradients(
 ) -> Result<(f64, Parameters)> {
     let units = ParamGroups::new(model, parameters, true);
     let scale = 1.0 / batch.targets() as f64;
-    let forward = Forward::run(model, &units, batch, scale, config);
+    let forward = Forward::run(model, &units, batch, scale, config)?;
     let loss = forward.loss().double_value(&[]) * scale;
     let mut all = Parameters::new();
-    forward.backward(|places, grads| {
-        all.extend(places.iter().map(|&i| units.list[i].0.clone()).zip(grads));
+    forward.backward(|unit, grads| {
+        all.extend(units.places[unit].iter().map(|&i| units.list[i].0.clone()).zip(grads));
         Ok(())
     })?;
     Ok((loss, all))

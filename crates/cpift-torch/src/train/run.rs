@@ -20,12 +20,12 @@ use super::fisher::{self, FisherConfig};
 use super::isolation::{DynamicMask, Isolation};
 use super::lora::LoraConfig;
 use super::pass::PassConfig;
-use super::stage::{Stage, StageReport, plan_steps, receive};
-use super::state::{Progress, RUN, SavedState, States};
-use super::step::{StepConfig, StepOutcome, Trainer};
+use super::stage::{Stage, StageReport, StepShare, plan_steps, receive};
+use super::state::{Part, Progress, RUN, SavedState, States};
+use super::step::{StepConfig, StepInput, StepOutcome, Trainer};
 use super::watch::{METRICS, StageWatch, StepFigures, Watch};
 use crate::args::TrainingArgs;
-use crate::data::{Batch, FeedConfig, Feeder};
+use crate::data::{FeedConfig, Feeder};
 use crate::freeze::Freeze;
 use crate::oom;
 use crate::optim::CosineWithWarmup;
@@ -35,7 +35,7 @@ use crate::session::Session;
 const IMPORTANCE: u64 = u64::MAX;
 
 /// A training run: trains a model in place through its stages, from the start or from a saved
-/// state.
+/// state. With several ranks each runs it; rank 0 writes all but the ranks' own parts of a state.
 pub struct Run<'a> {
     /// The open checkpoint.
     pub session: &'a Session,
@@ -79,50 +79,77 @@ impl Run<'_> {
         mut recorder: Recorder,
         record: impl FnOnce(&mut Recorder, &[StageReport]),
     ) -> Result<Option<Vec<StageReport>>> {
-        if self.args.resume && !common.force() && self.states.finished(out)? {
+        let placement = &self.session.placement;
+        let leads = placement.rank() == 0;
+        let finished = || -> Result<bool> { Ok(self.args.resume && !common.force() && self.states.finished(out)?) };
+        if placement.decide("the run is finished", finished)? {
             info!("{} is finished already", out.display());
             return Ok(None);
         }
-        let _held = self.states.hold()?;
+        let _held = leads.then(|| self.states.hold()).transpose()?;
         let _steps = SignalScope::begin(Phase::Steps);
-        let staged = StagedDir::create(out, common.force())?;
+        let staged = leads.then(|| StagedDir::create(out, common.force())).transpose()?;
         let reports = self.train(common.force())?;
         // A signal while the output is written must not lose the trained weights.
         let _output = SignalScope::begin(Phase::Output);
-        self.session.save(staged.path(), self.args.save_dtype)?;
+        let folder = staged.as_ref().map(StagedDir::path);
+        self.session.save(folder, self.args.save_dtype)?;
         if let Some(config) = self.fisher {
             let examples = self.stages.last().expect("a run has a stage").examples;
-            let tokens = fisher::save(self.session, examples, config, self.step_config().pass, staged.path())?;
+            let tokens = fisher::save(self.session, examples, config, self.step_config().pass, folder)?;
             recorder.fact("fisher_tokens", tokens);
         }
-        fs::copy(self.states.metrics(), staged.path().join(METRICS)).context("copying metrics.jsonl")?;
-        recorder.seed(self.args.seed);
-        record(&mut recorder, &reports);
-        recorder.fact(RUN, self.states.run());
-        recorder.write_into(staged.path())?;
-        staged.commit()?;
-        self.states.remove()?;
+        if let Some(staged) = staged {
+            fs::copy(self.states.metrics(), staged.path().join(METRICS)).context("copying metrics.jsonl")?;
+            recorder.seed(self.args.seed);
+            record(&mut recorder, &reports);
+            recorder.fact(RUN, self.states.run());
+            recorder.write_into(staged.path())?;
+            staged.commit()?;
+            self.states.remove()?;
+        }
         Ok(Some(reports))
     }
 
     /// Trains through all stages.
     fn train(&self, force: bool) -> Result<Vec<StageReport>> {
-        let mut found = if self.args.resume { self.states.newest(force)? } else { None };
+        let placement = &self.session.placement;
+        let mut found = self.find_state(force)?;
         match &found {
             Some(state) => info!("resuming from {}", state.folder.display()),
-            None => self.states.start_afresh(force || self.args.resume)?,
+            None => drop(placement.decide("old states are removed", || {
+                self.states.start_afresh(force || self.args.resume).map(|()| true)
+            })?),
         }
         let mut reports = found.as_ref().map_or_else(Vec::new, |f| f.position.finished.clone());
         let earlier = found.as_ref().map(|f| f.folder.join(METRICS));
         let first = steps_of(&reports) + found.as_ref().map_or(0, |f| f.position.step);
         let board = self.args.tensorboard.as_deref();
         let device = self.session.model.device();
-        let mut watch = Watch::start(self.states.metrics(), earlier.as_deref(), board, first, device)?;
+        let mut watch = match placement.rank() {
+            0 => Watch::start(self.states.metrics(), earlier.as_deref(), board, first, device)?,
+            _ => Watch::silent(device),
+        };
         for stage in &self.stages[reports.len()..] {
             let report = StageRun::new(self, stage, &reports, found.take())?.go(&mut watch)?;
             reports.push(report);
         }
         Ok(reports)
+    }
+
+    /// The state to resume from, which rank 0 chooses.
+    fn find_state(&self, force: bool) -> Result<Option<SavedState>> {
+        if !self.args.resume {
+            return Ok(None);
+        }
+        let Some(group) = &self.session.placement.group else { return self.states.newest(force) };
+        let newest = (group.rank() == 0).then(|| self.states.newest(force)).transpose()?.flatten();
+        let own = newest.as_ref().map_or_else(String::new, |state| state.folder.to_string_lossy().into_owned());
+        let chosen = group.share("the state to resume from", (group.rank() == 0).then_some(own.as_str()))?;
+        match newest {
+            None if !chosen.is_empty() => self.states.read(Path::new(&chosen)).map(Some),
+            found => Ok(found),
+        }
     }
 
     fn step_config(&self) -> StepConfig {
@@ -141,6 +168,7 @@ impl Run<'_> {
         FeedConfig {
             batch_size: self.args.batch_size,
             grad_accum: self.args.grad_accum,
+            ranks: self.session.placement.world(),
             row: self.args.packing.then(|| self.args.max_length.unwrap_or(longest).max(longest)),
         }
     }
@@ -153,6 +181,8 @@ struct StageRun<'a> {
     schedule: CosineWithWarmup,
     position: Progress,
     found: Option<SavedState>,
+    /// A step has told all ranks to stop.
+    stop: bool,
 }
 
 impl<'a> StageRun<'a> {
@@ -162,9 +192,8 @@ impl<'a> StageRun<'a> {
         finished: &[StageReport],
         found: Option<SavedState>,
     ) -> Result<Self> {
-        let parameters = &run.session.parameters;
         if let Some(found) = &found {
-            found.load(parameters)?;
+            found.load(Part::Weights, &run.session.pieces())?;
         }
         let finished = finished.to_vec();
         let fresh = Progress { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
@@ -173,14 +202,15 @@ impl<'a> StageRun<'a> {
         // The first step of a warm-up has rate 0, so a stage of one step has none.
         let warmup = ((run.args.warmup_ratio * total as f64).ceil() as usize).min(total - 1);
         let schedule = CosineWithWarmup { peak: stage.lr, warmup_steps: warmup, total_steps: total };
-        Ok(Self { run, stage, schedule, position, found })
+        Ok(Self { run, stage, schedule, position, found, stop: false })
     }
 
     fn go(mut self, watch: &mut Watch) -> Result<StageReport> {
         let (run, stage, session) = (self.run, self.stage, self.run.session);
         // Frozen elements have their values from the start of the stage, in a saved state too.
-        let freeze = stage.isolation.freeze(&session.parameters)?;
-        let frozen = freeze.as_ref().map_or(0, Freeze::len);
+        let placement = &session.placement;
+        let freeze = stage.isolation.freeze(&session.pieces())?;
+        let frozen = placement.total_count(freeze.as_ref().map_or(0, Freeze::len))?;
         let attention = session.model.attention();
         info!(
             "{}: {} examples, {} steps, {frozen} elements frozen; {attention}",
@@ -188,10 +218,10 @@ impl<'a> StageRun<'a> {
             stage.examples.len(),
             self.total()
         );
-        let mut trainer = Trainer::new(&session.model, &session.parameters, freeze, run.step_config());
+        let mut trainer = Trainer::placed(&session.model, &session.parameters, freeze, run.step_config(), placement)?;
         let mut moving = match &stage.isolation {
             Isolation::Dynamic(config) => {
-                Some(DynamicMask::new(config, &trainer, run.args.batch_size, splitmix64(stage.seed, IMPORTANCE)))
+                Some(DynamicMask::new(config, &trainer, run.feed_config(stage), splitmix64(stage.seed, IMPORTANCE)))
             }
             _ => None,
         };
@@ -206,17 +236,14 @@ impl<'a> StageRun<'a> {
         thread::scope(|scope| {
             // Batches are made while the device runs the previous steps.
             let (sender, batches) = sync_channel(2);
-            let (count, device) = (steps.len(), session.model.device());
+            let (count, device, examples) = (steps.len(), session.model.device(), stage.examples);
+            let (rank, world) = (placement.rank(), placement.world());
             let maker = scope.spawn(move || {
                 oom::handled_by_another_thread();
                 for _ in 0..count {
-                    let chosen = feeder.next_step();
-                    let made = chosen
-                        .iter()
-                        .map(|places| Batch::at(stage.examples, places).pinned(device))
-                        .collect::<Vec<Batch>>();
+                    let share = StepShare::of_rank(examples, feeder.next_step(), rank, world).pinned(device);
                     // The receiver is gone if the stage has ended early.
-                    if sender.send((chosen.concat(), made)).is_err() {
+                    if sender.send(share).is_err() {
                         return;
                     }
                 }
@@ -225,17 +252,18 @@ impl<'a> StageRun<'a> {
             for step in steps {
                 if let Some(mask) = moving.as_mut().filter(|mask| mask.is_due(step)) {
                     let clock = Instant::now();
-                    let drift = mask.renew(&mut trainer, &session.parameters)?;
+                    let drift = mask.renew(&mut trainer)?;
                     self.position.importance_tokens = mask.tokens;
                     watch.mask(step + 1, drift.protected, drift.jaccard, clock.elapsed())?;
                 }
-                let (chosen, host) = receive(&batches, &mut maker)?;
-                pending.push(self.step(&mut trainer, step, chosen, &host)?);
+                let share = receive(&batches, &mut maker)?;
+                pending.push(self.step(&mut trainer, step, share)?);
                 self.after_step(&trainer, moving.as_ref(), &mut pending, &mut watch)?;
             }
             Ok::<(), anyhow::Error>(())
         })?;
-        Ok(self.report(trainer.freeze.as_ref().map_or(0, Freeze::len)))
+        let frozen = placement.total_count(trainer.freeze.as_ref().map_or(0, Freeze::len))?;
+        Ok(self.report(frozen))
     }
 
     /// Restores the rest of a state whose weights are already loaded.
@@ -245,15 +273,15 @@ impl<'a> StageRun<'a> {
         trainer: &mut Trainer<'_>,
         moving: Option<&mut DynamicMask<'_>>,
     ) -> Result<()> {
-        let (parameters, position) = (&self.run.session.parameters, &self.position);
-        found.load_moments(&trainer.optimizer.moments())?;
+        let position = &self.position;
+        found.load(Part::Moments, &trainer.optimizer.moments())?;
         trainer.optimizer.set_steps(position.step);
         if let Some(mask) = moving {
-            let extra = mask.blank(found.extra_names().into_iter(), parameters);
-            found.load_extra(&extra)?;
-            mask.restore(&extra, position.step, position.importance_tokens, trainer, parameters);
+            let extra = mask.blank(trainer.pieces());
+            found.load(Part::Extra, &extra)?;
+            mask.restore(&extra, position.step, position.importance_tokens, trainer)?;
         } else if self.run.lora.is_some() {
-            found.load_extra(&trainer.adapters())?;
+            found.load(Part::Extra, &trainer.adapters())?;
             trainer.merge();
         }
         Ok(())
@@ -264,16 +292,16 @@ impl<'a> StageRun<'a> {
     }
 
     /// Starts step `step`, counted from 0; on CUDA it may still be running when this returns.
-    fn step(&mut self, trainer: &mut Trainer<'_>, step: usize, chosen: Vec<usize>, host: &[Batch]) -> Result<Pending> {
-        let device = self.run.session.model.device();
-        let batches: Vec<Batch> = host.iter().map(|b| b.to_device(device)).collect();
+    fn step(&mut self, trainer: &mut Trainer<'_>, step: usize, share: StepShare) -> Result<Pending> {
+        let batches = share.on(self.run.session.model.device());
         let lr = self.schedule.rate(step);
+        let input = StepInput { batches: &batches, targets: share.targets, stop: stop_asked().is_some() };
         let outcome = trainer
-            .step(&batches, lr, splitmix64(self.stage.seed, step as u64))
+            .step(&input, lr, splitmix64(self.stage.seed, step as u64))
             .with_context(|| format!("{}, step {}", self.stage.label, step + 1))?;
         self.position.step = step + 1;
-        self.position.tokens += batches.iter().map(Batch::tokens).sum::<usize>();
-        Ok(Pending { step: step + 1, lr, tokens: self.position.tokens, outcome, chosen })
+        self.position.tokens += share.tokens;
+        Ok(Pending { step: step + 1, lr, tokens: self.position.tokens, outcome, chosen: share.chosen })
     }
 
     /// After a step: metrics, held-out losses, a saved state, stopping.
@@ -289,7 +317,8 @@ impl<'a> StageRun<'a> {
         let evaluate = args.eval_every.is_some() && (every(args.eval_every) || step == total);
         // The last step of the last stage is followed by the output itself.
         let last = step == total && self.position.finished.len() + 1 == self.run.stages.len();
-        let save = (every(args.save_every) && !last) || stop_asked().is_some();
+        let stop = self.must_stop(pending);
+        let save = (every(args.save_every) && !last) || stop;
         // Reading metrics synchronises with the device.
         if !session.model.device().is_cuda() || evaluate || save || step == total || step % args.log_every == 0 {
             let count = pending.len();
@@ -299,21 +328,24 @@ impl<'a> StageRun<'a> {
         }
         if evaluate {
             let clock = Instant::now();
-            let losses = held_out_losses(&session.model, &self.run.held_out, args.batch_size);
+            let losses = held_out_losses(session, &self.run.held_out, args.batch_size)?;
             watch.held_out(step, &losses, clock.elapsed())?;
         }
         if save {
             let (clock, _saving) = (Instant::now(), SignalScope::begin(Phase::State));
             let steps = steps_of(&self.position.finished) + step;
-            let moments = trainer.optimizer.moments();
-            let extra = moving.map_or_else(|| trainer.adapters(), |mask| mask.state(&session.parameters));
-            let weights = trainer.stored(&session.parameters);
-            let folder = self.run.states.save(steps, &self.position, &weights, &moments, &extra)?;
+            let extra = moving.map_or_else(|| trainer.adapters(), |mask| mask.state(trainer.pieces()));
+            let parts =
+                [(Part::Weights, trainer.stored()), (Part::Moments, trainer.optimizer.moments()), (Part::Extra, extra)];
+            let folder = self.run.states.save(steps, &self.position, &parts, &session.placement)?;
             watch.saved(clock);
-            // A signal may have arrived while the state was saved.
-            if let Some(signal) = stop_asked() {
+            // A signal may have arrived while the state was saved; ranks wait for the next step,
+            // which tells them all.
+            let alone = session.placement.group.is_none();
+            if stop || (alone && stop_asked().is_some()) {
                 let message = format!(
-                    "stopped by {signal} after step {step} of {}; saved {}",
+                    "stopped by {} after step {step} of {}; saved {}",
+                    stop_asked().unwrap_or("a signal to another rank"),
                     self.stage.label,
                     folder.display()
                 );
@@ -321,6 +353,19 @@ impl<'a> StageRun<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Returns true if the run must stop after this step. Ranks decide by what a step has told them
+    /// all: this one on the CPU, the one before on CUDA, so that the device does not wait.
+    fn must_stop(&mut self, pending: &[Pending]) -> bool {
+        let placement = &self.run.session.placement;
+        if placement.group.is_none() {
+            return stop_asked().is_some();
+        }
+        let behind = usize::from(placement.device.is_cuda());
+        let told = pending.iter().rev().nth(behind).is_some_and(|done| done.outcome.stop_asked());
+        self.stop |= told;
+        self.stop
     }
 
     /// Reads a step's loss and norm; values that are not finite end the run.
@@ -348,6 +393,7 @@ impl<'a> StageRun<'a> {
             ));
         }
         self.position.losses.push(loss);
+        self.stop |= done.outcome.stop_asked();
         watch.step(&StepFigures { step: done.step, loss, grad_norm, lr: done.lr, tokens: done.tokens, timed })
     }
 

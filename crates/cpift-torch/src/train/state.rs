@@ -1,10 +1,13 @@
 //! Saved training states: OUT.checkpoints/step-N is written whole or not at all and holds
 //! everything the rest of a run depends on.
 //!
-//! weights/ and moments/ (safetensors, in the dtypes of training), extra/ for adapters or a dynamic
-//! mask (f32), metrics.jsonl so far, and state.json with the digests of all files. The order of the
-//! data, the learning rate and the random bits follow from seed and step and are not saved. The
-//! running job writes OUT.checkpoints/metrics.jsonl, which stays if the run fails.
+//! rank-R-of-M.safetensors has the pieces that rank R of M keeps: `weights/NAME` and
+//! `moments/NAME.exp_avg` in the dtypes of training, and `extra/NAME` of adapters or of a dynamic
+//! mask (f32). Each is flat; the metadata has its start in the whole tensor and the whole shape, so
+//! that any number of ranks can load it. Besides, metrics.jsonl so far, and state.json with the
+//! digests of all files. The order of the data, the learning rate and the random bits follow from
+//! seed and step and are not saved. The running job writes OUT.checkpoints/metrics.jsonl, which
+//! stays if the run fails.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -15,21 +18,23 @@ use anyhow::{Context, Result, bail};
 use cpift_core::files::{NewFolders, RECORD_NAME, StagedDir};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
-use cpift_core::{BadInput, Checkpoint, Dtype};
+use cpift_core::format::safetensors::{FileWriter, MappedFile, TensorSpec};
+use cpift_core::{BadInput, Dtype};
 use log::warn;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::stage::StageReport;
 use super::watch::METRICS;
 use crate::args::TrainingArgs;
-use crate::weights::{self, Parameters};
+use crate::home::{Piece, Pieces, Placement};
+use crate::weights::{bytes_of, first_not_finite, kind_of};
 
-const WEIGHTS: &str = "weights";
-const MOMENTS: &str = "moments";
-const EXTRA: &str = "extra";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const STATE: &str = "state.json";
+/// Metadata key of a rank's file.
+const META: &str = "cpift";
 /// Fact of cpift.json with the description of the run.
 pub(crate) const RUN: &str = "run";
 
@@ -83,9 +88,42 @@ pub struct States {
 pub(crate) struct SavedState {
     pub folder: PathBuf,
     pub position: Progress,
-    weights: Checkpoint,
-    moments: Checkpoint,
-    extra: Option<Checkpoint>,
+    ranks: Vec<RankFile>,
+}
+
+/// Kinds of pieces in a state; the first part of their names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Master weights.
+    Weights,
+    /// The optimizer's moments.
+    Moments,
+    /// Adapters, or a dynamic mask.
+    Extra,
+}
+
+impl Part {
+    fn name(self, tensor: &str) -> String {
+        let part = match self {
+            Self::Weights => "weights",
+            Self::Moments => "moments",
+            Self::Extra => "extra",
+        };
+        format!("{part}/{tensor}")
+    }
+}
+
+/// A rank's file of a state, mapped.
+struct RankFile {
+    file: MappedFile,
+    places: BTreeMap<String, Place>,
+}
+
+/// Place of a flat piece in the whole tensor.
+#[derive(Serialize, Deserialize)]
+struct Place {
+    start: i64,
+    shape: Vec<i64>,
 }
 
 /// Exclusive use of the directory of states, which is removed on drop if it is empty.
@@ -166,11 +204,12 @@ impl States {
         Ok(None)
     }
 
-    fn read(&self, folder: &Path) -> Result<SavedState> {
-        let (file, weights, moments, extra) = parts(folder)
+    /// Opens the state in `folder`, which must belong to this run.
+    pub(super) fn read(&self, folder: &Path) -> Result<SavedState> {
+        let (file, ranks) = parts(folder)
             .with_context(|| format!("{} cannot be resumed from (--resume --force skips it)", folder.display()))?;
         self.check(&folder.join(STATE), &file.run, &self.run)?;
-        Ok(SavedState { folder: folder.to_owned(), position: file.position, weights, moments, extra })
+        Ok(SavedState { folder: folder.to_owned(), position: file.position, ranks })
     }
 
     /// Returns true if this run has already written `out`, and removes leftover states.
@@ -223,36 +262,51 @@ impl States {
         self.clear()
     }
 
-    /// Saves a state (`extra`: f32 tensors of adapters or a dynamic mask), removes the oldest
-    /// beyond the limit, and returns its directory.
+    /// Saves a state, to which every rank adds its own `parts`; removes the oldest beyond the
+    /// limit, and returns its directory.
+    ///
+    /// # Errors
+    /// A weight that is not finite, a failed write, a failed rank.
     pub(crate) fn save(
         &self,
         total_steps: usize,
         position: &Progress,
-        parameters: &Parameters,
-        moments: &Parameters,
-        extra: &Parameters,
+        parts: &[(Part, Pieces)],
+        placement: &Placement,
     ) -> Result<PathBuf> {
         let dest = self.folder.join(format!("step-{total_steps:07}"));
-        if !dest.exists() {
-            let staged = StagedDir::create(&dest, false)?;
-            for (name, tensors) in [(WEIGHTS, parameters), (MOMENTS, moments), (EXTRA, extra)] {
-                if name == EXTRA && extra.is_empty() {
-                    continue;
-                }
-                let folder = staged.path().join(name);
-                fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
-                weights::save(tensors, &folder, dtype_of(tensors))?;
+        let leads = placement.rank() == 0;
+        let staged = (leads && !dest.exists()).then(|| StagedDir::create(&dest, false)).transpose()?;
+        let own = staged.as_ref().map_or_else(String::new, |s| s.path().to_string_lossy().into_owned());
+        let shared = match &placement.group {
+            Some(group) => group.share("the directory of the state", leads.then_some(own.as_str()))?,
+            None => own,
+        };
+        // Empty if the state is there already.
+        if !shared.is_empty() {
+            let name = format!("rank-{}-of-{}.safetensors", placement.rank(), placement.world());
+            let digest = write_rank(&Path::new(&shared).join(&name), parts, placement)?;
+            let digest = serde_json::to_string(&(name, digest))?;
+            let digests = match &placement.group {
+                Some(group) => group.exchange("digests of the state", &digest)?,
+                None => vec![digest],
+            };
+            if let Some(staged) = staged {
+                fs::copy(self.metrics(), staged.path().join(METRICS)).context("copying metrics.jsonl")?;
+                let file = StateFile::new(staged.path(), self.run.clone(), position.clone(), &digests)?;
+                let path = staged.path().join(STATE);
+                fs::write(&path, json::to_text(&file)?).with_context(|| format!("writing {}", path.display()))?;
+                staged.commit()?;
             }
-            fs::copy(self.metrics(), staged.path().join(METRICS)).context("copying metrics.jsonl")?;
-            let file = StateFile::new(staged.path(), self.run.clone(), position.clone())?;
-            let path = staged.path().join(STATE);
-            fs::write(&path, json::to_text(&file)?).with_context(|| format!("writing {}", path.display()))?;
-            staged.commit()?;
         }
-        let states = list(&self.folder)?;
-        for (_, old) in states.iter().rev().skip(self.keep) {
-            discard(old)?;
+        if leads {
+            let states = list(&self.folder)?;
+            for (_, old) in states.iter().rev().skip(self.keep) {
+                discard(old)?;
+            }
+        }
+        if let Some(group) = &placement.group {
+            group.barrier()?;
         }
         Ok(dest)
     }
@@ -296,16 +350,51 @@ fn list(folder: &Path) -> Result<Vec<(usize, PathBuf)>> {
 }
 
 /// Opens and verifies the files of a state.
-fn parts(folder: &Path) -> Result<(StateFile, Checkpoint, Checkpoint, Option<Checkpoint>)> {
+fn parts(folder: &Path) -> Result<(StateFile, Vec<RankFile>)> {
     let path = folder.join(STATE);
     let value: Value = json::read(&path)?;
     json::check_version(&path, "a training state", json::version_of(&value), VERSION)?;
     let file: StateFile =
         serde_json::from_value(value).map_err(|e| BadInput::new(&path, format!("cannot be read: {e}")))?;
     file.verify(folder)?;
-    let extra = Some(folder.join(EXTRA)).filter(|path| path.exists());
-    let extra = extra.map(|path| Checkpoint::open(&path)).transpose()?;
-    Ok((file, Checkpoint::open(&folder.join(WEIGHTS))?, Checkpoint::open(&folder.join(MOMENTS))?, extra))
+    let ranks = file.files.keys().filter(|name| name.starts_with("rank-"));
+    let ranks = ranks.map(|name| RankFile::open(&folder.join(name))).collect::<Result<_>>()?;
+    Ok((file, ranks))
+}
+
+impl RankFile {
+    fn open(path: &Path) -> Result<Self> {
+        let file = MappedFile::open(path)?;
+        let text = file.metadata.get(META).map_or("", String::as_str);
+        let places: BTreeMap<String, Place> = serde_json::from_str(text)
+            .map_err(|e| BadInput::new(path, format!("does not describe its tensors: {e}")))?;
+        Ok(Self { file, places })
+    }
+}
+
+/// Writes the pieces of a rank; returns the digest of the file.
+fn write_rank(path: &Path, parts: &[(Part, Pieces)], placement: &Placement) -> Result<Digest> {
+    let all: BTreeMap<String, &Piece> =
+        parts.iter().flat_map(|(part, pieces)| pieces.iter().map(|(name, p)| (part.name(name), p))).collect();
+    let spec = |(name, piece): (&String, &&Piece)| TensorSpec {
+        name: name.clone(),
+        dtype: if piece.tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 },
+        shape: vec![piece.len() as usize],
+    };
+    let specs: Vec<TensorSpec> = all.iter().map(spec).collect();
+    let place = |p: &Piece| Place { start: p.start, shape: p.shape.clone() };
+    let places: BTreeMap<&String, Place> = all.iter().map(|(name, p)| (name, place(p))).collect();
+    let metadata = BTreeMap::from([(META.to_owned(), serde_json::to_string(&places)?)]);
+    let writer = FileWriter::create(path, &specs, &metadata)?;
+    for (name, piece) in &all {
+        let host = piece.tensor.detach().flatten(0, -1).to_device(Device::Cpu).contiguous();
+        if let Some(index) = first_not_finite(&host) {
+            bail!("{name}: element {} is {:e}\n  hint: lower --lr", piece.start + index, host.double_value(&[index]));
+        }
+        writer.write(name, 0, &bytes_of(&host)?)?;
+    }
+    writer.sync().with_context(|| format!("rank {}", placement.rank()))?;
+    Digest::of_file(path)
 }
 
 /// Removes a state; renamed first, so that a half-removed state is not taken for a state.
@@ -316,33 +405,55 @@ fn discard(folder: &Path) -> Result<()> {
         .with_context(|| format!("removing {}", folder.display()))
 }
 
-fn dtype_of(tensors: &Parameters) -> Dtype {
-    let bf16 = tensors.values().next().is_some_and(|t| t.kind() == tch::Kind::BFloat16);
-    if bf16 { Dtype::BF16 } else { Dtype::F32 }
+impl SavedState {
+    /// Overwrites `pieces` with the saved ones, whatever the number of ranks that saved them.
+    ///
+    /// # Errors
+    /// [`BadInput`] if a tensor is missing or has another shape.
+    pub fn load(&self, part: Part, pieces: &Pieces) -> Result<()> {
+        for (name, piece) in pieces.iter().filter(|(_, piece)| !piece.is_empty()) {
+            let name = part.name(name);
+            let mut found = 0;
+            for rank in &self.ranks {
+                found += rank.copy_to(&name, piece)?;
+            }
+            if found != piece.len() {
+                return Err(BadInput::new(&self.folder, "the saved pieces of a tensor are not the whole of it")
+                    .tensor(&name)
+                    .expected(format!("elements {} to {}", piece.start, piece.start + piece.len()))
+                    .found(format!("{found} of them"))
+                    .into());
+            }
+        }
+        Ok(())
+    }
 }
 
-impl SavedState {
-    /// Overwrites `parameters` with the saved weights.
-    pub fn load(&self, parameters: &Parameters) -> Result<()> {
-        weights::overwrite(parameters, &self.weights)
-    }
-
-    /// Overwrites the optimizer's moments with the saved ones.
-    pub fn load_moments(&self, moments: &Parameters) -> Result<()> {
-        weights::overwrite(moments, &self.moments)
-    }
-
-    /// Names of the extra tensors.
-    pub fn extra_names(&self) -> Vec<String> {
-        self.extra.iter().flat_map(|c| c.tensors().map(|view| view.name.to_owned())).collect()
-    }
-
-    /// Overwrites the extra tensors with the saved ones.
-    pub fn load_extra(&self, extra: &Parameters) -> Result<()> {
-        match &self.extra {
-            Some(saved) => weights::overwrite(extra, saved),
-            None => Ok(()),
+impl RankFile {
+    /// Copies the elements that this file has of `piece`; returns their number.
+    fn copy_to(&self, name: &str, piece: &Piece) -> Result<i64> {
+        let (Some(place), Some(entry)) = (self.places.get(name), self.file.entries.get(name)) else { return Ok(0) };
+        if place.shape != piece.shape {
+            return Err(BadInput::new(&self.file.path, "a tensor has another shape")
+                .tensor(name)
+                .expected(format!("{:?}", piece.shape))
+                .found(format!("{:?}", place.shape))
+                .into());
         }
+        let count = entry.shape.iter().product::<usize>() as i64;
+        let (from, to) = (place.start.max(piece.start), (place.start + count).min(piece.start + piece.len()));
+        if from >= to {
+            return Ok(0);
+        }
+        let size = entry.dtype.size();
+        let (first, last) = ((from - place.start) as usize * size, (to - place.start) as usize * size);
+        let bytes = &self.file.bytes(entry)[first..last];
+        let read = Tensor::from_data_size(bytes, &[to - from], kind_of(entry.dtype));
+        no_grad(|| {
+            let flat = piece.tensor.detach().view([-1]);
+            flat.narrow(0, from - piece.start, to - from).copy_(&read);
+        });
+        Ok(to - from)
     }
 }
 
@@ -360,9 +471,16 @@ struct StateFile {
 }
 
 impl StateFile {
-    fn new(folder: &Path, run: Map<String, Value>, position: Progress) -> Result<Self> {
+    /// A description of the state in `folder`; `ranks` are the names and digests of the ranks'
+    /// files, which the ranks have computed.
+    fn new(folder: &Path, run: Map<String, Value>, position: Progress, ranks: &[String]) -> Result<Self> {
         let own = digest_of(&run, &position)?;
-        Ok(Self { format_version: VERSION, files: digests_in(folder)?, own, run, position })
+        let mut files = BTreeMap::from([(METRICS.to_owned(), Digest::of_file(&folder.join(METRICS))?)]);
+        for line in ranks {
+            let (name, digest): (String, Digest) = serde_json::from_str(line).context("a rank's file and digest")?;
+            files.insert(name, digest);
+        }
+        Ok(Self { format_version: VERSION, files, own, run, position })
     }
 
     /// Checks the state in `folder` against the digests.
@@ -392,17 +510,11 @@ fn digest_of(run: &Map<String, Value>, position: &Progress) -> Result<Digest> {
 /// Digests of all files of a state but state.json.
 fn digests_in(folder: &Path) -> Result<BTreeMap<String, Digest>> {
     let mut digests = BTreeMap::new();
-    for inside in ["", WEIGHTS, MOMENTS, EXTRA] {
-        let entries = match fs::read_dir(folder.join(inside)) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            other => other.with_context(|| format!("reading {}", folder.join(inside).display()))?,
-        };
-        for entry in entries {
-            let path = entry.with_context(|| format!("reading {}", folder.display()))?.path();
-            let name = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().into_owned();
-            if path.is_file() && name != STATE {
-                digests.insert(name, Digest::of_file(&path)?);
-            }
+    for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
+        let path = entry.with_context(|| format!("reading {}", folder.display()))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_file() && name != STATE {
+            digests.insert(name, Digest::of_file(&path)?);
         }
     }
     Ok(digests)

@@ -8,8 +8,9 @@ use super::lora::{Adapters, LoraConfig};
 use super::pass::{Forward, ParamGroups, PassConfig};
 use crate::data::Batch;
 use crate::freeze::Freeze;
+use crate::home::{GradientSums, Piece, Pieces, Placement, Reduction, whole_pieces};
 use crate::model::CausalLM;
-use crate::optim::{AdamW, AdamWConfig, Guard, Update};
+use crate::optim::{AdamW, AdamWConfig, Guard, Update, sum_of_squares};
 use crate::weights::Parameters;
 
 /// Settings of the steps.
@@ -42,15 +43,19 @@ impl Default for StepConfig {
     }
 }
 
-/// A model in training: its parameters, the optimizer, the frozen elements.
+/// A model in training: this process's pieces of its parameters, the optimizer, the frozen
+/// elements.
 pub struct Trainer<'a> {
     model: &'a CausalLM,
+    placement: Placement,
     units: ParamGroups,
     /// Elements that are frozen now.
     pub freeze: Option<Freeze>,
     adapters: Option<Adapters>,
     /// The optimizer with its state.
     pub optimizer: AdamW,
+    /// This process's pieces of all parameters.
+    pieces: Pieces,
     config: StepConfig,
     guard: Guard,
 }
@@ -61,6 +66,8 @@ pub struct StepOutcome {
     loss: Tensor,
     /// Global gradient norm before clipping, frozen elements not counted.
     grad_norm: Tensor,
+    /// Number of ranks that were asked to stop before the step.
+    stops: Tensor,
 }
 
 impl StepOutcome {
@@ -68,40 +75,99 @@ impl StepOutcome {
     pub fn read(&self) -> (f64, f64) {
         (self.loss.double_value(&[]), self.grad_norm.double_value(&[]))
     }
+
+    /// Returns true if a rank was asked to stop before the step. All ranks read the same.
+    pub(crate) fn stop_asked(&self) -> bool {
+        self.stops.double_value(&[]) > 0.0
+    }
+}
+
+/// Work of a step on this process: its micro-batches, and what all ranks together have.
+pub struct StepInput<'a> {
+    /// This process's micro-batches.
+    pub batches: &'a [Batch],
+    /// Target tokens of all micro-batches of all ranks.
+    pub targets: usize,
+    /// This process was asked to stop.
+    pub stop: bool,
+}
+
+impl<'a> StepInput<'a> {
+    /// The whole step in one process.
+    pub fn alone(batches: &'a [Batch]) -> Self {
+        Self { batches, targets: batches.iter().map(Batch::targets).sum(), stop: false }
+    }
 }
 
 impl<'a> Trainer<'a> {
     /// A trainer with a new optimizer.
-    pub fn new(model: &'a CausalLM, parameters: &'a Parameters, freeze: Option<Freeze>, config: StepConfig) -> Self {
+    ///
+    /// # Errors
+    /// No room for the optimizer's moments.
+    pub fn new(
+        model: &'a CausalLM,
+        parameters: &Parameters,
+        freeze: Option<Freeze>,
+        config: StepConfig,
+    ) -> Result<Self> {
+        Self::placed(model, parameters, freeze, config, &Placement::on(model.device()))
+    }
+
+    /// A trainer of the parameters at `placement`.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn placed(
+        model: &'a CausalLM,
+        parameters: &Parameters,
+        freeze: Option<Freeze>,
+        config: StepConfig,
+        placement: &Placement,
+    ) -> Result<Self> {
         let units = ParamGroups::new(model, parameters, config.train_embeddings);
+        let pieces = model.unit_home().map_or_else(|| whole_pieces(parameters), |home| home.pieces());
         let adapters = config.lora.map(|lora| Adapters::new(&units, lora));
-        let adapted = adapters.as_ref().map(Adapters::tensors);
-        let trained = adapted.as_ref().unwrap_or(&units.list);
-        let optimizer = AdamW::new(trained.iter().map(|(name, tensor)| (name, tensor)), config.optimizer);
-        Self { model, units, freeze, adapters, optimizer, config, guard: Guard::new(model.device()) }
+        let adapted = adapters.as_ref().map(|adapters| {
+            adapters.tensors().into_iter().map(|(name, t)| (name, Piece::whole(&t))).collect::<Vec<_>>()
+        });
+        let trained: Vec<(&String, &Piece)> = match &adapted {
+            Some(list) => list.iter().map(|(name, piece)| (name, piece)).collect(),
+            None => units.list.iter().map(|(name, _)| (name, &pieces[name])).collect(),
+        };
+        let optimizer = AdamW::new(trained.into_iter(), config.optimizer, placement)?;
+        let guard = Guard::new(model.device());
+        Ok(Self { model, placement: placement.clone(), units, freeze, adapters, optimizer, pieces, config, guard })
     }
 
-    /// Device of the model.
-    pub(crate) fn device(&self) -> tch::Device {
-        self.model.device()
+    /// Placement of the model.
+    pub(crate) fn placement(&self) -> &Placement {
+        &self.placement
     }
 
-    /// The parameters that have gradients.
-    pub(crate) fn trainable(&self) -> &[(String, Tensor)] {
-        &self.units.list
+    /// This process's pieces of all parameters.
+    pub(crate) fn pieces(&self) -> &Pieces {
+        &self.pieces
+    }
+
+    /// Name and piece of each parameter that has gradients.
+    pub(crate) fn trainable(&self) -> impl Iterator<Item = (&String, &Piece)> {
+        self.units.list.iter().map(|(name, _)| (name, &self.pieces[name]))
     }
 
     /// The low-rank adapters by name; they share storage with those in training.
-    pub(crate) fn adapters(&self) -> Parameters {
-        self.adapters.iter().flat_map(Adapters::tensors).collect()
+    pub(crate) fn adapters(&self) -> Pieces {
+        let whole = |(name, tensor): (String, Tensor)| (name, Piece::whole(&tensor));
+        self.adapters.iter().flat_map(Adapters::tensors).map(whole).collect()
     }
 
-    /// Tensors that a saved state stores for `parameters`.
-    pub(crate) fn stored(&self, parameters: &Parameters) -> Parameters {
-        match &self.adapters {
-            Some(adapters) => adapters.without(parameters),
-            None => parameters.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect(),
+    /// Pieces that a saved state stores.
+    pub(crate) fn stored(&self) -> Pieces {
+        let mut stored: Pieces =
+            self.pieces.iter().map(|(name, p)| (name.clone(), p.with(p.tensor.shallow_clone()))).collect();
+        if let Some(adapters) = &self.adapters {
+            stored.extend(adapters.before().map(|(name, tensor)| (name.clone(), Piece::whole(tensor))));
         }
+        stored
     }
 
     /// Merges adapters that were restored from a saved state into the weights.
@@ -111,70 +177,86 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Gradients of `batch` by every trainable parameter, by name, without an update.
+    /// Gradients of this process's pieces of every trainable parameter, by name, without an update.
     ///
     /// # Errors
-    /// An error of libtorch.
-    pub(crate) fn gradients(&self, batch: &Batch) -> Result<Vec<(&str, Tensor)>> {
-        let scale = 1.0 / batch.targets() as f64;
-        let mut all = Vec::new();
-        Forward::run(self.model, &self.units, batch, scale, self.config.pass).backward(|places, grads| {
-            all.extend(places.iter().map(|&i| self.units.list[i].0.as_str()).zip(grads));
-            Ok(())
-        })?;
-        Ok(all)
+    /// An error of libtorch; a failed collective.
+    pub(crate) fn gradients(&self, input: &StepInput<'_>) -> Result<Vec<(&str, Tensor)>> {
+        let (_, grads) = self.accumulate(input)?;
+        Ok(self.units.list.iter().map(|(name, _)| name.as_str()).zip(grads).collect())
     }
 
-    /// Makes an optimizer step over `batches`, whose gradients are those of one large batch. From
-    /// the first loss or norm on that is not finite, nothing is updated; the caller notices when it
-    /// reads the outcome. `seed` is that of the step's stochastic rounding.
+    /// Makes an optimizer step over the micro-batches of all ranks, whose gradients are those of
+    /// one large batch. From the first loss or norm on that is not finite, nothing is updated; the
+    /// caller notices when it reads the outcome. `seed` is that of the step's stochastic rounding.
     ///
     /// # Errors
-    /// An error of libtorch.
-    pub fn step(&mut self, batches: &[Batch], lr: f64, seed: u64) -> Result<StepOutcome> {
-        let targets: usize = batches.iter().map(Batch::targets).sum();
-        let scale = 1.0 / targets as f64;
+    /// An error of libtorch; a failed collective.
+    pub fn step(&mut self, input: &StepInput<'_>, lr: f64, seed: u64) -> Result<StepOutcome> {
         if self.config.optimizer_in_backward {
-            assert_eq!(batches.len(), 1, "an update in the backward pass is that of a single batch");
-            return self.step_in_backward(&batches[0], scale, lr, seed);
+            assert_eq!(input.batches.len(), 1, "an update in the backward pass is that of a single batch");
+            return self.step_in_backward(input, lr, seed);
         }
-        let (loss, mut grads) = self.accumulate(batches, scale)?;
+        let (loss, mut grads) = self.accumulate(input)?;
         for ((name, _), grad) in self.units.list.iter().zip(&mut grads) {
             self.zero_frozen_grads(name, grad);
         }
         if let Some(adapters) = &self.adapters {
             grads = adapters.gradients(&grads);
         }
-        self.guard.require_finite(&loss);
-        let max_norm = Some(self.config.max_grad_norm).filter(|max| *max > 0.0);
-        let grad_norm = self.guard.watch(&grads, max_norm);
+        let outcome = self.outcome(&loss, &sum_of_squares(&grads, self.model.device()), input.stop)?;
+        self.guard.require_finite(&outcome.loss);
+        self.guard.require_finite(&outcome.grad_norm);
+        if self.config.max_grad_norm > 0.0 {
+            self.guard.clip(&outcome.grad_norm, self.config.max_grad_norm);
+        }
         let all: Vec<usize> = (0..grads.len()).collect();
         self.optimizer.step(&all, &grads, Update { lr, seed, guard: &self.guard })?;
         match &self.adapters {
             Some(adapters) => adapters.merge(),
-            None => self.restore_frozen(self.units.list.iter()),
+            None => self.restore_frozen(0..self.units.list.len()),
         }
-        Ok(StepOutcome { loss, grad_norm })
+        Ok(outcome)
     }
 
-    /// Loss and gradients of `batches`, summed and scaled by `scale`. Sums over batches are f32
-    /// whatever the dtype of the weights.
-    fn accumulate(&self, batches: &[Batch], scale: f64) -> Result<(Tensor, Vec<Tensor>)> {
+    /// Sums what all ranks must know alike: the loss, the squared norm, requests to stop.
+    fn outcome(&self, loss: &Tensor, squares: &Tensor, stop: bool) -> Result<StepOutcome> {
+        let stops = Tensor::full([], f64::from(u8::from(stop)), (Kind::Double, self.model.device()));
+        let figures = self.placement.total(&Tensor::stack(&[loss, squares, &stops], 0))?;
+        Ok(StepOutcome { loss: figures.get(0), grad_norm: figures.get(1).sqrt(), stops: figures.get(2) })
+    }
+
+    /// This process's loss, and the gradients of its pieces summed over the micro-batches of all
+    /// ranks and scaled. Sums over micro-batches are f32 whatever the dtype of the weights.
+    fn accumulate(&self, input: &StepInput<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+        let scale = 1.0 / input.targets as f64;
         let mut loss = Tensor::zeros([], (Kind::Double, self.model.device()));
-        let mut sums: Vec<Option<Tensor>> = self.units.list.iter().map(|_| None).collect();
-        for batch in batches {
-            let forward = Forward::run(self.model, &self.units, batch, scale, self.config.pass);
+        let count = self.units.list.len();
+        let mut sums: Vec<Option<Tensor>> = (0..count).map(|_| None).collect();
+        let mut shared = self.model.unit_home().map(|home| home.no_sums());
+        for batch in input.batches {
+            let forward = Forward::run(self.model, &self.units, batch, scale, self.config.pass)?;
             loss += forward.loss() * scale;
-            forward.backward(|places, grads| {
-                for (&i, grad) in places.iter().zip(grads) {
-                    match &mut sums[i] {
-                        Some(sum) => drop(sum.g_add_(&grad)),
-                        empty if batches.len() > 1 => *empty = Some(grad.to_kind(Kind::Float)),
-                        empty => *empty = Some(grad),
+            match &mut shared {
+                Some(shared) => sum_over_ranks(self.model, forward, shared, |_, _| Ok(()))?,
+                None => forward.backward(|unit, grads| {
+                    for (&i, grad) in self.units.places[unit].iter().zip(grads) {
+                        match &mut sums[i] {
+                            Some(sum) => drop(sum.g_add_(&grad)),
+                            empty if input.batches.len() > 1 => *empty = Some(grad.to_kind(Kind::Float)),
+                            empty => *empty = Some(grad),
+                        }
                     }
+                    Ok(())
+                })?,
+            }
+        }
+        if let (Some(shared), Some(home)) = (&shared, self.model.unit_home()) {
+            for (unit, places) in self.units.places.iter().enumerate().filter(|(_, places)| !places.is_empty()) {
+                for (&i, grad) in places.iter().zip(home.gradients(unit, shared)) {
+                    sums[i] = Some(grad);
                 }
-                Ok(())
-            })?;
+            }
         }
         let grads = sums.into_iter().map(|sum| sum.expect("the backward pass visits every unit"));
         Ok((loss, grads.collect()))
@@ -182,25 +264,55 @@ impl<'a> Trainer<'a> {
 
     /// Makes a step that updates each unit in the backward pass, as soon as its gradients are
     /// computed.
-    fn step_in_backward(&mut self, batch: &Batch, scale: f64, lr: f64, seed: u64) -> Result<StepOutcome> {
-        // The pass borrows the units while the sink borrows self mutably.
+    fn step_in_backward(&mut self, input: &StepInput<'_>, lr: f64, seed: u64) -> Result<StepOutcome> {
+        let scale = 1.0 / input.targets as f64;
+        // The pass borrows the units while the update borrows self mutably.
         let units = std::mem::replace(&mut self.units, ParamGroups::none());
-        let forward = Forward::run(self.model, &units, batch, scale, self.config.pass);
+        let squares = self.update_units(&units, &input.batches[0], scale, lr, seed);
+        self.units = units;
+        let (loss, squares) = squares?;
+        self.outcome(&loss, &squares, input.stop)
+    }
+
+    fn update_units(
+        &mut self,
+        units: &ParamGroups,
+        batch: &Batch,
+        scale: f64,
+        lr: f64,
+        seed: u64,
+    ) -> Result<(Tensor, Tensor)> {
+        let forward = Forward::run(self.model, units, batch, scale, self.config.pass)?;
         let loss = forward.loss() * scale;
         self.guard.require_finite(&loss);
-        let mut norms = Vec::new();
-        let done = forward.backward(|places, mut grads| {
+        let mut squares = Tensor::zeros([], (Kind::Double, self.model.device()));
+        let model = self.model;
+        let mut update = |unit: usize, mut grads: Vec<Tensor>| -> Result<()> {
+            let places = &units.places[unit];
             for (&i, grad) in places.iter().zip(&mut grads) {
                 self.zero_frozen_grads(&units.list[i].0, grad);
             }
-            norms.push(self.guard.watch(&grads, None));
+            let square = sum_of_squares(&grads, model.device());
+            self.guard.require_finite(&square);
+            squares += square;
             self.optimizer.step(places, &grads, Update { lr, seed, guard: &self.guard })?;
-            self.restore_frozen(places.iter().map(|&i| &units.list[i]));
+            if let Some(freeze) = &self.freeze {
+                for &i in places {
+                    let name = &units.list[i].0;
+                    freeze.restore(name, &self.pieces[name].tensor);
+                }
+            }
             Ok(())
-        });
-        self.units = units;
-        done?;
-        Ok(StepOutcome { loss, grad_norm: Tensor::stack(&norms, 0).norm() })
+        };
+        match model.unit_home() {
+            None => forward.backward(update)?,
+            Some(home) => sum_over_ranks(model, forward, &mut home.no_sums(), |unit, sums| {
+                update(unit, home.gradients(unit, sums))?;
+                home.clear(unit, sums);
+                Ok(())
+            })?,
+        }
+        Ok((loss, squares))
     }
 
     fn zero_frozen_grads(&self, name: &str, grad: &mut Tensor) {
@@ -209,9 +321,35 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    fn restore_frozen<'b>(&self, parameters: impl Iterator<Item = &'b (String, Tensor)>) {
+    fn restore_frozen(&self, places: impl Iterator<Item = usize>) {
         if let Some(freeze) = &self.freeze {
-            no_grad(|| parameters.for_each(|(name, tensor)| freeze.restore(name, tensor)));
+            no_grad(|| {
+                for name in places.map(|i| &self.units.list[i].0) {
+                    freeze.restore(name, &self.pieces[name].tensor);
+                }
+            });
         }
     }
+}
+
+/// Runs the backward pass and adds the gradients of all ranks to `sums`; `done` is called with a
+/// unit when its sum is complete. The sum of a unit goes on while the next one computes.
+pub(super) fn sum_over_ranks(
+    model: &CausalLM,
+    forward: Forward<'_>,
+    sums: &mut GradientSums,
+    mut done: impl FnMut(usize, &mut GradientSums) -> Result<()>,
+) -> Result<()> {
+    let home = model.unit_home().expect("the weights are in parts");
+    let mut before = None;
+    let mut finish = |before: Option<(usize, Reduction)>, sums: &mut GradientSums| match before {
+        Some((unit, reduction)) => home.finish(reduction, sums).and_then(|()| done(unit, sums)),
+        None => Ok(()),
+    };
+    forward.backward(|unit, grads| {
+        finish(before.take(), sums)?;
+        before = Some((unit, home.start_sum(unit, grads)?));
+        Ok(())
+    })?;
+    finish(before, sums)
 }

@@ -20,8 +20,9 @@ pub(crate) const METRICS: &str = "metrics.jsonl";
 
 /// Writes the metrics of a run to all outputs.
 pub(crate) struct Watch {
-    /// Path of metrics.jsonl, which is created with its first line.
-    path: PathBuf,
+    /// Path of metrics.jsonl, which is created with its first line; none on a rank that writes
+    /// nothing.
+    path: Option<PathBuf>,
     metrics: Option<File>,
     board: Option<TensorBoard>,
     device: Device,
@@ -56,7 +57,12 @@ impl Watch {
             fs::copy(earlier, &path).with_context(|| format!("copying {}", earlier.display()))?;
         }
         let board = board.map(|folder| TensorBoard::create(folder, first as i64)).transpose()?;
-        Ok(Self { path, metrics: None, board, device })
+        Ok(Self { path: Some(path), metrics: None, board, device })
+    }
+
+    /// Metrics that are not written.
+    pub fn silent(device: Device) -> Self {
+        Self { path: None, metrics: None, board: None, device }
     }
 
     /// Starts a stage whose first step is step `before` + 1 of the run.
@@ -76,14 +82,15 @@ impl Watch {
     }
 
     fn line(&mut self, line: &Value) -> Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
         let file = match &mut self.metrics {
             Some(file) => file,
             none => {
-                let made = OpenOptions::new().create(true).append(true).open(&self.path);
-                none.insert(made.with_context(|| format!("creating {}", self.path.display()))?)
+                let made = OpenOptions::new().create(true).append(true).open(path);
+                none.insert(made.with_context(|| format!("creating {}", path.display()))?)
             }
         };
-        writeln!(file, "{line}").with_context(|| format!("writing {}", self.path.display()))
+        writeln!(file, "{line}").with_context(|| format!("writing {}", path.display()))
     }
 
     fn scalars(&mut self, step: usize, values: &[(&str, f64)]) -> Result<()> {

@@ -1,0 +1,119 @@
+//! The processes of a training job, from the command line to the end: one, or the ranks that
+//! torchrun or srun have started.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use anyhow::Result;
+use cpift_core::Stopped;
+use cpift_core::error::usage;
+use cpift_core::run::cli::Common;
+use log::{LevelFilter, info};
+use serde_json::{Map, Value};
+
+use crate::args::TrainingArgs;
+use crate::dist::{Backend, Group, Place};
+use crate::home::Placement;
+
+/// Time that ranks wait for one another in a collective. A rank that is gone is noticed earlier.
+const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// This process's place in its job.
+pub struct Workers {
+    /// Placement of the model.
+    pub placement: Placement,
+    /// All ranks have found the same error: none needs to tell the others.
+    all_know: Cell<bool>,
+}
+
+impl Workers {
+    /// Opens the device and joins the other ranks, if there are any. Ranks other than 0 log
+    /// warnings and errors only.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] for arguments that do not go with several ranks; a rank that is
+    /// missing.
+    pub fn start(training: &TrainingArgs, common: &Common) -> Result<Self> {
+        let place = Place::from_env()?;
+        let device = training.device.open_for(common.threads, place.as_ref())?;
+        let [weights, moments] = training.storage(device)?;
+        let world = place.as_ref().map_or(1, |place| place.world);
+        if training.batch_size < world {
+            return Err(usage(format!(
+                "--batch-size {} is the batch of all {world} ranks together: it must be at least {world}",
+                training.batch_size
+            )));
+        }
+        let group = match place {
+            None => None,
+            Some(place) => {
+                let backend = if device.is_cuda() { Backend::Nccl } else { Backend::Gloo };
+                let group = Group::join(backend, place, TIMEOUT)?;
+                if group.rank() > 0 {
+                    log::set_max_level(LevelFilter::Warn.min(log::max_level()));
+                }
+                info!("{} ranks over {}", group.world(), if device.is_cuda() { "NCCL" } else { "Gloo" });
+                Some(group)
+            }
+        };
+        let placement = Placement { group, device, weights, moments, reduce: training.reduce };
+        Ok(Self { placement, all_know: Cell::new(false) })
+    }
+
+    /// Returns true on the rank that writes and prints: 0.
+    pub fn leads(&self) -> bool {
+        self.placement.rank() == 0
+    }
+
+    /// Rank 0's answer to a question whose answer ranks could see differently.
+    ///
+    /// # Errors
+    /// A failed rank.
+    pub fn agree(&self, what: &str, ask: impl FnOnce() -> bool) -> Result<bool> {
+        self.placement.decide(what, || Ok(ask()))
+    }
+
+    /// Refuses a rank whose arguments or inputs, described by `run`, are not those of rank 0.
+    ///
+    /// # Errors
+    /// The first key that differs, with the rank; a failed rank.
+    pub fn check_same(&self, run: &Map<String, Value>) -> Result<()> {
+        let Some(group) = &self.placement.group else { return Ok(()) };
+        let own = serde_json::to_string(run)?;
+        let texts = group.exchange("arguments and inputs", &own)?;
+        // Rank 0 names the first that differs from it, the others rank 0 or one that differs from
+        // both: all ranks fail.
+        for (rank, text) in texts.iter().enumerate() {
+            let other: Map<String, Value> = serde_json::from_str(text)?;
+            let differs = |key: &&String| run.get(*key) != other.get(*key);
+            if let Some(key) = run.keys().chain(other.keys()).find(differs) {
+                self.all_know.set(true);
+                let shown = |run: &Map<String, Value>| run.get(key).map_or("nothing".to_owned(), Value::to_string);
+                return Err(usage(format!(
+                    "ranks {} and {rank} have another {key}: {} and {}\n  hint: start all ranks with the same arguments \
+                     and the same files",
+                    group.rank(),
+                    shown(run),
+                    shown(&other)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends this process's part of the job with `result`, which it returns: after an error the
+    /// other ranks end too.
+    ///
+    /// # Errors
+    /// The error of `result`; a rank that failed at the end.
+    pub fn finish<T>(self, result: Result<T>) -> Result<T> {
+        let Some(group) = self.placement.group else { return result };
+        match result {
+            Err(error) if !error.is::<Stopped>() && !self.all_know.get() => {
+                group.fail(&error);
+                Err(error)
+            }
+            done => group.leave().and(done),
+        }
+    }
+}
