@@ -94,10 +94,9 @@ impl Group {
         };
         joining.check_in(&main, &arrival).with_context(own)?;
         let liveness = Liveness::start(&place, main, joining.store("").with_context(own)?)?;
-        let tell = |e: anyhow::Error| {
-            let error = e.context(own());
+        let tell = |error: anyhow::Error| {
             liveness.own_failure(&error);
-            error
+            error.context(own())
         };
         let all = match joining.wait_for_all(liveness.store()) {
             Ok(Some(all)) => all,
@@ -420,12 +419,12 @@ impl Joining<'_> {
                     Ok(address) => return Ok(address),
                     Err(e) => anyhow!(e),
                 },
-                Err(e) if start.elapsed() >= ANSWER.min(self.wait) => {
-                    return Err(e.context("hint: MASTER_ADDR must be the name or address of rank 0's machine"));
+                Err(e) if start.elapsed() >= ANSWER || self.left().is_zero() => {
+                    bail!("{e:#}\n  hint: MASTER_ADDR must be the name or address of rank 0's machine");
                 }
                 Err(e) => e,
             };
-            if serves && start.elapsed() >= ANSWER.min(self.wait) {
+            if serves && (start.elapsed() >= ANSWER || self.left().is_zero()) {
                 bail!(
                     "the store that this process serves is not reached at {store}: {error:#}\n  hint: MASTER_ADDR must be \
                      the name or address of rank 0's machine"

@@ -78,7 +78,7 @@ impl Liveness {
             state: AtomicU8::new(State::Running as u8),
             rounds: AtomicU64::new(0),
             names: OnceLock::new(),
-            collective: Mutex::new((0, "joining")),
+            collective: Mutex::new((0, "none yet")),
             failure: Mutex::new(String::new()),
         });
         let (watch, guard) = (shared.clone(), shared.clone());
@@ -119,9 +119,9 @@ impl Liveness {
         let shared = &self.shared;
         let detail = error.to_string().lines().next().unwrap_or_default().to_owned();
         if detail.contains("imed out") {
-            let error = anyhow!("{}: {what}: {detail}{}", shared.own_name(), self.positions());
+            let error = anyhow!("{what}: {detail}\n  last seen:{}", self.positions());
             self.own_failure(&error);
-            return error;
+            return error.context(shared.own_name());
         }
         self.shared.fails(&format!("{what}: {detail}"));
         let cause = match self.tell(&format!("{PEER}{detail}")) {
@@ -269,7 +269,7 @@ impl Shared {
     /// Shows a sign of life. Returns true if a rank has failed, and the sign of life of `next`.
     fn round(&self, store: &Store, beat: u64, next: usize) -> Result<(bool, Option<String>)> {
         let (number, what) = *lock(&self.collective);
-        store.set(&format!("alive/{}", self.place.rank), &format!("{beat} collective {number}, {what}"))?;
+        store.set(&format!("alive/{}", self.place.rank), &format!("{beat} collective {number}: {what}"))?;
         Ok((store.get("failed")?.is_some(), store.get(&format!("alive/{next}"))?))
     }
 
@@ -341,7 +341,12 @@ impl Shared {
             thread::sleep(Duration::from_millis(50));
         }
         errors.sort();
-        let texts: Vec<String> = errors.iter().map(|(r, note)| format!("{}: {note}", self.name(*r))).collect();
+        // The first error in full, of the others one line each.
+        let text = |(i, (rank, note)): (usize, &(usize, String))| {
+            let note = if i == 0 { note } else { note.lines().next().unwrap_or_default() };
+            format!("{}: {note}", self.name(*rank))
+        };
+        let texts: Vec<String> = errors.iter().enumerate().map(text).collect();
         let names: Vec<String> = silent.iter().map(|r| self.name(*r)).collect();
         match (texts.is_empty(), gone, names.is_empty()) {
             (false, ..) => texts.join("\n  "),
