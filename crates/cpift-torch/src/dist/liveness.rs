@@ -36,6 +36,8 @@ const LINGER: Duration = Duration::from_secs(3);
 const LEAVE: Duration = Duration::from_secs(5);
 /// Beginning of the note of a rank that failed because another one did.
 const PEER: &str = "peer: ";
+/// Rest of the note of such a rank if it has seen no error itself.
+const TOLD: &str = "told by the store";
 
 /// State of this rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +126,7 @@ impl Liveness {
             return error.context(shared.own_name());
         }
         self.shared.fails(&format!("{what}: {detail}"));
-        let cause = match self.tell(&format!("{PEER}{detail}")) {
+        let cause = match self.tell(&format!("{PEER}{what}: {detail}")) {
             Ok(()) => shared.cause(&self.store),
             Err(_) => shared.store_is_gone(),
         };
@@ -275,7 +277,7 @@ impl Shared {
 
     /// Ends the process after a note of failure, unless the main thread does.
     fn end_after_failure(&self, store: &Store) {
-        let _ = store.set(&format!("failed/{}", self.place.rank), &format!("{PEER}told by the store"));
+        let _ = store.set(&format!("failed/{}", self.place.rank), &format!("{PEER}{TOLD}"));
         let cause = self.cause(store);
         thread::sleep(BEAT);
         if self.state() == State::Running {
@@ -318,13 +320,15 @@ impl Shared {
         let Place { rank, world, .. } = self.place;
         let start = Instant::now();
         let mut silent: Vec<usize> = (0..world).filter(|r| *r != rank).collect();
-        let mut errors: Vec<(usize, String)> = Vec::new();
+        let (mut errors, mut seen_by): (Vec<(usize, String)>, Vec<(usize, String)>) = (Vec::new(), Vec::new());
         let mut gone = false;
         while !gone && !silent.is_empty() {
             silent.retain(|r| match store.get(&format!("failed/{r}")) {
                 Ok(Some(note)) => {
-                    if !note.starts_with(PEER) {
-                        errors.push((*r, note));
+                    match note.strip_prefix(PEER) {
+                        None => errors.push((*r, note)),
+                        Some(seen) if seen != TOLD => seen_by.push((*r, seen.to_owned())),
+                        Some(_) => {}
                     }
                     false
                 }
@@ -355,7 +359,10 @@ impl Shared {
                 let names = names.join(" and ");
                 format!("{names} ended without reporting an error; killed, out of memory, or node unreachable?")
             }
-            (true, false, true) => "no rank has reported an error of its own".to_owned(),
+            (true, false, true) => {
+                let seen = seen_by.iter().map(|(r, seen)| format!("\n  {} has seen: {seen}", self.name(*r)));
+                format!("a collective failed in ranks that are all alive{}", seen.collect::<String>())
+            }
         }
     }
 
