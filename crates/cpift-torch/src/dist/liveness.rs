@@ -1,10 +1,10 @@
 //! The end of all ranks when one dies, hangs or fails.
 //!
-//! A thread per rank leaves a sign of life in the store twice a second, reads that of the next rank,
-//! and looks for notes of failure. If there is one, it finds the cause, prints it and ends the
-//! process, whatever collective the main thread waits in: NCCL does not notice that a rank has died,
-//! Gloo notices in the neighbours only, and neither knows the reason. A second thread ends the
-//! process if the store does not answer the first.
+//! A thread per rank leaves a sign of life in the store twice a second, reads that of the next
+//! rank, and looks for notes of failure. If there is one, it finds the cause, prints it and ends
+//! the process, whatever collective the main thread waits in: NCCL does not notice that a rank has
+//! died, Gloo notices in the neighbours only, and neither knows the reason. A second thread ends
+//! the process if the store does not answer the first.
 //!
 //! Keys of the store: `alive/R` is a rank's sign of life, `failed` exists once any rank has failed,
 //! `failed/R` is the error of rank R, `left/R` exists once R has left in order.
@@ -320,7 +320,8 @@ impl Shared {
         let Place { rank, world, .. } = self.place;
         let start = Instant::now();
         let mut silent: Vec<usize> = (0..world).filter(|r| *r != rank).collect();
-        let (mut errors, mut seen_by): (Vec<(usize, String)>, Vec<(usize, String)>) = (Vec::new(), Vec::new());
+        let mut errors: Vec<(usize, String)> = Vec::new();
+        let mut seen_by: Vec<(usize, String)> = Vec::new();
         let mut gone = false;
         while !gone && !silent.is_empty() {
             silent.retain(|r| match store.get(&format!("failed/{r}")) {
