@@ -94,10 +94,9 @@ impl Group {
         };
         joining.check_in(&main, &arrival).with_context(own)?;
         let liveness = Liveness::start(&place, main, joining.store("").with_context(own)?)?;
-        let tell = |e: anyhow::Error| {
-            let error = e.context(own());
+        let tell = |error: anyhow::Error| {
             liveness.own_failure(&error);
-            error
+            error.context(own())
         };
         let all = match joining.wait_for_all(liveness.store()) {
             Ok(Some(all)) => all,
@@ -144,8 +143,8 @@ impl Group {
     /// Sends part r of `input` to rank r, and receives the parts for this rank into `out`, by rank.
     ///
     /// # Errors
-    /// The tensors differ in size or dtype, or are not divisible by the number of ranks; a tensor is
-    /// not contiguous; another rank has failed.
+    /// The tensors differ in size or dtype, or are not divisible by the number of ranks; a tensor
+    /// is not contiguous; another rank has failed.
     pub fn all_to_all(self: &Rc<Self>, out: &Tensor, input: &Tensor) -> Result<Work> {
         self.check(out, input, input.numel(), out.numel())?;
         ensure!(
@@ -157,8 +156,8 @@ impl Group {
         self.start("all-to-all", |g| g.all_to_all(out, input), [out, input])
     }
 
-    /// Sums the `input` of all ranks and writes part r of the sum into the `out` of rank r. The order
-    /// of the sum is the backend's: a ring for Gloo.
+    /// Sums the `input` of all ranks and writes part r of the sum into the `out` of rank r. The
+    /// order of the sum is the backend's: a ring for Gloo.
     ///
     /// # Errors
     /// `input` is not world times the size of `out` or has another dtype; a tensor is not
@@ -209,8 +208,8 @@ impl Group {
         self.collect(what, &key, 0..self.world())
     }
 
-    /// Passes a text of rank 0 to all ranks. `own` is `None` on the others. `what` names the text in
-    /// errors.
+    /// Passes a text of rank 0 to all ranks. `own` is `None` on the others. `what` names the text
+    /// in errors.
     ///
     /// # Errors
     /// If rank 0 has no text, does not come within the timeout of the group, or has failed.
@@ -420,12 +419,12 @@ impl Joining<'_> {
                     Ok(address) => return Ok(address),
                     Err(e) => anyhow!(e),
                 },
-                Err(e) if start.elapsed() >= ANSWER.min(self.wait) => {
-                    return Err(e.context("hint: MASTER_ADDR must be the name or address of rank 0's machine"));
+                Err(e) if start.elapsed() >= ANSWER || self.left().is_zero() => {
+                    bail!("{e:#}\n  hint: MASTER_ADDR must be the name or address of rank 0's machine");
                 }
                 Err(e) => e,
             };
-            if serves && start.elapsed() >= ANSWER.min(self.wait) {
+            if serves && (start.elapsed() >= ANSWER || self.left().is_zero()) {
                 bail!(
                     "the store that this process serves is not reached at {store}: {error:#}\n  hint: MASTER_ADDR must be \
                      the name or address of rank 0's machine"
@@ -489,8 +488,8 @@ impl Joining<'_> {
         let world = self.place.world;
         let mut found: Vec<Option<Arrival>> = vec![None; world];
         loop {
-            for rank in 0..world {
-                if found[rank].is_none()
+            for (rank, slot) in found.iter_mut().enumerate() {
+                if slot.is_none()
                     && let Some(text) = store.get(&format!("arrival/{rank}"))?
                 {
                     let arrival =
@@ -501,7 +500,7 @@ impl Joining<'_> {
                          must be the same for all ranks, and MASTER_PORT another one for every job",
                         arrival.world
                     );
-                    found[rank] = Some(arrival);
+                    *slot = Some(arrival);
                 }
             }
             let missing: Vec<usize> = (0..world).filter(|r| found[*r].is_none()).collect();

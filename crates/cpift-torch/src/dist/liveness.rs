@@ -1,10 +1,10 @@
 //! The end of all ranks when one dies, hangs or fails.
 //!
-//! A thread per rank leaves a sign of life in the store twice a second, reads that of the next rank,
-//! and looks for notes of failure. If there is one, it finds the cause, prints it and ends the
-//! process, whatever collective the main thread waits in: NCCL does not notice that a rank has died,
-//! Gloo notices in the neighbours only, and neither knows the reason. A second thread ends the
-//! process if the store does not answer the first.
+//! A thread per rank leaves a sign of life in the store twice a second, reads that of the next
+//! rank, and looks for notes of failure. If there is one, it finds the cause, prints it and ends
+//! the process, whatever collective the main thread waits in: NCCL does not notice that a rank has
+//! died, Gloo notices in the neighbours only, and neither knows the reason. A second thread ends
+//! the process if the store does not answer the first.
 //!
 //! Keys of the store: `alive/R` is a rank's sign of life, `failed` exists once any rank has failed,
 //! `failed/R` is the error of rank R, `left/R` exists once R has left in order.
@@ -36,6 +36,8 @@ const LINGER: Duration = Duration::from_secs(3);
 const LEAVE: Duration = Duration::from_secs(5);
 /// Beginning of the note of a rank that failed because another one did.
 const PEER: &str = "peer: ";
+/// Rest of the note of such a rank if it has seen no error itself.
+const TOLD: &str = "told by the store";
 
 /// State of this rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +80,7 @@ impl Liveness {
             state: AtomicU8::new(State::Running as u8),
             rounds: AtomicU64::new(0),
             names: OnceLock::new(),
-            collective: Mutex::new((0, "joining")),
+            collective: Mutex::new((0, "none yet")),
             failure: Mutex::new(String::new()),
         });
         let (watch, guard) = (shared.clone(), shared.clone());
@@ -119,12 +121,12 @@ impl Liveness {
         let shared = &self.shared;
         let detail = error.to_string().lines().next().unwrap_or_default().to_owned();
         if detail.contains("imed out") {
-            let error = anyhow!("{}: {what}: {detail}{}", shared.own_name(), self.positions());
+            let error = anyhow!("{what}: {detail}\n  last seen:{}", self.positions());
             self.own_failure(&error);
-            return error;
+            return error.context(shared.own_name());
         }
         self.shared.fails(&format!("{what}: {detail}"));
-        let cause = match self.tell(&format!("{PEER}{detail}")) {
+        let cause = match self.tell(&format!("{PEER}{what}: {detail}")) {
             Ok(()) => shared.cause(&self.store),
             Err(_) => shared.store_is_gone(),
         };
@@ -269,13 +271,13 @@ impl Shared {
     /// Shows a sign of life. Returns true if a rank has failed, and the sign of life of `next`.
     fn round(&self, store: &Store, beat: u64, next: usize) -> Result<(bool, Option<String>)> {
         let (number, what) = *lock(&self.collective);
-        store.set(&format!("alive/{}", self.place.rank), &format!("{beat} collective {number}, {what}"))?;
+        store.set(&format!("alive/{}", self.place.rank), &format!("{beat} collective {number}: {what}"))?;
         Ok((store.get("failed")?.is_some(), store.get(&format!("alive/{next}"))?))
     }
 
     /// Ends the process after a note of failure, unless the main thread does.
     fn end_after_failure(&self, store: &Store) {
-        let _ = store.set(&format!("failed/{}", self.place.rank), &format!("{PEER}told by the store"));
+        let _ = store.set(&format!("failed/{}", self.place.rank), &format!("{PEER}{TOLD}"));
         let cause = self.cause(store);
         thread::sleep(BEAT);
         if self.state() == State::Running {
@@ -319,12 +321,15 @@ impl Shared {
         let start = Instant::now();
         let mut silent: Vec<usize> = (0..world).filter(|r| *r != rank).collect();
         let mut errors: Vec<(usize, String)> = Vec::new();
+        let mut seen_by: Vec<(usize, String)> = Vec::new();
         let mut gone = false;
         while !gone && !silent.is_empty() {
             silent.retain(|r| match store.get(&format!("failed/{r}")) {
                 Ok(Some(note)) => {
-                    if !note.starts_with(PEER) {
-                        errors.push((*r, note));
+                    match note.strip_prefix(PEER) {
+                        None => errors.push((*r, note)),
+                        Some(seen) if seen != TOLD => seen_by.push((*r, seen.to_owned())),
+                        Some(_) => {}
                     }
                     false
                 }
@@ -341,7 +346,12 @@ impl Shared {
             thread::sleep(Duration::from_millis(50));
         }
         errors.sort();
-        let texts: Vec<String> = errors.iter().map(|(r, note)| format!("{}: {note}", self.name(*r))).collect();
+        // The first error in full, of the others one line each.
+        let text = |(i, (rank, note)): (usize, &(usize, String))| {
+            let note = if i == 0 { note } else { note.lines().next().unwrap_or_default() };
+            format!("{}: {note}", self.name(*rank))
+        };
+        let texts: Vec<String> = errors.iter().enumerate().map(text).collect();
         let names: Vec<String> = silent.iter().map(|r| self.name(*r)).collect();
         match (texts.is_empty(), gone, names.is_empty()) {
             (false, ..) => texts.join("\n  "),
@@ -350,7 +360,10 @@ impl Shared {
                 let names = names.join(" and ");
                 format!("{names} ended without reporting an error; killed, out of memory, or node unreachable?")
             }
-            (true, false, true) => "no rank has reported an error of its own".to_owned(),
+            (true, false, true) => {
+                let seen = seen_by.iter().map(|(r, seen)| format!("\n  {} has seen: {seen}", self.name(*r)));
+                format!("a collective failed in ranks that are all alive{}", seen.collect::<String>())
+            }
         }
     }
 
