@@ -59,17 +59,6 @@ int cpift_flash_varlen(const at::Tensor *q, const at::Tensor *k, const at::Tenso
   });
 }
 
-// Frees the memory of a tensor's storage (0 bytes), or allocates it again; tensors that share the
-// storage stay valid.
-int cpift_resize_storage(const at::Tensor *tensor, int64_t bytes) {
-  return guarded([&] {
-    auto *storage = tensor->storage().unsafeGetStorageImpl();
-    auto *allocator = c10::GetAllocator(tensor->device().type());
-    storage->set_data_ptr_noswap(allocator->allocate(bytes));
-    storage->set_nbytes(bytes);
-  });
-}
-
 // Bytes allocated to tensors on a CUDA device: current and peak.
 int cpift_cuda_memory(int device, int64_t *current, int64_t *peak) {
   return guarded([&] {

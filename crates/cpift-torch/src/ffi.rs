@@ -46,7 +46,6 @@ unsafe extern "C" {
         window: i64,
         out: *mut RawTensor,
     ) -> c_int;
-    fn cpift_resize_storage(tensor: *const c_void, bytes: i64) -> c_int;
     fn cpift_cuda_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
     fn cpift_cuda_total(device: c_int, total: *mut i64) -> c_int;
 }
@@ -177,15 +176,6 @@ pub(crate) fn has_flash_varlen(
         grad(&out, Some(&out.detach()), &[&q, &k, &v])
     };
     tch::with_grad(|| windows.into_iter().all(|window| tried(window).is_ok()))
-}
-
-/// Gives the memory of `tensor` and its views back (0 bytes), or makes room for it again; views stay
-/// views of it.
-pub(crate) fn resize_storage(tensor: &Tensor, bytes: usize) -> Result<()> {
-    // SAFETY: the pointer is an at::Tensor that outlives the call; nobody reads it while it has no
-    // memory, because its unit is not lent then.
-    let code = unsafe { cpift_resize_storage(pointer(Some(tensor)), bytes as i64) };
-    check(code, "storage")
 }
 
 /// Bytes allocated to tensors on the CUDA device `index`: current and peak.

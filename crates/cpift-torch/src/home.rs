@@ -17,8 +17,7 @@ use anyhow::{Result, anyhow};
 use cpift_core::Checkpoint;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::dist::{Group, Work};
-use crate::ffi;
+use crate::dist::{Group, Work, set_storage};
 use crate::offload::Storage;
 use crate::weights::{self, Parameters};
 
@@ -564,7 +563,7 @@ impl Lent {
     pub(crate) fn park(mut self) -> Result<Parked> {
         let Some(units) = self.0.take() else { return Ok(Parked(None)) };
         units.flats().iter().flat_map(|flat| &flat.members).for_each(Member::take_back);
-        units.wholes.iter().try_for_each(|whole| ffi::resize_storage(whole, 0))?;
+        units.wholes.iter().try_for_each(|whole| set_storage(whole, 0))?;
         Ok(Parked(Some(units)))
     }
 }
@@ -578,7 +577,7 @@ impl Parked {
         let Some(mut units) = self.0 else { return Ok(Asked(None)) };
         let home = Rc::clone(&units.home);
         for (flat, whole) in home.units[units.unit].flats.iter().zip(&units.wholes) {
-            ffi::resize_storage(whole, whole.numel() * whole.kind().elt_size_in_bytes())?;
+            set_storage(whole, whole.numel() * whole.kind().elt_size_in_bytes())?;
             // Through a tensor with a version counter of its own: to autograd nothing is written.
             units.works.extend(home.fill(flat, &whole.data())?);
         }

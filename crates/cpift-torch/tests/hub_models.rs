@@ -133,7 +133,7 @@ fn a_head_of_its_own_under_a_tied_config_is_a_parameter_and_is_saved_as_one() {
     assert_eq!(first_logits(&session), first_logits(&open(&untied)));
     let saved = dir.path().join("saved");
     fs::create_dir(&saved).unwrap();
-    session.save(&saved, Dtype::F32).unwrap();
+    session.save(Some(&saved), Dtype::F32).unwrap();
     assert_eq!(read_config(&saved).unwrap()["tie_word_embeddings"], json!(false));
     assert_eq!(read_checkpoint(&saved)[HEAD].values(), with_head()[HEAD].values());
     assert_eq!(first_logits(&open(&saved)), first_logits(&session));
@@ -154,7 +154,7 @@ fn a_tied_head_is_the_embedding_under_either_name_or_both() {
         assert_eq!(first_logits(&session), expected, "{name}");
         let saved = dir.path().join(format!("{name}.saved"));
         fs::create_dir(&saved).unwrap();
-        session.save(&saved, Dtype::F32).unwrap();
+        session.save(Some(&saved), Dtype::F32).unwrap();
         assert!(
             read_checkpoint(&saved).contains_key(EMBEDDING) && !read_checkpoint(&saved).contains_key(HEAD),
             "{name}"
@@ -173,7 +173,7 @@ fn prefixes_of_wrappers_are_left_out_and_not_saved() {
         assert_eq!(first_logits(&session), expected, "{prefix}");
         let saved = dir.path().join(format!("{prefix}saved"));
         fs::create_dir(&saved).unwrap();
-        session.save(&saved, Dtype::F32).unwrap();
+        session.save(Some(&saved), Dtype::F32).unwrap();
         assert_eq!(read_checkpoint(&saved).keys().collect::<Vec<_>>(), tiny_weights(1).keys().collect::<Vec<_>>());
     }
 }
