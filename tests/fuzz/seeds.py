@@ -228,7 +228,7 @@ def scores():
 def states():
     header, _ = tensors(("model.norm.weight", "F32", 4, [4]))
     stage = {"steps": 2, "tokens": 10, "first_loss": 1.5, "final_loss": 0.5, "frozen": 0}
-    value = {"format_version": 3, "files": {"metrics.jsonl": DIGEST, "weights/model.safetensors": DIGEST}, "own": DIGEST,
+    value = {"format_version": 4, "files": {"metrics.jsonl": DIGEST, "rank-0-of-2.safetensors": DIGEST}, "own": DIGEST,
              "run": {"seed": 0, "arguments": {"--lr": 1e-3}},
              "position": {"finished": [], "step": 1, "tokens": 5, "losses": [1.5, 0.25], "importance_tokens": 0}}
     for name, finished in {"first": [], "second": [stage]}.items():

@@ -330,7 +330,7 @@ mod tests {
     fn rows_are_dealt_by_tokens() {
         assert_eq!(deal(&[5, 5, 5, 5, 5], 2), [vec![0, 1], vec![2, 3, 4]], "contiguous if nothing is better");
         assert_eq!(deal(&[100, 90, 1, 2], 2), [vec![0], vec![1, 2, 3]]);
-        assert_eq!(deal(&[1, 1, 1, 50], 3), [vec![0], vec![1, 2], vec![3]]);
+        assert_eq!(deal(&[1, 1, 1, 50], 3), [vec![0, 2], vec![1], vec![3]]);
         assert_eq!(deal(&[9], 1), [vec![0]]);
         // A part always has a row.
         assert!(deal(&[0, 0, 7, 7, 0], 4).iter().all(|rows| !rows.is_empty()));

@@ -248,7 +248,8 @@ impl Guard {
 }
 
 /// Sum of the squares of all elements of `grads`: one f64 element on `device`. In f64, so that the
-/// f32 scale that follows does not depend on how the elements are shared among ranks.
+/// f32 scale that follows does not depend on how the elements are shared among ranks; infinite if
+/// it is more than an f32 holds, as the second moments would be.
 pub fn sum_of_squares(grads: &[Tensor], device: Device) -> Tensor {
     let mut sum = Tensor::zeros([], (Kind::Double, device));
     for grad in grads.iter().filter(|g| g.numel() > 0) {
@@ -259,7 +260,8 @@ pub fn sum_of_squares(grads: &[Tensor], device: Device) -> Tensor {
             sum += norm.square();
         }
     }
-    sum
+    let most = sum.le(f64::from(f32::MAX));
+    sum.where_self(&most, &sum.full_like(f64::INFINITY))
 }
 
 /// Rounds an f32 tensor to bf16 stochastically: up or down with the probabilities that make the

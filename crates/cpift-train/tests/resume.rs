@@ -316,12 +316,12 @@ fn force_passes_over_states_that_cannot_be_used() {
     let spoil: [Spoil; 4] = [
         ("another format version", |state| {
             let text = fs::read_to_string(state.join("state.json")).unwrap();
-            fs::write(state.join("state.json"), text.replace("\"format_version\": 3", "\"format_version\": 2"))
+            fs::write(state.join("state.json"), text.replace("\"format_version\": 4", "\"format_version\": 3"))
                 .unwrap();
         }),
         ("state.json", |state| fs::write(state.join("state.json"), "{").unwrap()),
-        ("moments", |state| {
-            let path = state.join("moments/model.safetensors");
+        ("rank-0-of-1.safetensors", |state| {
+            let path = state.join("rank-0-of-1.safetensors");
             let bytes = fs::read(&path).unwrap();
             fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
         }),

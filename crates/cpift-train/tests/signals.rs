@@ -91,7 +91,7 @@ fn the_output_is_written_whatever_warns_meanwhile() {
 fn a_second_warning_lets_a_state_be_saved() {
     let f = large();
     let child = start(&f, "out", &["--steps", "100", "--save-every", "2"]);
-    wait_for(staged(f.path("runs/out.checkpoints"), "step-0000002", "weights"));
+    wait_for(staged(f.path("runs/out.checkpoints"), "step-0000002", "rank-0-of-1.safetensors"));
     let (status, said) = end(child, &[Signal::TERM, Signal::USR1]);
     assert_eq!(status.code(), Some(75), "{said}");
     assert!(said.contains("stopping when the state is saved"), "{said}");

@@ -44,18 +44,18 @@ fn every_spoilt_byte_of_a_state_is_found() {
     let verify = |path: &PathBuf| run(PROGRAM, ["verify".as_ref(), path.as_os_str()]);
     verify(&state).ok().says(&["1 intact"]);
     verify(&state.parent().unwrap().to_owned()).ok().says(&["intact"]);
-    for name in ["weights/model.safetensors", "moments/model.safetensors", "metrics.jsonl"] {
+    for name in ["rank-0-of-1.safetensors", "metrics.jsonl"] {
         assert_eq!(SPOILER.each(&state.join(name), || verify_states(&state).is_ok()), 0, "{name}");
     }
     // White space, and last digits that change no number.
     let well = SPOILER.each(&state.join("state.json"), || verify_states(&state).is_ok());
     assert!(well < TIMES / 50, "{well} times state.json passed");
     // Only the values: the rest of the file is valid.
-    let weights = state.join("weights/model.safetensors");
+    let weights = state.join("rank-0-of-1.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&weights, bytes).unwrap();
-    let parts = ["weights/model.safetensors", "does not have the digest that state.json records"];
+    let parts = ["rank-0-of-1.safetensors", "does not have the digest that state.json records"];
     verify(&state).bad_input(&parts);
     let resume = args.iter().map(String::as_str).chain(["--resume"]);
     run(PROGRAM, resume).bad_input(&parts);
