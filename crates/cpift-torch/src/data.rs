@@ -206,6 +206,42 @@ impl Feeder {
     }
 }
 
+/// This process's share of a step, on the host.
+pub(crate) struct StepShare {
+    /// Indices of the examples of all ranks.
+    pub chosen: Vec<usize>,
+    /// This process's micro-batches.
+    batches: Vec<Batch>,
+    /// Target tokens of all ranks.
+    pub targets: usize,
+    /// Tokens of all ranks.
+    pub tokens: usize,
+}
+
+impl StepShare {
+    /// The share of rank `rank` of `world` in the micro-batches `dealt`, of indices into `examples`.
+    pub fn new(examples: &[Example], dealt: Vec<Vec<usize>>, rank: usize, world: usize) -> Self {
+        let own = dealt.iter().skip(rank).step_by(world);
+        let batches = own.map(|places| Batch::at(examples, places)).collect();
+        let chosen = dealt.concat();
+        let of_all = |count: fn(&Example) -> usize| chosen.iter().map(|&i| count(&examples[i])).sum();
+        // The first token of an example has no prediction.
+        let targets = of_all(|e| e.target.iter().skip(1).filter(|t| **t).count());
+        let tokens = of_all(|e| e.ids.len());
+        Self { chosen, batches, targets, tokens }
+    }
+
+    /// The same in pinned host memory for `device`, if that is a CUDA device.
+    pub fn pinned(self, device: Device) -> Self {
+        Self { batches: self.batches.iter().map(|b| b.pinned(device)).collect(), ..self }
+    }
+
+    /// The micro-batches on `device`.
+    pub fn on(&self, device: Device) -> Vec<Batch> {
+        self.batches.iter().map(|b| b.to_device(device)).collect()
+    }
+}
+
 /// Deals rows with these numbers of tokens to `parts` parts of at least one row each, so that the
 /// largest part has few tokens. Contiguous parts of equal numbers of rows if no other deal is
 /// better; else each row, longest first, goes to the part with the fewest tokens. Rows keep their

@@ -9,7 +9,6 @@
 //! [`ALIGN`] elements on; rank r of N keeps the r-th of N equal parts, also of a multiple of
 //! [`ALIGN`] elements. A parameter's place does not depend on N.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -19,57 +18,13 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::dist::{Group, Work, set_storage};
 use crate::offload::Storage;
+use crate::pieces::{Piece, Pieces};
 use crate::weights::{self, Parameters};
 
 /// Parameters and parts begin at multiples of this number of elements: kernels see the alignment of
 /// a tensor of its own, and vectors are cut where they would be cut in the whole tensor. Otherwise
 /// the update of the elements beside a cut rounds differently.
 const ALIGN: i64 = 64;
-
-/// The part of a parameter that this process keeps and updates.
-pub struct Piece {
-    /// The elements: flat, or in one process the parameter itself.
-    pub tensor: Tensor,
-    /// Flat index of the first element in the parameter.
-    pub start: i64,
-    /// Shape of the whole parameter.
-    pub shape: Vec<i64>,
-}
-
-impl Piece {
-    /// The whole of `parameter`; shares its storage.
-    pub fn whole(parameter: &Tensor) -> Self {
-        Self { tensor: parameter.shallow_clone(), start: 0, shape: parameter.size() }
-    }
-
-    /// Number of elements of the whole parameter.
-    pub fn whole_len(&self) -> i64 {
-        self.shape.iter().product()
-    }
-
-    /// Number of elements of the piece.
-    pub fn len(&self) -> i64 {
-        self.tensor.numel() as i64
-    }
-
-    /// Returns true if this process keeps no element of the parameter.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// A piece at the same place with other elements.
-    pub fn with(&self, tensor: Tensor) -> Self {
-        Self { tensor, start: self.start, shape: self.shape.clone() }
-    }
-}
-
-/// Pieces by parameter name, in bytewise name order.
-pub type Pieces = BTreeMap<String, Piece>;
-
-/// The whole parameters as pieces.
-pub fn whole_pieces(parameters: &Parameters) -> Pieces {
-    parameters.iter().map(|(name, t)| (name.clone(), Piece::whole(t))).collect()
-}
 
 /// Sum of gradients over ranks.
 #[derive(clap::ValueEnum, serde::Serialize, Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -207,7 +162,7 @@ struct Member {
     place: usize,
     /// The model's tensor.
     leaf: Tensor,
-    /// What the model's tensor shows while the unit is not lent: the shape, without memory.
+    /// Contents of the model's tensor while the unit is not lent: the shape, without memory.
     nothing: Tensor,
     shape: Vec<i64>,
     start: i64,

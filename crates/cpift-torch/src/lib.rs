@@ -19,6 +19,7 @@ pub mod model;
 pub mod offload;
 pub mod oom;
 pub mod optim;
+pub mod pieces;
 pub mod score;
 pub mod session;
 mod tensorboard;

@@ -16,8 +16,9 @@ use cpift_data::{ChatText, MaxLength};
 use serde_json::Value;
 use tch::{Device, Kind, no_grad};
 
-use crate::home::{self, Home, Pieces, Placement, UnitHome, whole_pieces};
+use crate::home::{self, Home, Placement, UnitHome};
 use crate::model::{CausalLM, EMBEDDING, ModelConfig};
+use crate::pieces::{Pieces, whole_pieces};
 use crate::weights::{self, Parameters, Saver};
 
 /// Dtypes of weights and computation.

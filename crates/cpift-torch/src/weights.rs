@@ -8,8 +8,8 @@ use cpift_core::format::checkpoint::CheckpointWriter;
 use cpift_core::{BadInput, Checkpoint, Dtype, TensorSpec, TensorView};
 use tch::{Device, Kind, Tensor};
 
-use crate::home::Pieces;
 use crate::offload::Storage;
+use crate::pieces::Pieces;
 
 /// Tensors by checkpoint name, in bytewise name order; they share storage with the model's.
 pub type Parameters = BTreeMap<String, Tensor>;
@@ -93,7 +93,7 @@ impl Saver {
     /// # Errors
     /// A file that cannot be created.
     pub fn create(pieces: &Pieces, folder: &Path, dtype: Dtype) -> Result<Self> {
-        let spec = |(name, piece): (&String, &crate::home::Piece)| TensorSpec {
+        let spec = |(name, piece): (&String, &crate::pieces::Piece)| TensorSpec {
             name: name.clone(),
             dtype,
             shape: piece.shape.iter().map(|&n| n as usize).collect(),

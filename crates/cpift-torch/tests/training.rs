@@ -4,9 +4,9 @@
 mod golden;
 
 use cpift_torch::freeze::Freeze;
-use cpift_torch::home::whole_pieces;
 use cpift_torch::loss::target_losses;
 use cpift_torch::optim::AdamWConfig;
+use cpift_torch::pieces::whole_pieces;
 use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer, loss_and_gradients};
 use cpift_torch::weights::Parameters;
 use golden::{Golden, batch, max_abs};

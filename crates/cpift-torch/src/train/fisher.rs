@@ -12,10 +12,9 @@ use log::info;
 use tch::{Kind, Tensor, no_grad};
 
 use super::pass::{Forward, ParamGroups, PassConfig};
-use super::stage::StepShare;
 use super::step::sum_over_ranks;
-use crate::data::{FeedConfig, Feeder};
-use crate::home::{Piece, Pieces};
+use crate::data::{FeedConfig, Feeder, StepShare};
+use crate::pieces::{Piece, Pieces};
 use crate::session::Session;
 
 /// Subdirectory of a probe with its sums of squared gradients, stored as the weights of a
@@ -54,7 +53,7 @@ pub fn squared_gradients(
     let (mut feeder, mut tokens) = (Feeder::new(examples, feed, config.seed), 0);
     let units = ParamGroups::new(model, &session.parameters, true);
     for _ in 0..config.batches {
-        let share = StepShare::of(examples, feeder.next_step(), placement);
+        let share = StepShare::new(examples, feeder.next_step(), placement.rank(), placement.world());
         let batch = &share.on(placement.device)[0];
         let scale = 1.0 / share.targets as f64;
         let mut add = |unit: usize, grads: Vec<Tensor>| {

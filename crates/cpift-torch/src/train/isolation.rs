@@ -7,11 +7,10 @@ use cpift_data::Example;
 use tch::{Kind, Tensor, no_grad};
 
 use super::importance::{IMPORTANCE, Importance, Positions, jaccard};
-use super::stage::StepShare;
 use super::step::{StepInput, Trainer};
-use crate::data::{FeedConfig, Feeder};
+use crate::data::{FeedConfig, Feeder, StepShare};
 use crate::freeze::Freeze;
-use crate::home::{Piece, Pieces};
+use crate::pieces::{Piece, Pieces};
 
 /// Batches of earlier tasks' rows per update of the mask.
 const REFRESH_BATCHES: usize = 4;
@@ -99,7 +98,8 @@ impl<'a> DynamicMask<'a> {
     pub fn renew(&mut self, trainer: &mut Trainer<'_>) -> Result<Drift> {
         let placement = trainer.placement().clone();
         for _ in 0..REFRESH_BATCHES {
-            let share = StepShare::of(self.config.examples, self.feeder.next_step(), &placement);
+            let share =
+                StepShare::new(self.config.examples, self.feeder.next_step(), placement.rank(), placement.world());
             self.tokens += share.tokens;
             let batches = share.on(placement.device);
             let input = StepInput { batches: &batches, targets: share.targets, stop: false };

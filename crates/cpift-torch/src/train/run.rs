@@ -20,12 +20,12 @@ use super::fisher::{self, FisherConfig};
 use super::isolation::{DynamicMask, Isolation};
 use super::lora::LoraConfig;
 use super::pass::PassConfig;
-use super::stage::{Stage, StageReport, StepShare, plan_steps, receive};
+use super::stage::{Stage, StageReport, plan_steps, receive};
 use super::state::{Part, Progress, RUN, SavedState, States};
 use super::step::{StepConfig, StepInput, StepOutcome, Trainer};
 use super::watch::{METRICS, StageWatch, StepFigures, Watch};
 use crate::args::TrainingArgs;
-use crate::data::{FeedConfig, Feeder};
+use crate::data::{FeedConfig, Feeder, StepShare};
 use crate::freeze::Freeze;
 use crate::oom;
 use crate::optim::CosineWithWarmup;
@@ -241,7 +241,7 @@ impl<'a> StageRun<'a> {
             let maker = scope.spawn(move || {
                 oom::handled_by_another_thread();
                 for _ in 0..count {
-                    let share = StepShare::of_rank(examples, feeder.next_step(), rank, world).pinned(device);
+                    let share = StepShare::new(examples, feeder.next_step(), rank, world).pinned(device);
                     // The receiver is gone if the stage has ended early.
                     if sender.send(share).is_err() {
                         return;

@@ -8,12 +8,10 @@ use std::thread::ScopedJoinHandle;
 use anyhow::{Result, anyhow};
 use cpift_data::Example;
 use serde::{Deserialize, Serialize};
-use tch::Device;
 
 use super::isolation::Isolation;
 use crate::args::Budget;
-use crate::data::{Batch, FeedConfig, Feeder};
-use crate::home::Placement;
+use crate::data::{FeedConfig, Feeder};
 
 /// A stage of training.
 pub struct Stage<'a> {
@@ -47,47 +45,6 @@ pub struct StageReport {
     /// Tokens that importance was measured on, not counted in `tokens`.
     #[serde(default)]
     pub importance_tokens: usize,
-}
-
-/// This process's share of a step, on the host.
-pub(crate) struct StepShare {
-    /// Indices of the examples of all ranks.
-    pub chosen: Vec<usize>,
-    /// This process's micro-batches.
-    batches: Vec<Batch>,
-    /// Target tokens of all ranks.
-    pub targets: usize,
-    /// Tokens of all ranks.
-    pub tokens: usize,
-}
-
-impl StepShare {
-    /// The share of `placement`'s rank in the micro-batches `dealt`, of indices into `examples`.
-    pub fn of(examples: &[Example], dealt: Vec<Vec<usize>>, placement: &Placement) -> Self {
-        Self::of_rank(examples, dealt, placement.rank(), placement.world())
-    }
-
-    /// As [`StepShare::of`], for rank `rank` of `world`.
-    pub fn of_rank(examples: &[Example], dealt: Vec<Vec<usize>>, rank: usize, world: usize) -> Self {
-        let own = dealt.iter().skip(rank).step_by(world);
-        let batches = own.map(|places| Batch::at(examples, places)).collect();
-        let chosen = dealt.concat();
-        let of_all = |count: fn(&Example) -> usize| chosen.iter().map(|&i| count(&examples[i])).sum();
-        // The first token of an example has no prediction.
-        let targets = of_all(|e| e.target.iter().skip(1).filter(|t| **t).count());
-        let tokens = of_all(|e| e.ids.len());
-        Self { chosen, batches, targets, tokens }
-    }
-
-    /// The same in pinned host memory for `device`, if that is a CUDA device.
-    pub fn pinned(self, device: Device) -> Self {
-        Self { batches: self.batches.iter().map(|b| b.pinned(device)).collect(), ..self }
-    }
-
-    /// The micro-batches on `device`.
-    pub fn on(&self, device: Device) -> Vec<Batch> {
-        self.batches.iter().map(|b| b.to_device(device)).collect()
-    }
 }
 
 /// Receives the next batches from the thread `maker`; resumes its panic if it has panicked.

@@ -8,9 +8,10 @@ use super::lora::{Adapters, LoraConfig};
 use super::pass::{Forward, ParamGroups, PassConfig};
 use crate::data::Batch;
 use crate::freeze::Freeze;
-use crate::home::{GradientSums, Piece, Pieces, Placement, Reduction, whole_pieces};
+use crate::home::{GradientSums, Placement, Reduction};
 use crate::model::CausalLM;
 use crate::optim::{AdamW, AdamWConfig, Guard, Update, sum_of_squares};
+use crate::pieces::{Piece, Pieces, whole_pieces};
 use crate::weights::Parameters;
 
 /// Settings of the steps.
