@@ -5,6 +5,7 @@ pub mod ends;
 pub mod layout;
 pub mod masks;
 pub mod model;
+pub mod ranks;
 pub mod spoil;
 
 use std::collections::BTreeMap;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -18,8 +18,9 @@ use cpift_judge::verdicts;
 use cpift_torch::memory;
 use cpift_torch::score::ExampleLoss;
 use cpift_torch::session::{ModelInfo, Session, set_strict_config};
+use cpift_torch::workers::Workers;
 use log::{info, warn};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tch::Kind;
 
 use crate::args::RunArgs;
@@ -37,13 +38,20 @@ pub(crate) const STAGE: &str = env!("CARGO_PKG_NAME");
 pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<()> {
     args.check()?;
     set_strict_config(args.strict_config);
-    let mut recorder = Recorder::start(STAGE);
-    if up_to_date(common, &args.out) {
+    let recorder = Recorder::start(STAGE);
+    let workers = Workers::for_inference(args.device, common)?;
+    let result = score(args, common, &workers, recorder);
+    workers.finish(result)
+}
+
+/// Scores every task; with several ranks each has the model, all share the rows, and rank 0 writes.
+fn score(args: &RunArgs, common: &Common, workers: &Workers, mut recorder: Recorder) -> Result<()> {
+    if workers.agree("the output is up to date", || up_to_date(common, &args.out))? {
         return Ok(());
     }
     check_output(&args.out, common.force())?;
     let list = Tasks::read(&args.tasks)?;
-    let device = args.device.open(common.threads)?;
+    let device = workers.placement.device;
     if !device.is_cuda() {
         let size = |file: &Path| fs::metadata(file).map_or(0, |file| file.len());
         let bytes: u64 = Checkpoint::open(&args.model)?.files().map(size).sum();
@@ -52,12 +60,20 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<()> {
     }
     let plans = TaskPlan::read(args, &list, &ModelInfo::open(&args.model, list.template()?)?)?;
     let kind = args.kind(device);
-    let session = Session::for_inference(&args.model, list.template()?, device, kind)?;
+    let mut session = Session::for_inference(&args.model, list.template()?, device, kind)?;
+    session.model.row_sharers = workers.placement.group.clone();
+    workers.check_same(&describe(&session, &plans))?;
     recorder.input("model", &args.model, session.digest.clone());
     recorder.tasks(&list, plans.iter().map(|plan| plan.inputs.task.name.as_str()))?;
     [scores::FILE_NAME, OUTPUTS].iter().for_each(|name| recorder.also(&args.out.join(name)));
-    let staged = StagedDir::create(&args.out, common.force())?;
-    let mut outputs = BufWriter::new(File::create(staged.path().join(OUTPUTS)).context("creating outputs.jsonl")?);
+    let staged = workers.leads().then(|| StagedDir::create(&args.out, common.force())).transpose()?;
+    let mut outputs: Box<dyn Write> = match &staged {
+        Some(staged) => {
+            let file = File::create(staged.path().join(OUTPUTS)).context("creating outputs.jsonl")?;
+            Box::new(BufWriter::new(file))
+        }
+        None => Box::new(io::sink()),
+    };
     let mut tasks = Vec::new();
     for plan in plans {
         let TaskInputs { task, digest, few_shot, .. } = &plan.inputs;
@@ -67,7 +83,8 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<()> {
         }
         tasks.push(score_task(&session, kind, &plan, &mut outputs)?);
     }
-    outputs.into_inner().context("writing outputs.jsonl")?;
+    outputs.flush().context("writing outputs.jsonl")?;
+    let Some(staged) = staged else { return Ok(()) };
     let scores = Scores {
         format_version: FORMAT_VERSION,
         model: args.model.display().to_string(),
@@ -80,6 +97,15 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<()> {
     staged.commit()?;
     common.print_json(&json!(scores));
     Ok(())
+}
+
+/// Inputs that all ranks must have alike.
+fn describe(session: &Session, plans: &[TaskPlan]) -> Map<String, Value> {
+    let mut run = Map::from_iter([("model".to_owned(), json!(session.digest))]);
+    for plan in plans {
+        run.insert(format!("eval:{}", plan.inputs.task.name), json!(plan.inputs.digest));
+    }
+    run
 }
 
 /// Returns true if `--skip-up-to-date` is given and the directory of an evaluation is up to date.

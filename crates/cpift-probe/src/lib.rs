@@ -131,7 +131,7 @@ fn train(args: &Args, base: &Path, out: &Path, workers: &Workers, recorder: Reco
     if workers.agree("the output is up to date", || args.common.up_to_date(&expected))? {
         return Ok(());
     }
-    memory::check_run(base, &args.tasks, &args.training)?;
+    memory::check_run(base, &args.tasks, &args.training, workers.placement.world())?;
     let mut plan = plan(args, (&tasks, task), base, out, workers)?;
     warn_of_rounding(args, &plan.session);
     let run = describe(args, &plan);

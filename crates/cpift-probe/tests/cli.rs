@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cpift_core::Dtype;
 use cpift_testkit::model::{row, tiny_weights, write_rows, write_tasks, write_tiny_model};
+use cpift_testkit::ranks::Job;
 use cpift_testkit::{Run, Tensor, Tensors, expect_entries, read_checkpoint, run, run_with, write_safetensors};
 use serde_json::{Value, json};
 
@@ -411,4 +412,25 @@ fn squared_gradients_lie_in_the_probe_and_leave_it_as_it_is() {
     f.probe(&more).ok();
     assert!(fs::read(f.out().join("fisher/model.safetensors")).unwrap() == first, "a rerun gives other sums");
     f.probe(&["--task", "copy", "--force", "--fisher-batches", "2"]).expect_code(2).says(&["--save-fisher"]);
+}
+
+/// Squared gradients too are those of one process that accumulates.
+#[test]
+fn ranks_write_the_probe_of_one_process() {
+    let f = Fixture::new();
+    let more = ["--task", "copy", "--save-fisher", "--fisher-batches", "3"];
+    f.probe(&[&more[..], &["--batch-size", "2", "--grad-accum", "2"]].concat()).ok();
+    let read = |name: &str| fs::read(f.out().join(name)).unwrap();
+    let (weights, fisher) = (read("model.safetensors"), read_checkpoint(&f.out().join("fisher")));
+    let shared = [&more[..], &["--batch-size", "4", "--grad-accum", "1", "--force"]].concat();
+    Job::start(env!("CARGO_BIN_EXE_cpift-probe"), 2, |_| f.args(&shared)).succeed();
+    assert!(read("model.safetensors") == weights);
+    for (name, tensor) in read_checkpoint(&f.out().join("fisher")) {
+        let before = &fisher[&name];
+        assert_eq!(tensor.shape, before.shape);
+        // The sum of a batch's gradients in another order.
+        for (x, y) in tensor.values().iter().zip(before.values()) {
+            assert!((x - y).abs() <= 1e-4 * y.abs() + 1e-12, "{name}: {x} and {y}");
+        }
+    }
 }

@@ -45,7 +45,7 @@ fn main() -> Result<()> {
 fn check_loss(session: &Session) -> Result<()> {
     let ids = session.text.encode(PARAGRAPH)?;
     let target = (0..ids.len()).map(|i| i > 0).collect();
-    let losses = score::losses(&session.model, &[Example { ids, target, ..Example::default() }], 1, || ());
+    let losses = score::losses(&session.model, &[Example { ids, target, ..Example::default() }], 1, || ())?;
     let loss = losses[0].nll / losses[0].targets as f64;
     println!("paragraph: {} tokens predicted, loss {loss:.4} (transformers: {LOSS} ± {TOLERANCE})", losses[0].targets);
     ensure!((loss - LOSS).abs() <= TOLERANCE, "the loss is off");

@@ -10,6 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::model::{Attended, CausalLM, KvCache};
+use crate::share::in_batches;
 
 /// Steps between two reads of the generated tokens on a CUDA device, each of which synchronises.
 /// Tokens after a row's end are dropped.
@@ -40,30 +41,30 @@ pub struct Generated {
 }
 
 /// Generates answers to `prompts` (token ids), in order. Prompts are batched by length to keep
-/// padding low. `tick` is called for each prompt done. A sampled answer depends on the seed and the
+/// padding low; ranks share the batches. `tick` is called for each prompt done. A sampled answer depends on the seed and the
 /// prompt's index, not on its batch.
 ///
 /// # Errors
-/// An error of the tokenizer while decoding.
+/// An error of the tokenizer while decoding; a failed rank.
 pub fn generate(
     model: &CausalLM,
     text: &ChatText,
     prompts: &[Vec<i64>],
     options: &GenerationOptions<'_>,
-    mut tick: impl FnMut(),
+    tick: impl FnMut(),
 ) -> Result<Vec<Generated>> {
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     // Longest first: a batch that does not fit in memory fails at once.
     order.sort_by_key(|&i| (std::cmp::Reverse(prompts[i].len()), i));
-    let mut answers = vec![Generated::default(); prompts.len()];
-    for chunk in order.chunks(options.batch_size.max(1)) {
+    let each = |chunk: &[usize]| {
         let batch: Vec<&[i64]> = chunk.iter().map(|&i| prompts[i].as_slice()).collect();
-        let written = no_grad(|| Batch { model, text, options }.answer(&batch, chunk))?;
-        for (&i, ids) in chunk.iter().zip(written) {
-            let text = cut_before_stop(text.decode(&ids)?, options.stop);
-            answers[i] = Generated { ids, text };
-            tick();
-        }
+        no_grad(|| Batch { model, text, options }.answer(&batch, chunk))
+    };
+    let sharers = model.row_sharers.as_ref();
+    let mut answers = vec![Generated::default(); prompts.len()];
+    for (i, ids) in in_batches(sharers, model.device(), &order, options.batch_size, each, tick)? {
+        let text = cut_before_stop(text.decode(&ids)?, options.stop);
+        answers[i] = Generated { ids, text };
     }
     Ok(answers)
 }

@@ -312,7 +312,9 @@ impl UnitHome {
 
     fn fill(&self, flat: &Flat, whole: &Tensor) -> Result<Option<Work>> {
         no_grad(|| {
-            let shard = flat.shard.to_device_(self.placement.device, flat.wire, true, false);
+            // As it is, because the device casts faster, and the copy needs no buffer.
+            let shard = flat.shard.to_device_(self.placement.device, flat.shard.kind(), true, false);
+            let shard = shard.to_kind(flat.wire);
             match &self.placement.group {
                 Some(group) => group.all_gather(whole, &shard).map(Some),
                 None => {

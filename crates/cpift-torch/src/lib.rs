@@ -22,6 +22,7 @@ pub mod optim;
 pub mod pieces;
 pub mod score;
 pub mod session;
+mod share;
 mod tensorboard;
 pub mod train;
 pub mod weights;

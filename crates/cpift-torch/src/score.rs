@@ -7,9 +7,9 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::data::Batch;
 use crate::generate::Prefilled;
-use crate::home::Placement;
 use crate::loss::target_losses;
 use crate::model::CausalLM;
+use crate::share::in_batches;
 
 /// Targets per chunk of the loss: the logits of one chunk exist at a time.
 const LOSS_CHUNK: usize = 1024;
@@ -24,54 +24,29 @@ pub struct ExampleLoss {
 }
 
 /// The loss of every example, in order. Batches consist of examples of similar length, the longest
-/// first.
-pub fn losses(model: &CausalLM, examples: &[Example], batch_size: usize, mut tick: impl FnMut()) -> Vec<ExampleLoss> {
-    let order = longest_first(examples.iter().map(|example| example.ids.len()));
-    let mut out = vec![ExampleLoss { nll: 0.0, targets: 0 }; examples.len()];
-    for chunk in order.chunks(batch_size) {
-        let rows: Vec<&Example> = chunk.iter().map(|&i| &examples[i]).collect();
-        let batch = Batch::new(&rows).to_device(model.device());
-        let sums = no_grad(|| document_losses(model, &batch));
-        for (&i, nll) in chunk.iter().zip(sums) {
-            out[i] = ExampleLoss { nll, targets: examples[i].target.iter().filter(|t| **t).count() };
-            tick();
-        }
-    }
-    out
-}
-
-/// As [`losses`], with the batches shared by the ranks of `placement`: every rank returns all
-/// losses.
+/// first; ranks share them.
 ///
 /// # Errors
-/// A failed collective.
-pub(crate) fn shared_losses(
+/// A failed rank.
+pub fn losses(
     model: &CausalLM,
-    placement: &Placement,
     examples: &[Example],
     batch_size: usize,
+    tick: impl FnMut(),
 ) -> Result<Vec<ExampleLoss>> {
-    if placement.group.is_none() {
-        return Ok(losses(model, examples, batch_size, || ()));
-    }
     let order = longest_first(examples.iter().map(|example| example.ids.len()));
-    let chunks: Vec<&[usize]> = order.chunks(batch_size).collect();
-    let mut sums = vec![0.0; examples.len()];
-    for round in chunks.chunks(placement.world()) {
-        // A rank without a batch of its own runs the last one too: all lend the same units.
-        let own = placement.rank().min(round.len() - 1);
-        let rows: Vec<&Example> = round[own].iter().map(|&i| &examples[i]).collect();
+    let each = |chunk: &[usize]| {
+        let rows: Vec<&Example> = chunk.iter().map(|&i| &examples[i]).collect();
         let batch = Batch::new(&rows).to_device(model.device());
-        let found = no_grad(|| document_losses(model, &batch));
-        if own == placement.rank() {
-            round[own].iter().zip(found).for_each(|(&i, nll)| sums[i] = nll);
-        }
+        // As bits: JSON has no infinity.
+        Ok(no_grad(|| document_losses(model, &batch)).into_iter().map(f64::to_bits).collect())
+    };
+    let mut out = vec![ExampleLoss { nll: 0.0, targets: 0 }; examples.len()];
+    for (i, nll) in in_batches(model.row_sharers.as_ref(), model.device(), &order, batch_size, each, tick)? {
+        let targets = examples[i].target.iter().filter(|t| **t).count();
+        out[i] = ExampleLoss { nll: f64::from_bits(nll), targets };
     }
-    let all = placement.total(&Tensor::from_slice(&sums).to_device(model.device()))?.to_device(Device::Cpu);
-    let all = Vec::<f64>::try_from(all).expect("a one-dimensional tensor of doubles");
-    let loss =
-        |(nll, example): (f64, &Example)| ExampleLoss { nll, targets: example.target.iter().filter(|t| **t).count() };
-    Ok(all.into_iter().zip(examples).map(loss).collect())
+    Ok(out)
 }
 
 /// Indices by descending length: a batch that does not fit in memory fails at once.
@@ -114,18 +89,19 @@ pub fn alternatives(
     model: &CausalLM,
     items: &[Alternatives],
     batch_size: usize,
-    mut tick: impl FnMut(),
+    tick: impl FnMut(),
 ) -> Result<Vec<Vec<f64>>> {
     let whole = |item: &Alternatives| !item.context.is_empty() && item.continuations.iter().all(|c| !c.is_empty());
     anyhow::ensure!(items.iter().all(whole), "a context or continuation without tokens cannot be scored");
     let order = longest_first(items.iter().map(|item| item.context.len()));
-    let mut out = vec![Vec::new(); items.len()];
-    for chunk in order.chunks(batch_size.max(1)) {
+    let each = |chunk: &[usize]| {
         let batch: Vec<&Alternatives> = chunk.iter().map(|&i| &items[i]).collect();
-        for (&i, scores) in chunk.iter().zip(no_grad(|| batch_alternatives(model, &batch))) {
-            out[i] = scores;
-            tick();
-        }
+        let bits = |scores: Vec<f64>| scores.into_iter().map(f64::to_bits).collect::<Vec<u64>>();
+        Ok(no_grad(|| batch_alternatives(model, &batch)).into_iter().map(bits).collect())
+    };
+    let mut out = vec![Vec::new(); items.len()];
+    for (i, scores) in in_batches(model.row_sharers.as_ref(), model.device(), &order, batch_size, each, tick)? {
+        out[i] = scores.into_iter().map(f64::from_bits).collect();
     }
     Ok(out)
 }
@@ -201,7 +177,7 @@ mod tests {
         for (item, found) in items.iter().zip(all) {
             let ids: Vec<i64> = item.context.iter().chain(&item.continuations[0]).copied().collect();
             let target = (0..ids.len()).map(|i| i >= item.context.len()).collect();
-            let alone = losses(&model, &[Example { ids, target, ..Example::default() }], 1, || ())[0].nll;
+            let alone = losses(&model, &[Example { ids, target, ..Example::default() }], 1, || ()).unwrap()[0].nll;
             // Sums of up to a hundred log-likelihoods in f32.
             assert!((found[0] + alone).abs() < 1e-6 * alone, "{found:?} {alone}");
         }

@@ -126,6 +126,7 @@ impl ModelInfo {
             weights::load_into(&checkpoint, precision.master, &placement.weights)?
         };
         let mut model = CausalLM::new(numbers, &parameters, &folder, precision.compute)?;
+        model.row_sharers = placement.group.clone();
         if placement.lends() {
             let wire = |name: &str, leaf: &tch::Tensor| model.wire_kind(name, leaf);
             let home = UnitHome::load(placement.clone(), &model.units, &parameters, &checkpoint, wire)?;

@@ -2,6 +2,7 @@
 //! torchrun or srun have started.
 
 use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -10,8 +11,10 @@ use cpift_core::error::usage;
 use cpift_core::run::cli::Common;
 use log::{LevelFilter, info};
 use serde_json::{Map, Value};
+use tch::Device;
 
 use crate::args::TrainingArgs;
+use crate::device::DeviceChoice;
 use crate::dist::{Backend, Group, Place};
 use crate::home::Placement;
 
@@ -27,8 +30,7 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Opens the device and joins the other ranks, if there are any. Ranks other than 0 log
-    /// warnings and errors only.
+    /// Opens the device of a training run and joins the other ranks, if there are any.
     ///
     /// # Errors
     /// [`cpift_core::Usage`] for arguments that do not go with several ranks; a rank that is
@@ -44,20 +46,20 @@ impl Workers {
                 training.batch_size
             )));
         }
-        let group = match place {
-            None => None,
-            Some(place) => {
-                let backend = if device.is_cuda() { Backend::Nccl } else { Backend::Gloo };
-                let group = Group::join(backend, place, TIMEOUT)?;
-                if group.rank() > 0 {
-                    log::set_max_level(LevelFilter::Warn.min(log::max_level()));
-                }
-                info!("{} ranks over {}", group.world(), if device.is_cuda() { "NCCL" } else { "Gloo" });
-                Some(group)
-            }
-        };
+        let group = place.map(|place| join(place, device)).transpose()?;
         let placement = Placement { group, device, weights, moments, reduce: training.reduce };
         Ok(Self { placement, all_know: Cell::new(false) })
+    }
+
+    /// Opens a device and joins the other ranks, if there are any, each with a whole model.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] for a device that is not there; a rank that is missing.
+    pub fn for_inference(device: DeviceChoice, common: &Common) -> Result<Self> {
+        let place = Place::from_env()?;
+        let device = device.open_for(common.threads, place.as_ref())?;
+        let group = place.map(|place| join(place, device)).transpose()?;
+        Ok(Self { placement: Placement { group, ..Placement::on(device) }, all_know: Cell::new(false) })
     }
 
     /// Returns true on the rank that writes and prints: 0.
@@ -79,7 +81,10 @@ impl Workers {
     /// The first key that differs, with the rank; a failed rank.
     pub fn check_same(&self, run: &Map<String, Value>) -> Result<()> {
         let Some(group) = &self.placement.group else { return Ok(()) };
-        let own = serde_json::to_string(run)?;
+        let mut run = run.clone();
+        // Last, so that an argument is named by what it changes where that is known.
+        run.insert("arguments".into(), std::env::args().skip(1).collect());
+        let own = serde_json::to_string(&run)?;
         let texts = group.exchange("arguments and inputs", &own)?;
         // Rank 0 names the first that differs from it, the others rank 0 or one that differs from
         // both: all ranks fail.
@@ -93,7 +98,7 @@ impl Workers {
                     "ranks {} and {rank} have another {key}: {} and {}\n  hint: start all ranks with the same arguments \
                      and the same files",
                     group.rank(),
-                    shown(run),
+                    shown(&run),
                     shown(&other)
                 )));
             }
@@ -116,4 +121,15 @@ impl Workers {
             done => group.leave().and(done),
         }
     }
+}
+
+/// Joins the other ranks. Ranks other than 0 log warnings and errors only.
+fn join(place: Place, device: Device) -> Result<Rc<Group>> {
+    let (backend, name) = if device.is_cuda() { (Backend::Nccl, "NCCL") } else { (Backend::Gloo, "Gloo") };
+    let group = Group::join(backend, place, TIMEOUT)?;
+    if group.rank() > 0 {
+        log::set_max_level(LevelFilter::Warn.min(log::max_level()));
+    }
+    info!("{} ranks over {name}", group.world());
+    Ok(group)
 }

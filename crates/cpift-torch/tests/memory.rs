@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use cpift_core::Checkpoint;
 use cpift_torch::args::TrainingArgs;
-use cpift_torch::memory::{Job, PARTS, Sizes, advice, read_model};
+use cpift_torch::memory::{Job, PARTS, Sizes, Traffic, advice, read_model};
 use cpift_torch::model::{CausalLM, ModelConfig};
 use cpift_torch::weights::Parameters;
 use serde_json::{Value, json};
@@ -124,6 +124,40 @@ fn each_option_takes_away_what_it_is_for() {
     assert_eq!(part(&frozen, "loss", "frozen"), d / 100 * 12);
 }
 
+/// Ranks keep equal parts of the state, and whole weights of two blocks at most.
+#[test]
+fn ranks_share_the_state() {
+    let (sizes, line) = (Sizes::of(&llama2()), "--batch-size 4 --gradient-checkpointing");
+    let (d, one) = (sizes.total(), job(llama2(), line));
+    let four = job(llama2(), line).shared_by(4);
+    assert_eq!((part(&four, "loss", "weights"), part(&four, "loss", "moments")), (d, 2 * d));
+    assert_eq!(part(&four, "update", "gradients"), d);
+    assert_eq!(part(&four, "first block", "lent"), 2 * 2 * sizes.block, "two blocks in bf16");
+    assert_eq!(part(&four, "first block", "casts"), 0, "the lent weights are cast already");
+    assert_eq!(four.tokens * 4, one.tokens, "a fourth of the batch");
+    assert!(four.peak().total() < one.peak().total() / 3);
+}
+
+/// LLaMA-2-7B with f32 masters and moments on a device of 24 GB.
+#[test]
+fn offloaded_state_takes_host_memory() {
+    let d = Sizes::of(&llama2()).total();
+    let line = "--batch-size 1 --gradient-checkpointing --optimizer-in-backward --max-grad-norm 0 --offload all";
+    let away = Job::new(llama2(), &args(line), 2048, true);
+    assert_eq!((part(&away, "loss", "weights"), part(&away, "loss", "moments")), (0, 0));
+    assert!(away.peak().total() < 24_000_000_000, "{}", away.table());
+    let traffic = Traffic::of(&away, 1);
+    assert_eq!((traffic.host_memory, traffic.ranks), (12 * d, 0));
+    // Masters for two passes over the blocks and one over the rest, and each state read and written.
+    let blocks = 32 * Sizes::of(&llama2()).block;
+    assert_eq!(traffic.host_link, 4 * (d + blocks) + 2 * 12 * d);
+    // With 8 ranks on 2 nodes, 4 of 7 peers are on the other node.
+    let line = "--batch-size 8 --gradient-checkpointing";
+    let shared = Traffic::of(&Job::new(llama2(), &args(line), 2048, true).shared_by(8), 4);
+    assert_eq!(shared.ranks / 7, shared.nodes / 4);
+    assert_eq!(shared.host_memory, 0);
+}
+
 #[test]
 fn only_capped_attention_has_scores() {
     let gemma = |longest| {
@@ -146,7 +180,9 @@ fn the_advice_is_the_cheapest_that_fits() {
     let advised = |limit| advice(&plain, limit).fits.map(|(options, _)| options);
     assert_eq!(advised(140 * GIB).unwrap(), "--gradient-checkpointing");
     assert_eq!(advised(100 * GIB).unwrap(), "--gradient-checkpointing --optimizer-in-backward --max-grad-norm 0");
-    assert_eq!(advised(30 * GIB), None);
+    let offloaded = advised(30 * GIB).unwrap();
+    assert!(offloaded.contains("--offload "), "{offloaded}");
+    assert_eq!(advised(GIB), None);
     let (options, total) = advice(&plain, 60 * GIB).fits.unwrap();
     assert!(options.contains("--master-dtype bf16") && total <= 60 * GIB, "{options}");
     // The advised total is the one computed for those options.

@@ -146,6 +146,16 @@ pub struct PlanArgs {
     /// within the limits on the process]
     #[arg(long, value_name = "GIB", allow_negative_numbers = true, help_heading = MEMORY)]
     pub device_memory: Option<f64>,
+    /// Ranks that share the model and each batch
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = MEMORY)]
+    pub world: u64,
+    /// Ranks on each node [default: all]
+    #[arg(long, value_name = "N", help_heading = MEMORY)]
+    pub per_node: Option<u64>,
+    /// Rate in GB/s at which a rank receives from other ranks (from other nodes with --per-node),
+    /// and at which --offload copies between host and device [default: no estimate]
+    #[arg(long, value_name = "GB/S", allow_negative_numbers = true, help_heading = MEMORY)]
+    pub link: Option<f64>,
     /// Compute rate of training in TFLOP/s (matmul rate of the device times the share training
     /// reaches), to estimate the time [default: no estimate]
     #[arg(long, value_name = "F", allow_negative_numbers = true, help_heading = MEMORY)]

@@ -12,7 +12,7 @@ use cpift_core::run::cli::{Common, print};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_torch::args::{Budget, TrainingArgs};
 use cpift_torch::device::DeviceChoice;
-use cpift_torch::memory::{self, Disk, Job, Sizes};
+use cpift_torch::memory::{self, Disk, Job, Sizes, Traffic};
 use serde_json::json;
 
 use crate::args::{PlanArgs, RunArgs};
@@ -29,6 +29,8 @@ pub fn estimate(args: &PlanArgs, common: &Common) -> Result<()> {
     let probes = args.probes.unwrap_or(tasks.map_or(DEFAULT_PROBES, |t| t.list.len() as u64));
     let (disk, free) = (Disk::of(&job, probes), available_bytes(&args.out)?);
     let time = args.tflops.map(|rate| Time::of(&job, &args.training, rate * 1e12));
+    let traffic = Traffic::of(&job, args.per_node.unwrap_or(args.world));
+    let link = args.link.map(|rate| rate * 1e9);
     if common.json {
         let advice = limit.filter(|l| job.peak().total() > *l).map(|l| memory::advice(&job, l));
         let rows: serde_json::Map<String, serde_json::Value> =
@@ -36,13 +38,15 @@ pub fn estimate(args: &PlanArgs, common: &Common) -> Result<()> {
         common.print_json(&json!({"memory": job.to_json(), "device_memory": limit,
             "fits": limit.map(|l| job.peak().total() <= l),
             "options": advice.as_ref().map(|a| &a.alone), "advice": advice.as_ref().map(|a| &a.fits),
+            "traffic": traffic.to_json(link),
             "time": time.as_ref().map(|t| json!({"tokens": t.tokens, "flops": t.flops, "hours": t.hours})),
             "disk": {"total": disk.total(), "free": free, "parts": rows}}));
     } else {
         let verdict = memory::verdict(&job, limit);
         let time = time.map_or(String::new(), |t| t.line());
         let free = free_line(&args.out, disk.total(), free);
-        print(&format!("{}{verdict}\n{time}{}{free}", job.table(), disk.table()));
+        let traffic = traffic.text(link);
+        print(&format!("{}{verdict}{traffic}\n{time}{}{free}", job.table(), disk.table()));
     }
     Ok(())
 }
@@ -61,11 +65,11 @@ impl Time {
     fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
         let tokens = match training.budget() {
             Budget::Tokens(tokens) => tokens as u64,
-            Budget::Steps(steps) => steps as u64 * training.grad_accum as u64 * job.tokens,
+            Budget::Steps(steps) => steps as u64 * training.grad_accum as u64 * job.tokens * job.world,
         };
         let each = if training.gradient_checkpointing { 8.0 } else { 6.0 };
         let flops = each * Sizes::of(&job.config).total() as f64 * tokens as f64;
-        Self { tokens, flops, hours: flops / flops_per_second / 3600.0 }
+        Self { tokens, flops, hours: flops / (flops_per_second * job.world as f64) / 3600.0 }
     }
 
     fn line(&self) -> String {
@@ -81,6 +85,10 @@ fn check(args: &PlanArgs) -> Result<()> {
         ((0.0..=100.0).contains(&args.frozen_percent), "--frozen-percent must be 0 to 100"),
         (args.batch_tokens != Some(0), "--batch-tokens must be at least 1"),
         (args.tflops.is_none_or(|f| f.is_finite() && f > 0.0), "--tflops must be positive"),
+        ((1..=1 << 20).contains(&args.world), "--world must be 1 to 1048576"),
+        (args.per_node.is_none_or(|n| n > 0), "--per-node must be at least 1"),
+        (args.link.is_none_or(|r| r.is_finite() && r > 0.0), "--link must be positive"),
+        (args.training.batch_size as u64 >= args.world, "--batch-size is that of all ranks: at least --world"),
         (args.device_memory.is_none_or(|g| g.is_finite() && g > 0.0), "--device-memory must be positive"),
     ];
     match rules.iter().find(|(holds, _)| !holds) {
@@ -108,6 +116,7 @@ fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
         job.tokens = tokens;
         job.longest = job.longest.min(tokens);
     }
+    let mut job = job.shared_by(args.world);
     job.frozen = (Sizes::of(&job.config).total() as f64 * args.frozen_percent / 100.0) as u64;
     Ok((job, limit))
 }

@@ -38,7 +38,7 @@ fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder)
     check_placement(args, workers)?;
     // Adapters take less memory than is computed.
     if args.lora_rank.is_none() {
-        memory::check_run(&args.model, &args.tasks, &args.training)?;
+        memory::check_run(&args.model, &args.tasks, &args.training, workers.placement.world())?;
     }
     let mut plan = Plan::new(args, common, workers)?;
     warn_of_rounding(args, &plan);

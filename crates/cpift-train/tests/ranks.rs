@@ -4,66 +4,26 @@
 mod common;
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use common::{Fixture, PROGRAM};
 use cpift_core::Checkpoint;
 use cpift_core::format::safetensors::MappedFile;
+use cpift_testkit::Numbers;
+use cpift_testkit::ranks::{Job, said};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Longest time after which all ranks of a failed job have ended.
 const END: Duration = Duration::from_secs(30);
 
-/// A port that is free now.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+fn start(world: usize, of_rank: impl Fn(usize) -> Vec<String>) -> Job {
+    Job::start(PROGRAM, world, of_rank)
 }
 
-/// The processes of a job.
-struct Job(Vec<Child>);
-
-impl Job {
-    /// Starts `world` ranks with the arguments of `of_rank`.
-    fn start(world: usize, of_rank: impl Fn(usize) -> Vec<String>) -> Self {
-        let port = free_port().to_string();
-        let rank = |rank: usize| {
-            Command::new(PROGRAM)
-                .args(of_rank(rank))
-                .env("RANK", rank.to_string())
-                .env("LOCAL_RANK", rank.to_string())
-                .env("WORLD_SIZE", world.to_string())
-                .env("MASTER_ADDR", "127.0.0.1")
-                .env("MASTER_PORT", &port)
-                .stderr(Stdio::piped())
-                .stdout(Stdio::piped())
-                .spawn()
-                .unwrap()
-        };
-        Self((0..world).map(rank).collect())
-    }
-
-    fn pid(&self, rank: usize) -> Pid {
-        Pid::from_child(&self.0[rank])
-    }
-
-    fn wait(self) -> Vec<Output> {
-        self.0.into_iter().map(|child| child.wait_with_output().unwrap()).collect()
-    }
-
-    /// Waits for all ranks and expects success of each.
-    fn succeed(self) {
-        let outputs = self.wait();
-        let all: Vec<String> =
-            outputs.iter().enumerate().map(|(rank, o)| format!("rank {rank}: {}", text(o))).collect();
-        assert!(outputs.iter().all(|o| o.status.success()), "{}", all.join("\n"));
-    }
-}
-
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
+fn pid(job: &Job, rank: usize) -> Pid {
+    Pid::from_child(&job.0[rank])
 }
 
 /// Arguments of a run of `batch` rows per step into `out`.
@@ -79,7 +39,7 @@ fn same_as_accumulated(f: &Fixture, more: &[&str]) {
         let (alone, shared) = (format!("alone-{world}"), format!("shared-{world}"));
         let one = cpift_testkit::run(PROGRAM, arguments(f, &alone, 8 / world, world, more));
         assert!(one.code == 0, "{}", one.stderr);
-        Job::start(world, |_| arguments(f, &shared, 8, 1, more)).succeed();
+        start(world, |_| arguments(f, &shared, 8, 1, more)).succeed();
         check_same(f, &alone, &shared, &format!("{world} ranks, {more:?}"));
     }
 }
@@ -134,7 +94,7 @@ fn updates_in_the_backward_pass_give_the_same_bytes() {
     for more in [&[][..], &["--gradient-checkpointing"]] {
         let run = |out: &str, own: &[&str]| {
             let all = [&plain[..], more, own].concat();
-            Job::start(2, |_| arguments(&f, out, 4, 1, &all)).succeed();
+            start(2, |_| arguments(&f, out, 4, 1, &all)).succeed();
         };
         run("after", &[]);
         run("during", &["--optimizer-in-backward"]);
@@ -147,7 +107,7 @@ fn updates_in_the_backward_pass_give_the_same_bytes() {
 fn the_native_sum_of_two_ranks_is_the_ordered_one() {
     let f = Fixture::new();
     for (out, reduce) in [("ordered", "ordered"), ("native", "native")] {
-        Job::start(2, |_| arguments(&f, out, 4, 1, &["--steps", "5", "--reduce", reduce])).succeed();
+        start(2, |_| arguments(&f, out, 4, 1, &["--steps", "5", "--reduce", reduce])).succeed();
     }
     check_same(&f, "ordered", "native", "reduce");
 }
@@ -185,17 +145,17 @@ fn states_continue_on_any_number_of_ranks() {
         .chain(["--steps", "40", "--save-every", "3", "--save-total-limit", "99"])
         .collect();
     let resumed = [&more[..], &["--resume"]].concat();
-    Job::start(2, |_| arguments(&f, "quiet", 8, 1, &more)).succeed();
+    start(2, |_| arguments(&f, "quiet", 8, 1, &more)).succeed();
     // Stopped by a signal to one rank.
-    let job = Job::start(2, |_| arguments(&f, "stopped", 8, 1, &more));
+    let job = start(2, |_| arguments(&f, "stopped", 8, 1, &more));
     let states = f.path("runs").join("stopped.checkpoints");
     let clock = Instant::now();
     while !states.join("step-0000003").exists() && clock.elapsed() < END {
         std::thread::sleep(Duration::from_millis(2));
     }
-    kill_process(job.pid(1), Signal::TERM).unwrap();
+    kill_process(pid(&job, 1), Signal::TERM).unwrap();
     for (rank, output) in job.wait().iter().enumerate() {
-        assert_eq!(output.status.code(), Some(75), "rank {rank}: {}", text(output));
+        assert_eq!(output.status.code(), Some(75), "rank {rank}: {}", said(output));
     }
     let mut saved: Vec<String> = fs::read_dir(&states)
         .unwrap()
@@ -217,6 +177,14 @@ fn states_continue_on_any_number_of_ranks() {
             assert_eq!(all[&name].len(), 4 * view.numel(), "{name}");
         }
     }
+    // Each rank keeps half of the elements, but for the alignment of each unit's vectors.
+    let elements = |rank: usize| -> usize {
+        let file = MappedFile::open(&last.join(format!("rank-{rank}-of-2.safetensors"))).unwrap();
+        let weights = file.entries.iter().filter(|(name, _)| name.starts_with("weights/"));
+        weights.map(|(_, entry)| entry.shape.iter().product::<usize>()).sum()
+    };
+    let (first, second) = (elements(0), elements(1));
+    assert!(first.abs_diff(second) <= 4 * 64 * 2, "{first} and {second} elements");
     // One and four ranks add the rows of a step in other orders: their weights are near.
     let near = |a: &str, b: &str| {
         let runs = f.path("runs");
@@ -241,13 +209,49 @@ fn states_continue_on_any_number_of_ranks() {
             let one = cpift_testkit::run(PROGRAM, arguments(&f, &out, 8, 1, &resumed));
             assert_eq!(one.code, 0, "{}", one.stderr);
         } else {
-            Job::start(world, |_| arguments(&f, &out, 8, 1, &resumed)).succeed();
+            start(world, |_| arguments(&f, &out, 8, 1, &resumed)).succeed();
         }
         let (off, size) = near("quiet", &out);
         assert!(off < 0.02 * size, "{world} ranks: {off} off, of weights of {size}");
     }
-    Job::start(2, |_| arguments(&f, "stopped", 8, 1, &resumed)).succeed();
+    start(2, |_| arguments(&f, "stopped", 8, 1, &resumed)).succeed();
     check_same(&f, "quiet", "stopped", "a resumed run");
+}
+
+/// Killed at 20 random moments, the saving of a state included.
+#[test]
+fn killed_ranks_resume_to_the_same_bytes() {
+    let f = Fixture::new();
+    let stages = f.stages();
+    let more: Vec<&str> =
+        stages.iter().map(String::as_str).chain(["--steps", "60", "--save-every", "2", "--resume"]).collect();
+    let clock = Instant::now();
+    start(2, |_| arguments(&f, "quiet", 4, 1, &more)).succeed();
+    let (took, mut numbers, mut kills) = (clock.elapsed(), Numbers(7), 0);
+    let states = f.path("runs").join("killed.checkpoints");
+    let newest = || {
+        let names = fs::read_dir(&states).into_iter().flatten().flatten();
+        names.map(|e| e.file_name()).filter(|n| n.to_string_lossy().starts_with("step-")).max()
+    };
+    while kills < 20 {
+        let mut job = start(2, |_| arguments(&f, "killed", 4, 1, &more));
+        let before = newest();
+        while newest() == before && job.0[0].try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(took.mul_f64(0.03 * f64::from(numbers.unit().abs())));
+        job.0.iter_mut().for_each(|child| child.kill().unwrap());
+        let ended = job.wait();
+        kills += usize::from(ended.iter().any(|output| !output.status.success()));
+        if f.path("runs/killed").exists() {
+            start(2, |_| arguments(&f, "killed", 4, 1, &more)).succeed();
+            let weights = |run: &str| fs::read(f.path("runs").join(run).join("model.safetensors")).unwrap();
+            assert!(weights("killed") == weights("quiet"));
+            fs::remove_dir_all(f.path("runs/killed")).unwrap();
+        }
+    }
+    start(2, |_| arguments(&f, "killed", 4, 1, &more)).succeed();
+    check_same(&f, "quiet", "killed", "a run that was killed 20 times");
 }
 
 fn copy_folder(from: &Path, to: &Path) {
@@ -269,8 +273,8 @@ fn a_failed_rank_ends_the_others() {
     let f = Fixture::new();
     let long = ["--steps", "100000"];
     for (signal, name) in [(Signal::KILL, "killed"), (Signal::STOP, "hung")] {
-        let job = Job::start(3, |_| arguments(&f, name, 6, 1, &long));
-        let pid = job.pid(1);
+        let job = start(3, |_| arguments(&f, name, 6, 1, &long));
+        let pid = pid(&job, 1);
         wait_for_steps(&f, name);
         kill_process(pid, signal).unwrap();
         let clock = Instant::now();
@@ -279,8 +283,8 @@ fn a_failed_rank_ends_the_others() {
         for (rank, child) in [0, 2].into_iter().zip(others) {
             let output = child.wait_with_output().unwrap();
             assert!(clock.elapsed() < END, "rank {rank} took {:?}", clock.elapsed());
-            assert_eq!(output.status.code(), Some(1), "rank {rank} of a {name} job: {}", text(&output));
-            assert!(text(&output).contains("rank 1"), "rank {rank} of a {name} job: {}", text(&output));
+            assert_eq!(output.status.code(), Some(1), "rank {rank} of a {name} job: {}", said(&output));
+            assert!(said(&output).contains("rank 1"), "rank {rank} of a {name} job: {}", said(&output));
         }
         let _ = gone.kill();
         let _ = gone.wait();
@@ -300,17 +304,16 @@ fn wait_for_steps(f: &Fixture, out: &str) {
 #[test]
 fn ranks_with_other_arguments_are_refused() {
     let f = Fixture::new();
-    let job = Job::start(2, |rank| {
-        arguments(&f, "out", 4, 1, &["--steps", "5", "--seed", if rank == 0 { "1" } else { "2" }])
-    });
+    let job =
+        start(2, |rank| arguments(&f, "out", 4, 1, &["--steps", "5", "--seed", if rank == 0 { "1" } else { "2" }]));
     for (rank, output) in job.wait().iter().enumerate() {
-        assert_eq!(output.status.code(), Some(2), "rank {rank}: {}", text(output));
-        assert!(text(output).contains("another seed: "), "rank {rank}: {}", text(output));
+        assert_eq!(output.status.code(), Some(2), "rank {rank}: {}", said(output));
+        assert!(said(output).contains("another seed: "), "rank {rank}: {}", said(output));
     }
-    let job = Job::start(2, |_| arguments(&f, "out", 1, 1, &["--steps", "5"]));
+    let job = start(2, |_| arguments(&f, "out", 1, 1, &["--steps", "5"]));
     for output in job.wait() {
         assert_eq!(output.status.code(), Some(2));
-        assert!(text(&output).contains("must be at least 2"), "{}", text(&output));
+        assert!(said(&output).contains("must be at least 2"), "{}", said(&output));
     }
     assert!(!f.path("runs/out").exists());
 }
@@ -331,7 +334,7 @@ fn offloaded_runs_write_the_same_bytes() {
                     let one = cpift_testkit::run(PROGRAM, arguments(&f, out, 4, 1, &more));
                     assert!(one.code == 0, "{}", one.stderr);
                 } else {
-                    Job::start(world, |_| arguments(&f, out, 4, 1, &more)).succeed();
+                    start(world, |_| arguments(&f, out, 4, 1, &more)).succeed();
                 }
             };
             run("here", &[]);

@@ -32,7 +32,7 @@ impl Loss {
     /// A loss that is not finite, with its row.
     pub(crate) fn of(session: &Session, task: &Task, examples: &Encoded, batch_size: usize) -> Result<Self> {
         let bar = progress::items("loss", examples.examples.len() as u64);
-        let losses = score::losses(&session.model, &examples.examples, batch_size, || bar.inc(1));
+        let losses = score::losses(&session.model, &examples.examples, batch_size, || bar.inc(1))?;
         bar.finish_and_clear();
         let places = examples.examples.iter().map(|example| &example.place);
         if let Some((place, loss)) = places.clone().zip(&losses).find(|(_, loss)| !loss.nll.is_finite()) {

@@ -3,6 +3,7 @@
 use cpift_core::Dtype;
 
 use super::job::{Job, gib};
+use crate::args::Offload;
 
 /// Options that make a job fit.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,8 +44,10 @@ pub(super) fn after_failure(job: &Job, limit: Option<u64>) -> String {
 type Change = fn(&Job, u64) -> Option<(Job, String)>;
 
 /// Changes, cheapest first: a third more work; conditions on the step; more, smaller batches;
-/// rounded moments; rounded weights.
-const CHANGES: [Change; 5] = [checkpointing, in_backward, smaller_batch, moments, master];
+/// rounded moments; rounded weights; moments, then weights too, in host memory.
+const CHANGES: [Change; 7] = [checkpointing, in_backward, smaller_batch, moments, master, offload_moments, offload_all];
+/// Place of `smaller_batch` in [`CHANGES`].
+const BATCH: usize = 2;
 
 /// Finds the options that make `job` fit in `limit` bytes: the combination whose most expensive
 /// option is cheapest.
@@ -63,7 +66,7 @@ fn apply(job: &Job, set: u32, limit: u64) -> Option<(Job, String)> {
     let mut texts = Vec::new();
     let mut changed = job.clone();
     // The batch last: the size that fits depends on the other changes.
-    for i in [0, 1, 3, 4, 2] {
+    for i in (0..CHANGES.len()).filter(|i| *i != BATCH).chain([BATCH]) {
         if set & (1 << i) != 0 {
             let text;
             (changed, text) = CHANGES[i](&changed, limit)?;
@@ -118,6 +121,22 @@ fn master(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
     let before = std::mem::replace(&mut job.args.master_dtype, Dtype::BF16);
     (before != Dtype::BF16).then(|| (job, "--master-dtype bf16".to_owned()))
+}
+
+fn offload_moments(job: &Job, _: u64) -> Option<(Job, String)> {
+    offload(job, Offload::Optimizer, "--offload optimizer")
+}
+
+fn offload_all(job: &Job, _: u64) -> Option<(Job, String)> {
+    offload(job, Offload::All, "--offload all")
+}
+
+/// State in host memory; on the CPU it would be files, which the estimate has no room for either.
+fn offload(job: &Job, what: Offload, text: &str) -> Option<(Job, String)> {
+    let possible = job.cuda && job.args.offload == Offload::None;
+    let mut job = job.clone();
+    job.args.offload = what;
+    possible.then(|| (job, text.to_owned()))
 }
 
 impl std::fmt::Display for Advice {

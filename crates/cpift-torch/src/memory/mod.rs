@@ -1,24 +1,27 @@
 //! The memory that training takes, computed from config.json and the arguments before anything is
 //! loaded: `job` says what is trained, `estimate` adds up the step, `advice` finds options that
-//! fit, `disk` sizes the outputs of a pipeline, `device` reads the limits of the machine.
+//! fit, `traffic` counts what a step moves between ranks and between host and device, `disk` sizes the outputs of a pipeline, `device` reads the limits of the machine.
 
 mod advice;
 mod device;
 mod disk;
 mod estimate;
 mod job;
+mod traffic;
 
 use std::path::Path;
 
 use anyhow::Result;
 
 use crate::args::TrainingArgs;
+use crate::dist::Place;
 
 pub use advice::{Advice, advice, verdict};
 pub use device::{available, check_address_space};
 pub use disk::Disk;
 pub use estimate::{Moment, PARTS};
 pub use job::{Job, Sizes, longest_of, read_model};
+pub use traffic::Traffic;
 
 use advice::after_failure;
 use job::PROGRAM;
@@ -26,7 +29,8 @@ use job::PROGRAM;
 /// The estimate for training `model` on `tasks` with `frozen` elements, and options that take less,
 /// for [`crate::oom::explain`].
 pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u64) -> String {
-    let job = Job::of_run(model, tasks, args).map(|job| Job { frozen, ..job });
+    let world = Place::from_env().ok().flatten().map_or(1, |place| place.world as u64);
+    let job = Job::of_run(model, tasks, args).map(|job| Job { frozen, ..job }.shared_by(world));
     let device = args.device.open(None);
     match job {
         Ok(job) => after_failure(&job, device.ok().and_then(available)),
@@ -34,17 +38,17 @@ pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u6
     }
 }
 
-/// Refuses to train `model` on `tasks` if `ulimit -v` leaves less memory than the estimate. Does
-/// nothing if there is no estimate.
+/// Refuses to train `model` on `tasks` with `world` ranks if `ulimit -v` leaves less memory than
+/// the estimate. Does nothing if there is no estimate.
 ///
 /// # Errors
 /// Errors of [`check_address_space`].
-pub fn check_run(model: &Path, tasks: &Path, args: &TrainingArgs) -> Result<()> {
+pub fn check_run(model: &Path, tasks: &Path, args: &TrainingArgs, world: usize) -> Result<()> {
     if device::left_by_ulimit().is_none() {
         return Ok(());
     }
     match Job::of_run(model, tasks, args) {
-        Ok(job) if !job.cuda => check_address_space(job.peak().total() - PROGRAM),
+        Ok(job) if !job.cuda => check_address_space(job.shared_by(world as u64).peak().total() - PROGRAM),
         _ => Ok(()),
     }
 }

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::rc::Rc;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -12,6 +13,7 @@ use super::attention::{Attended, Attention, Documents, KvCache, Pattern, causal_
 use super::config::{EMBEDDING, ModelConfig};
 use super::layers::{Loader, Mlp, RmsNorm, Rope, check_all_taken, distinct_ropes};
 use crate::device::to_device;
+use crate::dist::Group;
 use crate::ffi;
 use crate::home::{Home, Lent, UnitHome};
 use crate::weights::Parameters;
@@ -75,6 +77,8 @@ pub struct CausalLM {
     pub units: Vec<Vec<String>>,
     /// Home of the weights.
     pub home: Home,
+    /// Ranks that share the batches of an evaluation.
+    pub row_sharers: Option<Rc<Group>>,
     embed_tokens: Tensor,
     norm: RmsNorm,
     lm_head: Tensor,
@@ -121,7 +125,19 @@ impl CausalLM {
                 [config.num_attention_heads, config.num_key_value_heads, config.head_dim],
                 config.windows.iter().copied().collect::<BTreeSet<_>>(),
             );
-        Ok(Self { config, blocks, units, home: Home::Whole, embed_tokens, norm, lm_head, ropes, compute, varlen })
+        Ok(Self {
+            config,
+            blocks,
+            units,
+            home: Home::Whole,
+            row_sharers: None,
+            embed_tokens,
+            norm,
+            lm_head,
+            ropes,
+            compute,
+            varlen,
+        })
     }
 
     /// Dtype in which the parameter `name` can be lent to a block without changing a result: that
@@ -148,7 +164,7 @@ impl CausalLM {
     }
 
     /// The parts of the units, if they are lent.
-    pub(crate) fn unit_home(&self) -> Option<&std::rc::Rc<UnitHome>> {
+    pub(crate) fn unit_home(&self) -> Option<&Rc<UnitHome>> {
         match &self.home {
             Home::Whole => None,
             Home::Units(home) => Some(home),

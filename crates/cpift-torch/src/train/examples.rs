@@ -57,7 +57,7 @@ impl HeldOut {
 /// A failed collective.
 pub(crate) fn held_out_losses(session: &Session, sets: &[HeldOut], batch_size: usize) -> Result<Vec<(String, f64)>> {
     let mean = |set: &HeldOut| -> Result<(String, f64)> {
-        let losses = score::shared_losses(&session.model, &session.placement, &set.examples, batch_size)?;
+        let losses = score::losses(&session.model, &set.examples, batch_size, || ())?;
         let mean = losses.iter().map(|l| l.nll).sum::<f64>() / losses.iter().map(|l| l.targets as f64).sum::<f64>();
         Ok((set.task.clone(), mean))
     };
