@@ -1,4 +1,5 @@
-# Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file targets.
+# Every target people use. `make help` lists them; scripts/pipeline.mk holds the pipeline's own file
+# targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline
@@ -47,8 +48,9 @@ check-deps: check-tools ## Licences, duplicates and sources of dependencies (car
 		if git ls-remote -q https://github.com/rustsec/advisory-db HEAD > /dev/null 2>&1; then cargo deny check advisories; \
 		else echo "check-deps: advisories not checked, their database cannot be reached"; fi
 
-# `make bench-files`: PYTHON= with numpy makes the checkpoints; MERGEKIT=path/to/mergekit-yaml (0.1.5) and PEER_PYTHON= (with
-# torch and safetensors) are optional, their rows say so where they are not given.
+# `make bench-files`: PYTHON= with numpy makes the checkpoints; MERGEKIT=path/to/mergekit-yaml
+# (0.1.5) and PEER_PYTHON= (with torch and safetensors) are optional, their rows say so where they
+# are not given.
 PYTHON ?= python3
 PEER_PYTHON ?= $(PYTHON)
 MERGEKIT ?=
@@ -88,7 +90,8 @@ fuzz: setup ## Fuzz the readers of files (TARGET=header, SECONDS_EACH=600; needs
 demo: build ## The whole pipeline on a tiny model and five synthetic tasks: matrix, groups, table
 	@BIN=$(BIN) scripts/demo.sh
 
-# Sizes of `make smollm2`. The budget of every method is the same: 5 probes + backbone + final, in tokens.
+# Sizes of `make smollm2`. The budget of every method is the same: 5 probes + backbone + final, in
+# tokens.
 DATA ?= data
 SMOLLM2 ?= .cache/smollm2-135m
 SMOLLM2_RUN ?= runs/smollm2
@@ -99,7 +102,8 @@ smollm2: build ## The whole pipeline on SmolLM2-135M-Instruct with real data (DA
 	@scripts/smollm2/fetch.sh $(SMOLLM2)
 	@DATA=$(DATA) SEQ=$(SEQ) LIMIT=$(LIMIT) MODEL=$(SMOLLM2) RUN=$(SMOLLM2_RUN) BIN=$(BIN) scripts/smollm2/run.sh
 
-# The experiments: SUITE=, SUITE_RUN=, SEEDS= (default: the suite's), JOBS=, PAIR=A,B for forgetting alone.
+# The experiments: SUITE=, SUITE_RUN=, SEEDS= (default: the suite's), JOBS=, PAIR=A,B for forgetting
+# alone.
 EXPERIMENTS := reproduce forgetting ablate schedules stages sweep-p sweep-tau imbalance low-data
 SUITE ?= scripts/experiments/interference.toml
 SUITE_RUN ?= runs/suite
@@ -126,16 +130,13 @@ pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR
 	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all
 
 status: ## Every artifact of RUN=: done, running, queued, stopped, failed, stale or missing, and why
-	@RUN="$(RUN)" BIN=$(BIN) scripts/status.py
-
 slurm: ## Submit the pipeline to Slurm: what is not made yet (RUN=, BASE=, TASKS=; scripts/slurm/cluster.env; DRY_RUN=1 prints)
-	@RUN="$(RUN)" BIN=$(BIN) scripts/slurm/submit.py $(if $(DRY_RUN),--dry-run)
+clean-probes: build ## Delete the weights of the probes of RUN= once everything made from them is up to date
+status slurm clean-probes:
+	@BIN=$(BIN) scripts/pipeline.py $@
 
 test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
 	@BIN=$(BIN) tests/slurm/test.sh
-
-clean-probes: build ## Delete the weights of the probes of RUN= once everything made from them is up to date
-	@BIN=$(BIN) scripts/clean_probes.py "$(RUN)"
 
 install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch
 	@PREFIX=$(PREFIX) BIN=$(BIN) scripts/install.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Every stage onto a disk with a random part of the room that its output takes; masks and merges also onto one that becomes full while
-# they write, and one that is read-only: a small tmpfs, in a mount namespace of its own. Each must end with exit code 1 or 3, say what it
-# could not write, and leave nothing (training its states and figures, for --resume). Needs root, or user namespaces. SEED= names the
-# random sizes.
+# Every stage onto a disk with a random part of the room that its output takes; masks and merges
+# also onto one that becomes full while they write, and one that is read-only: a small tmpfs, in a
+# mount namespace of its own. Each must end with exit code 1 or 3, say what it could not write, and
+# leave nothing (training its states and figures, for --resume). Needs root, or user namespaces.
+# SEED= names the random sizes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-target/release}
@@ -48,7 +49,8 @@ check_small() { # WHAT COMMAND...
     judge "$1" "$code"
 }
 
-# Room enough at the start; the run is stopped once it has begun its output, the rest of the disk filled, and the run continued.
+# Room enough at the start; the run is stopped once it has begun its output, the rest of the disk
+# filled, and the run continued.
 check_filled() { # WHAT COMMAND...
     local code=0 pid
     "${@:2}" --out "$full/out" --threads 1 2>"$work/said" &

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# check-formats.sh DATA: loads every file of DATA/raw, each in the layout its source publishes, with `cpift-train preview`, and
-# prints what it was taken for and what became of its rows. Rows that use tools must be refused. Fails at the first surprise.
+# check-formats.sh DATA: loads every file of DATA/raw, each in the layout its source publishes, with
+# `cpift-train preview`, and prints what it was taken for and what became of its rows. Rows that use
+# tools must be refused. Fails at the first surprise.
 #
 # BIN    folder of the programs                            (target/release)
 # MODEL  checkpoint whose tokenizer and template are used  (fixtures/demo/base)
@@ -12,7 +13,8 @@ BIN=${BIN:-$root/target/release}
 MODEL=${MODEL:-$root/fixtures/demo/base}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# Whole rows are wanted whatever context the model has: no weights are loaded, so a longer one costs nothing.
+# Whole rows are wanted whatever context the model has: no weights are loaded, so a longer one costs
+# nothing.
 mkdir "$work/model"
 cp "$MODEL"/*token* "$MODEL"/*.jinja "$work/model/" 2>/dev/null || true
 sed -E 's/("max_position_embeddings": *)[0-9]+/\11000000/' "$MODEL/config.json" > "$work/model/config.json"

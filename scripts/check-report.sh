@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# check-report.sh REPORT.html [SHOTS]: opens a report in headless Chromium as a file. Fails where the page says something on the console,
-# asks for anything beyond itself, lacks a section, its scores or all pictures, or scrolls sideways at the width of a telephone.
-# Screenshots at 1280 and 390 pixels, light and dark, go to the folder SHOTS (a temporary one, whose name is printed, where none is given).
+# check-report.sh REPORT.html [SHOTS]: opens a report in headless Chromium as a file. Fails where
+# the page says something on the console, asks for anything beyond itself, lacks a section, its
+# scores or all pictures, or scrolls sideways at the width of a telephone. Screenshots at 1280 and
+# 390 pixels, light and dark, go to the folder SHOTS (a temporary one, whose name is printed, where
+# none is given).
 #
 # CHROMIUM   the browser (chromium)
 set -euo pipefail
@@ -15,7 +17,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 fail() { echo "check-report: $*" >&2; exit 1; }
 
-# browse NAME ARGUMENTS...: the file $page; stdout and stderr to $work/NAME.out and .log, every request to $work/NAME.net
+# browse NAME ARGUMENTS...: the file $page; stdout and stderr to $work/NAME.out and .log, every
+# request to $work/NAME.net
 browse() {
     local name=$1; shift
     timeout 120 "$CHROMIUM" --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
@@ -25,7 +28,8 @@ browse() {
         || { tail -n 5 "$work/$name.log" >&2; fail "the browser failed"; }
     ! grep ':CONSOLE' "$work/$name.log" >&2 || fail "the page says something on the console"
     [ -s "$work/$name.net" ] || fail "the browser wrote no list of requests"
-    # No name is resolved, so nothing leaves this machine; what the browser asks of its maker is not the page's.
+    # No name is resolved, so nothing leaves this machine; what the browser asks of its maker is not
+    # the page's.
     local others='"url":"(file|data|chrome|about|devtools):|"url":"https?://((accounts|www|([a-z]+[.])*clients[0-9]*)[.]google|(update|optimizationguide-pa)[.]googleapis)[.]com/'
     if grep -oE '"url":"[a-z-]+:[^"]*"' "$work/$name.net" | grep -vE "$others" | sort -u | grep . >&2; then
         fail "the page asked for something beyond itself"

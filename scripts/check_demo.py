@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""check_demo.py RUN TASKS: fails unless the demo shows, on any machine, what the README reads from its table: cores were isolated; each
-probe lifts its own task by 30 points or more; and on the tasks of the first group, with margins of over 20 points, stages
-(multi-stage) forget, a mixture of all tasks (full-sft) does not, and the mixed last stage of cpi-ft recovers more than half."""
+"""check_demo.py RUN TASKS: fails unless the demo shows, on any machine, what the README reads from
+its table: cores were isolated; each probe lifts its own task by 30 points or more; and on the tasks
+of the first group, with margins of over 20 points, stages (multi-stage) forget, a mixture of all
+tasks (full-sft) does not, and the mixed last stage of cpi-ft recovers more than half."""
 import json
 import os
 import subprocess

@@ -56,7 +56,8 @@ def codealpaca(path: Path) -> Iterable[Row]:
 
 
 def logiqa(path: Path) -> Iterable[Row]:
-    """Blocks of eight lines: blank, letter, context, question, four options; damaged blocks are left out."""
+    """Blocks of eight lines: blank, letter, context, question, four options; damaged blocks are
+    left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     for start in range(0, len(lines) - 7, 8):
         blank, letter, context, question, *options = (line.strip() for line in lines[start:start + 8])
@@ -70,7 +71,8 @@ def logiqa(path: Path) -> Iterable[Row]:
 
 
 def ultrachat(path: Path) -> Iterable[Row]:
-    """Pages of the rows service; dialogues that do not alternate from user to assistant are left out."""
+    """Pages of the rows service; dialogues that do not alternate from user to assistant are left
+    out."""
     for entry in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         messages = [{"role": m["role"], "content": m["content"]} for m in entry["row"]["messages"]]
         if len(messages) % 2:
@@ -85,7 +87,8 @@ def key(row: Row) -> str:
 
 
 def chosen(rows: Iterable[Row], count: int, seed: int, max_chars: int, taken: set[str]) -> list[Row]:
-    """At most `count` rows without repeats, without those whose key is in `taken`, in hash order."""
+    """At most `count` rows without repeats, without those whose key is in `taken`, in hash order.
+    """
     pool: dict[str, Row] = {}
     for row in rows:
         if key(row) not in taken and sum(len(m["content"]) for m in row["messages"]) <= max_chars:

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Downloads the five public data sets of the paper and writes them to OUT as TASK/{train,eval}.jsonl.
+# Downloads the five public data sets of the paper and writes them to OUT as
+# TASK/{train,eval}.jsonl.
 #
-#   scripts/fetch-data.sh OUT           RAW=DIR keeps the downloads there (default OUT/raw); files already in it are used
+#   scripts/fetch-data.sh OUT           RAW=DIR keeps the downloads there (default OUT/raw); files
+#       already in it are used
 #   TRAIN_ROWS=4000 EVAL_ROWS=300       rows of each task; SEED=0 chooses them
 #
 # The licences differ, and the data are not ours to give:
@@ -28,7 +30,8 @@ fetch() { # NAME URL
     mv "$raw/.$1.part" "$raw/$1"
 }
 
-# The set itself is in Parquet; the rows service of its host gives the same rows as JSON, 100 at a time.
+# The set itself is in Parquet; the rows service of its host gives the same rows as JSON, 100 at a
+# time.
 fetch_ultrachat() { # SPLIT ROWS
     local offset
     for ((offset = 0; offset < $2; offset += 100)); do

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# install.sh: programs into PREFIX/bin. The three that use libtorch go to PREFIX/lib/cpift/bin, where their rpath
-# ($ORIGIN/../../.libtorch/lib) finds PREFIX/lib/.libtorch, and get a link in PREFIX/bin.
+# install.sh: programs into PREFIX/bin. The three that use libtorch go to PREFIX/lib/cpift/bin,
+# where their rpath ($ORIGIN/../../.libtorch/lib) finds PREFIX/lib/.libtorch, and get a link in
+# PREFIX/bin.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PREFIX:?}" "${BIN:?}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lays out libtorch 2.11.0 in .libtorch/{lib,include}, where the build and the binaries' rpath look for it.
+# Lays out libtorch 2.11.0 in .libtorch/{lib,include}, where the build and the binaries' rpath look
+# for it.
 #
 #   LIBTORCH=DIR              use that libtorch (a link is made)
 #   LIBTORCH_USE_PYTORCH=1    use the libtorch of python3's installed PyTorch (a link is made)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""summary.py: what a run of the pipeline with the methods of the paper came to: similarity of the cores, groups, budgets, the table,
-the files. Reads RUN and the budgets from the environment, as scripts/pipeline.mk does."""
+"""summary.py: what a run of the pipeline with the methods of the paper came to: similarity of the
+cores, groups, budgets, the table, the files. Reads RUN and the budgets from the environment, as
+scripts/pipeline.mk does."""
 import json
 import os
 from pathlib import Path

@@ -1,5 +1,5 @@
-//! Help texts of all programs, compared with the files in tests/help, so that a changed flag shows up
-//! as a changed file. `UPDATE_HELP=1` rewrites them.
+//! Help texts of all programs, compared with the files in tests/help, so that a changed flag shows
+//! up as a changed file. `UPDATE_HELP=1` rewrites them.
 
 use std::fmt::Write as _;
 use std::fs;

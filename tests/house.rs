@@ -1,5 +1,5 @@
 //! Rules of the source tree: imports between the files of a crate have no circles, the layers of
-//! cpift-core use no higher layer, and doc comments name their subject.
+//! cpift-core use no higher layer, doc comments name their subject, and comments fit 100 columns.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -277,4 +277,21 @@ fn doc_comments_name_their_subject() {
         }
     }
     assert!(found.is_empty(), "{} doc comments:\n{}", found.len(), found.join("\n"));
+}
+
+#[test]
+fn comments_fit_100_columns() {
+    let mut found = Vec::new();
+    for file in sources(&root().join("crates")).into_iter().chain(sources(&root().join("tests"))) {
+        let text = fs::read_to_string(&file).unwrap();
+        for (number, line) in text.lines().enumerate() {
+            let comment = line.trim_start();
+            // Rows of tables cannot be wrapped.
+            let table = comment.trim_start_matches(['/', '!']).trim_start().starts_with('|');
+            if comment.starts_with("//") && !table && line.chars().count() > 100 {
+                found.push(format!("{}:{}: {line}", file.display(), number + 1));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{} comment lines:\n{}", found.len(), found.join("\n"));
 }

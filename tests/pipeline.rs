@@ -78,9 +78,10 @@ impl Pipeline {
 
     /// Runs `make clean-probes`.
     fn clean_probes(&self, run: &str) -> Run {
-        let mut command = Command::new(root().join("scripts/clean_probes.py"));
+        let mut command = Command::new(root().join("scripts/pipeline.py"));
+        command.arg("clean-probes");
         if !run.is_empty() {
-            command.arg(self.path(run));
+            command.arg(format!("RUN={}", self.path(run).display()));
         }
         command.env("BIN", programs());
         run_command(command)

@@ -98,10 +98,10 @@ impl World {
         command
     }
 
-    /// Prepares a script with the settings of the pipeline in its environment.
-    fn script(&self, name: &str, more: &[&str], changes: &[&str]) -> Command {
-        let mut command = Command::new(root().join(name));
-        command.args(more).env("PYTHONDONTWRITEBYTECODE", "1").env("CLUSTER", root().join("scripts/slurm/cluster.env"));
+    /// Prepares `pipeline.py` with the settings of the pipeline in its environment.
+    fn script(&self, arguments: &[&str], changes: &[&str]) -> Command {
+        let mut command = Command::new(root().join("scripts/pipeline.py"));
+        command.args(arguments).env("CLUSTER", root().join("scripts/slurm/cluster.env"));
         for setting in self.settings(changes) {
             let (key, value) = setting.split_once('=').unwrap();
             command.env(key, value);
@@ -118,7 +118,7 @@ impl World {
     }
 
     fn by_status(&self, changes: &[&str]) -> BTreeSet<String> {
-        let printed = run_command(self.script("scripts/status.py", &[], changes)).ok().stdout;
+        let printed = run_command(self.script(&["status"], changes)).ok().stdout;
         let words = printed.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
         let due = words.filter(|w| w.len() > 1 && ["stale", "missing"].contains(&w[1]));
         due.map(|w| w[0].to_owned()).collect()
@@ -126,7 +126,7 @@ impl World {
 
     /// Jobs and array elements that would be submitted, as `stage` or `stage/index`.
     fn by_slurm(&self, changes: &[&str]) -> BTreeSet<String> {
-        let printed = run_command(self.script("scripts/slurm/submit.py", &["--dry-run"], changes)).ok().stdout;
+        let printed = run_command(self.script(&["slurm", "DRY_RUN=1"], changes)).ok().stdout;
         let mut due = BTreeSet::new();
         for line in printed.lines().filter(|line| line.starts_with("sbatch ")) {
             let value = |flag: &str| line.split_whitespace().find_map(|word| word.strip_prefix(flag));

@@ -1,8 +1,10 @@
-"""A pair of checkpoints at the shapes of real models, the same bytes every time: base ~ N(0, 0.02), tuned = base + a small step.
+"""A pair of checkpoints at the shapes of real models, the same bytes every time: base ~ N(0, 0.02),
+tuned = base + a small step.
 
     python3 checkpoints.py 1.1b FOLDER        needs numpy
 
-Values come from one block of random numbers, read from another place for every piece, so that 7 B parameters take minutes.
+Values come from one block of random numbers, read from another place for every piece, so that 7 B
+parameters take minutes.
 """
 
 import json
@@ -22,7 +24,8 @@ SIZES = {
 PIECE = 1 << 21
 POOL = 1 << 24
 SCALE = 0.02
-# A short fine-tune with AdamW moves a weight by about its learning rate times a root of the number of steps.
+# A short fine-tune with AdamW moves a weight by about its learning rate times a root of the number
+# of steps.
 STEP = 1e-4
 
 

@@ -1,6 +1,8 @@
-"""What bounds a training step here: the device and the rate of its matrix product, as a JSON object. Needs torch.
+"""What bounds a training step here: the device and the rate of its matrix product, as a JSON
+object. Needs torch.
 
-The best of six timings of a square product, FLOP per second: wall time of the GPU, CPU time of the threads otherwise.
+The best of six timings of a square product, FLOP per second: wall time of the GPU, CPU time of the
+threads otherwise.
 """
 
 import argparse

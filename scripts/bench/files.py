@@ -1,7 +1,9 @@
-"""`make bench-files`: the three file stages against the floor (`cat`, `cp`) and their peers, on checkpoints made on the spot.
+"""`make bench-files`: the three file stages against the floor (`cat`, `cp`) and their peers, on
+checkpoints made on the spot.
 
-Each row runs A B A B …, with the page cache warm, and gives medians. CPU time is that of the process and its children; anonymous
-memory is the largest RssAnon seen, because the resident set counts mapped files.
+Each row runs A B A B …, with the page cache warm, and gives medians. CPU time is that of the
+process and its children; anonymous memory is the largest RssAnon seen, because the resident set
+counts mapped files.
 """
 
 import argparse
@@ -79,7 +81,8 @@ class Side:
 
 
 class Row:
-    """A comparison with its target: `most` is the largest ratio ours/other, `least` the smallest ratio other/ours."""
+    """A comparison with its target: `most` is the largest ratio ours/other, `least` the smallest
+    ratio other/ours."""
 
     def __init__(self, name, ours, other, most=None, least=None, memory=None, faster=False):
         self.name, self.ours, self.other = name, ours, other
@@ -132,7 +135,8 @@ def weights(folder):
 
 
 def remove(*paths):
-    """Removes outputs, and lets the disk finish what it was writing, so that no run pays for another."""
+    """Removes outputs, and lets the disk finish what it was writing, so that no run pays for
+    another."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
@@ -182,7 +186,8 @@ class Bench:
         subprocess.run(shell(cat(self.inputs())), check=True)
 
     def record_digests(self, recorded):
-        """Writes or removes cpift.json with the digests of the inputs, as the stages leave it in their outputs."""
+        """Writes or removes cpift.json with the digests of the inputs, as the stages leave it in
+        their outputs."""
         for role, folder in [("base", self.base), ("tuned", self.tuned)]:
             path = folder / "cpift.json"
             path.unlink(missing_ok=True)
@@ -194,7 +199,8 @@ class Bench:
                     "output": {"blake3": self.digests[role], "files": stamps}, "started_unix": 0, "seconds": 0.0}))
 
     def learn_digests(self):
-        """Extracts once, which makes the mask, warms the programs up and tells the digests of the inputs."""
+        """Extracts once, which makes the mask, warms the programs up and tells the digests of the
+        inputs."""
         self.record_digests(False)
         remove(self.mask)
         Run(self.extract())

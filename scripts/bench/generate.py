@@ -1,8 +1,10 @@
-"""`scripts/bench/generate.sh`: greedy generation of ours and of transformers, side by side, in new tokens per CPU second of one thread.
+"""`scripts/bench/generate.sh`: greedy generation of ours and of transformers, side by side, in new
+tokens per CPU second of one thread.
 
-Both continue the same made-up prompts of unequal length from the same checkpoint, without an ending id, so that every row writes all
-its tokens. The ids must be the same but where two logits tie within rounding: fewer than 9 of 10 rows alike, and there is nothing to
-compare and the exit status is 1. Rounds are interleaved; a process's first repetition is dropped.
+Both continue the same made-up prompts of unequal length from the same checkpoint, without an ending
+id, so that every row writes all its tokens. The ids must be the same but where two logits tie
+within rounding: fewer than 9 of 10 rows alike, and there is nothing to compare and the exit status
+is 1. Rounds are interleaved; a process's first repetition is dropped.
 """
 
 import argparse

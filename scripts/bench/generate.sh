@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Greedy generation of ours and of transformers on one thread of the CPU, side by side; scripts/bench/generate.py has the options.
+# Greedy generation of ours and of transformers on one thread of the CPU, side by side;
+# scripts/bench/generate.py has the options.
 #
 #   scripts/bench/generate.sh [--rounds N] [--batch-size N …] [--new-tokens N]
 #   VENV=DIR     Python with torch 2.11 and transformers; made where missing [.cache/oracle-venv]

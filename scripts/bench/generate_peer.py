@@ -1,4 +1,5 @@
-"""The peer of `bench_generate`: greedy generation as a user of transformers writes it, the same options and JSON.
+"""The peer of `bench_generate`: greedy generation as a user of transformers writes it, the same
+options and JSON.
 
     python3 generate_peer.py --model DIR --prompts FILE --batch-size 16 --new-tokens 128 --threads 1
 

@@ -1,11 +1,12 @@
 """`scripts/gpu.sh`: checks and benchmarks on one GPU, into one JSON file.
 
-`figures` has every value beside its target, null where it was not measured; `machine` what it ran on; `steps` each program's own
-report, or the error it ended with.
+`figures` has every value beside its target, null where it was not measured; `machine` what it ran
+on; `steps` each program's own report, or the error it ended with.
 
-The file is written after every step; a step that fails or runs out of time is recorded and the rest goes on. `--only STEP` runs
-single steps again, or those that are missing, and keeps the rest. Without a GPU the same programs run at tiny size on the CPU, to
-show that the script works: their reports are kept, and no figure is made of them.
+The file is written after every step; a step that fails or runs out of time is recorded and the rest
+goes on. `--only STEP` runs single steps again, or those that are missing, and keeps the rest.
+Without a GPU the same programs run at tiny size on the CPU, to show that the script works: their
+reports are kept, and no figure is made of them.
 """
 
 import argparse
@@ -69,7 +70,8 @@ class Plan:
         return [sys.executable, PEER, *self.common(), "--master", master, "--max-grad-norm", 0]
 
     def generation(self, *program):
-        """The command of a program that continues the prompts; the first call makes checkpoint and prompts."""
+        """The command of a program that continues the prompts; the first call makes checkpoint and
+        prompts."""
         model, file = self.scratch / "model", self.scratch / "prompts.json"
         if not file.exists():
             maker = [sys.executable, HERE / "random_checkpoint.py", self.config, ROOT / "fixtures/demo/base", model]
@@ -93,7 +95,8 @@ STEPS = {
 
 
 def run_step(name, plan):
-    """The step's record: its command, how it ended, seconds, and the program's report or the error."""
+    """The step's record: its command, how it ended, seconds, and the program's report or the error.
+    """
     record, start = {"state": "failed", "command": None, "report": None, "error": None}, time.monotonic()
     try:
         command = STEPS[name](plan)
@@ -122,7 +125,8 @@ def parameters(config):
 
 
 class Reports:
-    """What the figures are computed from; None wherever a report is missing, or a machine is not a GPU."""
+    """What the figures are computed from; None wherever a report is missing, or a machine is not a
+    GPU."""
 
     def __init__(self, results):
         self.on_gpu = results["machine"]["device"] == "cuda"

@@ -1,9 +1,11 @@
-"""The peer of `cpift-mask extract`: what a careful person writes with NumPy, and PyTorch for the bf16 differences.
+"""The peer of `cpift-mask extract`: what a careful person writes with NumPy, and PyTorch for the
+bf16 differences.
 
     python3 mask_numpy.py BASE TUNED PERCENT OUT      needs numpy, torch, safetensors
 
-Streams both checkpoints through memory maps, three times: a histogram of the upper 16 bits of |Δ|, one of the lower 16 bits
-within the bin of the threshold, and the bits, ties by position. Prints the digest of the bits, to compare masks by.
+Streams both checkpoints through memory maps, three times: a histogram of the upper 16 bits of |Δ|,
+one of the lower 16 bits within the bin of the threshold, and the bits, ties by position. Prints the
+digest of the bits, to compare masks by.
 """
 
 import hashlib
@@ -37,7 +39,8 @@ def distances(base, tuned):
 
 
 def histogram(base, tuned, prefix=None):
-    """Counts of the upper 16 bits of all distances, or of the lower 16 bits of those with the upper bits `prefix`."""
+    """Counts of the upper 16 bits of all distances, or of the lower 16 bits of those with the upper
+    bits `prefix`."""
     bins = np.zeros(1 << 16, np.int64)
     for _, values in distances(base, tuned):
         bits = values.view(np.uint32)
@@ -66,7 +69,8 @@ def main(base, tuned, percent, out):
 
 
 def write(base, tuned, k, threshold, ties, out):
-    """Writes the bits of what is above the threshold and of the first `ties` equal to it; prints their digest."""
+    """Writes the bits of what is above the threshold and of the first `ties` equal to it; prints
+    their digest."""
     packed = {name: [] for name in base}
     for name, values in distances(base, tuned):
         chosen = values > threshold

@@ -1,6 +1,8 @@
-"""A Hugging Face folder of a model at random weights, for benchmarks: `random_checkpoint.py CONFIG.json TOKENIZER_DIR OUT`.
+"""A Hugging Face folder of a model at random weights, for benchmarks: `random_checkpoint.py
+CONFIG.json TOKENIZER_DIR OUT`.
 
-bf16; the tokenizer is copied from a folder that has a smaller one than the model's embedding. Prints one JSON object.
+bf16; the tokenizer is copied from a folder that has a smaller one than the model's embedding.
+Prints one JSON object.
 """
 
 import json

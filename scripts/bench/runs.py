@@ -1,4 +1,5 @@
-"""What the training benchmarks share: one run of a program that prints a JSON object, and facts about the machine."""
+"""What the training benchmarks share: one run of a program that prints a JSON object, and facts
+about the machine."""
 
 import json
 import os
@@ -13,7 +14,8 @@ PEER, DEVICE = HERE / "train_peer.py", HERE / "device.py"
 
 
 class Failed(Exception):
-    """A program did not succeed: why, in one line, and the JSON object it may have printed all the same."""
+    """A program did not succeed: why, in one line, and the JSON object it may have printed all the
+    same."""
 
     def __init__(self, why, report=None):
         super().__init__(why)
@@ -21,7 +23,8 @@ class Failed(Exception):
 
 
 def run_json(command, seconds, threads=None):
-    """Runs a program, ended with its children after `seconds`; the JSON object on the last line of its output."""
+    """Runs a program, ended with its children after `seconds`; the JSON object on the last line of
+    its output."""
     env = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
     command = [str(part) for part in command]
     try:

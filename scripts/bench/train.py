@@ -1,7 +1,9 @@
-"""`scripts/bench/train.sh`: training steps of ours and of transformers, side by side, in tokens per CPU second of one thread.
+"""`scripts/bench/train.sh`: training steps of ours and of transformers, side by side, in tokens per
+CPU second of one thread.
 
-Both see the same token ids and start from the same checkpoint, so their losses must agree, or there is nothing to compare and the
-exit status is 1. Each round runs ours, the peer and a matrix product, one after another; every process drops its first step.
+Both see the same token ids and start from the same checkpoint, so their losses must agree, or there
+is nothing to compare and the exit status is 1. Each round runs ours, the peer and a matrix product,
+one after another; every process drops its first step.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from runs import DEVICE, HERE, PEER, Failed, cpu_model, run_json
 SHAPES = ["1x512", "4x256"]
 TARGET = 1.2
 LIMIT_S = 1800
-# f32 losses agree at every step. In bf16 other roundings turn the signs of AdamW's first updates: only the first loss is judged.
+# f32 losses agree at every step. In bf16 other roundings turn the signs of AdamW's first updates:
+# only the first loss is judged.
 AGREE_F32, AGREE_BF16 = 1e-4, 0.02
 
 

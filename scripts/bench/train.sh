@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Training steps of ours and of transformers on one thread of the CPU, side by side; scripts/bench/train.py has the options.
+# Training steps of ours and of transformers on one thread of the CPU, side by side;
+# scripts/bench/train.py has the options.
 #
-#   scripts/bench/train.sh [--rounds N] [--steps N] [--shape BxS …] [--compute-dtype bf16] [--gradient-checkpointing]
+#   scripts/bench/train.sh [--rounds N] [--steps N] [--shape BxS …] [--compute-dtype bf16]
+#       [--gradient-checkpointing]
 #   VENV=DIR     Python with torch 2.11 and transformers; made where missing [.cache/oracle-venv]
 #   MODEL=DIR    the checkpoint; fetched where missing [.cache/smollm2-135m]
 set -euo pipefail

@@ -1,9 +1,13 @@
-"""The peer of `bench_train`: the same training steps as a user of transformers writes them, the same options and JSON.
+"""The peer of `bench_train`: the same training steps as a user of transformers writes them, the
+same options and JSON.
 
-    python3 train_peer.py --model DIR --shape 1x512 --steps 4 --threads 1           needs torch 2.11 and transformers
+    python3 train_peer.py --model DIR --shape 1x512 --steps 4 --threads 1
 
-sdpa attention, loss by the model's `labels`, clip_grad_norm_, torch.optim.AdamW(fused=True) at a constant rate without decay.
-bf16 is autocast over f32 weights, or bf16 weights, moments and all with `--master bf16`.
+Needs torch 2.11 and transformers.
+
+sdpa attention, loss by the model's `labels`, clip_grad_norm_, torch.optim.AdamW(fused=True) at a
+constant rate without decay. bf16 is autocast over f32 weights, or bf16 weights, moments and all
+with `--master bf16`.
 """
 
 import argparse
@@ -27,7 +31,8 @@ LEARNING_RATE = 1e-5
 
 
 def token_ids(vocab, steps, rows, length):
-    """Batches of a 64-bit LCG that starts at 1: every id is the upper 31 bits of the NEXT state, modulo the vocabulary."""
+    """Batches of a 64-bit LCG that starts at 1: every id is the upper 31 bits of the NEXT state,
+    modulo the vocabulary."""
     state, ids = 1, []
     for _ in range(steps * rows * length):
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64

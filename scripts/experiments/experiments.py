@@ -62,7 +62,8 @@ class Table:
 
 
 class Forgetting:
-    """Two tasks one after the other, in every order: what the first loses, what the second gains."""
+    """Two tasks one after the other, in every order: what the first loses, what the second gains.
+    """
 
     kind = "forgetting"
 

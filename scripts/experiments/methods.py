@@ -1,7 +1,8 @@
 """The methods that are compared, each as the steps that make its model.
 
-All get the same budget in tokens: that of the probes, the backbone and the last stage together. A [`Lab`] is one base, one task list and
-one seed; `Lab.method(NAME)` is the step whose output is the model of that name.
+All get the same budget in tokens: that of the probes, the backbone and the last stage together. A
+[`Lab`] is one base, one task list and one seed; `Lab.method(NAME)` is the step whose output is the
+model of that name.
 """
 
 from store import Gathered, Inside, Named, Step, Written
@@ -28,7 +29,8 @@ class Lab:
         return [part for pair in zip(flags[::2], flags[1::2]) if pair[0] not in more for part in pair]
 
     def probe(self, task, fisher=False):
-        """With `fisher`, squared gradients are taken after a training that is shorter by as many tokens."""
+        """With `fisher`, squared gradients are taken after a training that is shorter by as many
+        tokens."""
         fisher_flags, cost = self.suite["fisher"], self.budget["fisher"]
         return Step(self.store, f"probe-{task}-s{self.seed}", "cpift-probe", "--base", self.base, "--tasks",
                     self.tasks, "--task", task, "--tokens", self.budget["probe"] - fisher * cost,
@@ -93,8 +95,9 @@ class Lab:
 
     def cpi_ft(self, name="cpi-ft", masks="core", order=None, backbone="multi-stage", transplant=True, freeze=True, stages=True,
                data="mixed", merge=(), **how):
-        """CPI-FT as published: probes, groups, fusion into the backbone, stages with earlier cores frozen on the balanced mixture of all
-        tasks, or (`data="group"`) on each group's own rows; without `stages`, one stage on that mixture. `how` is that of the masks."""
+        """CPI-FT as published: probes, groups, fusion into the backbone, stages with earlier cores
+        frozen on the balanced mixture of all tasks, or (`data="group"`) on each group's own rows;
+        without `stages`, one stage on that mixture. `how` is that of the masks."""
         core = self.masks(**how)
         groups = self.groups(core, order=order)
         back = self.backbone(groups, backbone)
@@ -124,15 +127,16 @@ class Lab:
         return Step(self.store, f"blended-s{self.seed}", "cpift-merge", "linear", *models)
 
     def evolving(self):
-        """EPI: stages in which what matters most to earlier tasks is protected, found again as training goes on."""
+        """EPI: stages in which what matters most to earlier tasks is protected, found again as
+        training goes on."""
         groups = self.groups(self.masks())
         tokens = self.budget["backbone"] + self.budget["final"]
         return self.train(f"epi-s{self.seed}", self.base, tokens, "--groups", groups, "--isolation", "dynamic",
                           *self.suite.get("epi", []))
 
     def own_cores(self, tensors=False):
-        """In each stage the group's own core alone moves; with `tensors` it is TRACE's, whole tensors. The probes' tokens are part of the
-        budget."""
+        """In each stage the group's own core alone moves; with `tensors` it is TRACE's, whole
+        tensors. The probes' tokens are part of the budget."""
         core = {task: self.tensor_mask(task) for task in self.tasks.names} if tensors else self.masks(p=self.suite["own_p"])
         groups = self.groups(core, "--partition", "like", "--like", self.groups(self.masks(fisher=tensors)))
         name, tokens = "trace" if tensors else "own-cores", self.budget["backbone"] + self.budget["final"]
@@ -144,7 +148,8 @@ class Lab:
                     "--fisher", Inside(probe, "fisher"), "--percent", 10, suffix=".safetensors")
 
     def ours(self):
-        """CPI-FT+: a capped mixture instead of stages, short probes, no fusion; last, only the groups' own cores move, at a low rate."""
+        """CPI-FT+: a capped mixture instead of stages, short probes, no fusion; last, only the
+        groups' own cores move, at a low rate."""
         plus = self.suite["plus"]
         lab = Lab(self.store, self.suite | {"budget": self.budget | plus["budget"]}, self.tasks, self.seed)
         sample, core = ["--sample", plus["rows"]], lab.masks(p=plus["p"])
@@ -154,13 +159,15 @@ class Lab:
                             "--lr", plus["lr"])
 
     def capped(self):
-        """One mixed stage in which no task has more than so many rows: what CPI-FT+ is without isolation."""
+        """One mixed stage in which no task has more than so many rows: what CPI-FT+ is without
+        isolation."""
         return self.full_sft("--sample", self.suite["plus"]["rows"], name="capped")
 
     # One task after another.
 
     def pair(self, a, b, how):
-        """The model after `a` alone, and the one after `a` and then `b` by a method; both tasks get as many tokens."""
+        """The model after `a` alone, and the one after `a` and then `b` by a method; both tasks get
+        as many tokens."""
         tokens, stem = self.budget["pair"], f"{a}-{b}-s{self.seed}"
         first = self.train(f"then-{a}-s{self.seed}", self.base, tokens, "--only", a)
         masks = {task: self.mask(task) for task in (a, b)}

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""The paper's experiments and those beyond it, as pipelines over the six programs. `make reproduce` and its fellows call this.
+"""The paper's experiments and those beyond it, as pipelines over the six programs. `make reproduce`
+and its fellows call this.
 
-    run.py EXPERIMENT… --suite scripts/experiments/interference.toml --run runs/suite [--seeds 5] [--jobs 2]
+    run.py EXPERIMENT… --suite scripts/experiments/interference.toml --run runs/suite [--seeds 5]
+    [--jobs 2]
 
-Every experiment writes RUN/experiments/NAME.json, prints its table, and RUN/report.html shows all of them. What was made before, by
-this experiment or another, is used again.
+Every experiment writes RUN/experiments/NAME.json, prints its table, and RUN/report.html shows all
+of them. What was made before, by this experiment or another, is used again.
 """
 
 import argparse
@@ -93,7 +95,8 @@ def read_suite(args):
 
 
 def show_in_report(lab, table, run):
-    """Names, in `run`, for what the report shows of one seed: masks, groups, models and scores, where the pipeline has them."""
+    """Names, in `run`, for what the report shows of one seed: masks, groups, models and scores,
+    where the pipeline has them."""
     masks = lab.masks()
     parts = {"groups.json": lab.groups(masks)}
     parts |= {f"masks/{task}.safetensors": mask for task, mask in masks.items()}

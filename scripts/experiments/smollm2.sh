@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# smollm2.sh [EXPERIMENT…]: the experiments (default: reproduce) on SmolLM2-135M-Instruct and the five tasks of DATA. On CUDA at full size,
-# on the CPU at a reduced one. Needs the programs and python3, no Rust.
+# smollm2.sh [EXPERIMENT…]: the experiments (default: reproduce) on SmolLM2-135M-Instruct and the
+# five tasks of DATA. On CUDA at full size, on the CPU at a reduced one. Needs the programs and
+# python3, no Rust.
 #   LOSSES=1    losses alone, over more rows
 #   TWICE=1     on the CPU: twice the tokens
-#   DATA, MODEL, RUN, BIN, DEVICE=cpu|cuda, SEQ    the data, the model, where to write, the programs, the longest example
+#   DATA, MODEL, RUN, BIN, DEVICE=cpu|cuda, SEQ    the data, the model, where to write, the
+#       programs, the longest example
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${DATA:?names the folder of the five tasks}"

@@ -1,8 +1,10 @@
-"""A store of what the programs make: experiments share steps, and a step runs only if `cpift-STAGE up-to-date` says so.
+"""A store of what the programs make: experiments share steps, and a step runs only if `cpift-STAGE
+up-to-date` says so.
 
-A [`Step`] is one call of one program that makes one file or directory, at STORE/NAME-KEY. The key is a digest of the program, its
-arguments and the keys of its inputs, so that different calls do not share a place; the record in the output (cpift.json) says whether
-it is up to date. Outputs are there whole or not at all, as every output of the programs is.
+A [`Step`] is one call of one program that makes one file or directory, at STORE/NAME-KEY. The key
+is a digest of the program, its arguments and the keys of its inputs, so that different calls do not
+share a place; the record in the output (cpift.json) says whether it is up to date. Outputs are
+there whole or not at all, as every output of the programs is.
 """
 
 import concurrent.futures as futures
@@ -62,7 +64,8 @@ class Inside:
 
 
 class Step:
-    """One call of a program. `arguments` are texts, inputs, and [`Named`] inputs; `suffix` is that of a file, empty for a directory."""
+    """One call of a program. `arguments` are texts, inputs, and [`Named`] inputs; `suffix` is that
+    of a file, empty for a directory."""
 
     def __init__(self, store, name, program, *arguments, suffix=""):
         self.store, self.name, self.program = store, name, program
@@ -133,7 +136,8 @@ class Store:
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
 
     def due(self, steps):
-        """Those of `steps` (each after its inputs) that must run, by the rule that all programs share."""
+        """Those of `steps` (each after its inputs) that must run, by the rule that all programs
+        share."""
         lines = []
         for step in (s for s in steps if s.program):
             gathered = [part for made in step.inputs() if not made.program for part in made.inputs()]

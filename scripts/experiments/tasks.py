@@ -18,7 +18,8 @@ class TaskList(Source):
         return self.path.parent / self.entries[name][column]
 
     def with_rows(self, folder, rows):
-        """The same tasks with the first rows[name] rows of each training file, written to `folder`."""
+        """The same tasks with the first rows[name] rows of each training file, written to `folder`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = []

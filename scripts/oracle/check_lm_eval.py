@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""cpift-eval beside lm-evaluation-harness 0.4.13: the same checkpoint, the same rows of GSM8K and LogiQA, 0-shot, f32, greedy.
+"""cpift-eval beside lm-evaluation-harness 0.4.13: the same checkpoint, the same rows of GSM8K and
+LogiQA, 0-shot, f32, greedy.
 
-DATA has gsm8k/eval.jsonl and logiqa/eval.jsonl with `messages` (GSM8K: question and worked solution; LogiQA: passage, question and
-lettered options in the user's turn; `choices`, `answer`). The harness reads them through its own task files, dataset aside.
+DATA has gsm8k/eval.jsonl and logiqa/eval.jsonl with `messages` (GSM8K: question and worked
+solution; LogiQA: passage, question and lettered options in the user's turn; `choices`, `answer`).
+The harness reads them through its own task files, dataset aside.
 
-Demanded: the same extracted answers on at least 99 of 100 rows, log-likelihoods within 1e-3 nats, the same acc and acc_norm; where all
-answers are the same, the same means and standard errors of GSM8K.
+Demanded: the same extracted answers on at least 99 of 100 rows, log-likelihoods within 1e-3 nats,
+the same acc and acc_norm; where all answers are the same, the same means and standard errors of
+GSM8K.
 """
 import argparse
 import hashlib
@@ -45,7 +48,8 @@ def harness_task(name, work, count):
 
 
 def inputs(args):
-    """What the harness's part depends on: weights (by path, size and time), the rows themselves, how many, and the task list."""
+    """What the harness's part depends on: weights (by path, size and time), the rows themselves,
+    how many, and the task list."""
     weights = sorted(args.model.resolve().glob("*.safetensors"))
     text = "".join(json.dumps(rows(args.data / name / "eval.jsonl", args.limit)) for name in ("gsm8k", "logiqa"))
     return {"model": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in weights], "limit": args.limit,
@@ -53,7 +57,8 @@ def inputs(args):
 
 
 def run_harness(args):
-    """One list of samples a task, kept in the work folder: what the harness takes minutes for is not asked twice of the same inputs."""
+    """One list of samples a task, kept in the work folder: what the harness takes minutes for is
+    not asked twice of the same inputs."""
     kept, asked = args.work / "harness.json", inputs(args)
     if kept.is_file():
         found = json.loads(kept.read_text())
@@ -100,7 +105,8 @@ def run_ours(args):
 
 
 def compare_gsm8k(harness, ours):
-    """Rows whose extracted answers agree, by filter, and whose whole outputs do: whether enough do, and the filters where all do."""
+    """Rows whose extracted answers agree, by filter, and whose whole outputs do: whether enough do,
+    and the filters where all do."""
     fields = {"strict-match": "extracted", "flexible-extract": "flexible_extract"}
     ok, alike = True, set()
     by_row = {o["row"]: o for o in ours}
@@ -126,7 +132,8 @@ def compare_logiqa(harness, ours):
 
 
 def compare_means(harness, scores, alike):
-    """acc, acc_norm, GSM8K's exact_match and their standard errors, as both report them; GSM8K's by the filters in `alike` must agree."""
+    """acc, acc_norm, GSM8K's exact_match and their standard errors, as both report them; GSM8K's by
+    the filters in `alike` must agree."""
     figure = lambda task, name: task["metric"] if task["metric"]["name"] == name else task["also"][name]
     pairs = [("logiqa", f"{name},none", name, True) for name in ("acc", "acc_norm")]
     pairs += [("gsm8k", "exact_match,strict-match", "exact_match", "strict-match" in alike),

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# cpift-eval beside lm-evaluation-harness 0.4.13: extracted answers, log-likelihoods, acc and acc_norm of the same rows.
+# cpift-eval beside lm-evaluation-harness 0.4.13: extracted answers, log-likelihoods, acc and
+# acc_norm of the same rows.
 #
-#   DATA=DIR scripts/oracle/check_lm_eval.sh [--limit N] [--threads N]      DIR holds gsm8k/eval.jsonl and logiqa/eval.jsonl
-#   MODEL=DIR    the checkpoint [.cache/smollm2-135m]; VENV=DIR [.cache/lm-eval-venv]; ORACLE_VENV=DIR [.cache/oracle-venv]
+#   DATA=DIR scripts/oracle/check_lm_eval.sh [--limit N] [--threads N]
+#   DATA=DIR     with gsm8k/eval.jsonl and logiqa/eval.jsonl
+#   MODEL=DIR    the checkpoint [.cache/smollm2-135m]
+#   VENV=DIR [.cache/lm-eval-venv], ORACLE_VENV=DIR [.cache/oracle-venv]
 #   WORK=DIR     what both wrote; the harness's part is kept [.cache/lm-eval]
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Runs the same recipes through mergekit 0.1.5 and cpift-merge on tiny checkpoints and compares every element.
+"""Runs the same recipes through mergekit 0.1.5 and cpift-merge on tiny checkpoints and compares
+every element.
 
-    scripts/oracle/mergekit.sh && .cache/mergekit-venv/bin/python scripts/oracle/check_mergekit.py target/release/cpift-merge
+    scripts/oracle/mergekit.sh && .cache/mergekit-venv/bin/python scripts/oracle/check_mergekit.py
+    target/release/cpift-merge
 
-Prints a table and exits 1 where an element differs by more than one bf16 ulp. Two kinds of elements are counted and judged apart:
-of TIES, those whose magnitude equals the one at the trim cut-off, because which of them stay is the sort's whim; and those
-whose terms cancel, where the result is smaller than the rounding errors of mergekit's f32 arithmetic: there the difference
-must be below CANCELLED f32 roundings of the largest input. DARE is compared by its statistics. Not judged are merges that
-mergekit computes in bf16, and its spherical mean where it stops early, at its default tol.
+Prints a table and exits 1 where an element differs by more than one bf16 ulp. Two kinds of elements
+are counted and judged apart: of TIES, those whose magnitude equals the one at the trim cut-off,
+because which of them stay is the sort's whim; and those whose terms cancel, where the result is
+smaller than the rounding errors of mergekit's f32 arithmetic: there the difference must be below
+CANCELLED f32 roundings of the largest input. DARE is compared by its statistics. Not judged are
+merges that mergekit computes in bf16, and its spherical mean where it stops early, at its default
+tol.
 """
 import argparse
 import math
@@ -42,7 +46,8 @@ def gradient(setting, layer: int | None, layers: int) -> float:
 
 
 def at_the_cut(text: str, name: str, layers: int) -> torch.Tensor | None:
-    """Elements that a model's cut-off goes through in this tensor: as large as the smallest kept, some kept and some not."""
+    """Elements that a model's cut-off goes through in this tensor: as large as the smallest kept,
+    some kept and some not."""
     config = yaml.safe_load(text)
     if config["merge_method"] != "ties":
         return None
@@ -68,8 +73,8 @@ def ours(program: Path, text: str, out: Path) -> None:
 
 
 def compare(text: str, theirs: Path, mine: Path) -> dict[str, float]:
-    """Elements in all, left out at a cut, different; those over one ulp, their distance in f32 roundings, and the largest
-    distance of the others in ulps."""
+    """Elements in all, left out at a cut, different; those over one ulp, their distance in f32
+    roundings, and the largest distance of the others in ulps."""
     a, b, inputs = load(theirs), load(mine), [load(Path(m)) for m in MODELS]
     assert a.keys() == b.keys(), f"tensors differ: {a.keys() ^ b.keys()}"
     found = dict(elements=0, cut=0, differ=0, cancelled=0, roundings=0.0, ulps=0)
@@ -120,7 +125,8 @@ def sigmas(found: float, expected: float, deviation: float) -> float:
 
 
 def dare(program: Path, scratch: Path) -> bool:
-    """One model: share kept, mean and L1 norm of what is added. Three: share of elements that change, both programs'."""
+    """One model: share kept, mean and L1 norm of what is added. Three: share of elements that
+    change, both programs'."""
     os.chdir(scratch / "f32")
     base, tuned = load(Path("base")), load(Path("b"))
     print(f"\n{'DARE':20}{'program':10}{'share kept, sigmas':>20}{'sum of deltas, sigmas':>23}{'L1 / L1 before':>16}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Loads a saved checkpoint folder in transformers and fails where keys are missing, unexpected or of
-another shape, or where the tokenizer does not load. Prints what was loaded."""
+"""Loads a saved checkpoint folder in transformers and fails where keys are missing, unexpected or
+of another shape, or where the tokenizer does not load. Prints what was loaded."""
 import argparse
 import sys
 from pathlib import Path

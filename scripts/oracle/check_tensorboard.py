@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Reads a folder of event files with TensorBoard's own reader and compares it with the run's metrics.jsonl:
-every figure under its tag and step, and no step twice, also where a resumed run wrote steps again.
-Needs `pip install tensorboard`."""
+"""Reads a folder of event files with TensorBoard's own reader and compares it with the run's
+metrics.jsonl: every figure under its tag and step, and no step twice, also where a resumed run
+wrote steps again. Needs `pip install tensorboard`."""
 import argparse
 import json
 import struct

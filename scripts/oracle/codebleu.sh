@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes an environment with the PyPI package codebleu 0.7.0 and the grammars that cpift-codebleu has. Python 3.11 or older: the package
-# strips comments by Python's tokenizer, which 3.12 rewrote.
+# Makes an environment with the PyPI package codebleu 0.7.0 and the grammars that cpift-codebleu
+# has. Python 3.11 or older: the package strips comments by Python's tokenizer, which 3.12 rewrote.
 #
-#   scripts/oracle/codebleu.sh [VENV]      default: .cache/codebleu-venv; PYTHON=python3.11 names another python
+#   scripts/oracle/codebleu.sh [VENV]      default: .cache/codebleu-venv
+#   PYTHON=python3.11                      names another python
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${1:-.cache/codebleu-venv}

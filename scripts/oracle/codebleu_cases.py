@@ -1,4 +1,5 @@
-"""Pairs of code, written for this project, that the CodeBLEU oracles compare: (name, reference, candidate) by language."""
+"""Pairs of code, written for this project, that the CodeBLEU oracles compare: (name, reference,
+candidate) by language."""
 
 PYTHON = {
     "sum": '''def total(values):

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/codebleu.json: our pairs of codebleu_cases.py with the figures of the PyPI package codebleu.
+"""Writes fixtures/golden/codebleu.json: our pairs of codebleu_cases.py with the figures of the PyPI
+package codebleu.
 
-Run in the environment of codebleu.sh. The package's figure may hang on Python's hash seed, so every pair is scored under several, and
-those that vary are left out and named."""
+Run in the environment of codebleu.sh. The package's figure may hang on Python's hash seed, so every
+pair is scored under several, and those that vary are left out and named."""
 import json
 import logging
 import os

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/generate.json: greedy answers that transformers.generate gives the tiny checkpoints of fixtures/golden for
-prompts of unequal length, padded on the left in one batch; eager attention, f32."""
+"""Writes fixtures/golden/generate.json: greedy answers that transformers.generate gives the tiny
+checkpoints of fixtures/golden for prompts of unequal length, padded on the left in one batch; eager
+attention, f32."""
 import json
 from pathlib import Path
 

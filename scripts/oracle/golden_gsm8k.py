@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/gsm8k_filters.json: made-up answers, what lm-evaluation-harness 0.4.13's filters extract from them, and
-its exact match. Needs the environment of check_lm_eval.sh."""
+"""Writes fixtures/golden/gsm8k_filters.json: made-up answers, what lm-evaluation-harness 0.4.13's
+filters extract from them, and its exact match. Needs the environment of check_lm_eval.sh."""
 import json
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/importance.json: moving averages of squared gradients, divided by their layer's mean, and the elements on top, as
-NumPy finds them; for cpift-torch's dynamic isolation. Values repeat, so that ties at the threshold occur."""
+"""Writes fixtures/golden/importance.json: moving averages of squared gradients, divided by their
+layer's mean, and the elements on top, as NumPy finds them; for cpift-torch's dynamic isolation.
+Values repeat, so that ties at the threshold occur."""
 import json
 from pathlib import Path
 

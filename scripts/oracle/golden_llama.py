@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/llama: tiny random LLaMA checkpoints with the logits, loss, gradients and AdamW
-training curve that transformers and PyTorch compute for them."""
+"""Writes fixtures/golden/llama: tiny random LLaMA checkpoints with the logits, loss, gradients and
+AdamW training curve that transformers and PyTorch compute for them."""
 import argparse
 import json
 import shutil
@@ -16,14 +16,16 @@ VOCAB, BATCH = 96, 2
 TINY = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.02,
             bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
-# head_dim 16 with theta 500 spreads the wavelengths from 6 to 1400 positions, across every branch of llama3 and yarn.
+# head_dim 16 with theta 500 spreads the wavelengths from 6 to 1400 positions, across every branch
+# of llama3 and yarn.
 WIDE = dict(head_dim=16)
 
 # name: (config fields, rope fields as written in config.json, sequence length, with training curve)
 CASES: dict[str, tuple[dict, dict, int, bool]] = {
     "gqa_untied": ({"num_hidden_layers": 3}, {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}, 24, True),
     "gqa_tied": ({"tie_word_embeddings": True}, {"rope_theta": 10000.0, "rope_scaling": None}, 24, True),
-    # The spelling of transformers 4: rope_theta beside rope_scaling, as in the published Llama-3 checkpoints.
+    # The spelling of transformers 4: rope_theta beside rope_scaling, as in the published Llama-3
+    # checkpoints.
     "rope_llama3": (WIDE, {"rope_theta": 500.0, "rope_scaling": {
         "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32}}, 48, False),
@@ -53,7 +55,8 @@ def fill(model: LlamaForCausalLM, rng: torch.Generator) -> None:
 
 
 def batch(rng: torch.Generator, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels; some positions, among them whole ends of a row, carry no label (-100)."""
+    """Token ids and labels; some positions, among them whole ends of a row, carry no label (-100).
+    """
     ids = torch.randint(3, VOCAB, (BATCH, length), generator=rng)
     labels = ids.clone()
     labels[torch.rand(BATCH, length, generator=rng) < 0.25] = -100
@@ -95,8 +98,9 @@ def golden(folder: Path, length: int, rng: torch.Generator, curve: bool) -> dict
 
 
 def train(model: torch.nn.Module, hyper: dict, backward: Callable[[torch.nn.Module, int], float]) -> dict:
-    """AdamW steps with decay on matrices only, clipping and the cosine schedule. `backward` runs one step's forward and
-    backward pass and gives its loss; loss and norm are those before the step's update."""
+    """AdamW steps with decay on matrices only, clipping and the cosine schedule. `backward` runs
+    one step's forward and backward pass and gives its loss; loss and norm are those before the
+    step's update."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": hyper["weight_decay"]},

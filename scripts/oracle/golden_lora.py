@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/lora.json: ten AdamW steps of PEFT's low-rank adapters on tiny checkpoints of fixtures/golden/models, their losses and
-gradient norms, and the norm of every weight after merging. Needs peft beside the oracle's packages (pip install --no-deps peft
-accelerate psutil).
+"""Writes fixtures/golden/lora.json: ten AdamW steps of PEFT's low-rank adapters on tiny checkpoints
+of fixtures/golden/models, their losses and gradient norms, and the norm of every weight after
+merging. Needs peft beside the oracle's packages (pip install --no-deps peft accelerate psutil).
 
-The adapters' A is drawn as ours is: uniform within ±1/√inputs, from torch's generator seeded by the name of the weight."""
+The adapters' A is drawn as ours is: uniform within ±1/√inputs, from torch's generator seeded by the
+name of the weight."""
 import json
 import math
 from pathlib import Path

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/merge: tiny checkpoints (f32), recipes, and what mergekit 0.1.5 makes of them (bf16).
+"""Writes fixtures/golden/merge: tiny checkpoints (f32), recipes, and what mergekit 0.1.5 makes of
+them (bf16).
 
     scripts/oracle/mergekit.sh && .cache/mergekit-venv/bin/python scripts/oracle/golden_mergekit.py
 """

@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/models: tiny random checkpoints of every model family with the logits, loss, gradients and AdamW
-training curve that transformers and PyTorch compute for them. Each folder holds
+"""Writes fixtures/golden/models: tiny random checkpoints of every model family with the logits,
+loss, gradients and AdamW training curve that transformers and PyTorch compute for them. Each folder
+holds
 
     config.json, model.safetensors    the checkpoint, f32
-    golden.safetensors                two documents of unequal length, nothing padded: ids_I, labels_I [s] (I64; -100 carries
-                                      no loss) and logits_I [s, vocab] for I in 0, 1; loss, the mean over the positions of both
-                                      whose NEXT token has a label; grad.NAME of that loss for every parameter, a tied one once
-    adamw.json                        hyperparameters, then losses, lrs and grad_norms (before clipping) of ten steps, every one
-                                      on both documents, final_param_norms, and the versions that made it all
+    golden.safetensors                two documents of unequal length, nothing padded: ids_I,
+                                      labels_I [s] (I64; -100 carries no loss) and logits_I [s,
+                                      vocab] for I in 0, 1; loss, the mean over the positions of
+                                      both whose NEXT token has a label; grad.NAME of that loss for
+                                      every parameter, a tied one once
+    adamw.json                        hyperparameters, then losses, lrs and grad_norms (before
+                                      clipping) of ten steps, every one on both documents,
+                                      final_param_norms, and the versions that made it all
 
-A case also lists what it covers, with a way to turn each off; a feature that does not move the logits by FELT is an error, for
-no test could see it missing. So is a curve that other roundings (f64 outside the norms) move by STABLE."""
+A case also lists what it covers, with a way to turn each off; a feature that does not move the
+logits by FELT is an error, for no test could see it missing. So is a curve that other roundings
+(f64 outside the norms) move by STABLE."""
 import argparse
 import json
 import shutil
@@ -41,7 +46,8 @@ Model = torch.nn.Module
 
 @dataclass
 class Case:
-    """A configuration and, for each feature, fields of the configuration or a change of the model that lose it."""
+    """A configuration and, for each feature, fields of the configuration or a change of the model
+    that lose it."""
 
     family: str
     fields: dict
@@ -78,7 +84,8 @@ LAYERS = {"full layers": {"layer_types": [SLIDING] * 3}, "sliding layers": {"lay
 BIASES = {f"{name} bias": shifted(f"{name}_proj.bias", None) for name in "qkv"}
 
 CASES = {
-    # head_dim 16 with theta 500 spreads the wavelengths from 6 to 1400 positions, across the three bands.
+    # head_dim 16 with theta 500 spreads the wavelengths from 6 to 1400 positions, across the three
+    # bands.
     "llama3_rope": Case("llama", dict(
         head_dim=16, num_hidden_layers=2, tie_word_embeddings=True, rope_parameters={
             "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -111,7 +118,8 @@ CASES = {
 
 
 def fill(model: Model, rng: torch.Generator) -> None:
-    """Random weights; norms lie around the identity, which is 0 where a norm multiplies by 1 + weight."""
+    """Random weights; norms lie around the identity, which is 0 where a norm multiplies by 1 +
+    weight."""
     centre = 0.0 if model.config.model_type == "gemma2" else 1.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -139,7 +147,8 @@ def load(folder: Path, **changes) -> Model:
 
 
 def documents(rng: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and labels; some positions, among them a whole beginning and a whole end, carry no label."""
+    """Token ids and labels; some positions, among them a whole beginning and a whole end, carry no
+    label."""
     found = []
     for length in LENGTHS:
         ids = torch.randint(3, TINY["vocab_size"], (length,), generator=rng)
@@ -152,7 +161,8 @@ def documents(rng: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def backward(model: Model, docs: list) -> tuple[float, list[torch.Tensor]]:
-    """Accumulates the gradients of the mean loss over all targets; that loss and each document's logits."""
+    """Accumulates the gradients of the mean loss over all targets; that loss and each document's
+    logits."""
     targets = sum(int((labels[1:] != -100).sum()) for _, labels in docs)
     loss, logits = 0.0, []
     for ids, labels in docs:
@@ -184,7 +194,8 @@ def moved(case: Case, folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> 
 
 
 def curve(folder: Path, docs: list) -> dict:
-    """Ten AdamW steps, and the same with other roundings to know that the losses are a property of the arithmetic."""
+    """Ten AdamW steps, and the same with other roundings to know that the losses are a property of
+    the arithmetic."""
     step = lambda model, _: backward(model, docs)[0]
     report = train(load(folder), ADAMW, step)
     other = train(load(folder).double(), ADAMW, step)

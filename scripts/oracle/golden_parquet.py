@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/parquet: a few invented rows as JSONL, and the same rows as pyarrow writes them in Parquet, Snappy and
-Zstandard, which is what the hub's exports are made with, two rows per row group; and binary.parquet, whose columns are bytes
-without the annotation of text, as Impala and older Spark write them.
+"""Writes fixtures/golden/parquet: a few invented rows as JSONL, and the same rows as pyarrow writes
+them in Parquet, Snappy and Zstandard, which is what the hub's exports are made with, two rows per
+row group; and binary.parquet, whose columns are bytes without the annotation of text, as Impala and
+older Spark write them.
 
     golden_parquet.py [OUT]
 """

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/slerp.json: a float64 reference for spherical interpolation of flattened tensors,
-its branches, the fold of several tasks with a core left out, and the N-way spherical mean.
+"""Writes fixtures/golden/slerp.json: a float64 reference for spherical interpolation of flattened
+tensors, its branches, the fold of several tasks with a core left out, and the N-way spherical mean.
 
-Inputs are f32 values written exactly; sums go through math.fsum, so the file does not depend on a BLAS.
+Inputs are f32 values written exactly; sums go through math.fsum, so the file does not depend on a
+BLAS.
 """
 import argparse
 import json
@@ -49,7 +50,8 @@ def slerp(base: np.ndarray, task: np.ndarray, omega: float, where: np.ndarray | 
 
 
 def fold(backbone: np.ndarray, tasks: list[np.ndarray], core: np.ndarray, origin: np.ndarray | None) -> dict:
-    """Folds the tasks one after another with omega_i = 1/(i+1); in space delta all vectors are less `origin`."""
+    """Folds the tasks one after another with omega_i = 1/(i+1); in space delta all vectors are less
+    `origin`."""
     shift = np.zeros_like(backbone) if origin is None else origin
     fused, branches, angles = backbone - shift, [], []
     for i, task in enumerate(tasks, start=1):
@@ -63,7 +65,8 @@ def fold(backbone: np.ndarray, tasks: list[np.ndarray], core: np.ndarray, origin
 
 
 def spherical_mean(vectors: list[np.ndarray], weights: list[float]) -> dict:
-    """Karcher mean of the directions (fixed point of the log/exp maps), times the weighted mean norm."""
+    """Karcher mean of the directions (fixed point of the log/exp maps), times the weighted mean
+    norm."""
     units = [v / norm(v) for v in vectors]
     mean = sum(w * u for w, u in zip(weights, units))
     mean /= norm(mean)
@@ -126,7 +129,8 @@ def fold_cases(rng: np.random.Generator) -> list[dict]:
     origin = f32(rng.standard_normal(SIZE))
     core = rng.random(SIZE) < 0.2
     wide = [f32(rng.standard_normal(SIZE)) for _ in range(4)]
-    # Elements of the core are moved far, so that an angle taken over them as well gives other numbers.
+    # Elements of the core are moved far, so that an angle taken over them as well gives other
+    # numbers.
     near = [f32(origin + 0.01 * rng.standard_normal(SIZE) + np.where(core, 5.0 * (k + 1), 0.0)) for k in range(4)]
     cases = []
     for name, (backbone, *tasks) in {"wide": wide, "near": near, "backbone_is_base": [origin, *near[1:]]}.items():

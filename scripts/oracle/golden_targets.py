@@ -1,32 +1,39 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/chat_targets.json: stand-ins for published chat templates, small tokenizers, and what transformers makes
-of conversations with them: the rendered text, the token ids and the mask of the assistant's tokens.
+"""Writes fixtures/golden/chat_targets.json: stand-ins for published chat templates, small
+tokenizers, and what transformers makes of conversations with them: the rendered text, the token ids
+and the mask of the assistant's tokens.
 
-The templates are written in the manner of the published ones: the same structure and special tokens, none of their text.
-Templates without {% generation %} blocks give no mask in transformers. For these a second version, `annotated`, renders the same
-text and has a block around exactly what the model must produce: the answer as rendered, from after what the template itself writes
-(the header, a leading space, an empty think block) to the special token that ends the turn, inclusive, but no line break after it. A
-think block that comes from the row's own reasoning is part of the answer. A reader is given `plain` and must find the same mask.
+The templates are written in the manner of the published ones: the same structure and special
+tokens, none of their text. Templates without {% generation %} blocks give no mask in transformers.
+For these a second version, `annotated`, renders the same text and has a block around exactly what
+the model must produce: the answer as rendered, from after what the template itself writes (the
+header, a leading space, an empty think block) to the special token that ends the turn, inclusive,
+but no line break after it. A think block that comes from the row's own reasoning is part of the
+answer. A reader is given `plain` and must find the same mask.
 
 Layout of the file:
 
     transformers    its version
     tokenizers      NAME -> the content of tokenizer.json
     templates       NAME -> plain: the template as a checkpoint has it
-                            annotated: the same with generation blocks, or null where `plain` has its own
+                            annotated: the same with generation blocks, or null where `plain` has
+                            its own
                             bos_token, eos_token: as in tokenizer_config.json; bos_token may be null
                             tokenizers: names of the tokenizers its cases use
-                            prompts: one user turn, [{args, without, with, generation_prompt}]; `args` are template arguments,
-                            `without` and `with` the renderings without and with add_generation_prompt, `generation_prompt` what
-                            the second adds, null where the first is not a prefix of the second
+                            prompts: one user turn, [{args, without, with, generation_prompt}];
+                            `args` are template arguments, `without` and `with` the renderings
+                            without and with add_generation_prompt, `generation_prompt` what the
+                            second adds, null where the first is not a prefix of the second
     conversations   NAME -> [{role, content}]
-    cases           [{template, tokenizer, conversation, args, text, ids, mask, spans}], or [{template, conversation, error}];
-                    `mask` has a 0 or 1 per id; `spans` are the generation blocks' [start, end) in characters of `text`
-    left_out        [{template, tokenizer, conversation, reason}]: cases in which transformers' own mask is faulty
+    cases           [{template, tokenizer, conversation, args, text, ids, mask, spans}], or
+                    [{template, conversation, error}]; `mask` has a 0 or 1 per id; `spans` are the
+                    generation blocks' [start, end) in characters of `text`
+    left_out        [{template, tokenizer, conversation, reason}]: cases in which transformers' own
+                    mask is faulty
 
-Faults of transformers that leave a case out: a block's first or last character belongs to no token (white space that trim_offsets
-takes off a token), after which it masks nothing or everything to the end; and a last character of several tokens (bytes of an
-emoji), of which it takes the first only.
+Faults of transformers that leave a case out: a block's first or last character belongs to no token
+(white space that trim_offsets takes off a token), after which it masks nothing or everything to the
+end; and a last character of several tokens (bytes of an emoji), of which it takes the first only.
 """
 import argparse
 import json
@@ -38,8 +45,8 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-# In a template below, ⟦ and ⟧ stand where the annotated version opens and closes a generation block: inside an expression at a `+`,
-# or as statements of their own, {%- ⟦ -%} and {%- ⟧ -%}.
+# In a template below, ⟦ and ⟧ stand where the annotated version opens and closes a generation
+# block: inside an expression at a `+`, or as statements of their own, {%- ⟦ -%} and {%- ⟧ -%}.
 IN_EXPRESSION = (
     (re.compile(r"\s*⟦\s*\+\s*"), " }}{% generation %}{{ "),
     (re.compile(r"\s*⟧\s*\+\s*"), " }}{% endgeneration %}{{ "),
@@ -568,7 +575,8 @@ MARKED = {
 {% elif message['role'] == 'assistant' %}{{ '' ⟦+ content + '<|im_end|>'⟧ + '\\n' }}{% endif %}{% endfor %}"""),
 }
 
-# NAME: (tokenizers, bos_token, eos_token, plain, annotated); `annotated` is None where the template has blocks of its own.
+# NAME: (tokenizers, bos_token, eos_token, plain, annotated); `annotated` is None where the template
+# has blocks of its own.
 WRITTEN_OUT = {
     "qwen3": (("bytes",), None, "<|im_end|>", QWEN3_HEAD + QWEN3_ANSWER + QWEN3_TAIL,
               QWEN3_HEAD + QWEN3_ANSWER_ANNOTATED + QWEN3_TAIL),
@@ -684,7 +692,8 @@ CHAT_TOKENS = [
     "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
 ]
 BRACKETS = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]"]
-# Longest runs that may become one token; each prefix is one too. Those with a space come first, else " yes" would be " " and "yes".
+# Longest runs that may become one token; each prefix is one too. Those with a space come first,
+# else " yes" would be " " and "yes".
 WORDS = ["Hello", " there", " help", "yes", " yes", "no", " no", "the", " the", " sea", " lake", " is", " not", " it", "answer", " answer",
          "assistant", "system", "user", "model", "Response", " five", "two", " and", " or", "...", "##", " How", " can", " you",
          "ASSISTANT", " ASSISTANT", "USER", "[/INST]", "[INST]", " [/INST]", "think", "Is", "Be", " be"]
@@ -730,7 +739,8 @@ def byte_level(trim: bool) -> Tokenizer:
 
 
 def sentence_piece(kind: str) -> Tokenizer:
-    """As LLaMA-2 has it (`legacy`: ▁ before every piece of text), with ▁ before the first only (`first`), and as Gemma (`never`)."""
+    """As LLaMA-2 has it (`legacy`: ▁ before every piece of text), with ▁ before the first only
+    (`first`), and as Gemma (`never`)."""
     letters = "".join(WORDS + JOINED).replace(" ", "▁") + "abcdefghijklmnopqrstuvwxyzHITWRA0123456789.,?!:#<>|/[]_+é"
     merges = chain([word.replace(" ", "▁") for word in words_in_order()])
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(set(letters))]
@@ -787,7 +797,8 @@ def case(tokenizer: PreTrainedTokenizerFast, template: dict, messages: list[dict
 
 
 def check_mask(tokenizer: PreTrainedTokenizerFast, text: str, spans: list[tuple[int, int]], ids: list[int], mask: list[int]) -> None:
-    """The masked tokens of all answers, decoded, hold the answers; white space apart, since decoders differ in it."""
+    """The masked tokens of all answers, decoded, hold the answers; white space apart, since
+    decoders differ in it."""
     def squeeze(part: str) -> str:
         return re.sub(r"\s+|�", "", part)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/chat_templates.json: chat templates in the styles that models ship, rendered by
-transformers on several conversations, with the text of every refusal."""
+"""Writes fixtures/golden/chat_templates.json: chat templates in the styles that models ship,
+rendered by transformers on several conversations, with the text of every refusal."""
 import argparse
 import json
 from pathlib import Path

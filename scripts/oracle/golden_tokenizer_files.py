@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/tokenizer_files.json: small tokenizer folders whose files declare tokens in different places, and what
-transformers reads from them.
+"""Writes fixtures/golden/tokenizer_files.json: small tokenizer folders whose files declare tokens
+in different places, and what transformers reads from them.
 
-Layout: `tokenizer` is the content of tokenizer.json, to which a variant's `merged` is added key by key; `variants` NAME -> `merged`,
-`files` (the other files by name), `special` (transformers' special_tokens_map), `ids` (of the named tokens), `text` and its token
-`encoded` without special tokens around it, and `decoded`, the text of these ids less special tokens.
+Layout: `tokenizer` is the content of tokenizer.json, to which a variant's `merged` is added key by
+key; `variants` NAME -> `merged`, `files` (the other files by name), `special` (transformers'
+special_tokens_map), `ids` (of the named tokens), `text` and its token `encoded` without special
+tokens around it, and `decoded`, the text of these ids less special tokens.
 """
 import argparse
 import json

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Writes what transformers makes of real rows, to compare another tokenizer and template engine with: for each row the SHA-256
-of the token ids (as "1,2,3") of the first user text, of the whole chat, and of the prompt before the answer. The rows themselves
-are not ours to hand on; their digests are."""
+"""Writes what transformers makes of real rows, to compare another tokenizer and template engine
+with: for each row the SHA-256 of the token ids (as "1,2,3") of the first user text, of the whole
+chat, and of the prompt before the answer. The rows themselves are not ours to hand on; their
+digests are."""
 import argparse
 import hashlib
 import json

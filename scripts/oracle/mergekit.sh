@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Makes an environment with mergekit 0.1.5 beside the oracle's, whose torch and transformers it uses.
+# Makes an environment with mergekit 0.1.5 beside the oracle's, whose torch and transformers it
+# uses.
 #
-#   scripts/oracle/mergekit.sh [VENV [ORACLE_VENV]]      default: .cache/mergekit-venv .cache/oracle-venv
+#   scripts/oracle/mergekit.sh [VENV [ORACLE_VENV]]
+#   default: .cache/mergekit-venv .cache/oracle-venv
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${1:-.cache/mergekit-venv}
@@ -15,7 +17,8 @@ if imports; then echo "oracle: $venv is ready"; exit; fi
 site() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 site "$oracle" > "$(site "$venv")/oracle.pth"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-# mergekit asks for older torch and transformers than the oracle has; what it needs beside them is light.
+# mergekit asks for older torch and transformers than the oracle has; what it needs beside them is
+# light.
 pip install -q pydantic==2.14.3 immutables==0.21 click==8.5.1 pyyaml psutil scipy==1.17.1
 pip install -q --no-deps mergekit==0.1.5 peft==0.21.2 accelerate==1.15.0
 "$venv/bin/python" -c 'import mergekit.scripts.run_yaml, importlib.metadata as m

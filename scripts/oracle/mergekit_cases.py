@@ -1,4 +1,5 @@
-"""What the mergekit scripts share: tiny LLaMA-shaped checkpoints, the recipes compared, and running one in mergekit."""
+"""What the mergekit scripts share: tiny LLaMA-shaped checkpoints, the recipes compared, and running
+one in mergekit."""
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Tries what mergekit 0.1.5 lets pass in silence, in mergekit and in cpift-merge, and prints what each did.
+"""Tries what mergekit 0.1.5 lets pass in silence, in mergekit and in cpift-merge, and prints what
+each did.
 
-    scripts/oracle/mergekit.sh && .cache/mergekit-venv/bin/python scripts/oracle/mergekit_silent.py target/release/cpift-merge
+    scripts/oracle/mergekit.sh
+    .cache/mergekit-venv/bin/python scripts/oracle/mergekit_silent.py target/release/cpift-merge
 
 Exits 1 where cpift-merge does anything but refuse the case or what EXPECTED says of it.
 """
@@ -24,7 +26,8 @@ F32 = "dtype: float32\n"
 
 
 class Case:
-    """A recipe for a folder of its own that `prepare` has altered. `expected` is part of what is printed of ours; by default an error, exit code 3."""
+    """A recipe for a folder of its own that `prepare` has altered. `expected` is part of what is
+    printed of ours; by default an error, exit code 3."""
 
     def __init__(self, name, text=HEAD + F32, prepare=None, expected="exit 3"):
         self.name, self.text, self.prepare, self.expected = name, text, prepare, expected

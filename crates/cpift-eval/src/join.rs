@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::error::usage;
-use cpift_core::files::{self, RECORD_NAME, StagedDir, check_not_input, check_output};
+use cpift_core::files::{self, StagedDir, check_not_input, check_output};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::scores::{self, FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
 use cpift_core::record::provenance::Recorder;
@@ -82,7 +82,7 @@ pub(crate) fn join(args: &JoinArgs, common: &Common) -> Result<()> {
         [args.out.as_path()].into_iter().chain(parts.iter().map(|part| part.folder.as_path())),
         staged.path(),
     )?;
-    recorder.write_to(&staged.path().join(RECORD_NAME))?;
+    recorder.write_into_for(staged.path(), scores::FILE_NAME)?;
     staged.commit()?;
     common.print_json(&json!(joined));
     Ok(())

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::Checkpoint;
-use cpift_core::files::{self, RECORD_NAME, StagedDir, check_output};
+use cpift_core::files::{self, StagedDir, check_output};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::scores::{self, FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
 use cpift_core::format::tasks::{Task, Tasks};
@@ -93,7 +93,7 @@ fn score(args: &RunArgs, common: &Common, workers: &Workers, mut recorder: Recor
     };
     scores.write(&staged.path().join(scores::FILE_NAME), false)?;
     keep_verdicts([args.out.as_path()], staged.path())?;
-    recorder.write_to(&staged.path().join(RECORD_NAME))?;
+    recorder.write_into_for(staged.path(), scores::FILE_NAME)?;
     staged.commit()?;
     common.print_json(&json!(scores));
     Ok(())

@@ -50,6 +50,15 @@ fn tasks_scored_apart_are_joined_to_the_bytes_of_one_run() {
     fs::remove_file(f.out("joined/outputs.jsonl")).unwrap();
     join(&f, &["rest", "one"], &["--skip-up-to-date"]).ok();
     assert_eq!(read(&f, "joined/outputs.jsonl").lines().count(), 12);
+    // Scores that were edited by hand are not those of the record; touched ones are.
+    let scores = read(&f, "joined/scores.json");
+    fs::write(f.out("joined/scores.json"), &scores).unwrap();
+    let before = fs::metadata(f.out("joined")).unwrap().modified().unwrap();
+    join(&f, &["rest", "one"], &["--skip-up-to-date"]).ok();
+    assert_eq!(fs::metadata(f.out("joined")).unwrap().modified().unwrap(), before, "only touched");
+    fs::write(f.out("joined/scores.json"), format!("{scores} ")).unwrap();
+    join(&f, &["rest", "one"], &["--skip-up-to-date"]).ok();
+    assert_eq!(read(&f, "joined/scores.json"), scores);
 }
 
 #[test]

@@ -63,7 +63,8 @@ fn counts_of_every_layer_are_those_of_a_loop_over_bits() {
         let s = Setting::new(&[]);
         let mut args = vec!["--out".to_owned(), s.out.join("groups.json").display().to_string()];
         for (i, region) in regions.iter().enumerate() {
-            // Headers of different lengths: the same tensor lies at a different offset in every file.
+            // Headers of different lengths: the same tensor lies at a different offset in every
+            // file.
             let percent = [1.0, 0.123_456_789, 1.5, 10.0][i];
             let header = MaskHeader { numel: numel.clone(), percent, ..header(region.len()) };
             write_mask(&s.path(&format!("{i}.mask")), region, &header);

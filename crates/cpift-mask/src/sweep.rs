@@ -135,7 +135,8 @@ pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pas
         }
     });
     if let Some(first) = workers.iter().filter_map(|w| w.not_finite).min() {
-        // |Δ| can overflow although both values are finite, so look for the value from this chunk on.
+        // |Δ| can overflow although both values are finite, so look for the value from this chunk
+        // on.
         part.chunks[first..].iter().try_for_each(|chunk| refuse_not_finite::<T>(&part.pairs[chunk.pair], *chunk))?;
     }
     let (mut above, mut candidates, mut counts) = (0, Vec::new(), vec![0; chunks]);

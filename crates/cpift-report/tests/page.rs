@@ -1,5 +1,5 @@
-//! report.html through an HTML parser: its content, the numbers behind every picture, and no content
-//! that can act.
+//! report.html through an HTML parser: its content, the numbers behind every picture, and no
+//! content that can act.
 
 mod support;
 

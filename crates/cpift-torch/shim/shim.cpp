@@ -14,8 +14,8 @@ extern "C" {
 const char *cpift_error() { return cpift_last_error.c_str(); }
 
 // Makes an AdamW step with decoupled weight decay over tensors of one dtype; increments the step
-// counters first. Gradients are divided by `grad_scale`, and the step does nothing if `found_inf` is
-// not 0; both are one-element f32 tensors, or null.
+// counters first. Gradients are divided by `grad_scale`, and the step does nothing if `found_inf`
+// is not 0; both are one-element f32 tensors, or null.
 int cpift_fused_adamw(at::Tensor *const *params, at::Tensor *const *grads, at::Tensor *const *exp_avgs,
                       at::Tensor *const *exp_avg_sqs, at::Tensor *const *steps, int count, double lr, double beta1,
                       double beta2, double weight_decay, double eps, const at::Tensor *grad_scale,
@@ -30,7 +30,8 @@ int cpift_fused_adamw(at::Tensor *const *params, at::Tensor *const *grads, at::T
   });
 }
 
-// Gradients of `output` by `inputs`, given its own gradient (null: 1, for a scalar). Frees the graph.
+// Gradients of `output` by `inputs`, given its own gradient (null: 1, for a scalar). Frees the
+// graph.
 int cpift_grad(const at::Tensor *output, const at::Tensor *grad_output, at::Tensor *const *inputs, int count,
                at::Tensor **grads) {
   return guarded([&] {
@@ -42,9 +43,9 @@ int cpift_grad(const at::Tensor *output, const at::Tensor *grad_output, at::Tens
   });
 }
 
-// Causal flash attention over documents concatenated in one row; q, k and v are [tokens, heads, head
-// width], `ends` the cumulative lengths from 0. `window`: number of tokens a query attends to; < 0 is
-// full causal attention.
+// Causal flash attention over documents concatenated in one row; q, k and v are [tokens, heads,
+// head width], `ends` the cumulative lengths from 0. `window`: number of tokens a query attends to;
+// < 0 is full causal attention.
 int cpift_flash_varlen(const at::Tensor *q, const at::Tensor *k, const at::Tensor *v, const at::Tensor *ends,
                        int64_t longest, double scale, int64_t window, at::Tensor **out) {
   return guarded([&] {

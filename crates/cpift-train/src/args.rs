@@ -7,15 +7,16 @@ use clap::{ColorChoice, Parser, Subcommand, ValueEnum};
 use cpift_core::error::usage;
 use cpift_core::run::cli::{Common, Named};
 use cpift_torch::args::TrainingArgs;
+use serde::{Serialize, Serializer};
 
 /// Heading of `--help`: paths.
 const IO: &str = "Input and output";
+/// Heading of `--help`: elements that keep their bits.
+const ISOLATION: &str = "Isolation";
 /// Heading of `--help`: the fine-tuning method.
 const METHOD: &str = "Method";
 /// Heading of `--help`: steps, tokens, learning rates.
 const BUDGET: &str = "Budget and schedule";
-/// Heading of `--help`: elements that keep their bits.
-const ISOLATION: &str = "Isolation";
 /// Heading of `--help`: rows and what becomes of them.
 const DATA: &str = "Data";
 /// Heading of `--help`: memory and compute.
@@ -128,13 +129,13 @@ pub struct PlanArgs {
     /// Directory of the outputs, for its free disk space
     #[arg(long, value_name = "DIR", default_value = ".", help_heading = IO)]
     pub out: PathBuf,
-    /// Number of probes of the pipeline [default: the number of tasks, or 5]
-    #[arg(long, value_name = "N", help_heading = METHOD)]
-    pub probes: Option<u64>,
     /// Share of the elements that are frozen, in percent: --percent of cpift-mask times the tasks
     /// of earlier groups
     #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0, help_heading = ISOLATION)]
     pub frozen_percent: f64,
+    /// Number of probes of the pipeline [default: the number of tasks, or 5]
+    #[arg(long, value_name = "N", help_heading = METHOD)]
+    pub probes: Option<u64>,
     /// Fine-tuning arguments.
     #[command(flatten)]
     pub training: TrainingArgs,
@@ -163,50 +164,103 @@ pub struct PlanArgs {
 }
 
 /// Arguments of `run`.
-#[derive(clap::Args, Debug)]
+///
+/// Serialized, they are the arguments that the weights depend on beside those of `training`. The
+/// plan resolves the skipped ones to stages, examples and digests.
+#[derive(clap::Args, Debug, Serialize)]
 pub struct RunArgs {
     /// Checkpoint to start from: a Hugging Face directory
     #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR", help_heading = IO)]
+    #[serde(skip)]
     pub model: PathBuf,
     /// Task list, tasks.toml
     #[arg(long, value_name = "FILE", help_heading = IO)]
+    #[serde(skip)]
     pub tasks: PathBuf,
     /// Groups and their order, groups.json [default: all tasks form one stage]
     #[arg(long, value_name = "FILE", help_heading = IO)]
+    #[serde(skip)]
     pub groups: Option<PathBuf>,
     /// Core-region mask of a task; one for every task of groups.json
     #[arg(long = "mask", value_name = "NAME=FILE", requires = "groups", help_heading = IO)]
+    #[serde(skip)]
     pub masks: Vec<Named>,
     /// Base that the masks were made for [default: --model]
     #[arg(long, value_name = "DIR", requires = "masks", help_heading = IO)]
+    #[serde(skip)]
     pub base: Option<PathBuf>,
     /// Output directory
     #[arg(long, aliases = ["output_dir", "output-dir"], value_name = "DIR", help_heading = IO)]
+    #[serde(skip)]
     pub out: PathBuf,
+    /// Isolation and its settings.
+    #[command(flatten)]
+    pub isolation: IsolationArgs,
     /// Freeze nothing: plain multi-stage SFT
-    #[arg(long, requires = "groups", conflicts_with = "masks", help_heading = METHOD)]
+    #[arg(long, requires = "groups", conflicts_with = "masks", help_heading = ISOLATION)]
+    #[serde(skip)]
     pub no_freeze: bool,
     /// Trainable elements of a stage, apart from those frozen: `all`, or `cores` (TRACE, arXiv
     /// 2605.31025), the core regions of the group's own tasks without those of earlier groups
     #[arg(long, alias = "train", value_enum, value_name = "WHAT", default_value_t = Trainable::All)]
-    #[arg(help_heading = METHOD)]
+    #[arg(help_heading = ISOLATION)]
+    #[serde(rename = "only_cores", serialize_with = "is_cores")]
     pub trainable: Trainable,
     /// Share of each earlier task's rows that is added to the rows of every stage, 0 to 1
     #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true, help_heading = METHOD)]
+    #[serde(skip)]
     pub replay: f64,
-    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged
-    /// at the end: a baseline, without LoRA's savings of memory
-    #[arg(long, value_name = "R", conflicts_with_all = ["masks", "optimizer_in_backward"], help_heading = METHOD)]
-    pub lora_rank: Option<u32>,
-    /// LoRA's α [default: twice the rank]
-    #[arg(long, value_name = "F", requires = "lora_rank", help_heading = METHOD)]
-    pub lora_alpha: Option<f64>,
+    /// Adapters.
+    #[command(flatten)]
+    pub lora: LoraArgs,
+    /// Fine-tuning arguments.
+    #[command(flatten)]
+    #[serde(skip)]
+    pub training: TrainingArgs,
+    /// Factor of --lr, for a stage at a share of the rate of others
+    #[arg(long, value_name = "F", default_value_t = 1.0, allow_negative_numbers = true, help_heading = BUDGET)]
+    #[serde(skip)]
+    pub lr_scale: f64,
+    /// Peak learning rate of each stage, separated by commas [default: --lr in all]
+    #[arg(long, value_name = "F,…", value_delimiter = ',', requires = "groups", allow_negative_numbers = true)]
+    #[arg(help_heading = BUDGET)]
+    #[serde(skip)]
+    pub stage_lr: Vec<f64>,
+    /// Train only on these tasks (names, separated by commas) [default: all, or those of
+    /// groups.json]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "groups", help_heading = DATA)]
+    #[serde(skip)]
+    pub only: Vec<String>,
+    /// Rows of a stage: `mixed`, those of all tasks; `group`, those of the group's own tasks
+    /// [default: mixed if --mask freezes the cores of earlier groups, CPI-FT's last stage; group
+    /// with --no-freeze, --isolation dynamic, --trainable cores or --replay]
+    #[arg(long, value_enum, value_name = "WHICH", overrides_with = "stage_data", help_heading = DATA)]
+    #[serde(skip)]
+    pub stage_data: Option<StageData>,
+    /// Rows of each task: `balanced` (its `sample` in tasks.toml; default the smallest task's rows,
+    /// at most 1000), `all`, or a number [default: balanced when freezing, else all]
+    #[arg(long, value_name = "balanced|all|N", help_heading = DATA)]
+    #[serde(skip)]
+    pub sample: Option<SampleRows>,
+}
+
+/// Parameter isolation. Serialized: its name, or the settings of a dynamic mask.
+#[derive(clap::Args, Debug)]
+pub struct IsolationArgs {
     /// Parameter isolation: `static`, the masks of earlier groups keep their bits; `dynamic` (EPI,
     /// arXiv 2604.14010), without --mask: the elements that currently matter most to earlier
     /// groups' tasks keep their bits
-    #[arg(long, value_enum, value_name = "KIND", default_value_t = IsolationKind::Static, requires = "groups")]
-    #[arg(help_heading = ISOLATION)]
-    pub isolation: IsolationKind,
+    #[arg(long = "isolation", value_enum, value_name = "KIND", default_value_t = IsolationKind::Static)]
+    #[arg(requires = "groups", help_heading = ISOLATION)]
+    pub kind: IsolationKind,
+    /// Settings of a dynamic mask.
+    #[command(flatten)]
+    pub dynamic: DynamicArgs,
+}
+
+/// Settings of `--isolation dynamic`.
+#[derive(clap::Args, Debug, Serialize)]
+pub struct DynamicArgs {
     /// With --isolation dynamic, share of the trainable parameters that is protected, in percent
     #[arg(long, value_name = "P", default_value_t = 5.0, help_heading = ISOLATION)]
     pub percent: f64,
@@ -217,29 +271,38 @@ pub struct RunArgs {
     /// With --isolation dynamic, steps between updates of the mask
     #[arg(long, value_name = "N", default_value_t = 50, help_heading = ISOLATION)]
     pub mask_interval: usize,
-    /// Fine-tuning arguments.
-    #[command(flatten)]
-    pub training: TrainingArgs,
-    /// Factor of --lr, for a stage at a share of the rate of others
-    #[arg(long, value_name = "F", default_value_t = 1.0, allow_negative_numbers = true, help_heading = BUDGET)]
-    pub lr_scale: f64,
-    /// Peak learning rate of each stage, separated by commas [default: --lr in all]
-    #[arg(long, value_name = "F,…", value_delimiter = ',', requires = "groups", allow_negative_numbers = true)]
-    #[arg(help_heading = BUDGET)]
-    pub stage_lr: Vec<f64>,
-    /// Train only on these tasks (names, separated by commas) [default: all, or those of
-    /// groups.json]
-    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "groups", help_heading = DATA)]
-    pub only: Vec<String>,
-    /// Rows of a stage: `mixed`, those of all tasks; `group`, those of the group's own tasks
-    /// [default: mixed if --mask freezes the cores of earlier groups, CPI-FT's last stage; group
-    /// with --no-freeze, --isolation dynamic, --trainable cores or --replay]
-    #[arg(long, value_enum, value_name = "WHICH", overrides_with = "stage_data", help_heading = DATA)]
-    pub stage_data: Option<StageData>,
-    /// Rows of each task: `balanced` (its `sample` in tasks.toml; default the smallest task's rows,
-    /// at most 1000), `all`, or a number [default: balanced when freezing, else all]
-    #[arg(long, value_name = "balanced|all|N", help_heading = DATA)]
-    pub sample: Option<SampleRows>,
+}
+
+/// Low-rank adapters. Serialized: rank and α, or null.
+#[derive(clap::Args, Debug)]
+pub struct LoraArgs {
+    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged
+    /// at the end: a baseline, without LoRA's savings of memory
+    #[arg(long = "lora-rank", value_name = "R", conflicts_with_all = ["masks", "optimizer_in_backward"])]
+    #[arg(help_heading = METHOD)]
+    pub rank: Option<u32>,
+    /// LoRA's α [default: twice the rank]
+    #[arg(long = "lora-alpha", value_name = "F", requires = "rank", help_heading = METHOD)]
+    pub alpha: Option<f64>,
+}
+
+impl Serialize for IsolationArgs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.kind {
+            IsolationKind::Static => serializer.serialize_str("static"),
+            IsolationKind::Dynamic => self.dynamic.serialize(serializer),
+        }
+    }
+}
+
+impl Serialize for LoraArgs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.rank.map(|rank| (rank, self.alpha)).serialize(serializer)
+    }
+}
+
+fn is_cores<S: Serializer>(trainable: &Trainable, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bool(*trainable == Trainable::Cores)
 }
 
 /// Choice of the protected elements.
@@ -269,7 +332,7 @@ impl RunArgs {
     /// [`cpift_core::Usage`] naming the argument.
     pub fn check(&self) -> Result<()> {
         self.training.check()?;
-        let dynamic = self.isolation == IsolationKind::Dynamic;
+        let dynamic = self.isolation.kind == IsolationKind::Dynamic;
         let problem = if self.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
             "--stage-lr must be positive"
         } else if !(self.lr_scale.is_finite() && self.lr_scale > 0.0) {
@@ -280,9 +343,9 @@ impl RunArgs {
             "--groups needs a --mask NAME=FILE for every task, --isolation dynamic, or --no-freeze"
         } else if self.trainable == Trainable::Cores && self.masks.is_empty() {
             "--trainable cores needs a --mask NAME=FILE for every task"
-        } else if dynamic && !(self.percent > 0.0 && self.percent <= 100.0) {
+        } else if dynamic && !(self.isolation.dynamic.percent > 0.0 && self.isolation.dynamic.percent <= 100.0) {
             "--percent must be above 0 and at most 100"
-        } else if !(0.0..1.0).contains(&self.ema) || self.mask_interval == 0 {
+        } else if !(0.0..1.0).contains(&self.isolation.dynamic.ema) || self.isolation.dynamic.mask_interval == 0 {
             "--ema must be 0 or above and below 1, --mask-interval at least 1"
         } else if !(0.0..=1.0).contains(&self.replay) {
             "--replay must be 0 to 1"
@@ -290,9 +353,9 @@ impl RunArgs {
             "--replay needs --groups: without stages there are no earlier tasks"
         } else if self.replay > 0.0 && self.stage_data == Some(StageData::Mixed) {
             "--replay adds rows of earlier tasks to the group's own, so --stage-data mixed, which has the rows of all tasks, excludes it"
-        } else if self.lora_rank == Some(0) || self.lora_alpha.is_some_and(|a| !(a.is_finite() && a > 0.0)) {
+        } else if self.lora.rank == Some(0) || self.lora.alpha.is_some_and(|a| !(a.is_finite() && a > 0.0)) {
             "--lora-rank and --lora-alpha must be positive"
-        } else if self.lora_rank.is_some() && dynamic {
+        } else if self.lora.rank.is_some() && dynamic {
             "--lora-rank and --isolation dynamic exclude each other"
         } else {
             return Ok(());

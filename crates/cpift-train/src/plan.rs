@@ -148,7 +148,7 @@ fn sampled_examples(args: &RunArgs, tasks: &[Task], model: &ModelInfo) -> Result
     for task in tasks {
         all.insert(task.name.clone(), read_examples(task, model, &args.training)?.examples);
     }
-    let plain = args.masks.is_empty() && args.isolation == IsolationKind::Static;
+    let plain = args.masks.is_empty() && args.isolation.kind == IsolationKind::Static;
     let default = if plain { SampleRows::All } else { SampleRows::Balanced };
     let smallest = all.values().map(Vec::len).min().unwrap_or(0).min(DEFAULT_SAMPLE);
     for task in tasks {
@@ -175,7 +175,7 @@ fn plan_stages(
         return Err(usage(format!("--stage-lr has {} rates for {} stages", args.stage_lr.len(), groups.len())));
     }
     // A task is in one group; its rows are copied only if a later stage uses them too.
-    let shared = args.replay > 0.0 || args.isolation == IsolationKind::Dynamic;
+    let shared = args.replay > 0.0 || args.isolation.kind == IsolationKind::Dynamic;
     let mut of = |names: &[String]| -> Vec<Example> {
         let mut take = |name: &String| if shared { examples.get(name).cloned() } else { examples.remove(name) };
         names.iter().flat_map(|name| take(name).expect("a task is in one group")).collect()
@@ -199,7 +199,7 @@ fn plan_stages(
         stages.push(StagePlan {
             label: format!("stage {}/{} ({})", k + 1, groups.len(), group.join(" ")),
             examples,
-            earlier_examples: if args.isolation == IsolationKind::Dynamic { of(&earlier) } else { Vec::new() },
+            earlier_examples: if args.isolation.kind == IsolationKind::Dynamic { of(&earlier) } else { Vec::new() },
             tasks: group.clone(),
             earlier,
             budget: args.training.budget().part(k, groups.len())?,

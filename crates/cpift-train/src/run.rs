@@ -37,7 +37,7 @@ fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder)
     }
     check_placement(args, workers)?;
     // Adapters take less memory than is computed.
-    if args.lora_rank.is_none() {
+    if args.lora.rank.is_none() {
         memory::check_run(&args.model, &args.tasks, &args.training, workers.placement.world())?;
     }
     let mut plan = Plan::new(args, common, workers)?;
@@ -51,9 +51,9 @@ fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder)
         args: &args.training,
         stages: plan.stages.iter().enumerate().map(|(k, stage)| stage_of(args, &plan, stage, k)).collect(),
         held_out,
-        lora: args.lora_rank.map(|rank| LoraConfig {
+        lora: args.lora.rank.map(|rank| LoraConfig {
             rank: i64::from(rank),
-            alpha: args.lora_alpha.unwrap_or(2.0 * f64::from(rank)),
+            alpha: args.lora.alpha.unwrap_or(2.0 * f64::from(rank)),
             seed: args.training.seed,
         }),
         fisher: None,
@@ -86,7 +86,7 @@ fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder)
 /// Refuses adapters with weights that are shared or elsewhere.
 fn check_placement(args: &RunArgs, workers: &Workers) -> Result<()> {
     let away = workers.placement.world() > 1 || args.training.offload != Offload::None;
-    if args.lora_rank.is_some() && away {
+    if args.lora.rank.is_some() && away {
         return Err(usage("--lora-rank trains in one process, without --offload"));
     }
     Ok(())
@@ -105,13 +105,13 @@ fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) 
 
 fn isolation_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan) -> Isolation<'a> {
     let masks = |tasks: &[String]| tasks.iter().map(|task| &plan.masks[task]).collect::<Vec<_>>();
-    match (args.isolation, args.trainable) {
+    match (args.isolation.kind, args.trainable) {
         _ if stage.earlier.is_empty() && args.trainable == Trainable::All => Isolation::None,
         (IsolationKind::Dynamic, _) => Isolation::Dynamic(DynamicConfig {
             examples: &stage.earlier_examples,
-            percent: args.percent,
-            decay: args.ema,
-            interval: args.mask_interval,
+            percent: args.isolation.dynamic.percent,
+            decay: args.isolation.dynamic.ema,
+            interval: args.isolation.dynamic.mask_interval,
         }),
         _ if plan.masks.is_empty() => Isolation::None,
         (_, Trainable::All) => Isolation::Static(masks(&stage.earlier)),
@@ -134,21 +134,14 @@ fn warn_of_rounding(args: &RunArgs, plan: &Plan) {
 /// Description of the run: everything the weights depend on, for saved states and cpift.json.
 fn describe(args: &RunArgs, plan: &Plan) -> Map<String, Value> {
     let mut run = args.training.describe(plan.session.model.device());
+    let Value::Object(own) = json!(args) else { unreachable!("the arguments are a struct") };
+    run.extend(own);
     run.insert("model".into(), json!(plan.session.digest));
     for (role, _, digest) in &plan.inputs {
         run.insert(role.clone(), json!(digest));
     }
     let stages = plan.stages.iter().map(|s| json!({"stage": s.label, "frozen": frozen(args, s), "lr": s.lr}));
     run.insert("stages".into(), stages.collect());
-    let isolation = match args.isolation {
-        IsolationKind::Static => json!("static"),
-        IsolationKind::Dynamic => {
-            json!({"percent": args.percent, "ema": args.ema, "mask_interval": args.mask_interval})
-        }
-    };
-    run.insert("isolation".into(), isolation);
-    run.insert("only_cores".into(), json!(args.trainable == Trainable::Cores));
-    run.insert("lora".into(), json!(args.lora_rank.map(|rank| (rank, args.lora_alpha))));
     run.insert("examples".into(), plan.stages.iter().map(|s| json!(data::digest(s.examples.iter()))).collect());
     run
 }

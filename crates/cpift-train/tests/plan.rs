@@ -49,8 +49,8 @@ impl Fixture {
         serde_json::from_str(&run.stdout).unwrap()
     }
 
-    /// Peak resident memory of a run in bytes, as the kernel records it: the maximum of three
-    /// runs, because a reading can come too early. Freed memory returns to the system at once, since
+    /// Peak resident memory of a run in bytes, as the kernel records it: the maximum of three runs,
+    /// because a reading can come too early. Freed memory returns to the system at once, since
     /// tensors are counted and not what malloc keeps.
     fn measured(&self, more: &str) -> u64 {
         (0..3).map(|_| self.measured_once(more)).max().unwrap()

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use anyhow::Result;
@@ -99,6 +99,15 @@ impl DigestRecord {
         stamp(name, path).is_ok_and(|now| self.files == [now])
     }
 
+    /// The file or checkpoint directory that the digest is of, in the output `out`.
+    pub(crate) fn subject(&self, out: &Path) -> PathBuf {
+        match &self.files[..] {
+            // A checkpoint has weights beside its config.json.
+            [file] if out.is_dir() => out.join(&file.name),
+            _ => out.to_owned(),
+        }
+    }
+
     /// Returns true if every weight file the digest covers has been deleted from `folder`.
     pub(crate) fn lost_weights(&self, folder: &Path) -> bool {
         let mut weights = self.files.iter().filter(|file| file.name.contains(".safetensors")).peekable();
@@ -120,8 +129,8 @@ impl FileStamp {
         found.unwrap_or_default()
     }
 
-    /// Stamps as [`FileStamp::of`] gives them, or none if a file was changed or replaced at or after `unix` (in seconds): then a
-    /// digest taken since may be of another content.
+    /// Stamps as [`FileStamp::of`] gives them, or none if a file was changed or replaced at or
+    /// after `unix` (in seconds): then a digest taken since may be of another content.
     pub(crate) fn of_unchanged(path: &Path, unix: u64) -> Vec<Self> {
         let stamps = Self::of(path);
         let file = |stamp: &Self| if path.is_dir() { path.join(&stamp.name) } else { path.to_owned() };

@@ -141,8 +141,8 @@ impl Canvas {
         self.add(&element("text", &[("class", &class), ("x", &number(x)), ("y", &number(y))], &escape(text)));
     }
 
-    /// Adds a name of at most `width` pixels. Longer names are shortened, with the full name as their
-    /// title.
+    /// Adds a name of at most `width` pixels. Longer names are shortened, with the full name as
+    /// their title.
     pub fn name(&mut self, x: f64, y: f64, class: &str, width: f64, name: &str) {
         let fits = (1..=name.chars().count()).rev().find(|&k| text_width(&shortened(name, k)) as f64 <= width);
         let content = titled(&shortened(name, fits.unwrap_or(1)), name);

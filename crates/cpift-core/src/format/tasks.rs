@@ -16,7 +16,8 @@
 //! system = "Work step by step."    # system turn
 //! # exact-match, contains, rouge-l, gsm8k, choice, codebleu, judge or nll (default: only the loss)
 //! metric = "gsm8k"
-//! # Regex over the last user turn. cpift-eval --prompt harness uses its groups passage and question.
+//! # Regex over the last user turn. cpift-eval --prompt harness uses its groups passage and
+//! # question.
 //! split = "(?s)(?P<question>.*)"
 //! language = "python"              # of the code for codebleu; default: field language of each row
 //! kind = "reasoning"               # label for grouping by kind
@@ -28,8 +29,8 @@
 //! sample = 500                     # rows in the balanced sample; default: see below
 //! ```
 //!
-//! By default every task contributes as many rows to the balanced sample as the smallest task has, at
-//! most 1,000.
+//! By default every task contributes as many rows to the balanced sample as the smallest task has,
+//! at most 1,000.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -138,6 +138,13 @@ impl Recorder {
         self.write_to(&staged.join(RECORD_NAME))
     }
 
+    /// As [`Recorder::write_into`], for a directory whose content is that of its file `name`, with
+    /// the digest of that file.
+    pub fn write_into_for(mut self, staged: &Path, name: &str) -> Result<()> {
+        self.record.output = Some(DigestRecord::of_staged(&staged.join(name), Path::new(name))?);
+        self.write_to(&staged.join(RECORD_NAME))
+    }
+
     /// Commits a `staged` output file together with its record `DEST.cpift.json`. The files in
     /// `also` are committed first, so that they exist once the output does.
     ///

@@ -1,9 +1,10 @@
-//! The one rule for what is up to date: an output is, if its record names this program version, the arguments that matter and
-//! the content of every input as it is now, and the output is the one that the record describes.
+//! The one rule for what is up to date: an output is, if its record names this program version, the
+//! arguments that matter and the content of every input as it is now, and the output is the one
+//! that the record describes.
 //!
-//! Stages ask it about themselves (`--skip-up-to-date`); make, `make status`, Slurm submission and the experiments ask it about
-//! whole lists of commands (`cpift-STAGE up-to-date`). Inputs are hashed only where neither the sizes and times in the record nor
-//! the inputs' own records tell.
+//! Stages ask it about themselves (`--skip-up-to-date`); make, `make status`, Slurm submission and
+//! the experiments ask it about whole lists of commands (`cpift-STAGE up-to-date`). Inputs are
+//! hashed only where neither the sizes and times in the record nor the inputs' own records tell.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -38,7 +39,8 @@ pub struct Expected<'a> {
     pub out: &'a Path,
     /// Files that are made along with it and are not in its directory.
     pub also: Vec<&'a Path>,
-    /// Facts of its record that do not follow from the arguments, such as the task of a Slurm array's element.
+    /// Facts of its record that do not follow from the arguments, such as the task of a Slurm
+    /// array's element.
     pub facts: Vec<(&'a str, &'a str)>,
 }
 
@@ -49,7 +51,8 @@ impl<'a> Expected<'a> {
     }
 }
 
-/// Returns the reason why the output must be made (again) with `arguments`, or none if it is up to date.
+/// Returns the reason why the output must be made (again) with `arguments`, or none if it is up to
+/// date.
 pub fn reason(expected: &Expected<'_>, arguments: &[String]) -> Option<String> {
     let out = expected.out;
     if let Some(missing) = [out].into_iter().chain(expected.also.iter().copied()).find(|path| !path.exists()) {
@@ -66,8 +69,8 @@ pub fn reason(expected: &Expected<'_>, arguments: &[String]) -> Option<String> {
     difference(&record, expected.stage, arguments, &contents, |_| None).or_else(|| damage(&record, out, &contents))
 }
 
-/// Returns what differs between a record and a command line with its inputs as they are now. `deleted` tells, of an input whose
-/// content was deleted on purpose, if it was the recorded one.
+/// Returns what differs between a record and a command line with its inputs as they are now.
+/// `deleted` tells, of an input whose content was deleted on purpose, if it was the recorded one.
 fn difference(
     record: &Provenance,
     stage: &str,
@@ -95,10 +98,10 @@ fn damage(record: &Provenance, out: &Path, contents: &Contents) -> Option<String
     if let Some(missing) = record.also.iter().find(|path| !Path::new(path).exists()) {
         return Some(format!("{missing} does not exist"));
     }
-    let whole = record
-        .output
-        .as_ref()
-        .is_none_or(|output| output.holds_for_file(out) || output.holds_for(out) || contents.has(out, &output.blake3));
+    let whole = record.output.as_ref().is_none_or(|output| {
+        let subject = output.subject(out);
+        output.holds_for_file(&subject) || output.holds_for(&subject) || contents.has(&subject, &output.blake3)
+    });
     (!whole).then(|| format!("it is not what {} records", provenance::of_output(out).display()))
 }
 
@@ -200,8 +203,8 @@ pub struct Status {
 pub enum State {
     /// Up to date.
     Done,
-    /// Its weights were deleted and its record kept, and they are not needed: everything made from them is up to date, and they
-    /// would be made the same.
+    /// Its weights were deleted and its record kept, and they are not needed: everything made from
+    /// them is up to date, and they would be made the same.
     Deleted,
     /// Does not exist; the reason if that is not all.
     Missing(String),
@@ -226,8 +229,8 @@ impl State {
     }
 }
 
-/// States of the outputs of `commands`, each of which comes after those that make its inputs. What is made from an output that is
-/// due is due itself.
+/// States of the outputs of `commands`, each of which comes after those that make its inputs. What
+/// is made from an output that is due is due itself.
 pub fn states(commands: &[Command]) -> Vec<Status> {
     let outs: Vec<PathBuf> = commands.iter().map(|command| resolved(&command.out)).collect();
     let after: Vec<Needs> = commands.iter().enumerate().map(|(i, c)| Needs::of(c, &outs[i], &outs[..i])).collect();
@@ -268,7 +271,8 @@ pub fn states(commands: &[Command]) -> Vec<Status> {
             own => own,
         });
     }
-    // Deleted weights are needed again if something made from them is due, or if nothing is made from them.
+    // Deleted weights are needed again if something made from them is due, or if nothing is made
+    // from them.
     for i in (0..commands.len()).rev().filter(|i| gone[*i]) {
         let mut users = (0..commands.len()).filter(|j| after[*j].reads.contains(&i)).peekable();
         let unused = users.peek().is_none();
@@ -327,7 +331,8 @@ impl Needs {
     }
 }
 
-/// Reads commands as `make -n` with GRAPH=1 prints them: name, command and further inputs, separated by tabs, one per line.
+/// Reads commands as `make -n` with GRAPH=1 prints them: name, command and further inputs,
+/// separated by tabs, one per line.
 ///
 /// # Errors
 /// A message that names the line.

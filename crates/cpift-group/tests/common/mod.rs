@@ -16,8 +16,8 @@ pub const BIN: &str = env!("CARGO_BIN_EXE_cpift-group");
 /// Positions in the model below, with its tensors concatenated in bytewise name order.
 pub type Region = BTreeSet<usize>;
 
-/// Elements of each tensor. One size is not a multiple of 8, one fills several blocks, and there is a
-/// tensor of each kind.
+/// Elements of each tensor. One size is not a multiple of 8, one fills several blocks, and there is
+/// a tensor of each kind.
 pub const MODEL: [(&str, usize); 4] = [
     ("lm_head.weight", 1003),
     ("model.embed_tokens.weight", 300_001),

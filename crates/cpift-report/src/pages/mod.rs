@@ -37,8 +37,8 @@ impl Section {
     }
 }
 
-/// Renders the page of the run in `args.run`, for `page_file`. Missing and unreadable parts are reported on the
-/// page.
+/// Renders the page of the run in `args.run`, for `page_file`. Missing and unreadable parts are
+/// reported on the page.
 ///
 /// # Errors
 /// [`BadInput`] when the directory is not one of a run; [`cpift_core::Usage`] for a baseline

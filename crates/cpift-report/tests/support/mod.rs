@@ -1,5 +1,5 @@
-//! A small run directory as the pipeline lays it out, with outputs that would act on a page that does
-//! not escape them.
+//! A small run directory as the pipeline lays it out, with outputs that would act on a page that
+//! does not escape them.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::collections::BTreeMap;
@@ -88,7 +88,8 @@ impl Folder {
         });
     }
 
-    /// Writes experiments/NAME.json, with the fields of every experiment and `more`; returns its path.
+    /// Writes experiments/NAME.json, with the fields of every experiment and `more`; returns its
+    /// path.
     pub fn experiment(&self, name: &str, kind: &str, more: &Value) -> PathBuf {
         let mut value = json!({"format_version": 1, "name": name, "title": format!("The {name} experiment"),
             "question": "Does it hold?", "kind": kind});
