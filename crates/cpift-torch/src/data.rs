@@ -219,7 +219,8 @@ pub(crate) struct StepShare {
 }
 
 impl StepShare {
-    /// The share of rank `rank` of `world` in the micro-batches `dealt`, of indices into `examples`.
+    /// The share of rank `rank` of `world` in the micro-batches `dealt`, of indices into
+    /// `examples`.
     pub fn new(examples: &[Example], dealt: Vec<Vec<usize>>, rank: usize, world: usize) -> Self {
         let own = dealt.iter().skip(rank).step_by(world);
         let batches = own.map(|places| Batch::at(examples, places)).collect();

@@ -41,8 +41,8 @@ pub struct Generated {
 }
 
 /// Generates answers to `prompts` (token ids), in order. Prompts are batched by length to keep
-/// padding low; ranks share the batches. `tick` is called for each prompt done. A sampled answer depends on the seed and the
-/// prompt's index, not on its batch.
+/// padding low; ranks share the batches. `tick` is called for each prompt done. A sampled answer
+/// depends on the seed and the prompt's index, not on its batch.
 ///
 /// # Errors
 /// An error of the tokenizer while decoding; a failed rank.

@@ -148,7 +148,7 @@ fn offloaded_state_takes_host_memory() {
     assert!(away.peak().total() < 24_000_000_000, "{}", away.table());
     let traffic = Traffic::of(&away, 1);
     assert_eq!((traffic.host_memory, traffic.ranks), (12 * d, 0));
-    // Masters for two passes over the blocks and one over the rest, and each state read and written.
+    // Masters for two passes over the blocks and one over the rest; each state is read and written.
     let blocks = 32 * Sizes::of(&llama2()).block;
     assert_eq!(traffic.host_link, 4 * (d + blocks) + 2 * 12 * d);
     // With 8 ranks on 2 nodes, 4 of 7 peers are on the other node.

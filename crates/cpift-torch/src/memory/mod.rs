@@ -1,6 +1,7 @@
 //! The memory that training takes, computed from config.json and the arguments before anything is
 //! loaded: `job` says what is trained, `estimate` adds up the step, `advice` finds options that
-//! fit, `traffic` counts what a step moves between ranks and between host and device, `disk` sizes the outputs of a pipeline, `device` reads the limits of the machine.
+//! fit, `traffic` counts what a step moves between ranks and between host and device, `disk` sizes
+//! the outputs of a pipeline, `device` reads the limits of the machine.
 
 mod advice;
 mod device;
