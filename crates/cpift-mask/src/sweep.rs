@@ -394,12 +394,12 @@ fn settle_kept<T: Score>(candidates: &[Candidates<T>], part: &Part<'_>, k: u64, 
     let Ties { at_threshold, chosen, decided_by_hash } = cut.ties;
     let keys = if decided_by_hash > 0 { Some(tie_keys(part, pass)?) } else { None };
     let last = keys.as_ref().map_or(TieCut::ALL, |keys| {
-        find_tie_cut(candidates.len(), at_threshold, chosen, |i, each| {
+        find_tie_cut(candidates.len(), at_threshold, chosen, |i, count| {
             let Candidates { chunk, index, score } = &candidates[i];
             let hash = hash_of(part, keys, *chunk);
             for (at, score) in index.iter().zip(score) {
                 if *score == cut.threshold {
-                    each(hash(*at), place(*chunk, *at));
+                    count.add(hash(*at), place(*chunk, *at));
                 }
             }
         })
@@ -436,10 +436,10 @@ fn settle_tied<T: Score>(
     }
     let keys = tie_keys(part, pass)?;
     let n = open.iter().map(|c| c.index.len() as u64).sum();
-    let last = find_tie_cut(open.len(), n, k, |i, each| {
+    let last = find_tie_cut(open.len(), n, k, |i, count| {
         let Candidates { chunk, index, .. } = &open[i];
         let hash = hash_of(part, &keys, *chunk);
-        index.iter().for_each(|at| each(hash(*at), place(*chunk, *at)));
+        index.iter().for_each(|at| count.add(hash(*at), place(*chunk, *at)));
     });
     let mut flags: BTreeMap<usize, Box<[u8]>> = flags.into_iter().map(|f| (f.chunk, f.flags)).collect();
     let write = |found: &Candidates<T>| {
@@ -535,13 +535,13 @@ pub fn emit<T: Score + Arithmetic>(part: &Part<'_>, cut: &Cut<T>, k: u64, pass: 
     let source = PartScores { part, metric: pass.metric };
     let keys = if decided_by_hash > 0 { Some(tie_keys(part, pass)?) } else { None };
     let last = keys.as_ref().map_or(TieCut::ALL, |keys| {
-        find_tie_cut(part.chunks.len(), at_threshold, chosen, |i, each| {
+        find_tie_cut(part.chunks.len(), at_threshold, chosen, |i, count| {
             let mut scores = Vec::<T>::new();
             source.scores(i, &mut scores);
             let hash = hash_of(part, keys, i);
             for (at, score) in (0u16..=u16::MAX).zip(&scores) {
                 if *score == cut.threshold {
-                    each(hash(at), place(i, at));
+                    count.add(hash(at), place(i, at));
                 }
             }
         })

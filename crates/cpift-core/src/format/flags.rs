@@ -64,22 +64,24 @@ impl BitList {
 
 /// Flags of the bits set in `bits`: those that are set in `marked` too.
 pub fn flags_of(bits: &[u8], marked: &[u8]) -> Vec<u8> {
-    let (mut flags, mut flag, mut n) = (Vec::new(), 0u8, 0);
-    for (byte, marks) in bits.iter().zip(marked) {
-        let mut left = *byte;
-        while left != 0 {
-            flag |= (marks >> left.trailing_zeros() & 1) << n;
-            n += 1;
-            if n == 8 {
-                flags.push(flag);
-                (flag, n) = (0, 0);
+    // `n` flags wait in `wait`, at most 39.
+    let (mut flags, mut wait, mut n) = (Vec::new(), 0u64, 0);
+    for (byte, marks) in bits.iter().zip(marked).filter(|(byte, _)| **byte != 0) {
+        if byte & marks != 0 {
+            let (mut left, mut at) = (*byte, n);
+            while left != 0 {
+                wait |= u64::from(marks >> left.trailing_zeros() & 1) << at;
+                at += 1;
+                left &= left - 1;
             }
-            left &= left - 1;
+        }
+        n += byte.count_ones();
+        if n >= 32 {
+            flags.extend_from_slice(&wait.to_le_bytes()[..4]);
+            (wait, n) = (wait >> 32, n - 32);
         }
     }
-    if n > 0 {
-        flags.push(flag);
-    }
+    flags.extend_from_slice(&wait.to_le_bytes()[..n.div_ceil(8) as usize]);
     flags
 }
 
@@ -115,6 +117,17 @@ mod tests {
         let mut tail = [bits[2]];
         assert_eq!(clear_flagged(&mut tail, &flags, 3), 5);
         assert_eq!(tail, [0b10]);
+    }
+
+    #[test]
+    fn flags_of_many_bits_are_those_of_one_after_another() {
+        let draw = |key: u64| (0..500u64).map(|i| ((i * i + 7) * key >> (i % 23)) as u8).collect::<Vec<u8>>();
+        let (bits, marked) = (draw(0x9E37_79B9), draw(0x85EB_CA6B));
+        let mut list = BitList::default();
+        for at in (0..8 * bits.len()).filter(|at| bits[at / 8] >> (at % 8) & 1 == 1) {
+            list.push(marked[at / 8] >> (at % 8) & 1 == 1);
+        }
+        assert_eq!(flags_of(&bits, &marked), list.into_bytes());
     }
 
     #[test]

@@ -96,30 +96,46 @@ impl HashBand {
 /// Half width of a band, in standard errors of the number of hashes below it.
 const SPAN: f64 = 12.0;
 
+/// Tied elements counted against a band.
+#[derive(Debug, Clone)]
+pub struct TieCount {
+    band: HashBand,
+    /// Number of hashes below the band.
+    below: u64,
+    /// Hashes and places in the band.
+    open: Vec<(u64, u64)>,
+}
+
+impl TieCount {
+    /// Counts the tied element with this hash and place.
+    #[inline(always)]
+    pub fn add(&mut self, hash: u64, place: u64) {
+        self.below += u64::from(hash < self.band.low);
+        if hash >= self.band.low && hash <= self.band.high {
+            self.open.push((hash, place));
+        }
+    }
+}
+
 /// Finds the cut that chooses `k` of `n` tied elements, 1 ≤ k ≤ n, without storing their hashes.
-/// `visit` calls its second argument with hash and place of each tied element of a chunk.
-pub fn find_tie_cut(chunks: usize, n: u64, k: u64, visit: impl Fn(usize, &mut dyn FnMut(u64, u64)) + Sync) -> TieCut {
+/// `visit` adds the tied elements of a chunk to a count.
+pub fn find_tie_cut(chunks: usize, n: u64, k: u64, visit: impl Fn(usize, &mut TieCount) + Sync) -> TieCut {
     let share = k as f64 / n as f64;
     let error = (share * (1.0 - share) / n as f64).sqrt().max(1.0 / n as f64);
     let mut span = SPAN;
     loop {
         let band = HashBand::around(share, span * error);
-        let add = |(mut below, mut open): (u64, Vec<(u64, u64)>), i| {
-            visit(i, &mut |hash, place| {
-                below += u64::from(hash < band.low);
-                if (band.low..=band.high).contains(&hash) {
-                    open.push((hash, place));
-                }
-            });
-            (below, open)
+        let empty = || TieCount { band, below: 0, open: Vec::new() };
+        let add = |mut count: TieCount, i| {
+            visit(i, &mut count);
+            count
         };
-        let (below, mut open) = (0..chunks).into_par_iter().fold(Default::default, add).reduce(
-            Default::default,
-            |(below, mut open), (more, others)| {
-                open.extend(others);
-                (below + more, open)
-            },
-        );
+        let join = |mut a: TieCount, b: TieCount| {
+            a.below += b.below;
+            a.open.extend(b.open);
+            a
+        };
+        let TieCount { below, mut open, .. } = (0..chunks).into_par_iter().fold(empty, add).reduce(empty, join);
         if (below + 1..=below + open.len() as u64).contains(&k) {
             return TieCut::among(&mut open, k - below);
         }
@@ -155,8 +171,8 @@ mod tests {
             let mut sorted: Vec<(u64, u64)> = (0..5_000).map(|i| (hash(i), i)).collect();
             sorted.sort_unstable();
             for k in [1, 2, 777, 2_500, 4_999, 5_000] {
-                let cut = find_tie_cut(50, 5_000, k, |chunk, each| {
-                    (0..100).map(|i| 100 * chunk as u64 + i).for_each(|i| each(hash(i), i));
+                let cut = find_tie_cut(50, 5_000, k, |chunk, count| {
+                    (0..100).map(|i| 100 * chunk as u64 + i).for_each(|i| count.add(hash(i), i));
                 });
                 let chosen: Vec<_> = sorted.iter().filter(|(hash, place)| cut.chooses(*hash, *place)).collect();
                 assert_eq!(chosen, sorted[..k as usize].iter().collect::<Vec<_>>(), "{k} of {levels} levels");

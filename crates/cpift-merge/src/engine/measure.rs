@@ -294,11 +294,11 @@ impl<T: Number> Magnitudes<'_, T> {
         let base = self.tensor.base.as_ref().expect("task vectors have a base");
         let key = TieSalt::new(self.tensor.operands[self.operand].source.digest()?).key(base.name);
         let pieces: Vec<Piece> = job::pieces_of(0, self.tensor.numel()).collect();
-        let last = find_tie_cut(pieces.len(), ties.at_threshold, ties.chosen, |i, each| {
+        let last = find_tie_cut(pieces.len(), ties.at_threshold, ties.chosen, |i, count| {
             let (mut values, mut base) = Default::default();
             self.visit(&pieces[i], &mut values, &mut base, |index, v| {
                 if v == threshold {
-                    each(key.hash(index), index as u64);
+                    count.add(key.hash(index), index as u64);
                 }
             });
         });
