@@ -344,7 +344,7 @@ impl Restore {
                 .into());
         }
         let numel = view.numel();
-        if let Some(at) = list.iter().find(|at| usize::try_from(**at).map_or(true, |at| at >= numel)) {
+        if let Some(at) = list.iter().find(|at| !usize::try_from(**at).is_ok_and(|at| at < numel)) {
             return Err(bad("an index out of range")
                 .expected(format!("0 to {}", numel.max(1) - 1))
                 .found(at.to_string())

@@ -43,7 +43,7 @@ pub(crate) struct Plan {
 /// A file or directory of bits.
 pub(crate) enum Input {
     /// A mask.
-    Mask(Mask),
+    Mask(Box<Mask>),
     /// A safetensors file of BOOL or U8 tensors.
     Safetensors(MappedFile),
     /// A directory of NumPy files.
@@ -59,7 +59,7 @@ impl Input {
         if !path.is_dir() {
             let file = MappedFile::open(path)?;
             let is_mask = file.metadata.contains_key("cpift");
-            return Ok(if is_mask { Self::Mask(Mask::open(path)?) } else { Self::Safetensors(file) });
+            return Ok(if is_mask { Self::Mask(Box::new(Mask::open(path)?)) } else { Self::Safetensors(file) });
         }
         let mut files = BTreeMap::new();
         for entry in fs::read_dir(path).with_context(|| format!("reading {}", path.display()))? {
