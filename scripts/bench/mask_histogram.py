@@ -5,7 +5,7 @@
 
 One pass finds the largest |Δ|, one makes a histogram of 65,536 bins, one sorts what lies in the bin
 of the threshold, and one writes the bits, ties by position. mask_numpy.py is the same work made
-fast. Prints the digest of the bits.
+fast.
 """
 
 import sys

@@ -2,13 +2,12 @@
 bf16 differences.
 
     python3 mask_numpy.py BASE TUNED PERCENT OUT      needs numpy, torch, safetensors
+    python3 mask_numpy.py --same MASK OUT             exit status 0 if both choose the same elements but for ties
 
 Streams both checkpoints through memory maps, three times: a histogram of the upper 16 bits of |Δ|,
-one of the lower 16 bits within the bin of the threshold, and the bits, ties by position. Prints the
-digest of the bits, to compare masks by.
+one of the lower 16 bits within the bin of the threshold, and the bits, ties by position.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -69,8 +68,7 @@ def main(base, tuned, percent, out):
 
 
 def write(base, tuned, k, threshold, ties, out):
-    """Writes the bits of what is above the threshold and of the first `ties` equal to it; prints
-    their digest."""
+    """Writes the bits of what is above the threshold and of the first `ties` equal to it."""
     packed = {name: [] for name in base}
     for name, values in distances(base, tuned):
         chosen = values > threshold
@@ -81,11 +79,28 @@ def write(base, tuned, k, threshold, ties, out):
         packed[name].append(np.packbits(chosen, bitorder="little"))
     packed = {name: np.concatenate(parts) for name, parts in packed.items()}
     save_file(packed, out)
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(packed):
-        digest.update(packed[name].tobytes())
-    print(json.dumps({"selected": k, "bits": digest.hexdigest()}))
+    print(json.dumps({"selected": k}))
+
+
+def same(mask, other):
+    """True if `other` has as many elements as `mask`, and all but those that `mask` chose among equals."""
+    mask, other = safe_open(mask, framework="np"), safe_open(other, framework="np")
+    names = sorted(set(mask.keys()) - {"cpift.ties"})
+    bits = [(name, np.flatnonzero(np.unpackbits(mask.get_tensor(name), bitorder="little"))) for name in names]
+    selected = sum(len(chosen) for _, chosen in bits)
+    tied = np.zeros(selected, bool)
+    if "cpift.ties" in mask.keys():
+        tied = np.unpackbits(mask.get_tensor("cpift.ties"), bitorder="little", count=selected) == 1
+    count, at = 0, 0
+    for name, chosen in bits:
+        theirs = np.unpackbits(other.get_tensor(name), bitorder="little")
+        if not theirs[chosen[~tied[at : at + len(chosen)]]].all():
+            return False
+        count, at = count + int(theirs.sum()), at + len(chosen)
+    return count == selected and names == sorted(other.keys())
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--same":
+        sys.exit(not same(*sys.argv[2:]))
     main(*sys.argv[1:])

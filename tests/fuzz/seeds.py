@@ -65,14 +65,17 @@ def folders():
 
 
 def masks():
-    own = {"format_version": 1, "percent": 1.0, "scope": "global", "metric": "magnitude", "D": 20, "selected": 3,
-           "ties": {"at_threshold": 2, "chosen": 1, "decided_by_position": 1}, "excluded": ["norms"], "base": DIGEST,
+    own = {"format_version": 2, "percent": 1.0, "scope": "global", "metric": "magnitude", "D": 20, "selected": 3,
+           "ties": {"at_threshold": 1, "chosen": 1, "decided_by_hash": 0}, "excluded": ["norms"], "base": DIGEST,
            "tuned": DIGEST, "numel": {"w": 20}}
     bits = bytes([0b101, 0, 0b1000])
     header, _ = tensors(("w", "U8", 1, [3]), metadata={"cpift": compact(own).decode()})
     put("mask", "own", b"m" + compact(own) + b"\0" + bits)
     put("mask", "framed", b"h" + header + b"\0" + bits)
     put("mask", "whole", whole(header, 0) + bits)
+    tied = dict(own, rule="2:4", ties={"at_threshold": 2, "chosen": 1, "decided_by_hash": 1})
+    header, _ = tensors(("w", "U8", 1, [3]), ("cpift.ties", "U8", 1, [1]), metadata={"cpift": compact(tied).decode()})
+    put("mask", "tied", b"h" + header + b"\0" + bits + bytes([0b100]))
     layers = dict(own, scope="layer", numel={"model.layers.0.self_attn.q_proj.weight": 5, "model.norm.weight": 9},
                   selected=0)
     header, size = tensors(("model.layers.0.self_attn.q_proj.weight", "U8", 1, [1]), ("model.norm.weight", "U8", 1, [2]),

@@ -8,7 +8,7 @@ use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::files::StagedFile;
 use cpift_core::format::digest::Digest;
-use cpift_core::format::groups::{FORMAT_VERSION, Groups, Order, Parting, TauMode};
+use cpift_core::format::groups::{FORMAT_VERSION, Groups, Order, Parting, TauMode, WithoutTies};
 use cpift_core::format::json;
 use cpift_core::record::provenance::Recorder;
 
@@ -51,6 +51,10 @@ pub(crate) fn group(args: &Args) -> Result<Outcome> {
     let (tau, tau_mode) = plan.threshold(&intervals);
     let table = table(&plan.tasks, &overlap.total);
     log::info!("Jaccard similarity of core regions (in brackets: expected by chance)\n{table}");
+    let without_ties = without_ties(&overlap);
+    if let (Some(found), Some(counts)) = (&without_ties, &overlap.without_ties) {
+        report_ties(&plan.tasks, found, counts);
+    }
     let sweep = plan.sweep.then(|| Sweep {
         tau,
         tau_mode,
@@ -62,7 +66,7 @@ pub(crate) fn group(args: &Args) -> Result<Outcome> {
     let Some(outputs) = &plan.outputs else { return Ok(Outcome { groups: None, sweep }) };
     let parts = plan.parting.as_ref().map_or_else(|| components(&jaccard, tau), |(_, groups)| groups.clone());
     let ordered = plan.order(parts, &regions)?;
-    let groups = plan.groups(&overlap.total, (tau, tau_mode), &ordered, &digests);
+    let groups = plan.groups(&overlap, (tau, tau_mode), &ordered, &digests);
     for ((task, mask), digest) in plan.tasks.iter().zip(&plan.masks).zip(digests) {
         recorder.input(format!("mask:{task}"), mask.path(), digest);
     }
@@ -129,7 +133,7 @@ impl Plan {
         Order { method: self.method.name().to_owned(), seed, scores }
     }
 
-    fn groups(&self, counts: &Counts, tau: (f64, TauMode), ordered: &Ordered, digests: &[Digest]) -> Groups {
+    fn groups(&self, overlap: &Overlap, tau: (f64, TauMode), ordered: &Ordered, digests: &[Digest]) -> Groups {
         let named = |group: &Vec<usize>| group.iter().map(|i| self.tasks[*i].clone()).collect();
         Groups {
             format_version: FORMAT_VERSION,
@@ -137,8 +141,9 @@ impl Plan {
             partition: self.parting.as_ref().map(|(how, _)| how.clone()),
             tau_mode: tau.1,
             tasks: self.tasks.clone(),
-            jaccard: counts.matrix(Counts::jaccard),
-            chance: counts.matrix(Counts::chance),
+            jaccard: overlap.total.matrix(Counts::jaccard),
+            chance: overlap.total.matrix(Counts::chance),
+            without_ties: without_ties(overlap),
             excluded: self.excluded.iter().map(ToString::to_string).collect(),
             groups: ordered.groups.iter().map(named).collect(),
             order: self.order_record(ordered.figures.clone()),
@@ -146,6 +151,40 @@ impl Plan {
             base: self.masks[0].header.base.clone(),
             masks: self.tasks.iter().cloned().zip(digests.iter().cloned()).collect::<BTreeMap<_, _>>(),
         }
+    }
+}
+
+/// The similarities without the elements chosen among equals; `None` if there are none.
+fn without_ties(overlap: &Overlap) -> Option<WithoutTies> {
+    let (all, left) = (&overlap.total, overlap.without_ties.as_ref()?);
+    let tied = |all: &Counts, a: usize, b: usize| match all.shared[a][b] {
+        0 => 0.0,
+        shared => (shared - left.shared[a][b]) as f64 / shared as f64,
+    };
+    Some(WithoutTies {
+        tied: all.matrix(tied),
+        jaccard: left.matrix(Counts::jaccard),
+        chance: left.matrix(Counts::chance),
+    })
+}
+
+/// Share of tied elements above which the similarities deserve a warning.
+const MANY_TIES: f64 = 0.1;
+
+/// Logs the part of each similarity that rests on ties, and what is left without them.
+fn report_ties(tasks: &[String], found: &WithoutTies, counts: &Counts) {
+    let width = tasks.iter().map(|t| t.chars().count()).max().unwrap_or(0);
+    let cell = |value: f64| format!("{:.1} %", 100.0 * value);
+    let tied = matrix(tasks, width.max(8), |a, b| cell(found.tied[a][b]));
+    log::info!("Shared elements that at least one region chose among equals (diagonal: of the region)\n{tied}");
+    log::info!("Jaccard similarity without them (in brackets: expected by chance)\n{}", table(tasks, counts));
+    let worst = found.tied.iter().flatten().fold(0.0, |most: f64, share| most.max(*share));
+    if worst > MANY_TIES {
+        log::warn!(
+            "up to {} of what core regions share was chosen among equals by a hash, which makes regions look less similar \
+             than they are\n  hint: compare the similarities without them; save probes in f32 (cpift-probe --save-dtype f32)",
+            cell(worst)
+        );
     }
 }
 
@@ -202,7 +241,15 @@ fn report(groups: &Groups, order: &Partition) {
 /// The similarity matrix, with the similarity expected by chance in brackets.
 fn table(tasks: &[String], counts: &Counts) -> String {
     let width = tasks.iter().map(|t| t.chars().count()).max().unwrap_or(0);
-    let column = width.max(15);
+    matrix(tasks, width.max(15), |a, b| match a == b {
+        true => "1".to_owned(),
+        false => format!("{:.4} ({:.4})", counts.jaccard(a, b), counts.chance(a, b)),
+    })
+}
+
+/// A table with a row and a column per task.
+fn matrix(tasks: &[String], column: usize, cell: impl Fn(usize, usize) -> String) -> String {
+    let width = tasks.iter().map(|t| t.chars().count()).max().unwrap_or(0);
     let mut out = " ".repeat(width);
     for task in tasks {
         let _ = write!(out, "  {task:>column$}");
@@ -210,11 +257,7 @@ fn table(tasks: &[String], counts: &Counts) -> String {
     for (a, task) in tasks.iter().enumerate() {
         let _ = write!(out, "\n{task:<width$}");
         for b in 0..tasks.len() {
-            let cell = match a == b {
-                true => "1".to_owned(),
-                false => format!("{:.4} ({:.4})", counts.jaccard(a, b), counts.chance(a, b)),
-            };
-            let _ = write!(out, "  {cell:>column$}");
+            let _ = write!(out, "  {:>column$}", cell(a, b));
         }
     }
     out

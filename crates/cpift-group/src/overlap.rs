@@ -4,6 +4,8 @@
 use anyhow::Result;
 use cpift_core::dispatch;
 use cpift_core::format::digest::Digest;
+use cpift_core::format::flags::clear_flagged;
+use cpift_core::format::mask::count_ones;
 use cpift_core::format::names::{LayerRows, TensorKind};
 use cpift_core::record::provenance::Provenance;
 use cpift_core::stream::hashing::PieceHasher;
@@ -55,6 +57,8 @@ impl Counts {
 pub(crate) struct Overlap {
     /// All compared tensors.
     pub(crate) total: Counts,
+    /// All compared tensors, without the elements chosen among equals; `None` if there are none.
+    pub(crate) without_ties: Option<Counts>,
     /// Layers, with the order and names of [`LayerRows`].
     pub(crate) layers: Vec<(String, Counts)>,
 }
@@ -68,6 +72,8 @@ pub(crate) struct Regions<'a> {
     labels: Vec<String>,
     /// Elements by layer.
     elements: Vec<u64>,
+    /// For each mask with flags of ties, the flags and the number of the first one of each block.
+    flags: Vec<Option<(&'a [u8], Vec<u64>)>>,
 }
 
 /// A tensor's bits in all masks.
@@ -83,6 +89,8 @@ struct Block {
     start: usize,
     /// Position in the first mask's file.
     offset: usize,
+    /// Index among all blocks.
+    index: usize,
 }
 
 impl<'a> Regions<'a> {
@@ -101,13 +109,17 @@ impl<'a> Regions<'a> {
             }
             let range = masks[0].range(name).expect("a mask has the tensors of its header");
             let tensor = tensors.len();
-            let block = |start| Block { tensor, start, offset: range.start + start };
+            let block = |start| Block { tensor, start, offset: range.start + start, index: 0 };
             blocks.extend((0..range.len()).step_by(BLOCK).map(block));
             let bits = masks.iter().map(|m| m.bits(name).expect("all masks have the same tensors")).collect();
             tensors.push(Tensor { bits, row });
         }
         blocks.sort_by_key(|block| block.offset);
-        Self { masks, tensors, blocks, labels: rows.labels, elements }
+        blocks.iter_mut().enumerate().for_each(|(index, block)| block.index = index);
+        let flags =
+            masks.iter().enumerate().map(|(i, mask)| Some((mask.tie_flags()?, first_flags(i, &tensors, &blocks))));
+        let flags = flags.collect();
+        Self { masks, tensors, blocks, labels: rows.labels, elements, flags }
     }
 
     /// Counts all pairs of masks, and checks that every mask has as many bits set as its header
@@ -149,43 +161,60 @@ impl<'a> Regions<'a> {
 
     /// Counts piece by piece. `also` gets each piece first, and leaves it in cache.
     fn count_and(&self, also: impl Fn(usize) + Sync) -> Result<Overlap> {
-        let n = self.masks.len();
-        let sums = self.sum_pieces((self.labels.len() + 1) * triangle(n, 0), |sums, piece, blocks| {
+        let (n, cells) = (self.masks.len(), triangle(self.masks.len(), 0));
+        let rows = self.labels.len() + 1;
+        let has_ties = self.flags.iter().any(Option::is_some);
+        // The rows of all elements come first, then those without ties.
+        let sums = self.sum_pieces(if has_ties { 2 * rows } else { rows } * cells, |sums, piece, blocks| {
             also(piece);
             dispatch!({
                 let mut bits = Vec::with_capacity(n);
+                let mut untied = vec![[0u8; BLOCK]; if has_ties { n } else { 0 }];
                 for block in blocks {
-                    let tensor = &self.tensors[block.tensor];
+                    let row = self.tensors[block.tensor].row;
                     self.cut(block, &mut bits);
-                    let sums = &mut sums[tensor.row * triangle(n, 0)..];
-                    let compared = tensor.row < self.labels.len();
-                    for a in 0..n {
-                        for b in if compared { 0..a + 1 } else { a..a + 1 } {
-                            sums[triangle(a, b)] += count_shared(bits[a], bits[b]);
+                    let compared = row < self.labels.len();
+                    add_pairs(&bits, compared, &mut sums[row * cells..]);
+                    if has_ties && compared {
+                        let len = bits[0].len();
+                        for ((copy, bits), flags) in untied.iter_mut().zip(&bits).zip(&self.flags) {
+                            copy[..len].copy_from_slice(bits);
+                            if let Some((flags, first)) = flags {
+                                clear_flagged(&mut copy[..len], flags, first[block.index]);
+                            }
                         }
+                        let cut: Vec<&[u8]> = untied.iter().map(|copy| &copy[..len]).collect();
+                        add_pairs(&cut, true, &mut sums[(rows + row) * cells..]);
                     }
                 }
             });
         });
-        let rows: Vec<&[u64]> = sums.chunks_exact(triangle(n, 0)).collect();
-        self.check(&rows)?;
-        Ok(self.overlap(&rows[..self.labels.len()]))
+        let counted: Vec<&[u64]> = sums.chunks_exact(cells).collect();
+        let (all, without_ties) = counted.split_at(rows);
+        self.check(all)?;
+        let without_ties = has_ties.then(|| self.total(without_ties));
+        Ok(Overlap { without_ties, ..self.overlap(&all[..self.labels.len()]) })
     }
 
     fn overlap(&self, rows: &[&[u64]]) -> Overlap {
-        let n = self.masks.len();
-        let square = |of: &dyn Fn(usize) -> u64| -> Vec<Vec<u64>> {
-            (0..n).map(|a| (0..n).map(|b| of(triangle(a.max(b), a.min(b)))).collect()).collect()
-        };
-        let total = Counts {
-            elements: self.elements.iter().sum(),
-            shared: square(&|place| rows.iter().map(|row| row[place]).sum()),
-        };
         let layer = |(i, row): (usize, &&[u64])| {
-            let counts = Counts { elements: self.elements[i], shared: square(&|place| row[place]) };
+            let counts = Counts { elements: self.elements[i], shared: self.square(&|place| row[place]) };
             (self.labels[i].clone(), counts)
         };
-        Overlap { total, layers: rows.iter().enumerate().map(layer).collect() }
+        Overlap { total: self.total(rows), without_ties: None, layers: rows.iter().enumerate().map(layer).collect() }
+    }
+
+    /// Counts over the compared tensors.
+    fn total(&self, rows: &[&[u64]]) -> Counts {
+        let compared = &rows[..self.labels.len()];
+        let shared = self.square(&|place| compared.iter().map(|row| row[place]).sum());
+        Counts { elements: self.elements.iter().sum(), shared }
+    }
+
+    /// A symmetric matrix of values in the order of [`triangle`].
+    fn square(&self, of: &dyn Fn(usize) -> u64) -> Vec<Vec<u64>> {
+        let n = self.masks.len();
+        (0..n).map(|a| (0..n).map(|b| of(triangle(a.max(b), a.min(b)))).collect()).collect()
     }
 
     fn check(&self, rows: &[&[u64]]) -> Result<()> {
@@ -260,6 +289,35 @@ impl<'a> Regions<'a> {
                     sums
                 },
             )
+    }
+}
+
+/// Number of the first flag of each block of mask `i`: the number of its bits set before the block,
+/// in the order of the tensors' names.
+fn first_flags(i: usize, tensors: &[Tensor<'_>], blocks: &[Block]) -> Vec<u64> {
+    let count = |block: &Block| {
+        let bits = tensors[block.tensor].bits[i];
+        count_ones(&bits[block.start..bits.len().min(block.start + BLOCK)])
+    };
+    let counts: Vec<u64> = blocks.par_iter().map(count).collect();
+    let mut order: Vec<&Block> = blocks.iter().collect();
+    order.sort_unstable_by_key(|block| (block.tensor, block.start));
+    let (mut first, mut sum) = (vec![0; blocks.len()], 0);
+    for block in order {
+        first[block.index] = sum;
+        sum += counts[block.index];
+    }
+    first
+}
+
+/// Adds the numbers of bits that pairs of regions share to `sums`; those of single regions only, if
+/// `pairs` is false.
+#[inline(always)]
+fn add_pairs(bits: &[&[u8]], pairs: bool, sums: &mut [u64]) {
+    for a in 0..bits.len() {
+        for b in if pairs { 0..a + 1 } else { a..a + 1 } {
+            sums[triangle(a, b)] += count_shared(bits[a], bits[b]);
+        }
     }
 }
 

@@ -67,6 +67,7 @@ impl Plan {
         let outputs = Outputs::named_by(args);
         outputs.iter().try_for_each(|outputs| outputs.check(args))?;
         let masks: Vec<Mask> = args.masks.iter().map(|m| Mask::open(&m.path)).collect::<Result<_>>()?;
+        masks.iter().try_for_each(Mask::verify_flags)?;
         masks[1..].iter().try_for_each(|mask| check_same_layout(&masks[0], mask))?;
         let tasks: Vec<String> = args.masks.iter().map(|m| m.name.clone()).collect();
         let input = read_order_input(args, &tasks, &masks[0].header.base, recorder)?;

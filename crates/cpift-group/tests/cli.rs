@@ -62,10 +62,10 @@ fn a_damaged_mask() {
 fn a_mask_of_a_newer_version() {
     let s = three();
     let mut header = header(100);
-    header.format_version = 2;
+    header.format_version = 3;
     fs::remove_file(s.path("b.mask")).unwrap();
     write_mask(&s.path("b.mask"), &every(50..150, 1), &header);
-    s.run(&[]).bad_input(&["b.mask", "another format version", "expected: 1", "found: 2", "newer cpift"]);
+    s.run(&[]).bad_input(&["b.mask", "another format version", "expected: 2", "found: 3", "newer cpift"]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use cpift_core::dispatch;
 use cpift_core::format::mask::Metric;
 use cpift_core::stream::random::splitmix64;
 use cpift_core::stream::select::Score;
+use cpift_core::stream::ties::HashBand;
 use rayon::prelude::*;
 
 use crate::part::{Arithmetic, Block, Chunk, Part};
@@ -34,12 +35,13 @@ pub enum Guess<T> {
         /// Highest score of a candidate.
         high: T,
     },
-    /// The threshold is `score`, and about `share` of the elements equal to it are chosen.
+    /// The threshold is `score`. Of the elements equal to it, those whose tie hashes lie below
+    /// `band` are chosen, those above are not; those inside are candidates.
     Tied {
         /// The threshold.
         score: T,
-        /// From 0 to 1.
-        share: f64,
+        /// Hashes that the sample leaves open.
+        band: HashBand,
     },
 }
 
@@ -47,6 +49,15 @@ impl<T: Score> Guess<T> {
     /// Chooses nothing and keeps nothing.
     pub(crate) fn nothing() -> Self {
         Self::Bracket { low: T::from_f64(f64::NAN), high: T::from_f64(f64::INFINITY) }
+    }
+
+    /// Largest number of candidates kept, where `limit` is that of a bracket. A tied candidate is
+    /// kept without its score: 2 bytes instead of 6 in f32.
+    pub(crate) fn limit(&self, limit: usize) -> usize {
+        match self {
+            Self::Bracket { .. } => limit,
+            Self::Tied { .. } => 3 * limit,
+        }
     }
 
     /// Keeps everything.
@@ -78,8 +89,9 @@ pub fn guess<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64, lim
         return Guess::Bracket { low, high };
     }
     let score = at(&mut sample.clone(), rank);
-    let share = (rank - count(&|s| *s > score)) / count(&|s| *s == score);
-    Guess::Tied { score, share: share.clamp(0.0, 1.0) }
+    let tied = count(&|s| *s == score);
+    let share = (rank - count(&|s| *s > score)) / tied;
+    Guess::Tied { score, band: HashBand::around(share, slack / tied) }
 }
 
 /// Scores of runs spread evenly over the part, each at a random offset in its stretch. The same on

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::Result;
 use cpift_core::format::checkpoint::{Excluded, check_same_parameters};
@@ -11,6 +12,7 @@ use cpift_core::format::mask::Scope;
 use cpift_core::format::names::{TensorKind, layer};
 use cpift_core::record::provenance::Recorder;
 use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::stream::ties::TieSalt;
 use cpift_core::{Checkpoint, Dtype, TensorView};
 
 use crate::part::{CHUNK, Pair, Part};
@@ -136,7 +138,7 @@ impl Inputs {
     }
 
     /// Digests of the inputs, to be computed while they are read.
-    pub(crate) fn digests(&self) -> InputDigests<'_> {
+    pub fn digests(&self) -> InputDigests<'_> {
         InputDigests {
             base: InputDigest::new(&self.base),
             tuned: InputDigest::new(&self.tuned),
@@ -171,7 +173,7 @@ pub(crate) fn each_once(kinds: &[TensorKind]) -> Vec<TensorKind> {
 }
 
 /// Digests of all inputs while they are computed.
-pub(crate) struct InputDigests<'a> {
+pub struct InputDigests<'a> {
     base: InputDigest<'a>,
     tuned: InputDigest<'a>,
     fisher: Option<InputDigest<'a>>,
@@ -179,48 +181,51 @@ pub(crate) struct InputDigests<'a> {
 
 impl InputDigests<'_> {
     /// Hashers of base, tuned and fisher; `None` for an input whose digest is known.
-    pub fn hashers(&self) -> [Option<&PieceHasher>; 3] {
+    pub(crate) fn hashers(&self) -> [Option<&PieceHasher>; 3] {
         [self.base.hasher(), self.tuned.hasher(), self.fisher.as_ref().and_then(InputDigest::hasher)]
     }
 
-    /// The digests, once all parameters are hashed.
-    pub fn finish(self) -> Result<Digests> {
-        Ok((self.base.finish()?, self.tuned.finish()?, self.fisher.map(InputDigest::finish).transpose()?))
+    /// Salt of the tie hashes. The parts of the tuned checkpoint that were not read yet are hashed
+    /// now, and no pass hashes it again.
+    pub(crate) fn tie_salt(&self) -> Result<TieSalt> {
+        self.tuned.get().map(TieSalt::new)
+    }
+
+    /// The digests; tensors and side files that were not read yet are read now.
+    pub(crate) fn finish(&self) -> Result<Digests> {
+        let fisher = self.fisher.as_ref().map(|fisher| fisher.get().cloned()).transpose()?;
+        Ok((self.base.get()?.clone(), self.tuned.get()?.clone(), fisher))
     }
 }
 
 /// The digest of an input: recorded, or computed while the input is read.
-enum InputDigest<'a> {
-    Recorded(Digest),
-    Computed(&'a Checkpoint, PieceHasher),
+struct InputDigest<'a> {
+    checkpoint: &'a Checkpoint,
+    hasher: Option<PieceHasher>,
+    digest: OnceLock<Digest>,
 }
 
 impl<'a> InputDigest<'a> {
     fn new(checkpoint: &'a Checkpoint) -> Self {
-        checkpoint.recorded_digest().map_or_else(
-            || {
-                let specs: Vec<_> = checkpoint.tensors().map(|view| view.spec()).collect();
-                Self::Computed(checkpoint, PieceHasher::new(&specs, CHUNK))
-            },
-            Self::Recorded,
-        )
+        let digest = checkpoint.recorded_digest();
+        let specs = || checkpoint.tensors().map(|view| view.spec()).collect::<Vec<_>>();
+        let hasher = digest.is_none().then(|| PieceHasher::new(&specs(), CHUNK));
+        Self { checkpoint, hasher, digest: digest.map(OnceLock::from).unwrap_or_default() }
     }
 
     fn hasher(&self) -> Option<&PieceHasher> {
-        match self {
-            Self::Recorded(_) => None,
-            Self::Computed(_, hasher) => Some(hasher),
-        }
+        self.hasher.as_ref().filter(|_| self.digest.get().is_none())
     }
 
     /// The digest; tensors and side files that were not read yet are read now.
-    fn finish(self) -> Result<Digest> {
-        match self {
-            Self::Recorded(digest) => Ok(digest),
-            Self::Computed(checkpoint, hasher) => {
-                hasher.add_missing(checkpoint);
-                hasher.finish(checkpoint.folder())
+    fn get(&self) -> Result<&Digest> {
+        let digest = match self.hasher() {
+            Some(hasher) => {
+                hasher.add_missing(self.checkpoint);
+                hasher.finish(self.checkpoint.folder())?
             }
-        }
+            None => Digest::blank(),
+        };
+        Ok(self.digest.get_or_init(|| digest))
     }
 }

@@ -9,21 +9,30 @@
 //! | the score of each element, chunk by chunk | [`part`] |
 //! | guess the threshold of a part from a sample | [`bracket`] |
 //! | read the part, write the mask's bits; search exactly where the guess was wrong | [`sweep`] |
+//! | flags of the elements chosen among equals | `tie_flags` |
 //! | header, record, summary | `extract` |
 //!
-//! `tensors` chooses whole tensors, `random` draws a control, and `stats` shows the density of a
-//! mask.
+//! `rules` has the selections of `extract` and `tall` that are not the top p % of single elements.
+//! `tensors` chooses whole tensors, `random` draws a control, `sets` combines masks, `apply` keeps a
+//! part of a change, `convert` reads and writes boolean arrays (`npy`), and `stats` shows the density
+//! of a mask.
 
+mod apply;
 pub mod bracket;
 mod cli;
+mod convert;
 mod extract;
 pub mod inputs;
+mod npy;
 mod output;
 pub mod part;
 mod percent;
 mod random;
+mod rules;
+mod sets;
 mod stats;
 pub mod sweep;
 mod tensors;
+mod tie_flags;
 
 pub use cli::{Args, run};

@@ -173,7 +173,7 @@ impl<T: Score + Arithmetic> Block<T> {
                         .mean(square.scaled(fisher_range.0, fisher_range.1));
                 });
             }
-            Metric::Rms | Metric::Trace | Metric::Random => panic!("{metric:?} ranks no elements"),
+            Metric::Rms | Metric::Trace | Metric::Random | Metric::Imported => panic!("{metric:?} ranks no elements"),
         }
         scores
     }

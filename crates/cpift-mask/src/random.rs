@@ -45,6 +45,7 @@ impl Plan {
             scope: if *per_tensor { Scope::Tensor } else { Scope::Global },
             metric: Metric::Random,
             seed: Some(*seed),
+            rule: None,
             ties: Ties::default(),
             ..like.header.clone()
         };

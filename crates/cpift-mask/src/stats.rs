@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use cpift_core::Mask;
 use cpift_core::files::StagedFile;
-use cpift_core::format::density::{Row, Stats, stats};
+use cpift_core::format::density::{Row, Stats, stats, tensors};
 use cpift_core::format::json;
 use cpift_core::format::mask::MaskHeader;
 use cpift_core::format::names::OUTSIDE;
@@ -19,6 +19,8 @@ pub(crate) struct Plan {
     pub(crate) out: Option<PathBuf>,
     /// Picture to write.
     pub(crate) svg: Option<PathBuf>,
+    /// List every tensor.
+    pub(crate) tensors: bool,
     pub(crate) force: bool,
 }
 
@@ -29,7 +31,10 @@ impl Plan {
     /// [`cpift_core::BadInput`] for a mask that is not sound or an output that exists.
     pub(crate) fn run(&self) -> Result<Stats> {
         self.mask.verify()?;
-        let stats = stats(&self.mask);
+        let mut stats = stats(&self.mask);
+        if self.tensors {
+            stats.tensors = tensors(&self.mask);
+        }
         let staged = stage(&stats, self.out.as_deref(), self.svg.as_deref(), self.force)?;
         staged.into_iter().try_for_each(StagedFile::commit)?;
         Ok(stats)
@@ -50,18 +55,26 @@ pub(crate) fn table(stats: &Stats) -> String {
     let MaskHeader { percent, scope, d, selected, ties, excluded, .. } = &stats.mask;
     let scope = format!("{scope:?}").to_lowercase();
     let mut out = format!(
-        "p = {percent} % of D = {d} by {scope} scope: {selected} elements, {} of them decided by position\n",
-        ties.decided_by_position
+        "p = {percent} % of D = {d} by {scope} scope: {selected} elements, {} of them chosen among equals\n",
+        ties.decided_by_hash
     );
+    if let Some(rule) = &stats.mask.rule {
+        let _ = writeln!(out, "rule: {rule}");
+    }
     if !excluded.is_empty() {
         let _ = writeln!(out, "left out of D: {}", excluded.join(", "));
     }
-    for (title, rows) in [("layer", &stats.layers), ("role", &stats.roles)] {
-        let _ = writeln!(out, "\n{title:<8} {:>14} {:>12} {:>10} {:>9}", "elements", "selected", "density", "share");
+    for (title, rows) in [("layer", &stats.layers), ("role", &stats.roles), ("tensor", &stats.tensors)] {
+        if rows.is_empty() {
+            continue;
+        }
+        let width = if title == "tensor" { rows.iter().map(|r| r.name.len()).max().unwrap_or(8) } else { 8 };
+        let head = ("elements", "selected", "density", "share");
+        let _ = writeln!(out, "\n{title:<width$} {:>14} {:>12} {:>10} {:>9}", head.0, head.1, head.2, head.3);
         for r in rows {
             let (density, share) = (100.0 * r.density, 100.0 * r.share);
-            let _ =
-                writeln!(out, "{:<8} {:>14} {:>12} {density:>8.3} % {share:>7.2} %", r.name, r.elements, r.selected);
+            let (name, elements, selected) = (&r.name, r.elements, r.selected);
+            let _ = writeln!(out, "{name:<width$} {elements:>14} {selected:>12} {density:>8.3} % {share:>7.2} %");
         }
     }
     out

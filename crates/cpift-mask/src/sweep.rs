@@ -2,19 +2,23 @@
 //! [`crate::bracket`] is right, else an exact search and a second pass.
 //!
 //! The first pass checks and hashes all elements, writes the bits of those above the guess, and
-//! keeps or counts those it leaves open.
+//! keeps those it leaves open. Equal scores are chosen in the order of [`cpift_core::stream::ties`].
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, ensure};
 use cpift_core::dispatch;
+use cpift_core::format::flags::{clear_flagged, flags_of};
 use cpift_core::format::mask::{MaskWriter, Metric, Ties, count_ones};
 use cpift_core::stream::hashing::PieceHasher;
 use cpift_core::stream::select::{Cut, Score, Source, find_cut};
+use cpift_core::stream::ties::{HashBand, TieCut, TieKey, find_tie_cut};
 use rayon::prelude::*;
 
 use crate::bracket::{Guess, guess};
-use crate::part::{Arithmetic, Block, Chunk, Pair, Part, PartScores, refuse_not_finite};
+use crate::inputs::InputDigests;
+use crate::part::{Arithmetic, Block, CHUNK, Chunk, Pair, Part, PartScores, refuse_not_finite};
 
 /// [`Pass::limit`] of the program. In f32 a candidate takes 6 bytes, and 4 more while it is
 /// settled.
@@ -26,31 +30,49 @@ pub struct Pass<'a> {
     pub metric: Metric,
     /// Writer of the mask.
     pub writer: &'a MaskWriter,
-    /// Hashers of base, tuned and fisher; `None` for an input whose digest is recorded.
-    pub hashers: [Option<&'a PieceHasher>; 3],
+    /// Digests of the inputs, computed in the passes that read them.
+    pub digests: &'a InputDigests<'a>,
     /// Largest number of candidates kept per part.
     pub limit: usize,
     /// Called with the number of bytes read.
     pub done: &'a (dyn Fn(u64) + Sync),
 }
 
+/// The elements chosen in a part.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice<T> {
+    /// Smallest chosen score, and its ties.
+    pub cut: Cut<T>,
+    /// Flags of the chunks that have elements chosen among equals.
+    pub flags: Vec<ChunkFlags>,
+}
+
+/// One bit per chosen element of a chunk: true if it was chosen among equals.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChunkFlags {
+    /// Index in the part's chunks.
+    pub chunk: usize,
+    /// The packed bits.
+    pub flags: Box<[u8]>,
+}
+
 /// Chooses the `k` largest scores of a part and writes their bits. Returns `None` if `k` is 0.
 ///
 /// # Errors
 /// As [`sweep`] and [`emit`].
-pub(crate) fn choose<T: Score + Arithmetic>(part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
+pub(crate) fn choose<T: Score + Arithmetic>(part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Choice<T>>> {
     if k == 0 {
         sweep(part, Guess::<T>::nothing(), pass)?;
         return Ok(None);
     }
     let guess = guess(part, pass.metric, k, pass.limit);
-    if let Some(cut) = sweep(part, guess, pass)?.settle(part, k, pass)? {
-        return Ok(Some(cut));
+    if let Some(choice) = sweep(part, guess, pass)?.settle(part, k, pass)? {
+        return Ok(Some(choice));
     }
     log::info!("{}: the sampled threshold was wrong; searching all scores", part.label);
     let cut = find_cut(&PartScores { part, metric: pass.metric }, k);
-    emit(part, &cut, k, pass)?;
-    Ok(Some(cut))
+    let flags = emit(part, &cut, k, pass)?;
+    Ok(Some(Choice { cut, flags }))
 }
 
 /// Result of one pass over a part.
@@ -66,30 +88,61 @@ enum Open<T> {
     Kept(Vec<Candidates<T>>),
     /// Too many to keep.
     Lost,
-    /// Number of elements equal to `score` per chunk; their bits are written in the first `taken`
-    /// chunks.
-    Tied { score: T, counts: Vec<u64>, taken: usize },
+    /// Elements equal to `score`.
+    Tied {
+        score: T,
+        /// Number of all of them.
+        tied: u64,
+        /// Number of those whose hashes lie below the band; their bits are written, with `flags`.
+        taken: u64,
+        flags: Vec<ChunkFlags>,
+        /// Those whose hashes lie in the band, by chunk; none of their bits are written.
+        open: Vec<Candidates<T>>,
+    },
 }
 
-/// Elements of a chunk inside the bracket, in order.
+/// Elements of a chunk that are left open, in order.
 struct Candidates<T> {
     chunk: usize,
     index: Box<[u16]>,
+    /// Their scores; empty if all are equal.
     score: Box<[T]>,
+}
+
+/// Keys of the tie hashes of each pair of `part`; they need the digest of the tuned checkpoint.
+fn tie_keys(part: &Part<'_>, pass: &Pass<'_>) -> Result<Vec<TieKey>> {
+    let salt = pass.digests.tie_salt()?;
+    Ok(part.pairs.iter().map(|pair| salt.key(pair.base.name)).collect())
+}
+
+/// Order of the elements of a part whose hashes are equal.
+#[inline(always)]
+fn place(chunk: usize, index: u16) -> u64 {
+    (chunk * CHUNK) as u64 + u64::from(index)
 }
 
 struct Worker<T> {
     block: Block<T>,
     bits: Vec<u8>,
+    taken: Vec<u8>,
     index: Vec<u16>,
     score: Vec<T>,
     found: Vec<Candidates<T>>,
-    /// Number of elements inside, by chunk.
-    inside: Vec<(usize, u64)>,
-    above: u64,
+    flags: Vec<ChunkFlags>,
+    sums: Counts,
     result: Result<()>,
     /// First chunk with a score that is not finite.
     not_finite: Option<usize>,
+}
+
+/// Numbers of elements.
+#[derive(Clone, Copy, Default)]
+struct Counts {
+    above: u64,
+    /// Inside the bracket, or equal to the guessed threshold.
+    inside: u64,
+    /// Those of them whose hashes lie below the band.
+    taken: u64,
 }
 
 /// Runs `step` on the indices 0..n in no particular order; every thread has its own state.
@@ -116,22 +169,23 @@ pub(crate) fn hash(hashers: [Option<&PieceHasher>; 3], pair: &Pair<'_>, chunk: C
     }
 }
 
-/// Reads `part` once: checks and hashes its elements, writes the bits above `guess`, and keeps or
-/// counts those that the guess leaves open.
+/// Reads `part` once: checks and hashes its elements, writes the bits above `guess`, and keeps those
+/// that the guess leaves open.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite, or a
 /// negative square; I/O errors.
 pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pass<'_>) -> Result<ScanResult<T>> {
-    let chunks = part.chunks.len();
-    let taken = match guess {
-        Guess::Bracket { .. } => 0,
-        Guess::Tied { share, .. } => (share * chunks as f64) as usize,
+    let keys = match guess {
+        Guess::Bracket { .. } => Vec::new(),
+        Guess::Tied { .. } => tie_keys(part, pass)?,
     };
-    let kept = AtomicUsize::new(0);
-    let workers = each(chunks, Worker::<T>::new, |worker, i| {
+    let hashers = pass.digests.hashers();
+    let (kept, limit) = (AtomicUsize::new(0), guess.limit(pass.limit));
+    let workers = each(part.chunks.len(), Worker::<T>::new, |worker, i| {
         if worker.result.is_ok() {
-            worker.result = worker.chunk(part, i, guess, i < taken, pass, &kept);
+            hash(hashers, &part.pairs[part.chunks[i].pair], part.chunks[i]);
+            worker.result = worker.chunk(part, i, guess, &keys, pass, (&kept, limit));
         }
     });
     if let Some(first) = workers.iter().filter_map(|w| w.not_finite).min() {
@@ -139,20 +193,31 @@ pub fn sweep<T: Score + Arithmetic>(part: &Part<'_>, guess: Guess<T>, pass: &Pas
         // on.
         part.chunks[first..].iter().try_for_each(|chunk| refuse_not_finite::<T>(&part.pairs[chunk.pair], *chunk))?;
     }
-    let (mut above, mut candidates, mut counts) = (0, Vec::new(), vec![0; chunks]);
+    let (mut sums, mut candidates, mut flags) = (Counts::default(), Vec::new(), Vec::new());
     for worker in workers {
         worker.result?;
-        above += worker.above;
+        sums.add(worker.sums);
         candidates.extend(worker.found);
-        worker.inside.into_iter().for_each(|(chunk, n)| counts[chunk] = n);
+        flags.extend(worker.flags);
     }
     candidates.sort_unstable_by_key(|c| c.chunk);
+    flags.sort_unstable_by_key(|f: &ChunkFlags| f.chunk);
     let open = match guess {
-        Guess::Tied { score, .. } => Open::Tied { score, counts, taken },
-        Guess::Bracket { .. } if kept.into_inner() <= pass.limit => Open::Kept(candidates),
-        Guess::Bracket { .. } => Open::Lost,
+        _ if kept.into_inner() > limit => Open::Lost,
+        Guess::Tied { score, .. } => {
+            Open::Tied { score, tied: sums.inside, taken: sums.taken, flags, open: candidates }
+        }
+        Guess::Bracket { .. } => Open::Kept(candidates),
     };
-    Ok(ScanResult { above, open })
+    Ok(ScanResult { above: sums.above, open })
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.above += other.above;
+        self.inside += other.inside;
+        self.taken += other.taken;
+    }
 }
 
 impl<T: Score + Arithmetic> Worker<T> {
@@ -160,11 +225,12 @@ impl<T: Score + Arithmetic> Worker<T> {
         Self {
             block: Block::new(),
             bits: Vec::new(),
+            taken: Vec::new(),
             index: Vec::new(),
             score: Vec::new(),
             found: Vec::new(),
-            inside: Vec::new(),
-            above: 0,
+            flags: Vec::new(),
+            sums: Counts::default(),
             result: Ok(()),
             not_finite: None,
         }
@@ -175,24 +241,34 @@ impl<T: Score + Arithmetic> Worker<T> {
         part: &Part<'_>,
         i: usize,
         guess: Guess<T>,
-        take: bool,
+        keys: &[TieKey],
         pass: &Pass<'_>,
-        kept: &AtomicUsize,
+        (kept, limit): (&AtomicUsize, usize),
     ) -> Result<()> {
         let chunk = part.chunks[i];
         let pair = &part.pairs[chunk.pair];
-        hash(pass.hashers, pair, chunk);
-        let (above, inside, finite) = dispatch!(self.classify(part, chunk, guess, take, pass.metric));
+        self.bits.clear();
+        self.taken.clear();
+        self.index.clear();
+        self.score.clear();
+        let (counts, finite) = match guess {
+            Guess::Bracket { low, high } => dispatch!(self.classify(part, chunk, (low, high), pass.metric)),
+            Guess::Tied { score, band } => {
+                dispatch!(self.draw(part, chunk, score, (keys[chunk.pair], band), pass.metric))
+            }
+        };
         if !finite {
             self.not_finite = Some(self.not_finite.map_or(i, |o| o.min(i)));
         }
-        self.above += above;
-        if above > 0 || take && inside > 0 {
+        self.sums.add(counts);
+        if counts.above + counts.taken > 0 {
             pass.writer.write(pair.base.name, chunk.start as u64 / 8, &self.bits)?;
         }
-        if inside > 0 && matches!(guess, Guess::Tied { .. }) {
-            self.inside.push((i, inside));
-        } else if inside > 0 && kept.fetch_add(inside as usize, Ordering::Relaxed) <= pass.limit {
+        if counts.taken > 0 {
+            self.flags.push(ChunkFlags { chunk: i, flags: flags_of(&self.bits, &self.taken).into() });
+        }
+        let open = self.index.len();
+        if open > 0 && kept.fetch_add(open, Ordering::Relaxed) <= limit {
             let (index, score) = (self.index.as_slice().into(), self.score.as_slice().into());
             self.found.push(Candidates { chunk: i, index, score });
         }
@@ -200,26 +276,11 @@ impl<T: Score + Arithmetic> Worker<T> {
         Ok(())
     }
 
-    /// Puts the bits above the guess into `bits`, with ties if `take` is true, and the candidates
-    /// of a bracket into `index` and `score`. Returns the numbers above and inside, and true if all
-    /// scores are finite.
+    /// Puts the bits above the bracket into `bits`, and the candidates inside it into `index` and
+    /// `score`. Returns true if all scores are finite.
     #[inline(always)]
-    fn classify(
-        &mut self,
-        part: &Part<'_>,
-        chunk: Chunk,
-        guess: Guess<T>,
-        take: bool,
-        metric: Metric,
-    ) -> (u64, u64, bool) {
-        let (low, high, keep) = match guess {
-            Guess::Bracket { low, high } => (low, high, true),
-            Guess::Tied { score, .. } => (score, score, false),
-        };
-        let (mut above, mut within, mut finite) = (0, 0, true);
-        self.bits.clear();
-        self.index.clear();
-        self.score.clear();
+    fn classify(&mut self, part: &Part<'_>, chunk: Chunk, (low, high): (T, T), metric: Metric) -> (Counts, bool) {
+        let (mut counts, mut finite) = (Counts::default(), true);
         for (start, len) in chunk.blocks() {
             let scores = self.block.scores(part, chunk.pair, metric, start, len);
             finite &= scores.iter().fold(true, |all, s| all & s.is_finite());
@@ -230,17 +291,11 @@ impl<T: Score + Arithmetic> Worker<T> {
                     self.bits.extend_from_slice(&[0; 8][..count]);
                     continue;
                 }
-                let (mut over, mut inside) = (0u64, 0u64);
-                for (bit, score) in values.iter().enumerate() {
-                    over |= u64::from(*score > high) << bit;
-                    inside |= u64::from(*score >= low) << bit;
-                }
-                inside &= !over;
-                above += u64::from(over.count_ones());
-                within += u64::from(inside.count_ones());
-                let bits = if take { over | inside } else { over };
-                self.bits.extend_from_slice(&bits.to_le_bytes()[..count]);
-                while keep && inside != 0 {
+                let (over, mut inside) = split(values, low, high);
+                counts.above += u64::from(over.count_ones());
+                counts.inside += u64::from(inside.count_ones());
+                self.bits.extend_from_slice(&over.to_le_bytes()[..count]);
+                while inside != 0 {
                     let bit = inside.trailing_zeros() as usize;
                     self.index.push((start - chunk.start + 64 * group + bit) as u16);
                     self.score.push(values[bit]);
@@ -248,68 +303,168 @@ impl<T: Score + Arithmetic> Worker<T> {
                 }
             }
         }
-        (above, within, finite)
+        (counts, finite)
     }
+
+    /// Puts the bits above `score` into `bits`. Of the elements equal to it, those whose hashes lie
+    /// below the band go into `bits` and `taken`, those in the band into `index`. Returns true if
+    /// all scores are finite.
+    #[inline(always)]
+    fn draw(
+        &mut self,
+        part: &Part<'_>,
+        chunk: Chunk,
+        score: T,
+        (key, band): (TieKey, HashBand),
+        metric: Metric,
+    ) -> (Counts, bool) {
+        let (mut counts, mut finite) = (Counts::default(), true);
+        for (start, len) in chunk.blocks() {
+            let scores = self.block.scores(part, chunk.pair, metric, start, len);
+            finite &= scores.iter().fold(true, |all, s| all & s.is_finite());
+            for (group, values) in scores.chunks(64).enumerate() {
+                let (over, mut inside) = split(values, score, score);
+                counts.above += u64::from(over.count_ones());
+                counts.inside += u64::from(inside.count_ones());
+                let (first, mut taken) = (start + 64 * group, 0u64);
+                while inside != 0 {
+                    let bit = inside.trailing_zeros() as usize;
+                    let hash = key.hash(first + bit);
+                    taken |= u64::from(hash < band.low) << bit;
+                    if (band.low..=band.high).contains(&hash) {
+                        self.index.push((first - chunk.start + bit) as u16);
+                    }
+                    inside &= inside - 1;
+                }
+                counts.taken += u64::from(taken.count_ones());
+                let count = values.len().div_ceil(8);
+                self.bits.extend_from_slice(&(over | taken).to_le_bytes()[..count]);
+                self.taken.extend_from_slice(&taken.to_le_bytes()[..count]);
+            }
+        }
+        (counts, finite)
+    }
+}
+
+/// Bits of the at most 64 `values` that lie above `high`, and of those from `low` to `high`.
+#[inline(always)]
+fn split<T: Score>(values: &[T], low: T, high: T) -> (u64, u64) {
+    let (mut over, mut inside) = (0u64, 0u64);
+    for (bit, score) in values.iter().enumerate() {
+        over |= u64::from(*score > high) << bit;
+        inside |= u64::from(*score >= low) << bit;
+    }
+    (over, inside & !over)
 }
 
 impl<T: Score + Arithmetic> ScanResult<T> {
     /// Chooses among the open elements so that the `k` largest scores are chosen, and writes their
     /// bits. Returns `None` if the guess was wrong or left too many elements open.
-    pub fn settle(&self, part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Cut<T>>> {
-        let open: u64 = match &self.open {
-            Open::Kept(candidates) => candidates.iter().map(|c| c.index.len() as u64).sum(),
-            Open::Tied { counts, .. } => counts.iter().sum(),
-            Open::Lost => return Ok(None),
-        };
-        if self.above >= k || self.above + open < k {
-            return Ok(None);
-        }
-        let k = k - self.above;
-        match &self.open {
-            Open::Kept(candidates) => settle_kept(candidates, part, k, pass.writer).map(Some),
-            Open::Tied { score, counts, taken } => settle_tied(*score, counts, *taken, part, k, pass).map(Some),
-            Open::Lost => Ok(None),
+    pub fn settle(self, part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Option<Choice<T>>> {
+        let count = |candidates: &[Candidates<T>]| candidates.iter().map(|c| c.index.len() as u64).sum::<u64>();
+        let above = self.above;
+        match self.open {
+            Open::Kept(found) if above < k && k <= above + count(&found) => {
+                settle_kept(&found, part, k - above, pass).map(Some)
+            }
+            Open::Tied { score, tied, taken, flags, open } => {
+                let fits = above < k && above + taken <= k && k <= above + taken + count(&open);
+                if !fits {
+                    return Ok(None);
+                }
+                let flags = settle_tied(&open, flags, part, k - above - taken, pass)?;
+                Ok(Some(Choice::new(score, tied, k - above, flags)))
+            }
+            _ => Ok(None),
         }
     }
 }
 
-/// Distributes `chosen` ties over chunks with `counts` ties, in order of position.
-fn allot(mut chosen: u64, counts: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
-    counts.map(move |ties| {
-        let here = chosen.min(ties);
-        chosen -= here;
-        here
-    })
+impl<T> Choice<T> {
+    /// A choice of `chosen` of `tied` elements equal to `threshold`.
+    fn new(threshold: T, tied: u64, chosen: u64, flags: Vec<ChunkFlags>) -> Self {
+        let split = chosen < tied;
+        let ties = Ties { at_threshold: tied, chosen, decided_by_hash: if split { chosen } else { 0 } };
+        Self { cut: Cut { threshold, ties }, flags: if split { flags } else { Vec::new() } }
+    }
 }
 
 /// Writes the bits of the `k` largest candidates.
-fn settle_kept<T: Score>(candidates: &[Candidates<T>], part: &Part<'_>, k: u64, writer: &MaskWriter) -> Result<Cut<T>> {
+fn settle_kept<T: Score>(candidates: &[Candidates<T>], part: &Part<'_>, k: u64, pass: &Pass<'_>) -> Result<Choice<T>> {
     let cut = cut(candidates, k);
-    let ties = candidates.iter().map(|c| c.score.iter().filter(|s| **s == cut.threshold).count() as u64);
-    let jobs: Vec<(&Candidates<T>, u64)> = candidates.iter().zip(allot(cut.ties.chosen, ties)).collect();
-    jobs.into_par_iter().try_for_each(|(found, room)| found.write(part, cut.threshold, room, writer))?;
-    Ok(cut)
+    let Ties { at_threshold, chosen, decided_by_hash } = cut.ties;
+    let keys = if decided_by_hash > 0 { Some(tie_keys(part, pass)?) } else { None };
+    let last = keys.as_ref().map_or(TieCut::ALL, |keys| {
+        find_tie_cut(candidates.len(), at_threshold, chosen, |i, count| {
+            let Candidates { chunk, index, score } = &candidates[i];
+            let hash = hash_of(part, keys, *chunk);
+            for (at, score) in index.iter().zip(score) {
+                if *score == cut.threshold {
+                    count.add(hash(*at), place(*chunk, *at));
+                }
+            }
+        })
+    });
+    let write = |found: &Candidates<T>| {
+        let mut chunk = ChunkBits::read(part, found.chunk, &[], pass.writer)?;
+        let hash = keys.as_ref().map(|keys| hash_of(part, keys, found.chunk));
+        for (&at, &score) in found.index.iter().zip(&found.score) {
+            if score > cut.threshold {
+                chunk.choose(at, false);
+            } else if score == cut.threshold {
+                let first = hash.as_ref().map(|hash| last.chooses(hash(at), place(found.chunk, at)));
+                if first.unwrap_or(true) {
+                    chunk.choose(at, first.is_some());
+                }
+            }
+        }
+        chunk.write(part, pass.writer)
+    };
+    let flags: Vec<Option<ChunkFlags>> = candidates.par_iter().map(write).collect::<Result<_>>()?;
+    Ok(Choice { cut, flags: flags.into_iter().flatten().collect() })
 }
 
-/// Writes the bits of the first `k` ties. Only chunks between the guessed and the real last one are
-/// read again.
-fn settle_tied<T: Score + Arithmetic>(
-    threshold: T,
-    counts: &[u64],
-    taken: usize,
+/// Writes the bits of the first `k` open ties. Returns all flags.
+fn settle_tied<T: Score>(
+    open: &[Candidates<T>],
+    flags: Vec<ChunkFlags>,
     part: &Part<'_>,
     k: u64,
     pass: &Pass<'_>,
-) -> Result<Cut<T>> {
-    let rooms: Vec<u64> = allot(k, counts.iter().copied()).collect();
-    let wrong = |i: &usize| rooms[*i] != if *i < taken { counts[*i] } else { 0 };
-    let jobs: Vec<usize> = (0..counts.len()).filter(wrong).collect();
-    jobs.into_par_iter()
-        .map_init(Packer::new, |packer, i| packer.write(part, i, threshold, rooms[i], pass))
-        .try_for_each(|written| written.map(drop))?;
-    let at_threshold = counts.iter().sum();
-    let decided_by_position = if k < at_threshold { k } else { 0 };
-    Ok(Cut { threshold, ties: Ties { at_threshold, chosen: k, decided_by_position } })
+) -> Result<Vec<ChunkFlags>> {
+    if k == 0 {
+        return Ok(flags);
+    }
+    let keys = tie_keys(part, pass)?;
+    let n = open.iter().map(|c| c.index.len() as u64).sum();
+    let last = find_tie_cut(open.len(), n, k, |i, count| {
+        let Candidates { chunk, index, .. } = &open[i];
+        let hash = hash_of(part, &keys, *chunk);
+        index.iter().for_each(|at| count.add(hash(*at), place(*chunk, *at)));
+    });
+    let mut flags: BTreeMap<usize, Box<[u8]>> = flags.into_iter().map(|f| (f.chunk, f.flags)).collect();
+    let write = |found: &Candidates<T>| {
+        let known = flags.get(&found.chunk).map_or(&[][..], |flags| flags);
+        let mut chunk = ChunkBits::read(part, found.chunk, known, pass.writer)?;
+        let hash = hash_of(part, &keys, found.chunk);
+        for at in &found.index {
+            if last.chooses(hash(*at), place(found.chunk, *at)) {
+                chunk.choose(*at, true);
+            }
+        }
+        chunk.write(part, pass.writer)
+    };
+    let changed: Vec<Option<ChunkFlags>> = open.par_iter().map(write).collect::<Result<_>>()?;
+    flags.extend(changed.into_iter().flatten().map(|f| (f.chunk, f.flags)));
+    Ok(flags.into_iter().map(|(chunk, flags)| ChunkFlags { chunk, flags }).collect())
+}
+
+/// Tie hashes of the elements of a chunk.
+#[inline(always)]
+fn hash_of(part: &Part<'_>, keys: &[TieKey], chunk: usize) -> impl Fn(u16) -> u64 {
+    let Chunk { pair, start, .. } = part.chunks[chunk];
+    let key = keys[pair];
+    move |at| key.hash(start + usize::from(at))
 }
 
 /// Threshold of the `k` largest candidates.
@@ -320,56 +475,55 @@ fn cut<T: Score>(candidates: &[Candidates<T>], k: u64) -> Cut<T> {
     let threshold = *keys.select_nth_unstable_by(place, order).1;
     let at_threshold = keys.iter().filter(|s| **s == threshold).count() as u64;
     let chosen = k - keys.iter().filter(|s| **s > threshold).count() as u64;
-    let decided_by_position = if chosen < at_threshold { chosen } else { 0 };
-    Cut { threshold, ties: Ties { at_threshold, chosen, decided_by_position } }
+    Choice::new(threshold, at_threshold, chosen, Vec::new()).cut
 }
 
-impl<T: Score> Candidates<T> {
-    /// Sets the bits of the candidates above the threshold and of the first `room` candidates equal
-    /// to it.
-    fn write(&self, part: &Part<'_>, threshold: T, mut room: u64, writer: &MaskWriter) -> Result<()> {
-        let chunk = part.chunks[self.chunk];
-        let (name, offset) = (part.pairs[chunk.pair].base.name, chunk.start as u64 / 8);
-        let mut bits = vec![0; chunk.len.div_ceil(8)];
-        writer.read(name, offset, &mut bits)?;
-        let mut any = false;
-        for (&at, &score) in self.index.iter().zip(&self.score) {
-            let tie = score == threshold && room > 0;
-            room -= u64::from(tie);
-            if tie || score > threshold {
-                bits[usize::from(at) / 8] |= 1 << (at % 8);
-                any = true;
-            }
+/// The bits of a chunk whose first pass is done, to choose more elements.
+struct ChunkBits {
+    chunk: usize,
+    bits: Vec<u8>,
+    /// Elements chosen among equals.
+    tied: Vec<u8>,
+    changed: bool,
+}
+
+impl ChunkBits {
+    /// Reads the bits back; `flags` are those of the elements chosen so far, none if it is empty.
+    fn read(part: &Part<'_>, chunk: usize, flags: &[u8], writer: &MaskWriter) -> Result<Self> {
+        let Chunk { pair, start, len } = part.chunks[chunk];
+        let mut bits = vec![0; len.div_ceil(8)];
+        writer.read(part.pairs[pair].base.name, start as u64 / 8, &mut bits)?;
+        let mut tied = vec![0; bits.len()];
+        if !flags.is_empty() {
+            tied.copy_from_slice(&bits);
+            clear_flagged(&mut tied, flags, 0);
+            tied.iter_mut().zip(&bits).for_each(|(t, b)| *t ^= b);
         }
-        if any { writer.write(name, offset, &bits) } else { Ok(()) }
+        Ok(Self { chunk, bits, tied, changed: false })
+    }
+
+    fn choose(&mut self, at: u16, tied: bool) {
+        let (byte, bit) = (usize::from(at) / 8, 1 << (at % 8));
+        self.bits[byte] |= bit;
+        self.tied[byte] |= if tied { bit } else { 0 };
+        self.changed = true;
+    }
+
+    /// Writes the bits if any was added; returns their flags if any is set.
+    fn write(&self, part: &Part<'_>, writer: &MaskWriter) -> Result<Option<ChunkFlags>> {
+        let Chunk { pair, start, .. } = part.chunks[self.chunk];
+        if self.changed {
+            writer.write(part.pairs[pair].base.name, start as u64 / 8, &self.bits)?;
+        }
+        Ok(ChunkFlags::of(self.chunk, &self.bits, &self.tied))
     }
 }
 
-/// Writes the bits of chunks whose threshold is known.
-struct Packer<T> {
-    scores: Vec<T>,
-    bytes: Vec<u8>,
-}
-
-impl<T: Score + Arithmetic> Packer<T> {
-    pub fn new() -> Self {
-        Self { scores: Vec::new(), bytes: Vec::new() }
-    }
-
-    /// Writes the bits of chunk `i`: the elements above the threshold and the first `room` equal to
-    /// it. Returns the number of bits set.
-    pub fn write(&mut self, part: &Part<'_>, i: usize, threshold: T, room: u64, pass: &Pass<'_>) -> Result<u64> {
-        let chunk = part.chunks[i];
-        PartScores { part, metric: pass.metric }.scores(i, &mut self.scores);
-        pack(&self.scores, threshold, room, &mut self.bytes);
-        pass.writer.write(part.pairs[chunk.pair].base.name, chunk.start as u64 / 8, &self.bytes)?;
-        Ok(count_ones(&self.bytes))
-    }
-}
-
-impl<T: Score + Arithmetic> Default for Packer<T> {
-    fn default() -> Self {
-        Self::new()
+impl ChunkFlags {
+    /// Flags of the `bits` of a chunk that are set in `tied`; `None` if none is.
+    fn of(chunk: usize, bits: &[u8], tied: &[u8]) -> Option<Self> {
+        let any = tied.iter().any(|byte| *byte != 0);
+        any.then(|| Self { chunk, flags: flags_of(bits, tied).into() })
     }
 }
 
@@ -377,62 +531,54 @@ impl<T: Score + Arithmetic> Default for Packer<T> {
 ///
 /// # Errors
 /// I/O errors; inputs that changed while they were read.
-pub fn emit<T: Score + Arithmetic>(part: &Part<'_>, cut: &Cut<T>, k: u64, pass: &Pass<'_>) -> Result<()> {
-    let position_decides = cut.ties.decided_by_position > 0;
-    let before = position_decides.then(|| ties_before(part, pass.metric, cut.threshold));
-    let selected = (0..part.chunks.len())
-        .into_par_iter()
-        .map_init(Packer::new, |packer, i| {
-            // Ties that this chunk may still choose: all of them if position decides nothing.
-            let room = before.as_ref().map_or(u64::MAX, |counts| cut.ties.chosen.saturating_sub(counts[i]));
-            packer.write(part, i, cut.threshold, room, pass)
+pub fn emit<T: Score + Arithmetic>(part: &Part<'_>, cut: &Cut<T>, k: u64, pass: &Pass<'_>) -> Result<Vec<ChunkFlags>> {
+    let Ties { at_threshold, chosen, decided_by_hash } = cut.ties;
+    let source = PartScores { part, metric: pass.metric };
+    let keys = if decided_by_hash > 0 { Some(tie_keys(part, pass)?) } else { None };
+    let last = keys.as_ref().map_or(TieCut::ALL, |keys| {
+        find_tie_cut(part.chunks.len(), at_threshold, chosen, |i, count| {
+            let mut scores = Vec::<T>::new();
+            source.scores(i, &mut scores);
+            let hash = hash_of(part, keys, i);
+            for (at, score) in (0u16..=u16::MAX).zip(&scores) {
+                if *score == cut.threshold {
+                    count.add(hash(at), place(i, at));
+                }
+            }
         })
-        .try_reduce(|| 0, |a, b| Ok(a + b))?;
+    });
+    let write = |(scores, bits, tied): &mut (Vec<T>, Vec<u8>, Vec<u8>), i: usize| -> Result<_> {
+        let chunk = part.chunks[i];
+        source.scores(i, scores);
+        pack(scores, bits, |_, s| s > cut.threshold || keys.is_none() && s == cut.threshold);
+        let mut flags = None;
+        if let Some(keys) = &keys {
+            let hash = hash_of(part, keys, i);
+            let chosen = |at: usize| last.chooses(hash(at as u16), place(i, at as u16));
+            pack(scores, tied, |at, s| s == cut.threshold && chosen(at));
+            bits.iter_mut().zip(&*tied).for_each(|(b, t)| *b |= t);
+            flags = ChunkFlags::of(i, bits, tied);
+        }
+        pass.writer.write(part.pairs[chunk.pair].base.name, chunk.start as u64 / 8, bits)?;
+        Ok((count_ones(bits), flags))
+    };
+    let written: Vec<(u64, Option<ChunkFlags>)> =
+        (0..part.chunks.len()).into_par_iter().map_init(Default::default, write).collect::<Result<_>>()?;
+    let selected: u64 = written.iter().map(|(n, _)| n).sum();
     ensure!(
         selected == k,
         "chose {selected} elements where {k} were asked for: the checkpoints changed while they were read"
     );
-    Ok(())
+    Ok(written.into_iter().filter_map(|(_, flags)| flags).collect())
 }
 
-/// Number of elements equal to the threshold before each chunk.
-fn ties_before<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, threshold: T) -> Vec<u64> {
-    let source = PartScores { part, metric };
-    let count = |scores: &mut Vec<T>, i| {
-        source.scores(i, scores);
-        scores.iter().filter(|s| **s == threshold).count() as u64
-    };
-    let mut counts: Vec<u64> = (0..part.chunks.len()).into_par_iter().map_init(Vec::new, count).collect();
-    let mut before = 0;
-    for count in &mut counts {
-        before += std::mem::replace(count, before);
-    }
-    counts
-}
-
-/// Packs `score > threshold`, and the first `room` elements equal to it; bit b of byte a is element
-/// 8a + b.
-fn pack<T: Score>(scores: &[T], threshold: T, mut room: u64, bytes: &mut Vec<u8>) {
-    match room {
-        0 => pack_where(scores, bytes, |s| s > threshold),
-        // Room for every element: no need to count ties.
-        _ if room >= scores.len() as u64 => pack_where(scores, bytes, |s| s >= threshold),
-        _ => pack_where(scores, bytes, |s| {
-            let tie = s == threshold && room > 0;
-            room -= u64::from(tie);
-            tie || s > threshold
-        }),
-    }
-}
-
-fn pack_where<T: Copy>(scores: &[T], bytes: &mut Vec<u8>, mut chosen: impl FnMut(T) -> bool) {
+/// Packs the elements for which `chosen(index, score)` is true; bit b of byte a is element 8a + b.
+pub(crate) fn pack<T: Copy>(scores: &[T], bytes: &mut Vec<u8>, chosen: impl Fn(usize, T) -> bool) {
     bytes.clear();
-    let (eights, rest) = scores.as_chunks::<8>();
-    let mut byte = |values: &[T]| (0..).zip(values).fold(0u8, |byte, (b, s)| byte | u8::from(chosen(*s)) << b);
-    bytes.extend(eights.iter().map(|eight| byte(eight)));
-    if !rest.is_empty() {
-        bytes.push(byte(rest));
-    }
+    let byte = |(a, values): (usize, &[T])| {
+        values.iter().enumerate().fold(0u8, |byte, (b, s)| byte | u8::from(chosen(8 * a + b, *s)) << b)
+    };
+    bytes.extend(scores.chunks(8).enumerate().map(byte));
 }
 
 #[cfg(test)]
@@ -440,16 +586,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bits_are_packed_little_end_first_and_ties_fill_the_room_in_order() {
+    fn bits_are_packed_little_end_first() {
         let scores = [3f32, 1.0, 2.0, 2.0, 0.0, 2.0, 0.0, 0.0, 5.0, 2.0];
-        let packed = |room| {
+        let packed = |chosen: &dyn Fn(usize, f32) -> bool| {
             let mut bytes = Vec::new();
-            pack(&scores, 2.0, room, &mut bytes);
+            pack(&scores, &mut bytes, chosen);
             bytes
         };
-        assert_eq!(packed(0), [0b0000_0001, 0b01]);
-        assert_eq!(packed(2), [0b0000_1101, 0b01]);
-        assert_eq!(packed(3), [0b0010_1101, 0b01]);
-        assert_eq!(packed(u64::MAX), [0b0010_1101, 0b11]);
+        assert_eq!(packed(&|_, s| s > 2.0), [0b0000_0001, 0b01]);
+        assert_eq!(packed(&|at, s| s > 2.0 || s == 2.0 && at > 3), [0b0010_0001, 0b11]);
     }
 }

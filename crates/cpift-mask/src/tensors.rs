@@ -112,6 +112,7 @@ impl Plan {
             scope: Scope::Whole,
             metric: if fisher.is_some() { Metric::Trace } else { Metric::Rms },
             seed: None,
+            rule: None,
             d: elements(ranked),
             selected: elements(&ranked[..chosen]),
             ties: Ties::default(),

@@ -4,7 +4,8 @@ mod common;
 
 use std::path::Path;
 
-use common::{BIN, chosen, model};
+use common::{BIN, chosen, digest, model, sort_as_chosen};
+use cpift_core::format::digest::Digest;
 use cpift_core::format::mask::{Metric, Scope};
 use cpift_core::format::names::layer;
 use cpift_core::{Dtype, Mask};
@@ -39,6 +40,7 @@ fn ranked(base: &Tensors, tuned: &Tensors, scope: Scope, metric: Metric) -> Vec<
 fn brute_force(
     base: &Tensors,
     tuned: &Tensors,
+    digest: &Digest,
     (scope, metric): (Scope, Metric),
     per_mille: usize,
 ) -> Vec<(String, usize)> {
@@ -48,10 +50,11 @@ fn brute_force(
     parts.dedup();
     let mut chosen = Vec::new();
     for part in parts {
-        let mut list: Vec<_> = all.iter().filter(|e| e.0 == *part).collect();
-        list.sort_by(|a, b| b.1.total_cmp(&a.1).then_with(|| (&a.2, a.3).cmp(&(&b.2, b.3))));
+        let here = all.iter().filter(|e| e.0 == *part);
+        let mut list: Vec<_> = here.map(|(_, score, name, i)| (*score, name.as_str(), *i)).collect();
+        sort_as_chosen(&mut list, digest);
         let k = list.len() * per_mille / 1000;
-        chosen.extend(list[..k].iter().map(|e| (e.2.clone(), e.3)));
+        chosen.extend(list[..k].iter().map(|(_, name, i)| ((*name).to_owned(), *i)));
     }
     chosen.sort();
     chosen
@@ -74,9 +77,10 @@ fn check_metric(base: &Tensors, tuned: &Tensors, metric: Metric, score: &str) {
     let dir = tempfile::tempdir().unwrap();
     let b = write_checkpoint(&dir.path().join("base"), base);
     let t = write_sharded(&dir.path().join("tuned"), tuned, 3);
+    let tuned_digest = digest(&t);
     for (scope, name) in [(Scope::Global, "global"), (Scope::Layer, "layer"), (Scope::Tensor, "tensor")] {
         for (percent, per_mille) in [("0.1", 1), ("1", 10), ("33.3", 333), ("100", 1000)] {
-            let expected = brute_force(base, tuned, (scope, metric), per_mille);
+            let expected = brute_force(base, tuned, &tuned_digest, (scope, metric), per_mille);
             let mut bytes = Vec::new();
             for threads in ["1", "2", "8"] {
                 let out = dir.path().join(format!("{name}-{percent}-{threads}.safetensors"));
@@ -124,7 +128,7 @@ fn relative_scores_are_chosen_as_a_sort_chooses() {
 }
 
 #[test]
-fn equal_distances_are_chosen_by_position() {
+fn equal_distances_are_chosen_by_hash() {
     let zero = model(&[Dtype::F32], || 0.0);
     check(&zero, &model(&[Dtype::F32], || 0.5));
     check(&zero, &zero);
@@ -150,7 +154,7 @@ fn doubles_are_compared_as_doubles() {
         write_checkpoint(&dir.path().join("tuned"), &doubles(&|i| 1.0 + ((i * 37 % 100) as f64) * 2f64.powi(-50)));
     let out = dir.path().join("m");
     let said = extract(&base, &tuned, &out, &["--percent", "2"]);
-    assert_eq!(said["ties"], serde_json::json!({"at_threshold": 1, "chosen": 1, "decided_by_position": 0}));
+    assert_eq!(said["ties"], serde_json::json!({"at_threshold": 1, "chosen": 1, "decided_by_hash": 0}));
     // 37 · 27 mod 100 = 99, 37 · 54 mod 100 = 98.
     assert_eq!(chosen(&Mask::open(&out).unwrap()), [("w".to_owned(), 27), ("w".to_owned(), 54)]);
 }
@@ -179,16 +183,22 @@ fn ties_are_reported_and_warned_of() {
     let out = dir.path().join("m");
     let args = ["extract", "--percent", "5", "--base", base.to_str().unwrap(), "--tuned", tuned.to_str().unwrap()];
     let args = [&args[..], &["--out", out.to_str().unwrap(), "--json"]].concat();
-    let ran = run(BIN, &args).ok().says(&["warn: ", "4 of the 5 chosen", "position", "bf16"]);
+    let ran = run(BIN, &args).ok().says(&["warn: ", "4 of the 5 chosen", "by a hash alone", "bf16"]);
     let said: Value = serde_json::from_str(&ran.stdout).unwrap();
-    let ties = serde_json::json!({"at_threshold": 20, "chosen": 4, "decided_by_position": 4});
+    let ties = serde_json::json!({"at_threshold": 20, "chosen": 4, "decided_by_hash": 4});
     assert_eq!(said["ties"], ties);
     let mask = Mask::open(&out).unwrap();
     assert_eq!(serde_json::to_value(mask.header.ties).unwrap(), ties);
-    assert_eq!(chosen(&mask).iter().map(|c| c.1).collect::<Vec<_>>(), [40, 41, 42, 43, 90]);
+    let mut tied: Vec<_> = (40..60).map(|i| (1.0, "w", i)).collect();
+    sort_as_chosen(&mut tied, &mask.header.tuned);
+    let mut expected: Vec<usize> = tied[..4].iter().map(|e| e.2).chain([90]).collect();
+    expected.sort_unstable();
+    assert_eq!(chosen(&mask).iter().map(|c| c.1).collect::<Vec<_>>(), expected);
+    // One flag per chosen element: the four ties, and the element above them.
+    assert_eq!(mask.tie_flags(), Some(&[0b0000_1111][..]));
     let args: Vec<&str> =
         args.into_iter().map(|a| if a == base.to_str().unwrap() { tuned.to_str().unwrap() } else { a }).collect();
-    run(BIN, [&args[..], &["--force"]].concat()).ok().says(&["warn: ", "no parameter changed", "position alone"]);
+    run(BIN, [&args[..], &["--force"]].concat()).ok().says(&["warn: ", "no parameter changed", "by a hash alone"]);
 }
 
 #[test]

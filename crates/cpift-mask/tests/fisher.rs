@@ -6,7 +6,8 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{BIN, chosen, model, record};
+use common::{BIN, chosen, digest, model, record, sort_as_chosen};
+use cpift_core::format::digest::Digest;
 use cpift_core::format::mask::{Metric, Scope};
 use cpift_core::format::names::layer;
 use cpift_core::{Checkpoint, Dtype, Mask};
@@ -66,6 +67,7 @@ fn minmax(values: &[f64], wide: bool) -> Vec<f64> {
 /// The elements a full sort chooses among those of `names`.
 fn brute_force(
     [base, tuned, fisher]: [&Tensors; 3],
+    digest: &Digest,
     (scope, metric): (Scope, Metric),
     per_mille: usize,
 ) -> Vec<(String, usize)> {
@@ -94,10 +96,9 @@ fn brute_force(
             (_, true) => 0.5 * moved[i] + 0.5 * felt[i],
             (_, false) => f64::from(0.5 * moved[i] as f32 + 0.5 * felt[i] as f32),
         };
-        // A stable sort: elements come in order of position.
-        let mut order: Vec<usize> = (0..part.len()).collect();
-        order.sort_by(|a, b| score(*b).total_cmp(&score(*a)));
-        chosen.extend(order[..part.len() * per_mille / 1000].iter().map(|i| (part[*i].0.to_owned(), part[*i].1)));
+        let mut order: Vec<_> = (0..part.len()).map(|i| (score(i), part[i].0, part[i].1)).collect();
+        sort_as_chosen(&mut order, digest);
+        chosen.extend(order[..part.len() * per_mille / 1000].iter().map(|e| (e.1.to_owned(), e.2)));
     }
     chosen.sort();
     chosen
@@ -108,12 +109,13 @@ const METRICS: [(Metric, &str); 2] = [(Metric::Fisher, "fisher"), (Metric::Blend
 /// Both scores in every scope at several p against the sort, and the bytes at 1, 2 and 8 threads.
 fn check(base: &Tensors, tuned: &Tensors, fisher: &Tensors) {
     let s = Setting::new(base, tuned, fisher);
+    let tuned_digest = digest(&s.inputs[1]);
     for ((metric, score), (scope, name)) in METRICS
         .into_iter()
         .flat_map(|m| [(Scope::Global, "global"), (Scope::Layer, "layer"), (Scope::Tensor, "tensor")].map(|s| (m, s)))
     {
         for (percent, per_mille) in [("0.1", 1), ("1", 10), ("33.3", 333), ("100", 1000)] {
-            let expected = brute_force([base, tuned, fisher], (scope, metric), per_mille);
+            let expected = brute_force([base, tuned, fisher], &tuned_digest, (scope, metric), per_mille);
             let mut bytes = Vec::new();
             for threads in ["1", "2", "8"] {
                 let (mask, said) = s.mask(score, &["--scope", name, "--percent", percent, "--threads", threads]);
@@ -166,7 +168,7 @@ fn doubles_that_are_one_number_in_f32_are_told_apart() {
 }
 
 #[test]
-fn equal_squares_are_chosen_by_position() {
+fn equal_squares_are_chosen_by_hash() {
     let mut numbers = Numbers(7);
     // Mostly zeros of both signs, which are one score.
     let fisher = model(&[Dtype::F32], || match numbers.bits() % 40 {
@@ -190,7 +192,12 @@ fn what_is_constant_counts_nothing() {
     // equal.
     assert_eq!(blend, chosen(&Mask::open(&s.out()).unwrap()));
     check(&base, &base, &constant);
-    s.run("fisher", &["--force"]).ok().says(&["warn: ", "1055 of the 1055 chosen", "position", "smaller --percent"]);
+    s.run("fisher", &["--force"]).ok().says(&[
+        "warn: ",
+        "1055 of the 1055 chosen",
+        "by a hash alone",
+        "smaller --percent",
+    ]);
     let nothing = Setting::new(&base, &tuned, &model(&[Dtype::F32], || 0.0));
     nothing.run("fisher", &[]).ok().says(&["warn: ", "no parameter has a gradient", "check that --fisher"]);
 }
@@ -219,7 +226,11 @@ fn excluded_tensors_neither_compete_nor_set_the_scale() {
     let inner = [left(&base), left(&tuned), left(&fisher)];
     for (metric, score) in METRICS {
         let (mask, _) = s.mask(score, &["--exclude", "norms,embeddings", "--percent", "5"]);
-        assert_eq!(chosen(&mask), brute_force(inner.each_ref(), (Scope::Global, metric), 50), "{score}");
+        assert_eq!(
+            chosen(&mask),
+            brute_force(inner.each_ref(), &mask.header.tuned, (Scope::Global, metric), 50),
+            "{score}"
+        );
     }
 }
 

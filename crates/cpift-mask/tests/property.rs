@@ -1,9 +1,13 @@
 //! Random masks in this process, any shapes, dtypes, layouts, values and thread counts: what a full
 //! sort chooses, bit for bit.
 
+mod common;
+
 use std::path::Path;
 
 use clap::Parser;
+use common::{digest, sort_as_chosen};
+use cpift_core::format::digest::Digest;
 use cpift_core::format::mask::{Metric, Scope, indices};
 use cpift_core::{Dtype, Mask};
 use cpift_mask::Args;
@@ -131,7 +135,7 @@ impl Case {
     }
 
     /// The elements that a full sort chooses, as (name, index).
-    fn sorted(&self, [base, tuned, fisher]: [&Tensors; 3]) -> Vec<(String, usize)> {
+    fn sorted(&self, [base, tuned, fisher]: [&Tensors; 3], digest: &Digest) -> Vec<(String, usize)> {
         let wide = self.tensors.iter().any(|(_, b, t)| [b, t].contains(&&Dtype::F64));
         let relative = self.score == Metric::Relative;
         let moved = |b: f64, t: f64| match (wide, relative) {
@@ -175,7 +179,7 @@ impl Case {
                 _ => moved,
             };
             let mut part: Vec<_> = part.iter().map(|(values, name, i)| (score(*values), *name, *i)).collect();
-            part.sort_by(|x, y| y.0.partial_cmp(&x.0).unwrap().then_with(|| (x.1, x.2).cmp(&(y.1, y.2))));
+            sort_as_chosen(&mut part, digest);
             part.truncate(part.len() * self.per_mille / 1000);
             chosen.extend(part.into_iter().map(|(_, name, i)| (name.to_owned(), i)));
         }
@@ -200,7 +204,9 @@ impl Case {
         silence();
         let dir = memory_dir();
         let [base, tuned, fisher] = self.checkpoints();
-        let chosen = self.sorted([&base, &tuned, &fisher]);
+        let whole = write_anyhow(&dir.path().join("whole"), &tuned, self.seed);
+        let digest = digest(&whole);
+        let chosen = self.sorted([&base, &tuned, &fisher], &digest);
         // Two layouts of the same tensors, at one thread and at several.
         let runs: Vec<_> = [(1, 1), (2, self.threads)]
             .into_iter()
@@ -223,6 +229,7 @@ impl Case {
             prop_assert!(result.is_ok(), "{:?}", result);
             let mask = Mask::open(path).unwrap();
             mask.verify().unwrap();
+            prop_assert_eq!(&mask.header.tuned, &digest);
             let found: Vec<(String, usize)> =
                 mask.tensors().flat_map(|(name, bits)| indices(bits).map(move |i| (name.to_owned(), i))).collect();
             prop_assert!(found == chosen, "{} chosen, the sort chooses {}", found.len(), chosen.len());

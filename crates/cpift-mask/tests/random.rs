@@ -71,6 +71,7 @@ fn as_many_elements_as_the_mask_in_all_or_in_each_tensor() {
                 scope,
                 metric: Metric::Random,
                 seed: Some(3),
+                rule: None,
                 ties: Ties::default(),
                 ..like.header.clone()
             };
@@ -179,6 +180,7 @@ fn masks_that_cannot_be_followed() {
             scope: Scope::Global,
             metric: Metric::Magnitude,
             seed: None,
+            rule: None,
             d,
             selected: 1,
             ties: Ties::default(),

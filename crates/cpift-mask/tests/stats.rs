@@ -55,6 +55,7 @@ impl Setting {
             scope: Scope::Layer,
             metric: Metric::Magnitude,
             seed: None,
+            rule: None,
             d: counts.iter().filter(|((_, role), _)| !left_out(role)).map(|(_, (n, _))| n).sum(),
             selected: counts.values().map(|(_, selected)| selected).sum(),
             ties: Ties::default(),

@@ -36,7 +36,7 @@ pub(crate) struct Summary {
     conflicts: u64,
     /// Names of the tensors that are not parameters and are copied from the backbone.
     copied: Vec<String>,
-    /// Number of elements at the cut-offs of trims, and number of those kept by position alone; for
+    /// Number of elements at the cut-offs of trims, and number of those kept by a hash alone; for
     /// methods that trim.
     trimmed: Option<[u64; 2]>,
 }
@@ -47,7 +47,7 @@ impl Summary {
         let mut angles: Vec<f64> = steps().filter_map(|s| s.angle).map(f64::to_degrees).collect();
         angles.sort_by(f64::total_cmp);
         let trims = stats.iter().map(|s| s.trimmed);
-        let ties = trims.fold([0; 2], |[at, by], t| [at + t.at_threshold, by + t.decided_by_position]);
+        let ties = trims.fold([0; 2], |[at, by], t| [at + t.at_threshold, by + t.decided_by_hash]);
         Self {
             method: plan.method,
             out: plan.output.dir.display().to_string(),
@@ -92,8 +92,8 @@ impl Summary {
             facts.insert("core".into(), json!(self.core));
             facts.insert("conflicts".into(), json!(self.conflicts));
         }
-        if let Some([at_cut, decided_by_position]) = self.trimmed {
-            facts.insert("trim".into(), json!({"at_cut": at_cut, "decided_by_position": decided_by_position}));
+        if let Some([at_cut, decided_by_hash]) = self.trimmed {
+            facts.insert("trim".into(), json!({"at_cut": at_cut, "decided_by_hash": decided_by_hash}));
         }
         facts
     }
@@ -128,10 +128,8 @@ impl Summary {
             let (core, conflicts) = (self.core, self.conflicts);
             lines.push(format!("core: {core} elements ({percent:.3} %), {conflicts} of them claimed twice or more"));
         }
-        if let Some([at_cut, by_position]) = self.trimmed {
-            lines.push(format!(
-                "trimmed: {at_cut} elements at the cut-offs, {by_position} kept for their position alone"
-            ));
+        if let Some([at_cut, by_hash]) = self.trimmed {
+            lines.push(format!("trimmed: {at_cut} elements at the cut-offs, {by_hash} of them kept by a hash alone"));
         }
         if let Some([min, median, max]) = self.angle_range() {
             lines.push(format!("angles: min {min:.4}°, median {median:.4}°, max {max:.4}°"));

@@ -31,6 +31,7 @@ fn mask(dir: &Path, name: &str, seed: u64) -> Mask {
         scope: Scope::Global,
         metric: Metric::Magnitude,
         seed: None,
+        rule: None,
         d: n,
         selected: indices(&bits).count() as u64,
         ties: Ties::default(),

@@ -2,6 +2,7 @@
 //! mask metadata and the bits of its only tensor `w`, separated by a zero byte.
 
 use cpift_core::Mask;
+use cpift_core::format::flags::clear_flagged;
 use cpift_core::format::mask::indices;
 use serde_json::json;
 
@@ -28,6 +29,10 @@ pub fn run(data: &[u8]) -> bool {
         if sound {
             let set: usize = mask.tensors().map(|(_, bits)| indices(bits).count()).sum();
             assert_eq!(set as u64, mask.header.selected);
+            if let Some(flags) = mask.tie_flags() {
+                let clear = |at, bits: &[u8]| clear_flagged(&mut bits.to_vec(), flags, at);
+                assert_eq!(mask.tensors().fold(0, |at, (_, bits)| clear(at, bits)), mask.header.selected);
+            }
             let stats = cpift_core::format::density::stats(&mask);
             assert_eq!(stats.roles.iter().map(|row| row.selected).sum::<u64>(), mask.header.selected);
         }

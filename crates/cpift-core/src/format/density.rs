@@ -17,6 +17,9 @@ pub struct Stats {
     pub roles: Vec<Row>,
     /// Counts by layer and role.
     pub matrix: Matrix,
+    /// Counts by tensor; empty unless asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tensors: Vec<Row>,
 }
 
 /// One line of a table.
@@ -91,7 +94,18 @@ pub fn stats(mask: &Mask) -> Stats {
         layers: rows.labels.iter().zip(&cells).map(layer).collect(),
         roles: roles.iter().enumerate().map(role).collect(),
         matrix: matrix(rows.labels.clone(), roles.clone(), &cells),
+        tensors: Vec::new(),
     }
+}
+
+/// Counts the bits of `mask` by tensor.
+pub fn tensors(mask: &Mask) -> Vec<Row> {
+    let list: Vec<(&str, &[u8])> = mask.tensors().collect();
+    let of = |(name, bits): &(&str, &[u8])| {
+        let sums = Sums { elements: mask.header.numel[*name], ranked: 0, selected: count_ones(bits) };
+        row(name, sums, mask.header.selected)
+    };
+    list.par_iter().map(of).collect()
 }
 
 fn matrix(layers: Vec<String>, roles: Vec<&'static str>, cells: &[Vec<Sums>]) -> Matrix {

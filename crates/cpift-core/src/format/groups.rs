@@ -34,6 +34,9 @@ pub struct Groups {
     pub jaccard: Vec<Vec<f64>>,
     /// Expected similarity of two independent random regions of the same sizes, [tasks × tasks].
     pub chance: Vec<Vec<f64>>,
+    /// The similarities without ties; none if no region has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub without_ties: Option<WithoutTies>,
     /// Kinds of tensors excluded from the comparison.
     pub excluded: Vec<String>,
     /// Task names per group, groups in training order.
@@ -47,6 +50,20 @@ pub struct Groups {
     pub base: Digest,
     /// Digest of each task's mask file.
     pub masks: BTreeMap<String, Digest>,
+}
+
+/// Similarities of the regions without the elements that were chosen among equals, which a hash
+/// decides.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WithoutTies {
+    /// Share of the elements in two regions that at least one of them chose among equals; of the
+    /// elements of a region on the diagonal; 0 if there are none. [tasks × tasks]
+    pub tied: Vec<Vec<f64>>,
+    /// Jaccard similarity of every pair, [tasks × tasks].
+    pub jaccard: Vec<Vec<f64>>,
+    /// Expected similarity of two independent random regions of these sizes, [tasks × tasks].
+    pub chance: Vec<Vec<f64>>,
 }
 
 /// Method of a grouping that does not follow from the overlap of core regions.
@@ -114,6 +131,11 @@ impl Groups {
         }
         groups.check_square(path, "jaccard", &groups.jaccard)?;
         groups.check_square(path, "chance", &groups.chance)?;
+        if let Some(WithoutTies { tied, jaccard, chance }) = &groups.without_ties {
+            groups.check_square(path, "without_ties.tied", tied)?;
+            groups.check_square(path, "without_ties.jaccard", jaccard)?;
+            groups.check_square(path, "without_ties.chance", chance)?;
+        }
         Ok(groups)
     }
 

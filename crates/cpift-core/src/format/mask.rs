@@ -12,10 +12,15 @@ use crate::format::checkpoint::reader::Checkpoint;
 use crate::format::digest::Digest;
 use crate::format::dtype::Dtype;
 use crate::format::json;
-use crate::format::safetensors::{FileWriter, MappedFile, TensorSpec};
+use crate::format::safetensors::{Entry, FileWriter, MappedFile, TensorSpec};
 
 /// Format version of mask files that this program reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
+///
+/// Version 1 broke ties by position.
+pub const FORMAT_VERSION: u32 = 2;
+
+/// Name of the tensor of [`Mask::tie_flags`].
+pub const TIES_TENSOR: &str = "cpift.ties";
 
 /// Metadata key of the [`MaskHeader`], stored as JSON.
 pub(crate) const METADATA_KEY: &str = "cpift";
@@ -36,6 +41,10 @@ pub struct MaskHeader {
     /// Seed of [`Metric::Random`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    /// Rule of the selection if it is not the top p % of single elements: `row`, `2:4`, `union of 2
+    /// masks` and others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     /// D, the number of ranked parameters.
     #[serde(rename = "D")]
     pub d: u64,
@@ -92,6 +101,9 @@ pub enum Metric {
     /// None: a random control mask drawn with the seed (cpift-mask random).
     #[value(skip)]
     Random,
+    /// None: bits that another program chose (cpift-mask convert).
+    #[value(skip)]
+    Imported,
 }
 
 /// Ties at the threshold, summed over the parts of the scope.
@@ -102,8 +114,9 @@ pub struct Ties {
     pub at_threshold: u64,
     /// Number of these that are chosen.
     pub chosen: u64,
-    /// Number of chosen elements that were preferred to equal ones only because of their position.
-    pub decided_by_position: u64,
+    /// Number of chosen elements that were preferred to equal ones only because of their hash
+    /// (module `ties` of `stream`).
+    pub decided_by_hash: u64,
 }
 
 /// A mapped mask file.
@@ -111,6 +124,7 @@ pub struct Mask {
     /// Metadata of the file.
     pub header: MaskHeader,
     file: MappedFile,
+    ties: Option<Entry>,
 }
 
 impl Mask {
@@ -119,7 +133,7 @@ impl Mask {
     /// # Errors
     /// [`BadInput`] if it is not a mask, has another version or is inconsistent.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = MappedFile::open(path)?;
+        let mut file = MappedFile::open(path)?;
         let text = file.metadata.get(METADATA_KEY).ok_or_else(|| {
             BadInput::new(path, "not a mask")
                 .expected("a file that cpift-mask extract wrote")
@@ -128,8 +142,10 @@ impl Mask {
         check_header_version(path, text)?;
         let header: MaskHeader = serde_json::from_str(text)
             .map_err(|e| BadInput::new(path, format!("the mask's metadata cannot be read: {e}")))?;
-        let mask = Self { header, file };
+        let ties = file.entries.remove(TIES_TENSOR);
+        let mask = Self { header, file, ties };
         mask.check_layout()?;
+        mask.check_ties()?;
         Ok(mask)
     }
 
@@ -149,6 +165,26 @@ impl Mask {
             return Err(BadInput::new(&self.file.path, "a mask tensor is missing").tensor(missing).into());
         }
         Ok(())
+    }
+
+    fn check_ties(&self) -> Result<()> {
+        let expected = (self.header.ties.decided_by_hash > 0).then(|| self.header.selected.div_ceil(8) as usize);
+        let found = self.ties.as_ref().map(|entry| (entry.dtype, entry.shape.clone()));
+        if found == expected.map(|n| (Dtype::U8, vec![n])) {
+            return Ok(());
+        }
+        let tensor = |n: Option<String>| n.unwrap_or_else(|| "no such tensor".to_owned());
+        Err(BadInput::new(&self.file.path, "the flags of ties do not fit the mask's metadata")
+            .tensor(TIES_TENSOR)
+            .expected(tensor(expected.map(|n| format!("U8 [{n}]"))))
+            .found(tensor(found.map(|(dtype, shape)| format!("{dtype} {shape:?}"))))
+            .into())
+    }
+
+    /// Packed flags, one per bit set in the order of [`Mask::tensors`]: true if the element was
+    /// preferred to equal ones only because of its hash. `None` if no element was.
+    pub fn tie_flags(&self) -> Option<&[u8]> {
+        self.ties.as_ref().map(|entry| self.file.bytes(entry))
     }
 
     /// Path of the file.
@@ -234,6 +270,27 @@ impl Mask {
                 .hint("the file is damaged: extract the mask again")
                 .into());
         }
+        self.verify_flags()
+    }
+
+    /// Checks that as many ties are flagged as the header says and that padding bits are zero.
+    ///
+    /// # Errors
+    /// [`BadInput`] if either does not hold.
+    pub fn verify_flags(&self) -> Result<()> {
+        let Some(flags) = self.tie_flags() else { return Ok(()) };
+        let (used, flagged) = (self.header.selected % 8, count_ones(flags));
+        if used != 0 && flags.last().is_some_and(|last| last >> used != 0) {
+            return Err(BadInput::new(self.path(), "padding bits are set").tensor(TIES_TENSOR).into());
+        }
+        if flagged != self.header.ties.decided_by_hash {
+            return Err(BadInput::new(self.path(), "the number of flagged ties is not the one recorded")
+                .tensor(TIES_TENSOR)
+                .expected(self.header.ties.decided_by_hash.to_string())
+                .found(flagged.to_string())
+                .hint("the file is damaged: extract the mask again")
+                .into());
+        }
         Ok(())
     }
 }
@@ -251,19 +308,33 @@ fn check_header_version(path: &Path, text: &str) -> Result<()> {
 /// Writes a mask file at a staged path, in any order and from any thread.
 pub struct MaskWriter {
     file: FileWriter,
+    has_flags: bool,
 }
 
 impl MaskWriter {
     /// Creates the mask file at `path` with all bits zero. The header is written by
     /// [`MaskWriter::finish`]; `longest` reserves room for it and must be at least as long as JSON
-    /// text, and have the same `numel`.
+    /// text, and have the same `numel`. If its `ties` are not zero, there is room for the flags of
+    /// [`Mask::tie_flags`].
+    ///
+    /// # Errors
+    /// [`BadInput`] if a parameter has the name of those flags; I/O errors.
     pub fn create(path: &Path, longest: &MaskHeader) -> Result<Self> {
         let specs: Vec<TensorSpec> = longest
             .numel
             .iter()
             .map(|(name, n)| TensorSpec { name: name.clone(), dtype: Dtype::U8, shape: vec![n.div_ceil(8) as usize] })
             .collect();
-        Ok(Self { file: FileWriter::create(path, &specs, &metadata(longest)?)? })
+        if longest.numel.contains_key(TIES_TENSOR) {
+            return Err(BadInput::new(path, "a parameter has the name that masks reserve").tensor(TIES_TENSOR).into());
+        }
+        let flags = (longest.ties.decided_by_hash > 0).then(|| TensorSpec {
+            name: TIES_TENSOR.to_owned(),
+            dtype: Dtype::U8,
+            shape: vec![longest.selected.div_ceil(8) as usize],
+        });
+        let has_flags = flags.is_some();
+        Ok(Self { file: FileWriter::create_with_last(path, &specs, flags, &metadata(longest)?)?, has_flags })
     }
 
     /// Writes packed bits at byte `offset` of the tensor `name`.
@@ -276,8 +347,16 @@ impl MaskWriter {
         self.file.read(name, offset, bits)
     }
 
-    /// Writes the final header.
-    pub fn finish(self, header: &MaskHeader) -> Result<()> {
+    /// Writes packed flags at byte `offset` of [`Mask::tie_flags`].
+    pub fn write_flags(&self, offset: u64, flags: &[u8]) -> Result<()> {
+        self.file.write(TIES_TENSOR, offset, flags)
+    }
+
+    /// Writes the final header, and leaves out the flags of ties if it counts none.
+    pub fn finish(mut self, header: &MaskHeader) -> Result<()> {
+        if self.has_flags && header.ties.decided_by_hash == 0 {
+            self.file.drop_last()?;
+        }
         self.file.replace_metadata(&metadata(header)?)
     }
 }

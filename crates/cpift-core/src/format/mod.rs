@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod density;
 pub mod digest;
 pub mod dtype;
+pub mod flags;
 pub mod groups;
 pub mod json;
 pub mod mask;

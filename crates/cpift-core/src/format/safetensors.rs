@@ -207,11 +207,33 @@ pub struct FileWriter {
 impl FileWriter {
     /// Creates `path` with the header for `specs` and `metadata`; all data is zero.
     pub fn create(path: &Path, specs: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Self> {
-        let (header, starts, len) = lay_out(specs, metadata, 0);
+        Self::create_with_last(path, specs, None, metadata)
+    }
+
+    /// As [`FileWriter::create`], with a tensor `last` at the end of the file that
+    /// [`FileWriter::drop_last`] can take away.
+    pub(crate) fn create_with_last(
+        path: &Path,
+        specs: &[TensorSpec],
+        last: Option<TensorSpec>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let mut specs = specs.to_vec();
+        sort(&mut specs);
+        specs.extend(last);
+        let (header, starts, len) = lay_out(&specs, metadata, 0);
         let file = staging::create_sized(path, len)?;
         let path = staging::final_name(path);
         file.write_all_at(&header, 0).with_context(|| format!("writing {}", path.display()))?;
-        Ok(Self { file, path, specs: specs.to_vec(), starts, header_len: header.len() })
+        Ok(Self { file, path, specs, starts, header_len: header.len() })
+    }
+
+    /// Cuts the last tensor off the file. The header still has it until
+    /// [`FileWriter::replace_metadata`].
+    pub(crate) fn drop_last(&mut self) -> Result<()> {
+        let Some(last) = self.specs.pop() else { return Ok(()) };
+        let (start, _) = self.starts.remove(&last.name).expect("every tensor has a place");
+        self.file.set_len(start).with_context(|| format!("writing {}", self.path.display()))
     }
 
     /// Replaces the metadata in place.
@@ -249,23 +271,26 @@ impl FileWriter {
     }
 }
 
+/// Sorts tensors by element size, largest first, so that each is aligned to its elements, and then
+/// by name.
+fn sort(specs: &mut [TensorSpec]) {
+    specs.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
+}
+
 /// Returns the header bytes, (start, length) of each tensor in the file, and the length of the
-/// file. Tensors are sorted by element size, largest first, so that each is aligned to its
-/// elements, and then by name. The header takes at least `room` bytes.
+/// file. Tensors keep their order. The header takes at least `room` bytes.
 fn lay_out(
     specs: &[TensorSpec],
     metadata: &BTreeMap<String, String>,
     room: usize,
 ) -> (Vec<u8>, BTreeMap<String, (u64, u64)>, u64) {
-    let mut order: Vec<&TensorSpec> = specs.iter().collect();
-    order.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
     let mut header = Map::new();
     if !metadata.is_empty() {
         header.insert("__metadata__".into(), json!(metadata));
     }
     let mut starts = BTreeMap::new();
     let mut offset = 0u64;
-    for spec in order {
+    for spec in specs {
         let end = offset + spec.nbytes() as u64;
         let entry = json!({"dtype": spec.dtype.name(), "shape": spec.shape, "data_offsets": [offset, end]});
         header.insert(spec.name.clone(), entry);

@@ -18,6 +18,21 @@ use crate::format::tasks::Tasks;
 /// Format version of cpift.json that this program reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
 
+/// Revision of the output of `stage`: raised when a stage gives another output for the same inputs
+/// and arguments and the program's version stays, so that the outputs of other stages, such as
+/// trained probes, are not made again.
+pub fn revision(stage: &str) -> u32 {
+    match stage {
+        // 1: ties are broken by a hash instead of by position.
+        "cpift-mask" | "cpift-merge" => 1,
+        _ => 0,
+    }
+}
+
+fn is_zero(revision: &u32) -> bool {
+    *revision == 0
+}
+
 /// Provenance record of an output.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {
@@ -27,6 +42,9 @@ pub struct Provenance {
     pub stage: String,
     /// Version of the program.
     pub version: String,
+    /// Revision of the stage's output within that version ([`revision`]).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub revision: u32,
     /// Command line as typed.
     pub arguments: Vec<String>,
     /// Seed, if the stage draws random numbers.
@@ -78,6 +96,7 @@ impl Recorder {
             format_version: FORMAT_VERSION,
             stage: stage.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            revision: revision(stage),
             arguments: argv(),
             seed: None,
             inputs: BTreeMap::new(),

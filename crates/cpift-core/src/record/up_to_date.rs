@@ -1,6 +1,6 @@
 //! The one rule for what is up to date: an output is, if its record names this program version, the
-//! arguments that matter and the content of every input as it is now, and the output is the one
-//! that the record describes.
+//! revision of the stage, the arguments that matter and the content of every input as it is now,
+//! and the output is the one that the record describes.
 //!
 //! Stages ask it about themselves (`--skip-up-to-date`); make, `make status`, Slurm submission and
 //! the experiments ask it about whole lists of commands (`cpift-STAGE up-to-date`). Inputs are
@@ -80,6 +80,9 @@ fn difference(
 ) -> Option<String> {
     if record.stage != stage || record.version != env!("CARGO_PKG_VERSION") {
         return Some(format!("made by {} {}, now {stage} {}", record.stage, record.version, env!("CARGO_PKG_VERSION")));
+    }
+    if record.revision != provenance::revision(stage) {
+        return Some(format!("made by an earlier revision of {stage} {}", record.version));
     }
     if let Some(change) = changed_argument(&record.arguments, arguments) {
         return Some(change);

@@ -106,10 +106,11 @@ impl PieceHasher {
     ///
     /// # Panics
     /// If a piece has not been added.
-    pub fn finish(mut self, folder: Option<&Path>) -> Result<Digest> {
-        self.tensors.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
+    pub fn finish(&self, folder: Option<&Path>) -> Result<Digest> {
+        let mut tensors: Vec<&Tensor> = self.tensors.iter().collect();
+        tensors.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
         let mut hasher = blake3::Hasher::new();
-        for tensor in &self.tensors {
+        for tensor in tensors {
             let TensorSpec { name, dtype, shape } = &tensor.spec;
             hasher.update(format!("{name}\0{dtype}\0{shape:?}\0").as_bytes());
             hasher.update(&tensor.hash(self.chunk));

@@ -1,6 +1,7 @@
-//! Passes over large arrays: hashing, exact top-k selection, SIMD dispatch, random numbers.
+//! Passes over large arrays: hashing, exact top-k selection, ties, SIMD dispatch, random numbers.
 
 pub mod hashing;
 pub mod random;
 pub mod select;
 pub mod simd;
+pub mod ties;

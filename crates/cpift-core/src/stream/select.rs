@@ -60,8 +60,8 @@ pub trait Source<T>: Sync {
     fn scores(&self, i: usize, out: &mut Vec<T>);
 }
 
-/// Result of a selection: all scores above the threshold are chosen, and the first `ties.chosen`
-/// elements equal to it.
+/// Result of a selection: all scores above the threshold are chosen, and `ties.chosen` of the
+/// elements equal to it ([`crate::stream::ties`]).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Cut<T> {
     /// Smallest chosen score.
@@ -86,8 +86,8 @@ pub fn find_cut<T: Score>(source: &impl Source<T>, k: u64) -> Cut<T> {
         prefix = prefix << DIGIT | bin as u64;
         at_threshold = bins[bin];
     }
-    let decided_by_position = if remaining < at_threshold { remaining } else { 0 };
-    Cut { threshold: T::from_key(prefix), ties: Ties { at_threshold, chosen: remaining, decided_by_position } }
+    let decided_by_hash = if remaining < at_threshold { remaining } else { 0 };
+    Cut { threshold: T::from_key(prefix), ties: Ties { at_threshold, chosen: remaining, decided_by_hash } }
 }
 
 /// Histogram of the 16-bit digit of `pass` over the scores whose higher digits equal `prefix`.
@@ -143,8 +143,8 @@ mod tests {
             let threshold = sorted[k - 1];
             let equal = scores.iter().filter(|s| **s == threshold).count() as u64;
             let chosen = k as u64 - scores.iter().filter(|s| **s > threshold).count() as u64;
-            let decided_by_position = if chosen < equal { chosen } else { 0 };
-            let ties = Ties { at_threshold: equal, chosen, decided_by_position };
+            let decided_by_hash = if chosen < equal { chosen } else { 0 };
+            let ties = Ties { at_threshold: equal, chosen, decided_by_hash };
             assert_eq!(find_cut(&source, k as u64), Cut { threshold, ties }, "{k}");
             assert_eq!(find_cut(&wide, k as u64), Cut { threshold: threshold.into(), ties }, "{k}");
         }

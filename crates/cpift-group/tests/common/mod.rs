@@ -36,6 +36,7 @@ pub fn header(selected: usize) -> MaskHeader {
         scope: Scope::Global,
         metric: Metric::Magnitude,
         seed: None,
+        rule: None,
         d: MODEL.iter().map(|(_, n)| *n as u64).sum(),
         selected: selected as u64,
         ties: Ties::default(),

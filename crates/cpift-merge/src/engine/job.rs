@@ -64,12 +64,13 @@ fn tensor<'a>(plan: &'a Plan, name: &str, rule: &'a Rule) -> Tensor<'a> {
     let bits = |mask: &'a Mask| mask.bits(name).expect("checked by the plan");
     let (operands, claims) = match &plan.inputs {
         Inputs::Models(models) => {
-            let operand = |m: &'a Model| Operand { view: view(&m.source), mask: m.mask.as_ref().map(bits) };
+            let operand =
+                |m: &'a Model| Operand { source: &m.source, view: view(&m.source), mask: m.mask.as_ref().map(bits) };
             (models.iter().map(operand).collect(), Claims::default())
         }
         Inputs::Tasks { backbone, tasks, .. } => {
             let sources = [backbone].into_iter().chain(tasks.iter().map(|task| &task.source));
-            let operands = sources.map(|source| Operand { view: view(source), mask: None }).collect();
+            let operands = sources.map(|source| Operand { source, view: view(source), mask: None }).collect();
             (operands, Claims::new(tasks.iter().map(|task| bits(&task.core)).collect()))
         }
     };
@@ -186,7 +187,8 @@ impl<'a> Shared<'a> {
         let base = tensor.base.iter().filter(|_| self.job.base_is_separate);
         let operands = tensor.operands.iter().map(|operand| &operand.view);
         for (hash, view) in hashes.list.iter().zip(operands.chain(base)) {
-            if let Some(hash) = hash {
+            // A digest that a tie needed is known by now.
+            if let Some(hash) = hash.as_ref().filter(|hash| !hash.source.has_digest()) {
                 hash.add(view, piece);
             }
         }
@@ -223,7 +225,8 @@ impl<'a> InputHashes<'a> {
     /// # Errors
     /// A side file that cannot be read.
     pub fn finish(self) -> Result<()> {
-        for InputHash { source, hasher, .. } in self.list.into_iter().flatten() {
+        let unknown = self.list.into_iter().flatten().filter(|hash| !hash.source.has_digest());
+        for InputHash { source, hasher, .. } in unknown {
             hasher.add_missing(&source.checkpoint);
             source.set_digest(hasher.finish(source.checkpoint.folder())?);
         }

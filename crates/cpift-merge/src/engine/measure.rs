@@ -9,6 +9,7 @@ use cpift_core::BadInput;
 use cpift_core::dispatch;
 use cpift_core::format::mask::Ties;
 use cpift_core::stream::select::{Cut, Source, find_cut};
+use cpift_core::stream::ties::{TieCut, TieKey, TieSalt, find_tie_cut};
 use rayon::prelude::*;
 
 use super::job::{self, Job, Piece, Pool, Shared};
@@ -152,7 +153,7 @@ fn add_magnitudes<T: Number>(rule: &SignMerge, start: usize, block: &mut Block<T
     sign_merge::subtract_base(&mut block.operands, &block.base);
     for ((values, vector), sums) in block.operands.iter_mut().zip(&rule.vectors).zip(sums) {
         sums[0] += sum_of_magnitudes(values);
-        rule.drawn(vector).apply(values, start, &mut 0);
+        rule.drawn(vector).apply(values, start);
         sums[1] += sum_of_magnitudes(values);
     }
 }
@@ -170,10 +171,10 @@ fn with_filters(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result
                 Filter { keep: rule.drawn(vector), scale: if rule.rescale { rescaling(before, after) } else { 1.0 } }
             }
             Sparsify::Trim => {
-                let (filter, ties) = trim(tensor, i, vector.density, rule.rescale);
+                let (filter, ties) = trim(tensor, i, vector.density, rule.rescale)?;
                 stats.trimmed.at_threshold += ties.at_threshold;
                 stats.trimmed.chosen += ties.chosen;
-                stats.trimmed.decided_by_position += ties.decided_by_position;
+                stats.trimmed.decided_by_hash += ties.decided_by_hash;
                 filter
             }
         };
@@ -198,39 +199,32 @@ fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<Ten
 
 /// Elements of task vector `operand` that are kept, exactly as many of the largest as `density`
 /// asks for, and the ties at the cut-off.
-fn trim(tensor: &Tensor<'_>, operand: usize, density: f64, rescale: bool) -> (Filter, Ties) {
+fn trim(tensor: &Tensor<'_>, operand: usize, density: f64, rescale: bool) -> Result<(Filter, Ties)> {
     let free = tensor.free();
     if free == 0 {
-        return (Filter::ALL, Ties::default());
+        return Ok((Filter::ALL, Ties::default()));
     }
     // Rounded down, but at least one, as mergekit does.
     let k = ((density * free as f64) as u64).max(1);
     if tensor.is_wide() { cut::<f64>(tensor, operand, k, rescale) } else { cut::<f32>(tensor, operand, k, rescale) }
 }
 
-fn cut<T: Number>(tensor: &Tensor<'_>, operand: usize, k: u64, rescale: bool) -> (Filter, Ties) {
+fn cut<T: Number>(tensor: &Tensor<'_>, operand: usize, k: u64, rescale: bool) -> Result<(Filter, Ties)> {
     let source = Magnitudes::<T> { tensor, operand, spare: Mutex::new(Vec::new()) };
     let Cut { threshold, ties } = find_cut(&source, k);
     if threshold == T::default() {
         // The tied elements are zero in any case.
-        return (Filter::ALL, Ties::default());
+        return Ok((Filter::ALL, Ties::default()));
     }
     let split = ties.chosen < ties.at_threshold;
-    if !split && !rescale {
-        return (Filter { keep: Keep::Above { threshold: threshold.to_f64(), ties: Vec::new() }, scale: 1.0 }, ties);
-    }
-    let counts = source.counts(threshold);
-    let mut left = ties.chosen;
-    let per_chunk = counts.iter().map(|c| {
-        let kept = c.tied.min(left);
-        left -= kept;
-        kept
-    });
-    let keep =
-        Keep::Above { threshold: threshold.to_f64(), ties: if split { per_chunk.collect() } else { Vec::new() } };
-    let [before, above] = counts.iter().fold([0.0; 2], |[a, b], c| [a + c.all, b + c.above]);
-    let after = above + ties.chosen as f64 * threshold.to_f64();
-    (Filter { keep, scale: if rescale { rescaling(before, after) } else { 1.0 } }, ties)
+    let kept = if split { Some(source.first_ties(threshold, ties)?) } else { None };
+    let scale = if rescale {
+        let [before, above] = source.sums(threshold);
+        rescaling(before, above + ties.chosen as f64 * threshold.to_f64())
+    } else {
+        1.0
+    };
+    Ok((Filter { keep: Keep::Above { threshold: threshold.to_f64(), ties: kept }, scale }, ties))
 }
 
 /// Magnitudes of one task vector, without protected elements.
@@ -239,16 +233,6 @@ struct Magnitudes<'a, T> {
     operand: usize,
     /// Buffers for elements of the operand and of the base.
     spare: Mutex<Vec<(Vec<T>, Vec<T>)>>,
-}
-
-/// Counts and sums of magnitudes of one chunk.
-struct Count {
-    /// Number of elements equal to the threshold.
-    tied: u64,
-    /// Sum over all elements.
-    all: f64,
-    /// Sum over the elements above the threshold.
-    above: f64,
 }
 
 impl<T: Number> Source<T> for Magnitudes<'_, T> {
@@ -269,31 +253,67 @@ impl<T: Number> Source<T> for Magnitudes<'_, T> {
 impl<T: Number> Magnitudes<'_, T> {
     #[inline(always)]
     fn read(&self, piece: &Piece, values: &mut Vec<T>, base: &mut Vec<T>, out: &mut Vec<T>) {
-        let tensor = self.tensor;
-        let operand = &tensor.operands[self.operand];
-        let base_view = tensor.base.as_ref().expect("task vectors have a base");
         for (start, len) in piece.blocks() {
-            read(&operand.view, start, len, values);
-            read(base_view, start, len, base);
-            values.iter_mut().zip(&*base).for_each(|(v, b)| *v = (*v - *b).abs());
-            if let Some(bits) = operand.mask {
-                outside(bits, start, values, |_, v| *v = T::default());
-            }
-            match tensor.protected {
+            self.magnitudes(start, len, values, base);
+            match self.tensor.protected {
                 None => out.extend_from_slice(values),
                 Some(bits) => outside(bits, start, values, |_, v| out.push(*v)),
             }
         }
     }
 
-    fn counts(&self, threshold: T) -> Vec<Count> {
+    /// Calls `each` with index and magnitude of the elements of a piece that are not protected.
+    fn visit(&self, piece: &Piece, values: &mut Vec<T>, base: &mut Vec<T>, mut each: impl FnMut(usize, T)) {
+        for (start, len) in piece.blocks() {
+            dispatch!(self.magnitudes(start, len, values, base));
+            match self.tensor.protected {
+                None => values.iter().enumerate().for_each(|(j, v)| each(start + j, *v)),
+                Some(bits) => outside(bits, start, values, |j, v| each(start + j, *v)),
+            }
+        }
+    }
+
+    /// Puts the magnitudes of a block into `values`.
+    #[inline(always)]
+    fn magnitudes(&self, start: usize, len: usize, values: &mut Vec<T>, base: &mut Vec<T>) {
+        let operand = &self.tensor.operands[self.operand];
+        let base_view = self.tensor.base.as_ref().expect("task vectors have a base");
+        read(&operand.view, start, len, values);
+        read(base_view, start, len, base);
+        values.iter_mut().zip(&*base).for_each(|(v, b)| *v = (*v - *b).abs());
+        if let Some(bits) = operand.mask {
+            outside(bits, start, values, |_, v| *v = T::default());
+        }
+    }
+
+    /// Key of the tie hashes, and the last of the `ties` at `threshold` that are chosen.
+    ///
+    /// # Errors
+    /// As [`crate::plan::Source::digest`], which the hashes need.
+    fn first_ties(&self, threshold: T, ties: Ties) -> Result<(TieKey, TieCut)> {
+        let base = self.tensor.base.as_ref().expect("task vectors have a base");
+        let key = TieSalt::new(self.tensor.operands[self.operand].source.digest()?).key(base.name);
+        let pieces: Vec<Piece> = job::pieces_of(0, self.tensor.numel()).collect();
+        let last = find_tie_cut(pieces.len(), ties.at_threshold, ties.chosen, |i, count| {
+            let (mut values, mut base) = Default::default();
+            self.visit(&pieces[i], &mut values, &mut base, |index, v| {
+                if v == threshold {
+                    count.add(key.hash(index), index as u64);
+                }
+            });
+        });
+        Ok((key, last))
+    }
+
+    /// Sums of magnitudes over all elements, and over those above `threshold`.
+    fn sums(&self, threshold: T) -> [f64; 2] {
         let count = |scores: &mut Vec<T>, i| {
             self.scores(i, scores);
             let all = sum_of_magnitudes(scores);
-            let tied = scores.iter().filter(|s| **s == threshold).count() as u64;
             scores.iter_mut().for_each(|s| *s = if *s > threshold { *s } else { T::default() });
-            Count { tied, all, above: sum_of_magnitudes(scores) }
+            [all, sum_of_magnitudes(scores)]
         };
-        (0..self.chunks()).into_par_iter().map_init(Vec::new, count).collect()
+        let sums: Vec<[f64; 2]> = (0..self.chunks()).into_par_iter().map_init(Vec::new, count).collect();
+        sums.iter().fold([0.0; 2], |[a, b], [all, above]| [a + all, b + above])
     }
 }

@@ -6,6 +6,7 @@ use cpift_core::{BadInput, Dtype, TensorView};
 use crate::methods::region::{inside, outside};
 use crate::methods::sign_merge::Number;
 use crate::methods::{Claims, Rule};
+use crate::plan::Source;
 
 /// One parameter in all inputs, with the rule that merges it.
 pub(super) struct Tensor<'a> {
@@ -23,6 +24,8 @@ pub(super) struct Tensor<'a> {
 
 /// One parameter in one operand.
 pub(super) struct Operand<'a> {
+    /// Checkpoint that it comes from.
+    pub source: &'a Source,
     /// Its elements.
     pub view: TensorView<'a>,
     /// Packed bits outside which the elements are those of the backbone.

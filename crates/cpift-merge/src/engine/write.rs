@@ -179,7 +179,6 @@ fn write_blocks<T: Number>(
 ) -> Result<(), Fault> {
     let (about_base, size, limit) = (job.space == Space::Delta, job.dtype.size(), T::from_f64(overflow(job.dtype)));
     let with_base = about_base || job.base_is_separate && (tensor.protected.is_some() || tensor.is_masked());
-    let mut ties: Vec<u64> = stats.filters.iter().map(|f| f.keep.ties_in(piece.chunk)).collect();
     for (start, len) in piece.blocks() {
         if !block.load(tensor, start, len, with_base) {
             return Err(Fault::NotFinite(start, len));
@@ -188,7 +187,7 @@ fn write_blocks<T: Number>(
         match tensor.rule {
             Rule::SignMerge(rule) => {
                 sign_merge::subtract_base(&mut block.operands, &block.base);
-                thin(tensor, &stats.filters, start, &mut ties, block);
+                thin(tensor, &stats.filters, start, block);
                 let Block { operands, base, out, sums, divisors } = &mut *block;
                 rule.merge(&stats.filters, operands, base, [&mut sums[..len], &mut divisors[..len]], out);
             }
@@ -216,12 +215,12 @@ fn write_blocks<T: Number>(
 /// Sets the elements of each task vector that its filter drops to zero, and those that are
 /// protected.
 #[inline(always)]
-fn thin<T: Number>(tensor: &Tensor<'_>, filters: &[Filter], start: usize, ties: &mut [u64], block: &mut Block<T>) {
+fn thin<T: Number>(tensor: &Tensor<'_>, filters: &[Filter], start: usize, block: &mut Block<T>) {
     if let Some(bits) = tensor.protected {
         block.clear_operands(bits, start);
     }
-    for ((values, filter), ties) in block.operands.iter_mut().zip(filters).zip(ties) {
-        filter.keep.apply(values, start, ties);
+    for (values, filter) in block.operands.iter_mut().zip(filters) {
+        filter.keep.apply(values, start);
     }
 }
 

@@ -8,6 +8,7 @@ use std::ops::{Add, Mul, Sub};
 
 use cpift_core::stream::random::splitmix64;
 use cpift_core::stream::select::Score;
+use cpift_core::stream::ties::{TieCut, TieKey};
 
 /// Type in which a tensor is merged: `f32`, which holds every element of an F32, F16 or BF16 input
 /// exactly, or `f64` if an input is F64.
@@ -61,7 +62,7 @@ pub(crate) struct TaskVector {
 /// Selection of the elements of a task vector that are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sparsify {
-    /// The largest are kept, of equal ones the first.
+    /// The largest are kept, equal ones in the order of their tie hashes.
     Trim,
     /// Each is kept with the probability `density`.
     Drop,
@@ -85,9 +86,9 @@ pub(crate) enum Keep {
     Above {
         /// Smallest magnitude that is kept.
         threshold: f64,
-        /// Number of elements equal to the threshold that are kept in each chunk, the first ones;
-        /// empty if all are.
-        ties: Vec<u64>,
+        /// Elements equal to the threshold that are kept, in the order of their tie hashes; `None`
+        /// if all are.
+        ties: Option<(TieKey, TieCut)>,
     },
     /// Elements whose random number of 53 bits is below `limit`.
     Drawn {
@@ -103,7 +104,7 @@ impl Filter {
     pub const ALL: Self = Self { keep: Keep::All, scale: 1.0 };
 
     /// Keeps no element.
-    pub const NONE: Self = Self { keep: Keep::Above { threshold: f64::INFINITY, ties: Vec::new() }, scale: 1.0 };
+    pub const NONE: Self = Self { keep: Keep::Above { threshold: f64::INFINITY, ties: None }, scale: 1.0 };
 }
 
 impl Keep {
@@ -112,33 +113,24 @@ impl Keep {
         Self::Drawn { key, limit: (density * (1u64 << 53) as f64) as u64 }
     }
 
-    /// Number of elements equal to the threshold that are kept in `chunk`.
-    pub fn ties_in(&self, chunk: usize) -> u64 {
-        match self {
-            Self::Above { ties, .. } => ties.get(chunk).copied().unwrap_or(u64::MAX),
-            _ => 0,
-        }
-    }
-
-    /// Sets the elements that are not kept to zero; `values[0]` is element `start` of the tensor,
-    /// and `ties` the number of elements equal to the threshold that may still be kept.
+    /// Sets the elements that are not kept to zero; `values[0]` is element `start` of the tensor.
     #[inline(always)]
-    pub fn apply<T: Number>(&self, values: &mut [T], start: usize, ties: &mut u64) {
+    pub fn apply<T: Number>(&self, values: &mut [T], start: usize) {
         let zero = T::default();
         match self {
             Self::All => {}
-            Self::Above { threshold, .. } if *ties == u64::MAX => {
+            Self::Above { threshold, ties: None } => {
                 let threshold = T::from_f64(*threshold);
                 values.iter_mut().for_each(|v| *v = if v.abs() < threshold { zero } else { *v });
             }
-            Self::Above { threshold, .. } => {
+            Self::Above { threshold, ties: Some((key, last)) } => {
                 let threshold = T::from_f64(*threshold);
-                for v in values {
-                    let tied = v.abs() == threshold;
-                    if v.abs() < threshold || tied && *ties == 0 {
+                for (j, v) in values.iter_mut().enumerate() {
+                    let place = start + j;
+                    let drops = || v.abs() == threshold && !last.chooses(key.hash(place), place as u64);
+                    if v.abs() < threshold || drops() {
                         *v = zero;
                     }
-                    *ties -= u64::from(tied && *ties > 0);
                 }
             }
             Self::Drawn { key, limit } => {
@@ -251,6 +243,9 @@ impl SignMerge {
 
 #[cfg(test)]
 mod tests {
+    use cpift_core::format::digest::Digest;
+    use cpift_core::stream::ties::TieSalt;
+
     use super::*;
 
     fn merged(rule: &SignMerge, base: &[f32], models: &[&[f32]]) -> Vec<f32> {
@@ -287,24 +282,30 @@ mod tests {
     }
 
     #[test]
-    fn trimming_keeps_large_elements_and_the_first_of_equals() {
+    fn trimming_keeps_large_elements_and_equals_with_small_hashes() {
         let values = [0.5f32, -2.0, 2.0, 3.0, -2.0];
-        let keep = |ties: Vec<u64>| {
+        let keep = |ties: Option<(TieKey, TieCut)>, start: usize| {
             let (keep, mut values) = (Keep::Above { threshold: 2.0, ties }, values);
-            let mut left = keep.ties_in(0);
-            keep.apply(&mut values, 0, &mut left);
+            keep.apply(&mut values, start);
             values
         };
-        assert_eq!(keep(vec![]), [0.0, -2.0, 2.0, 3.0, -2.0]);
-        assert_eq!(keep(vec![2]), [0.0, -2.0, 2.0, 3.0, 0.0]);
-        assert_eq!(keep(vec![0]), [0.0, 0.0, 0.0, 3.0, 0.0]);
+        assert_eq!(keep(None, 0), [0.0, -2.0, 2.0, 3.0, -2.0]);
+        let key = TieSalt::new(&Digest::blank()).key("w");
+        for start in [0, 1024] {
+            let mut tied = [1, 2, 4].map(|j| (key.hash(start + j), (start + j) as u64));
+            let last = TieCut::among(&mut tied, 2);
+            tied.sort_unstable();
+            let mut expected = [0.0, -2.0, 2.0, 3.0, -2.0];
+            expected[tied[2].1 as usize - start] = 0.0;
+            assert_eq!(keep(Some((key, last)), start), expected);
+        }
     }
 
     #[test]
     fn draws_depend_on_seed_model_tensor_and_place_alone() {
         let draw = |key: u64, start: usize| {
             let mut values = [1.0f32; 1000];
-            Keep::drawn(key, 0.3).apply(&mut values, start, &mut 0);
+            Keep::drawn(key, 0.3).apply(&mut values, start);
             values
         };
         let one = key(1, 0, "w");

@@ -62,6 +62,11 @@ impl Source {
         self.digest.get()
     }
 
+    /// Returns true if its digest has been asked for or computed.
+    pub fn has_digest(&self) -> bool {
+        self.digest.get().is_some()
+    }
+
     /// Digest of its content; the whole checkpoint is read if the digest is not known.
     ///
     /// # Errors

@@ -49,18 +49,19 @@ fn task_arithmetic_adds_weighted_task_vectors() {
 #[test]
 fn ties_trims_elects_and_averages_the_terms_that_agree() {
     let base = [8.0; 6];
-    // Half of six: three of each are kept. m1 keeps 4, -3, 2; m2 keeps -5, 2, and of the two of
-    // size 1 the first.
+    // Half of six: three of each are kept. m1 keeps 4, -3, 2; m2 keeps -5, 2, and of the elements 1
+    // and 4, both of size 1, the one whose tie hash comes first.
     let world = vectors(&base, &[&[4.0, -3.0, 2.0, 1.0, 0.5, 0.0], &[-5.0, 1.0, 2.0, 0.0, 1.0, 0.5]]);
     let summary = run(&world, &format!("ties {BOTH} --density 0.5"));
-    assert_eq!(moved(&world, &base), [-5.0, -3.0, 2.0, 0.0, 0.0, 0.0]);
-    assert_eq!(summary["trim"], serde_json::json!({"at_cut": 3, "decided_by_position": 1}));
+    let fourth = if world.tied_first("m2", &[1, 4], 1) == [4] { 1.0 } else { 0.0 };
+    assert_eq!(moved(&world, &base), [-5.0, -3.0, 2.0, 0.0, fourth, 0.0]);
+    assert_eq!(summary["trim"], serde_json::json!({"at_cut": 3, "decided_by_hash": 1}));
     run(&world, &format!("ties {BOTH} --density 0.5 --normalize false --weight 2 --weight 1 --lambda 0.5"));
-    assert_eq!(moved(&world, &base), [4.0, -3.0, 3.0, 0.0, 0.0, 0.0]);
+    assert_eq!(moved(&world, &base), [4.0, -3.0, 3.0, 0.0, fourth * 0.5, 0.0]);
     // The elements that are kept are scaled by (4+3+2+1.5)/9 and (5+1+2+1+0.5)/8.
     run(&world, &format!("ties {BOTH} --density 0.5 --rescale true"));
     let (a, b) = (10.5 / 9.0, 9.5 / 8.0);
-    let expected = [-5.0 * b, -3.0 * a, a + b, 0.0, 0.0, 0.0];
+    let expected = [-5.0 * b, -3.0 * a, a + b, 0.0, b * f64::from(fourth), 0.0];
     let found: Vec<f64> = world.read_w("out").into_iter().map(|x| f64::from(x) - 8.0).collect();
     assert_close(&found, &expected.map(|x: f64| f64::from((8.0 + x) as f32) - 8.0), "rescaled");
     // A density per model: all elements of m1 are kept, and of m2 one, then none.
@@ -73,7 +74,7 @@ fn ties_trims_elects_and_averages_the_terms_that_agree() {
 }
 
 #[test]
-fn ties_over_many_chunks_keeps_exactly_the_share_and_the_first_of_equals() {
+fn ties_over_many_chunks_keeps_exactly_the_share_and_equals_by_their_hashes() {
     let n = 300_000;
     let mut numbers = Numbers(5);
     // Steps of nine sizes only, so that the cut-off lies within thousands of equal ones.
@@ -82,7 +83,8 @@ fn ties_over_many_chunks_keeps_exactly_the_share_and_the_first_of_equals() {
     let world = vectors(&base, &[&steps]);
     let line = "ties --base @base --model @m1 --density 0.3 --normalize false";
     let summary = run(&world, line);
-    let mut order: Vec<usize> = (0..n).collect();
+    let all: Vec<usize> = (0..n).collect();
+    let mut order = world.tied_first("m1", &all, n);
     order.sort_by(|i, j| steps[*j].abs().total_cmp(&steps[*i].abs()));
     let mut expected = vec![0.0; n];
     order[..90_000].iter().for_each(|i| expected[*i] = steps[*i]);

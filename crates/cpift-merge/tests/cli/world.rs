@@ -8,6 +8,7 @@ use cpift_core::format::checkpoint::Checkpoint;
 use cpift_core::format::digest::Digest;
 use cpift_core::format::groups::{Groups, Order, TauMode};
 use cpift_core::format::mask::{MaskHeader, MaskWriter, Metric, Scope, Ties};
+use cpift_core::stream::ties::TieSalt;
 use cpift_testkit::{Run, Tensor, Tensors, expect_entries, run, write_checkpoint};
 use tempfile::TempDir;
 
@@ -76,6 +77,17 @@ impl World {
         std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
     }
 
+    /// The first `k` of these elements of `w`, whose updates in the model `name` are equal, in the
+    /// order in which trims keep them.
+    pub fn tied_first(&self, name: &str, elements: &[usize], k: usize) -> Vec<usize> {
+        let digest = Checkpoint::open(&self.path(name)).unwrap().digest().unwrap();
+        let key = TieSalt::new(&digest).key("w");
+        let mut order = elements.to_vec();
+        order.sort_by_key(|i| (key.hash(*i), *i));
+        order.truncate(k);
+        order
+    }
+
     /// Writes the checkpoint `name`, replacing an older one.
     pub fn checkpoint(&self, name: &str, tensors: &Tensors) -> PathBuf {
         let _ = std::fs::remove_dir_all(self.path(name));
@@ -119,6 +131,7 @@ impl World {
             scope: Scope::Global,
             metric: Metric::Magnitude,
             seed: None,
+            rule: None,
             d,
             selected,
             ties: Ties::default(),
@@ -148,6 +161,7 @@ impl World {
             tasks: tasks.iter().map(|t| (*t).to_owned()).collect(),
             jaccard: vec![vec![0.0; n]; n],
             chance: vec![vec![0.0; n]; n],
+            without_ties: None,
             excluded: Vec::new(),
             groups: tasks.iter().map(|t| vec![(*t).to_owned()]).collect(),
             order: Order { method: "random".into(), seed: Some(0), scores: Vec::new() },
