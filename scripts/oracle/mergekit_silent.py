@@ -103,7 +103,7 @@ CASES = [
     Case("misspelled key of a filter", SLERP.replace("VALUE", "[{fliter: mlp, value: 1}, {value: 0}]")),
     Case("filter that fits no tensor", SLERP.replace("VALUE", "[{filter: mpl, value: 1}, {value: 0}]"), expected="fits no tensor"),
     Case("key written twice", HEAD + "dtype: bfloat16\ndtype: float32\n"),
-    Case("parameter of another method", HEAD.replace("weight: 1}", "weight: 1, density: 0.5}", 1) + F32),
+    Case("parameter of another method", HEAD.replace("weight: 1}", "weight: 1, density: 0.5}", 1) + F32, expected="has no effect"),
     Case("t above 1", SLERP.replace("VALUE", "1.5")),
     Case("t below 0", SLERP.replace("VALUE", "[0.5, -0.5]")),
     Case("t is NaN", SLERP.replace("VALUE", ".nan")),

@@ -1,6 +1,10 @@
 //! The command line: every flag with its help, and the request that the flags amount to.
 
+mod methods;
+mod sweep;
+
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use anyhow::Result;
 use clap::builder::PossibleValue;
@@ -9,9 +13,15 @@ use cpift_core::error::usage;
 use cpift_core::run::cli::{Common, Named};
 use cpift_core::{CheckpointWriter, Dtype};
 
+use crate::method::Method;
 use crate::methods::Conflict;
-use crate::request::{CpiRequest, Method, ModelRequest, OutputRequest, Request, Space, TaskWeights};
+use crate::request::{CpiRequest, ModelRequest, OutputRequest, Request, Space, TaskWeights};
 use crate::setting::Setting;
+use methods::{
+    ArceeFusionArgs, BreadcrumbsArgs, DellaArgs, IsoCArgs, ModelStockArgs, MultiSlerpArgs, NearSwapArgs, NuSlerpArgs,
+    PassthroughArgs, RamArgs, SceArgs, TsvMArgs,
+};
+use sweep::SweepArgs;
 
 /// Merge checkpoints of one model, by standard methods or by the core transplant and SLERP of
 /// CPI-FT
@@ -22,13 +32,23 @@ use crate::setting::Setting;
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
 #[derive(Parser, Debug)]
-#[command(name = "cpift-merge", version)]
+#[command(name = "cpift-merge", version, after_help = METHODS)]
 pub struct Args {
     #[command(flatten)]
     pub(crate) common: Common,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
+
+/// Methods by kind, below the list of commands.
+const METHODS: &str = "Methods:
+  of weights               linear, slerp, spherical-mean, nuslerp, multislerp, passthrough
+  of two fine-tunes        nearswap, arcee-fusion
+  of task vectors          task-arithmetic, model-stock, sce, ram, nuslerp, multislerp
+  of thinned task vectors  ties, dare, della, breadcrumbs
+  by singular vectors      tsv-m, iso-c
+  of CPI-FT                cpi
+  recipe runs all but cpi, and rearranges layers (slices)";
 
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
@@ -38,13 +58,40 @@ pub(crate) enum Command {
     Slerp(SlerpArgs),
     /// Spherical (Karcher) mean of two or more models, tensor by tensor
     SphericalMean(SphericalMeanArgs),
+    /// Spherical interpolation of two models or task vectors, of tensors, rows or columns
+    #[command(name = "nuslerp")]
+    NuSlerp(NuSlerpArgs),
+    /// Mean on the sphere of two or more models or task vectors
+    #[command(name = "multislerp")]
+    MultiSlerp(MultiSlerpArgs),
+    /// Copy of one model, with another dtype or scaled weights
+    Passthrough(PassthroughArgs),
+    /// The base moved towards a second model where both are near
+    #[command(name = "nearswap")]
+    NearSwap(NearSwapArgs),
+    /// The base with the elements of a second model whose change matters most
+    ArceeFusion(ArceeFusionArgs),
     /// Weighted sum of task vectors (differences from a base), added to the base
     TaskArithmetic(TaskArithmeticArgs),
+    /// Mean of the models, drawn towards the base by the angles between their task vectors
+    ModelStock(ModelStockArgs),
+    /// SCE: the elements that differ most between the models, weighted by energy
+    Sce(SceArgs),
+    /// RAM: mean of the task vectors that change an element
+    Ram(RamArgs),
     /// TIES: task vectors trimmed to their largest elements, and summed where they agree with the
     /// elected sign
     Ties(TiesArgs),
     /// DARE: task vectors with elements dropped at random, and summed
     Dare(DareArgs),
+    /// DELLA: task vectors with elements dropped at random, small ones more often, and summed
+    Della(DellaArgs),
+    /// Model Breadcrumbs: task vectors without their smallest and largest elements, summed
+    Breadcrumbs(BreadcrumbsArgs),
+    /// TSV-M: singular vectors of the task vectors, made orthogonal to one another
+    TsvM(TsvMArgs),
+    /// Iso-C: the sum of the task vectors with equal singular values
+    IsoC(IsoCArgs),
     /// Merge by a recipe in mergekit's YAML
     Recipe(RecipeArgs),
     /// Transplant each task's core region bit for bit, and interpolate backbone and tasks elsewhere
@@ -57,9 +104,49 @@ pub(crate) enum Command {
 }
 
 impl Command {
+    /// The merge of models that the flags ask for; `None` for other commands.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] that names the flag.
+    pub(crate) fn request(&self) -> Result<Option<Request>> {
+        Ok(Some(match self {
+            Self::Linear(a) => a.request()?,
+            Self::Slerp(a) => a.request()?,
+            Self::SphericalMean(a) => a.request()?,
+            Self::NuSlerp(a) => a.request()?,
+            Self::MultiSlerp(a) => a.request()?,
+            Self::Passthrough(a) => a.request()?,
+            Self::NearSwap(a) => a.request()?,
+            Self::ArceeFusion(a) => a.request()?,
+            Self::TaskArithmetic(a) => a.request()?,
+            Self::ModelStock(a) => a.request()?,
+            Self::Sce(a) => a.request()?,
+            Self::Ram(a) => a.request()?,
+            Self::Ties(a) => a.request()?,
+            Self::Dare(a) => a.request()?,
+            Self::Della(a) => a.request()?,
+            Self::Breadcrumbs(a) => a.request()?,
+            Self::TsvM(a) => a.request()?,
+            Self::IsoC(a) => a.request()?,
+            Self::Recipe(_) | Self::Cpi(_) | Self::Verify(_) | Self::Digest(_) => return Ok(None),
+        }))
+    }
+
     /// Destination of the result, for the commands that have one.
     pub(crate) fn output(&self) -> Option<&OutputArgs> {
         Some(match self {
+            Self::NuSlerp(a) => &a.output,
+            Self::MultiSlerp(a) => &a.output,
+            Self::Passthrough(a) => &a.output,
+            Self::NearSwap(a) => &a.output,
+            Self::ArceeFusion(a) => &a.output,
+            Self::ModelStock(a) => &a.output,
+            Self::Sce(a) => &a.output,
+            Self::Ram(a) => &a.output,
+            Self::Della(a) => &a.output,
+            Self::Breadcrumbs(a) => &a.output,
+            Self::TsvM(a) => &a.output,
+            Self::IsoC(a) => &a.output,
             Self::Linear(a) => &a.output,
             Self::Slerp(a) => &a.output,
             Self::SphericalMean(a) => &a.output,
@@ -80,15 +167,33 @@ pub(crate) struct ModelArgs {
     /// Directory of a model; without --base the first gives config.json, tokenizer and buffers
     #[arg(long = "model", value_name = "DIR", required = true)]
     models: Vec<PathBuf>,
-    /// Mask of a model (from cpift-mask): outside it the model's elements are those of the
-    /// backbone, which is the base or else the first model. NAME is the model's position in the
-    /// order of --model, from 1, or the name of its directory
-    #[arg(long = "mask", value_name = "NAME=FILE")]
-    masks: Vec<Named>,
+    /// Mask of the elements that are merged (from cpift-mask): outside it the output is the
+    /// backbone, which is the base or else the first model. With NAME= the mask is one model's:
+    /// outside it that model's elements are those of the backbone. NAME is the model's position in
+    /// the order of --model, from 1, or the name of its directory
+    #[arg(long = "mask", value_name = "[NAME=]FILE")]
+    masks: Vec<MaskArg>,
     /// Mask of the elements at which the output is the backbone bit for bit (after the cast to
     /// --dtype); they take no part in angles, trims and sums
     #[arg(long, value_name = "FILE")]
     protect: Option<PathBuf>,
+}
+
+/// Value of `--mask`.
+#[derive(Debug, Clone)]
+enum MaskArg {
+    /// Mask of one model.
+    OfModel(Named),
+    /// Mask of the merge.
+    OfAll(PathBuf),
+}
+
+impl FromStr for MaskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains('=') { Named::from_str(text).map(Self::OfModel) } else { Ok(Self::OfAll(text.into())) }
+    }
 }
 
 impl ModelArgs {
@@ -104,12 +209,24 @@ impl ModelArgs {
             model.weight = weight.clone();
         }
         for mask in &self.masks {
+            let mask = match mask {
+                MaskArg::OfModel(mask) => mask,
+                MaskArg::OfAll(path) => {
+                    if request.within.replace(path.clone()).is_some() {
+                        return Err(usage("--mask FILE without a name can be given once"));
+                    }
+                    continue;
+                }
+            };
             let model = &mut request.models[self.position(mask)?];
             if model.mask.replace(mask.path.clone()).is_some() {
                 return Err(usage(format!("--mask {} is for a model that has one already", mask.name)));
             }
         }
         request.protect.clone_from(&self.protect);
+        if request.protect.is_some() && request.within.is_some() {
+            return Err(usage("--protect and --mask FILE exclude one another: make one mask of both with cpift-mask"));
+        }
         Ok(request)
     }
 
@@ -168,7 +285,7 @@ pub(crate) struct DensityArgs {
     #[arg(long = "density", value_name = "V", required = true, allow_negative_numbers = true)]
     densities: Vec<Setting>,
     /// Scale the elements that are kept up to the sum of magnitudes of the whole task vector
-    /// [default: true for dare, false for ties]
+    /// [default: true for dare and della, else false]
     #[arg(long, value_name = "BOOL")]
     rescale: Option<bool>,
 }
@@ -217,6 +334,8 @@ pub(crate) struct LinearArgs {
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, help_heading = "Method")]
     normalize: bool,
     #[command(flatten)]
+    sweep: SweepArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
 
@@ -245,6 +364,8 @@ pub(crate) struct SlerpArgs {
     #[arg(long, value_name = "RAD", allow_negative_numbers = true, help_heading = "Method")]
     epsilon: Option<f64>,
     #[command(flatten)]
+    sweep: SweepArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
 
@@ -272,6 +393,12 @@ pub(crate) struct SphericalMeanArgs {
     /// π [default: 0]
     #[arg(long, value_name = "RAD", allow_negative_numbers = true, help_heading = "Method")]
     epsilon: Option<f64>,
+    /// Largest number of iterations
+    #[arg(long, value_name = "N", default_value = "1000", help_heading = "Method")]
+    max_iter: Setting,
+    /// Length of a step at which the mean has converged
+    #[arg(long, value_name = "V", default_value = "1e-12", help_heading = "Method")]
+    tol: Setting,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -279,6 +406,8 @@ pub(crate) struct SphericalMeanArgs {
 impl SphericalMeanArgs {
     pub(crate) fn request(&self) -> Result<Request> {
         let mut request = self.models.request(Method::SphericalMean, &self.weights)?;
+        request.values.set("max_iter", self.max_iter.clone());
+        request.values.set("tol", self.tol.clone());
         request.epsilon = self.epsilon.unwrap_or(request.epsilon);
         self.sphere.put_into(&mut request);
         Ok(request)
@@ -292,6 +421,8 @@ pub(crate) struct TaskArithmeticArgs {
     /// Divide the weights by their sum
     #[arg(long, value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set, help_heading = "Method")]
     normalize: bool,
+    #[command(flatten)]
+    sweep: SweepArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }

@@ -9,6 +9,7 @@
 
 mod job;
 mod measure;
+mod rows;
 mod tensor;
 mod write;
 
@@ -24,22 +25,28 @@ use crate::plan::Plan;
 use job::{Job, Shared};
 use tensor::{BLOCK, Tensor};
 
-/// Merges every tensor into `output` and returns the statistics of each; `hashes` is filled by the
-/// same passes.
+/// Merges every tensor of every plan into its output and returns the statistics of each; `hashes`,
+/// of the first plan, is filled by the same passes.
+///
+/// Several plans are of the same inputs. Each batch of tensors is merged by all plans before the
+/// next one is read.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming file, tensor and element if a number is not finite, in an input
 /// or after the cast to the output's dtype.
-pub(crate) fn run(plan: &Plan, hashes: &InputHashes<'_>, output: &Output) -> Result<Vec<TensorStats>> {
-    let job = Job::of(plan);
-    let shared = Shared::new(&job, Some(hashes), "merging");
-    let mut stats = Vec::with_capacity(job.tensors.len());
-    for batch in job::batches(&job.tensors) {
-        let measured = measure::measure(&shared, batch.clone())?;
-        write::write(&shared, batch, &measured, output)?;
-        stats.extend(measured);
+pub(crate) fn run(plans: &[&Plan], hashes: &InputHashes<'_>, outputs: &[Output]) -> Result<Vec<Vec<TensorStats>>> {
+    let jobs: Vec<Job<'_>> = plans.iter().map(|plan| Job::of(plan)).collect();
+    let shared = |(i, job)| Shared::new(job, (i == 0).then_some(hashes), (i == 0).then_some("merging"));
+    let shared: Vec<Shared<'_>> = jobs.iter().enumerate().map(shared).collect();
+    let mut stats: Vec<Vec<TensorStats>> = jobs.iter().map(|job| Vec::with_capacity(job.tensors.len())).collect();
+    for batch in job::batches(&jobs[0].tensors) {
+        for ((shared, output), stats) in shared.iter().zip(outputs).zip(&mut stats) {
+            let measured = measure::measure(shared, batch.clone())?;
+            write::write(shared, batch.clone(), &measured, output)?;
+            stats.extend(measured.into_iter().map(TensorStats::for_report));
+        }
     }
-    shared.bar.finish_and_clear();
+    shared[0].bar.finish_and_clear();
     Ok(stats)
 }
 
@@ -50,7 +57,7 @@ pub(crate) fn run(plan: &Plan, hashes: &InputHashes<'_>, output: &Output) -> Res
 /// [`cpift_core::BadInput`] if a number that must be measured is not finite.
 pub(crate) fn survey(plan: &Plan) -> Result<Vec<TensorStats>> {
     let job = Job::of(plan);
-    let shared = Shared::new(&job, None, "measuring");
+    let shared = Shared::new(&job, None, Some("measuring"));
     let mut stats = Vec::with_capacity(job.tensors.len());
     for batch in job::batches(&job.tensors) {
         let bytes = job::bytes_of(&job.tensors[batch.clone()]);

@@ -19,7 +19,7 @@ use super::measure::TensorStats;
 use super::tensor::{Block, Tensor};
 use crate::methods::region::magnitude;
 use crate::methods::sign_merge::{self, Filter, Number};
-use crate::methods::{Conflict, Rule};
+use crate::methods::{Along, Conflict, Rule};
 use crate::request::Space;
 
 /// A checkpoint being written and hashed.
@@ -96,6 +96,17 @@ impl Output {
         })
     }
 
+    /// As [`Output::flushed`], for several outputs.
+    ///
+    /// # Errors
+    /// As [`Output::flushed`].
+    pub fn all_flushed<'w, R>(outputs: &'w [Self], work: Box<dyn FnOnce() -> Result<R> + 'w>) -> Result<R> {
+        match outputs {
+            [] => work(),
+            [first, others @ ..] => first.flushed(|| Self::all_flushed(others, work)),
+        }
+    }
+
     /// Digest of the tensors written and of the side files in `folder`.
     ///
     /// # Errors
@@ -134,7 +145,7 @@ pub(super) fn write(shared: &Shared<'_>, batch: Range<usize>, stats: &[TensorSta
     job::for_each(&pieces, |piece| {
         let (tensor, stats) = (&tensors[piece.tensor], &stats[piece.tensor - batch.start]);
         // This pass is the first to read a tensor that needs no measurement.
-        if matches!(tensor.rule, Rule::Linear(_)) {
+        if !tensor.rule.reads_chunks_first() {
             shared.hash(tensor, piece);
         }
         if tensor.is_wide() {
@@ -161,7 +172,7 @@ fn write_piece<T: Number>(
         bytes.resize(piece.elements.len() * size, 0);
         let done = dispatch!(write_blocks(job, tensor, stats, piece, block, bytes));
         match done {
-            Ok(()) => output.put(tensor.operands[0].view.name, piece.elements.start, size, bytes),
+            Ok(()) => output.put(tensor.name, piece.elements.start, size, bytes),
             Err(Fault::NotFinite(start, len)) => Err(tensor.not_finite(start, len).into()),
             Err(Fault::OutOfRange(start, values)) => Err(out_of_range(job.dtype, tensor, start, &values).into()),
         }
@@ -179,7 +190,8 @@ fn write_blocks<T: Number>(
 ) -> Result<(), Fault> {
     let (about_base, size, limit) = (job.space == Space::Delta, job.dtype.size(), T::from_f64(overflow(job.dtype)));
     let with_base = about_base || job.base_is_separate && (tensor.protected.is_some() || tensor.is_masked());
-    let mut ties: Vec<u64> = stats.filters.iter().map(|f| f.keep.ties_in(piece.chunk)).collect();
+    let ties_in = |filters: &[Filter]| -> Vec<u64> { filters.iter().map(|f| f.keep.ties_in(piece.chunk)).collect() };
+    let (mut ties, mut top_ties) = (ties_in(&stats.filters), ties_in(&stats.outliers));
     for (start, len) in piece.blocks() {
         if !block.load(tensor, start, len, with_base) {
             return Err(Fault::NotFinite(start, len));
@@ -188,11 +200,25 @@ fn write_blocks<T: Number>(
         match tensor.rule {
             Rule::SignMerge(rule) => {
                 sign_merge::subtract_base(&mut block.operands, &block.base);
+                drop_outliers(&stats.outliers, start, &mut top_ties, block);
                 thin(tensor, &stats.filters, start, &mut ties, block);
                 let Block { operands, base, out, sums, divisors } = &mut *block;
                 rule.merge(&stats.filters, operands, base, [&mut sums[..len], &mut divisors[..len]], out);
             }
-            _ => {
+            Rule::Pointwise(rule) => {
+                let Block { operands, base, out, .. } = &mut *block;
+                rule.merge(&stats.figures, start, operands, base, out);
+            }
+            Rule::Combine(_, Along::Rows | Along::Columns) => {
+                let Block { operands, base, out, .. } = &mut *block;
+                stats.grouped.apply(start, operands, about_base.then_some(&base[..]), out);
+            }
+            Rule::Spectral(rule) => {
+                let changes = block.base.iter().zip(&stats.change[start..start + len]);
+                let sums = changes.map(|(b, change)| T::from_f64(b.to_f64() + rule.lambda * f64::from(*change)));
+                block.out.iter_mut().zip(sums).for_each(|(o, v)| *o = v);
+            }
+            Rule::Linear(_) | Rule::Fold(_) | Rule::SphericalMean(..) | Rule::Combine(_, Along::Whole) => {
                 let Block { operands, base, out, sums, .. } = &mut *block;
                 stats.combination.apply(operands, about_base.then_some(&base[..]), &mut sums[..len], out);
             }
@@ -222,6 +248,19 @@ fn thin<T: Number>(tensor: &Tensor<'_>, filters: &[Filter], start: usize, ties: 
     }
     for ((values, filter), ties) in block.operands.iter_mut().zip(filters).zip(ties) {
         filter.keep.apply(values, start, ties);
+    }
+}
+
+/// Sets the elements of each task vector that are too large to zero.
+#[inline(always)]
+fn drop_outliers<T: Number>(outliers: &[Filter], start: usize, ties: &mut [u64], block: &mut Block<T>) {
+    for ((values, filter), ties) in block.operands.iter_mut().zip(outliers).zip(ties) {
+        block.out.clone_from(values);
+        filter.keep.apply(&mut block.out, start, ties);
+        values
+            .iter_mut()
+            .zip(&block.out)
+            .for_each(|(v, large)| *v = if *large == T::default() { *v } else { *large - *large });
     }
 }
 
