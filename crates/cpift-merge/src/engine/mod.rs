@@ -19,8 +19,8 @@ pub(crate) use write::Output;
 
 use anyhow::Result;
 
-use crate::methods::Rule;
 use crate::methods::sign_merge::Sparsify;
+use crate::methods::{Along, Pointwise, Rule};
 use crate::plan::Plan;
 use job::{Job, Shared};
 use tensor::{BLOCK, Tensor};
@@ -76,10 +76,36 @@ pub(crate) fn peak_memory(plan: &Plan) -> u64 {
     let job = Job::of(plan);
     let number = if job.tensors.iter().any(Tensor::is_wide) { size_of::<f64>() } else { size_of::<f32>() };
     let blocks = ((job.operands + 2) * number + 2 * size_of::<f64>()) * BLOCK;
-    let trims = |t: &Tensor<'_>| matches!(t.rule, Rule::SignMerge(rule) if rule.sparsify == Sparsify::Trim);
+    let trims = |t: &Tensor<'_>| {
+        matches!(t.rule, Rule::SignMerge(rule) if matches!(rule.sparsify, Sparsify::Trim | Sparsify::Outliers))
+            || matches!(t.rule, Rule::Pointwise(Pointwise::Sce { .. } | Pointwise::Fusion))
+    };
     let trim = if job.tensors.iter().any(trims) { 4 * HISTOGRAM + CHUNK * number } else { 0 };
     let per_thread = blocks + CHUNK * job.dtype.size() + trim;
     // A hash of 32 bytes for every piece, and its lock.
     let hashes = 2 * plan.bytes_to_read() / CHUNK as u64 * 40;
-    (PROGRAM + rayon::current_num_threads() * per_thread) as u64 + hashes
+    // Measurements of one tensor at a time, and bands of rows.
+    let of_tensor = |t: &Tensor<'_>| {
+        let (numel, k) = (t.numel(), t.operands.len());
+        let groups = |along: Along| match (along, t.operands[0].view.shape) {
+            (Along::Whole, _) => 0,
+            (Along::Rows, [.., row]) => numel / (*row).max(1),
+            (Along::Columns, [first, _, ..]) => numel / (*first).max(1),
+            _ => 1,
+        };
+        match t.rule {
+            Rule::SignMerge(rule) if rule.sparsify == Sparsify::Prune => k * numel.div_ceil(8),
+            Rule::Combine(_, along) => groups(*along) * k * size_of::<f64>(),
+            Rule::Pointwise(Pointwise::Sce { .. }) => numel.div_ceil(8),
+            Rule::Pointwise(Pointwise::Fusion) => groups(Along::Rows) * size_of::<f64>(),
+            // A task vector in f32 and f64, and the parts of its decomposition, for as many at a time
+            // as there are threads.
+            Rule::Spectral(_) => numel * 32 * k.min(rayon::current_num_threads()),
+            _ => 0,
+        }
+    };
+    let whole = job.tensors.iter().map(of_tensor).max().unwrap_or(0);
+    let banded = |t: &Tensor<'_>| of_tensor(t) > 0;
+    let bands = if job.tensors.iter().any(banded) { CHUNK * (job.operands + 1) * number } else { 0 };
+    (PROGRAM + whole + rayon::current_num_threads() * (per_thread + bands)) as u64 + hashes
 }

@@ -190,11 +190,23 @@ fn write_blocks<T: Number>(
 ) -> Result<(), Fault> {
     let (about_base, size, limit) = (job.space == Space::Delta, job.dtype.size(), T::from_f64(overflow(job.dtype)));
     let with_base = about_base || job.base_is_separate && (tensor.protected.is_some() || tensor.is_masked());
+    let one = &tensor.operands[0];
+    // The bytes of the only operand, which are read for numbers that are not finite.
+    let unchanged = matches!(tensor.rule, Rule::Linear(factors) if factors[..] == [1.0])
+        && !about_base
+        && one.mask.is_none()
+        && tensor.protected.is_none()
+        && one.view.dtype == job.dtype;
     let ties_in = |filters: &[Filter]| -> Vec<u64> { filters.iter().map(|f| f.keep.ties_in(piece.chunk)).collect() };
     let (mut ties, mut top_ties) = (ties_in(&stats.filters), ties_in(&stats.outliers));
     for (start, len) in piece.blocks() {
         if !block.load(tensor, start, len, with_base) {
             return Err(Fault::NotFinite(start, len));
+        }
+        let at = (start - piece.elements.start) * size;
+        if unchanged {
+            bytes[at..at + len * size].copy_from_slice(tensor.operands[0].view.slice(start, len));
+            continue;
         }
         block.out.resize(len, T::default());
         match tensor.rule {
@@ -233,7 +245,6 @@ fn write_blocks<T: Number>(
         if !block.out.iter().fold(true, |fits, v| fits & (v.abs() < limit)) {
             return Err(Fault::OutOfRange(start, block.out.iter().map(|v| v.to_f64()).collect()));
         }
-        let at = (start - piece.elements.start) * size;
         T::store(job.dtype, &block.out, &mut bytes[at..at + len * size]);
     }
     Ok(())
@@ -260,7 +271,7 @@ fn drop_outliers<T: Number>(outliers: &[Filter], start: usize, ties: &mut [u64],
         values
             .iter_mut()
             .zip(&block.out)
-            .for_each(|(v, large)| *v = if *large == T::default() { *v } else { *large - *large });
+            .for_each(|(v, large)| *v = if *large == T::default() { *v } else { T::default() });
     }
 }
 

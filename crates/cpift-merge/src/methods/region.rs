@@ -38,7 +38,7 @@ pub(crate) fn outside<T>(bits: &[u8], start: usize, values: &mut [T], each: impl
 }
 
 fn by_bit<T>(bits: &[u8], start: usize, values: &mut [T], flip: u8, mut each: impl FnMut(usize, &mut T)) {
-    if start % 8 != 0 {
+    if !start.is_multiple_of(8) {
         let is_set = |(j, _): &(usize, &mut T)| bit(bits, start + j) != (flip != 0);
         values.iter_mut().enumerate().filter(is_set).for_each(|(j, v)| each(j, v));
         return;

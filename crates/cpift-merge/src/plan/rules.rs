@@ -27,10 +27,20 @@ pub(crate) fn check(request: &Request) -> Result<()> {
     for part in request.slices.iter().map(|slice| &slice.request).chain([request]) {
         check_numbers(part)?;
     }
-    if !request.slices.is_empty() {
-        return Ok(());
+    if request.protect.is_some() && request.within.is_some() {
+        return Err(usage("a mask of the merge and protected elements exclude one another: make one mask of both"));
     }
-    check_models(request)
+    if request.slices.is_empty() {
+        return check_models(request);
+    }
+    let models = request.slices.iter().flat_map(|slice| &slice.request.models);
+    if request.protect.is_some() || request.within.is_some() || models.into_iter().any(|model| model.mask.is_some()) {
+        return Err(usage("masks are of whole models, and slices rearrange their layers: use models"));
+    }
+    if request.base.is_some() && request.method.base() == Base::Model {
+        return Err(usage("space: delta is not supported with slices"));
+    }
+    Ok(())
 }
 
 /// The rule by which `cpi` merges every tensor of a backbone and `tasks` tasks.
@@ -66,7 +76,7 @@ fn check_models(request: &Request) -> Result<()> {
             (1, 1) => "exactly one".to_owned(),
             (2, 2) => "exactly two".to_owned(),
             (2, usize::MAX) => "at least two".to_owned(),
-            (least, usize::MAX) if least == 1 => "at least one".to_owned(),
+            (1, usize::MAX) => "at least one".to_owned(),
             (least, most) => format!("{least} to {most}"),
         };
         let found = if n == 0 { "none".to_owned() } else { n.to_string() };

@@ -69,6 +69,9 @@ fn slice(text: &mut String, slice: &Slice) {
     for (one, range) in slice.request.models.iter().zip(&slice.layers) {
         model(text, method, one, 6, Some(range));
     }
+    if let (Base::Model, Some(first)) = (method.base(), slice.request.models.first()) {
+        line(text, 4, "base_model", &quoted(&first.path));
+    }
     block(text, 4, "parameters", &parameters(&slice.request));
 }
 

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use cpift_core::BadInput;
+use cpift_core::{BadInput, Dtype};
 use cpift_merge::Request;
-use cpift_merge::recipe::{parse, read};
+use cpift_merge::recipe::{parse, read, write};
 
 use crate::{SLERP, linear, parsed, paths, refused, ties};
 
@@ -99,8 +99,15 @@ fn hostile_text_is_refused_quickly() {
 
 #[test]
 fn mutilated_recipes_are_read_or_refused() {
-    let whole =
-        [SLERP.to_owned(), ties("tokenizer: {source: base}\ncpift: {protect: p}\n"), slices(&[["[0, 3]"; 2]; 2], "")];
+    let own = "    base_model: b\n    parameters: {weight: [{filter: mlp, value: [1, 2]}, {value: 3}]}\n";
+    let whole = [
+        SLERP.to_owned(),
+        ties("tokenizer: {source: base}\ncpift: {protect: p}\n"),
+        slices(&[["[0, 3]"; 2]; 2], own),
+        SLERP.to_owned() + "chat_template: llama3\ncpift: {epsilon: 0.1, mask: m}\n",
+        ties("chat_template: auto\n").replace("ties", "della").replace("density: 0.33", "epsilon: 0.2"),
+        ties("").replace("ties", "nuslerp").replace("filter: mlp", "filter: '*'"),
+    ];
     let mut state = 1u64;
     let mut next = |bound: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -121,7 +128,12 @@ fn mutilated_recipes_are_read_or_refused() {
         }
         let text: String = text.into_iter().collect();
         match parse(&text, Path::new("r.yml")) {
-            Ok(_) => read += 1,
+            Ok(request) => {
+                let dtype = request.dtype.unwrap_or(Dtype::BF16);
+                let again = write(&request, dtype);
+                assert_eq!(parsed(&again), Request { dtype: Some(dtype), ..request }, "{text}\n{again}");
+                read += 1;
+            }
             Err(error) => assert!(error.downcast_ref::<BadInput>().is_some(), "{error:?}"),
         }
     }
