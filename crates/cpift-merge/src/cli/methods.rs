@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::{DensityArgs, ModelArgs, OutputArgs, TaskVectorArgs, one};
+use super::shared::{DensityArgs, ModelArgs, OutputArgs, TaskVectorArgs, one};
 use crate::method::Method;
 use crate::request::Request;
 use crate::setting::Setting;
