@@ -93,16 +93,18 @@ impl Inputs {
         let [in_base, in_tuned] = [&self.base, &self.tuned].map(positions);
         let in_fisher = self.fisher.as_ref().map(positions).unwrap_or_default();
         for view in self.base.parameters() {
-            let pair = Pair {
-                base: view,
-                tuned: parameter(&self.tuned, view.name),
-                fisher: self.fisher.as_ref().map(|fisher| parameter(fisher, view.name)),
-                positions: [
-                    in_base[self.base.stored_name(view.name)],
-                    in_tuned[self.tuned.stored_name(view.name)],
-                    in_fisher.get(view.name).copied().unwrap_or(0),
-                ],
+            let tuned = parameter(&self.tuned, view.name);
+            let fisher = self.fisher.as_ref().map(|fisher| parameter(fisher, view.name));
+            let position = |checkpoint: &Checkpoint, places: &BTreeMap<&str, usize>, view: &TensorView<'_>| {
+                let place = places.get(checkpoint.stored_name(view.name)).copied();
+                place.filter(|_| view.is_as_stored(checkpoint))
             };
+            let positions = [
+                position(&self.base, &in_base, &view),
+                position(&self.tuned, &in_tuned, &tuned),
+                self.fisher.as_ref().zip(fisher.as_ref()).and_then(|(f, view)| position(f, &in_fisher, view)),
+            ];
+            let pair = Pair { base: view, tuned, fisher, positions };
             if excluded.iter().any(|kind| kind.matches(view.name)) {
                 out.push(pair);
             } else {
@@ -124,6 +126,7 @@ impl Inputs {
             Excluded::Buffer => "a buffer",
             Excluded::NotFloat => "not floating-point",
             Excluded::Tied => "tied to the input embedding",
+            Excluded::Skipped => "missing in another checkpoint",
         };
         self.base.not_parameters().map(|(view, why)| (view.name.to_owned(), reason(why))).collect()
     }
@@ -222,7 +225,7 @@ impl<'a> InputDigest<'a> {
         let digest = match self.hasher() {
             Some(hasher) => {
                 hasher.add_missing(self.checkpoint);
-                hasher.finish(self.checkpoint.folder())?
+                self.checkpoint.with_adapter(hasher.finish(self.checkpoint.folder())?)
             }
             None => Digest::blank(),
         };
