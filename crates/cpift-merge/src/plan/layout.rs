@@ -155,8 +155,7 @@ impl Layout {
     /// Tensors that are copied unchanged.
     pub fn copies<'a>(&'a self, sources: &[&'a Source]) -> Vec<TensorView<'a>> {
         let view = |(name, source, from): &'a (String, usize, String)| {
-            let view = sources[*source].checkpoint.get(from).expect("found when the layout was made");
-            TensorView { name, ..view }
+            sources[*source].checkpoint.get(from).expect("found when the layout was made").named(name)
         };
         self.copies.iter().map(view).collect()
     }

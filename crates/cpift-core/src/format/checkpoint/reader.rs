@@ -408,6 +408,11 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    /// The same tensor under the name that it has in an output.
+    pub fn named(self, name: &'a str) -> Self {
+        Self { name, ..self }
+    }
+
     /// Dtype as which an output stores this tensor, if nothing else is asked for.
     pub fn output_dtype(&self) -> Dtype {
         self.derived.and_then(|derived| derived.scale.as_ref()).map_or(self.dtype, |scale| scale.dtype)
