@@ -23,5 +23,6 @@ pub mod score;
 pub mod session;
 mod tensorboard;
 pub mod train;
+mod transfer;
 pub mod weights;
 pub mod workers;
