@@ -5,7 +5,7 @@
 //
 //   FAKE_CUDA_DEVICES=N   devices, 8 if not given
 //   FAKE_CUDA_MEMORY=N    bytes of each device's memory, 80 GiB if not given; beyond it cudaMalloc fails
-//   FAKE_CUDA_COPIES=N    copies of more bytes to the device, and from it to pinned memory, are not made
+//   FAKE_CUDA_COPIES=N    copies of more bytes to device memory and to pinned memory are not made
 //                         (their ends are still looked at): with 0 all results are zero, and the memory
 //                         of a model can be measured that is larger than this machine's
 //   FAKE_CUDA_STATS=FILE  counts as 64-bit integers, see enum Count
@@ -242,9 +242,9 @@ cudaError_t check_grid(dim3 grid, dim3 block, size_t shared) {
   return cudaErrorInvalidConfiguration;
 }
 
-void copy(void *to, const void *from, size_t n, bool between) {
+void copy(void *to, const void *from, size_t n, bool can_be_left_out) {
   if (!n) return;
-  if (!between || n <= COPIES) {
+  if (!can_be_left_out || n <= COPIES) {
     memcpy(to, from, n);
     return;
   }
@@ -254,9 +254,7 @@ void copy(void *to, const void *from, size_t n, bool between) {
 }
 
 // Copies that may be left out: not those that end in ordinary memory, which would keep what it had.
-bool can_be_left_out(cudaMemoryType to, cudaMemoryType from) {
-  return to != from && to != cudaMemoryTypeUnregistered;
-}
+bool may_stay_away(cudaMemoryType to) { return to != cudaMemoryTypeUnregistered; }
 
 thread_local struct {
   dim3 grid, block;
@@ -429,7 +427,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind
   bool between = type != from_type;
   if (type == cudaMemoryTypeDevice && between) count(TO_DEVICE, n);
   if (from_type == cudaMemoryTypeDevice && between) count(TO_HOST, n);
-  of(stream)->put([=] { copy(to, from, n, can_be_left_out(type, from_type)); });
+  of(stream)->put([=] { copy(to, from, n, may_stay_away(type)); });
   if (type == cudaMemoryTypeUnregistered || from_type == cudaMemoryTypeUnregistered) {
     count(PAGEABLE);
     host_waits("a copy from or to memory that is not pinned");
@@ -441,7 +439,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind) {
   host_waits("cudaMemcpy");
   wait_for_all();
-  return copy(to, from, n, can_be_left_out(find(to).type, find(from).type)), cudaSuccess;
+  return copy(to, from, n, may_stay_away(find(to).type)), cudaSuccess;
 }
 
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,

@@ -38,7 +38,8 @@ ranks() { # ranks N NAME PROGRAM ARGS…
 }
 size=(--batch-size 4 --lr 1e-3 --device cuda)
 train() { # train NAME ARGS…
-    one "train: $1" cpift-train run --model $base --tasks $tasks --out "$work/out" --force --steps 3 "${size[@]}" "${@:2}"
+    local steps=(--steps 3); [[ " $* " == *" --steps "* ]] && steps=()
+    one "train: $1" cpift-train run --model $base --tasks $tasks --out "$work/out" --force "${size[@]}" "${steps[@]}" "${@:2}"
 }
 
 for n in 2 3; do
@@ -66,6 +67,23 @@ done
 
 one "probe with Fisher" cpift-probe --base $base --tasks $tasks --task logic --out "$work/probe" "${size[@]}" --steps 3 --save-fisher
 one "eval with generation" cpift-eval run --model $base --tasks $tasks --out "$work/scores.json" --limit 4 --device cuda
+
+# Masks must come from weights that moved: of probes on the CPU.
+masks=()
+for task in format recall; do
+    "$bin/cpift-probe" --base $base --tasks $tasks --task $task --out "$work/probe-$task" --batch-size 4 --lr 1e-3 --steps 3 \
+        --device cpu --quiet
+    "$bin/cpift-mask" extract --base $base --tuned "$work/probe-$task" --percent 1 --out "$work/$task.safetensors" --quiet
+    masks+=(--mask "$task=$work/$task.safetensors")
+done
+"$bin/cpift-group" "${masks[@]}" --tau 1 --out "$work/groups.json" --quiet
+groups=(--groups "$work/groups.json" "${masks[@]}" --steps 4)
+for offload in none optimizer all; do
+    train "static masks, --offload $offload" "${groups[@]}" --offload $offload
+    train "a moving mask, --offload $offload" --groups "$work/groups.json" --steps 4 --isolation dynamic \
+        --mask-interval 1 --offload $offload
+done
+train "core regions only" "${groups[@]}" --trainable cores
 
 for offload in none optimizer all; do
     ranks 2 "train: 2 ranks, --offload $offload" "$bin/cpift-train" run --model $base --tasks $tasks \

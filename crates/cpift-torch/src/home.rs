@@ -356,8 +356,8 @@ impl UnitHome {
         Ok(Asked(Some(asked)))
     }
 
-    /// Starts to fill `whole`. From host memory to a CUDA device on a stream for copies, beside the
-    /// work of the device.
+    /// Starts to fill `whole`. In one process, from host memory to a CUDA device on a stream for
+    /// copies, beside the work of the device.
     fn fill(&self, flat: &Flat, whole: &Tensor) -> Result<Coming> {
         let away = flat.shard.device() != self.placement.device;
         let start = || -> Result<Option<Work>> {
@@ -365,14 +365,18 @@ impl UnitHome {
                 transfer::copy(whole, &flat.shard)?;
                 return Ok(None);
             };
-            let own = if away { whole.new_empty([flat.part]) } else { no_grad(|| flat.shard.to_kind(flat.wire)) };
+            let own = if away {
+                Tensor::empty([flat.part], (flat.wire, whole.device()))
+            } else {
+                no_grad(|| flat.shard.to_kind(flat.wire))
+            };
             if away {
                 transfer::copy(&own, &flat.shard)?;
             }
             group.all_gather(whole, &own).map(Some)
         };
         match self.placement.device {
-            Device::Cuda(index) if away => {
+            Device::Cuda(index) if away && self.placement.group.is_none() => {
                 let (arrival, work) = Arrival::of(index, start)?;
                 Ok(Coming { work, arrival: Some(arrival) })
             }
