@@ -284,17 +284,17 @@ impl TrainingArgs {
     /// # Errors
     /// [`Usage`] for --offload on the CPU without a directory, or a directory without it.
     pub(crate) fn storage(&self, device: Device) -> Result<[Storage; 2]> {
-        let away = match (&self.offload_dir, device.is_cuda()) {
+        let away = match (&self.offload_dir, device) {
             _ if self.offload == Offload::None && self.offload_dir.is_none() => Storage::On(device),
             (Some(_), _) if self.offload == Offload::None => {
                 return Err(usage("--offload-dir needs --offload optimizer or all"));
             }
-            (Some(folder), false) => Storage::Files(folder.clone()),
-            (None, true) => Storage::Pinned(device),
-            (Some(_), true) => {
+            (Some(_), Device::Cuda(_)) => {
                 return Err(usage("--offload-dir is for the CPU: on CUDA the state lies in pinned host memory"));
             }
-            (None, false) => {
+            (Some(folder), _) => Storage::Files(folder.clone()),
+            (None, Device::Cuda(index)) => Storage::Pinned(index),
+            (None, _) => {
                 return Err(usage("--offload on the CPU needs --offload-dir DIR, on a disk with room for the state"));
             }
         };

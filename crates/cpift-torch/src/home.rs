@@ -19,6 +19,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::dist::{Group, Work, set_storage};
 use crate::offload::Storage;
 use crate::pieces::{Piece, Pieces};
+use crate::transfer::{self, Arrival};
 use crate::weights::{self, Parameters};
 
 /// Parameters and parts begin at multiples of this number of elements: kernels see the alignment of
@@ -301,28 +302,41 @@ impl UnitHome {
 
     /// Starts to bring the whole parameters of a unit to the device.
     fn ask(self: &Rc<Self>, unit: usize) -> Result<Asked> {
-        let mut asked = Units { home: Rc::clone(self), unit, wholes: Vec::new(), works: Vec::new() };
+        let mut asked = Units { home: Rc::clone(self), unit, wholes: Vec::new(), coming: Vec::new() };
         for flat in &self.units[unit].flats {
             let whole = Tensor::empty([flat.part * self.world()], (flat.wire, self.placement.device));
-            asked.works.extend(self.fill(flat, &whole)?);
+            asked.coming.push(self.fill(flat, &whole)?);
             asked.wholes.push(whole);
         }
         Ok(Asked(Some(asked)))
     }
 
-    fn fill(&self, flat: &Flat, whole: &Tensor) -> Result<Option<Work>> {
-        no_grad(|| {
-            // As it is, because the device casts faster, and the copy needs no buffer.
-            let shard = flat.shard.to_device_(self.placement.device, flat.shard.kind(), true, false);
-            let shard = shard.to_kind(flat.wire);
-            match &self.placement.group {
-                Some(group) => group.all_gather(whole, &shard).map(Some),
-                None => {
-                    whole.shallow_clone().copy_(&shard);
-                    Ok(None)
-                }
+    /// Starts to fill `whole`. In one process, from host memory to a CUDA device on a stream for
+    /// copies, beside the work of the device.
+    fn fill(&self, flat: &Flat, whole: &Tensor) -> Result<Coming> {
+        let away = flat.shard.device() != self.placement.device;
+        let start = || -> Result<Option<Work>> {
+            let Some(group) = &self.placement.group else {
+                transfer::copy(whole, &flat.shard)?;
+                return Ok(None);
+            };
+            let own = if away {
+                Tensor::empty([flat.part], (flat.wire, whole.device()))
+            } else {
+                no_grad(|| flat.shard.to_kind(flat.wire))
+            };
+            if away {
+                transfer::copy(&own, &flat.shard)?;
             }
-        })
+            group.all_gather(whole, &own).map(Some)
+        };
+        match self.placement.device {
+            Device::Cuda(index) if away && self.placement.group.is_none() => {
+                let (arrival, work) = Arrival::of(index, start)?;
+                Ok(Coming { work, arrival: Some(arrival) })
+            }
+            _ => Ok(Coming { work: start()?, arrival: None }),
+        }
     }
 
     /// Starts to sum the gradients of a unit's parameters over the ranks; see
@@ -459,7 +473,20 @@ struct Units {
     home: Rc<UnitHome>,
     unit: usize,
     wholes: Vec<Tensor>,
-    works: Vec<Work>,
+    coming: Vec<Coming>,
+}
+
+/// A flat vector on its way to the device.
+struct Coming {
+    work: Option<Work>,
+    arrival: Option<Arrival>,
+}
+
+impl Coming {
+    fn wait(self) -> Result<()> {
+        self.work.map_or(Ok(()), Work::wait)?;
+        self.arrival.map_or(Ok(()), Arrival::wait)
+    }
 }
 
 impl Units {
@@ -486,9 +513,7 @@ impl Asked {
     /// A failed collective.
     pub(crate) fn lend(self) -> Result<Lent> {
         let Some(mut units) = self.0 else { return Ok(Lent(None)) };
-        for work in units.works.drain(..) {
-            work.wait()?;
-        }
+        units.coming.drain(..).try_for_each(Coming::wait)?;
         for (flat, whole) in units.flats().iter().zip(&units.wholes) {
             for member in &flat.members {
                 member.leaf.shallow_clone().set_data(&member.in_whole(whole));
@@ -536,7 +561,7 @@ impl Parked {
         for (flat, whole) in home.units[units.unit].flats.iter().zip(&units.wholes) {
             set_storage(whole, whole.numel() * whole.kind().elt_size_in_bytes())?;
             // Through a tensor with a version counter of its own: to autograd nothing is written.
-            units.works.extend(home.fill(flat, &whole.data())?);
+            units.coming.push(home.fill(flat, &whole.data())?);
         }
         Ok(Asked(Some(units)))
     }

@@ -25,5 +25,6 @@ pub mod session;
 mod share;
 mod tensorboard;
 pub mod train;
+mod transfer;
 pub mod weights;
 pub mod workers;
