@@ -137,6 +137,7 @@ status slurm clean-probes:
 
 test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
 	@BIN=$(BIN) tests/slurm/test.sh
+	@BIN=$(BIN) tests/slurm/ranks.sh
 
 test-fake-cuda: setup ## Every program with --device cuda, and NCCL, on a device that computes nothing (0.6 GB from PyPI; tests/fake-cuda)
 	@tests/fake-cuda/setup.sh
