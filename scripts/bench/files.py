@@ -297,6 +297,43 @@ class Bench:
         seconds = ", ".join(f"`{f or '(none)'}` {s:.1f} s" for f, s in tried.items())
         return side(flags), f"`{flags or '(none)'}` (one run each: {seconds})"
 
+    def bench_methods(self):
+        """The other methods: one tuned model, or a second one made of the first two by linear extrapolation."""
+        third, out, copy = self.work / "third", self.work / "method", self.work / "copy"
+        self.record_digests(True)
+        if not third.exists():
+            Run([self.program("cpift-merge"), "linear", "--model", self.base, "--model", self.tuned, "--weight", "1.5",
+                 "--weight=-0.5", "--out", third, "--quiet"])
+        one, two = ["--model", self.tuned], ["--model", self.tuned, "--model", third]
+        base = ["--base", self.base]
+        trim = ["--density", "0.2"]
+        methods = [
+            ("passthrough", [self.tuned], one, 1.3),
+            ("linear", [self.tuned, third], two, 1.3),
+            ("task-arithmetic", [self.base, self.tuned, third], base + two, 1.3),
+            ("model-stock", [self.base, self.tuned, third], base + two, 1.3),
+            ("multislerp", [self.tuned, third], two, 1.3),
+            ("nuslerp", [self.tuned, third], two, 1.3),
+            ("nearswap", [self.base, self.tuned], base + one + ["--t", "0.0001"], None),
+            ("ram", [self.base, self.tuned, third], base + two, None),
+            ("sce", [self.base, self.tuned, third], base + two + ["--select-topk", "0.5"], None),
+            ("arcee-fusion", [self.base, self.tuned], base + one, None),
+            ("ties", [self.base, self.tuned, third], base + two + trim, 2),
+            ("dare", [self.base, self.tuned, third], base + two + trim, 2),
+            ("della", [self.base, self.tuned, third], base + two + ["--density", "0.2", "--epsilon", "0.1"], 2),
+            ("breadcrumbs", [self.base, self.tuned, third], base + two + trim, 2),
+            ("spherical-mean", [self.tuned, third], two, 3),
+        ]
+        for name, folders, words, most in methods:
+            command = [self.program("cpift-merge"), name, *words, "--out", out, "--quiet"]
+            inputs = [path for folder in folders for path in weights(folder)]
+            floor = cat(inputs) + f"; cp -r --reflink=never {shlex.quote(str(out))} {shlex.quote(str(copy))}"
+            ours = Side(name, command, lambda: remove(out))
+            other = Side("cat of the inputs + cp of the output", shell(floor), lambda: remove(copy))
+            self.add(Row(f"merge {name}, {len(folders)} inputs", ours, other, most=most, memory=512),
+                     self.args.peer_rounds)
+        remove(out, copy, third)
+
     def bench_group(self):
         self.record_digests(True)
         masks = []
@@ -372,7 +409,8 @@ def main():
     parser.add_argument("--bin", default=root / "target/release")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, default=3)
-    parser.add_argument("--only", default="mask,merge,group", help="comma-separated: mask, merge, group")
+    parser.add_argument("--only", default="mask,merge,methods,group",
+                        help="comma-separated: mask, merge, methods, group")
     parser.add_argument("--mergekit", default="", help="mergekit-yaml of 0.1.5; its row is left out otherwise")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with numpy, torch and safetensors")
     parser.add_argument("--results", default="", help="file to write the table to")

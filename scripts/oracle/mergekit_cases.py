@@ -109,6 +109,156 @@ base_model: base
 models: [{model: a}, {model: c}]
 parameters: {max_iter: 100, tol: 1.0e-7}
 """,
+    "karcher_few": """
+merge_method: karcher
+models: [{model: a}, {model: b}, {model: c}]
+parameters: {max_iter: 1, tol: 1.0e-9}
+""",
+    "passthrough_slices": """
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}]
+  - sources:
+      - model: b
+        layer_range: [1, LAYERS]
+        parameters:
+          scale:
+            - {filter: o_proj, value: 0.5}
+            - {filter: down_proj, value: [0, 1]}
+            - {value: 1}
+  - sources: [{model: c, layer_range: [1, 2]}]
+""",
+    "slerp_slices": """
+merge_method: slerp
+base_model: a
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}, {model: c, layer_range: [1, LAYERS]}]
+    parameters: {t: [{filter: mlp, value: [0.2, 0.9]}, {filter: layers.0., value: 0.6}, {value: 0.4}]}
+  - sources: [{model: c, layer_range: [0, LAYERS]}, {model: a, layer_range: [0, LAYERS]}]
+parameters: {t: [0, 1]}
+""",
+    "ties_slices": """
+merge_method: ties
+base_model: base
+slices:
+  - sources:
+      - {model: base, layer_range: [1, 2]}
+      - {model: a, layer_range: [0, 1], parameters: {weight: [{filter: layers.0., value: 0.7}, {value: 0.2}]}}
+      - {model: b, layer_range: [2, 3], parameters: {density: 0.6}}
+  - sources:
+      - {model: base, layer_range: [0, 2]}
+      - {model: b, layer_range: [0, 2]}
+      - {model: c, layer_range: [1, 3]}
+    parameters: {weight: 0.3, normalize: false}
+parameters: {density: 0.5, weight: 1}
+""",
+    "model_stock": """
+merge_method: model_stock
+base_model: base
+models: [{model: a}, {model: b}, {model: c}]
+""",
+    "model_stock_filter_wise": """
+merge_method: model_stock
+base_model: base
+models: [{model: b}, {model: d}, {model: a}]
+parameters: {filter_wise: true}
+""",
+    "nuslerp": """
+merge_method: nuslerp
+models:
+  - {model: a, parameters: {weight: 0.3}}
+  - {model: c, parameters: {weight: [0.7, 0.2]}}
+""",
+    "nuslerp_base_rows": """
+merge_method: nuslerp
+base_model: base
+models:
+  - {model: b, parameters: {weight: 0.6}}
+  - {model: c, parameters: {weight: 0.9}}
+parameters: {nuslerp_flatten: false}
+""",
+    "nuslerp_columns": """
+merge_method: nuslerp
+models:
+  - {model: b, parameters: {weight: 2}}
+  - {model: c, parameters: {weight: 1}}
+parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}
+""",
+    "multislerp": """
+merge_method: multislerp
+models:
+  - {model: a, parameters: {weight: 0.5}}
+  - {model: b, parameters: {weight: 0.2}}
+  - {model: c, parameters: {weight: [0.1, 0.9]}}
+""",
+    "multislerp_base": """
+merge_method: multislerp
+base_model: base
+models: [{model: a}, {model: b}, {model: c}]
+parameters: {weight: 0.4, normalize_weights: false}
+""",
+    "nearswap": """
+merge_method: nearswap
+base_model: a
+models: [{model: c}]
+parameters: {t: [0.01, 0.05]}
+""",
+    "sce": """
+merge_method: sce
+base_model: base
+models: [{model: a}, {model: b}, {model: c}]
+parameters: {select_topk: 0.4}
+""",
+    "sce_all": """
+merge_method: sce
+base_model: base
+models: [{model: a}, {model: b}]
+parameters: {int8_mask: true}
+""",
+    "arcee_fusion": """
+merge_method: arcee_fusion
+base_model: base
+models: [{model: c}]
+""",
+    "ram": """
+merge_method: ram
+base_model: base
+models: [{model: a}, {model: b}, {model: c}]
+parameters: {epsilon: 0.003}
+""",
+    "ramplus_tl": """
+merge_method: ramplus_tl
+base_model: base
+models: [{model: a}, {model: b}, {model: c}]
+parameters: {epsilon: 0.01, r: 0.5, alpha: 0.6}
+""",
+    "breadcrumbs": """
+merge_method: breadcrumbs
+base_model: base
+models:
+  - {model: a, parameters: {weight: 0.8, density: 0.7, gamma: 0.1}}
+  - {model: b, parameters: {weight: [0.3, 1], density: 0.95, gamma: 0.2}}
+  - {model: c, parameters: {weight: 0.1, density: 0.3}}
+parameters: {lambda: 0.9}
+""",
+    "breadcrumbs_ties": """
+merge_method: breadcrumbs_ties
+base_model: base
+models: [{model: a}, {model: b}, {model: c}]
+parameters: {weight: 0.5, density: 0.6, gamma: 0.05, rescale: true, normalize: true}
+""",
+    "dare_all": """
+merge_method: dare_ties
+base_model: base
+models: [{model: a}, {model: b}]
+parameters: {weight: 0.5, density: 1}
+""",
+    "della_all": """
+merge_method: della
+base_model: base
+models: [{model: a}, {model: b, parameters: {density: 0}}, {model: c}]
+parameters: {weight: 0.5, density: 1}
+""",
     "karcher_stopped": """
 merge_method: karcher
 models: [{model: a}, {model: b}, {model: c}]
@@ -119,8 +269,11 @@ DARE = """
 merge_method: METHOD
 base_model: base
 models: MODELS
-parameters: {density: DENSITY, weight: 1}
+parameters: {density: DENSITY, weight: 1EXTRA}
 """
+# How far mergekit's f32 arithmetic may be off where its result depends on differences of sums: its divergences of rows in
+# arcee_fusion, relative to the threshold of importance.
+FUSION_DOUBT = 0.03
 
 
 def shapes(hidden: int, inner: int, vocabulary: int, layers: int) -> dict[str, tuple[int, ...]]:

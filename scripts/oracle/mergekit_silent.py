@@ -99,6 +99,8 @@ def tokenizer_broken():
 
 SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\nparameters: {t: VALUE}\n" + F32
 TIES = "merge_method: ties\nbase_model: base\nmodels: [{model: a, parameters: {PARAMETERS}}]\n" + F32
+CRUMBS = TIES.replace("ties", "breadcrumbs")
+SCE = "merge_method: sce\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {select_topk: TOP}\n" + F32
 CASES = [
     Case("misspelled key of a model", TIES.replace("PARAMETERS", "weight: 1, densty: 0.5")),
     Case("misspelled key of the recipe", HEAD + F32 + "tokenizer_sorce: base\n"),
@@ -106,7 +108,10 @@ CASES = [
     Case("misspelled key of a filter", SLERP.replace("VALUE", "[{fliter: mlp, value: 1}, {value: 0}]")),
     Case("filter that fits no tensor", SLERP.replace("VALUE", "[{filter: mpl, value: 1}, {value: 0}]"), expected="fits no tensor"),
     Case("key written twice", HEAD + "dtype: bfloat16\ndtype: float32\n"),
-    Case("parameter of another method", HEAD.replace("weight: 1}", "weight: 1, density: 0.5}", 1) + F32),
+    Case("parameter of another method", HEAD.replace("weight: 1}", "weight: 1, density: 0.5}", 1) + F32, expected="has no effect"),
+    Case("parameter of the merge under a model", TIES.replace("PARAMETERS", "weight: 1, normalize: false"), expected="has no effect"),
+    Case("misspelled parameter of a method", CRUMBS.replace("PARAMETERS", "weight: 1, density: 0.9, gama: 0.05")),
+    Case("select_topk above 1", SCE.replace("TOP", "15")),
     Case("t above 1", SLERP.replace("VALUE", "1.5")),
     Case("t below 0", SLERP.replace("VALUE", "[0.5, -0.5]")),
     Case("t is NaN", SLERP.replace("VALUE", ".nan")),

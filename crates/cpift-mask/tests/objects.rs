@@ -1,5 +1,5 @@
-//! Masks as objects: set operations, other selections, `apply`, `restore` and `convert`, each against
-//! the same choice made here, through the real binary; and the NumPy lines of the README.
+//! Masks as objects: set operations, other selections, `apply`, `restore` and `convert`, each
+//! against the same choice made here, through the real binary; and the NumPy lines of the README.
 
 mod common;
 

@@ -7,21 +7,23 @@ use std::path::Path;
 
 use cpift_core::Dtype;
 
+use crate::method::Method;
 use crate::recipe;
-use crate::request::{CpiRequest, Method, Request, Space, TaskWeights};
+use crate::request::{CpiRequest, Request, Space, TaskWeights};
 
 /// Card of a merge by one of the plain methods with an output of `dtype`.
 pub fn of_request(request: &Request, dtype: Dtype) -> String {
     let method = request.method;
     let models: Vec<&Path> = request.models.iter().map(|model| model.path.as_path()).collect();
     let mut text = front_matter(request.base.as_deref().into_iter().chain(models));
-    let _ = writeln!(text, "# Merge by {}\n\n{}\n", title(method), sentence(request));
+    let _ = writeln!(text, "# Merge by {}\n\n{}\n", method.title(), sentence(request));
     text += "| model | weight |";
     text += if method.has_density() { " density |\n| --- | --- | --- |\n" } else { "\n| --- | --- |\n" };
     for (i, model) in request.models.iter().enumerate() {
         let weight = match (method, i) {
             (Method::Slerp, 0) => "t = 0".to_owned(),
             (Method::Slerp, _) => format!("t = 1, at {}", request.t),
+            _ if !method.has("weight") && method != Method::SphericalMean => "-".to_owned(),
             _ => model.weight.to_string(),
         };
         let _ = write!(text, "| {} | {} |", cell(&model.path.to_string_lossy()), cell(&weight));
@@ -74,18 +76,6 @@ fn is_hub_id(name: &str) -> bool {
     name.split_once('/').is_some_and(|(organisation, model)| part(organisation) && part(model))
 }
 
-fn title(method: Method) -> &'static str {
-    match method {
-        Method::Linear => "weighted mean",
-        Method::Slerp => "spherical interpolation",
-        Method::SphericalMean => "spherical mean",
-        Method::TaskArithmetic => "task arithmetic",
-        Method::Ties => "TIES",
-        Method::DareLinear => "DARE",
-        Method::DareTies => "DARE with TIES",
-    }
-}
-
 /// Description of the method, with its paper.
 fn sentence(request: &Request) -> String {
     let text = match request.method {
@@ -108,6 +98,45 @@ fn sentence(request: &Request) -> String {
         Method::DareLinear => {
             "Of each model's difference from the base elements are dropped at random, and the rest are scaled up and added \
              (DARE, arXiv:2311.03099)."
+        }
+        Method::NuSlerp => {
+            "The two models, or their differences from the base, are interpolated on the great circle between them \
+             (NuSLERP)."
+        }
+        Method::MultiSlerp => {
+            "Tensor by tensor, the models or their differences from the base are averaged on the sphere (Multi-SLERP)."
+        }
+        Method::Passthrough => "Tensors are taken from the models as they are, or multiplied by a scale.",
+        Method::ModelStock => {
+            "The mean of the models is drawn towards the base by the angles between their differences from it (Model \
+             Stock, arXiv:2403.19522)."
+        }
+        Method::NearSwap => "The base is moved towards the other model where both are near (NearSwap).",
+        Method::ArceeFusion => {
+            "The elements of the other model whose change is an outlier in importance are put into the base (Arcee \
+             Fusion)."
+        }
+        Method::Della | Method::DellaLinear => {
+            "Of each model's difference from the base elements are dropped at random, small ones more often, and the \
+             rest are scaled up and merged (DELLA, arXiv:2406.11617)."
+        }
+        Method::Breadcrumbs | Method::BreadcrumbsTies => {
+            "Each model's difference from the base is added without its smallest and its very largest elements (Model \
+             Breadcrumbs, arXiv:2312.06795)."
+        }
+        Method::Sce => {
+            "The elements that differ most between the models are merged with weights by energy (SCE, arXiv:2408.07990)."
+        }
+        Method::Ram | Method::RamPlus => {
+            "Each element gets the mean of the differences of those models that changed it (RAM, arXiv:2601.13572)."
+        }
+        Method::TsvM => {
+            "The largest singular vectors of each model's difference from the base are made orthogonal to the others' and \
+             summed (TSV-M, arXiv:2412.00081)."
+        }
+        Method::IsoC => {
+            "The sum of the models' differences from the base is added with all its singular values made equal (Iso-C, \
+             arXiv:2502.04959)."
         }
         Method::DareTies => {
             "Of each model's difference from the base elements are dropped at random, and of the rest the ones of the \

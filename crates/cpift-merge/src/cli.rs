@@ -1,5 +1,8 @@
 //! The command line: every flag with its help, and the request that the flags amount to.
 
+mod methods;
+mod shared;
+
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -7,11 +10,17 @@ use clap::builder::PossibleValue;
 use clap::{Parser, Subcommand, ValueEnum};
 use cpift_core::error::usage;
 use cpift_core::run::cli::{Common, Named};
-use cpift_core::{CheckpointWriter, Dtype};
 
+use crate::method::Method;
 use crate::methods::Conflict;
-use crate::request::{CpiRequest, Method, ModelRequest, OutputRequest, Request, Space, TaskWeights};
+use crate::request::{CpiRequest, Request, Space, TaskWeights};
 use crate::setting::Setting;
+use methods::{
+    ArceeFusionArgs, BreadcrumbsArgs, DellaArgs, IsoCArgs, ModelStockArgs, MultiSlerpArgs, NearSwapArgs, NuSlerpArgs,
+    PassthroughArgs, RamArgs, SceArgs, TsvMArgs,
+};
+pub(crate) use shared::OutputArgs;
+use shared::{DensityArgs, ModelArgs, SphereArgs, SweepArgs, TaskVectorArgs, one};
 
 /// Merge checkpoints of one model, by standard methods or by the core transplant and SLERP of
 /// CPI-FT
@@ -22,13 +31,23 @@ use crate::setting::Setting;
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
 #[derive(Parser, Debug)]
-#[command(name = "cpift-merge", version)]
+#[command(name = "cpift-merge", version, after_help = METHODS)]
 pub struct Args {
     #[command(flatten)]
     pub(crate) common: Common,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
+
+/// Methods by kind, below the list of commands.
+const METHODS: &str = "Methods:
+  of weights               linear, slerp, spherical-mean, nuslerp, multislerp, passthrough
+  of two fine-tunes        nearswap, arcee-fusion
+  of task vectors          task-arithmetic, model-stock, sce, ram, nuslerp, multislerp
+  of thinned task vectors  ties, dare, della, breadcrumbs
+  by singular vectors      tsv-m, iso-c
+  of CPI-FT                cpi
+  recipe runs all but cpi, and rearranges layers (slices)";
 
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
@@ -38,13 +57,40 @@ pub(crate) enum Command {
     Slerp(SlerpArgs),
     /// Spherical (Karcher) mean of two or more models, tensor by tensor
     SphericalMean(SphericalMeanArgs),
+    /// Spherical interpolation of two models or task vectors, of tensors, rows or columns
+    #[command(name = "nuslerp")]
+    NuSlerp(NuSlerpArgs),
+    /// Mean on the sphere of two or more models or task vectors
+    #[command(name = "multislerp")]
+    MultiSlerp(MultiSlerpArgs),
+    /// Copy of one model, with another dtype or scaled weights
+    Passthrough(PassthroughArgs),
+    /// The base moved towards a second model where both are near
+    #[command(name = "nearswap")]
+    NearSwap(NearSwapArgs),
+    /// The base with the elements of a second model whose change matters most
+    ArceeFusion(ArceeFusionArgs),
     /// Weighted sum of task vectors (differences from a base), added to the base
     TaskArithmetic(TaskArithmeticArgs),
+    /// Mean of the models, drawn towards the base by the angles between their task vectors
+    ModelStock(ModelStockArgs),
+    /// SCE: the elements that differ most between the models, weighted by energy
+    Sce(SceArgs),
+    /// RAM: mean of the task vectors that change an element
+    Ram(RamArgs),
     /// TIES: task vectors trimmed to their largest elements, and summed where they agree with the
     /// elected sign
     Ties(TiesArgs),
     /// DARE: task vectors with elements dropped at random, and summed
     Dare(DareArgs),
+    /// DELLA: task vectors with elements dropped at random, small ones more often, and summed
+    Della(DellaArgs),
+    /// Model Breadcrumbs: task vectors without their smallest and largest elements, summed
+    Breadcrumbs(BreadcrumbsArgs),
+    /// TSV-M: singular vectors of the task vectors, made orthogonal to one another
+    TsvM(TsvMArgs),
+    /// Iso-C: the sum of the task vectors with equal singular values
+    IsoC(IsoCArgs),
     /// Merge by a recipe in mergekit's YAML
     Recipe(RecipeArgs),
     /// Transplant each task's core region bit for bit, and interpolate backbone and tasks elsewhere
@@ -57,9 +103,86 @@ pub(crate) enum Command {
 }
 
 impl Command {
+    /// The merge of models that the flags ask for; `None` for other commands.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] that names the flag.
+    pub(crate) fn request(&self) -> Result<Option<Request>> {
+        Ok(Some(match self {
+            Self::Linear(a) => a.request()?,
+            Self::Slerp(a) => a.request()?,
+            Self::SphericalMean(a) => a.request()?,
+            Self::NuSlerp(a) => a.request()?,
+            Self::MultiSlerp(a) => a.request()?,
+            Self::Passthrough(a) => a.request()?,
+            Self::NearSwap(a) => a.request()?,
+            Self::ArceeFusion(a) => a.request()?,
+            Self::TaskArithmetic(a) => a.request()?,
+            Self::ModelStock(a) => a.request()?,
+            Self::Sce(a) => a.request()?,
+            Self::Ram(a) => a.request()?,
+            Self::Ties(a) => a.request()?,
+            Self::Dare(a) => a.request()?,
+            Self::Della(a) => a.request()?,
+            Self::Breadcrumbs(a) => a.request()?,
+            Self::TsvM(a) => a.request()?,
+            Self::IsoC(a) => a.request()?,
+            Self::Recipe(_) | Self::Cpi(_) | Self::Verify(_) | Self::Digest(_) => return Ok(None),
+        }))
+    }
+
+    /// The merges of a `--sweep`, each with its value; `request` is the merge without it. `None` if
+    /// it was not given.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] for values that cannot be swept.
+    pub(crate) fn sweep(&self, request: &Request) -> Result<Option<Vec<(f64, Request)>>> {
+        let values = match self {
+            Self::Slerp(a) => &a.sweep.sweep,
+            Self::Linear(a) => &a.sweep.sweep,
+            Self::TaskArithmetic(a) => &a.sweep.sweep,
+            _ => return Ok(None),
+        };
+        if values.is_empty() {
+            return Ok(None);
+        }
+        let mut merges: Vec<(f64, Request)> = Vec::new();
+        for &value in values {
+            let mut request = request.clone();
+            match &mut request.models[..] {
+                [first, second] if request.method == Method::Linear => {
+                    first.weight = Setting::constant(1.0 - value);
+                    second.weight = Setting::constant(value);
+                }
+                _ if request.method == Method::Linear => {
+                    return Err(usage("--sweep of linear takes exactly two --model"));
+                }
+                _ if request.method == Method::Slerp => request.t = Setting::constant(value),
+                _ => request.lambda = Setting::constant(value),
+            }
+            if merges.iter().any(|(other, _)| *other == value) {
+                return Err(usage(format!("--sweep has the value {value} twice")));
+            }
+            merges.push((value, request));
+        }
+        Ok(Some(merges))
+    }
+
     /// Destination of the result, for the commands that have one.
     pub(crate) fn output(&self) -> Option<&OutputArgs> {
         Some(match self {
+            Self::NuSlerp(a) => &a.output,
+            Self::MultiSlerp(a) => &a.output,
+            Self::Passthrough(a) => &a.output,
+            Self::NearSwap(a) => &a.output,
+            Self::ArceeFusion(a) => &a.output,
+            Self::ModelStock(a) => &a.output,
+            Self::Sce(a) => &a.output,
+            Self::Ram(a) => &a.output,
+            Self::Della(a) => &a.output,
+            Self::Breadcrumbs(a) => &a.output,
+            Self::TsvM(a) => &a.output,
+            Self::IsoC(a) => &a.output,
             Self::Linear(a) => &a.output,
             Self::Slerp(a) => &a.output,
             Self::SphericalMean(a) => &a.output,
@@ -70,138 +193,6 @@ impl Command {
             Self::Cpi(a) => &a.output,
             Self::Verify(_) | Self::Digest(_) => return None,
         })
-    }
-}
-
-/// Models of a merge, with their masks.
-#[derive(clap::Args, Debug)]
-#[command(next_help_heading = "Input and output")]
-pub(crate) struct ModelArgs {
-    /// Directory of a model; without --base the first gives config.json, tokenizer and buffers
-    #[arg(long = "model", value_name = "DIR", required = true)]
-    models: Vec<PathBuf>,
-    /// Mask of a model (from cpift-mask): outside it the model's elements are those of the
-    /// backbone, which is the base or else the first model. NAME is the model's position in the
-    /// order of --model, from 1, or the name of its directory
-    #[arg(long = "mask", value_name = "NAME=FILE")]
-    masks: Vec<Named>,
-    /// Mask of the elements at which the output is the backbone bit for bit (after the cast to
-    /// --dtype); they take no part in angles, trims and sums
-    #[arg(long, value_name = "FILE")]
-    protect: Option<PathBuf>,
-}
-
-impl ModelArgs {
-    /// A request with the models, their weights and masks.
-    fn request(&self, method: Method, weights: &[Setting]) -> Result<Request> {
-        let mut request = Request::new(method);
-        request.models = self.models.iter().map(ModelRequest::new).collect();
-        let n = request.models.len();
-        if !weights.is_empty() && weights.len() != n {
-            return Err(usage(format!("expected one --weight for each of {n} --model, found {}", weights.len())));
-        }
-        for (model, weight) in request.models.iter_mut().zip(weights) {
-            model.weight = weight.clone();
-        }
-        for mask in &self.masks {
-            let model = &mut request.models[self.position(mask)?];
-            if model.mask.replace(mask.path.clone()).is_some() {
-                return Err(usage(format!("--mask {} is for a model that has one already", mask.name)));
-            }
-        }
-        request.protect.clone_from(&self.protect);
-        Ok(request)
-    }
-
-    /// Index of the model that a `--mask` is for, by its position or the name of its directory.
-    fn position(&self, mask: &Named) -> Result<usize> {
-        let models = &self.models;
-        let named = |path: &PathBuf| path.file_name().is_some_and(|name| *name == *mask.name);
-        let number = mask.name.parse::<usize>().ok().filter(|n| (1..=models.len()).contains(n)).map(|n| n - 1);
-        let mut fitting = (0..models.len()).filter(|i| number == Some(*i) || named(&models[*i]));
-        match (fitting.next(), fitting.next()) {
-            (Some(i), None) => Ok(i),
-            (Some(_), Some(_)) => {
-                Err(usage(format!("--mask {}: the name fits several models, by number and by name", mask.name)))
-            }
-            (None, _) => Err(usage(format!(
-                "--mask {}: no model has that number or name; expected 1 to {} or the name of a directory",
-                mask.name,
-                models.len()
-            ))),
-        }
-    }
-}
-
-/// Models and settings of a merge of task vectors.
-#[derive(clap::Args, Debug)]
-pub(crate) struct TaskVectorArgs {
-    #[command(flatten)]
-    models: ModelArgs,
-    /// Checkpoint the models were fine-tuned from; gives config.json, tokenizer and buffers
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
-    base: PathBuf,
-    /// Weight of a model, once per --model in the same order; V,V,... is a gradient over the
-    /// layers, FILTER=V applies to tensors whose name contains FILTER [default: all 1]
-    #[arg(long = "weight", value_name = "V", allow_negative_numbers = true, help_heading = "Method")]
-    weights: Vec<Setting>,
-    /// Factor of the sum of the task vectors; repeated as --t of slerp [default: 1]
-    #[arg(long = "lambda", value_name = "V", allow_negative_numbers = true, help_heading = "Method")]
-    lambda: Vec<Setting>,
-}
-
-impl TaskVectorArgs {
-    fn request(&self, method: Method) -> Result<Request> {
-        let mut request = self.models.request(method, &self.weights)?;
-        request.base = Some(self.base.clone());
-        request.lambda = one(&self.lambda).unwrap_or(request.lambda);
-        Ok(request)
-    }
-}
-
-/// Share of each task vector that is kept.
-#[derive(clap::Args, Debug)]
-#[command(next_help_heading = "Method")]
-pub(crate) struct DensityArgs {
-    /// Share of a model's task vector that is kept, 0 to 1: once for all models, or once per
-    /// --model in the same order
-    #[arg(long = "density", value_name = "V", required = true, allow_negative_numbers = true)]
-    densities: Vec<Setting>,
-    /// Scale the elements that are kept up to the sum of magnitudes of the whole task vector
-    /// [default: true for dare, false for ties]
-    #[arg(long, value_name = "BOOL")]
-    rescale: Option<bool>,
-}
-
-impl DensityArgs {
-    fn put_into(&self, request: &mut Request) -> Result<()> {
-        let (given, models) = (self.densities.len(), request.models.len());
-        if given != 1 && given != models {
-            return Err(usage(format!("expected one --density, or one for each of {models} --model, found {given}")));
-        }
-        for (i, model) in request.models.iter_mut().enumerate() {
-            model.density = self.densities[i.min(given - 1)].clone();
-        }
-        request.rescale = self.rescale.unwrap_or(request.rescale);
-        Ok(())
-    }
-}
-
-/// Vectors between which a spherical method takes its angles.
-#[derive(clap::Args, Debug)]
-pub(crate) struct SphereArgs {
-    /// Interpolate the weights, or their differences from --base
-    #[arg(long, value_enum, default_value = "weights", help_heading = "Method")]
-    space: Space,
-    /// Base of the differences with --space delta; then gives config.json, tokenizer and buffers
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
-    base: Option<PathBuf>,
-}
-
-impl SphereArgs {
-    fn put_into(&self, request: &mut Request) {
-        request.space = self.space;
-        request.base.clone_from(&self.base);
     }
 }
 
@@ -216,6 +207,8 @@ pub(crate) struct LinearArgs {
     /// Divide the weights by their sum
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, help_heading = "Method")]
     normalize: bool,
+    #[command(flatten)]
+    sweep: SweepArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -245,6 +238,8 @@ pub(crate) struct SlerpArgs {
     #[arg(long, value_name = "RAD", allow_negative_numbers = true, help_heading = "Method")]
     epsilon: Option<f64>,
     #[command(flatten)]
+    sweep: SweepArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
 
@@ -272,6 +267,12 @@ pub(crate) struct SphericalMeanArgs {
     /// π [default: 0]
     #[arg(long, value_name = "RAD", allow_negative_numbers = true, help_heading = "Method")]
     epsilon: Option<f64>,
+    /// Largest number of iterations
+    #[arg(long, value_name = "N", default_value = "1000", help_heading = "Method")]
+    max_iter: Setting,
+    /// Length of a step at which the mean has converged
+    #[arg(long, value_name = "V", default_value = "1e-12", help_heading = "Method")]
+    tol: Setting,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -279,6 +280,8 @@ pub(crate) struct SphericalMeanArgs {
 impl SphericalMeanArgs {
     pub(crate) fn request(&self) -> Result<Request> {
         let mut request = self.models.request(Method::SphericalMean, &self.weights)?;
+        request.values.set("max_iter", self.max_iter.clone());
+        request.values.set("tol", self.tol.clone());
         request.epsilon = self.epsilon.unwrap_or(request.epsilon);
         self.sphere.put_into(&mut request);
         Ok(request)
@@ -292,6 +295,8 @@ pub(crate) struct TaskArithmeticArgs {
     /// Divide the weights by their sum
     #[arg(long, value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set, help_heading = "Method")]
     normalize: bool,
+    #[command(flatten)]
+    sweep: SweepArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -447,49 +452,6 @@ pub(crate) struct DigestArgs {
     pub(crate) paths: Vec<PathBuf>,
 }
 
-/// Destination and form of the result.
-#[derive(clap::Args, Debug)]
-pub(crate) struct OutputArgs {
-    /// Output directory; an existing one is refused unless --force is given
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
-    pub(crate) out: PathBuf,
-    /// Dtype of the result: f32, bf16, f16 or f64 [default: that of all inputs, for cpi of all
-    /// tasks; an error if they differ]
-    #[arg(long, value_name = "DTYPE", help_heading = "Input and output")]
-    dtype: Option<Dtype>,
-    /// Size of the largest shard: bytes, or a number with KB, MB, GB, KiB, MiB or GiB
-    #[arg(
-        long,
-        value_name = "SIZE",
-        value_parser = parse_shard_size,
-        default_value = "5GB",
-        help_heading = "Input and output"
-    )]
-    shard_size: u64,
-    /// Directory whose tokenizer, chat template and generation config the output gets [default:
-    /// --base if given, else the first model]
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
-    copy_from: Option<PathBuf>,
-    /// Print the plan (inputs, operation per tensor, output) and write nothing
-    #[arg(long, help_heading = "Run")]
-    pub(crate) dry_run: bool,
-}
-
-impl OutputArgs {
-    pub(crate) fn request(&self, force: bool) -> OutputRequest {
-        OutputRequest {
-            dir: self.out.clone(),
-            force,
-            dtype: self.dtype,
-            shard_size: self.shard_size,
-            side_files: self.copy_from.clone(),
-            dry_run: self.dry_run,
-        }
-    }
-}
-
-const _: () = assert!(CheckpointWriter::SHARD_SIZE == 5_000_000_000, "the help says 5GB");
-
 impl ValueEnum for Conflict {
     fn value_variants<'a>() -> &'a [Self] {
         &Self::ALL
@@ -520,42 +482,11 @@ impl ValueEnum for Space {
     }
 }
 
-/// All values of a repeated flag as one setting, those without a filter last; `None` if the flag
-/// was not given.
-fn one(given: &[Setting]) -> Option<Setting> {
-    let (filtered, rest): (Vec<_>, Vec<_>) =
-        given.iter().flat_map(|setting| setting.rules().iter().cloned()).partition(|rule| rule.filter.is_some());
-    let mut all = Setting::default();
-    filtered.into_iter().chain(rest).for_each(|rule| all.push(rule));
-    (!given.is_empty()).then_some(all)
-}
-
-/// Parses `5GB`, `500MB`, `200KiB` or plain bytes, as `save_pretrained` takes them: K, M and G are
-/// powers of 1000, Ki, Mi and Gi of 1024.
-fn parse_shard_size(text: &str) -> Result<u64, String> {
-    let wrong = || format!("expected bytes or a size such as 5GB, 500MB or 2GiB, found {text:?}");
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
-    let factor = match text[digits..].to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "kb" => 1000,
-        "mb" => 1_000_000,
-        "gb" => 1_000_000_000,
-        "kib" => 1 << 10,
-        "mib" => 1 << 20,
-        "gib" => 1 << 30,
-        _ => return Err(wrong()),
-    };
-    match number.checked_mul(factor) {
-        Some(bytes) if bytes > 0 => Ok(bytes),
-        _ => Err(wrong()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
 
+    use super::shared::parse_shard_size;
     use super::*;
 
     #[test]

@@ -1,5 +1,5 @@
-//! Merges of checkpoints: linear, SLERP, spherical mean, task arithmetic, TIES, DARE, and stage 3
-//! of CPI-FT.
+//! Merges of checkpoints: means, interpolations, task vectors and layers rearranged, and stage 3 of
+//! CPI-FT.
 //!
 //! Data flows one way. [`cli`] and [`recipe`] turn flags and recipes into a [`Request`], free of
 //! clap. The plan checks it against the checkpoints it names and resolves it to one rule per
@@ -12,6 +12,7 @@ pub mod card;
 pub mod cli;
 mod engine;
 mod merge;
+mod method;
 mod methods;
 mod plan;
 pub mod recipe;
@@ -20,15 +21,18 @@ mod request;
 mod setting;
 mod verify;
 
+pub use method::{Base, Method, Parameter};
 pub use methods::sphere;
-pub use request::{Method, ModelRequest, Request, Space};
+pub use request::{ChatTemplate, ModelRequest, Request, Slice, Space, Values};
 pub use setting::Setting;
 pub use verify::verify;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use cpift_core::error::usage;
+use cpift_core::files::StagedDir;
 use cpift_core::format::digest::Digest;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::record::up_to_date::Expected;
@@ -36,7 +40,9 @@ use cpift_core::run::cli::Common;
 use cpift_core::{Checkpoint, files};
 
 use cli::{Args, Command, OutputArgs};
+use merge::Merge;
 use plan::Plan;
+use request::OutputRequest;
 
 const STAGE: &str = env!("CARGO_PKG_NAME");
 
@@ -52,51 +58,113 @@ pub fn run(args: Args) -> Result<()> {
     if output.is_some_and(|output| common.up_to_date(&Expected::new(STAGE, &output.out))) {
         return Ok(());
     }
+    if let (Some(request), Some(output)) = (args.command.request()?, args.command.output()) {
+        if let Some(requests) = args.command.sweep(&request)? {
+            return merge_sweep(requests, output, common);
+        }
+        return merge_models(request, output, common, record);
+    }
     match &args.command {
-        Command::Linear(a) => merge_models(a.request()?, &a.output, common, record),
-        Command::Slerp(a) => merge_models(a.request()?, &a.output, common, record),
-        Command::SphericalMean(a) => merge_models(a.request()?, &a.output, common, record),
-        Command::TaskArithmetic(a) => merge_models(a.request()?, &a.output, common, record),
-        Command::Ties(a) => merge_models(a.request()?, &a.output, common, record),
-        Command::Dare(a) => merge_models(a.request()?, &a.output, common, record),
         Command::Recipe(a) => {
             files::check_not_input("--out", &a.output.out, [a.recipe.as_path()])?;
-            let request = recipe::read(&a.recipe)?;
+            let steps = recipe::read_all(&a.recipe)?;
             record.input("recipe", &a.recipe, Digest::of_file(&a.recipe)?);
-            merge_models(request, &a.output, common, record)
+            merge_steps(steps, &a.output, common, record)
         }
         Command::Cpi(a) => {
             let request = a.request();
             let plan = Plan::of_tasks(&request, &a.output.request(common.force()))?;
             let card = card::of_cpi(&request, plan.output.dtype);
-            finish(&plan, &card, &a.output, common, record)
+            finish(plan, card, &a.output, common, record)
         }
         Command::Verify(a) => {
             common.print_json(&verify(&a.checkpoint)?);
             Ok(())
         }
         Command::Digest(a) => print_digests(&a.paths),
+        _ => unreachable!("merges of models are handled above"),
     }
+}
+
+/// Runs the merges of a file of recipes. All but the last go to a temporary directory beside the
+/// output.
+fn merge_steps(mut steps: Vec<recipe::Step>, args: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
+    let last = steps.pop().expect("a file has at least one recipe");
+    if steps.is_empty() {
+        return merge_models(last.request, args, common, record);
+    }
+    if args.dry_run {
+        return Err(usage("--dry-run shows one merge, and this recipe has several that build on one another"));
+    }
+    files::check_output_dir(&args.out, common.force())?;
+    let folder = args.out.with_file_name(format!(
+        "{}.merges",
+        args.out.file_name().map(|name| name.to_string_lossy()).unwrap_or_default()
+    ));
+    // Never committed, so that it is removed at the end.
+    let staged = StagedDir::create(&folder, false)?;
+    let names: Vec<String> = steps.iter().filter_map(|step| step.name.clone()).collect();
+    let place = |path: &Path| {
+        let name = names.iter().find(|name| path == Path::new(name.as_str()))?;
+        Some(staged.path().join(name))
+    };
+    for recipe::Step { name, mut request } in steps {
+        let name = name.expect("only the last merge may have no name");
+        log::info!("merge {name}");
+        request.relocate(&place);
+        let mut output = args.request(false);
+        (output.dir, output.dtype, output.side_files) =
+            (staged.path().join(&name), request.dtype, request.side_files.clone());
+        let plan = Plan::of_models(&request, &output)?;
+        let card = card::of_request(&request, plan.output.dtype);
+        merge::merge(Merge { plan, card, record: Recorder::start(STAGE) })?.log();
+    }
+    let mut request = last.request;
+    request.relocate(&place);
+    merge_models(request, args, common, record)
 }
 
 /// Merges by one of the plain methods. Flags of the output take precedence over the request, which
 /// a recipe may have made.
-fn merge_models(mut request: Request, args: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
-    let mut output = args.request(common.force());
+fn merge_models(request: Request, args: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
+    let (plan, card) = plan_models(request, args.request(common.force()))?;
+    finish(plan, card, args, common, record)
+}
+
+fn plan_models(mut request: Request, mut output: OutputRequest) -> Result<(Plan, String)> {
     output.dtype = output.dtype.or(request.dtype);
     output.side_files = output.side_files.or(request.side_files.take());
     request.side_files.clone_from(&output.side_files);
     let plan = Plan::of_models(&request, &output)?;
     let card = card::of_request(&request, plan.output.dtype);
-    finish(&plan, &card, args, common, record)
+    Ok((plan, card))
+}
+
+/// Merges once per value of a sweep, with one reading of the inputs; the results are directories of
+/// the output named by the values.
+fn merge_sweep(requests: Vec<(f64, Request)>, args: &OutputArgs, common: &Common) -> Result<()> {
+    if args.dry_run {
+        return Err(usage("--dry-run shows one merge: leave --sweep out"));
+    }
+    let mut merges = Vec::new();
+    for (value, request) in requests {
+        let mut output = args.request(common.force());
+        output.dir = args.out.join(value.to_string());
+        let (plan, card) = plan_models(request, output)?;
+        merges.push(Merge { plan, card, record: Recorder::start(STAGE) });
+    }
+    let summaries = merge::merge_all(merges)?;
+    summaries.iter().for_each(report::Summary::log);
+    common.print_json(&serde_json::Value::Array(summaries.iter().map(report::Summary::to_json).collect()));
+    Ok(())
 }
 
 /// Runs a plan, or prints it if this is a dry run.
-fn finish(plan: &Plan, card: &str, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
+fn finish(plan: Plan, card: String, output: &OutputArgs, common: &Common, record: Recorder) -> Result<()> {
     if output.dry_run {
-        return report::preview(plan, common.json);
+        return report::preview(&plan, common.json);
     }
-    let summary = merge::merge(plan, card, record)?;
+    let summary = merge::merge(Merge { plan, card, record })?;
     summary.log();
     common.print_json(&summary.to_json());
     Ok(())

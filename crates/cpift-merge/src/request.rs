@@ -1,108 +1,15 @@
 //! The merge that was asked for, by flags or by a recipe, before any file is opened.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use cpift_core::Dtype;
 use cpift_core::run::cli::Named;
 
+pub use crate::method::Method;
 use crate::methods::Conflict;
-use crate::methods::sphere::COLLINEAR_COSINE;
 use crate::setting::Setting;
-
-/// Method of a merge of models. `cpi` is not one of them: its inputs are of another kind
-/// (`CpiRequest`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Method {
-    /// Weighted mean or sum of the models.
-    Linear,
-    /// Spherical interpolation of two models.
-    Slerp,
-    /// Karcher mean of the models' directions, times the mean of their norms.
-    SphericalMean,
-    /// Weighted sum of the task vectors (differences from the base), added to the base.
-    TaskArithmetic,
-    /// Task vectors trimmed to their largest elements, of which those with the elected sign are
-    /// merged.
-    Ties,
-    /// Task vectors with elements dropped at random, then added as in task arithmetic.
-    DareLinear,
-    /// Task vectors with elements dropped at random, of which those with the elected sign are
-    /// merged.
-    DareTies,
-}
-
-impl Method {
-    /// All methods, in the order of help texts.
-    pub const ALL: [Self; 7] = [
-        Self::Linear,
-        Self::Slerp,
-        Self::SphericalMean,
-        Self::TaskArithmetic,
-        Self::Ties,
-        Self::DareLinear,
-        Self::DareTies,
-    ];
-
-    /// Name on the command line and in records.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Linear => "linear",
-            Self::Slerp => "slerp",
-            Self::SphericalMean => "spherical-mean",
-            Self::TaskArithmetic => "task-arithmetic",
-            Self::Ties => "ties",
-            Self::DareLinear => "dare-linear",
-            Self::DareTies => "dare-ties",
-        }
-    }
-
-    /// Name in mergekit's YAML.
-    pub fn recipe_name(self) -> &'static str {
-        match self {
-            Self::Linear => "linear",
-            Self::Slerp => "slerp",
-            Self::SphericalMean => "karcher",
-            Self::TaskArithmetic => "task_arithmetic",
-            Self::Ties => "ties",
-            Self::DareLinear => "dare_linear",
-            Self::DareTies => "dare_ties",
-        }
-    }
-
-    /// Returns true if the method merges task vectors.
-    pub fn needs_base(self) -> bool {
-        match self {
-            Self::Linear | Self::Slerp | Self::SphericalMean => false,
-            Self::TaskArithmetic | Self::Ties | Self::DareLinear | Self::DareTies => true,
-        }
-    }
-
-    /// Returns true if the method keeps a share of each task vector and drops the rest.
-    pub fn has_density(self) -> bool {
-        matches!(self, Self::Ties | Self::DareLinear | Self::DareTies)
-    }
-
-    /// Default of `normalize`: divide by the sum of the weights.
-    pub fn normalizes(self) -> bool {
-        matches!(self, Self::Linear | Self::Ties)
-    }
-
-    /// Default of `rescale`: scale up the elements that are kept.
-    pub fn rescales(self) -> bool {
-        self.draws()
-    }
-
-    /// Returns true if elements are dropped at random.
-    pub fn draws(self) -> bool {
-        matches!(self, Self::DareLinear | Self::DareTies)
-    }
-
-    /// Default of `epsilon` in radians.
-    pub fn epsilon(self) -> f64 {
-        // A spherical mean is taken at any angle, as mergekit does.
-        if self == Self::SphericalMean { 0.0 } else { COLLINEAR_COSINE.acos() }
-    }
-}
 
 /// Vectors that are interpolated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,6 +60,39 @@ pub struct Request {
     pub side_files: Option<PathBuf>,
     /// Mask of the elements at which the output is the backbone.
     pub protect: Option<PathBuf>,
+    /// Mask of the elements that are merged; elsewhere the output is the backbone.
+    pub within: Option<PathBuf>,
+    /// Parameters of the method that have no field of their own.
+    pub values: Values,
+    /// Blocks of layers that the output is made of, in order; none if every model is merged as a
+    /// whole. The models above are then those of all blocks.
+    pub slices: Vec<Slice>,
+    /// Chat template of the output.
+    pub chat_template: Option<ChatTemplate>,
+}
+
+/// Settings of parameters by name, for the parameters that have no field of their own.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Values(BTreeMap<&'static str, Setting>);
+
+/// A block of layers of the output.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Slice {
+    /// Models, base and settings of the block. Its dtype and destination are not used.
+    pub request: Request,
+    /// Layers taken from each model, all of one length.
+    pub layers: Vec<Range<usize>>,
+    /// Layers of the base, if the method has one.
+    pub base_layers: Option<Range<usize>>,
+}
+
+/// Chat template of the output, in place of that of its tokenizer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChatTemplate {
+    /// The template that most of the inputs have.
+    Auto,
+    /// The text of a template.
+    Text(String),
 }
 
 /// One model of a merge.
@@ -166,6 +106,25 @@ pub struct ModelRequest {
     pub density: Setting,
     /// Mask of the elements to which it contributes.
     pub mask: Option<PathBuf>,
+    /// Parameters of the model that have no field of their own.
+    pub values: Values,
+}
+
+impl Values {
+    /// The setting of `name`, if it was given.
+    pub fn get(&self, name: &str) -> Option<&Setting> {
+        self.0.get(name)
+    }
+
+    /// Sets the parameter `name`.
+    pub fn set(&mut self, name: &'static str, setting: Setting) {
+        self.0.insert(name, setting);
+    }
+
+    /// Names and settings.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &Setting)> {
+        self.0.iter().map(|(name, setting)| (*name, setting))
+    }
 }
 
 impl Request {
@@ -185,14 +144,43 @@ impl Request {
             dtype: None,
             side_files: None,
             protect: None,
+            within: None,
+            values: Values::default(),
+            slices: Vec::new(),
+            chat_template: None,
         }
+    }
+}
+
+impl Request {
+    /// Directories of the models, the base and the side files.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        let models = self.models.iter().map(|model| model.path.as_path());
+        models.chain(self.base.as_deref()).chain(self.side_files.as_deref())
+    }
+
+    /// Replaces every directory by the one that `of` returns for it, if any.
+    pub(crate) fn relocate(&mut self, of: &impl Fn(&Path) -> Option<PathBuf>) {
+        let models = self.models.iter_mut().map(|model| &mut model.path);
+        for path in models.chain(&mut self.base).chain(&mut self.side_files) {
+            if let Some(new) = of(path) {
+                *path = new;
+            }
+        }
+        self.slices.iter_mut().for_each(|slice| slice.request.relocate(of));
     }
 }
 
 impl ModelRequest {
     /// The model at `path` with weight and density 1.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), weight: Setting::constant(1.0), density: Setting::constant(1.0), mask: None }
+        Self {
+            path: path.into(),
+            weight: Setting::constant(1.0),
+            density: Setting::constant(1.0),
+            mask: None,
+            values: Values::default(),
+        }
     }
 }
 
@@ -250,13 +238,6 @@ pub(crate) struct OutputRequest {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_method_has_a_name_of_its_own_in_both_spellings() {
-        let names: std::collections::BTreeSet<_> = Method::ALL.iter().map(|m| m.name()).collect();
-        let recipe_names: std::collections::BTreeSet<_> = Method::ALL.iter().map(|m| m.recipe_name()).collect();
-        assert_eq!((names.len(), recipe_names.len()), (Method::ALL.len(), Method::ALL.len()));
-    }
 
     #[test]
     fn defaults_are_those_of_the_method() {

@@ -1,6 +1,6 @@
 //! One rank of a job that checks the values of all collectives over NCCL: torchrun's variables say
-//! which. It makes and compares values on the host, because tests/fake-cuda runs it on a device that
-//! computes nothing.
+//! which. It makes and compares values on the host, because tests/fake-cuda runs it on a device
+//! that computes nothing.
 
 use std::rc::Rc;
 use std::time::Duration;

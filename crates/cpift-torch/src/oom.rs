@@ -70,8 +70,8 @@ fn text_of(payload: &(dyn Any + Send)) -> String {
     text.unwrap_or("a panic without a message").to_owned()
 }
 
-/// Returns true if a message of libtorch, C++ or the system reports that this process has run out of
-/// memory.
+/// Returns true if a message of libtorch, C++ or the system reports that this process has run out
+/// of memory.
 fn is_out_of_memory(text: &str) -> bool {
     const SIGNS: [&str; 9] = [
         "out of memory",

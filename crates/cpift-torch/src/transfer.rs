@@ -103,7 +103,8 @@ impl Arrival {
         Ok((arrival, started?))
     }
 
-    /// What the device is given from now on waits for the copies; the host does not.
+    /// Makes the work that the device is given from now on wait for the copies. The host does not
+    /// wait.
     ///
     /// # Errors
     /// An error of libtorch.

@@ -30,7 +30,8 @@ pub enum Phase {
     State = 2,
     /// All work is done and the output is being written.
     Output = 3,
-    /// The state is saved, and the stage ends with exit code 75. Lasts until the end of the process.
+    /// The state is saved, and the stage ends with exit code 75. Lasts until the end of the
+    /// process.
     Saved = 4,
 }
 
@@ -49,9 +50,9 @@ enum Answer {
 ///
 /// - During [`Phase::Steps`], the first SIGTERM or SIGUSR1 (Slurm's warnings) only asks the stage
 ///   to stop.
-/// - SIGTERM and SIGUSR1 never interrupt the writing of a state or of the output. Nor do they change
-///   the exit code after [`Phase::Saved`]: `srun --kill-on-bad-exit` ends the other ranks by SIGTERM
-///   when the first has ended.
+/// - SIGTERM and SIGUSR1 never interrupt the writing of a state or of the output. Nor do they
+///   change the exit code after [`Phase::Saved`]: `srun --kill-on-bad-exit` ends the other ranks by
+///   SIGTERM when the first has ended.
 /// - The first signal of any kind does not interrupt the writing of the output.
 ///
 /// Only this thread receives signals: they are blocked in all threads started after this call. A

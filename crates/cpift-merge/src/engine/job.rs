@@ -13,9 +13,10 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::tensor::{BLOCK, Block, Operand, Tensor};
+use crate::methods::region::Region;
 use crate::methods::sign_merge::Number;
 use crate::methods::{Claims, Conflict, Rule};
-use crate::plan::{Inputs, Model, Plan, Source};
+use crate::plan::{Inputs, Model, Plan, Source, Target};
 use crate::request::Space;
 
 /// Number of elements that one job takes: its bytes in two inputs and the output fit in a core's
@@ -43,9 +44,15 @@ pub(super) struct Job<'a> {
 
 impl<'a> Job<'a> {
     pub fn of(plan: &'a Plan) -> Self {
-        let parameters = plan.backbone().checkpoint.parameters();
+        let tensors = match plan.targets() {
+            Some(targets) => targets.iter().zip(&plan.rules).map(|(t, rule)| rearranged(plan, t, rule)).collect(),
+            None => {
+                let parameters = plan.backbone().checkpoint.parameters();
+                parameters.zip(&plan.rules).map(|(view, rule)| tensor(plan, view.name, rule)).collect()
+            }
+        };
         Self {
-            tensors: parameters.zip(&plan.rules).map(|(view, rule)| tensor(plan, view.name, rule)).collect(),
+            tensors,
             operands: plan.operands().len(),
             space: plan.space,
             base_is_separate: plan.base_is_separate(),
@@ -59,23 +66,51 @@ impl<'a> Job<'a> {
     }
 }
 
-fn tensor<'a>(plan: &'a Plan, name: &str, rule: &'a Rule) -> Tensor<'a> {
+/// A tensor that is made from those of its name.
+fn tensor<'a>(plan: &'a Plan, name: &'a str, rule: &'a Rule) -> Tensor<'a> {
     let view = |source: &'a Source| source.checkpoint.get(name).expect("checked by the plan");
     let bits = |mask: &'a Mask| mask.bits(name).expect("checked by the plan");
+    let operand = |(index, (source, mask)): (usize, (&'a Source, Option<&'a [u8]>))| Operand {
+        index,
+        source,
+        view: view(source),
+        mask,
+    };
     let (operands, claims) = match &plan.inputs {
         Inputs::Models(models) => {
-            let operand =
-                |m: &'a Model| Operand { source: &m.source, view: view(&m.source), mask: m.mask.as_ref().map(bits) };
-            (models.iter().map(operand).collect(), Claims::default())
+            let of_models = models.iter().map(|m: &'a Model| (&*m.source, m.mask.as_ref().map(bits)));
+            (of_models.enumerate().map(operand).collect(), Claims::default())
         }
         Inputs::Tasks { backbone, tasks, .. } => {
             let sources = [backbone].into_iter().chain(tasks.iter().map(|task| &task.source));
-            let operands = sources.map(|source| Operand { source, view: view(source), mask: None }).collect();
+            let operands = sources.map(|source| (&**source, None)).enumerate().map(operand).collect();
             (operands, Claims::new(tasks.iter().map(|task| bits(&task.core)).collect()))
         }
     };
     let base = plan.base.as_deref().map(view);
-    Tensor { operands, base, claims, protected: plan.protect.as_ref().map(bits), rule }
+    let region = |mask: &'a Mask, inverted| Region { bits: bits(mask), inverted };
+    let within = plan.within.as_ref().map(|mask| region(mask, true));
+    let protected = plan.protect.as_ref().map(|mask| region(mask, false)).or(within);
+    Tensor { operands, base, claims, protected, rule, name }
+}
+
+/// A tensor whose origins are spelled out.
+fn rearranged<'a>(plan: &'a Plan, target: &'a Target, rule: &'a Rule) -> Tensor<'a> {
+    let sources = plan.operands();
+    let view = |source: &'a Source, name: &str| source.checkpoint.get(name).expect("checked by the plan");
+    let operand = |(index, name): &(usize, String)| {
+        let source = sources[*index];
+        Operand { index: *index, source, view: view(source, name), mask: None }
+    };
+    let base = target.base.as_ref().and_then(|name| Some(view(plan.base.as_deref()?, name)));
+    Tensor {
+        operands: target.operands.iter().map(operand).collect(),
+        base,
+        claims: Claims::default(),
+        protected: None,
+        rule,
+        name: &target.name,
+    }
 }
 
 /// Number of bytes of the first operand of `tensors`.
@@ -176,19 +211,20 @@ pub(super) struct Shared<'a> {
 }
 
 impl<'a> Shared<'a> {
-    pub fn new(job: &'a Job<'a>, hashes: Option<&'a InputHashes<'a>>, label: &'static str) -> Self {
-        let bar = progress::bytes(label, bytes_of(&job.tensors));
+    /// The first of several merges of the same inputs has `hashes`, and shows the progress.
+    pub fn new(job: &'a Job<'a>, hashes: Option<&'a InputHashes<'a>>, shown: Option<&'static str>) -> Self {
+        let bar = shown.map_or_else(ProgressBar::hidden, |label| progress::bytes(label, bytes_of(&job.tensors)));
         Self { job, narrow: Pool::new(job.operands), wide: Pool::new(job.operands), bar, hashes }
     }
 
     /// Adds a piece of every input to the digests that are not known.
     pub fn hash(&self, tensor: &Tensor<'_>, piece: &Piece) {
         let Some(hashes) = self.hashes else { return };
-        let base = tensor.base.iter().filter(|_| self.job.base_is_separate);
-        let operands = tensor.operands.iter().map(|operand| &operand.view);
-        for (hash, view) in hashes.list.iter().zip(operands.chain(base)) {
+        let base = tensor.base.iter().filter(|_| self.job.base_is_separate).map(|view| (self.job.operands, view));
+        let operands = tensor.operands.iter().map(|operand| (operand.index, &operand.view));
+        for (source, view) in operands.chain(base) {
             // A digest that a tie needed is known by now.
-            if let Some(hash) = hash.as_ref().filter(|hash| !hash.source.has_digest()) {
+            if let Some(hash) = hashes.list[source].as_ref().filter(|hash| !hash.source.has_digest()) {
                 hash.add(view, piece);
             }
         }

@@ -1,5 +1,5 @@
 //! Statistics of a whole tensor that its rule needs before it can be written: inner products,
-//! cut-offs of trims, sums of magnitudes.
+//! cut-offs of trims, sums of magnitudes. Those that need whole rows or matrices are in [`rows`].
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -13,11 +13,13 @@ use cpift_core::stream::ties::{TieCut, TieKey, TieSalt, find_tie_cut};
 use rayon::prelude::*;
 
 use super::job::{self, Job, Piece, Pool, Shared};
+use super::rows::{self, Grouped};
 use super::tensor::{Block, Tensor, read};
+use crate::methods::pointwise::{Figures, changes};
 use crate::methods::region::outside;
-use crate::methods::sign_merge::{self, Filter, Keep, Number, Sparsify, rescaling, sum_of_magnitudes};
+use crate::methods::sign_merge::{self, Filter, Keep, Number, Sparsify, TaskVector, rescaling, sum_of_magnitudes};
 use crate::methods::sphere::{Combination, Gram};
-use crate::methods::{Rule, SignMerge};
+use crate::methods::{Along, Pointwise, Rule, SignMerge};
 use crate::request::Space;
 
 /// Statistics of one tensor.
@@ -25,14 +27,36 @@ use crate::request::Space;
 pub(crate) struct TensorStats {
     /// Coefficients, branches and angles.
     pub combination: Combination,
-    /// For TIES and DARE, the elements of each task vector that are kept.
+    /// For TIES and its relatives, the elements of each task vector that are kept.
     pub filters: Vec<Filter>,
+    /// For Breadcrumbs, the elements of each task vector that are dropped because they are large.
+    pub outliers: Vec<Filter>,
+    /// Coefficients by row or column.
+    pub grouped: Grouped,
+    /// Figures of methods that work element by element.
+    pub figures: Figures,
+    /// Merged task vector of methods by singular vectors.
+    pub change: Vec<f32>,
     /// Numbers of elements at the cut-offs of trims.
     pub trimmed: Ties,
     /// Number of elements in at least one core region.
     pub core: u64,
     /// Number of elements in at least two core regions.
     pub conflicts: u64,
+}
+
+impl TensorStats {
+    /// The figures for reports, without what is as large as the tensor.
+    pub fn for_report(self) -> Self {
+        Self {
+            filters: Vec::new(),
+            outliers: Vec::new(),
+            grouped: Grouped::default(),
+            figures: Figures::default(),
+            change: Vec::new(),
+            ..self
+        }
+    }
 }
 
 /// Sums over a tensor, or over a part of it.
@@ -45,11 +69,13 @@ struct Measure {
     conflicts: u64,
     /// Sums of magnitudes of each task vector, before and after elements are dropped at random.
     magnitudes: Vec<[f64; 2]>,
+    /// Numbers of elements that each model changed, together with others and alone.
+    changed: Vec<[u64; 2]>,
 }
 
 impl Measure {
     fn zero(k: usize) -> Self {
-        Self { gram: Gram::zero(k), core: 0, conflicts: 0, magnitudes: vec![[0.0; 2]; k] }
+        Self { gram: Gram::zero(k), core: 0, conflicts: 0, magnitudes: vec![[0.0; 2]; k], changed: vec![[0; 2]; k] }
     }
 
     fn add(&mut self, other: &Self) {
@@ -58,6 +84,9 @@ impl Measure {
         self.conflicts += other.conflicts;
         for (sums, more) in self.magnitudes.iter_mut().zip(&other.magnitudes) {
             *sums = [sums[0] + more[0], sums[1] + more[1]];
+        }
+        for (counts, more) in self.changed.iter_mut().zip(&other.changed) {
+            *counts = [counts[0] + more[0], counts[1] + more[1]];
         }
     }
 }
@@ -69,8 +98,8 @@ impl Measure {
 /// [`BadInput`] naming file, tensor and element if a number is not finite.
 pub(super) fn measure(shared: &Shared<'_>, batch: Range<usize>) -> Result<Vec<TensorStats>> {
     let tensors = &shared.job.tensors;
-    let measures = read_tensors(shared, batch.clone(), |tensor| !matches!(tensor.rule, Rule::Linear(_)))?;
-    batch.zip(measures).map(|(i, m)| with_filters(shared.job, &tensors[i], &m)).collect()
+    let measures = read_tensors(shared, batch.clone(), |tensor| tensor.rule.reads_chunks_first())?;
+    batch.zip(measures).map(|(i, m)| complete(shared, &tensors[i], &m)).collect()
 }
 
 /// Measures angles and core regions only.
@@ -101,7 +130,8 @@ fn read_tensors(
             read_piece(shared.job, &shared.narrow, tensor, piece)
         }
     })?;
-    let mut measures: Vec<Measure> = batch.clone().map(|_| Measure::zero(shared.job.operands)).collect();
+    let zero = |i: usize| Measure::zero(tensors[i].operands.len());
+    let mut measures: Vec<Measure> = batch.clone().map(zero).collect();
     for (piece, part) in pieces.iter().zip(parts) {
         measures[piece.tensor - batch.start].add(&part);
     }
@@ -132,9 +162,11 @@ fn read_blocks<T: Number>(
             block.clear(bits, start);
         }
         match tensor.rule {
-            Rule::Linear(_) => {}
+            Rule::Linear(_) | Rule::Spectral(_) | Rule::Combine(_, Along::Rows | Along::Columns) => {}
+            Rule::Pointwise(Pointwise::Ram { epsilon, .. }) => count_changes(*epsilon, block, &mut sum.changed),
+            Rule::Pointwise(_) => {}
             Rule::SignMerge(rule) => add_magnitudes(rule, start, block, &mut sum.magnitudes),
-            Rule::Fold(_) | Rule::SphericalMean(_) => {
+            Rule::Fold(_) | Rule::SphericalMean(..) | Rule::Combine(_, Along::Whole) => {
                 tensor.claims.for_each(start, len, |j| block.clear_one(j));
                 sum.gram.accumulate(&block.operands, about_base.then_some(&block.base[..]));
                 let (core, conflicts) = tensor.claims.count(start, len);
@@ -158,10 +190,56 @@ fn add_magnitudes<T: Number>(rule: &SignMerge, start: usize, block: &mut Block<T
     }
 }
 
-/// The statistics of a tensor, with the filters of its task vectors.
-fn with_filters(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<TensorStats> {
-    let mut stats = combined(job, tensor, measure)?;
-    let Rule::SignMerge(rule) = tensor.rule else { return Ok(stats) };
+/// Counts the elements that each model changed, together with others and alone.
+#[inline(always)]
+fn count_changes<T: Number>(epsilon: f64, block: &mut Block<T>, counts: &mut [[u64; 2]]) {
+    sign_merge::subtract_base(&mut block.operands, &block.base);
+    let epsilon = T::from_f64(epsilon);
+    for j in 0..block.base.len() {
+        let models = block.operands.iter().filter(|values| changes(values[j], epsilon)).count();
+        for (values, counts) in block.operands.iter().zip(&mut *counts) {
+            counts[usize::from(models == 1)] += u64::from(changes(values[j], epsilon));
+        }
+    }
+}
+
+/// The statistics of a tensor, with all that its rule needs.
+fn complete(shared: &Shared<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<TensorStats> {
+    let mut stats = combined(shared.job, tensor, measure)?;
+    if tensor.numel() == 0 {
+        return Ok(stats);
+    }
+    match tensor.rule {
+        Rule::SignMerge(rule) => add_filters(shared, tensor, rule, measure, &mut stats)?,
+        Rule::Combine(combine, along) if *along != Along::Whole => {
+            stats.grouped = rows::grouped(shared, tensor, combine, *along)?;
+        }
+        Rule::Pointwise(Pointwise::Ram { epsilon, plus: Some(plus) }) => {
+            let factor = |[together, alone]: &[u64; 2]| {
+                1.0 + plus.r * (*together as f64 / (*alone as f64).max(*epsilon)).clamp(0.0, plus.alpha)
+            };
+            stats.figures.factors = measure.changed.iter().map(factor).collect();
+        }
+        Rule::Pointwise(Pointwise::Sce { select_topk }) => stats.figures = rows::sce(shared, tensor, *select_topk)?,
+        Rule::Pointwise(Pointwise::Fusion) => stats.figures = rows::fusion(shared, tensor)?,
+        Rule::Spectral(rule) => stats.change = rows::spectral(shared, tensor, rule)?,
+        _ => {}
+    }
+    Ok(stats)
+}
+
+/// Adds the filters of the task vectors.
+fn add_filters(
+    shared: &Shared<'_>,
+    tensor: &Tensor<'_>,
+    rule: &SignMerge,
+    measure: &Measure,
+    stats: &mut TensorStats,
+) -> Result<()> {
+    if rule.sparsify == Sparsify::Prune {
+        stats.filters = rows::pruned(shared, tensor, rule)?;
+        return Ok(());
+    }
     for (i, vector) in rule.vectors.iter().enumerate() {
         let filter = match rule.sparsify {
             _ if vector.density >= 1.0 => Filter::ALL,
@@ -177,10 +255,17 @@ fn with_filters(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result
                 stats.trimmed.decided_by_hash += ties.decided_by_hash;
                 filter
             }
+            Sparsify::Outliers => {
+                let [outliers, filter] = without_outliers(tensor, i, vector, rule.rescale)?;
+                stats.outliers.push(outliers);
+                filter
+            }
+            Sparsify::Prune => unreachable!("handled above"),
         };
+        stats.outliers.resize(stats.outliers.len().max(stats.filters.len()), Filter::NONE);
         stats.filters.push(filter);
     }
-    Ok(stats)
+    Ok(())
 }
 
 fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<TensorStats> {
@@ -188,13 +273,79 @@ fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<Ten
         let view = &tensor.operands[0].view;
         return Err(BadInput::new(view.file, "weights so large that their norm overflows").tensor(view.name).into());
     }
+    let combination = tensor.rule.combination(&measure.gram, job.epsilon);
+    if combination.coefficients.iter().any(|c| !c.is_finite()) {
+        let view = &tensor.operands[0].view;
+        return Err(BadInput::new(view.file, "the weighted directions of the models cancel")
+            .tensor(view.name)
+            .hint("other weights, or linear instead of multislerp")
+            .into());
+    }
     Ok(TensorStats {
-        combination: tensor.rule.combination(&measure.gram, job.epsilon),
+        combination,
         filters: Vec::new(),
+        outliers: Vec::new(),
+        grouped: Grouped::default(),
+        figures: Figures::default(),
+        change: Vec::new(),
         trimmed: Ties::default(),
         core: measure.core,
         conflicts: measure.conflicts,
     })
+}
+
+/// Elements of task vector `operand` that are dropped as too large, and those that are kept if they
+/// are not among these.
+///
+/// The share γ of the largest is dropped and of the others as many of the largest kept as the
+/// density asks for; if too few remain, fewer are dropped.
+///
+/// # Errors
+/// As [`cut`].
+fn without_outliers(tensor: &Tensor<'_>, operand: usize, vector: &TaskVector, rescale: bool) -> Result<[Filter; 2]> {
+    let free = tensor.free();
+    let kept = (vector.density * free as f64) as u64;
+    let dropped = ((vector.spread * free as f64) as u64).min(free - kept);
+    if kept == 0 {
+        return Ok([Filter::NONE, Filter::NONE]);
+    }
+    let largest = |k: u64| -> Result<(Filter, [f64; 2])> {
+        Ok(match k {
+            0 => (Filter::NONE, [0.0; 2]),
+            k if k == free => (Filter::ALL, [0.0; 2]),
+            k => {
+                let (filter, _, sums) = if tensor.is_wide() {
+                    cut::<f64>(tensor, operand, k, rescale)?
+                } else {
+                    cut::<f32>(tensor, operand, k, rescale)?
+                };
+                (filter, sums)
+            }
+        })
+    };
+    let (outliers, [_, large]) = largest(dropped)?;
+    let (mut filter, [before, after]) = largest(dropped + kept)?;
+    if rescale {
+        // Without smaller elements to drop, all that is kept is what is not too large.
+        let [before, after] = if dropped + kept == free {
+            let before = if dropped == 0 { 0.0 } else { cut_sums(tensor, operand, dropped)? };
+            [before, before]
+        } else {
+            [before, after]
+        };
+        filter.scale = rescaling(before, after - large);
+    }
+    Ok([outliers, filter])
+}
+
+/// Sum of all magnitudes of task vector `operand`; `k` is any number of its elements.
+///
+/// # Errors
+/// As [`cut`].
+fn cut_sums(tensor: &Tensor<'_>, operand: usize, k: u64) -> Result<f64> {
+    let (_, _, [all, _]) =
+        if tensor.is_wide() { cut::<f64>(tensor, operand, k, true)? } else { cut::<f32>(tensor, operand, k, true)? };
+    Ok(all)
 }
 
 /// Elements of task vector `operand` that are kept, exactly as many of the largest as `density`
@@ -206,25 +357,37 @@ fn trim(tensor: &Tensor<'_>, operand: usize, density: f64, rescale: bool) -> Res
     }
     // Rounded down, but at least one, as mergekit does.
     let k = ((density * free as f64) as u64).max(1);
-    if tensor.is_wide() { cut::<f64>(tensor, operand, k, rescale) } else { cut::<f32>(tensor, operand, k, rescale) }
+    let (filter, ties, _) = if tensor.is_wide() {
+        cut::<f64>(tensor, operand, k, rescale)?
+    } else {
+        cut::<f32>(tensor, operand, k, rescale)?
+    };
+    Ok((filter, ties))
 }
 
-fn cut<T: Number>(tensor: &Tensor<'_>, operand: usize, k: u64, rescale: bool) -> Result<(Filter, Ties)> {
+/// The largest `k` elements of a task vector, the ties at the cut-off and, if `rescale` is set, the
+/// sums of magnitudes of all elements and of these.
+///
+/// # Errors
+/// A digest that a tie needs and that cannot be computed.
+fn cut<T: Number>(tensor: &Tensor<'_>, operand: usize, k: u64, rescale: bool) -> Result<(Filter, Ties, [f64; 2])> {
     let source = Magnitudes::<T> { tensor, operand, spare: Mutex::new(Vec::new()) };
     let Cut { threshold, ties } = find_cut(&source, k);
     if threshold == T::default() {
         // The tied elements are zero in any case.
-        return Ok((Filter::ALL, Ties::default()));
+        let sum = if rescale { source.sums(threshold)[0] } else { 0.0 };
+        return Ok((Filter::ALL, Ties::default(), [sum; 2]));
     }
     let split = ties.chosen < ties.at_threshold;
     let kept = if split { Some(source.first_ties(threshold, ties)?) } else { None };
-    let scale = if rescale {
+    let sums = if rescale {
         let [before, above] = source.sums(threshold);
-        rescaling(before, above + ties.chosen as f64 * threshold.to_f64())
+        [before, above + ties.chosen as f64 * threshold.to_f64()]
     } else {
-        1.0
+        [0.0; 2]
     };
-    Ok((Filter { keep: Keep::Above { threshold: threshold.to_f64(), ties: kept }, scale }, ties))
+    let scale = if rescale { rescaling(sums[0], sums[1]) } else { 1.0 };
+    Ok((Filter { keep: Keep::Above { threshold: threshold.to_f64(), ties: kept }, scale }, ties, sums))
 }
 
 /// Magnitudes of one task vector, without protected elements.
@@ -257,7 +420,7 @@ impl<T: Number> Magnitudes<'_, T> {
             self.magnitudes(start, len, values, base);
             match self.tensor.protected {
                 None => out.extend_from_slice(values),
-                Some(bits) => outside(bits, start, values, |_, v| out.push(*v)),
+                Some(region) => region.outside(start, values, |_, v| out.push(*v)),
             }
         }
     }
@@ -268,7 +431,7 @@ impl<T: Number> Magnitudes<'_, T> {
             dispatch!(self.magnitudes(start, len, values, base));
             match self.tensor.protected {
                 None => values.iter().enumerate().for_each(|(j, v)| each(start + j, *v)),
-                Some(bits) => outside(bits, start, values, |j, v| each(start + j, *v)),
+                Some(region) => region.outside(start, values, |j, v| each(start + j, *v)),
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use cpift_core::{BadInput, Dtype, TensorView};
 
-use crate::methods::region::{inside, outside};
+use crate::methods::region::{Region, outside};
 use crate::methods::sign_merge::Number;
 use crate::methods::{Claims, Rule};
 use crate::plan::Source;
@@ -16,14 +16,18 @@ pub(super) struct Tensor<'a> {
     pub base: Option<TensorView<'a>>,
     /// Core elements of each task (operand 1 is task 0), for `cpi`.
     pub claims: Claims<'a>,
-    /// Packed bits of the elements at which the result is the backbone.
-    pub protected: Option<&'a [u8]>,
+    /// Name in the output.
+    pub name: &'a str,
+    /// Elements at which the result is the backbone.
+    pub protected: Option<Region<'a>>,
     /// Rule by which it is merged.
     pub rule: &'a Rule,
 }
 
 /// One parameter in one operand.
 pub(super) struct Operand<'a> {
+    /// Index among the operands of the plan.
+    pub index: usize,
     /// Checkpoint that it comes from.
     pub source: &'a Source,
     /// Its elements.
@@ -40,7 +44,7 @@ impl<'a> Tensor<'a> {
 
     /// Number of elements that are not protected.
     pub fn free(&self) -> u64 {
-        self.numel() as u64 - self.protected.map_or(0, cpift_core::format::mask::count_ones)
+        self.numel() as u64 - self.protected.map_or(0, |region| region.count(self.numel()))
     }
 
     /// Returns true if an input is F64, which f32 cannot hold.
@@ -112,6 +116,8 @@ impl<T: Number> Block<T> {
     #[inline(always)]
     pub fn load(&mut self, tensor: &Tensor<'_>, start: usize, len: usize, with_base: bool) -> bool {
         let mut finite = true;
+        // Slices can merge different numbers of models.
+        self.operands.resize_with(tensor.operands.len(), Vec::new);
         for (values, operand) in self.operands.iter_mut().zip(&tensor.operands) {
             finite &= read(&operand.view, start, len, values);
         }
@@ -141,18 +147,18 @@ impl<T: Number> Block<T> {
         }
     }
 
-    /// Sets the elements of operands and base whose bits are set to zero, which takes them out of
-    /// every sum.
-    pub fn clear(&mut self, bits: &[u8], start: usize) {
+    /// Sets the elements of operands and base in `region` to zero, which takes them out of every
+    /// sum.
+    pub fn clear(&mut self, region: Region<'_>, start: usize) {
         for values in self.operands.iter_mut().chain([&mut self.base]).filter(|v| !v.is_empty()) {
-            inside(bits, start, values, |_, v| *v = T::default());
+            region.inside(start, values, |_, v| *v = T::default());
         }
     }
 
     /// As [`Block::clear`], for the operands alone.
-    pub fn clear_operands(&mut self, bits: &[u8], start: usize) {
+    pub fn clear_operands(&mut self, region: Region<'_>, start: usize) {
         for values in &mut self.operands {
-            inside(bits, start, values, |_, v| *v = T::default());
+            region.inside(start, values, |_, v| *v = T::default());
         }
     }
 
@@ -163,10 +169,10 @@ impl<T: Number> Block<T> {
         }
     }
 
-    /// Puts the elements of the backbone into the result at the bits that are set.
-    pub fn keep_backbone(&mut self, bits: &[u8], start: usize) {
+    /// Puts the elements of the backbone into the result in `region`.
+    pub fn keep_backbone(&mut self, region: Region<'_>, start: usize) {
         let backbone = if self.base.is_empty() { &self.operands[0] } else { &self.base };
-        inside(bits, start, &mut self.out, |j, v| *v = backbone[j]);
+        region.inside(start, &mut self.out, |j, v| *v = backbone[j]);
     }
 }
 

@@ -19,7 +19,7 @@ use super::measure::TensorStats;
 use super::tensor::{Block, Tensor};
 use crate::methods::region::magnitude;
 use crate::methods::sign_merge::{self, Filter, Number};
-use crate::methods::{Conflict, Rule};
+use crate::methods::{Along, Conflict, Rule};
 use crate::request::Space;
 
 /// A checkpoint being written and hashed.
@@ -96,6 +96,17 @@ impl Output {
         })
     }
 
+    /// As [`Output::flushed`], for several outputs.
+    ///
+    /// # Errors
+    /// As [`Output::flushed`].
+    pub fn all_flushed<'w, R>(outputs: &'w [Self], work: Box<dyn FnOnce() -> Result<R> + 'w>) -> Result<R> {
+        match outputs {
+            [] => work(),
+            [first, others @ ..] => first.flushed(|| Self::all_flushed(others, work)),
+        }
+    }
+
     /// Digest of the tensors written and of the side files in `folder`.
     ///
     /// # Errors
@@ -134,7 +145,7 @@ pub(super) fn write(shared: &Shared<'_>, batch: Range<usize>, stats: &[TensorSta
     job::for_each(&pieces, |piece| {
         let (tensor, stats) = (&tensors[piece.tensor], &stats[piece.tensor - batch.start]);
         // This pass is the first to read a tensor that needs no measurement.
-        if matches!(tensor.rule, Rule::Linear(_)) {
+        if !tensor.rule.reads_chunks_first() {
             shared.hash(tensor, piece);
         }
         if tensor.is_wide() {
@@ -161,7 +172,7 @@ fn write_piece<T: Number>(
         bytes.resize(piece.elements.len() * size, 0);
         let done = dispatch!(write_blocks(job, tensor, stats, piece, block, bytes));
         match done {
-            Ok(()) => output.put(tensor.operands[0].view.name, piece.elements.start, size, bytes),
+            Ok(()) => output.put(tensor.name, piece.elements.start, size, bytes),
             Err(Fault::NotFinite(start, len)) => Err(tensor.not_finite(start, len).into()),
             Err(Fault::OutOfRange(start, values)) => Err(out_of_range(job.dtype, tensor, start, &values).into()),
         }
@@ -179,19 +190,45 @@ fn write_blocks<T: Number>(
 ) -> Result<(), Fault> {
     let (about_base, size, limit) = (job.space == Space::Delta, job.dtype.size(), T::from_f64(overflow(job.dtype)));
     let with_base = about_base || job.base_is_separate && (tensor.protected.is_some() || tensor.is_masked());
+    let one = &tensor.operands[0];
+    // The bytes of the only operand, which are read for numbers that are not finite.
+    let unchanged = matches!(tensor.rule, Rule::Linear(factors) if factors[..] == [1.0])
+        && !about_base
+        && one.mask.is_none()
+        && tensor.protected.is_none()
+        && one.view.dtype == job.dtype;
     for (start, len) in piece.blocks() {
         if !block.load(tensor, start, len, with_base) {
             return Err(Fault::NotFinite(start, len));
+        }
+        let at = (start - piece.elements.start) * size;
+        if unchanged {
+            bytes[at..at + len * size].copy_from_slice(tensor.operands[0].view.slice(start, len));
+            continue;
         }
         block.out.resize(len, T::default());
         match tensor.rule {
             Rule::SignMerge(rule) => {
                 sign_merge::subtract_base(&mut block.operands, &block.base);
+                drop_outliers(&stats.outliers, start, block);
                 thin(tensor, &stats.filters, start, block);
                 let Block { operands, base, out, sums, divisors } = &mut *block;
                 rule.merge(&stats.filters, operands, base, [&mut sums[..len], &mut divisors[..len]], out);
             }
-            _ => {
+            Rule::Pointwise(rule) => {
+                let Block { operands, base, out, .. } = &mut *block;
+                rule.merge(&stats.figures, start, operands, base, out);
+            }
+            Rule::Combine(_, Along::Rows | Along::Columns) => {
+                let Block { operands, base, out, .. } = &mut *block;
+                stats.grouped.apply(start, operands, about_base.then_some(&base[..]), out);
+            }
+            Rule::Spectral(rule) => {
+                let changes = block.base.iter().zip(&stats.change[start..start + len]);
+                let sums = changes.map(|(b, change)| T::from_f64(b.to_f64() + rule.lambda * f64::from(*change)));
+                block.out.iter_mut().zip(sums).for_each(|(o, v)| *o = v);
+            }
+            Rule::Linear(_) | Rule::Fold(_) | Rule::SphericalMean(..) | Rule::Combine(_, Along::Whole) => {
                 let Block { operands, base, out, sums, .. } = &mut *block;
                 stats.combination.apply(operands, about_base.then_some(&base[..]), &mut sums[..len], out);
             }
@@ -206,7 +243,6 @@ fn write_blocks<T: Number>(
         if !block.out.iter().fold(true, |fits, v| fits & (v.abs() < limit)) {
             return Err(Fault::OutOfRange(start, block.out.iter().map(|v| v.to_f64()).collect()));
         }
-        let at = (start - piece.elements.start) * size;
         T::store(job.dtype, &block.out, &mut bytes[at..at + len * size]);
     }
     Ok(())
@@ -221,6 +257,19 @@ fn thin<T: Number>(tensor: &Tensor<'_>, filters: &[Filter], start: usize, block:
     }
     for (values, filter) in block.operands.iter_mut().zip(filters) {
         filter.keep.apply(values, start);
+    }
+}
+
+/// Sets the elements of each task vector that are too large to zero.
+#[inline(always)]
+fn drop_outliers<T: Number>(outliers: &[Filter], start: usize, block: &mut Block<T>) {
+    for (values, filter) in block.operands.iter_mut().zip(outliers) {
+        block.out.clone_from(values);
+        filter.keep.apply(&mut block.out, start);
+        values
+            .iter_mut()
+            .zip(&block.out)
+            .for_each(|(v, large)| *v = if *large == T::default() { *v } else { T::default() });
     }
 }
 

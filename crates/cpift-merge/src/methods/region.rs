@@ -3,20 +3,46 @@
 
 use cpift_core::format::mask::bit;
 
-/// Calls `each` with position and value of every element whose bit is set; `values[0]` is element
-/// `start`, a multiple of 8.
-pub(crate) fn inside<T>(bits: &[u8], start: usize, values: &mut [T], each: impl FnMut(usize, &mut T)) {
-    by_bit(bits, start, values, 0, each);
+/// Elements of a tensor as packed bits: those that are set, or those that are not.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Region<'a> {
+    /// Packed bits.
+    pub bits: &'a [u8],
+    /// True for the elements whose bit is not set.
+    pub inverted: bool,
 }
 
-/// Calls `each` with position and value of every element whose bit is not set; otherwise as
-/// [`inside`].
+impl Region<'_> {
+    /// Number of elements, of `numel` in all.
+    pub fn count(self, numel: usize) -> u64 {
+        let ones = cpift_core::format::mask::count_ones(self.bits);
+        if self.inverted { numel as u64 - ones } else { ones }
+    }
+
+    /// Calls `each` with position and value of every element of the region; `values[0]` is element
+    /// `start`.
+    pub fn inside<T>(self, start: usize, values: &mut [T], each: impl FnMut(usize, &mut T)) {
+        by_bit(self.bits, start, values, if self.inverted { 0xFF } else { 0 }, each);
+    }
+
+    /// As [`Region::inside`], for every other element.
+    pub fn outside<T>(self, start: usize, values: &mut [T], each: impl FnMut(usize, &mut T)) {
+        by_bit(self.bits, start, values, if self.inverted { 0 } else { 0xFF }, each);
+    }
+}
+
+/// Calls `each` with position and value of every element whose bit is not set; `values[0]` is
+/// element `start`.
 pub(crate) fn outside<T>(bits: &[u8], start: usize, values: &mut [T], each: impl FnMut(usize, &mut T)) {
     by_bit(bits, start, values, 0xFF, each);
 }
 
 fn by_bit<T>(bits: &[u8], start: usize, values: &mut [T], flip: u8, mut each: impl FnMut(usize, &mut T)) {
-    debug_assert_eq!(start % 8, 0);
+    if !start.is_multiple_of(8) {
+        let is_set = |(j, _): &(usize, &mut T)| bit(bits, start + j) != (flip != 0);
+        values.iter_mut().enumerate().filter(is_set).for_each(|(j, v)| each(j, v));
+        return;
+    }
     for (a, (byte, eight)) in bits[start / 8..].iter().zip(values.chunks_mut(8)).enumerate() {
         let byte = byte ^ flip;
         if byte != 0 {
@@ -145,6 +171,22 @@ mod tests {
         claims.for_each(8, 9, |j| seen.push(j));
         assert_eq!(seen, [0, 7, 8]);
         assert_eq!(Claims::default().count(0, 100), (0, 0));
+    }
+
+    #[test]
+    fn a_region_and_the_rest_share_the_elements_wherever_they_start() {
+        let bits = [0b1010_0110, 0b0000_0011, 0b1000_0000];
+        for (start, inverted) in [(0, false), (3, false), (0, true), (5, true)] {
+            let region = Region { bits: &bits, inverted };
+            let mut seen = vec![0; 24 - start];
+            region.inside(start, &mut seen, |_, v| *v += 1);
+            let expected: Vec<i32> = (start..24).map(|j| i32::from(bit(&bits, j) != inverted)).collect();
+            assert_eq!(seen, expected);
+            region.outside(start, &mut seen, |_, v| *v += 1);
+            assert_eq!(seen, vec![1; 24 - start]);
+        }
+        assert_eq!(Region { bits: &bits, inverted: false }.count(24), 7);
+        assert_eq!(Region { bits: &bits, inverted: true }.count(24), 17);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! TIES and DARE: task vectors thinned by size or at random, weighted, and summed, optionally only
-//! where they agree with the elected sign.
+//! TIES, DARE, DELLA and Breadcrumbs: task vectors thinned by size or at random, weighted, and
+//! summed, optionally only where they agree with the elected sign.
 //!
 //! Differences from the base and the election are taken in f32 (f64 if an input is F64), sums in
 //! f64.
@@ -9,6 +9,8 @@ use std::ops::{Add, Mul, Sub};
 use cpift_core::stream::random::splitmix64;
 use cpift_core::stream::select::Score;
 use cpift_core::stream::ties::{TieCut, TieKey};
+
+use super::region::outside;
 
 /// Type in which a tensor is merged: `f32`, which holds every element of an F32, F16 or BF16 input
 /// exactly, or `f64` if an input is F64.
@@ -57,6 +59,9 @@ pub(crate) struct TaskVector {
     pub density: f64,
     /// Key of the random numbers by which elements are dropped.
     pub key: u64,
+    /// Share of the elements that are dropped as too large (γ), or half the range of the
+    /// probabilities to keep one (ε).
+    pub spread: f64,
 }
 
 /// Selection of the elements of a task vector that are kept.
@@ -66,6 +71,11 @@ pub(crate) enum Sparsify {
     Trim,
     /// Each is kept with the probability `density`.
     Drop,
+    /// As [`Sparsify::Trim`], after the share `spread` of the largest has been dropped.
+    Outliers,
+    /// Each is kept with a probability from `density` − `spread` for the smallest of its row to
+    /// `density` + `spread` for the largest.
+    Prune,
 }
 
 /// Elements of one task vector that are kept, and their factor.
@@ -97,6 +107,8 @@ pub(crate) enum Keep {
         /// Density times 2⁵³.
         limit: u64,
     },
+    /// Elements whose packed bits are set.
+    Bits(Vec<u8>),
 }
 
 impl Filter {
@@ -138,6 +150,7 @@ impl Keep {
                     *v = if splitmix64(*key, (start + j) as u64) >> 11 < *limit { *v } else { zero };
                 }
             }
+            Self::Bits(bits) => outside(bits, start, values, |_, v| *v = zero),
         }
     }
 }
@@ -259,7 +272,7 @@ mod tests {
     }
 
     fn rule(elect: bool, normalize: bool, weights: &[f64]) -> SignMerge {
-        let vectors = weights.iter().map(|&weight| TaskVector { weight, density: 1.0, key: 0 }).collect();
+        let vectors = weights.iter().map(|&weight| TaskVector { weight, density: 1.0, key: 0, spread: 0.0 }).collect();
         SignMerge { vectors, sparsify: Sparsify::Trim, rescale: false, elect, normalize, lambda: 0.5 }
     }
 

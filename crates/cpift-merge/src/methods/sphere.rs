@@ -57,6 +57,12 @@ impl Gram {
         Self { k, entries: vec![0.0; k * k] }
     }
 
+    /// The inner products `entries`, [k × k].
+    pub(crate) fn from_entries(k: usize, entries: Vec<f64>) -> Self {
+        assert_eq!(entries.len(), k * k, "k × k products");
+        Self { k, entries }
+    }
+
     /// Inner products of whole vectors of one length.
     pub fn of(vectors: &[Vec<f64>]) -> Self {
         let mut gram = Self::zero(vectors.len());
@@ -66,8 +72,9 @@ impl Gram {
 
     /// Adds the inner products of a piece of the vectors, or of their differences from `base`.
     #[inline(always)]
-    pub fn accumulate<T: Float>(&mut self, pieces: &[Vec<T>], base: Option<&[T]>) {
+    pub fn accumulate<T: Float, P: AsRef<[T]>>(&mut self, pieces: &[P], base: Option<&[T]>) {
         if let [only] = pieces {
+            let only = only.as_ref();
             self.entries[0] +=
                 products(only, only, |x, b| x - b, base.unwrap_or(&vec![T::from_f64(0.0); only.len()]))[0];
         }
@@ -75,9 +82,10 @@ impl Gram {
             for j in 0..i {
                 // Three products in one reading of two vectors, of which the two squares count
                 // once.
+                let (x, y) = (pieces[i].as_ref(), pieces[j].as_ref());
                 let [xx, xy, yy] = match base {
-                    None => products(&pieces[i], &pieces[j], |x, _| x, &pieces[i]),
-                    Some(base) => products(&pieces[i], &pieces[j], |x, b| x - b, base),
+                    None => products(x, y, |x, _| x, x),
+                    Some(base) => products(x, y, |x, b| x - b, base),
                 };
                 self.entries[i * self.k + j] += xy;
                 self.entries[j * self.k + i] += xy;
@@ -117,12 +125,12 @@ impl Gram {
     }
 
     /// Inner product of vector `i` with the combination `c`.
-    fn with(&self, i: usize, c: &[f64]) -> f64 {
+    pub(crate) fn with(&self, i: usize, c: &[f64]) -> f64 {
         (0..self.k).map(|j| self.get(i, j) * c[j]).sum()
     }
 
     /// Norm of the combination `c`; zero if the terms cancel down to their rounding errors.
-    fn norm(&self, c: &[f64]) -> f64 {
+    pub(crate) fn norm(&self, c: &[f64]) -> f64 {
         let (mut sum, mut size) = (0.0, 0.0);
         for i in 0..self.k {
             for j in 0..self.k {
@@ -257,19 +265,33 @@ impl Step {
     }
 }
 
+/// End of the iterations of a spherical mean.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stop {
+    /// Largest number of iterations.
+    pub max_iter: usize,
+    /// Length of a step at which the mean has converged.
+    pub tol: f64,
+}
+
+impl Stop {
+    /// Iterates to the precision of f64.
+    pub const FULL: Self = Self { max_iter: 1000, tol: 1e-12 };
+}
+
 /// The mean of all vectors on the sphere (Karcher mean of their directions), times the mean of
 /// their norms; `weights` sum to 1.
 ///
 /// A zero vector has no direction and counts in the mean norm only. The angle of the step is the
 /// largest between any two.
-pub fn spherical_mean(gram: &Gram, weights: &[f64], epsilon: f64) -> Combination {
+pub fn spherical_mean(gram: &Gram, weights: &[f64], epsilon: f64, stop: Stop) -> Combination {
     let norms: Vec<f64> = (0..gram.len()).map(|i| gram.get(i, i).sqrt()).collect();
     let step = widest(gram, &norms, epsilon);
     let linear = || Combination { coefficients: weights.to_vec(), steps: vec![step] };
     if step.branch != Branch::Slerp {
         return linear();
     }
-    let Some(mean) = karcher(gram, &norms, weights) else {
+    let Some(mean) = karcher(gram, &norms, weights, stop) else {
         let steps = vec![Step { branch: Branch::Opposite, ..step }];
         return Combination { steps, ..linear() };
     };
@@ -293,15 +315,16 @@ fn widest(gram: &Gram, norms: &[f64], epsilon: f64) -> Step {
 
 /// Coefficients of the unit vector that is the mean of the directions; `None` if the mean is
 /// undefined.
-fn karcher(gram: &Gram, norms: &[f64], weights: &[f64]) -> Option<Vec<f64>> {
-    let with_direction = |i: &usize| norms[*i] > 0.0;
-    let mut mean: Vec<f64> =
-        (0..gram.len()).map(|i| if norms[i] > 0.0 { weights[i] / norms[i] } else { 0.0 }).collect();
+fn karcher(gram: &Gram, norms: &[f64], weights: &[f64], stop: Stop) -> Option<Vec<f64>> {
+    let with_direction = |i: &usize| norms[*i] > stop.tol.min(1e-5);
+    let directed: Vec<usize> = (0..gram.len()).filter(with_direction).collect();
+    let mut mean = vec![0.0; gram.len()];
+    directed.iter().for_each(|&i| mean[i] = weights[i] / norms[i]);
     normalise(gram, &mut mean)?;
-    let total: f64 = (0..gram.len()).filter(with_direction).map(|i| weights[i]).sum();
-    for _ in 0..1000 {
+    let total: f64 = directed.iter().map(|&i| weights[i]).sum();
+    for _ in 0..stop.max_iter {
         let mut step = vec![0.0; gram.len()];
-        for i in (0..gram.len()).filter(with_direction) {
+        for &i in &directed {
             let cos = (gram.with(i, &mean) / norms[i]).clamp(-1.0, 1.0);
             let sin = ((1.0 - cos) * (1.0 + cos)).sqrt();
             // The direction's logarithm at the mean: its tangent part, stretched to the length of
@@ -312,12 +335,12 @@ fn karcher(gram: &Gram, norms: &[f64], weights: &[f64]) -> Option<Vec<f64>> {
             step[i] += weight / norms[i];
         }
         let size = gram.norm(&step);
-        let ratio = if size > 0.0 { size.sin() / size } else { 1.0 };
-        mean.iter_mut().zip(&step).for_each(|(m, s)| *m = size.cos() * *m + ratio * s);
-        normalise(gram, &mut mean)?;
-        if size < 1e-12 {
+        if size < stop.tol {
             break;
         }
+        let ratio = size.sin() / size;
+        mean.iter_mut().zip(&step).for_each(|(m, s)| *m = size.cos() * *m + ratio * s);
+        normalise(gram, &mut mean)?;
     }
     Some(mean)
 }
@@ -362,16 +385,28 @@ mod tests {
     #[test]
     fn the_mean_of_three_axes_lies_between_them() {
         let axes: Vec<Vec<f64>> = (0..3).map(|i| (0..3).map(|j| f64::from(u8::from(i == j))).collect()).collect();
-        let mean = spherical_mean(&Gram::of(&axes), &[1.0 / 3.0; 3], epsilon());
+        let mean = spherical_mean(&Gram::of(&axes), &[1.0 / 3.0; 3], epsilon(), Stop::FULL);
         for c in &mean.coefficients {
             assert!((c - 1.0 / 3.0f64.sqrt()).abs() < 1e-12, "{mean:?}");
         }
     }
 
     #[test]
+    fn few_iterations_stop_before_the_mean() {
+        let vectors = [vec![1.0, 0.0, 0.0], vec![0.0, 1.0, 0.0], vec![-0.8, 0.0, 0.6]];
+        let mean = |max_iter| {
+            let stop = Stop { max_iter, tol: 1e-12 };
+            spherical_mean(&Gram::of(&vectors), &[1.0 / 3.0; 3], 0.0, stop).coefficients
+        };
+        let far = |n| mean(n).iter().zip(mean(1000)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(far(0) > far(1) && far(1) > far(5) && far(5) > 1e-9, "{} {} {}", far(0), far(1), far(5));
+        assert!(far(200) < 1e-12, "{}", far(200));
+    }
+
+    #[test]
     fn a_zero_vector_shortens_the_mean_and_does_not_turn_it() {
         let vectors = [vec![2.0, 0.0], vec![0.0, 2.0], vec![0.0, 0.0]];
-        let mean = spherical_mean(&Gram::of(&vectors), &[1.0 / 3.0; 3], epsilon());
+        let mean = spherical_mean(&Gram::of(&vectors), &[1.0 / 3.0; 3], epsilon(), Stop::FULL);
         assert_eq!(mean.steps[0].branch, Branch::Slerp);
         for i in 0..2 {
             assert!((2.0 * mean.coefficients[i] - 4.0 / 3.0 * 0.5f64.sqrt()).abs() < 1e-12, "{mean:?}");
@@ -383,7 +418,7 @@ mod tests {
         let third = 2.0 * PI / 3.0;
         let fan: Vec<Vec<f64>> =
             (0..3).map(|i| vec![(f64::from(i) * third).cos(), (f64::from(i) * third).sin()]).collect();
-        let mean = spherical_mean(&Gram::of(&fan), &[1.0 / 3.0; 3], epsilon());
+        let mean = spherical_mean(&Gram::of(&fan), &[1.0 / 3.0; 3], epsilon(), Stop::FULL);
         assert_eq!(mean.steps[0].branch, Branch::Opposite);
         assert_eq!(mean.coefficients, [1.0 / 3.0; 3]);
     }

@@ -115,37 +115,68 @@ pub(crate) fn share_head(sources: &mut [&mut Source]) {
 /// # Errors
 /// [`BadInput`] that names the first difference.
 pub(crate) fn check_compatible(first: &Source, other: &Source) -> Result<()> {
-    let differs = |key: &str, expected: &Value, found: &Value, hint: &str| {
-        BadInput::new(other.config_path(), format!("{key} differs from {}", first.config_path().display()))
-            .expected(expected.to_string())
-            .found(found.to_string())
-            .hint(hint)
-    };
+    check_architecture(first, other)?;
+    check_setting(first, other, "num_hidden_layers")?;
+    check_vocabulary(first, other)?;
+    check_same_parameters(&first.checkpoint, &other.checkpoint)?;
+    check_same_integers(first, other)?;
+    warn_of_differences(first, other);
+    Ok(())
+}
+
+/// Checks that `other` has the architecture of `first` and ties its embeddings alike. Warns about
+/// settings and tokenizers that differ.
+///
+/// # Errors
+/// [`BadInput`] that names the first difference.
+pub(crate) fn check_alike(first: &Source, other: &Source) -> Result<()> {
+    check_architecture(first, other)?;
+    warn_of_differences(first, other);
+    Ok(())
+}
+
+fn warn_of_differences(first: &Source, other: &Source) {
+    warn_of_settings(first, other);
+    warn_of_tokens(first.path(), other.path());
+}
+
+fn check_architecture(first: &Source, other: &Source) -> Result<()> {
     for key in ["architectures", "model_type"] {
         let (expected, found) = (&first.config[key], &other.config[key]);
         if expected != found {
-            return Err(differs(key, expected, found, "only checkpoints of one architecture can be merged").into());
+            return Err(differs(first, other, key, expected, found, ONE_ARCHITECTURE).into());
         }
     }
     // Settings that the shapes of the tensors do not determine.
-    for key in ["num_hidden_layers", "num_attention_heads", "num_key_value_heads"] {
-        if let (Some(expected), Some(found)) = (first.config.get(key), other.config.get(key))
-            && expected != found
-        {
-            return Err(differs(key, expected, found, "only checkpoints of one architecture can be merged").into());
-        }
+    for key in ["num_attention_heads", "num_key_value_heads"] {
+        check_setting(first, other, key)?;
     }
     let (expected, found) = (first.checkpoint.tied(), other.checkpoint.tied());
     if expected != found {
         let hint = "one config.json asks for an output embedding of its own that its weights do not have: save both models alike";
-        return Err(differs("tie_word_embeddings", &expected.into(), &found.into(), hint).into());
+        return Err(differs(first, other, "tie_word_embeddings", &expected.into(), &found.into(), hint).into());
     }
-    check_vocabulary(first, other)?;
-    check_same_parameters(&first.checkpoint, &other.checkpoint)?;
-    check_same_integers(first, other)?;
-    warn_of_settings(first, other);
-    warn_of_tokens(first.path(), other.path());
     Ok(())
+}
+
+/// Hint for models of different architectures.
+const ONE_ARCHITECTURE: &str = "only checkpoints of one architecture can be merged";
+
+fn differs(first: &Source, other: &Source, key: &str, expected: &Value, found: &Value, hint: &str) -> BadInput {
+    BadInput::new(other.config_path(), format!("{key} differs from {}", first.config_path().display()))
+        .expected(expected.to_string())
+        .found(found.to_string())
+        .hint(hint)
+}
+
+/// Refuses a setting of config.json that both have with different values.
+fn check_setting(first: &Source, other: &Source, key: &str) -> Result<()> {
+    match (first.config.get(key), other.config.get(key)) {
+        (Some(expected), Some(found)) if expected != found => {
+            Err(differs(first, other, key, expected, found, ONE_ARCHITECTURE).into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Refuses integer tensors that differ; they are copied from the first model.

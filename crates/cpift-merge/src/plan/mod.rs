@@ -2,10 +2,12 @@
 //! of the plain methods or for `cpi`.
 
 mod inputs;
+mod layout;
 mod output;
 mod rules;
 
 pub(crate) use inputs::Source;
+pub(crate) use layout::Target;
 pub(crate) use output::{Destination, check_space};
 
 use std::collections::BTreeMap;
@@ -21,10 +23,12 @@ use cpift_core::record::provenance::check_made_from;
 use cpift_core::run::cli::{self, Named};
 use cpift_core::{BadInput, Mask, TensorSpec, TensorView, files};
 
+use crate::method::Base;
 use crate::methods::sphere::COLLINEAR_COSINE;
 use crate::methods::{Conflict, Rule};
-use crate::request::{CpiRequest, ModelRequest, OutputRequest, Request, Space, TaskWeights};
-use inputs::{check_compatible, share_head};
+use crate::request::{ChatTemplate, CpiRequest, ModelRequest, OutputRequest, Request, Space, TaskWeights};
+use inputs::{check_alike, check_compatible, share_head};
+use layout::Layout;
 
 /// A merge ready to run.
 pub(crate) struct Plan {
@@ -36,12 +40,17 @@ pub(crate) struct Plan {
     pub inputs: Inputs,
     /// Rule of each parameter, in bytewise name order.
     pub rules: Vec<Rule>,
+    /// Tensors of the output and their origins, if layers are rearranged; otherwise every parameter
+    /// is made from those of its name.
+    pub layout: Option<Layout>,
     /// Vectors that are combined.
     pub space: Space,
     /// Angle in radians below which, or within which of π, interpolation is linear.
     pub epsilon: f64,
     /// Mask of the elements at which the output is the backbone.
     pub protect: Option<Mask>,
+    /// Mask of the elements outside which the output is the backbone.
+    pub within: Option<Mask>,
     /// Seed of the random drop, for methods that have one.
     pub seed: Option<u64>,
     /// Destination of the output.
@@ -98,11 +107,26 @@ impl Plan {
         let backbone = base.as_ref().unwrap_or(&sources[0]);
         let everything: Vec<&Source> = base.iter().chain(&sources).map(Arc::as_ref).collect();
         for other in everything.iter().filter(|source| !std::ptr::eq(**source, backbone.as_ref())) {
-            check_compatible(backbone, other)?;
+            if request.slices.is_empty() { check_compatible(backbone, other)? } else { check_alike(backbone, other)? }
         }
         files::check_not_input("--out", &output.dir, everything.iter().map(|source| source.path()))?;
-        let destination = Destination::resolve(output, &everything, backbone, backbone, &everything)?;
-        let rules = rules::of_models(request, backbone)?;
+        let mut destination = Destination::resolve(output, &everything, backbone, backbone, &everything)?;
+        destination.chat_template = match &request.chat_template {
+            None => None,
+            Some(ChatTemplate::Text(text)) => Some(text.clone()),
+            Some(ChatTemplate::Auto) => output::most_common_template(everything.iter().map(|source| source.path())),
+        };
+        let layout = match &request.slices[..] {
+            [] => None,
+            _ => Some(Layout::of(request, &sources, base.as_deref())?),
+        };
+        if let Some(layout) = &layout {
+            destination.config = layout.config(destination.config, &sources);
+        }
+        let rules = match &layout {
+            Some(layout) => layout.rules(request)?,
+            None => rules::of_models(request, backbone)?,
+        };
         let mut files = BTreeMap::new();
         let mut open_mask = |role: String, path: &Path| open_mask(role, path, backbone, &mut files);
         let mut models = Vec::new();
@@ -111,15 +135,19 @@ impl Plan {
             models.push(Model { source: Arc::clone(source), mask });
         }
         let protect = request.protect.as_deref().map(|path| open_mask("protect".into(), path)).transpose()?;
+        let within = request.within.as_deref().map(|path| open_mask("within".into(), path)).transpose()?;
         files::check_not_input("--out", &output.dir, files.values().map(|(path, _)| path.as_path()))?;
+        let about_base = base.is_some() && request.method.base() != Base::Model;
         Ok(Self {
             method: request.method.name(),
             base,
             inputs: Inputs::Models(models),
             rules,
-            space: if request.method.needs_base() { Space::Delta } else { request.space },
+            layout,
+            space: if about_base { Space::Delta } else { request.space },
             epsilon: request.epsilon,
             protect,
+            within,
             seed: request.method.draws().then_some(request.seed),
             output: destination,
             files,
@@ -163,10 +191,12 @@ impl Plan {
             method: "cpi",
             rules: vec![rule; backbone.checkpoint.parameters().count()],
             base: Some(base),
+            layout: None,
             inputs: Inputs::Tasks { backbone, tasks, conflict: request.conflict },
             space: request.space,
             epsilon,
             protect: None,
+            within: None,
             seed: None,
             output: destination,
             files,
@@ -208,13 +238,24 @@ impl Plan {
 
     /// Parameters of the output, in bytewise name order.
     pub fn specs(&self) -> Vec<TensorSpec> {
-        let parameters = self.backbone().checkpoint.parameters();
-        parameters.map(|view| TensorSpec { dtype: self.output.dtype, ..view.spec() }).collect()
+        let dtype = self.output.dtype;
+        match &self.layout {
+            Some(layout) => layout.targets.iter().map(|target| target.spec(dtype)).collect(),
+            None => self.backbone().checkpoint.parameters().map(|v| TensorSpec { dtype, ..v.spec() }).collect(),
+        }
+    }
+
+    /// The parameters of the output whose origins are spelled out, if layers are rearranged.
+    pub fn targets(&self) -> Option<&[Target]> {
+        self.layout.as_ref().map(|layout| &layout.targets[..])
     }
 
     /// Tensors of the backbone that are copied unchanged. A tied lm_head is not: transformers
     /// restores it from the input embedding.
     pub fn copies(&self) -> Vec<TensorView<'_>> {
+        if let Some(layout) = &self.layout {
+            return layout.copies(&self.operands());
+        }
         let others = self.backbone().checkpoint.not_parameters();
         others.filter(|(_, why)| *why != Excluded::Tied).map(|(view, _)| view).collect()
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use cpift_core::format::checkpoint::{with_head_of, with_torch_dtype};
 use cpift_core::format::json;
 use cpift_core::{BadInput, Dtype};
@@ -25,6 +25,8 @@ pub(crate) struct Destination {
     pub config: Value,
     /// Directory from which tokenizer and other side files are copied.
     pub side_files: PathBuf,
+    /// Chat template in place of that of the side files.
+    pub chat_template: Option<String>,
 }
 
 impl Destination {
@@ -54,8 +56,67 @@ impl Destination {
             shard_size: request.shard_size,
             config: with_torch_dtype(with_head_of(backbone.checkpoint.tied(), backbone.config.clone()), dtype),
             side_files,
+            chat_template: None,
         })
     }
+
+    /// Writes the chat template to `folder`, where the side files are, in place of any other.
+    ///
+    /// # Errors
+    /// A file that cannot be read or written.
+    pub fn write_chat_template(&self, folder: &Path) -> Result<()> {
+        let Some(template) = &self.chat_template else { return Ok(()) };
+        let write = |name: &str, text: &str| {
+            std::fs::write(folder.join(name), text).with_context(|| format!("writing {name} into {}", folder.display()))
+        };
+        write("chat_template.jinja", template)?;
+        let path = folder.join("tokenizer_config.json");
+        if path.is_file() {
+            let mut config: Value = json::read(&path)?;
+            if config.as_object_mut().is_some_and(|config| config.shift_remove("chat_template").is_some()) {
+                write("tokenizer_config.json", &json::to_text(&config)?)?;
+            }
+        }
+        let older = folder.join("chat_template.json");
+        if older.is_file() {
+            std::fs::remove_file(&older).with_context(|| format!("removing {}", older.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// The text of the chat template that most of `folders` have, of equally frequent ones the first.
+pub(super) fn most_common_template<'a>(folders: impl Iterator<Item = &'a Path>) -> Option<String> {
+    let mut found: Vec<(String, usize)> = Vec::new();
+    for template in folders.filter_map(chat_template) {
+        match found.iter_mut().find(|(text, _)| *text == template) {
+            Some((_, count)) => *count += 1,
+            None => found.push((template, 1)),
+        }
+    }
+    let most = found.iter().map(|(_, count)| *count).max()?;
+    found.into_iter().find(|(_, count)| *count == most).map(|(text, _)| text)
+}
+
+/// The chat template of a tokenizer; of several named ones the default.
+fn chat_template(folder: &Path) -> Option<String> {
+    if let Ok(text) = std::fs::read_to_string(folder.join("chat_template.jinja")) {
+        return Some(text.trim().to_owned());
+    }
+    let in_file = |name: &str| -> Option<Value> {
+        let value: Value = json::read(&folder.join(name)).ok()?;
+        value.get("chat_template").cloned()
+    };
+    let value = in_file("chat_template.json").or_else(|| in_file("tokenizer_config.json"))?;
+    let text = match &value {
+        Value::String(text) => text.as_str(),
+        Value::Array(list) => {
+            let default = list.iter().find(|entry| entry["name"] == "default")?;
+            default["template"].as_str()?
+        }
+        _ => return None,
+    };
+    Some(text.trim().to_owned()).filter(|text| !text.is_empty())
 }
 
 /// Files of which every tokenizer has at least one.

@@ -1,4 +1,4 @@
-//! Recipes in mergekit's YAML, for the methods that both programs have. Keys that are not known are
+//! Recipes in mergekit's YAML. Keys that mergekit ignores are warned about; misspelled ones are
 //! errors.
 //!
 //! Settings mean the same as in mergekit 0.1.5. The parameters of a model come before those of its
@@ -6,10 +6,14 @@
 //! tensor's name counts. A list of numbers is spread over the layers, and tensors outside the
 //! layers get its first number.
 //!
+//! A file may hold several recipes, each with a `name` by which others refer to its result.
+//!
 //! Settings that mergekit has no key for stand under `cpift`, which it ignores: see [`write()`].
 
 mod node;
 mod parse;
+mod sources;
+mod templates;
 mod write;
 
 pub use parse::parse;
@@ -24,13 +28,34 @@ use cpift_core::format::json;
 use serde_json::Value;
 
 use crate::request::Request;
-use parse::{LONGEST, Recipe, parse_recipe, too_long};
+use parse::{LONGEST, Recipe, parse_all, too_long};
 
-/// Reads the recipe at `path` and checks it against the directories it names.
+/// Reads the recipe of one merge at `path` and checks it against the directories it names.
 ///
 /// # Errors
 /// [`BadInput`] that names the file and the key.
 pub fn read(path: &Path) -> Result<Request> {
+    let mut all = read_all(path)?;
+    let last = all.pop().expect("a file has at least one recipe");
+    match all.is_empty() {
+        true => Ok(last.request),
+        false => Err(BadInput::new(path, "is a recipe of several merges").expected("one").into()),
+    }
+}
+
+/// A merge of a file of recipes.
+pub(crate) struct Step {
+    /// Name by which later merges refer to the result.
+    pub name: Option<String>,
+    pub request: Request,
+}
+
+/// Reads the recipes at `path`, in an order in which each can be made, the result of the file last,
+/// and checks them against the directories they name.
+///
+/// # Errors
+/// [`BadInput`] that names the file and the key.
+pub(crate) fn read_all(path: &Path) -> Result<Vec<Step>> {
     let length = std::fs::metadata(path).with_context(|| format!("opening {}", path.display()));
     let length = length.map_err(|e| BadInput::new(path, format!("{:#}", e.root_cause())))?.len();
     if length > LONGEST {
@@ -38,24 +63,39 @@ pub fn read(path: &Path) -> Result<Request> {
     }
     let bytes = std::fs::read(path).map_err(|e| BadInput::new(path, e.to_string()))?;
     let text = String::from_utf8(bytes).map_err(|e| BadInput::new(path, format!("is not UTF-8 text: {e}")))?;
-    let recipe = parse_recipe(&text, path)?;
-    check(path, &recipe)?;
-    Ok(recipe.request)
+    let mut recipes = parse_all(&text, path)?;
+    let names: Vec<String> = recipes.iter().filter_map(|recipe| recipe.name.clone()).collect();
+    let made = |folder: &Path| recipes_have(&names, folder);
+    recipes.iter_mut().try_for_each(|recipe| check(path, recipe, made))?;
+    Ok(recipes.into_iter().map(|recipe| Step { name: recipe.name, request: recipe.request }).collect())
 }
 
-/// Checks that the directories named by `recipe` exist, and that their layers and vocabularies are
-/// those it asks for.
-fn check(file: &Path, recipe: &Recipe) -> Result<()> {
-    let request = &recipe.request;
-    let models = || request.models.iter().map(|model| model.path.as_path()).chain(request.base.as_deref());
-    for folder in models().chain(request.side_files.as_deref()) {
+fn recipes_have(names: &[String], folder: &Path) -> bool {
+    names.len() > 1 && names.iter().any(|name| folder == Path::new(name))
+}
+
+/// Checks that the directories named by `recipe` exist, unless `made` says that another recipe
+/// makes them, and that the vocabularies are those it asks for. Slices that are whole models become
+/// models.
+fn check(file: &Path, recipe: &mut Recipe, made: impl Fn(&Path) -> bool) -> Result<()> {
+    for folder in recipe.request.paths().filter(|folder| !made(folder)) {
         check_folder(file, folder)?;
     }
-    if let Some(layers) = recipe.layers {
-        models().try_for_each(|model| check_layers(file, model, layers))?;
+    let request = &mut recipe.request;
+    if let [slice] = &request.slices[..] {
+        let ranges = slice.layers.iter().chain(&slice.base_layers);
+        let paths = slice.request.models.iter().map(|m| m.path.as_path()).chain(slice.request.base.as_deref());
+        let mut whole = true;
+        for (range, path) in ranges.zip(paths) {
+            whole &= !made(path) && range.start == 0 && number_of_layers(path)? == Some(range.end);
+        }
+        if whole {
+            request.slices.clear();
+        }
     }
-    if let Some(source) = &recipe.vocabulary {
-        models().try_for_each(|model| check_vocabulary(file, source, model))?;
+    if let Some(source) = recipe.vocabulary.as_deref().filter(|source| !made(source)) {
+        let models = || request.models.iter().map(|model| model.path.as_path()).chain(request.base.as_deref());
+        models().filter(|model| !made(model)).try_for_each(|model| check_vocabulary(file, source, model))?;
     }
     Ok(())
 }
@@ -76,21 +116,11 @@ fn check_folder(file: &Path, folder: &Path) -> Result<()> {
     Err(BadInput::new(file, "names a model that is not a directory").found(name).hint(hint).into())
 }
 
-fn check_layers(file: &Path, model: &Path, layers: usize) -> Result<()> {
+fn number_of_layers(model: &Path) -> Result<Option<usize>> {
     let config = read_config(model)?;
     let inner = config.get("text_config").unwrap_or(&config);
     let number = ["num_hidden_layers", "n_layer"].iter().find_map(|key| inner.get(*key)?.as_u64());
-    if number == Some(layers as u64) {
-        return Ok(());
-    }
-    let found = match number {
-        Some(number) => format!("{number} layers in {}", model.display()),
-        None => format!("no num_hidden_layers in {}", model.join("config.json").display()),
-    };
-    Err(BadInput::new(file, "the slices do not cover every layer, which is not supported (a frankenmerge)")
-        .expected(format!("models with {layers} layers"))
-        .found(found)
-        .into())
+    Ok(number.map(|number| number as usize))
 }
 
 /// Refuses a model whose vocabulary differs from that of `source`. mergekit would rearrange its

@@ -106,29 +106,65 @@ impl<'a> Node<'a> {
     /// A mapping with no other than the `known` keys. `hint` may explain why another key is not
     /// supported.
     pub fn fields(&self, known: &[&str], hint: impl Fn(&str) -> Option<String>) -> Result<Fields<'a>> {
-        let Some(map) = self.value.as_object() else {
-            return self.unexpected(&format!("a mapping with {}", known.join(", ")));
-        };
-        let Some(key) = map.keys().find(|key| !known.contains(&key.as_str())) else {
-            return Ok(Fields { node: self.clone(), map });
-        };
-        let (place, hint) = (self.child(key, &Value::Null), hint(key));
+        let map = self.mapping(known)?;
+        match map.keys().find(|key| !known.contains(&key.as_str())) {
+            Some(key) => Err(self.unknown(key, known, hint(key)).into()),
+            None => Ok(Fields { node: self.clone(), map }),
+        }
+    }
+
+    /// A mapping in which other keys than the `known` ones have no effect, as in mergekit: each is
+    /// warned about, with the note that `why` gives. One that looks like a misspelling of a known
+    /// key is an error.
+    pub fn open_fields(&self, known: &[&str], why: impl Fn(&str) -> Option<String>) -> Result<Fields<'a>> {
+        let map = self.mapping(known)?;
+        for (key, value) in map.iter().filter(|(key, _)| !known.contains(&key.as_str())) {
+            let note = why(key);
+            if note.is_none() && closest(key, known).is_some() {
+                return Err(self.unknown(key, known, None).into());
+            }
+            let note = note.map_or(String::new(), |note| format!(": {note}"));
+            log::warn!("{}", self.child(key, value).error(&format!("has no effect{note}")));
+        }
+        Ok(Fields { node: self.clone(), map })
+    }
+
+    fn mapping(&self, known: &[&str]) -> Result<&'a Map<String, Value>> {
+        match self.value.as_object() {
+            Some(map) => Ok(map),
+            None => self.unexpected(&format!("a mapping with {}", known.join(", "))),
+        }
+    }
+
+    fn unknown(&self, key: &str, known: &[&str], hint: Option<String>) -> BadInput {
+        let place = self.child(key, &Value::Null);
         let problem = if hint.is_some() { "is not supported here" } else { "is not a known key" };
         let hint = hint.or_else(|| closest(key, known).map(|near| format!("did you mean {near}?")));
         let known = if known.is_empty() { "no keys".to_owned() } else { known.join(", ") };
         let error = place.error(problem).expected(known).found(place.last_key(key));
-        Err(match hint {
+        match hint {
             Some(hint) => error.hint(hint),
             None => error,
         }
-        .into())
+    }
+
+    /// The entries of a mapping, in the order of the file.
+    pub fn children(&self) -> Result<Vec<(String, Self)>> {
+        let map = self.mapping(&[])?;
+        Ok(map.iter().map(|(key, value)| (key.clone(), self.child(key, value))).collect())
     }
 
     fn last_key(&self, key: &str) -> String {
         Node { value: &Value::String(key.to_owned()), ..self.clone() }.shown()
     }
 
-    fn child(&self, key: &str, value: &'a Value) -> Self {
+    /// The value itself.
+    pub fn value(&self) -> &'a Value {
+        self.value
+    }
+
+    /// The value of `key` in this mapping.
+    pub fn child(&self, key: &str, value: &'a Value) -> Self {
         const LONGEST: usize = 100;
         let key: String = key.chars().take(LONGEST).collect();
         let path = if self.path.is_empty() { key } else { format!("{}.{key}", self.path) };

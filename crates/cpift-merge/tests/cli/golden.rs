@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use cpift_merge::sphere::{COLLINEAR_COSINE, Combination, Gram, fold, spherical_mean};
+use cpift_merge::sphere::{COLLINEAR_COSINE, Combination, Gram, Stop, fold, spherical_mean};
 use serde_json::Value;
 
 use crate::world::{Core, World, assert_close, core, json, w};
@@ -148,7 +148,7 @@ fn spherical_means_agree() {
         let (vectors, weights) = (vectors(&case["vectors"]), numbers(&case["weights"]));
         let expected = numbers(&case["expected"]);
         // With ε = 0, because the reference has no linear branch.
-        let mean = spherical_mean(&Gram::of(&vectors), &weights, 0.0);
+        let mean = spherical_mean(&Gram::of(&vectors), &weights, 0.0, Stop::FULL);
         assert_close(&combined(&mean, &vectors), &expected, &case["name"].to_string());
         if case["name"] == "weighted" {
             continue;

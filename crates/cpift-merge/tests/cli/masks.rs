@@ -108,6 +108,71 @@ fn protected_elements_of_many_chunks_equal_the_backbone_in_every_bit_after_the_c
 }
 
 #[test]
+fn a_mask_without_a_name_restricts_every_method() {
+    let n = 3 * 1031;
+    let random = |seed: u64| -> Tensors {
+        let tensor = cpift_testkit::Tensor::floats(Dtype::F32, &[3, n / 3], &Numbers(seed).units(n));
+        [("w".to_owned(), tensor)].into()
+    };
+    let world = World::new();
+    for (i, name) in ["base", "a", "b"].iter().enumerate() {
+        world.checkpoint(name, &random(i as u64));
+    }
+    let merged = |i: usize| i % 37 < 9;
+    write_mask(&world.path("region"), &world.path("base"), |_, i| merged(i));
+    let vectors = "--base @base --model @a --model @b";
+    for (line, backbone) in [
+        ("slerp --model @a --model @b".to_owned(), 1),
+        ("linear --model @a --model @b".to_owned(), 1),
+        ("spherical-mean --model @a --model @b".to_owned(), 1),
+        (format!("nuslerp {vectors} --along rows"), 0),
+        ("nuslerp --model @a --model @b --along columns".to_owned(), 1),
+        (format!("multislerp {vectors}"), 0),
+        ("nearswap --base @base --model @a --t 0.5".to_owned(), 0),
+        ("arcee-fusion --base @base --model @a".to_owned(), 0),
+        (format!("task-arithmetic {vectors}"), 0),
+        (format!("model-stock {vectors}"), 0),
+        (format!("sce {vectors} --select-topk 0.9"), 0),
+        (format!("ram {vectors}"), 0),
+        (format!("ram {vectors} --plus"), 0),
+        (format!("ties {vectors} --density 0.9"), 0),
+        (format!("dare {vectors} --density 0.9 --elect-sign"), 0),
+        (format!("della {vectors} --density 0.8"), 0),
+        (format!("breadcrumbs {vectors} --density 0.9"), 0),
+        (format!("tsv-m {vectors}"), 0),
+        (format!("iso-c {vectors}"), 0),
+    ] {
+        world.run(&format!("{line} --mask @region --force --out @out")).ok();
+        let (found, kept) = (world.read_w("out"), random(backbone)["w"].values());
+        assert!((0..n).filter(|i| !merged(*i)).all(|i| found[i] == kept[i]), "{line}");
+        let changed = (0..n).filter(|i| merged(*i) && found[*i] != kept[*i]).count();
+        // Arcee Fusion takes outliers only, and of the elements outside the region none is one.
+        assert!(
+            changed * 2 > (0..n).filter(|i| merged(*i)).count() || line.starts_with("arcee") && changed > 0,
+            "{line}"
+        );
+    }
+    // A region is the complement of what is protected, for methods that count elements too.
+    write_mask(&world.path("rest"), &world.path("base"), |_, i| !merged(i));
+    for line in [format!("ties {vectors} --density 0.3"), format!("breadcrumbs {vectors} --density 0.3 --gamma 0.1")] {
+        world.run(&format!("{line} --mask @region --force --out @one")).ok();
+        world.run(&format!("{line} --protect @rest --force --out @two")).ok();
+        assert_eq!(world.read_w("one"), world.read_w("two"), "{line}");
+    }
+}
+
+#[test]
+fn ram_with_a_mask_per_model_is_localize_and_stitch() {
+    let (base, a, b) = ([1.0; 4], [3.0, 3.0, 3.0, 3.0], [5.0, 7.0, 9.0, 2.0]);
+    let world = world(&[("base", &base), ("a", &a), ("b", &b)]);
+    mask(&world, "low", "base", &[0, 1]);
+    mask(&world, "high", "base", &[1, 2]);
+    world.run("ram --epsilon 0 --base @base --model @a --model @b --mask a=@low --mask b=@high --out @out").ok();
+    // Regions of one model take its element, shared ones the mean, the rest the base.
+    assert_eq!(world.read_w("out"), [3.0, 5.0, 9.0, 1.0]);
+}
+
+#[test]
 fn masks_are_checked_and_named() {
     let world = world(&[("a", &[1.0, 2.0, 3.0]), ("b", &[2.0, 1.0, 0.0]), ("other", &[1.0, 2.0])]);
     mask(&world, "kept", "a", &[1]);

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use cpift_core::BadInput;
+use cpift_core::{BadInput, Dtype};
 use cpift_merge::Request;
-use cpift_merge::recipe::{parse, read};
+use cpift_merge::recipe::{parse, read, write};
 
 use crate::{SLERP, linear, parsed, paths, refused, ties};
 
@@ -13,15 +13,7 @@ fn unknown_keys_are_named() {
     let wrong = ties("").replace("weight: 1.0", "wieght: 1.0");
     refused(&wrong, &["models[1].parameters.wieght: is not a known key", "weight, density", "did you mean weight?"]);
     refused(&ties("merge_metod: ties\n"), &["merge_metod", "did you mean merge_method?"]);
-    refused(&ties("name: my-model\n"), &["name: is not a known key", "tokenizer_source"]);
-    refused(&ties("chat_template: auto\n"), &["chat_template: is not supported here", "tokenizer_source"]);
-    refused(&ties("modules: {}\n"), &["modules: is not supported here"]);
-    refused(&ties("parameters: {gamma: 0.1}\n"), &["parameters.gamma", "normalize"]);
-    refused(&linear("").replace("weight: 1", "weight: 1, t: 0.5"), &["parameters.t", "t is a parameter of slerp"]);
-    let density = linear("").replace("{model: a}", "{model: a, parameters: {density: 0.5}}");
-    refused(&density, &["models[0].parameters.density", "ties, dare_linear, dare_ties"]);
-    let shared = ties("").replace("weight: 1.0", "weight: 1.0, normalize: true");
-    refused(&shared, &["models[1].parameters.normalize", "under the recipe's own parameters"]);
+    refused(&ties("parameters: {normalise: true}\n"), &["parameters.normalise", "did you mean normalize?"]);
     let filter = ties("").replace("- filter: mlp", "- fitler: mlp");
     refused(&filter, &["models[2].parameters.weight[0].fitler", "did you mean filter?"]);
 }
@@ -51,14 +43,16 @@ fn missing_keys_are_named() {
     refused("merge_method: linear\n", &["expected: models or slices"]);
     refused("models: [{model: a}]\n", &["expected: merge_method"]);
     refused("merge_method: linear\nmodels: []\n", &["models", "a list with at least one entry"]);
-    refused("merge_method: passthrough\nmodels: [{model: a}]\n", &["merge_method", "karcher", "\"passthrough\""]);
+    refused("merge_method: magic\nmodels: [{model: a}]\n", &["merge_method", "karcher", "\"magic\""]);
     refused(&ties("").replace("base_model: base", ""), &["ties needs a base_model"]);
     refused(&linear("").replace("weight: 1", "normalize: true"), &["no weight for the model a"]);
     refused("{merge_method: slerp, base_model: a, models: [{model: b}]}", &["slerp needs a parameter", "t: ..."]);
     refused("{merge_method: linear, parameters: {weight: 1}, models: [{model: a}]}", &["at least 2 models"]);
     refused("{merge_method: ties, base_model: a, models: [{model: a}]}", &["at least 1 models"]);
     refused(&linear("").replace("model: b", "model: a"), &["models[1]: is listed twice"]);
-    refused(&linear("").replace("model: b", "model: {model: b}"), &["models[1].model: is a mapping"]);
+    refused("{merge_method: nearswap, base_model: a, models: [{model: b}]}", &["nearswap needs a parameter", "t: ..."]);
+    refused("{merge_method: passthrough, models: [{model: a}, {model: b}]}", &["passthrough merges exactly 1 models"]);
+    refused("{merge_method: model_stock, base_model: a, models: [{model: b}]}", &["at least 2 models besides"]);
     refused(&linear("slices: [{}]\n"), &["slices: cannot be given together with models"]);
 }
 
@@ -72,32 +66,19 @@ fn slices(ranges: &[[&str; 2]], more: &str) -> String {
 }
 
 #[test]
-fn slices_must_cover_every_layer_in_order() {
+fn ranges_of_layers_are_checked() {
     let request = parsed(&slices(&[["[0, 3]"; 2], ["[3, 8]"; 2]], ""));
-    assert_eq!(paths(&request), ["a", "b"]);
-    for ranges in [
-        &[["[1, 3]"; 2]][..],
-        &[["[0, 3]", "[1, 4]"]],
-        &[["[0, 3]", "[0, 4]"]],
-        &[["[0, 3]"; 2], ["[4, 8]"; 2]],
-        &[["[0, 3]"; 2], ["[2, 8]"; 2]],
-    ] {
-        refused(&slices(ranges, ""), &["layer_range", "frankenmerge", "every layer once, in order"]);
-    }
+    assert_eq!((paths(&request), request.slices.len()), (vec!["a", "b"], 2));
     for range in ["[3, 3]", "[0]", "[0, 1, 2]", "[0, -1]", "[0, 1.5]", "3"] {
         refused(&slices(&[[range; 2]], ""), &["slices[0].sources[0].layer_range"]);
     }
-    let other = slices(&[["[0, 3]"; 2], ["[3, 8]"; 2]], "").replacen("model: b", "model: c", 1);
-    refused(&other, &["slices[1]: has other models", "a, c", "a, b"]);
-    refused(&slices(&[["[0, 3]"; 2]], "    residual_weight: 0.1\n"), &["slices[0].residual_weight: is not supported"]);
-}
-
-#[test]
-fn settings_of_one_of_several_slices_are_refused() {
-    let several = [["[0, 3]"; 2], ["[3, 8]"; 2]];
-    refused(&slices(&several, "    parameters: {weight: 2}\n"), &["slices[0].parameters", "one slice with all layers"]);
-    refused(&slices(&several, "").replace("weight: 1", "weight: [0, 1]"), &["a gradient over 2 slices"]);
-    parsed(&slices(&several[..1], "    parameters: {weight: [2, 3]}\n"));
+    let unequal = slices(&[["[0, 3]", "[1, 5]"]], "");
+    refused(&unequal, &["slices[0].sources[1]: takes another number of layers", "expected: 3", "found: 4"]);
+    let bases = "{merge_method: ties, parameters: {weight: 1}, slices: [
+        {base_model: a, sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]},
+        {base_model: b, sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}]}";
+    refused(bases, &["slices with different bases are not supported"]);
+    refused(&bases.replace("base_model: a", "base_model: z"), &["the base_model must be among the sources"]);
 }
 
 #[test]
@@ -108,16 +89,25 @@ fn hostile_text_is_refused_quickly() {
     refused(&"[".repeat(100_000), &[]);
     refused(&"- ".repeat(100_000), &[]);
     refused(&format!("a: {}", "x".repeat(1 << 20)), &["too long"]);
-    refused(&format!("{}: 1", "k".repeat(1000)), &["is not a known key"]);
+    refused(&format!("{}: 1", "k".repeat(1000)), &["a key is missing"]);
     refused("a: 1\n---\nb: 2\n", &[]);
+    refused("merges: []\n", &[]);
+    refused("merges: 3\n", &[]);
     refused("\u{0}\u{1}", &[]);
     refused("? [a, b]\n: 1\n", &[]);
 }
 
 #[test]
 fn mutilated_recipes_are_read_or_refused() {
-    let whole =
-        [SLERP.to_owned(), ties("tokenizer: {source: base}\ncpift: {protect: p}\n"), slices(&[["[0, 3]"; 2]; 2], "")];
+    let own = "    base_model: b\n    parameters: {weight: [{filter: mlp, value: [1, 2]}, {value: 3}]}\n";
+    let whole = [
+        SLERP.to_owned(),
+        ties("tokenizer: {source: base}\ncpift: {protect: p}\n"),
+        slices(&[["[0, 3]"; 2]; 2], own),
+        SLERP.to_owned() + "chat_template: llama3\ncpift: {epsilon: 0.1, mask: m}\n",
+        ties("chat_template: auto\n").replace("ties", "della").replace("density: 0.33", "epsilon: 0.2"),
+        ties("").replace("ties", "nuslerp").replace("filter: mlp", "filter: '*'"),
+    ];
     let mut state = 1u64;
     let mut next = |bound: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -138,7 +128,12 @@ fn mutilated_recipes_are_read_or_refused() {
         }
         let text: String = text.into_iter().collect();
         match parse(&text, Path::new("r.yml")) {
-            Ok(_) => read += 1,
+            Ok(request) => {
+                let dtype = request.dtype.unwrap_or(Dtype::BF16);
+                let again = write(&request, dtype);
+                assert_eq!(parsed(&again), Request { dtype: Some(dtype), ..request }, "{text}\n{again}");
+                read += 1;
+            }
             Err(error) => assert!(error.downcast_ref::<BadInput>().is_some(), "{error:?}"),
         }
     }
@@ -181,9 +176,8 @@ fn on_disk(text: &str, layers: usize, tokenizers: [&str; 2]) -> Result<Request, 
 
 #[test]
 fn directories_layers_and_vocabularies_are_checked_on_disk() {
-    on_disk(SLERP, 32, [""; 2]).unwrap();
-    let error = on_disk(SLERP, 24, [""; 2]).unwrap_err();
-    assert!(error.contains("models with 32 layers") && error.contains("24 layers in "), "{error}");
+    assert!(on_disk(SLERP, 32, [""; 2]).unwrap().slices.is_empty(), "one slice of all layers is a merge of models");
+    assert_eq!(on_disk(SLERP, 40, [""; 2]).unwrap().slices.len(), 1);
     let error = on_disk(&linear("").replace("{model: b}", "{model: c}"), 1, [""; 2]).unwrap_err();
     assert!(error.contains("names a model that is not a directory"), "{error}");
 
