@@ -340,7 +340,7 @@ fn masks_go_to_boolean_arrays_and_back() {
         let entry = &file.entries[name];
         assert_eq!((entry.dtype, &entry.shape[..]), (Dtype::Bool, shape));
     }
-    // What other programs write: U8 tensors of 0 and 1.
+    // Other programs write U8 tensors of 0 and 1.
     let bits: Tensors = w
         .base
         .iter()

@@ -20,6 +20,7 @@ pub mod offload;
 pub mod oom;
 pub mod optim;
 pub mod pieces;
+pub mod placement;
 pub mod score;
 pub mod session;
 mod share;

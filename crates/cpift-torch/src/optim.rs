@@ -8,8 +8,8 @@ use cpift_core::stream::random::splitmix64;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::ffi::{AdamWNumbers, AdamWTensors, fused_adamw};
-use crate::home::Placement;
 use crate::pieces::{Piece, Pieces};
+use crate::placement::Placement;
 use crate::transfer::{copy, wait_for};
 
 /// The learning rate over a known number of steps: linear warm-up, then half a cosine to zero, as
