@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline
-.PHONY: check-tools check-words check-deps status slurm test-slurm test-full install clean-probes clean
+.PHONY: check-tools check-words check-deps status slurm test-slurm test-fake-cuda test-full install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -137,6 +137,12 @@ status slurm clean-probes:
 
 test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
 	@BIN=$(BIN) tests/slurm/test.sh
+	@BIN=$(BIN) tests/slurm/ranks.sh
+
+test-fake-cuda: setup ## Every program with --device cuda, and NCCL, on a device that computes nothing (0.6 GB from PyPI; tests/fake-cuda)
+	@tests/fake-cuda/setup.sh
+	cargo build -p cpift-torch -p cpift-train -p cpift-probe -p cpift-eval -p cpift-mask -p cpift-group --bins --examples
+	@tests/fake-cuda/test.sh
 
 install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch
 	@PREFIX=$(PREFIX) BIN=$(BIN) scripts/install.sh

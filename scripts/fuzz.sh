@@ -2,8 +2,8 @@
 # `make fuzz`: runs fuzz targets of tests/fuzz, SECONDS each and JOBS at a time (default: the
 # processors), from valid files and what was found before as seeds. Of what is found, the shortest
 # inputs that together reach as much are packed into tests/fuzz/corpora, which the tests replay.
-# What ends a target is left in tests/fuzz/driver/artifacts, its words in driver/work/TARGET.log;
-# the others run all the same.
+# Inputs that crash a target are left in tests/fuzz/driver/artifacts, its output in
+# driver/work/TARGET.log; the other targets still run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=$1

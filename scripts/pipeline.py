@@ -25,6 +25,8 @@ from collections import Counter
 from pathlib import Path
 
 MAKE = ["make", "-s", "--no-print-directory", "-f", "scripts/pipeline.mk"]
+# Jobs of which no program shares its work over ranks.
+ONE_RANK_JOBS = ("groups", "fused", "report")
 
 
 class Artifact:
@@ -161,6 +163,17 @@ def sbatch(run, name, elements, due, after, cluster):
     def setting(key):
         return cluster.get(f"{key}_{name.replace('-', '_')}", cluster.get(key, ""))
 
+    def count(key, default):
+        value = setting(key) or str(default)
+        if not value.isdecimal() or int(value) == 0:
+            stop(f"{os.environ['CLUSTER']}: {key} of {name} is not a number from 1: {value}")
+        return int(value)
+
+    gpus = setting("GPUS") if setting("GPUS") not in ("", "0") else ""
+    nodes = ranks = 1
+    if name not in ONE_RANK_JOBS:
+        # The number of GPUS may follow their type, as in a100:4.
+        nodes, ranks = count("NODES", 1), count("RANKS", gpus.rpartition(":")[2] or 1)
     indices = [str(i) for i, element in enumerate(elements) if element in due]
     limit = cluster.get("ARRAY_LIMIT", "")
     options = {
@@ -172,8 +185,10 @@ def sbatch(run, name, elements, due, after, cluster):
         "dependency": f"afterok:{':'.join(after)}" if after else "",
         "kill-on-invalid-dep": "yes" if after else "",
         "partition": setting("PARTITION"), "account": setting("ACCOUNT"), "time": setting("TIME"),
+        "nodes": nodes if nodes * ranks > 1 else "",
+        "ntasks-per-node": ranks if nodes * ranks > 1 else "",
         "cpus-per-task": setting("CPUS"), "mem": setting("MEM"),
-        "gres": f"gpu:{setting('GPUS')}" if setting("GPUS") not in ("", "0") else "",
+        "gres": f"gpu:{gpus}" if gpus else "",
     }
     given = [f"--{option}={value}" for option, value in options.items() if value]
     names = [" ".join(artifact.name for artifact in artifacts) for artifacts in elements.values()]

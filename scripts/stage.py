@@ -4,6 +4,9 @@
 Its output goes to NAME.log. NAME.state says whether it is running (host, process, Slurm job) or how
 it ended (exit code, time). SIGTERM and SIGINT are passed on, so that training saves its state.
 
+LAUNCH is a command (srun) that starts a program on every rank of a job. Programs that share their
+work over ranks run behind it and get SIGUSR1 instead of SIGTERM, at which srun would kill them.
+
 Prints a line when the command ends: how many of DUE (the artifacts that this call of make makes)
 are done since STARTED, and the seconds this one took. Until then it prints the step and the loss of
 running training: on a terminal one line for all, rewritten every second; in a log a line now and
@@ -11,6 +14,7 @@ then, at growing intervals (the first after PROGRESS=10 seconds, none if that is
 """
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -27,6 +31,7 @@ due = os.environ.get("DUE", name).split()
 # Has a byte for every artifact that this call of make has made.
 made = logs / f".made-{os.environ.get('STARTED', 0)}"
 pause = float(os.environ.get("PROGRESS", 10))
+SHARED = re.compile(r"cpift-probe|cpift-(train|eval) run")
 
 
 def text_of(path):
@@ -73,14 +78,17 @@ def wait(child):
 
 def run(command):
     """Exit code of the command and the time it took."""
+    launch, warning = shlex.split(os.environ.get("LAUNCH", "")), signal.SIGTERM
+    if launch and SHARED.match(" ".join([Path(command[0]).name, *command[1:2]])):
+        command, warning = launch + command, signal.SIGUSR1
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: signals.append(child.terminate() if child else None))
+        signal.signal(number, lambda *_: signals.append(child and child.send_signal(warning)))
     child, begun = None, time.time()
     with log.open("wb") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     if signals:
-        child.terminate()
+        child.send_signal(warning)
     set_state("running", socket.gethostname(), child.pid, os.environ.get("SLURM_JOB_ID", "-"))
     code, ended = wait(child), time.time()
     set_state("exit", code, ended)

@@ -82,6 +82,18 @@ impl Experiment {
     fn read(&self, name: &str) -> Value {
         serde_json::from_str(&fs::read_to_string(self.path(name)).unwrap()).unwrap()
     }
+
+    /// `stage_data` of the model that was scored in `scores`, a directory of the run `a`.
+    fn stage_data(&self, scores: &str) -> String {
+        let model = self.read(&format!("a/{scores}/scores.json"))["model"].as_str().unwrap().to_owned();
+        let record: Value =
+            serde_json::from_str(&fs::read_to_string(Path::new(&model).join("cpift.json")).unwrap()).unwrap();
+        record["facts"]["stage_data"].as_str().unwrap().to_owned()
+    }
+}
+
+fn row_named<'a>(rows: &'a [Value], name: &str) -> &'a Value {
+    rows.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("no row {name}"))
 }
 
 #[test]
@@ -103,6 +115,15 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
         assert!(if name == "base" { tokens == 0 } else { equal }, "{name}: {tokens} tokens, expected {TOTAL}");
     }
     assert!(e.path("a/report.html").exists() && e.path("a/masks/copy.safetensors").exists());
+    // The last stage of CPI-FT and of its controls is mixed; group stages have a row of their own.
+    let controls = ["CPI-FT", "CPI-FT, random masks", "CPI-FT, no freezing"];
+    assert!(controls.iter().all(|name| e.stage_data(row_named(rows, name)["runs"][0].as_str().unwrap()) == "mixed"));
+    assert_eq!(e.stage_data(row_named(rows, "CPI-FT, group stages")["runs"][0].as_str().unwrap()), "group");
+    let pairs = e.read("a/experiments/forgetting.json");
+    for (name, data) in [("CPI-FT", "mixed"), ("CPI-FT, group stages", "group")] {
+        let pair = &row_named(pairs["rows"].as_array().unwrap(), name)["pairs"][0];
+        assert_eq!(e.stage_data(pair["after_second"].as_str().unwrap()), data, "{name}");
+    }
 
     // Existing outputs are reused, and a run in another directory gives the same table.
     let (again, said) = e.run(&["reproduce", "forgetting", "schedules"], "a");

@@ -1,5 +1,5 @@
-"""`scripts/bench/generate.sh`: greedy generation of ours and of transformers, side by side, in new
-tokens per CPU second of one thread.
+"""`scripts/bench/generate.sh`: compares greedy generation with transformers' in new tokens per CPU
+second of one thread.
 
 Both continue the same made-up prompts of unequal length from the same checkpoint, without an ending
 id, so that every row writes all its tokens. The ids must be the same but where two logits tie

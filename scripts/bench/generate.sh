@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Greedy generation of ours and of transformers on one thread of the CPU, side by side;
+# Compares greedy generation with that of transformers on one thread of the CPU, side by side;
 # scripts/bench/generate.py has the options.
 #
 #   scripts/bench/generate.sh [--rounds N] [--batch-size N …] [--new-tokens N]

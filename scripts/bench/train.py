@@ -1,5 +1,5 @@
-"""`scripts/bench/train.sh`: training steps of ours and of transformers, side by side, in tokens per
-CPU second of one thread.
+"""`scripts/bench/train.sh`: compares training steps with transformers' in tokens per CPU second of
+one thread.
 
 Both see the same token ids and start from the same checkpoint, so their losses must agree, or there
 is nothing to compare and the exit status is 1. Each round runs ours, the peer and a matrix product,

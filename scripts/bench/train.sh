@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training steps of ours and of transformers on one thread of the CPU, side by side;
+# Compares training steps with those of transformers on one thread of the CPU, side by side;
 # scripts/bench/train.py has the options.
 #
 #   scripts/bench/train.sh [--rounds N] [--steps N] [--shape BxS …] [--compute-dtype bf16]

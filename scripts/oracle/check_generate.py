@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Greedy answers of ours beside transformers.generate, token for token: the questions of
-DATA/gsm8k/eval.jsonl as chat prompts, at several batch sizes, on the CPU in f32. Exit status 1
-where a row differs."""
+"""Compares greedy answers with those of transformers.generate, token for token: the questions of
+DATA/gsm8k/eval.jsonl as chat prompts, at several batch sizes, on the CPU in f32. Exit status 1 if a
+row differs."""
 import argparse
 import json
 import subprocess

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A job of `pipeline.py slurm`: job.sh 'NAME…' …, one argument per element of an array. It makes the
 # artifacts of its own element with scripts/pipeline.mk and nothing else. Training that stops with
-# its state saved (75) is requeued.
+# its state saved (75) is requeued. In a job of several tasks, stage.py starts the programs that
+# share their work on all of them, by srun.
 set -euo pipefail
 # Element 0 has the array's own id: by that, all elements would be requeued.
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
@@ -9,13 +10,22 @@ say() { echo "$(date '+%F %T') $*"; }
 # Before the time limit RUNNING, or SIGNALING while the warning is on its way; COMPLETING or PENDING
 # in a job that was cancelled or that Slurm itself requeues.
 state() { scontrol show job -o "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p'; }
-# Slurm warns only this shell. The warning goes on to make, stage.py and the program.
-make='' warned='' found=''
+# Slurm warns only this shell. The warning goes on to make, stage.py and the program. If a job of
+# several tasks is cancelled or requeued, Slurm signals the tasks as well: they are not told twice,
+# which would end them at once, and make is told by SIGHUP to begin nothing more.
+tasks=$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
+make='' warned='' found='' signal=TERM
+# shellcheck disable=SC2317
+pass_on() { [ -z "$make" ] || kill "-$signal" "$make" 2> /dev/null || true; }
 # shellcheck disable=SC2317
 warn() {
     warned=1
-    [ -z "$make" ] || kill -TERM "$make" 2> /dev/null || true
+    if [ "$tasks" = 1 ]; then pass_on; fi
     found=${found:-$(state || true)}
+    if [ "$tasks" -gt 1 ]; then
+        [[ "$found" =~ ^(RUNNING|SIGNALING)?$ ]] || signal=HUP
+        pass_on
+    fi
 }
 trap warn TERM
 cd "$SLURM_SUBMIT_DIR"
@@ -27,10 +37,16 @@ say "$SLURM_JOB_NAME, job $job on $(hostname), start $((${SLURM_RESTART_COUNT:-0
 eval "${SETUP:-}"
 export THREADS=${THREADS:-${SLURM_CPUS_PER_TASK:-1}} STAGE_CODE=$RUN/slurm/.code-$SLURM_JOB_ID
 rm -f "$STAGE_CODE"
+before=${CONTAINER:-}
+if [ "$tasks" -gt 1 ]; then
+    export LAUNCH="srun --kill-on-bad-exit=1 --cpus-per-task=${SLURM_CPUS_PER_TASK:-1} ${CONTAINER:-}"
+    # Where Slurm tracks processes by their groups, its signals would reach srun.
+    before=setsid
+fi
 # shellcheck disable=SC2086
-${CONTAINER:-} make --no-print-directory -f scripts/pipeline.mk ONLY="${names[*]}" "${names[@]}" &
+$before make --no-print-directory -f scripts/pipeline.mk ONLY="${names[*]}" "${names[@]}" &
 make=$!
-[ -z "$warned" ] || kill -TERM "$make" 2> /dev/null || true
+[ -z "$warned" ] || pass_on
 # A warning interrupts `wait`.
 while kill -0 "$make" 2> /dev/null; do wait "$make" || true; done
 code=0; wait "$make" || code=$?
@@ -39,7 +55,7 @@ rm -f "$STAGE_CODE"
 [ "$code" != 0 ] || exit 0
 saved='the state is saved'
 # Warned before make had begun a stage, or before its program listened.
-if [ -n "$warned" ] && [ "$SECONDS" -lt 20 ] && [[ "$stage" =~ ^(143)?$ ]]; then
+if [ -n "$warned" ] && [ "$SECONDS" -lt 20 ] && [[ "$stage" =~ ^(138|143)?$ ]]; then
     stage=75 saved='nothing was begun'
 fi
 if [ "$stage" != 75 ]; then

@@ -1,58 +1,16 @@
 #!/usr/bin/env bash
-# `make test-slurm`: `make slurm` on a private one-machine cluster. Compares an
-# undisturbed run of the demo with a disturbed one, in which an array element fails, a running probe
-# is requeued, a job reaches its time limit and a node dies. Both must give the same bytes.
+# `make test-slurm`: `make slurm` on a private one-machine cluster. Compares an undisturbed run of the
+# demo with a disturbed one, in which an array element fails, a running probe is requeued, a job
+# reaches its time limit and a node dies. Both must give the same bytes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-tests/slurm/install.sh
-export BIN=${BIN:-target/release} BASE=fixtures/demo/base TASKS=fixtures/demo/tasks.toml
-export METHODS='full-sft multi-stage cpi-ft' PROBE_TOKENS=12000 BACKBONE_TOKENS=12000 FINAL_TOKENS=12000 TAU=auto ORDER=overlap P=1 SEED=0 THREADS=1
-export TRAIN_FLAGS='--batch-size 8 --lr 1e-3 --device cpu --save-every 10' EVAL_FLAGS='--batch-size 50 --device cpu --limit 10'
-unset MAKEFLAGS MFLAGS MAKELEVEL
-dir=$(mktemp -d "${TMPDIR:-/tmp}/cpift-slurm.XXXXXX")
-export SLURM_CONF=$dir/slurm.conf CLUSTER=$dir/cluster.env
-finish() {
-    local code=$?
-    tests/slurm/cluster.sh stop "$dir"
-    [ "$code" != 0 ] || rm -rf "$dir"
-    exit "$code"
-}
-trap finish EXIT
-trap 'exit 130' INT TERM
+source tests/slurm/common.sh
+export METHODS='full-sft multi-stage cpi-ft' TAU=auto ORDER=overlap
+export PROBE_TOKENS=12000 BACKBONE_TOKENS=12000 FINAL_TOKENS=12000
 printf '%s\n' TIME=30 CPUS=1 GPUS=0 WARN=15 MAX_RESTARTS=5 > "$CLUSTER"
-quiet=$dir/quiet rough=$dir/rough
-begin=$SECONDS
-
-fail() {
-    echo "test-slurm: FAILED: $*" >&2
-    for run in "$quiet" "$rough"; do scripts/pipeline.py status RUN="$run" >&2 || true; done
-    squeue >&2; tail -n 5 "$quiet"/slurm/*.out "$rough"/slurm/*.out >&2 || true
-    echo "test-slurm: the files are in $dir" >&2
-    exit 1
-}
-ok() { echo "test-slurm: $((SECONDS - begin)) s: $*"; }
-# wait_for WHAT COMMAND…: waits until the command succeeds, at most ten minutes.
-wait_for() {
-    local what=$1 end=$((SECONDS + 600))
-    shift
-    until "$@"; do [ "$SECONDS" -lt "$end" ] || fail "timed out waiting for $what"; sleep 0.05; done
-}
-has() { grep -qE -- "$2" <<< "$1" || fail "'$2' is not in: $1"; }
-job_of() { awk -v name="$2" '$1 == name { id = $2 } END { print id }' "$1/slurm/jobs"; }
-idle() { local jobs; jobs=$(squeue -h -o %j) && ! grep -q "^${1##*/}\." <<< "$jobs"; }
-is() { [ "$(scripts/pipeline.py status RUN="$rough" | awk -v name="$1" '$1 == name { print $2 }')" = "$2" ]; }
 lost() { [[ "$(sinfo -h -o %t)" == down* ]]; }
-# PID of the running program of a stage (from its state file), and a test for its number of steps.
-program() { awk '$1 == "running" { print $3 }' "$rough/logs/$1.state" 2> /dev/null; }
-steps() { [ -n "$(program "$1")" ] && [ "$(wc -l < "$rough/$2.checkpoints/metrics.jsonl")" -ge "$3" ]; } 2> /dev/null
 # Bit 14 of the pending signals is SIGTERM.
 warned() { (($((16#$(awk '$1 == "ShdPnd:" { print $2 }' "/proc/$1/status"))) >> 14 & 1)); }
-resumed() {
-    local out
-    out=$(cat "$rough/slurm/"*"${2}"*.out)
-    has "$out" "job $2 .*start 2"
-    has "$(cat "$rough/logs/$1.log")" "going on|resum"
-}
 
 tests/slurm/warned.sh || exit 1
 ok "a job that is warned at any moment is requeued"
@@ -134,7 +92,7 @@ kill -KILL "$(cat "$dir/slurmd-n1.pid")"
 # Kill parents first, because a parent whose child dies would exit by itself.
 dead=()
 until [[ "$(cat "/proc/$pid/comm")" == slurmstepd* ]]; do dead=("$pid" "${dead[@]}"); pid=$(awk '$1 == "PPid:" { print $2 }' "/proc/$pid/status"); done
-kill -KILL "$pid" "${dead[@]}"
+kill -KILL "$pid" "${dead[@]}" 2> /dev/null || true
 wait_for "the status failed of cpi-ft" is cpi-ft failed
 wait_for "the loss of the node" lost
 tests/slurm/cluster.sh node "$dir"
@@ -144,13 +102,7 @@ ok "cpi-ft (job $job) resumed after its node had died"
 
 wait_for "the end of the rough run" idle "$rough"
 has "$(scripts/pipeline.py status RUN="$rough")" '^42 done$'
-count=0
-for file in $(cd "$quiet" && find . -name '*.safetensors' -o -name groups.json -o -name scores.json -o -name outputs.jsonl -o -name table.md); do
-    # Scores contain the path of their model.
-    cmp "$quiet/$file" <(LC_ALL=C sed "s|$rough/|$quiet/|g" "$rough/$file") || fail "$file differs"
-    count=$((count + 1))
-done
-ok "$count files have the same bytes in both runs"
+same_bytes
 [ "$(scripts/pipeline.py slurm RUN="$rough" | grep -c ' complete$')" = 9 ] || fail "the run is complete but was submitted again"
 # The scores of one model on one task are one array element.
 rm -r "$rough/task-scores/cpi-ft/recall"

@@ -7,6 +7,9 @@
 //! `return_assistant_tokens_mask`. Otherwise an answer is located by rendering the conversation
 //! again with a sentinel in place of the answer: the text around the sentinel is the text around
 //! the answer, whatever the template writes for other turns.
+//!
+//! Text that a template writes between the generation prompt and an answer (an empty think block,
+//! the channel marks of gpt-oss) is no target, unless it is inside a `{% generation %}` block.
 
 use anyhow::{Result, bail};
 

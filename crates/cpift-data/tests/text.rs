@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use cpift_core::format::tasks::Format;
 
 use cpift_data::{
-    ChatTemplate, ChatText, Layout, MaxLength, Message, Overlong, SpecialTokens, TemplateArgs, encode_rows, read_rows,
+    ChatTemplate, ChatText, GenerationPrompt, Layout, MaxLength, Message, Overlong, SpecialTokens, TemplateArgs,
+    encode_rows, read_rows,
 };
 use cpift_testkit::model::{row, write_rows, write_tiny_model};
 use serde_json::{Value, json};
@@ -218,6 +219,58 @@ fn a_turn_that_is_not_trained_is_no_target() {
 }
 
 #[test]
+fn turns_that_a_template_leaves_out_and_answers_that_it_does_not_end_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+    let thinking = json!({"messages": [turn("user", "q"), turn("assistant", "<think>so</think>a")]});
+    let system = json!({"messages": [turn("system", "Be\tbrief."), turn("user", "q"), turn("assistant", "a")]});
+    let file = dir.path().join("rows.jsonl");
+    write_rows(&file, &[row("q", "a"), thinking, system.clone(), system]);
+    let rows = read_rows(&file, &Layout::Format(Format::Auto)).unwrap();
+    let counts = |body: &str| {
+        let template = json!(format!("{{% for m in messages %}}{body}{{% endfor %}}"));
+        let text = ChatText::open(&with_template(dir.path(), &template, json!({})), None).unwrap();
+        let none = TemplateArgs::new();
+        let encoded =
+            encode_rows(&file, &rows, text.with(&none), MaxLength::new(100, 512), Overlong::Truncate).unwrap();
+        let unwritten = encoded.unwritten.into_iter().map(|(role, (count, first))| (role, count, first.row));
+        (encoded.unended.map(|(count, first)| (count, first.row)), unwritten.collect::<Vec<_>>())
+    };
+    let (system, assistant) = (("system".to_owned(), 2, 3), ("assistant".to_owned(), 1, 2));
+    assert_eq!(counts("{{ m.content }}<|im_end|>\n"), (None, vec![]));
+    assert_eq!(counts("{{ m.content | replace('\t', ' ') }}<|im_end|>"), (None, vec![]), "other white space");
+    assert_eq!(counts("{% if m.role != 'system' %}{{ m.content }}<|im_end|>{% endif %}"), (None, vec![system.clone()]));
+    assert_eq!(
+        counts("{% if m.role != 'system' %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}"),
+        (None, vec![assistant, system])
+    );
+    assert_eq!(counts("{{ m.content }}\n"), (Some((4, 1)), vec![]));
+    assert_eq!(counts("{{ m.content }}{% if m.role == 'user' %}<|im_end|>{% endif %}"), (Some((4, 1)), vec![]));
+}
+
+#[test]
+fn a_template_without_a_generation_prompt_is_noticed_and_its_header_inferred() {
+    let dir = tempfile::tempdir().unwrap();
+    let found = |template: &str| {
+        let text = ChatText::open(&with_template(dir.path(), &json!(template), json!({})), None).unwrap();
+        let prompt = text.with(&TemplateArgs::new()).prompt(&[Message::new("user", "q")]).unwrap();
+        (text.generation_prompt, prompt)
+    };
+    let turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}";
+    let header = "<|im_start|>assistant\n";
+    let asked = "<|im_start|>user\nq<|im_end|><|im_start|>assistant\n".to_owned();
+    assert_eq!(found(turns), (GenerationPrompt::Missing(Some(header.into())), asked.clone()));
+    let with_prompt = format!("{turns}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}");
+    assert_eq!(found(&with_prompt), (GenerationPrompt::Template(header.into()), asked));
+    // An answer that follows the user's turn directly needs no header.
+    let none = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}";
+    assert_eq!(found(none), (GenerationPrompt::Template(String::new()), "q<|im_end|>".into()));
+    // The text before an answer is not that of the prompt.
+    let rewritten = "{% for m in messages %}<|im_start|>{{ m.role }} {{ messages | length }}\n{{ m.content }}<|im_end|>{% endfor %}";
+    assert_eq!(found(rewritten), (GenerationPrompt::Missing(None), "<|im_start|>user 1\nq<|im_end|>".into()));
+}
+
+#[test]
 fn reasoning_before_an_answer_is_known_by_the_templates_own_mark() {
     let dir = tempfile::tempdir().unwrap();
     let thinks = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}";
@@ -232,6 +285,15 @@ fn reasoning_before_an_answer_is_known_by_the_templates_own_mark() {
         let found = text.with(&none).split_reasoning(&text.encode(output).unwrap(), output).unwrap();
         assert_eq!((found.0.as_str(), found.1.as_deref()), (answer, reasoning), "{output}");
     }
+    // A mark that is a special token, which the decoded text does not show.
+    let model = with_template(dir.path(), &json!(thinks), json!({}));
+    let path = model.join("tokenizer.json");
+    std::fs::write(&path, std::fs::read_to_string(&path).unwrap().replace("<|pad|>", "</think>")).unwrap();
+    let text = ChatText::open(&model, None).unwrap();
+    let ids = text.encode("so</think>\n\n2").unwrap();
+    assert!(ids.contains(&258));
+    let found = text.with(&none).split_reasoning(&ids, &text.decode(&ids).unwrap()).unwrap();
+    assert_eq!((found.0.as_str(), found.1.as_deref()), ("2", Some("so")));
 }
 
 #[test]
@@ -259,6 +321,10 @@ fn a_named_template_wins_and_line_ends_are_those_of_jinja() {
     let listed = json!([{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}]);
     let message = ChatText::open(&with_template(dir.path(), &listed, json!({})), None).err().unwrap().to_string();
     assert!(message.contains("found: rag, tool_use") && message.contains("hint: "), "{message}");
+    std::fs::create_dir(model.join("additional_chat_templates")).unwrap();
+    std::fs::write(model.join("additional_chat_templates/cite.jinja"), "z").unwrap();
+    let message = ChatText::open(&model, None).err().unwrap().to_string();
+    assert!(message.contains("found: cite, rag, tool_use"), "{message}");
 }
 
 #[test]

@@ -89,6 +89,8 @@ fn end_ids_are_those_of_all_files() {
         open(&files).unwrap().end_ids
     };
     assert_eq!(end_ids(json!({}), json!({})), [99]);
+    assert_eq!(end_ids(json!({"eos_token_id": 97}), json!({})), [97, 99]);
+    assert_eq!(end_ids(json!({}), json!({"eos_token_id": 97})), [97, 99]);
     assert_eq!(end_ids(json!({"eos_token_id": 97}), json!({"eos_token_id": [98, 97]})), [97, 98, 99]);
     assert_eq!(end_ids(json!({"eos_token_id": null}), json!({"text_config": {"eos_token_id": [1]}})), [1, 99]);
     assert_eq!(end_ids(json!({"eos_token_id": [-1, 100, 5000]}), json!({"text_config": {"eos_token_id": 2}})), [2, 99]);

@@ -4,7 +4,8 @@ mod common;
 
 use std::fs;
 
-use cpift_testkit::model::write_rows;
+use cpift_testkit::model::{row, tiny_weights, write_rows};
+use cpift_testkit::{Tensor, write_safetensors};
 use serde_json::{Value, json};
 
 use common::{Fixture, outputs, question, read_json, task};
@@ -132,4 +133,87 @@ fn an_option_is_scored_by_the_tokens_that_the_conversation_has_for_it() {
     let same = with("c", "{{ ' ' + m.content + '<|im_end|>' }}", " ");
     assert_eq!(same["log_likelihoods"], spaced["log_likelihoods"]);
     assert_ne!(same["log_likelihoods"], block["log_likelihoods"]);
+}
+
+/// Makes the model of `f` one that continues `chain` token by token, by an output embedding of its
+/// own under the tied config. `</think>` is its token 258.
+fn continue_by(f: &Fixture, chain: &[usize]) {
+    let mut weights = tiny_weights(1);
+    for (name, tensor) in &mut weights {
+        // The blocks add nothing: the next token depends on the last one alone.
+        if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
+            *tensor = Tensor::f32(&tensor.shape, &vec![0.0; tensor.values().len()]);
+        }
+    }
+    let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
+    let shape = weights[embedding].shape.clone();
+    let (values, width) = (weights[embedding].values(), shape[1]);
+    let unit = |row: &[f32]| {
+        let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        row.iter().map(|x| x / length).collect::<Vec<f32>>()
+    };
+    let rows: Vec<Vec<f32>> = values.chunks(width).map(unit).collect();
+    let mut heads = vec![vec![0.0; width]; rows.len()];
+    chain.windows(2).for_each(|pair| heads[pair[1]] = rows[pair[0]].clone());
+    weights.insert(embedding.into(), Tensor::f32(&shape, &rows.concat()));
+    weights.insert(head.into(), Tensor::f32(&shape, &heads.concat()));
+    fs::remove_file(f.model.join("model.safetensors")).unwrap();
+    write_safetensors(&f.model.join("model.safetensors"), &weights);
+    let path = f.model.join("tokenizer.json");
+    fs::write(&path, fs::read_to_string(&path).unwrap().replace("<|pad|>", "</think>")).unwrap();
+}
+
+#[test]
+fn generated_answers_end_with_the_turn_and_have_no_think_block() {
+    let f = Fixture::new();
+    let ids = |text: &str| text.bytes().map(usize::from).collect::<Vec<_>>();
+    // After the line break of the prompt: a draft, its end, the answer, the end of the turn, more.
+    continue_by(&f, &[ids("\ndr"), vec![258], ids("ok"), vec![257], ids("XYZ")].concat());
+    write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &[row("q", "ok")]);
+    fs::write(&f.tasks, task("copy", "metric = 'exact-match'\nmax_new_tokens = 9")).unwrap();
+    let with = |out: &str, mark: &str, eos: &str| {
+        let template = format!(
+            "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{{{{ m.content{mark} }}}}<|im_end|>\n{{% endfor %}}\
+             {{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+        );
+        let config = json!({"eos_token": eos, "chat_template": template});
+        fs::write(f.model.join("tokenizer_config.json"), config.to_string()).unwrap();
+        f.eval(out, &[]).ok();
+        let output = outputs(&f.out(out)).remove(0);
+        (output["output"].as_str().unwrap().to_owned(), output["reasoning"].clone(), output["exact_match"].clone())
+    };
+    let split = ".split('</think>')[-1]";
+    for (i, eos) in ["<|im_end|>", "<|im_start|>"].into_iter().enumerate() {
+        let found = with(&format!("thinks{i}"), split, eos);
+        assert_eq!(found, ("ok".into(), json!("dr"), json!(1.0)), "{eos}");
+        // A template that knows no think block: all that was generated is the answer.
+        assert_eq!(with(&format!("plain{i}"), "", eos), ("drok".into(), Value::Null, json!(0.0)), "{eos}");
+    }
+}
+
+#[test]
+fn template_arguments_change_prompts_options_and_losses() {
+    let f = Fixture::new();
+    write_rows(&f.dir.path().join("data/pick/eval.jsonl"), &[question("q", json!(["x", "y"]), 1)]);
+    let answer = "{% if think is defined %}({{ think }}){% endif %}{{ m.content }}<|im_end|>";
+    let template = format!(
+        "{{% for m in messages %}}{{% if m.role == 'user' %}}<|im_start|>{{{{ m.content }}}}{{% else %}}{answer}{{% endif %}}\
+         {{% endfor %}}{{% if add_generation_prompt %}}{{% if think is defined %}}({{{{ think }}}}){{% endif %}}{{% endif %}}"
+    );
+    let config = json!({"eos_token": "<|im_end|>", "chat_template": template});
+    fs::write(f.model.join("tokenizer_config.json"), config.to_string()).unwrap();
+    let scored = |out: &str, metric: &str, args: &str| {
+        fs::write(&f.tasks, task("pick", &format!("metric = '{metric}'\nmax_new_tokens = 2\n{args}"))).unwrap();
+        f.eval(out, &[]).ok();
+        let settings = read_json(&f.out(out).join("scores.json"))["tasks"][0]["settings"]["template_args"].clone();
+        (outputs(&f.out(out)).remove(0), settings)
+    };
+    let args = "template_args = { think = false }";
+    let [(plain, none), (chosen, given)] = [scored("a", "choice", ""), scored("b", "choice", args)];
+    assert_eq!((&plain["prompt"], &chosen["prompt"]), (&json!("<|im_start|>q"), &json!("<|im_start|>q(False)")));
+    assert_eq!((none, given), (json!({}), json!({"think": false})));
+    assert_ne!(plain["log_likelihoods"], chosen["log_likelihoods"]);
+    assert_ne!(plain["nll"], chosen["nll"]);
+    let generated = scored("c", "exact-match", args).0;
+    assert_eq!(generated["prompt"], "<|im_start|>q(False)");
 }

@@ -65,8 +65,8 @@ enum Command {
     /// To measure what a core region contributes, pass the control to cpift-group, cpift-merge or
     /// cpift-train in place of the mask.
     Random(RandomArgs),
-    /// Write the mask of the elements that the sum of several fine-tunes owes to one of them (a TALL
-    /// mask)
+    /// Write the mask of the elements that the sum of several fine-tunes owes to one of them (a
+    /// TALL mask)
     ///
     /// With the updates τ of all models and their sum Σ, element j is chosen if τ_j is not 0 and
     /// |τ_j| ≥ λ·|Σ_j − τ_j|. `consensus` combines the masks of several models.
@@ -175,8 +175,8 @@ struct TallArgs {
 
 #[derive(ClapArgs, Debug)]
 struct SetArgs {
-    /// Masks of one base, extracted with the same --exclude. The result records the tuned checkpoint
-    /// of the first
+    /// Masks of one base, extracted with the same --exclude. The result records the tuned
+    /// checkpoint of the first
     #[arg(value_name = "MASK", num_args = 2.., required = true, help_heading = "Input and output")]
     masks: Vec<PathBuf>,
     /// Mask to write

@@ -13,9 +13,9 @@
 //! | header, record, summary | `extract` |
 //!
 //! `rules` has the selections of `extract` and `tall` that are not the top p % of single elements.
-//! `tensors` chooses whole tensors, `random` draws a control, `sets` combines masks, `apply` keeps a
-//! part of a change, `convert` reads and writes boolean arrays (`npy`), and `stats` shows the density
-//! of a mask.
+//! `tensors` chooses whole tensors, `random` draws a control, `sets` combines masks, `apply` keeps
+//! a part of a change, `convert` reads and writes boolean arrays (`npy`), and `stats` shows the
+//! density of a mask.
 
 mod apply;
 pub mod bracket;

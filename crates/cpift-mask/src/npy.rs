@@ -25,7 +25,7 @@ pub(crate) fn write(shape: &[usize], bits: &[u8]) -> Vec<u8> {
 ///
 /// # Errors
 /// [`BadInput`] naming what was expected.
-pub(crate) fn read<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Vec<usize>, &'a [u8]), BadInput> {
+pub(crate) fn read<'a>(path: &Path, bytes: &'a [u8]) -> anyhow::Result<(Vec<usize>, &'a [u8])> {
     let bad = |expected: &str, found: String| {
         BadInput::new(path, "not a NumPy array of booleans").expected(expected).found(found)
     };
@@ -37,7 +37,7 @@ pub(crate) fn read<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Vec<usize>, &'a 
     let (start, len): (usize, _) = match rest.first() {
         Some(1) => (4, length(2, 2)),
         Some(2 | 3) => (6, length(2, 4)),
-        version => return Err(bad("format version 1, 2 or 3", format!("{version:?}"))),
+        version => return Err(bad("format version 1, 2 or 3", format!("{version:?}")).into()),
     };
     let header = len.and_then(|len| rest.get(start..start.checked_add(len)?));
     let header = header.and_then(|text| std::str::from_utf8(text).ok());
@@ -50,10 +50,10 @@ pub(crate) fn read<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Vec<usize>, &'a 
     let descr = value("descr").unwrap_or_default();
     if !["'|b1'", "'|u1'", "'b1'", "'u1'"].iter().any(|kind| descr.starts_with(kind)) {
         let found = descr.split([',', '}']).next().unwrap_or_default();
-        return Err(bad("dtype bool or uint8", found.to_owned()));
+        return Err(bad("dtype bool or uint8", found.to_owned()).into());
     }
     if !value("fortran_order").is_some_and(|text| text.starts_with("False")) {
-        return Err(bad("C order", "Fortran order".to_owned()));
+        return Err(bad("C order", "Fortran order".to_owned()).into());
     }
     let dims = value("shape").and_then(|text| text.strip_prefix('(')?.split_once(')'));
     let dims = dims.map(|(dims, _)| dims.split(',').map(str::trim).filter(|n| !n.is_empty()).map(str::parse));
@@ -61,7 +61,7 @@ pub(crate) fn read<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Vec<usize>, &'a 
     let shape = shape.ok_or_else(|| bad("a shape", header.trim().to_owned()))?;
     let numel = shape.iter().try_fold(1usize, |product, n| product.checked_mul(*n));
     if numel != Some(data.len()) {
-        return Err(bad(&format!("{numel:?} elements for shape {shape:?}"), format!("{} bytes", data.len())));
+        return Err(bad(&format!("{numel:?} elements for shape {shape:?}"), format!("{} bytes", data.len())).into());
     }
     Ok((shape, data))
 }

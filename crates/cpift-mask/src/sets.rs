@@ -212,11 +212,9 @@ pub(crate) fn overlap(masks: &[Mask]) -> Result<Overlap> {
         names.par_iter().map(both).sum()
     };
     let mut shared = vec![vec![0; n]; n];
-    for a in 0..n {
-        for b in 0..=a {
-            let both = pair(a, b);
-            (shared[a][b], shared[b][a]) = (both, both);
-        }
+    for (a, b) in (0..n).flat_map(|a| (0..=a).map(move |b| (a, b))) {
+        let both = pair(a, b);
+        (shared[a][b], shared[b][a]) = (both, both);
     }
     let over = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
     let each = |value: &dyn Fn(f64, f64, f64) -> f64| -> Vec<Vec<f64>> {

@@ -2,7 +2,8 @@
 //! [`crate::bracket`] is right, else an exact search and a second pass.
 //!
 //! The first pass checks and hashes all elements, writes the bits of those above the guess, and
-//! keeps those it leaves open. Equal scores are chosen in the order of [`cpift_core::stream::ties`].
+//! keeps those it leaves open. Equal scores are chosen in the order of
+//! [`cpift_core::stream::ties`].
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -169,8 +170,8 @@ pub(crate) fn hash(hashers: [Option<&PieceHasher>; 3], pair: &Pair<'_>, chunk: C
     }
 }
 
-/// Reads `part` once: checks and hashes its elements, writes the bits above `guess`, and keeps those
-/// that the guess leaves open.
+/// Reads `part` once: checks and hashes its elements, writes the bits above `guess`, and keeps
+/// those that the guess leaves open.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the first element, by position, that is NaN or infinite, or a

@@ -1,5 +1,5 @@
-//! Masks as objects: set operations, other selections, `apply`, `restore` and `convert`, each against
-//! the same choice made here, through the real binary; and the NumPy lines of the README.
+//! Masks as objects: set operations, other selections, `apply`, `restore` and `convert`, each
+//! against the same choice made here, through the real binary; and the NumPy lines of the README.
 
 mod common;
 
@@ -340,7 +340,7 @@ fn masks_go_to_boolean_arrays_and_back() {
         let entry = &file.entries[name];
         assert_eq!((entry.dtype, &entry.shape[..]), (Dtype::Bool, shape));
     }
-    // What other programs write: U8 tensors of 0 and 1.
+    // Other programs write U8 tensors of 0 and 1.
     let bits: Tensors = w
         .base
         .iter()

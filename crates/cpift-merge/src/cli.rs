@@ -22,7 +22,7 @@ use methods::{
     PassthroughArgs, RamArgs, SceArgs, TsvMArgs,
 };
 pub(crate) use shared::OutputArgs;
-use shared::{DensityArgs, LayoutArgs, ModelArgs, SphereArgs, SweepArgs, TaskVectorArgs, one};
+use shared::{DensityArgs, ElectArgs, LayoutArgs, ModelArgs, SphereArgs, SweepArgs, TaskVectorArgs, one};
 
 /// Merge checkpoints of one model, by standard methods or by the core transplant and SLERP of
 /// CPI-FT
@@ -349,12 +349,8 @@ pub(crate) struct DareArgs {
     vectors: TaskVectorArgs,
     #[command(flatten)]
     density: DensityArgs,
-    /// Elect a sign per element as TIES does, and sum the task vectors that agree with it
-    #[arg(long, help_heading = "Method")]
-    elect_sign: bool,
-    /// Divide each element by the sum of the weights that took part in it
-    #[arg(long, value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set, help_heading = "Method")]
-    normalize: bool,
+    #[command(flatten)]
+    elect: ElectArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Seed of the random drop
@@ -364,10 +360,10 @@ pub(crate) struct DareArgs {
 
 impl DareArgs {
     pub(crate) fn request(&self) -> Result<Request> {
-        let method = if self.elect_sign { Method::DareTies } else { Method::DareLinear };
+        let method = if self.elect.elect_sign { Method::DareTies } else { Method::DareLinear };
         let mut request = self.vectors.request(method)?;
         self.density.put_into(&mut request)?;
-        request.normalize = self.normalize;
+        self.elect.put_into(&mut request);
         request.seed = self.seed;
         Ok(request)
     }

@@ -5,16 +5,16 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use cpift_core::error::usage;
-use cpift_core::{Dtype, Usage};
+use cpift_core::{BadInput, Dtype, Usage};
 use cpift_data::Overlong;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
 use crate::device::DeviceChoice;
-use crate::home::Reduce;
 use crate::offload::Storage;
 use crate::optim::AdamWConfig;
+use crate::placement::Reduce;
 use crate::session::{Precision, set_strict_config};
 use crate::weights::kind_of;
 
@@ -282,19 +282,25 @@ impl TrainingArgs {
     /// Memory of the weights and of the moments when `device` computes.
     ///
     /// # Errors
-    /// [`Usage`] for --offload on the CPU without a directory, or a directory without it.
+    /// [`Usage`] for --offload on the CPU without a directory, or a directory without it;
+    /// [`BadInput`] for a directory that does not exist.
     pub(crate) fn storage(&self, device: Device) -> Result<[Storage; 2]> {
-        let away = match (&self.offload_dir, device.is_cuda()) {
+        let away = match (&self.offload_dir, device) {
             _ if self.offload == Offload::None && self.offload_dir.is_none() => Storage::On(device),
             (Some(_), _) if self.offload == Offload::None => {
                 return Err(usage("--offload-dir needs --offload optimizer or all"));
             }
-            (Some(folder), false) => Storage::Files(folder.clone()),
-            (None, true) => Storage::Pinned(device),
-            (Some(_), true) => {
+            (Some(_), Device::Cuda(_)) => {
                 return Err(usage("--offload-dir is for the CPU: on CUDA the state lies in pinned host memory"));
             }
-            (None, false) => {
+            (Some(folder), _) if !folder.is_dir() => {
+                return Err(BadInput::new(folder, "no such directory, for --offload-dir")
+                    .hint("make it on a disk with room for the state")
+                    .into());
+            }
+            (Some(folder), _) => Storage::Files(folder.clone()),
+            (None, Device::Cuda(index)) => Storage::Pinned(index),
+            (None, _) => {
                 return Err(usage("--offload on the CPU needs --offload-dir DIR, on a disk with room for the state"));
             }
         };

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
 use crate::device::to_device;
+use crate::transfer::pinned;
 
 /// Examples concatenated in a single row without padding; each is a document that attends only to
 /// itself.
@@ -59,7 +60,7 @@ impl Batch {
     /// The batch in pinned host memory, for asynchronous copies; unchanged if `device` is the CPU.
     #[must_use]
     pub fn pinned(&self, device: Device) -> Self {
-        self.map(|t| if device.is_cuda() { t.pin_memory(device) } else { t.shallow_clone() })
+        self.map(|t| if device.is_cuda() { pinned(t) } else { t.shallow_clone() })
     }
 
     fn map(&self, change: impl Fn(&Tensor) -> Tensor) -> Self {

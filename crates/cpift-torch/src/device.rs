@@ -6,6 +6,7 @@ use tch::{Device, Tensor};
 
 use crate::dist::Place;
 use crate::ffi;
+use crate::transfer::pinned;
 
 /// The device as typed: `cpu`, `cuda`, `cuda:N`, or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,11 +86,7 @@ impl DeviceChoice {
 
 /// Copies a host tensor to `device`, asynchronously where the device allows.
 pub(crate) fn to_device(host: &Tensor, device: Device) -> Tensor {
-    if device.is_cuda() {
-        host.pin_memory(device).to_device_(device, host.kind(), true, false)
-    } else {
-        host.shallow_clone()
-    }
+    if device.is_cuda() { pinned(host).to_device_(device, host.kind(), true, false) } else { host.shallow_clone() }
 }
 
 /// Peak number of bytes allocated to tensors on the CUDA device `index`; 0 if unknown.

@@ -194,7 +194,7 @@ pub(crate) fn cuda_total(index: usize) -> Option<u64> {
     (code == 0).then_some(total as u64)
 }
 
-fn check(code: c_int, what: &str) -> Result<()> {
+pub(crate) fn check(code: c_int, what: &str) -> Result<()> {
     if code != 0 {
         // SAFETY: the function returns a NUL-terminated string that is valid until the thread's
         // next failing call.
@@ -212,7 +212,7 @@ fn pointer(tensor: Option<&Tensor>) -> *const c_void {
     tensor.map_or(null(), |t| t.as_ptr() as *const c_void)
 }
 
-fn owned(tensor: RawTensor) -> Tensor {
+pub(crate) fn owned(tensor: RawTensor) -> Tensor {
     // SAFETY: the shim returns a heap-allocated at::Tensor, which tch frees when the Tensor is
     // dropped.
     unsafe { Tensor::from_ptr(tensor as *mut torch_sys::C_tensor) }

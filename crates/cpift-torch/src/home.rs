@@ -1,4 +1,5 @@
-//! The home of the weights, and how the units of a model (embedding, blocks, head) come by them.
+//! The home of the weights, which lends the units of a model (embedding, blocks, head) whole
+//! parameters.
 //!
 //! In one process the model's tensors are the home. Otherwise each rank keeps an equal part of each
 //! unit, in flat vectors: the model's tensors have no memory until a unit is lent to them for its
@@ -16,114 +17,16 @@ use anyhow::{Result, anyhow};
 use cpift_core::Checkpoint;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::dist::{Group, Work, set_storage};
-use crate::offload::Storage;
+use crate::dist::{Work, set_storage};
 use crate::pieces::{Piece, Pieces};
+use crate::placement::{Placement, Reduce};
+use crate::transfer::{self, Arrival};
 use crate::weights::{self, Parameters};
 
 /// Parameters and parts begin at multiples of this number of elements: kernels see the alignment of
 /// a tensor of its own, and vectors are cut where they would be cut in the whole tensor. Otherwise
 /// the update of the elements beside a cut rounds differently.
 const ALIGN: i64 = 64;
-
-/// Sum of gradients over ranks.
-#[derive(clap::ValueEnum, serde::Serialize, Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum Reduce {
-    /// In rank order, with sums in f32: the same bits as micro-batches added by one process.
-    #[default]
-    Ordered,
-    /// By the backend's reduce-scatter, in its order and in f32: less memory with many ranks.
-    Native,
-}
-
-impl Reduce {
-    /// Returns true for the sum in rank order.
-    pub(crate) fn is_ordered(&self) -> bool {
-        *self == Self::Ordered
-    }
-}
-
-/// Placement of a model: who shares it, and where its parts lie.
-#[derive(Clone)]
-pub struct Placement {
-    /// The ranks; none in one process.
-    pub group: Option<Rc<Group>>,
-    /// Device that computes.
-    pub device: Device,
-    /// Memory of the weights.
-    pub weights: Storage,
-    /// Memory of the optimizer's moments.
-    pub moments: Storage,
-    /// Sum of the gradients.
-    pub reduce: Reduce,
-}
-
-impl Placement {
-    /// All on `device`, in one process.
-    pub fn on(device: Device) -> Self {
-        Self {
-            group: None,
-            device,
-            weights: Storage::On(device),
-            moments: Storage::On(device),
-            reduce: Reduce::default(),
-        }
-    }
-
-    /// Number of ranks.
-    pub fn world(&self) -> usize {
-        self.group.as_ref().map_or(1, |g| g.world())
-    }
-
-    /// This process's rank.
-    pub fn rank(&self) -> usize {
-        self.group.as_ref().map_or(0, |g| g.rank())
-    }
-
-    /// Returns true if units must be lent: the weights are shared or lie elsewhere than the device
-    /// that computes.
-    pub(crate) fn lends(&self) -> bool {
-        self.group.is_some() || self.weights.device() != self.device
-    }
-
-    /// Sums one or more f64 values over the ranks, in rank order.
-    ///
-    /// # Errors
-    /// A failed collective.
-    pub(crate) fn total(&self, values: &Tensor) -> Result<Tensor> {
-        let Some(group) = &self.group else { return Ok(values.shallow_clone()) };
-        let (n, world) = (values.numel() as i64, group.world() as i64);
-        let all = Tensor::empty([world * n], (Kind::Double, values.device()));
-        group.all_gather(&all, &values.flatten(0, -1))?.wait()?;
-        let all = all.view([world, n]);
-        let sum = (1..world).fold(all.get(0).copy(), |mut sum, r| sum.g_add_(&all.get(r)));
-        Ok(sum.view(values.size().as_slice()))
-    }
-
-    /// Rank 0's decision, for all ranks.
-    ///
-    /// # Errors
-    /// The error of `decide` on rank 0; a failed rank.
-    pub(crate) fn decide(&self, what: &str, decide: impl FnOnce() -> Result<bool>) -> Result<bool> {
-        let Some(group) = &self.group else { return decide() };
-        let own = (group.rank() == 0).then(decide).transpose()?;
-        let text = group.share(what, own.map(|yes| if yes { "yes" } else { "no" }))?;
-        Ok(text == "yes")
-    }
-
-    /// Sums a count over the ranks.
-    ///
-    /// # Errors
-    /// A failed collective.
-    pub(crate) fn total_count(&self, count: u64) -> Result<u64> {
-        if self.group.is_none() {
-            return Ok(count);
-        }
-        let counts = Tensor::from_slice(&[count as f64]).to_device(self.device);
-        Ok(self.total(&counts)?.double_value(&[0]) as u64)
-    }
-}
 
 /// Home of a model's weights.
 pub enum Home {
@@ -301,28 +204,35 @@ impl UnitHome {
 
     /// Starts to bring the whole parameters of a unit to the device.
     fn ask(self: &Rc<Self>, unit: usize) -> Result<Asked> {
-        let mut asked = Units { home: Rc::clone(self), unit, wholes: Vec::new(), works: Vec::new() };
+        let mut asked = Units { home: Rc::clone(self), unit, wholes: Vec::new(), coming: Vec::new() };
         for flat in &self.units[unit].flats {
             let whole = Tensor::empty([flat.part * self.world()], (flat.wire, self.placement.device));
-            asked.works.extend(self.fill(flat, &whole)?);
+            asked.coming.push(self.fill(flat, &whole)?);
             asked.wholes.push(whole);
         }
         Ok(Asked(Some(asked)))
     }
 
-    fn fill(&self, flat: &Flat, whole: &Tensor) -> Result<Option<Work>> {
-        no_grad(|| {
-            // As it is, because the device casts faster, and the copy needs no buffer.
-            let shard = flat.shard.to_device_(self.placement.device, flat.shard.kind(), true, false);
-            let shard = shard.to_kind(flat.wire);
-            match &self.placement.group {
-                Some(group) => group.all_gather(whole, &shard).map(Some),
-                None => {
-                    whole.shallow_clone().copy_(&shard);
-                    Ok(None)
+    /// Starts to fill `whole`: from all ranks, or in one process from host memory.
+    fn fill(&self, flat: &Flat, whole: &Tensor) -> Result<Coming> {
+        let Some(group) = &self.placement.group else {
+            return match self.placement.device {
+                // On a stream for copies, beside the work of the device.
+                Device::Cuda(index) => {
+                    let (arrival, ()) = Arrival::of(index, || transfer::copy(whole, &flat.shard))?;
+                    Ok(Coming { work: None, arrival: Some(arrival) })
                 }
-            }
-        })
+                _ => transfer::copy(whole, &flat.shard).map(|()| Coming { work: None, arrival: None }),
+            };
+        };
+        let own = if flat.shard.device() == whole.device() {
+            no_grad(|| flat.shard.to_kind(flat.wire))
+        } else {
+            let own = Tensor::empty([flat.part], (flat.wire, whole.device()));
+            transfer::copy(&own, &flat.shard)?;
+            own
+        };
+        Ok(Coming { work: Some(group.all_gather(whole, &own)?), arrival: None })
     }
 
     /// Starts to sum the gradients of a unit's parameters over the ranks; see
@@ -459,7 +369,20 @@ struct Units {
     home: Rc<UnitHome>,
     unit: usize,
     wholes: Vec<Tensor>,
-    works: Vec<Work>,
+    coming: Vec<Coming>,
+}
+
+/// A flat vector on its way to the device.
+struct Coming {
+    work: Option<Work>,
+    arrival: Option<Arrival>,
+}
+
+impl Coming {
+    fn wait(self) -> Result<()> {
+        self.work.map_or(Ok(()), Work::wait)?;
+        self.arrival.map_or(Ok(()), Arrival::wait)
+    }
 }
 
 impl Units {
@@ -486,9 +409,7 @@ impl Asked {
     /// A failed collective.
     pub(crate) fn lend(self) -> Result<Lent> {
         let Some(mut units) = self.0 else { return Ok(Lent(None)) };
-        for work in units.works.drain(..) {
-            work.wait()?;
-        }
+        units.coming.drain(..).try_for_each(Coming::wait)?;
         for (flat, whole) in units.flats().iter().zip(&units.wholes) {
             for member in &flat.members {
                 member.leaf.shallow_clone().set_data(&member.in_whole(whole));
@@ -536,7 +457,7 @@ impl Parked {
         for (flat, whole) in home.units[units.unit].flats.iter().zip(&units.wholes) {
             set_storage(whole, whole.numel() * whole.kind().elt_size_in_bytes())?;
             // Through a tensor with a version counter of its own: to autograd nothing is written.
-            units.works.extend(home.fill(flat, &whole.data())?);
+            units.coming.push(home.fill(flat, &whole.data())?);
         }
         Ok(Asked(Some(units)))
     }

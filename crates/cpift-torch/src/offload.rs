@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::transfer::pinned_zeros;
+
 /// Memory in which tensors are made that outlive a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Storage {
     /// Memory of a device.
     On(Device),
-    /// Pinned host memory, for a CUDA device.
-    Pinned(Device),
+    /// Pinned host memory, for the CUDA device of this number.
+    Pinned(usize),
     /// Memory-mapped files in this directory, which have no name once they are open.
     Files(PathBuf),
 }
@@ -32,13 +34,11 @@ impl Storage {
     /// A tensor of zeros; `label` names it in errors.
     ///
     /// # Errors
-    /// A file that cannot be created or mapped.
+    /// A file that cannot be created or mapped; host memory that cannot be pinned.
     pub fn zeros(&self, label: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
         match self {
             Self::On(device) => Ok(Tensor::zeros(shape, (kind, *device))),
-            Self::Pinned(device) => {
-                Ok(Tensor::zeros(shape, (kind, Device::Cpu)).f_pin_memory(*device).context("pinning host memory")?)
-            }
+            Self::Pinned(index) => pinned_zeros(*index, shape, kind).with_context(|| format!("no room for {label}")),
             Self::Files(folder) => mapped(folder, label, shape, kind),
         }
     }

@@ -10,6 +10,8 @@ use std::sync::Once;
 use anyhow::{Result, anyhow};
 use cpift_core::{BadInput, Stopped, Usage};
 
+use crate::dist::JOB_FAILED;
+
 thread_local! {
     /// True if [`explain`] catches and reports a panic of this thread.
     static CATCHING: Cell<bool> = const { Cell::new(false) };
@@ -68,7 +70,8 @@ fn text_of(payload: &(dyn Any + Send)) -> String {
     text.unwrap_or("a panic without a message").to_owned()
 }
 
-/// Returns true if a message of libtorch, C++ or the system reports that memory has run out.
+/// Returns true if a message of libtorch, C++ or the system reports that this process has run out
+/// of memory.
 fn is_out_of_memory(text: &str) -> bool {
     const SIGNS: [&str; 9] = [
         "out of memory",
@@ -82,8 +85,9 @@ fn is_out_of_memory(text: &str) -> bool {
         "could not execute a primitive",
         "failed to spawn thread",
     ];
-    // A primitive that this CPU does not support is another error.
-    SIGNS.iter().any(|sign| text.contains(sign)) && !text.contains("primitive descriptor")
+    // A primitive that this CPU does not support is another error, and so is that of another rank.
+    let other = ["primitive descriptor", JOB_FAILED].iter().any(|sign| text.contains(sign));
+    SIGNS.iter().any(|sign| text.contains(sign)) && !other
 }
 
 /// The failed allocation: its size if the message has it, else the first line.
@@ -131,6 +135,8 @@ mod tests {
         assert_eq!(told(|| Err(anyhow!("disk full").context("saving"))), "saving: disk full");
         let none = "could not create a primitive descriptor for a matmul primitive";
         assert_eq!(told(|| Err(anyhow!(none))), none);
+        let other = format!("rank 2 of 4{JOB_FAILED}rank 3 (n2, process 7): out of memory: 2.50 GiB more");
+        assert_eq!(told(|| Err(anyhow!(other.clone()))), other);
         assert_eq!(told(|| Err(anyhow!("loss NaN\n  hint: lower --lr"))), "loss NaN\n  hint: lower --lr");
         let bad = explain(String::new, || Err::<(), _>(BadInput::new("x", "is out of memory").hint("y").into()));
         assert!(bad.unwrap_err().is::<BadInput>());

@@ -8,8 +8,9 @@ use cpift_core::stream::random::splitmix64;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::ffi::{AdamWNumbers, AdamWTensors, fused_adamw};
-use crate::home::Placement;
 use crate::pieces::{Piece, Pieces};
+use crate::placement::Placement;
+use crate::transfer::{copy, wait_for};
 
 /// The learning rate over a known number of steps: linear warm-up, then half a cosine to zero, as
 /// in transformers' `get_cosine_schedule_with_warmup`.
@@ -140,7 +141,10 @@ impl AdamW {
                 fused_adamw(&tensors, &self.numbers(decays, update))?;
             }
         }
-        Ok(())
+        // The host may read what it holds once this returns.
+        let away = |slot: &Slot| [&slot.param.tensor, &slot.exp_avg].iter().any(|t| t.device() != slot.step.device());
+        let waits = chosen.iter().map(|&i| &self.slots[i]).find(|slot| away(slot));
+        waits.map_or(Ok(()), |slot| wait_for(slot.step.device()))
     }
 
     /// Updates a piece whose tensors are not all f32 on the device that computes: a part at a time
@@ -161,8 +165,10 @@ impl AdamW {
             }
             let part = |t: &Tensor| t.detach().view([-1]).narrow(0, from - held.start, to - from);
             let kept = tensors.map(part);
-            let wide: Vec<Tensor> = kept.iter().map(|t| t.to_device(device).to_kind(Kind::Float)).collect();
-            let wide_grad = part(grad).to_device(device).to_kind(Kind::Float);
+            // From pinned memory without waiting.
+            let widened = |t: &Tensor| t.to_device_(device, Kind::Float, true, false);
+            let wide: Vec<Tensor> = kept.iter().map(widened).collect();
+            let wide_grad = widened(&part(grad));
             // All parts belong to one step: each starts from the same counter.
             let step = before.copy();
             let tensors = AdamWTensors {
@@ -173,11 +179,11 @@ impl AdamW {
                 steps: vec![&step],
             };
             fused_adamw(&tensors, &self.numbers(slot.decays, update))?;
-            for (mut kept, wide) in kept.into_iter().zip(&wide) {
+            for (kept, wide) in kept.iter().zip(&wide) {
                 if kept.kind() == Kind::BFloat16 {
-                    kept.copy_(&stochastic_bf16(wide, &noise().narrow(0, from - start, to - from)));
+                    copy(kept, &stochastic_bf16(wide, &noise().narrow(0, from - start, to - from)))?;
                 } else if wide.data_ptr() != kept.data_ptr() {
-                    kept.copy_(wide);
+                    copy(kept, wide)?;
                 }
             }
         }

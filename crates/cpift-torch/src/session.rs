@@ -16,9 +16,10 @@ use cpift_data::{ChatText, MaxLength};
 use serde_json::Value;
 use tch::{Device, Kind, no_grad};
 
-use crate::home::{self, Home, Placement, UnitHome};
+use crate::home::{self, Home, UnitHome};
 use crate::model::{CausalLM, EMBEDDING, ModelConfig};
 use crate::pieces::{Pieces, whole_pieces};
+use crate::placement::Placement;
 use crate::weights::{self, Parameters, Saver};
 
 /// Dtypes of weights and computation.

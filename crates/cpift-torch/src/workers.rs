@@ -16,7 +16,7 @@ use tch::Device;
 use crate::args::TrainingArgs;
 use crate::device::DeviceChoice;
 use crate::dist::{Backend, Group, Place};
-use crate::home::Placement;
+use crate::placement::Placement;
 
 /// Time that ranks wait for one another in a collective. A rank that is gone is noticed earlier.
 const TIMEOUT: Duration = Duration::from_secs(600);
@@ -86,8 +86,7 @@ impl Workers {
         run.insert("arguments".into(), std::env::args().skip(1).collect());
         let own = serde_json::to_string(&run)?;
         let texts = group.exchange("arguments and inputs", &own)?;
-        // Rank 0 names the first that differs from it, the others rank 0 or one that differs from
-        // both: all ranks fail.
+        // Every rank reads the texts of all ranks, so that all fail if any two differ.
         for (rank, text) in texts.iter().enumerate() {
             let other: Map<String, Value> = serde_json::from_str(text)?;
             let differs = |key: &&String| run.get(*key) != other.get(*key);

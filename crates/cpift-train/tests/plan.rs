@@ -135,7 +135,7 @@ fn the_readme_shows_what_the_program_prints() {
         );
         commands += 1;
     }
-    assert_eq!(commands, 2);
+    assert_eq!(commands, 3);
 }
 
 #[test]

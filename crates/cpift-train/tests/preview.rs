@@ -209,3 +209,51 @@ fn unknown_fields_of_config_json_are_warned_of_once_and_refused_where_that_is_as
     run_with(env!("CARGO_BIN_EXE_cpift-train"), run.iter().chain(&["--strict-config"]), &[])
         .bad_input(&["our_lab_note"]);
 }
+
+#[test]
+fn a_template_that_loses_text_or_ends_no_answer_is_warned_of_in_preview_and_run() {
+    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+    let thinking = json!({"messages": [turn("user", "q"), turn("assistant", "<think>so</think>a")]});
+    let system = json!({"messages": [turn("system", "s"), turn("user", "q"), turn("assistant", "a")]});
+    let f = Fixture::of("d.jsonl", &[row("q", "a"), thinking, system].map(|row| row.to_string()).join("\n"), "");
+    write_tiny_model(&f.model, 1);
+    let said = |body: &str, eos: Option<&str>| {
+        let template =
+            format!("{{% for m in messages %}}{body}{{% endfor %}}{{% if add_generation_prompt %}}A:{{% endif %}}");
+        edit_json(&f.model.join("config.json"), |config| drop(config.as_object_mut().unwrap().remove("eos_token_id")));
+        write_json(&f.model.join("tokenizer_config.json"), &json!({"eos_token": eos, "chat_template": template}));
+        let preview = f.preview(&[]).ok().stderr;
+        let paths = [&f.model, &f.tasks, &f.dir.path().join("out")].map(|path| path.to_str().unwrap().to_owned());
+        let run = ["run", "--model", &paths[0], "--tasks", &paths[1], "--out", &paths[2], "--steps", "1", "--force"];
+        let run = run_with(env!("CARGO_BIN_EXE_cpift-train"), run, &[]).ok().stderr;
+        let parts = [
+            "leaves out or rewrites text of a turn of the system (first: ",
+            "leaves out or rewrites text of a turn of the assistant (first: ",
+            "ends 3 answers with no special token (first: ",
+            "no EOS in tokenizer_config.json, generation_config.json or config.json",
+        ];
+        let found = |text: &str| parts.map(|part| text.contains(part));
+        assert_eq!(found(&preview), found(&run), "{body}: {preview}{run}");
+        found(&run)
+    };
+    let eos = Some("<|im_end|>");
+    assert_eq!(said("{{ m.content }}<|im_end|>", eos), [false, false, false, false]);
+    let both = "{% if m.role != 'system' %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}";
+    assert_eq!(said(both, eos), [true, true, false, false]);
+    assert_eq!(said("{{ m.content }}\n", eos), [false, false, true, false]);
+    assert_eq!(said("{{ m.content }}<|im_end|>", None), [false, false, false, true]);
+}
+
+#[test]
+fn a_template_without_a_generation_prompt_is_warned_of() {
+    let f = Fixture::new();
+    let said = |template: &str| {
+        let config = json!({"eos_token": "<|im_end|>", "chat_template": template});
+        write_json(&f.model.join("tokenizer_config.json"), &config);
+        f.preview(&[]).ok().stderr
+    };
+    let turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}";
+    assert!(said(turns).contains("no generation prompt; prompts end with \"<|im_start|>assistant\\n\""));
+    let asking = format!("{turns}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}");
+    assert!(!said(&asking).contains("generation prompt"));
+}

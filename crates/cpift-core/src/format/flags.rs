@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn flags_of_many_bits_are_those_of_one_after_another() {
-        let draw = |key: u64| (0..500u64).map(|i| ((i * i + 7) * key >> (i % 23)) as u8).collect::<Vec<u8>>();
+        let draw = |key: u64| (0..500u64).map(|i| (((i * i + 7) * key) >> (i % 23)) as u8).collect::<Vec<u8>>();
         let (bits, marked) = (draw(0x9E37_79B9), draw(0x85EB_CA6B));
         let mut list = BitList::default();
         for at in (0..8 * bits.len()).filter(|at| bits[at / 8] >> (at % 8) & 1 == 1) {

@@ -30,6 +30,9 @@ pub enum Phase {
     State = 2,
     /// All work is done and the output is being written.
     Output = 3,
+    /// The state is saved, and the stage ends with exit code 75. Lasts until the end of the
+    /// process.
+    Saved = 4,
 }
 
 /// Reaction to a signal.
@@ -47,7 +50,9 @@ enum Answer {
 ///
 /// - During [`Phase::Steps`], the first SIGTERM or SIGUSR1 (Slurm's warnings) only asks the stage
 ///   to stop.
-/// - SIGTERM and SIGUSR1 never interrupt the writing of a state or of the output.
+/// - SIGTERM and SIGUSR1 never interrupt the writing of a state or of the output. Nor do they
+///   change the exit code after [`Phase::Saved`]: `srun --kill-on-bad-exit` ends the other ranks by
+///   SIGTERM when the first has ended.
 /// - The first signal of any kind does not interrupt the writing of the output.
 ///
 /// Only this thread receives signals: they are blocked in all threads started after this call. A
@@ -99,6 +104,7 @@ fn answer(signal: i32, work: u8, first: bool) -> Answer {
             Answer::Wait("saving and stopping after this step; a second signal stops at once")
         }
         w if w == Phase::State as u8 && warning => Answer::Wait("stopping when the state is saved"),
+        w if w == Phase::Saved as u8 && warning => Answer::Wait("stopping, the state is saved"),
         w if w == Phase::Output as u8 && (warning || first) => {
             Answer::Wait("training is done, the output is being written first; another SIGINT stops at once")
         }
@@ -106,7 +112,8 @@ fn answer(signal: i32, work: u8, first: bool) -> Answer {
     }
 }
 
-/// Sets the [`Phase`] while it is alive, and restores the previous one when dropped.
+/// Sets the [`Phase`] while it is alive, and restores the previous one when dropped, but for
+/// [`Phase::Saved`].
 pub struct SignalScope(u8);
 
 impl SignalScope {
@@ -118,7 +125,8 @@ impl SignalScope {
 
 impl Drop for SignalScope {
     fn drop(&mut self) {
-        PHASE.store(self.0, Ordering::SeqCst);
+        let restore = |phase| (phase != Phase::Saved as u8).then_some(self.0);
+        let _ = PHASE.fetch_update(Ordering::SeqCst, Ordering::SeqCst, restore);
     }
 }
 
@@ -143,17 +151,28 @@ mod tests {
     #[test]
     fn warnings_do_not_interrupt_writing() {
         let ends = |signal, work, first| answer(signal, work, first) == Answer::End;
-        let [steps, state, output] = [Phase::Steps, Phase::State, Phase::Output].map(|w| w as u8);
+        let [steps, state, output, saved] = [Phase::Steps, Phase::State, Phase::Output, Phase::Saved].map(|w| w as u8);
         for warning in [SIGTERM, SIGUSR1] {
             assert!(ends(warning, 0, true), "outside any phase");
             assert!(!ends(warning, steps, true) && ends(warning, steps, false));
             for first in [true, false] {
                 assert!(!ends(warning, state, first) && !ends(warning, output, first));
+                assert!(!ends(warning, saved, first));
             }
         }
         for other in [SIGINT, SIGHUP] {
-            assert!(ends(other, steps, true) && ends(other, state, true));
+            assert!(ends(other, steps, true) && ends(other, state, true) && ends(other, saved, false));
             assert!(!ends(other, output, true) && ends(other, output, false));
         }
+    }
+    #[test]
+    fn a_saved_stage_stays_saved() {
+        {
+            let _steps = SignalScope::begin(Phase::Steps);
+            drop(SignalScope::begin(Phase::State));
+            assert_eq!(PHASE.load(Ordering::SeqCst), Phase::Steps as u8);
+            drop(SignalScope::begin(Phase::Saved));
+        }
+        assert_eq!(PHASE.load(Ordering::SeqCst), Phase::Saved as u8);
     }
 }

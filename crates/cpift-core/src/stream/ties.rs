@@ -1,10 +1,10 @@
-//! Order of elements with equal scores: by a hash of the tuned checkpoint, the tensor's name and the
-//! element's index.
+//! Order of elements with equal scores: by a hash of the tuned checkpoint, the tensor's name and
+//! the element's index.
 //!
 //! Between bf16 checkpoints most of a core region can be chosen among equals. A choice by position
 //! would put it into the tensors whose names sort first, and would make independent regions look
-//! alike. The hash spreads the choice evenly, makes the choices of two tasks independent, and is the
-//! same on every machine.
+//! alike. The hash spreads the choice evenly, makes the choices of two tasks independent, and is
+//! the same on every machine.
 //!
 //! The key of a tensor is the first eight bytes, as a little-endian number, of the BLAKE3 hash of
 //! the digest in hexadecimal, a zero byte and the name. The hash of element i is number i of the

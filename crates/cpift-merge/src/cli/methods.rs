@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::shared::{DensityArgs, ModelArgs, OutputArgs, TaskVectorArgs, one};
+use super::shared::{DensityArgs, ElectArgs, ModelArgs, OutputArgs, TaskVectorArgs, one};
 use crate::method::Method;
 use crate::request::Request;
 use crate::setting::Setting;
@@ -216,13 +216,8 @@ pub(crate) struct DellaArgs {
     /// smallest of its row to density + epsilon for the largest
     #[arg(long, value_name = "V", default_value = "0.15", allow_negative_numbers = true, help_heading = "Method")]
     epsilon: Setting,
-    /// Elect a sign per element as TIES does, and sum the task vectors that agree with it
-    #[arg(long, help_heading = "Method")]
-    elect_sign: bool,
-    /// Divide each element by the sum of the weights that took part in it [default: true with
-    /// --elect-sign, else false]
-    #[arg(long, value_name = "BOOL", help_heading = "Method")]
-    normalize: Option<bool>,
+    #[command(flatten)]
+    elect: ElectArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Seed of the random drop
@@ -232,11 +227,11 @@ pub(crate) struct DellaArgs {
 
 impl DellaArgs {
     pub(crate) fn request(&self) -> Result<Request> {
-        let method = if self.elect_sign { Method::Della } else { Method::DellaLinear };
+        let method = if self.elect.elect_sign { Method::Della } else { Method::DellaLinear };
         let mut request = self.vectors.request(method)?;
         self.density.put_into(&mut request)?;
         request.models.iter_mut().for_each(|model| model.values.set("epsilon", self.epsilon.clone()));
-        request.normalize = self.normalize.unwrap_or(request.normalize);
+        self.elect.put_into(&mut request);
         request.seed = self.seed;
         Ok(request)
     }
@@ -251,23 +246,19 @@ pub(crate) struct BreadcrumbsArgs {
     /// Share of the largest elements of a task vector that is dropped
     #[arg(long, value_name = "V", default_value = "0.01", allow_negative_numbers = true, help_heading = "Method")]
     gamma: Setting,
-    /// Elect a sign per element as TIES does, and sum the task vectors that agree with it
-    #[arg(long, help_heading = "Method")]
-    elect_sign: bool,
-    /// Divide each element by the sum of the weights that took part in it
-    #[arg(long, value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set, help_heading = "Method")]
-    normalize: bool,
+    #[command(flatten)]
+    elect: ElectArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
 
 impl BreadcrumbsArgs {
     pub(crate) fn request(&self) -> Result<Request> {
-        let method = if self.elect_sign { Method::BreadcrumbsTies } else { Method::Breadcrumbs };
+        let method = if self.elect.elect_sign { Method::BreadcrumbsTies } else { Method::Breadcrumbs };
         let mut request = self.vectors.request(method)?;
         self.density.put_into(&mut request)?;
         request.models.iter_mut().for_each(|model| model.values.set("gamma", self.gamma.clone()));
-        request.normalize = self.normalize;
+        self.elect.put_into(&mut request);
         Ok(request)
     }
 }

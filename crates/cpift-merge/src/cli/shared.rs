@@ -202,6 +202,25 @@ impl DensityArgs {
     }
 }
 
+/// Election of signs as in TIES, for methods that merge with and without it.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Method")]
+pub(crate) struct ElectArgs {
+    /// Elect a sign per element as TIES does, and sum the task vectors that agree with it
+    #[arg(long)]
+    pub(super) elect_sign: bool,
+    /// Divide each element by the sum of the weights that took part in it [default: true for della
+    /// with --elect-sign, else false]
+    #[arg(long, value_name = "BOOL")]
+    normalize: Option<bool>,
+}
+
+impl ElectArgs {
+    pub(super) fn put_into(&self, request: &mut Request) {
+        request.normalize = self.normalize.unwrap_or(request.normalize);
+    }
+}
+
 /// Vectors between which a spherical method takes its angles.
 #[derive(clap::Args, Debug)]
 pub(crate) struct SphereArgs {

@@ -98,8 +98,8 @@ pub(crate) fn peak_memory(plan: &Plan) -> u64 {
             Rule::Combine(_, along) => groups(*along) * k * size_of::<f64>(),
             Rule::Pointwise(Pointwise::Sce { .. }) => numel.div_ceil(8),
             Rule::Pointwise(Pointwise::Fusion) => groups(Along::Rows) * size_of::<f64>(),
-            // A task vector in f32 and f64, and the parts of its decomposition, for as many at a time
-            // as there are threads.
+            // A task vector in f32 and f64, and the parts of its decomposition, for as many at a
+            // time as there are threads.
             Rule::Spectral(_) => numel * 32 * k.min(rayon::current_num_threads()),
             _ => 0,
         }

@@ -73,8 +73,8 @@ fn recipes_have(names: &[String], folder: &Path) -> bool {
     names.len() > 1 && names.iter().any(|name| folder == Path::new(name))
 }
 
-/// Checks that the directories named by `recipe` exist, unless `made` says that another recipe makes
-/// them. Slices that are whole models become models.
+/// Checks that the directories named by `recipe` exist, unless `made` says that another recipe
+/// makes them. Slices that are whole models become models.
 fn check(file: &Path, recipe: &mut Recipe, made: impl Fn(&Path) -> bool) -> Result<()> {
     for folder in recipe.request.paths().filter(|folder| !made(folder)) {
         check_folder(file, folder)?;

@@ -226,4 +226,12 @@ fn different_tokens_at_the_same_id_are_warned_about() {
         assert_eq!(run.stderr.contains("stand for other tokens"), !parts.is_empty(), "{}", run.stderr);
         run.says(parts);
     }
+    // Tokens that only tokenizer_config.json adds.
+    let world = pair(&model(1.0, None), &model(3.0, None));
+    for (name, added) in [("a", "<e>"), ("b", "<im>")] {
+        fs::write(world.path(name).join("tokenizer.json"), tokenizer("y", "<s>")).unwrap();
+        let config = json!({"added_tokens_decoder": {"2": {"content": "<s>"}, "3": {"content": added}}});
+        fs::write(world.path(name).join("tokenizer_config.json"), config.to_string()).unwrap();
+    }
+    world.run(LINEAR).ok().says(&["1 ids stand for other tokens", "id 3 is \"<im>\", and \"<e>\" there"]);
 }

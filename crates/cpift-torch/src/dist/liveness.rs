@@ -36,6 +36,8 @@ const LINGER: Duration = Duration::from_secs(3);
 const LEAVE: Duration = Duration::from_secs(5);
 /// Beginning of the note of a rank that failed because another one did.
 const PEER: &str = "peer: ";
+/// Words between this rank and the cause in another one.
+pub(crate) const JOB_FAILED: &str = ": the job failed: ";
 /// Rest of the note of such a rank if it has seen no error itself.
 const TOLD: &str = "told by the store";
 
@@ -223,7 +225,7 @@ impl Shared {
     }
 
     fn job_failed(&self, cause: &str) -> String {
-        format!("{}: the job failed: {cause}", self.own_name())
+        format!("{}{JOB_FAILED}{cause}", self.own_name())
     }
 
     fn store_is_gone(&self) -> String {

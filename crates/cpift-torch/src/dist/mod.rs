@@ -15,4 +15,5 @@ mod place;
 
 pub use c10d::set_storage;
 pub use group::{Backend, Group, Work};
+pub(crate) use liveness::JOB_FAILED;
 pub use place::Place;

@@ -49,7 +49,7 @@ impl Job {
         // Weights are cast in the forward pass of a block, and the cast is kept with its
         // activations.
         let cast = if weight == self.compute_bytes() { 0 } else { self.compute_bytes() };
-        // What is lent to a block is cast before.
+        // Weights are lent to a block in the dtype in which it computes.
         let block_cast = if self.lends() { 0 } else { cast };
         let lent = Lent::of(self, &s);
         let kept = if recompute { 0 } else { layers };

@@ -12,8 +12,8 @@ use anyhow::Result;
 use cpift_core::format::names::layer;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::home::Placement;
 use crate::pieces::{Piece, Pieces};
+use crate::placement::Placement;
 
 /// Flat indices of elements within this process's piece of each parameter, int64 and ascending;
 /// parameters without any are left out.

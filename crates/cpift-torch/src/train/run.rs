@@ -343,6 +343,8 @@ impl<'a> StageRun<'a> {
             // which tells them all.
             let alone = session.placement.group.is_none();
             if stop || (alone && stop_asked().is_some()) {
+                // Until the end of the process.
+                drop(SignalScope::begin(Phase::Saved));
                 let message = format!(
                     "stopped by {} after step {step} of {}; saved {}",
                     stop_asked().unwrap_or("a signal to another rank"),

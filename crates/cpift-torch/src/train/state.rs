@@ -28,8 +28,8 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::stage::StageReport;
 use super::watch::METRICS;
 use crate::args::TrainingArgs;
-use crate::home::Placement;
 use crate::pieces::{Piece, Pieces};
+use crate::placement::Placement;
 use crate::weights::{bytes_of, first_not_finite, kind_of};
 
 const VERSION: u32 = 4;

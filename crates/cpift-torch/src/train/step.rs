@@ -8,10 +8,11 @@ use super::lora::{Adapters, LoraConfig};
 use super::pass::{Forward, ParamGroups, PassConfig};
 use crate::data::Batch;
 use crate::freeze::Freeze;
-use crate::home::{GradientSums, Placement, Reduction};
+use crate::home::{GradientSums, Reduction};
 use crate::model::CausalLM;
 use crate::optim::{AdamW, AdamWConfig, Guard, Update, sum_of_squares};
 use crate::pieces::{Piece, Pieces, whole_pieces};
+use crate::placement::Placement;
 use crate::weights::Parameters;
 
 /// Settings of the steps.
