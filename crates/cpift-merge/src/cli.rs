@@ -510,15 +510,15 @@ impl MergeAdaptersArgs {
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct VerifyArgs {
-    /// Hugging Face directory or .safetensors file
-    #[arg(value_name = "DIR")]
+    /// Hugging Face directory, .safetensors file or MODEL+ADAPTER
+    #[arg(value_name = "PATH")]
     pub(crate) checkpoint: PathBuf,
 }
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct DigestArgs {
-    /// Hugging Face directories (digest of tensors, config and tokenizer) or files (digest of the
-    /// bytes)
+    /// Hugging Face directories or MODEL+ADAPTER (digest of tensors, config and tokenizer), or files
+    /// (digest of the bytes; verify prints that of the tensors)
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
 }

@@ -24,7 +24,6 @@ mod verify;
 
 pub use method::{Base, Method, Parameter};
 pub use methods::sphere;
-pub use plan::read_tokens;
 pub use request::{
     ChatTemplate, Integers, LayoutPolicy, Missing, ModelRequest, Request, Slice, Space, TokenRow, TokenRule,
     TokenizerRequest, TokenizerSource, Values,
@@ -133,8 +132,8 @@ fn merge_steps(mut steps: Vec<recipe::Step>, args: &OutputArgs, common: &Common,
     let staged = StagedDir::create(&folder, false)?;
     let names: Vec<String> = steps.iter().filter_map(|step| step.name.clone()).collect();
     let place = |path: &Path| {
-        let name = names.iter().find(|name| path == Path::new(name.as_str()))?;
-        Some(staged.path().join(name))
+        let (name, rest) = recipe::result_in(&names, path)?;
+        Some(PathBuf::from(format!("{}{rest}", staged.path().join(name).display())))
     };
     for recipe::Step { name, mut request } in steps {
         let name = name.expect("only the last merge may have no name");
@@ -203,8 +202,9 @@ fn finish(plan: Plan, card: String, output: &OutputArgs, common: &Common, record
 /// Prints the digests that cpift.json records for `paths` as inputs, computed from their content.
 fn print_digests(paths: &[PathBuf]) -> Result<()> {
     for path in paths {
+        let is_checkpoint = path.is_dir() || model_of(path).is_some();
         let digest =
-            if path.is_dir() { Digest::of_checkpoint(&Checkpoint::open(path)?)? } else { Digest::of_file(path)? };
+            if is_checkpoint { Digest::of_checkpoint(&Checkpoint::open(path)?)? } else { Digest::of_file(path)? };
         writeln!(std::io::stdout(), "{digest}  {}", path.display())?;
     }
     Ok(())

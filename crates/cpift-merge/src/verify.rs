@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 use cpift_core::dispatch;
 use cpift_core::files::RECORD_NAME;
+use cpift_core::format::checkpoint::{check_readable, read_config};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
 use cpift_core::record::provenance::{self, Provenance};
@@ -31,6 +32,9 @@ struct NotFinite {
 /// cpift.json.
 pub fn verify(path: &Path) -> Result<Value> {
     let checkpoint = Checkpoint::open(path)?;
+    if let Some(folder) = checkpoint.folder().filter(|folder| folder.join("config.json").exists()) {
+        check_readable(path, &read_config(folder)?)?;
+    }
     let views: Vec<TensorView<'_>> = checkpoint.parameters().collect();
     let (scans, digest) = scan(&checkpoint, &views)?;
     let not_finite: u64 = scans.iter().flatten().map(|s| s.count).sum();

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use anyhow::Result;
 use cpift_core::error::usage;
-use cpift_core::format::checkpoint::{Excluded, check_same_parameters, read_config, unreadable};
+use cpift_core::format::checkpoint::{Excluded, check_readable, check_same_parameters, read_config};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
 use cpift_core::format::names::TensorKind;
@@ -41,12 +41,7 @@ impl Source {
             Some(folder) if folder.join("config.json").exists() => read_config(folder)?,
             _ => Value::Null,
         };
-        if let Some((method, hint)) = unreadable(&config) {
-            return Err(BadInput::new(path, format!("is quantised ({method} in quantization_config of config.json)"))
-                .expected("floating-point weights, or 8-bit ones with their scales")
-                .hint(hint)
-                .into());
-        }
+        check_readable(path, &config)?;
         Ok(Self { role: role.into(), checkpoint, config, digest: OnceLock::new() })
     }
 

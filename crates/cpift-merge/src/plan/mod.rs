@@ -10,7 +10,6 @@ mod vocabulary;
 pub(crate) use inputs::{Source, check_compatible, share_head};
 pub(crate) use layout::Target;
 pub(crate) use output::{Destination, check_space};
-pub use vocabulary::read_tokens;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::error::usage;
-use cpift_core::format::checkpoint::{Layout, OtherFiles, quantization, with_head_of, with_torch_dtype};
+use cpift_core::format::checkpoint::{Layout, OtherFiles, with_head_of, with_torch_dtype, without_quantization};
 use cpift_core::format::json;
 use cpift_core::{BadInput, Dtype};
 use serde_json::Value;
@@ -150,18 +150,6 @@ fn set_vocab_size(config: &mut Value, rows: usize) {
 /// Returns true if config.json is that of a model of transformers, which says its dtype.
 fn names_dtype(config: &Value) -> bool {
     ["torch_dtype", "dtype", "model_type", "architectures"].iter().any(|key| config.get(key).is_some())
-}
-
-/// Returns `config` without the description of scales, which the output does not have.
-fn without_quantization(mut config: Value) -> Value {
-    if quantization(&config).is_some() {
-        let object = config.as_object_mut().expect("it has a key");
-        object.remove("quantization_config");
-        if let Some(inner) = object.get_mut("text_config").and_then(Value::as_object_mut) {
-            inner.remove("quantization_config");
-        }
-    }
-    config
 }
 
 /// The text of the chat template that most of `folders` have, of equally frequent ones the first.

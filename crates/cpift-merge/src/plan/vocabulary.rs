@@ -8,13 +8,11 @@ use anyhow::Result;
 use cpift_core::BadInput;
 use cpift_core::format::checkpoint::{Row, Rows};
 use cpift_core::format::json;
+use cpift_core::format::tokens::{Tokens, embeddings};
 use serde_json::{Map, Value, json};
 
 use super::inputs::Source;
 use crate::request::{TokenRow, TokenizerRequest, TokenizerSource};
-
-/// Parts of the names of matrices with one row per token.
-const EMBEDDINGS: [&str; 5] = ["embed_tokens", "lm_head", "word_embeddings", ".wte.", "shared.weight"];
 
 /// Largest number of tokens; today's vocabularies have up to a few hundred thousand.
 const MOST_TOKENS: usize = 1 << 26;
@@ -29,96 +27,9 @@ pub(crate) struct Vocabulary {
     pub folder: PathBuf,
 }
 
-/// Reads the tokens and ids of the tokenizer.json in `folder`, if it has one; tokens with an id of
-/// `rows` or more are left out.
-///
-/// # Errors
-/// [`BadInput`] for a file without a vocabulary, or with two tokens of one id.
-pub fn read_tokens(folder: &Path, rows: Option<usize>) -> Result<Option<BTreeMap<String, usize>>> {
-    Ok(Tokens::read(folder, rows)?.map(|tokens| tokens.ids.into_iter().collect()))
-}
-
-/// Tokens of one model.
-struct Tokens {
-    ids: HashMap<String, usize>,
-    /// Description of the tokens that are added to the model's own, as in tokenizer.json.
-    added: BTreeMap<String, Value>,
-}
-
-impl Tokens {
-    /// The tokens in the tokenizer of `folder` with an id below `rows`, if it has one.
-    fn read(folder: &Path, rows: Option<usize>) -> Result<Option<Self>> {
-        let path = folder.join("tokenizer.json");
-        if !path.is_file() {
-            return Ok(None);
-        }
-        let file: Value = json::read(&path)?;
-        let mut ids: HashMap<String, usize> = HashMap::new();
-        match file.pointer("/model/vocab") {
-            Some(Value::Object(vocab)) => {
-                let id = |(token, id): (&String, &Value)| Some((token.clone(), usize::try_from(id.as_u64()?).ok()?));
-                ids.extend(vocab.iter().filter_map(id));
-            }
-            // A unigram model lists its tokens with their scores.
-            Some(Value::Array(vocab)) => {
-                let token = |(id, entry): (usize, &Value)| Some((entry.get(0)?.as_str()?.to_owned(), id));
-                ids.extend(vocab.iter().enumerate().filter_map(token));
-            }
-            _ => {
-                return Err(BadInput::new(&path, "has no vocabulary of tokens and ids")
-                    .expected("model.vocab of a BPE, WordPiece, WordLevel or Unigram model")
-                    .into());
-            }
-        }
-        let mut added = BTreeMap::new();
-        for token in file.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
-            if let (Some(id), Some(content)) =
-                (token.get("id").and_then(Value::as_u64), token.get("content").and_then(Value::as_str))
-            {
-                let Ok(id) = usize::try_from(id) else { continue };
-                ids.insert(content.to_owned(), id);
-                added.insert(content.to_owned(), token.clone());
-            }
-        }
-        let before = ids.len();
-        ids.retain(|_, id| rows.is_none_or(|rows| *id < rows));
-        if ids.len() < before {
-            log::warn!(
-                "{}: {} tokens have no row in the embeddings and count as absent",
-                path.display(),
-                before - ids.len()
-            );
-        }
-        if let Some(id) = repeated(&ids) {
-            return Err(BadInput::new(&path, "two tokens have the same id").found(id.to_string()).into());
-        }
-        Ok(Some(Self { ids, added }))
-    }
-
-    /// Tokens in the order of their ids.
-    fn in_order(&self) -> Vec<&str> {
-        let mut tokens: Vec<(usize, &str)> = self.ids.iter().map(|(token, id)| (*id, token.as_str())).collect();
-        tokens.sort_unstable();
-        tokens.into_iter().map(|(_, token)| token).collect()
-    }
-}
-
-/// The smallest id that two tokens have.
-fn repeated(ids: &HashMap<String, usize>) -> Option<usize> {
-    let mut seen = BTreeSet::new();
-    ids.values().filter(|id| !seen.insert(**id)).min().copied()
-}
-
-/// Names of the matrices of `source` with one row per token.
-fn embeddings(source: &Source) -> Vec<String> {
-    let is_one = |name: &str| EMBEDDINGS.iter().any(|part| name.contains(part)) && !name.ends_with("bias");
-    let views = source.checkpoint.parameters().filter(|view| view.shape.len() == 2 && is_one(view.name));
-    views.map(|view| view.name.to_owned()).collect()
-}
-
 /// Number of rows of the embeddings of `source`.
 fn rows_of(source: &Source) -> Option<usize> {
-    let name = embeddings(source).into_iter().next()?;
+    let name = embeddings(&source.checkpoint).into_iter().next()?;
     Some(source.checkpoint.get(&name)?.shape[0])
 }
 
@@ -189,7 +100,7 @@ pub(crate) fn unify(sources: &mut [&mut Source], request: &TokenizerRequest) -> 
     let places: Vec<&HashMap<String, usize>> =
         all.iter().map(|tokens| tokens.as_ref().map_or(&first.ids, |tokens| &tokens.ids)).collect();
     let chosen = Chosen { output: &output, places: &places, request, size, padded };
-    let names: Vec<Vec<String>> = sources.iter().map(|source| embeddings(source)).collect();
+    let names: Vec<Vec<String>> = sources.iter().map(|source| embeddings(&source.checkpoint)).collect();
     let mut mapped: Vec<(usize, String, Rows)> = Vec::new();
     for name in names.iter().flatten().collect::<BTreeSet<_>>() {
         let having: Vec<usize> = (0..sources.len()).filter(|i| names[*i].contains(name)).collect();
@@ -378,13 +289,13 @@ impl Chosen<'_> {
                 sources[*id] = Row::Stored(*row as u32);
             }
         }
-        let mut given: Vec<Vec<f32>> = Vec::new();
+        let mut given: Vec<Vec<f64>> = Vec::new();
         for (id, row, force) in defaults {
             if *force || sources[*id] == Row::Zero {
                 sources[*id] = match row {
                     None => Row::Zero,
                     Some(row) => {
-                        given.push(row.clone());
+                        given.push(row.iter().copied().map(f64::from).collect());
                         Row::Given(given.len() as u32 - 1)
                     }
                 };
@@ -394,14 +305,14 @@ impl Chosen<'_> {
             // Padding is the mean of all tokens.
             let mut mean = vec![0f64; width];
             for source in &sources[..self.size] {
-                let row = match source {
-                    Row::Stored(row) => read(*row as usize),
+                let row: Vec<f64> = match source {
+                    Row::Stored(row) => read(*row as usize).into_iter().map(f64::from).collect(),
                     Row::Given(index) => given[*index as usize].clone(),
                     Row::Zero => continue,
                 };
-                mean.iter_mut().zip(row).for_each(|(sum, v)| *sum += f64::from(v));
+                mean.iter_mut().zip(row).for_each(|(sum, v)| *sum += v);
             }
-            given.push(mean.into_iter().map(|sum| (sum / self.size as f64) as f32).collect());
+            given.push(mean.into_iter().map(|sum| f64::from((sum / self.size as f64) as f32)).collect());
             sources[self.size..].fill(Row::Given(given.len() as u32 - 1));
         }
         Rows { shape: vec![self.padded, width], sources, given }

@@ -18,13 +18,15 @@ mod tokenizer;
 mod write;
 
 pub use parse::parse;
+pub(crate) use parse::result_in;
 pub use write::write;
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use cpift_core::BadInput;
 use cpift_core::format::checkpoint::{model_of, read_config};
+use cpift_core::format::names::layer;
+use cpift_core::{BadInput, Checkpoint};
 
 use crate::request::Request;
 use parse::{LONGEST, Recipe, parse_all, too_long};
@@ -64,13 +66,19 @@ pub(crate) fn read_all(path: &Path) -> Result<Vec<Step>> {
     let text = String::from_utf8(bytes).map_err(|e| BadInput::new(path, format!("is not UTF-8 text: {e}")))?;
     let mut recipes = parse_all(&text, path)?;
     let names: Vec<String> = recipes.iter().filter_map(|recipe| recipe.name.clone()).collect();
-    let made = |folder: &Path| recipes_have(&names, folder);
+    let made = |folder: &Path| names.len() > 1 && result_in(&names, folder).is_some();
+    let paths = recipes.iter().flat_map(|recipe| recipe.request.paths());
+    for (model, rest) in
+        paths.filter_map(|model| Some((model, result_in(&names, model)?.1))).filter(|_| names.len() > 1)
+    {
+        let adapters = rest.strip_prefix('+').unwrap_or_default();
+        if !adapters.is_empty() && !Path::new(adapters).exists() && !adapters.split('+').all(|a| Path::new(a).exists())
+        {
+            return Err(missing(path, model).into());
+        }
+    }
     recipes.iter_mut().try_for_each(|recipe| check(path, recipe, made))?;
     Ok(recipes.into_iter().map(|recipe| Step { name: recipe.name, request: recipe.request }).collect())
-}
-
-fn recipes_have(names: &[String], folder: &Path) -> bool {
-    names.len() > 1 && names.iter().any(|name| folder == Path::new(name))
 }
 
 /// Checks that the directories named by `recipe` exist, unless `made` says that another recipe
@@ -95,9 +103,10 @@ fn check(file: &Path, recipe: &mut Recipe, made: impl Fn(&Path) -> bool) -> Resu
 }
 
 fn check_folder(file: &Path, folder: &Path) -> Result<()> {
-    if folder.exists() || model_of(folder).is_some() {
-        return Ok(());
-    }
+    if folder.exists() || model_of(folder).is_some() { Ok(()) } else { Err(missing(file, folder).into()) }
+}
+
+fn missing(file: &Path, folder: &Path) -> BadInput {
     let name = folder.to_string_lossy();
     let of_hub = name.split('/').count() == 2 && !name.starts_with(['/', '.', '~']);
     let hint = if name.contains('+') {
@@ -107,11 +116,17 @@ fn check_folder(file: &Path, folder: &Path) -> Result<()> {
     } else {
         "paths are relative to the directory in which the program runs".to_owned()
     };
-    Err(BadInput::new(file, "names a model that does not exist").found(name).hint(hint).into())
+    BadInput::new(file, "names a model that does not exist").found(name).hint(hint)
 }
 
 fn number_of_layers(model: &Path) -> Result<Option<usize>> {
     let model = &model_of(model).unwrap_or_else(|| model.to_owned());
+    if !model.join("config.json").is_file() {
+        // A bare file, or weights alone.
+        let checkpoint = Checkpoint::open(model)?;
+        let layers = checkpoint.parameters().filter_map(|view| Some(layer(view.name)?.1 as usize + 1));
+        return Ok(layers.max());
+    }
     let config = read_config(model)?;
     let inner = config.get("text_config").unwrap_or(&config);
     let number = ["num_hidden_layers", "n_layer"].iter().find_map(|key| inner.get(*key)?.as_u64());

@@ -88,6 +88,15 @@ pub(super) fn parse_all(text: &str, path: &Path) -> Result<Vec<Recipe>> {
     in_order(recipes, path)
 }
 
+/// The merge among `names` that `path` refers to, `NAME` or `NAME+ADAPTER`, and the rest after the
+/// name.
+pub(crate) fn result_in<'a>(names: &'a [String], path: &'a Path) -> Option<(&'a str, &'a str)> {
+    let text = path.to_str()?;
+    let rest = |name: &'a String| Some((name.as_str(), text.strip_prefix(name.as_str())?));
+    let found = names.iter().filter_map(rest).filter(|(_, rest)| rest.is_empty() || rest.starts_with('+'));
+    found.max_by_key(|(name, _)| name.len())
+}
+
 /// Sorts recipes so that each comes after those whose results it merges, and the one without a name
 /// last.
 fn in_order(mut waiting: Vec<Recipe>, path: &Path) -> Result<Vec<Recipe>> {
@@ -111,8 +120,9 @@ fn in_order(mut waiting: Vec<Recipe>, path: &Path) -> Result<Vec<Recipe>> {
     let result = waiting.remove(result);
     let mut sorted: Vec<Recipe> = Vec::new();
     while !waiting.is_empty() {
-        let named = |recipes: &[Recipe], path: &Path| recipes.iter().any(|r| r.name.as_deref() == path.to_str());
-        let ready = waiting.iter().position(|recipe| !recipe.request.paths().any(|path| named(&waiting, path)));
+        let names: Vec<String> = waiting.iter().filter_map(|recipe| recipe.name.clone()).collect();
+        let waits = |recipe: &Recipe| recipe.request.paths().any(|path| result_in(&names, path).is_some());
+        let ready = waiting.iter().position(|recipe| !waits(recipe));
         match ready {
             Some(i) => sorted.push(waiting.remove(i)),
             None => {
@@ -121,7 +131,8 @@ fn in_order(mut waiting: Vec<Recipe>, path: &Path) -> Result<Vec<Recipe>> {
             }
         }
     }
-    let itself = |path: &Path| result.name.as_deref().is_some_and(|name| path == Path::new(name));
+    let own: Vec<String> = result.name.iter().cloned().collect();
+    let itself = |path: &Path| result_in(&own, path).is_some();
     if sorted.iter().any(|recipe| recipe.request.paths().any(itself)) {
         return Err(BadInput::new(path, "a merge uses the result of the file").into());
     }

@@ -232,6 +232,49 @@ fn adapters_that_do_not_fit_are_refused_by_tensor() {
             vec!["lora_A", "I8"],
         ),
     ];
+    let embed = |part: &str| format!("base_model.model.model.embed_tokens.{part}");
+    let dora_of_embedding = Tensors::from([
+        (embed("lora_embedding_A"), numbers(&[2, 5])),
+        (embed("lora_embedding_B"), numbers(&[4, 2])),
+        (embed("lora_magnitude_vector"), numbers(&[4])),
+    ]);
+    let magnitude = |n: usize| with(&format!("{Q}.lora_magnitude_vector.weight"), numbers(&[n]));
+    let cases = cases.into_iter().chain([
+        (
+            "DoRA of an embedding",
+            json!({"use_dora": true}),
+            dora_of_embedding,
+            vec![
+                "embed_tokens.lora_magnitude_vector",
+                "DoRA is supported for matrices of linear layers only",
+                "hint: ",
+            ],
+        ),
+        (
+            "DoRA of another size",
+            json!({"use_dora": true}),
+            magnitude(5),
+            vec!["lora_magnitude_vector", "expected: 6 numbers", "found: [5]", "hint: "],
+        ),
+        (
+            "key",
+            json!({}),
+            with(&format!("{Q}.lora_A.other.thing"), numbers(&[2, 4])),
+            vec!["unknown style", "other.thing"],
+        ),
+        (
+            "twice",
+            json!({}),
+            with(&format!("{Q}.lora_down.weight"), numbers(&[2, 4])),
+            vec!["a second part of one product"],
+        ),
+        (
+            "replaced weight",
+            json!({}),
+            with("base_model.model.model.embed_tokens.modules_to_save.weight", numbers(&[7, 4])),
+            vec!["embed_tokens", "expected: [5, 4]", "found: [7, 4]", "hint: "],
+        ),
+    ]);
     for (what, settings, tensors, parts) in cases {
         let world = World::new();
         world.checkpoint("base", &model());

@@ -8,6 +8,7 @@ mod cpi;
 mod golden;
 mod hub;
 mod inputs;
+mod kinds;
 mod layouts;
 mod lora;
 mod masks;

@@ -37,7 +37,7 @@ pub struct Rows {
     /// Source of each row.
     pub sources: Vec<Row>,
     /// Rows given as numbers.
-    pub given: Vec<Vec<f32>>,
+    pub given: Vec<Vec<f64>>,
 }
 
 /// Source of a row.
@@ -105,7 +105,7 @@ impl Derived {
                     }
                     Row::Given(index) => {
                         let given = &rows.given[index as usize][column..][..range.len()];
-                        out[range].iter_mut().zip(given).for_each(|(slot, v)| *slot = T::from_f64(f64::from(*v)));
+                        out[range].iter_mut().zip(given).for_each(|(slot, v)| *slot = T::from_f64(*v));
                     }
                     Row::Zero => out[range].fill(T::from_f64(0.0)),
                 });

@@ -2,6 +2,8 @@
 //! `weight_scale` per row or tensor (compressed-tensors, FBGEMM). With them the weights are numbers
 //! like any others, and an output stores them in 16 bits.
 
+use std::path::Path;
+
 use anyhow::Result;
 use serde_json::Value;
 
@@ -30,9 +32,21 @@ pub fn quantization(config: &Value) -> Option<&str> {
     Some(found.get("quant_method").and_then(Value::as_str).unwrap_or("unknown"))
 }
 
+/// Returns `config` without the description of scales, which an output does not have.
+pub fn without_quantization(mut config: Value) -> Value {
+    if quantization(&config).is_some() {
+        let object = config.as_object_mut().expect("it has a key");
+        object.remove("quantization_config");
+        if let Some(inner) = object.get_mut("text_config").and_then(Value::as_object_mut) {
+            inner.remove("quantization_config");
+        }
+    }
+    config
+}
+
 /// Returns the reason and the hint if config.json names a quantization whose weights cannot be
 /// read as numbers.
-pub fn unreadable(config: &Value) -> Option<(String, &'static str)> {
+fn unreadable(config: &Value) -> Option<(String, &'static str)> {
     let method = quantization(config)?;
     if METHODS.contains(&method) {
         return None;
@@ -49,6 +63,18 @@ pub fn unreadable(config: &Value) -> Option<(String, &'static str)> {
         _ => "use the floating-point checkpoint that was quantised",
     };
     Some((method.to_owned(), hint))
+}
+
+/// Refuses the checkpoint at `path` if its `config` names such a quantization.
+///
+/// # Errors
+/// [`BadInput`] with the way to full weights.
+pub fn check_readable(path: &Path, config: &Value) -> Result<()> {
+    let Some((method, hint)) = unreadable(config) else { return Ok(()) };
+    Err(BadInput::new(path, format!("is quantised ({method} in quantization_config of config.json)"))
+        .expected("floating-point weights, or 8-bit ones with their scales")
+        .hint(hint)
+        .into())
 }
 
 /// Attaches the scales of all weights of 8 bits in `checkpoint`.

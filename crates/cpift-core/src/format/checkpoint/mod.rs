@@ -14,7 +14,7 @@ mod writer;
 
 pub use adapter::{LoraFile, LoraPair, model_of, read_lora};
 pub use derive::{Row, Rows};
-pub use fp8::{quantization, unreadable};
+pub use fp8::{check_readable, quantization, without_quantization};
 pub use layout::Layout;
 pub use reader::{Checkpoint, Excluded, TensorView, check_same_parameters};
 pub use sidecar::{OtherFiles, copy_sidecars, is_sidecar, read_config, with_head_of, with_torch_dtype};

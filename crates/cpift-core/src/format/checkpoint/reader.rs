@@ -169,6 +169,9 @@ impl Checkpoint {
         if self.tied {
             self.tied = false;
             self.head_is_embedding = !self.home.contains_key(HEAD) && self.home.contains_key(EMBEDDING);
+            if let Some(derived) = self.derived.get(EMBEDDING).filter(|_| self.head_is_embedding) {
+                self.derived.insert(HEAD.to_owned(), derived.clone());
+            }
         }
     }
 
@@ -290,7 +293,9 @@ impl Checkpoint {
     pub fn map_rows(&mut self, name: &str, rows: Rows) {
         let stored = self.stored_name(name).to_owned();
         assert!(self.home.contains_key(&stored), "{name} is stored");
-        self.derived.entry(stored).or_default().map_rows(rows);
+        // An added output embedding has rows of its own: other models may give them.
+        let key = if self.is_added_head(name) { HEAD.to_owned() } else { stored };
+        self.derived.entry(key).or_default().map_rows(rows);
     }
 
     /// Returns true if [`Checkpoint::map_rows`] was called.
@@ -350,7 +355,9 @@ impl Checkpoint {
     /// Returns the tensor `name` of the model, if there is one.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         if self.is_added_head(name) {
-            return Some(TensorView { name: HEAD, ..self.get(EMBEDDING)? });
+            let stored = self.stored_name(HEAD);
+            let place = self.replaced.get(stored).or_else(|| self.home.get(stored))?;
+            return Some(self.computed(self.stored(HEAD, place), HEAD));
         }
         let (name, stored) = match self.aliases.is_empty() {
             true => self.home.get_key_value(name).map(|(name, _)| (name, name))?,
@@ -360,8 +367,13 @@ impl Checkpoint {
             return None;
         }
         let view = self.stored(name, self.replaced.get(stored).unwrap_or(&self.home[stored]));
-        let derived = self.derived.get(stored);
-        Some(TensorView { derived, shape: derived.and_then(Derived::shape).unwrap_or(view.shape), ..view })
+        Some(self.computed(view, stored))
+    }
+
+    /// A view of stored elements with the computation that `key` names in place of any other.
+    fn computed<'a>(&'a self, view: TensorView<'a>, key: &str) -> TensorView<'a> {
+        let derived = self.derived.get(key);
+        TensorView { derived, shape: derived.and_then(Derived::shape).unwrap_or(view.shape), ..view }
     }
 
     fn stored<'a>(&'a self, name: &'a str, (i, entry): &'a (usize, Entry)) -> TensorView<'a> {

@@ -24,6 +24,10 @@ use keys::{Key, Part, Unknown};
 const INSIDE: [&str; 4] =
     ["model.diffusion_model.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "model."];
 
+/// Hint for adapters that only PEFT can merge.
+const MERGE_FIRST: &str =
+    "merge it first: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(dir)";
+
 /// Splits `MODEL+ADAPTER`; `None` for the path of a file or directory, and if no part before a `+`
 /// is a model.
 pub(super) fn split(path: &Path) -> Option<(PathBuf, PathBuf)> {
@@ -121,7 +125,7 @@ fn of_config(path: &Path, config: &Value) -> Result<Settings> {
         return Err(BadInput::new(path, "an adapter of a kind that is not supported")
             .expected("peft_type LORA")
             .found(if kind.is_empty() { "none".to_owned() } else { kind })
-            .hint("merge it first: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(dir)")
+            .hint(MERGE_FIRST)
             .into());
     }
     let start = text("init_lora_weights").to_lowercase();
@@ -137,9 +141,7 @@ fn of_config(path: &Path, config: &Value) -> Result<Settings> {
         if given(key) {
             return Err(BadInput::new(path, format!("{key} is not supported"))
                 .found(config[key].to_string())
-                .hint(
-                    "merge it first: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(dir)",
-                )
+                .hint(MERGE_FIRST)
                 .into());
         }
     }
@@ -263,6 +265,7 @@ pub(super) fn apply(checkpoint: &mut Checkpoint, path: &Path) -> Result<()> {
                 .error(format!("does not have the shape of {target} in {}", checkpoint.path().display()), &name)
                 .expected(format!("{:?}", model.shape))
                 .found(format!("{:?}", view.shape))
+                .hint("for an adapter with added tokens, merge it in PEFT after resize_token_embeddings, and save the model")
                 .into());
         }
         replaced.push((target, adapter.file.entries[&name].clone()));
@@ -384,6 +387,7 @@ fn product(adapter: &Adapter, model: &TensorView<'_>, module: &str, component: &
                 .error("DoRA is supported for matrices of linear layers only", name)
                 .expected(format!("{rows} numbers"))
                 .found(format!("{:?}", view.shape))
+                .hint(MERGE_FIRST)
                 .into());
         }
         product.magnitude = Some(factors(&numbers(adapter, &view)?, model, &product));
