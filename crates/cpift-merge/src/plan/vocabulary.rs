@@ -1,7 +1,7 @@
 //! Models with different vocabularies: the output's tokens, and for every model the rows of its
 //! embeddings in their order. Rules for single tokens are those of mergekit.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
