@@ -55,7 +55,7 @@ fn an_adapter_is_the_tuned_model_that_it_makes() {
     assert!(!Path::new(&at("kept")).join("adapter_config.json").exists());
     let sparse = [&at("lora.mask"), "--sparse", "--values", "tuned", "--out", &at("vector")];
     run(PROGRAM, line.iter().copied().chain(sparse)).ok();
-    run(PROGRAM, ["restore", "--base", &at("base"), "--vector", &at("vector"), "--out", &at("again")]).ok();
+    run(PROGRAM, ["restore", &at("vector"), "--base", &at("base"), "--out", &at("again")]).ok();
     assert_eq!(read_checkpoint(Path::new(&at("again")))[name].values(), kept[name].values());
     // The digest is not that of the base.
     let header = Mask::open(&dir.path().join("lora.mask")).unwrap().header.clone();
@@ -221,8 +221,7 @@ fn rows_of_added_tokens_are_outside_d_and_counted() {
     language_model(&base, &[1.0, 2.0, 3.0], 0.0, &[("x", 0), ("y", 1), ("z", 2)]);
     language_model(&tuned, &[90.0, 3.0, 1.0, 2.5], 0.25, &moved);
     chosen(dir.path(), "20");
-    run(PROGRAM, ["apply", "--base", &at("base"), "--tuned", &at("tuned"), &at("m"), "--out", &at("kept")])
-        .ok();
+    run(PROGRAM, ["apply", "--base", &at("base"), "--tuned", &at("tuned"), &at("m"), "--out", &at("kept")]).ok();
     let kept = read_checkpoint(Path::new(&at("kept")));
     assert_eq!(kept["model.embed_tokens.weight"].values(), [1.0, 1.0, 1.0, 2.5, 2.5, 2.5, 3.0, 3.0, 3.0]);
     assert_eq!(fs::read(at("kept/tokenizer.json")).unwrap(), fs::read(at("base/tokenizer.json")).unwrap());
@@ -290,7 +289,8 @@ fn weights_that_are_no_numbers_are_refused() {
         run(PROGRAM, ["extract", "--base", &at("base"), "--tuned", &at("tuned"), "--out", &at("m")]).bad_input(parts);
         expect_entries(dir.path(), &["base", "tuned"]);
     };
-    for (method, hint) in [("gptq", "the model that was quantised"), ("awq", "quantised"), ("bitsandbytes", "dequantize()")]
+    for (method, hint) in
+        [("gptq", "the model that was quantised"), ("awq", "quantised"), ("bitsandbytes", "dequantize()")]
     {
         let config = json!({"model_type": "llama", "quantization_config": {"quant_method": method, "bits": 4}});
         text(&dir.path().join("tuned/config.json"), &config);

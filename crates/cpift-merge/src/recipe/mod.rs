@@ -66,11 +66,10 @@ pub(crate) fn read_all(path: &Path) -> Result<Vec<Step>> {
     let text = String::from_utf8(bytes).map_err(|e| BadInput::new(path, format!("is not UTF-8 text: {e}")))?;
     let mut recipes = parse_all(&text, path)?;
     let names: Vec<String> = recipes.iter().filter_map(|recipe| recipe.name.clone()).collect();
-    let made = |folder: &Path| names.len() > 1 && result_in(&names, folder).is_some();
+    let several = recipes.len() > 1;
+    let made = |folder: &Path| several && result_in(&names, folder).is_some();
     let paths = recipes.iter().flat_map(|recipe| recipe.request.paths());
-    for (model, rest) in
-        paths.filter_map(|model| Some((model, result_in(&names, model)?.1))).filter(|_| names.len() > 1)
-    {
+    for (model, rest) in paths.filter_map(|model| Some((model, result_in(&names, model)?.1))).filter(|_| several) {
         let adapters = rest.strip_prefix('+').unwrap_or_default();
         if !adapters.is_empty() && !Path::new(adapters).exists() && !adapters.split('+').all(|a| Path::new(a).exists())
         {
