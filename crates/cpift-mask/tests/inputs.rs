@@ -169,7 +169,8 @@ fn a_bare_file_is_applied_to_a_file() {
     expect_entries(dir.path(), &names);
 }
 
-/// A language model with the rows `rows` of an embedding and a matrix, and a tokenizer with `tokens`.
+/// A language model with the rows `rows` of an embedding and a matrix, and a tokenizer with
+/// `tokens`.
 fn language_model(folder: &Path, rows: &[f32], matrix: f32, tokens: &[(&str, usize)]) {
     let values: Vec<f32> = rows.iter().flat_map(|v| [*v; 3]).collect();
     let tensors = Tensors::from([

@@ -478,8 +478,8 @@ pub(crate) struct MergeAdaptersArgs {
     /// LoRA adapter, a PEFT directory or a .safetensors file of diffusers or kohya; two or more
     #[arg(long = "adapter", value_name = "PATH", required = true, help_heading = "Input and output")]
     adapters: Vec<PathBuf>,
-    /// Output: a directory, or a file if the first adapter is one; an existing one is refused unless
-    /// --force is given
+    /// Output: a directory, or a file if the first adapter is one; an existing one is refused
+    /// unless --force is given
     #[arg(long, value_name = "PATH", help_heading = "Input and output")]
     pub(crate) out: PathBuf,
     /// Dtype of the factors: f32, bf16, f16 or f64
@@ -517,8 +517,8 @@ pub(crate) struct VerifyArgs {
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct DigestArgs {
-    /// Hugging Face directories or MODEL+ADAPTER (digest of tensors, config and tokenizer), or files
-    /// (digest of the bytes; verify prints that of the tensors)
+    /// Hugging Face directories or MODEL+ADAPTER (digest of tensors, config and tokenizer), or
+    /// files (digest of the bytes; verify prints that of the tensors)
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
 }

@@ -167,8 +167,8 @@ fn plan_models(mut request: Request, mut output: OutputRequest) -> Result<(Plan,
     Ok((plan, card))
 }
 
-/// Merges once per value of a sweep, with one reading of the inputs; the results are directories, or
-/// files, in the output directory, named by the values.
+/// Merges once per value of a sweep, with one reading of the inputs; the results are directories,
+/// or files, in the output directory, named by the values.
 fn merge_sweep(requests: Vec<(f64, Request)>, args: &OutputArgs, common: &Common) -> Result<()> {
     if args.dry_run {
         return Err(usage("--dry-run shows one merge: leave --sweep out"));

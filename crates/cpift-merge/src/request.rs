@@ -99,19 +99,19 @@ impl TokenizerRequest {
 /// Tokenizer of the output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TokenizerSource {
-    /// That of the base, or first model.
+    /// The tokenizer of the base, or first model.
     Base,
-    /// That of the base, with the tokens of all other models added.
+    /// The tokenizer of the base, with the tokens of all other models added.
     Union,
-    /// That of a directory.
+    /// The tokenizer of a directory.
     Path(PathBuf),
 }
 
 /// Rule for the row of a token in models that do not have it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRule {
-    /// Source of the row; by default that of the base, of the only model with the token, or the mean
-    /// of those that have it.
+    /// Source of the row; by default that of the base, of the only model with the token, or the
+    /// mean of those that have it.
     pub source: Option<TokenRow>,
     /// Use it in models that have the token, too.
     pub force: bool,

@@ -1,5 +1,5 @@
-//! A LoRA adapter and the model it is merged into: adapter_config.json and the headers of both files,
-//! separated by zero bytes. An input without a config is a single file.
+//! A LoRA adapter and the model it is merged into: adapter_config.json and the headers of both
+//! files, separated by zero bytes. An input without a config is a single file.
 
 use cpift_core::Checkpoint;
 use cpift_core::format::checkpoint::read_lora;

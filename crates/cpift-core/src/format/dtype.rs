@@ -312,7 +312,8 @@ fn e4m3_to_f32(bits: u8) -> f32 {
 /// Rounds to nearest, ties to even; NaN from the midpoint above the largest number on, as torch.
 #[inline(always)]
 fn f32_to_e4m3(value: f32) -> u8 {
-    /// The unit in the last place of this power of two, as an f32, is the smallest subnormal number.
+    /// The unit in the last place of this power of two, as an f32, is the smallest subnormal
+    /// number.
     const MAGIC: u32 = (127 - 7 + 23 - 3 + 1) << 23;
     const SMALLEST_NORMAL: u32 = (127 - 6) << 23;
     const NAN_FROM: u32 = 0x43f0_0000;

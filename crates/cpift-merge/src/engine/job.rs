@@ -276,8 +276,8 @@ impl<'a> InputHashes<'a> {
 
 impl InputHash<'_> {
     fn add(&self, view: &TensorView<'_>, piece: &Piece) {
-        // An output embedding that stands for the input embedding is not a tensor of the file, nor is
-        // a weight that an adapter replaces.
+        // An output embedding that stands for the input embedding is not a tensor of the file, nor
+        // is a weight that an adapter replaces.
         if let Some(index) = self.index.get(self.source.checkpoint.stored_name(view.name))
             && view.is_as_stored(&self.source.checkpoint)
         {

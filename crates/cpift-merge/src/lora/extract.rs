@@ -38,8 +38,8 @@ impl Extraction {
     /// Writes the adapter, or nothing, and returns the errors of the tensors.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] for a rank of 0, [`BadInput`] for models that do not belong together or
-    /// do not differ.
+    /// [`cpift_core::Usage`] for a rank of 0, [`BadInput`] for models that do not belong together
+    /// or do not differ.
     pub fn run(&self, mut record: Recorder) -> Result<Value> {
         if self.rank == 0 {
             return Err(usage("--rank must be at least 1"));

@@ -131,8 +131,8 @@ fn transposed_times(matrix: &[f32], rows: usize, columns: usize, block: &[Vec<f6
     (0..width).map(|k| (0..columns).map(|j| sums[j * width + k]).collect()).collect()
 }
 
-/// Makes the vectors orthogonal and of norm 1, those that depend on earlier ones zero (Gram-Schmidt,
-/// twice).
+/// Makes the vectors orthogonal and of norm 1, those that depend on earlier ones zero
+/// (Gram-Schmidt, twice).
 fn orthonormalize(block: &mut [Vec<f64>]) {
     for k in 0..block.len() {
         let (before, rest) = block.split_at_mut(k);

@@ -34,7 +34,8 @@ impl Source {
     /// Opens the checkpoint at `path`.
     ///
     /// # Errors
-    /// [`BadInput`] if it cannot be opened, or is quantised in a way that leaves no numbers to merge.
+    /// [`BadInput`] if it cannot be opened, or is quantised in a way that leaves no numbers to
+    /// merge.
     pub fn open(role: impl Into<String>, path: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         let config = match checkpoint.folder() {

@@ -111,8 +111,8 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Dtype of every parameter, `dtype` or the one that all tensors have that it is made of, and its
-    /// number of elements.
+    /// Dtype of every parameter, `dtype` or the one that all tensors have that it is made of, and
+    /// its number of elements.
     ///
     /// # Errors
     /// [`BadInput`] that names the first tensor of another dtype.

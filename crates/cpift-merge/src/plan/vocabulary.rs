@@ -113,8 +113,8 @@ pub(crate) fn unify(sources: &mut [&mut Source], request: &TokenizerRequest) -> 
     Ok(Some(Vocabulary { rows: padded, files: files(&folder, &new, start)?, folder }))
 }
 
-/// Returns true if the tokenizers of `folder` and all `sources` are the same tokenizer.model, without
-/// a tokenizer.json.
+/// Returns true if the tokenizers of `folder` and all `sources` are the same tokenizer.model,
+/// without a tokenizer.json.
 fn same_sentencepiece(folder: &Path, sources: &[&mut Source]) -> bool {
     let read = |folder: &Path| match folder.join("tokenizer.json").exists() {
         true => None,

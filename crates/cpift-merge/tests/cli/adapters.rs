@@ -1,5 +1,5 @@
-//! `MODEL+ADAPTER`: LoRA adapters merged while they are read, against PEFT, and adapters that do not
-//! fit.
+//! `MODEL+ADAPTER`: LoRA adapters merged while they are read, against PEFT, and adapters that do
+//! not fit.
 
 use std::fs;
 use std::path::{Path, PathBuf};

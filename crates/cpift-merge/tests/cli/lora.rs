@@ -1,4 +1,5 @@
-//! `extract-lora` against NumPy's singular values, and `merge-adapters` against the sum of products.
+//! `extract-lora` against NumPy's singular values, and `merge-adapters` against the sum of
+//! products.
 
 use std::fs;
 use std::path::Path;
@@ -41,7 +42,8 @@ fn the_errors_of_an_extraction_are_those_of_the_singular_values_left_out() {
             let (found, best) = (error.as_f64().unwrap(), expected[name][rank - 1].as_f64().unwrap());
             assert!((found - best).abs() < 1e-5, "rank {rank} of {name}: {found}, expected {best}");
         }
-        // The summary and the adapter agree: the model with the adapter has the errors that are reported.
+        // The summary and the adapter agree: the model with the adapter has the errors that are
+        // reported.
         let out = format!("out{rank}");
         let model = format!("@base+@lora{rank}");
         world.run(&format!("linear --model {model} --model {model} --out @{out}")).ok();

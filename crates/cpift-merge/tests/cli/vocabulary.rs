@@ -1,5 +1,5 @@
-//! Models with different vocabularies: rows of the embeddings matched by token, against mergekit, and
-//! tokenizers and rules that cannot be used.
+//! Models with different vocabularies: rows of the embeddings matched by token, against mergekit,
+//! and tokenizers and rules that cannot be used.
 
 use std::collections::BTreeMap;
 use std::fs;

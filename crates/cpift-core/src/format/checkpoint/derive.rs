@@ -121,7 +121,8 @@ impl Derived {
         for_rows(scale.columns, start, out.len(), |row, column, range| {
             let scales = &scale.values[row / scale.block[0] * scale.blocks..][..scale.blocks];
             for (i, slot) in out[range].iter_mut().enumerate() {
-                // A product of two f32 numbers, as the dequantization of the publishers computes it.
+                // A product of two f32 numbers, as the dequantization of the publishers computes
+                // it.
                 *slot = T::from_f64(f64::from(slot.to_f64() as f32 * scales[(column + i) / scale.block[1]]));
             }
         });

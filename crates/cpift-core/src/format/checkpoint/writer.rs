@@ -43,8 +43,8 @@ impl CheckpointWriter {
         Ok(writer)
     }
 
-    /// Creates the files of one component, for `specs` whose first part is the name of the tensor in
-    /// the checkpoint.
+    /// Creates the files of one component, for `specs` whose first part is the name of the tensor
+    /// in the checkpoint.
     fn create_part(
         &mut self,
         layout: &Layout,

@@ -81,7 +81,8 @@ pub(super) fn parse(name: &str) -> Result<Key, Unknown> {
     } else if let [module @ .., projection, side @ ("down" | "up"), "weight"] = &pieces[..]
         && let Some(projection) = projection.strip_suffix("lora")
     {
-        // The first style of diffusers: `attn1.processor.to_q_lora.down.weight`, `to_q.lora.down.weight`.
+        // The first style of diffusers: `attn1.processor.to_q_lora.down.weight`,
+        // `to_q.lora.down.weight`.
         let module: Vec<&str> = module.iter().copied().filter(|piece| *piece != "processor").collect();
         let own = match projection.trim_end_matches('_') {
             "" => Vec::new(),

@@ -1,5 +1,6 @@
 //! LoRA adapters: `MODEL+ADAPTER` is the model with the adapter merged into its weights while they
-//! are read. Adapters are PEFT directories, or files in the key styles of PEFT, diffusers and kohya.
+//! are read. Adapters are PEFT directories, or files in the key styles of PEFT, diffusers and
+//! kohya.
 
 mod keys;
 
