@@ -85,7 +85,17 @@ impl TaskInputs {
             max_length: model.context_of(task, None),
             sampling: args.sampling(),
         };
-        Ok(Self { task: task.clone(), rows, skipped: args.skip, digest, few_shot, seed: args.seed, settings, style: args.prompt, train })
+        Ok(Self {
+            task: task.clone(),
+            rows,
+            skipped: args.skip,
+            digest,
+            few_shot,
+            seed: args.seed,
+            settings,
+            style: args.prompt,
+            train,
+        })
     }
 
     /// The prompt builder for a model with this tokenizer and `context`.

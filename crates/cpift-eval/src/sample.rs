@@ -181,7 +181,8 @@ impl Source<'_> {
         let ids = prompts.iter().map(|text| self.chat.text().encode(text)).collect::<Result<Vec<_>>>()?;
         let fits: Vec<bool> = ids.iter().map(|ids| ids.len() + self.max_new_tokens < context).collect();
         left_out.too_long += fits.iter().filter(|fits| !**fits).count();
-        let fitting: Vec<Vec<i64>> = ids.into_iter().zip(&fits).filter(|(_, fits)| **fits).map(|(ids, _)| ids).collect();
+        let fitting: Vec<Vec<i64>> =
+            ids.into_iter().zip(&fits).filter(|(_, fits)| **fits).map(|(ids, _)| ids).collect();
         let options = GenerationOptions {
             eos_ids: &session.text.stop_ids(),
             stop: &[],

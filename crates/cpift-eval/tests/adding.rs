@@ -43,12 +43,12 @@ fn a_model_answers_the_prompts_of_training_rows() {
     assert_eq!((&record["facts"]["rows"]["copy"], &record["seed"]), (&json!(3), &json!(0)));
     // An up-to-date file is left alone; another is replaced only if asked for.
     eval(&[&fixed[..], &cold, &["--rows", "3", "--skip-up-to-date"]].concat()).ok().says(&["up to date"]);
-    eval(&[&fixed[..], &cold].concat()).usage_error(&["own.jsonl", "--force"]);
+    eval(&[&fixed[..], &cold].concat()).bad_input(&["own.jsonl", "--force"]);
     // An answer that does not end in time is no row.
     let cut = ["--temperature", "0.01", "--max-new-tokens", "2", "--force"];
-    eval(&[&fixed[..], &cut].concat()).bad_input(&["no row that can be used", "--max-new-tokens"]).says(&[
-        "copy: 5 samples did not end within --max-new-tokens",
-    ]);
+    eval(&[&fixed[..], &cut].concat())
+        .bad_input(&["no row that can be used", "--max-new-tokens"])
+        .says(&["copy: 5 samples did not end within --max-new-tokens"]);
     assert_eq!(lines(&out).len(), 3, "the file of the first run is still there");
 }
 

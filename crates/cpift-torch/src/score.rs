@@ -253,7 +253,8 @@ mod tests {
             let (p, q) = (log_probs(&reference), log_probs(&model));
             let each = (p.exp() * (&p - q)).sum_dim_intlist(-1, false, Kind::Double);
             let each: Vec<f64> = Vec::try_from(each).unwrap();
-            let targets: Vec<f64> = (1..example.ids.len()).filter(|&i| example.target[i]).map(|i| each[i - 1]).collect();
+            let targets: Vec<f64> =
+                (1..example.ids.len()).filter(|&i| example.target[i]).map(|i| each[i - 1]).collect();
             let expected = targets.iter().sum::<f64>() / targets.len() as f64;
             assert!((found - expected).abs() < 1e-5 * expected.max(1.0), "{found} {expected}");
         }
