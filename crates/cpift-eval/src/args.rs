@@ -75,7 +75,7 @@ pub enum Command {
     /// that reach --max-new-tokens before the end of turn, and empty ones, are left out. The output
     /// has one JSON object with `messages` per line.
     ///
-    /// For example: cpift-eval sample --model tuned --tasks tasks.toml --only gsm8k --rows 500 --out
+    /// For example: cpift-eval sample --model tuned --tasks tasks.toml --only gsm8k --out
     /// replay.jsonl
     Sample(SampleArgs),
     /// Measure how far a model's predictions have moved from another's: the Kullback-Leibler

@@ -27,7 +27,7 @@ use crate::run::STAGE;
 /// Stands for the user's turn when the text that a template writes before it is asked for.
 const MARK: &str = "cpift-user-turn";
 
-/// What is asked of the model for one task, or without any.
+/// Conversations whose missing turns the model writes: those of a task, or of none.
 struct Source<'a> {
     /// Task of the prompts; `None` for whole conversations.
     name: Option<&'a str>,

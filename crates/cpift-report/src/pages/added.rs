@@ -56,7 +56,7 @@ struct Score {
     stderr: Option<f64>,
 }
 
-/// What was done against forgetting.
+/// Measures against forgetting.
 #[derive(Deserialize)]
 struct Safeguards {
     replay: String,
