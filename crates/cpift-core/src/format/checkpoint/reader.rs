@@ -473,7 +473,7 @@ impl<'a> TensorView<'a> {
 /// Returns true for buffers in old checkpoints that the model computes itself.
 pub(super) fn is_buffer(name: &str) -> bool {
     let in_rotary = |buffer: &&str| name.strip_suffix(*buffer).is_some_and(|before| before.ends_with("rotary_emb."));
-    name.rsplit('.').next() == Some("inv_freq") || ["cos_cached", "sin_cached"].iter().any(|b| in_rotary(&b))
+    name.rsplit('.').next() == Some("inv_freq") || ["cos_cached", "sin_cached"].iter().any(in_rotary)
 }
 
 /// Returns true if two tensors have the same shape and values; their floating-point dtypes may

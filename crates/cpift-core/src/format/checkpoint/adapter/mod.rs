@@ -348,7 +348,8 @@ fn product(adapter: &Adapter, model: &TensorView<'_>, module: &str, component: &
     let (down, up) = if embedding { (Part::EmbeddingDown, Part::EmbeddingUp) } else { (Part::Down, Part::Up) };
     let any = parts.values().next().expect("a product has a part");
     let part = |part: Part, name: &str| {
-        let missing = || adapter.error(format!("the adapter has no {name} for {}", model.name), any);
+        let missing =
+            || anyhow::Error::from(adapter.error(format!("the adapter has no {name} for {}", model.name), any));
         parts.get(&part).map(|tensor| adapter.view(tensor)).ok_or_else(missing)
     };
     let (down, up) = (part(down, "lora_A (lora_down)")?, part(up, "lora_B (lora_up)")?);
@@ -504,7 +505,7 @@ pub fn read_lora(path: &Path) -> Result<LoraFile> {
     for (module, (key, names)) in parts {
         let any = names.values().next().expect("a module has a part");
         let view = |part: Part| {
-            let missing = || adapter.error("the other factor of this product is missing", any);
+            let missing = || anyhow::Error::from(adapter.error("the other factor of this product is missing", any));
             names.get(&part).map(|name| adapter.view(name)).ok_or_else(missing)
         };
         let (down, up) = (view(Part::Down)?, view(Part::Up)?);
