@@ -241,5 +241,54 @@ def states():
         put("state", name, b"\0".join([compact(dict(value, position=position)), b'{"step":1}\n', header, header]))
 
 
-for write in (headers, folders, masks, groups, recipes, models, tokenizers, tasks, rows, scores, states):
+def adapters():
+    model, _ = tensors(("model.layers.0.q_proj.weight", "BF16", 2, [4, 3]), ("model.embed_tokens.weight", "F32", 4, [5, 3]),
+                       ("norm.weight", "F32", 4, [3]))
+    q = "base_model.model.model.layers.0.q_proj"
+    pair = [(f"{q}.lora_A.weight", "F32", 4, [2, 3]), (f"{q}.lora_B.weight", "F16", 2, [4, 2])]
+    embed = "base_model.model.model.embed_tokens"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "fan_in_fan_out": False, "bias": "none",
+              "rank_pattern": {}, "alpha_pattern": {"layers.0.*q_proj": 3}, "init_lora_weights": True}
+    k = "lora_unet_layers_0_q_proj"
+    d = "unet.layers.0.q_proj"
+    for name, settings, rows in [
+        ("plain", config, pair),
+        ("rslora", dict(config, use_rslora=True), pair),
+        ("dora", config, pair + [(f"{q}.lora_magnitude_vector", "F32", 4, [4])]),
+        ("embedding", config, [(f"{embed}.lora_embedding_A", "F32", 4, [2, 5]), (f"{embed}.lora_embedding_B", "F32", 4, [3, 2])]),
+        ("saved", config, pair + [("base_model.model.norm.weight", "F32", 4, [3])]),
+        ("ranks", dict(config, r=1, rank_pattern={"q_proj": 2}), pair),
+        ("kohya", None, [(f"{k}.lora_down.weight", "F32", 4, [2, 3]), (f"{k}.lora_up.weight", "F32", 4, [4, 2]), (f"{k}.alpha", "F32", 4, [])]),
+        ("diffusers", None, [(f"{d}.lora_A.weight", "F32", 4, [2, 3]), (f"{d}.lora_B.weight", "F32", 4, [4, 2])]),
+        ("older", None, [(f"{d}.lora.down.weight", "F32", 4, [2, 3]), (f"{d}.lora.up.weight", "F32", 4, [4, 2])]),
+        ("kind", dict(config, peft_type="IA3"), pair),
+        ("start", dict(config, init_lora_weights="pissa"), pair),
+        ("half", config, pair[:1]),
+        ("rank", config, [pair[0], (f"{q}.lora_B.weight", "F16", 2, [4, 3])]),
+        ("shape", config, [(f"{q}.lora_A.weight", "F32", 4, [2, 9]), pair[1]]),
+        ("other", config, [(name.replace("0", "7"), *rest) for name, *rest in pair]),
+        ("empty", config, [(f"{q}.lora_A.weight", "F32", 4, [4611686018427387904, 0]), pair[1]]),
+        ("integers", config, [(f"{q}.lora_A.weight", "I8", 1, [2, 3]), pair[1]]),
+        ("loha", None, [(f"{k}.hada_w1_a", "F32", 4, [2, 2])]),
+        ("vectors", config, [(f"{q}.lora_A.weight", "F32", 4, [6]), pair[1]]),
+        ("bias", config, pair + [(f"{q}.lora_B.bias", "F32", 4, [4])]),
+    ]:
+        header, _ = tensors(*rows)
+        put("adapter", name, b"\0".join([compact(settings) if settings else b"", header, model]))
+
+
+def vocabularies():
+    bpe = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+           "added_tokens": [{"id": 3, "content": "<s>", "special": True}]}
+    put("vocabulary", "bpe", compact(bpe))
+    put("vocabulary", "pretty", json.dumps(bpe, indent=1).encode())
+    put("vocabulary", "unigram", compact({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["x", -1.5]]}}))
+    for i, id in enumerate([0, 1, -1, 1.5, "2", None, 18446744073709551615, 18446744073709551616]):
+        put("vocabulary", f"id-{i}", compact({"model": {"vocab": {"a": 0, "b": id}}}))
+        put("vocabulary", f"added-{i}", compact(dict(bpe, added_tokens=[{"id": id, "content": "c"}])))
+    for i, model in enumerate([None, [], {"vocab": 1}, {"vocab": [1, [], ["x"], [2, 3]]}, {"vocab": {}}]):
+        put("vocabulary", f"model-{i}", compact({"model": model}))
+
+
+for write in (adapters, vocabularies, headers, folders, masks, groups, recipes, models, tokenizers, tasks, rows, scores, states):
     write()

@@ -44,6 +44,12 @@ impl BadInput {
         self
     }
 
+    /// Returns true for an error that names a tensor, without values that were expected and found:
+    /// one checkpoint has a tensor that another does not have.
+    pub fn is_about_a_missing_tensor(&self) -> bool {
+        self.tensor.is_some() && self.expected.is_none() && self.found.is_none()
+    }
+
     /// States the expected value.
     #[must_use]
     pub fn expected(mut self, what: impl Into<String>) -> Self {

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::files::{StagedDir, StagedPath};
-use cpift_core::format::checkpoint::{CheckpointWriter, copy_sidecars};
+use cpift_core::format::checkpoint::{CheckpointWriter, OtherFiles, read_config, without_quantization};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::dtype::Float;
+use cpift_core::format::json;
 use cpift_core::format::mask::{count_ones, indices as indices_of};
 use cpift_core::format::safetensors::{FileWriter, MappedFile};
 use cpift_core::record::provenance::Recorder;
@@ -126,16 +127,18 @@ impl Plan {
     fn write_checkpoint(&self, recorder: Recorder) -> Result<()> {
         let merge = |view: TensorView<'_>| {
             let (tuned, bits) = (self.tuned(view.name), self.kept(view.name, view.numel()));
-            let mut bytes = cast(&view, common(view.dtype, tuned.dtype));
-            let (dtype, size) = (common(view.dtype, tuned.dtype), common(view.dtype, tuned.dtype).size());
-            let changed = cast(&tuned, dtype);
+            let dtype = common(view.output_dtype(), tuned.output_dtype());
+            let (mut bytes, changed, size) = (cast(&view, dtype), cast(&tuned, dtype), dtype.size());
             for at in indices_of(&bits) {
                 bytes[at * size..(at + 1) * size].copy_from_slice(&changed[at * size..(at + 1) * size]);
             }
             bytes
         };
-        let dtype = |view: &TensorView<'_>| common(view.dtype, self.tuned(view.name).dtype);
-        write_checkpoint(&self.inputs.base, &self.inputs.tuned, &self.out, self.force, dtype, merge, recorder)
+        let dtype = |view: &TensorView<'_>| common(view.output_dtype(), self.tuned(view.name).output_dtype());
+        let Inputs { base, tuned, .. } = &self.inputs;
+        // With the rows of the base come its tokenizer and the size of its vocabulary.
+        let other = if tuned.has_mapped_rows() { base } else { tuned };
+        write_checkpoint(base, other, &self.out, self.force, dtype, merge, recorder)
     }
 
     fn write_sparse(&self, header: &SparseHeader, recorder: Recorder) -> Result<()> {
@@ -145,7 +148,7 @@ impl Plan {
         for view in self.inputs.base.parameters() {
             let n = count_ones(&self.kept(view.name, view.numel())) as usize;
             let dtype = match header.values {
-                Values::Tuned => self.tuned(view.name).dtype,
+                Values::Tuned => self.tuned(view.name).output_dtype(),
                 Values::Delta => {
                     if wide {
                         Dtype::F64
@@ -166,15 +169,15 @@ impl Plan {
             let (tuned, bits) = (self.tuned(view.name), self.kept(view.name, view.numel()));
             let (_, dtype) = counts[view.name];
             let (mut indices, mut values) = (Vec::new(), Vec::new());
-            let size = tuned.dtype.size();
+            let (size, changed) = (dtype.size(), matches!(header.values, Values::Tuned).then(|| cast(&tuned, dtype)));
             for at in indices_of(&bits) {
                 match index_dtype(view.numel()) {
                     Dtype::I32 => indices.extend((at as i32).to_le_bytes()),
                     _ => indices.extend((at as i64).to_le_bytes()),
                 }
-                match header.values {
-                    Values::Tuned => values.extend_from_slice(&tuned.bytes[at * size..(at + 1) * size]),
-                    Values::Delta => {
+                match &changed {
+                    Some(changed) => values.extend_from_slice(&changed[at * size..(at + 1) * size]),
+                    None => {
                         let (mut before, mut after) = ([0f64], [0f64]);
                         view.read(at, &mut before);
                         tuned.read(at, &mut after);
@@ -203,17 +206,25 @@ fn common(a: Dtype, b: Dtype) -> Dtype {
 
 /// The elements of `view` as `dtype`.
 fn cast(view: &TensorView<'_>, dtype: Dtype) -> Vec<u8> {
-    if view.dtype == dtype {
+    if view.dtype == dtype && view.is_plain() {
         return view.bytes.to_vec();
     }
-    let mut values = vec![0f64; view.numel()];
-    view.read(0, &mut values);
     let mut bytes = Vec::new();
-    f64::write(dtype, &values, &mut bytes);
+    // Computed elements are F32 numbers, as a merge reads them.
+    if dtype == Dtype::F64 || view.dtype == Dtype::F64 {
+        let mut values = vec![0f64; view.numel()];
+        view.read(0, &mut values);
+        f64::write(dtype, &values, &mut bytes);
+    } else {
+        let mut values = vec![0f32; view.numel()];
+        view.read(0, &mut values);
+        f32::write(dtype, &values, &mut bytes);
+    }
     bytes
 }
 
-/// Writes a checkpoint with the parameters `bytes_of`, and everything else from `other`.
+/// Writes a checkpoint in the layout of `base` with the parameters `bytes_of`, and everything else
+/// from `other`.
 fn write_checkpoint<'a>(
     base: &'a Checkpoint,
     other: &Checkpoint,
@@ -223,24 +234,32 @@ fn write_checkpoint<'a>(
     bytes_of: impl Fn(TensorView<'a>) -> Vec<u8> + Sync,
     recorder: Recorder,
 ) -> Result<()> {
-    let staged = StagedDir::create(out, force)?;
+    let layout = base.layout();
     let parameters: Vec<TensorView<'a>> = base.parameters().collect();
     let rest: Vec<TensorView<'_>> =
-        other.tensors().filter(|view| !parameters.iter().any(|p| p.name == view.name)).collect();
+        other.not_parameters().map(|(view, _)| view).filter(|v| parameters.iter().all(|p| p.name != v.name)).collect();
     let mut specs: Vec<TensorSpec> =
         parameters.iter().map(|view| TensorSpec { dtype: dtype(view), ..view.spec() }).collect();
     specs.extend(rest.iter().map(TensorView::spec));
-    let writer = CheckpointWriter::create(staged.path(), &specs, CheckpointWriter::SHARD_SIZE)?;
-    parameters.par_iter().try_for_each(|view| writer.write(view.name, 0, &bytes_of(*view)))?;
-    rest.iter().try_for_each(|view| writer.write(view.name, 0, view.bytes))?;
-    drop(writer);
-    if let Some(folder) = other.folder() {
-        copy_sidecars(folder, staged.path())?;
-        let config = folder.join("config.json");
-        if config.is_file() {
-            let bytes = fs::read(&config).with_context(|| format!("reading {}", config.display()))?;
-            fs::write(staged.path().join("config.json"), bytes).context("writing config.json")?;
+    let write = |path: &Path| -> Result<()> {
+        let writer = CheckpointWriter::create_like(layout, path, &specs, CheckpointWriter::SHARD_SIZE)?;
+        parameters.par_iter().try_for_each(|view| writer.write(view.name, 0, &bytes_of(*view)))?;
+        rest.iter().try_for_each(|view| writer.write(view.name, 0, &cast(view, view.output_dtype())))
+    };
+    if layout.is_file {
+        let staged = StagedPath::create(out, force)?;
+        write(&staged.path())?;
+        return recorder.commit(staged, &[]);
+    }
+    let staged = StagedDir::create(out, force)?;
+    write(staged.path())?;
+    if let Some(folder) = other.folder().or(base.folder()) {
+        if folder.join("config.json").is_file() {
+            let config = json::to_text(&without_quantization(read_config(folder)?))?;
+            fs::write(staged.path().join("config.json"), config).context("writing config.json")?;
         }
+        let components = layout.components().map(str::to_owned).collect();
+        OtherFiles::of(folder, &components).copy(folder, staged.path(), |_| true)?;
     }
     recorder.write_into(staged.path())?;
     staged.commit()
@@ -281,8 +300,8 @@ impl Restore {
             (entry.dtype, self.vector.bytes(entry))
         };
         let dtype = |view: &TensorView<'_>| match header.values {
-            Values::Delta => view.dtype,
-            Values::Tuned => common(view.dtype, values_of(view.name).0),
+            Values::Delta => view.output_dtype(),
+            Values::Tuned => common(view.output_dtype(), values_of(view.name).0),
         };
         let bytes_of = |view: TensorView<'_>| {
             let (from, stored) = values_of(view.name);
@@ -311,12 +330,7 @@ impl Restore {
         })?;
         let value: Value =
             serde_json::from_str(text).map_err(|e| BadInput::new(path, format!("its metadata cannot be read: {e}")))?;
-        cpift_core::format::json::check_version(
-            path,
-            "a sparse task vector",
-            cpift_core::format::json::version_of(&value),
-            FORMAT_VERSION,
-        )?;
+        json::check_version(path, "a sparse task vector", json::version_of(&value), FORMAT_VERSION)?;
         Ok(serde_json::from_value(value)
             .map_err(|e| BadInput::new(path, format!("its metadata cannot be read: {e}")))?)
     }

@@ -471,11 +471,11 @@ impl TallArgs {
 
 impl ApplyArgs {
     fn plan(self, force: bool) -> Result<apply::Plan> {
-        match self.sparse {
+        let inputs = self.checkpoints.open(None)?;
+        match self.sparse || inputs.base.layout().is_file {
             true => check_output(&self.out, force)?,
             false => check_output_dir(&self.out, force)?,
         }
-        let inputs = self.checkpoints.open(None)?;
         check_not_input("--out", &self.out, inputs.files().chain([self.mask.as_path()]))?;
         Ok(apply::Plan {
             inputs,
@@ -490,8 +490,11 @@ impl ApplyArgs {
 
 impl RestoreArgs {
     fn plan(self, force: bool) -> Result<apply::Restore> {
-        check_output_dir(&self.out, force)?;
         let base = Checkpoint::open(&self.base)?;
+        match base.layout().is_file {
+            true => check_output(&self.out, force)?,
+            false => check_output_dir(&self.out, force)?,
+        }
         check_not_input("--out", &self.out, base.files().chain([self.vector.as_path()]))?;
         Ok(apply::Restore { base, vector: MappedFile::open(&self.vector)?, out: self.out, force })
     }

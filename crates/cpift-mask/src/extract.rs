@@ -204,6 +204,9 @@ impl Plan {
         }
         recorder.fact("D", header.d);
         recorder.fact("selected", header.selected);
+        if self.inputs.extra > 0 {
+            recorder.fact("extra_elements", self.inputs.extra);
+        }
         recorder.fact("decided_by_hash", header.ties.decided_by_hash);
         Ok(recorder)
     }
@@ -224,6 +227,7 @@ impl Plan {
             threshold: if self.special.is_some() { 0.0 } else { f64::INFINITY },
             excluded: self.excluded.iter().map(ToString::to_string).collect(),
             excluded_elements: parts.excluded.numel(),
+            extra_elements: self.inputs.extra,
             not_parameters: self.inputs.not_parameters(),
         };
         cuts.iter().flatten().for_each(|cut| summary.add(cut));
@@ -256,6 +260,8 @@ pub(crate) struct Summary {
     pub(crate) excluded: Vec<String>,
     /// Elements of the excluded tensors.
     pub(crate) excluded_elements: u64,
+    /// Elements of the tuned checkpoint in rows of tokens that the base does not have.
+    pub(crate) extra_elements: u64,
     /// Tensors of the base that are not parameters, with the reason.
     pub(crate) not_parameters: BTreeMap<String, &'static str>,
 }

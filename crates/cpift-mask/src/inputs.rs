@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use anyhow::Result;
-use cpift_core::format::checkpoint::{Excluded, check_same_parameters};
+use cpift_core::format::checkpoint::{Excluded, check_readable, check_same_parameters, read_config};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::mask::Scope;
 use cpift_core::format::names::{TensorKind, layer};
@@ -16,6 +16,7 @@ use cpift_core::stream::ties::TieSalt;
 use cpift_core::{Checkpoint, Dtype, TensorView};
 
 use crate::part::{CHUNK, Pair, Part};
+use crate::vocabulary::match_rows;
 
 /// Two checkpoints of one model and, if given, squared gradients of its parameters.
 pub struct Inputs {
@@ -25,6 +26,8 @@ pub struct Inputs {
     pub tuned: Checkpoint,
     /// Sums of squared gradients, with the names and shapes of the parameters.
     pub fisher: Option<Checkpoint>,
+    /// Elements of the tuned checkpoint in rows of tokens that the base does not have.
+    pub extra: u64,
 }
 
 /// Digests of base, tuned and, if given, fisher.
@@ -49,8 +52,15 @@ impl Inputs {
             base: Checkpoint::open(base)?,
             tuned: Checkpoint::open(tuned)?,
             fisher: fisher.map(Checkpoint::open).transpose()?,
+            extra: 0,
         };
+        inputs.all().try_for_each(refuse_quantized)?;
         inputs.share_head();
+        let Self { base, tuned, fisher, .. } = &mut inputs;
+        if let Some(change) = tuned.align_names(base) {
+            log::info!("{change}, as in {}", base.path().display());
+        }
+        inputs.extra = match_rows(base, tuned, fisher.as_mut())?;
         [&inputs.tuned].into_iter().chain(&inputs.fisher).try_for_each(|c| check_same_parameters(&inputs.base, c))?;
         Ok(inputs)
     }
@@ -93,16 +103,18 @@ impl Inputs {
         let [in_base, in_tuned] = [&self.base, &self.tuned].map(positions);
         let in_fisher = self.fisher.as_ref().map(positions).unwrap_or_default();
         for view in self.base.parameters() {
-            let pair = Pair {
-                base: view,
-                tuned: parameter(&self.tuned, view.name),
-                fisher: self.fisher.as_ref().map(|fisher| parameter(fisher, view.name)),
-                positions: [
-                    in_base[self.base.stored_name(view.name)],
-                    in_tuned[self.tuned.stored_name(view.name)],
-                    in_fisher.get(view.name).copied().unwrap_or(0),
-                ],
+            let tuned = parameter(&self.tuned, view.name);
+            let fisher = self.fisher.as_ref().map(|fisher| parameter(fisher, view.name));
+            let position = |checkpoint: &Checkpoint, places: &BTreeMap<&str, usize>, view: &TensorView<'_>| {
+                let place = places.get(checkpoint.stored_name(view.name)).copied();
+                place.filter(|_| view.is_as_stored(checkpoint))
             };
+            let positions = [
+                position(&self.base, &in_base, &view),
+                position(&self.tuned, &in_tuned, &tuned),
+                self.fisher.as_ref().zip(fisher.as_ref()).and_then(|(f, view)| position(f, &in_fisher, view)),
+            ];
+            let pair = Pair { base: view, tuned, fisher, positions };
             if excluded.iter().any(|kind| kind.matches(view.name)) {
                 out.push(pair);
             } else {
@@ -124,6 +136,7 @@ impl Inputs {
             Excluded::Buffer => "a buffer",
             Excluded::NotFloat => "not floating-point",
             Excluded::Tied => "tied to the input embedding",
+            Excluded::Skipped => "missing in another checkpoint",
         };
         self.base.not_parameters().map(|(view, why)| (view.name.to_owned(), reason(why))).collect()
     }
@@ -144,6 +157,13 @@ impl Inputs {
             tuned: InputDigest::new(&self.tuned),
             fisher: self.fisher.as_ref().map(InputDigest::new),
         }
+    }
+}
+
+fn refuse_quantized(checkpoint: &Checkpoint) -> Result<()> {
+    match checkpoint.folder().filter(|folder| folder.join("config.json").exists()) {
+        Some(folder) => check_readable(checkpoint.path(), &read_config(folder)?),
+        None => Ok(()),
     }
 }
 
@@ -222,7 +242,7 @@ impl<'a> InputDigest<'a> {
         let digest = match self.hasher() {
             Some(hasher) => {
                 hasher.add_missing(self.checkpoint);
-                hasher.finish(self.checkpoint.folder())?
+                self.checkpoint.with_adapter(hasher.finish(self.checkpoint.folder())?)
             }
             None => Digest::blank(),
         };

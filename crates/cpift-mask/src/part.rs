@@ -25,8 +25,9 @@ pub(crate) struct Pair<'a> {
     pub tuned: TensorView<'a>,
     /// Its sums of squared gradients, if given.
     pub fisher: Option<TensorView<'a>>,
-    /// Its index among all tensors of base, tuned and fisher; the hashers count by it.
-    pub positions: [usize; 3],
+    /// Its index among all tensors of base, tuned and fisher, by which the hashers count; `None` if
+    /// its bytes are not those that are stored under its name.
+    pub positions: [Option<usize>; 3],
 }
 
 impl<'a> Pair<'a> {

@@ -164,7 +164,7 @@ fn each<S: Send>(n: usize, init: impl Fn() -> S + Sync, step: impl Fn(&mut S, us
 /// Hashes a chunk of every input.
 pub(crate) fn hash(hashers: [Option<&PieceHasher>; 3], pair: &Pair<'_>, chunk: Chunk) {
     for ((hasher, view), index) in hashers.iter().zip(pair.views()).zip(pair.positions) {
-        if let Some(hasher) = hasher {
+        if let (Some(hasher), Some(index)) = (hasher, index) {
             hasher.add(index, chunk.start, view.slice(chunk.start, chunk.len));
         }
     }

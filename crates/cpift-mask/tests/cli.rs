@@ -146,7 +146,7 @@ fn a_dtype_that_is_not_floating_point() {
     let s = Setting::new();
     let integers = Tensor { dtype: Dtype::I32, shape: vec![20], bytes: vec![0; 80] };
     let tuned = s.tuned(|t| drop(t.insert(NORM.into(), integers)));
-    s.refuses(&tuned, &tuned, &["not floating-point", NORM, "expected: F64, F32, F16 or BF16", "found: I32"]);
+    s.refuses(&tuned, &tuned, &["not floating-point", NORM, "expected: F64, F32, F16, BF16 or F8", "found: I32"]);
 }
 
 #[test]

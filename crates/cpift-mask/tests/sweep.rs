@@ -24,7 +24,7 @@ fn bits(dir: &Path, levels: u64, choose: impl FnOnce(&Part<'_>, &Pass<'_>) -> Ve
     };
     let [base, tuned] = [("base", 1), ("tuned", levels)]
         .map(|(name, level)| Checkpoint::open(&write_checkpoint(&dir.join(name), &tensors(level))).unwrap());
-    let inputs = Inputs { base, tuned, fisher: None };
+    let inputs = Inputs { base, tuned, fisher: None, extra: 0 };
     let parts = inputs.parts(Scope::Global, &[]);
     let header = MaskHeader {
         format_version: FORMAT_VERSION,

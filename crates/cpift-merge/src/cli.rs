@@ -8,26 +8,29 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::builder::PossibleValue;
 use clap::{Parser, Subcommand, ValueEnum};
+use cpift_core::Dtype;
 use cpift_core::error::usage;
 use cpift_core::run::cli::{Common, Named};
 
+use crate::lora::{Combination, Extraction};
 use crate::method::Method;
 use crate::methods::Conflict;
-use crate::request::{CpiRequest, Request, Space, TaskWeights};
+use crate::request::{CpiRequest, Integers, Missing, Request, Space, TaskWeights};
 use crate::setting::Setting;
 use methods::{
     ArceeFusionArgs, BreadcrumbsArgs, DellaArgs, IsoCArgs, ModelStockArgs, MultiSlerpArgs, NearSwapArgs, NuSlerpArgs,
     PassthroughArgs, RamArgs, SceArgs, TsvMArgs,
 };
 pub(crate) use shared::OutputArgs;
-use shared::{DensityArgs, ElectArgs, ModelArgs, SphereArgs, SweepArgs, TaskVectorArgs, one};
+use shared::{DensityArgs, ElectArgs, LayoutArgs, ModelArgs, SphereArgs, SweepArgs, TaskVectorArgs, one};
 
 /// Merge checkpoints of one model, by standard methods or by the core transplant and SLERP of
 /// CPI-FT
 ///
-/// Checkpoints are Hugging Face directories: config.json and model.safetensors, or shards with an
-/// index, in F64, F32, F16 or BF16. All inputs are checked before any output starts; the output
-/// directory appears complete or not at all.
+/// Checkpoints are directories of transformers, diffusers or sentence-transformers, or single
+/// safetensors files, in F64, F32, F16, BF16 or F8. MODEL+ADAPTER is a model with a LoRA adapter
+/// merged into it while it is read. The output has the layout of the base. All inputs are checked
+/// before any output starts; the output appears complete or not at all.
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.
 #[derive(Parser, Debug)]
@@ -96,6 +99,10 @@ pub(crate) enum Command {
     /// Transplant each task's core region bit for bit, and interpolate backbone and tasks elsewhere
     /// by SLERP
     Cpi(CpiArgs),
+    /// Turn the difference of a model and its base into a LoRA adapter, a PEFT directory
+    ExtractLora(ExtractLoraArgs),
+    /// Combine LoRA adapters of one model into one: a weighted sum, exact or compressed to a rank
+    MergeAdapters(MergeAdaptersArgs),
     /// Check a checkpoint: structure, NaN and Inf, and the digest recorded in its cpift.json
     Verify(VerifyArgs),
     /// Print the digests that cpift.json records for inputs: one line per path, digest and path
@@ -127,7 +134,12 @@ impl Command {
             Self::Breadcrumbs(a) => a.request()?,
             Self::TsvM(a) => a.request()?,
             Self::IsoC(a) => a.request()?,
-            Self::Recipe(_) | Self::Cpi(_) | Self::Verify(_) | Self::Digest(_) => return Ok(None),
+            Self::Recipe(_)
+            | Self::Cpi(_)
+            | Self::ExtractLora(_)
+            | Self::MergeAdapters(_)
+            | Self::Verify(_)
+            | Self::Digest(_) => return Ok(None),
         }))
     }
 
@@ -191,7 +203,7 @@ impl Command {
             Self::Dare(a) => &a.output,
             Self::Recipe(a) => &a.output,
             Self::Cpi(a) => &a.output,
-            Self::Verify(_) | Self::Digest(_) => return None,
+            Self::ExtractLora(_) | Self::MergeAdapters(_) | Self::Verify(_) | Self::Digest(_) => return None,
         })
     }
 }
@@ -430,20 +442,83 @@ pub(crate) struct RecipeArgs {
     #[arg(value_name = "FILE.yaml")]
     pub(crate) recipe: PathBuf,
     #[command(flatten)]
+    pub(crate) layouts: LayoutArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
 
 #[derive(clap::Args, Debug)]
+pub(crate) struct ExtractLoraArgs {
+    /// Model before fine-tuning
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    base: PathBuf,
+    /// Model after fine-tuning
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    model: PathBuf,
+    /// Directory of the adapter; an existing one is refused unless --force is given
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    pub(crate) out: PathBuf,
+    /// Dtype of the factors: f32, bf16, f16 or f64
+    #[arg(long, value_name = "DTYPE", default_value = "f32", help_heading = "Input and output")]
+    dtype: Dtype,
+    /// Rank of each product: the largest singular values of each difference that are kept
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Method")]
+    rank: usize,
+}
+
+impl ExtractLoraArgs {
+    pub(crate) fn request(&self, force: bool) -> Extraction {
+        let Self { base, model, out, dtype, rank } = self;
+        Extraction { base: base.clone(), model: model.clone(), rank: *rank, dtype: *dtype, out: out.clone(), force }
+    }
+}
+
+#[derive(clap::Args, Debug)]
+pub(crate) struct MergeAdaptersArgs {
+    /// LoRA adapter, a PEFT directory or a .safetensors file of diffusers or kohya; two or more
+    #[arg(long = "adapter", value_name = "PATH", required = true, help_heading = "Input and output")]
+    adapters: Vec<PathBuf>,
+    /// Output: a directory, or a file if the first adapter is one; an existing one is refused
+    /// unless --force is given
+    #[arg(long, value_name = "PATH", help_heading = "Input and output")]
+    pub(crate) out: PathBuf,
+    /// Dtype of the factors: f32, bf16, f16 or f64
+    #[arg(long, value_name = "DTYPE", default_value = "f32", help_heading = "Input and output")]
+    dtype: Dtype,
+    /// Weight of an adapter, once per --adapter in the same order [default: all equal, with the sum
+    /// 1]
+    #[arg(long = "weight", value_name = "F", allow_negative_numbers = true, help_heading = "Method")]
+    weights: Vec<f64>,
+    /// Compress each sum to this rank by its singular values [default: the sum of the ranks, which
+    /// is exact]
+    #[arg(long, value_name = "N", help_heading = "Method")]
+    rank: Option<usize>,
+}
+
+impl MergeAdaptersArgs {
+    pub(crate) fn request(&self, force: bool) -> Combination {
+        Combination {
+            adapters: self.adapters.clone(),
+            weights: self.weights.clone(),
+            rank: self.rank,
+            dtype: self.dtype,
+            out: self.out.clone(),
+            force,
+        }
+    }
+}
+
+#[derive(clap::Args, Debug)]
 pub(crate) struct VerifyArgs {
-    /// Hugging Face directory or .safetensors file
-    #[arg(value_name = "DIR")]
+    /// Hugging Face directory, .safetensors file or MODEL+ADAPTER
+    #[arg(value_name = "PATH")]
     pub(crate) checkpoint: PathBuf,
 }
 
 #[derive(clap::Args, Debug)]
 pub(crate) struct DigestArgs {
-    /// Hugging Face directories (digest of tensors, config and tokenizer) or files (digest of the
-    /// bytes)
+    /// Hugging Face directories or MODEL+ADAPTER (digest of tensors, config and tokenizer), or
+    /// files (digest of the bytes; verify prints that of the tensors)
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
 }
@@ -461,6 +536,33 @@ impl ValueEnum for Conflict {
             Self::Mean => "Mean of the values of the tasks whose core it belongs to",
         };
         Some(PossibleValue::new(self.name()).help(help))
+    }
+}
+
+impl ValueEnum for Missing {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Error, Self::Base, Self::Skip]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(match self {
+            Self::Error => PossibleValue::new("error").help("The merge is refused"),
+            Self::Base => PossibleValue::new("base").help("The model counts as having the values of the base"),
+            Self::Skip => PossibleValue::new("skip").help("It is not merged: the output has the values of the base"),
+        })
+    }
+}
+
+impl ValueEnum for Integers {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Error, Self::Base]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(match self {
+            Self::Error => PossibleValue::new("error").help("The merge is refused"),
+            Self::Base => PossibleValue::new("base").help("The output has the values of the base"),
+        })
     }
 }
 

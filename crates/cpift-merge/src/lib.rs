@@ -11,6 +11,7 @@
 pub mod card;
 pub mod cli;
 mod engine;
+mod lora;
 mod merge;
 mod method;
 mod methods;
@@ -23,7 +24,10 @@ mod verify;
 
 pub use method::{Base, Method, Parameter};
 pub use methods::sphere;
-pub use request::{ChatTemplate, ModelRequest, Request, Slice, Space, Values};
+pub use request::{
+    ChatTemplate, Integers, LayoutPolicy, Missing, ModelRequest, Request, Slice, Space, TokenRow, TokenRule,
+    TokenizerRequest, TokenizerSource, Values,
+};
 pub use setting::Setting;
 pub use verify::verify;
 
@@ -33,6 +37,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use cpift_core::error::usage;
 use cpift_core::files::StagedDir;
+use cpift_core::format::checkpoint::model_of;
 use cpift_core::format::digest::Digest;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::record::up_to_date::Expected;
@@ -54,6 +59,14 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     let mut record = Recorder::start(STAGE);
     let common = &args.common;
+    let adapter = match &args.command {
+        Command::ExtractLora(a) => Some(&a.out),
+        Command::MergeAdapters(a) => Some(&a.out),
+        _ => None,
+    };
+    if adapter.is_some_and(|out| common.up_to_date(&Expected::new(STAGE, out))) {
+        return Ok(());
+    }
     let output = args.command.output().filter(|output| !output.dry_run);
     if output.is_some_and(|output| common.up_to_date(&Expected::new(STAGE, &output.out))) {
         return Ok(());
@@ -67,7 +80,13 @@ pub fn run(args: Args) -> Result<()> {
     match &args.command {
         Command::Recipe(a) => {
             files::check_not_input("--out", &a.output.out, [a.recipe.as_path()])?;
-            let steps = recipe::read_all(&a.recipe)?;
+            let mut steps = recipe::read_all(&a.recipe)?;
+            for recipe::Step { request, .. } in &mut steps {
+                request.layouts = a.layouts.policy();
+            }
+            if let Some(last) = steps.last_mut() {
+                a.layouts.put_tokenizer(&mut last.request);
+            }
             record.input("recipe", &a.recipe, Digest::of_file(&a.recipe)?);
             merge_steps(steps, &a.output, common, record)
         }
@@ -76,6 +95,14 @@ pub fn run(args: Args) -> Result<()> {
             let plan = Plan::of_tasks(&request, &a.output.request(common.force()))?;
             let card = card::of_cpi(&request, plan.output.dtype);
             finish(plan, card, &a.output, common, record)
+        }
+        Command::ExtractLora(a) => {
+            common.print_json(&a.request(common.force()).run(record)?);
+            Ok(())
+        }
+        Command::MergeAdapters(a) => {
+            common.print_json(&a.request(common.force()).run(record)?);
+            Ok(())
         }
         Command::Verify(a) => {
             common.print_json(&verify(&a.checkpoint)?);
@@ -105,8 +132,8 @@ fn merge_steps(mut steps: Vec<recipe::Step>, args: &OutputArgs, common: &Common,
     let staged = StagedDir::create(&folder, false)?;
     let names: Vec<String> = steps.iter().filter_map(|step| step.name.clone()).collect();
     let place = |path: &Path| {
-        let name = names.iter().find(|name| path == Path::new(name.as_str()))?;
-        Some(staged.path().join(name))
+        let (name, rest) = recipe::result_in(&names, path)?;
+        Some(PathBuf::from(format!("{}{rest}", staged.path().join(name).display())))
     };
     for recipe::Step { name, mut request } in steps {
         let name = name.expect("only the last merge may have no name");
@@ -140,8 +167,8 @@ fn plan_models(mut request: Request, mut output: OutputRequest) -> Result<(Plan,
     Ok((plan, card))
 }
 
-/// Merges once per value of a sweep, with one reading of the inputs; the results are directories of
-/// the output named by the values.
+/// Merges once per value of a sweep, with one reading of the inputs; the results are directories,
+/// or files, in the output directory, named by the values.
 fn merge_sweep(requests: Vec<(f64, Request)>, args: &OutputArgs, common: &Common) -> Result<()> {
     if args.dry_run {
         return Err(usage("--dry-run shows one merge: leave --sweep out"));
@@ -149,7 +176,9 @@ fn merge_sweep(requests: Vec<(f64, Request)>, args: &OutputArgs, common: &Common
     let mut merges = Vec::new();
     for (value, request) in requests {
         let mut output = args.request(common.force());
-        output.dir = args.out.join(value.to_string());
+        let backbone = request.base.as_deref().unwrap_or(&request.models[0].path);
+        let is_file = model_of(backbone).as_deref().unwrap_or(backbone).is_file();
+        output.dir = args.out.join(if is_file { format!("{value}.safetensors") } else { value.to_string() });
         let (plan, card) = plan_models(request, output)?;
         merges.push(Merge { plan, card, record: Recorder::start(STAGE) });
     }
@@ -173,8 +202,9 @@ fn finish(plan: Plan, card: String, output: &OutputArgs, common: &Common, record
 /// Prints the digests that cpift.json records for `paths` as inputs, computed from their content.
 fn print_digests(paths: &[PathBuf]) -> Result<()> {
     for path in paths {
+        let is_checkpoint = path.is_dir() || model_of(path).is_some();
         let digest =
-            if path.is_dir() { Digest::of_checkpoint(&Checkpoint::open(path)?)? } else { Digest::of_file(path)? };
+            if is_checkpoint { Digest::of_checkpoint(&Checkpoint::open(path)?)? } else { Digest::of_file(path)? };
         writeln!(std::io::stdout(), "{digest}  {}", path.display())?;
     }
     Ok(())

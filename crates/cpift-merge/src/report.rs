@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use anyhow::Result;
-use cpift_core::format::checkpoint::TensorView;
+use cpift_core::format::checkpoint::{OtherFiles, TensorView};
 use cpift_core::run::cli;
 use cpift_core::{CheckpointWriter, TensorSpec, files};
 use serde_json::{Map, Value, json};
@@ -36,6 +36,10 @@ pub(crate) struct Summary {
     conflicts: u64,
     /// Names of the tensors that are not parameters and are copied from the backbone.
     copied: Vec<String>,
+    /// Files of the backbone that are copied, and weights beside them that are not.
+    others: OtherFiles,
+    /// True if the parameters have several dtypes.
+    mixed: bool,
     /// Number of elements at the cut-offs of trims, and number of those kept by a hash alone; for
     /// methods that trim.
     trimmed: Option<[u64; 2]>,
@@ -60,6 +64,8 @@ impl Summary {
             core: stats.iter().map(|s| s.core).sum(),
             conflicts: stats.iter().map(|s| s.conflicts).sum(),
             copied: plan.copies().iter().map(|view| view.name.to_owned()).collect(),
+            others: plan.output.others.clone(),
+            mixed: plan.output.dtypes.iter().any(|dtype| *dtype != plan.output.dtype),
             trimmed: (plan.method == Method::Ties.name()).then_some(ties),
         }
     }
@@ -77,6 +83,10 @@ impl Summary {
         facts.insert("tensors".into(), json!(self.tensors));
         facts.insert("parameters".into(), json!(self.parameters));
         facts.insert("copied".into(), json!(self.copied));
+        facts.insert("files".into(), json!(self.others.files));
+        if !self.others.weights.is_empty() {
+            facts.insert("left_out".into(), json!(self.others.weights));
+        }
         if self.has_angles() {
             facts.insert("space".into(), json!(self.space.name()));
             let named: Map<String, Value> =
@@ -113,7 +123,8 @@ impl Summary {
 
     /// Logs the figures.
     pub fn log(&self) {
-        log::info!("{}: {} tensors, {} parameters, {}", self.out, self.tensors, self.parameters, self.dtype);
+        let mixed = if self.mixed { " and others" } else { "" };
+        log::info!("{}: {} tensors, {} parameters, {}{mixed}", self.out, self.tensors, self.parameters, self.dtype);
         self.lines().iter().for_each(|line| log::info!("{line}"));
     }
 
@@ -122,6 +133,12 @@ impl Summary {
         let mut lines = Vec::new();
         if !self.copied.is_empty() {
             lines.push(format!("copied unchanged, not parameters: {}", self.copied.join(", ")));
+        }
+        if !self.others.files.is_empty() {
+            lines.push(format!("files of the base beside its weights: {}", some(&self.others.files)));
+        }
+        if !self.others.weights.is_empty() {
+            lines.push(format!("left out, other weights of the base: {}", some(&self.others.weights)));
         }
         if self.method == "cpi" {
             let percent = 100.0 * self.core as f64 / self.parameters.max(1) as f64;
@@ -147,6 +164,14 @@ impl Summary {
         }
         lines
     }
+}
+
+/// The first names of a list, and the number of the rest.
+fn some(names: &[String]) -> String {
+    const SHOWN: usize = 12;
+    let rest = names.len().saturating_sub(SHOWN);
+    let more = if rest > 0 { format!(", and {rest} more") } else { String::new() };
+    names[..names.len() - rest].join(", ") + &more
 }
 
 /// Prints the plan on stdout, as text or JSON. Angles are measured, which reads the inputs; nothing
@@ -187,7 +212,7 @@ impl<'a> Preview<'a> {
             summary,
             specs: plan.specs(),
             stats,
-            files: CheckpointWriter::shards(&all, plan.output.shard_size),
+            files: CheckpointWriter::shards(&plan.output.layout, &all, plan.output.shard_size),
             memory: engine::peak_memory(plan),
             available: files::available_bytes(&plan.output.dir)?,
         })
@@ -234,7 +259,9 @@ impl<'a> Preview<'a> {
         }
         let output = &plan.output;
         line(format!("{:<12}{} ({}, {} files of tensors)", "output", output.dir.display(), output.dtype, self.files));
-        line(format!("{:<12}{}", "side files", output.side_files.display()));
+        if let Some(folder) = &output.side_files {
+            line(format!("{:<12}{}", "side files", folder.display()));
+        }
         line(format!("{:<12}{} bytes", "to read", plan.bytes_to_read()));
         line(format!("{:<12}{} bytes, of {} free", "to write", plan.bytes_to_write(), self.available));
         line(format!("{:<12}about {} MiB", "memory", self.memory.div_ceil(1 << 20)));

@@ -30,6 +30,106 @@ impl Space {
     }
 }
 
+/// Treatment of layouts that differ.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LayoutPolicy {
+    /// A parameter of the base that a model does not have.
+    pub missing: Missing,
+    /// An integer tensor whose values differ.
+    pub integers: Integers,
+}
+
+/// Treatment of a parameter of the base that a model does not have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Missing {
+    /// The merge is refused.
+    #[default]
+    Error,
+    /// The model counts as having the values of the base.
+    Base,
+    /// The parameter is not merged: the output has the values of the base.
+    Skip,
+}
+
+/// Treatment of integer tensors whose values differ.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Integers {
+    /// The merge is refused.
+    #[default]
+    Error,
+    /// The output has the values of the base.
+    Base,
+}
+
+/// Vocabulary of the output of models whose vocabularies differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenizerRequest {
+    /// Tokenizer of the output.
+    pub source: TokenizerSource,
+    /// Rules for the rows of single tokens.
+    pub tokens: BTreeMap<String, TokenRule>,
+    /// Pad the rows of the embeddings to a multiple of this number.
+    pub pad_to_multiple_of: Option<usize>,
+}
+
+impl TokenizerRequest {
+    /// The tokenizer of `source`, without further rules.
+    pub fn new(source: TokenizerSource) -> Self {
+        Self { source, tokens: BTreeMap::new(), pad_to_multiple_of: None }
+    }
+
+    /// As [`Request::relocate`].
+    fn relocate(&mut self, of: &impl Fn(&Path) -> Option<PathBuf>) {
+        let source = match &mut self.source {
+            TokenizerSource::Path(path) => Some(path),
+            TokenizerSource::Base | TokenizerSource::Union => None,
+        };
+        let rows = self.tokens.values_mut().filter_map(|rule| match &mut rule.source {
+            Some(TokenRow::Model(path) | TokenRow::Token(path, _) | TokenRow::Id(path, _)) => Some(path),
+            Some(TokenRow::Zero) | None => None,
+        });
+        for path in source.into_iter().chain(rows) {
+            if let Some(new) = of(path) {
+                *path = new;
+            }
+        }
+    }
+}
+
+/// Tokenizer of the output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenizerSource {
+    /// The tokenizer of the base, or first model.
+    Base,
+    /// The tokenizer of the base, with the tokens of all other models added.
+    Union,
+    /// The tokenizer of a directory.
+    Path(PathBuf),
+}
+
+/// Rule for the row of a token in models that do not have it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRule {
+    /// Source of the row; by default that of the base, of the only model with the token, or the
+    /// mean of those that have it.
+    pub source: Option<TokenRow>,
+    /// Use it in models that have the token, too.
+    pub force: bool,
+}
+
+/// Source of the row of a token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenRow {
+    /// Zeros.
+    Zero,
+    /// The token's row in a model.
+    Model(PathBuf),
+    /// Another token's row in a model.
+    Token(PathBuf, String),
+    /// The row of an id in a model.
+    Id(PathBuf, usize),
+}
+
 /// A merge of models by one [`Method`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
@@ -69,6 +169,10 @@ pub struct Request {
     pub slices: Vec<Slice>,
     /// Chat template of the output.
     pub chat_template: Option<ChatTemplate>,
+    /// Treatment of layouts that differ.
+    pub layouts: LayoutPolicy,
+    /// Vocabulary of the output; by default all must have the same number of tokens.
+    pub tokenizer: Option<TokenizerRequest>,
 }
 
 /// Settings of parameters by name, for the parameters that have no field of their own.
@@ -148,6 +252,8 @@ impl Request {
             values: Values::default(),
             slices: Vec::new(),
             chat_template: None,
+            layouts: LayoutPolicy::default(),
+            tokenizer: None,
         }
     }
 }
@@ -166,6 +272,9 @@ impl Request {
             if let Some(new) = of(path) {
                 *path = new;
             }
+        }
+        if let Some(tokenizer) = &mut self.tokenizer {
+            tokenizer.relocate(of);
         }
         self.slices.iter_mut().for_each(|slice| slice.request.relocate(of));
     }

@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::Result;
 use cpift_core::dispatch;
 use cpift_core::files::RECORD_NAME;
+use cpift_core::format::checkpoint::{check_readable, read_config};
 use cpift_core::format::digest::Digest;
-use cpift_core::format::dtype::Float;
 use cpift_core::format::json;
 use cpift_core::record::provenance::{self, Provenance};
 use cpift_core::stream::hashing::PieceHasher;
@@ -32,6 +32,9 @@ struct NotFinite {
 /// cpift.json.
 pub fn verify(path: &Path) -> Result<Value> {
     let checkpoint = Checkpoint::open(path)?;
+    if let Some(folder) = checkpoint.folder().filter(|folder| folder.join("config.json").exists()) {
+        check_readable(path, &read_config(folder)?)?;
+    }
     let views: Vec<TensorView<'_>> = checkpoint.parameters().collect();
     let (scans, digest) = scan(&checkpoint, &views)?;
     let not_finite: u64 = scans.iter().flatten().map(|s| s.count).sum();
@@ -67,13 +70,12 @@ pub fn verify(path: &Path) -> Result<Value> {
     Err(error.found(found).hint("regenerate the checkpoint, or copy it again").into())
 }
 
-/// Refuses metadata other than `format: pt`, without which transformers does not load a file; the
+/// Refuses metadata without `format: pt`, without which transformers does not load a file; the
 /// digest does not cover it.
 fn check_metadata(checkpoint: &Checkpoint) -> Result<()> {
-    let written = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    match checkpoint.metadata().find(|(_, metadata)| **metadata != written) {
+    match checkpoint.metadata().find(|(_, metadata)| metadata.get("format").is_none_or(|format| format != "pt")) {
         Some((file, found)) => Err(BadInput::new(file, "the metadata differs from what cpift-merge writes")
-            .expected(format!("{written:?}"))
+            .expected("format: pt")
             .found(format!("{found:?}"))
             .hint("regenerate the checkpoint, or copy it again")
             .into()),
@@ -98,34 +100,37 @@ fn scan(checkpoint: &Checkpoint, views: &[TensorView<'_>]) -> Result<(Vec<Option
     let hasher = PieceHasher::new(&specs, CHUNK);
     let places: BTreeMap<&str, usize> = specs.iter().enumerate().map(|(i, spec)| (spec.name.as_str(), i)).collect();
     let scan = |view: &TensorView<'_>| -> Option<NotFinite> {
-        let (index, size) = (places[view.name], view.dtype.size());
-        let chunks = view.bytes.par_chunks(CHUNK * size).enumerate();
-        let found = chunks.filter_map(|(i, bytes)| {
-            hasher.add(index, i * CHUNK, bytes);
-            let found = dispatch!(not_finite(view, bytes))?;
+        let index = places.get(view.name).copied().unwrap_or_default();
+        let stored = view.is_as_stored(checkpoint) && places.contains_key(view.name);
+        let found = (0..view.numel().div_ceil(CHUNK)).into_par_iter().filter_map(|i| {
+            let len = CHUNK.min(view.numel() - i * CHUNK);
+            if stored {
+                hasher.add(index, i * CHUNK, view.slice(i * CHUNK, len));
+            }
+            let found = dispatch!(not_finite(view, i * CHUNK, len))?;
             Some(NotFinite { first: i * CHUNK + found.first, ..found })
         });
         found.reduce_with(|a, b| NotFinite { count: a.count + b.count, first: a.first.min(b.first) })
     };
     let scans = views.par_iter().map(scan).collect();
     hasher.add_missing(checkpoint);
-    Ok((scans, hasher.finish(checkpoint.folder())?))
+    Ok((scans, checkpoint.with_adapter(hasher.finish(checkpoint.folder())?)))
 }
 
-/// Elements in `bytes` of a tensor that are not finite; `first` is counted from their beginning.
+/// Elements among `start..start + len` of a tensor that are not finite; `first` is counted from
+/// `start`.
 #[inline(always)]
-fn not_finite(view: &TensorView<'_>, bytes: &[u8]) -> Option<NotFinite> {
+fn not_finite(view: &TensorView<'_>, start: usize, len: usize) -> Option<NotFinite> {
     const BLOCK: usize = 1 << 10;
-    let size = view.dtype.size();
     let mut values = [0f64; BLOCK];
     let mut bad: Option<NotFinite> = None;
-    for (i, block) in bytes.chunks(BLOCK * size).enumerate() {
-        let values = &mut values[..block.len() / size];
-        f64::read(view.dtype, block, values);
+    for at in (0..len).step_by(BLOCK) {
+        let values = &mut values[..BLOCK.min(len - at)];
+        view.read(start + at, values);
         if !values.iter().fold(true, |finite, v| finite & v.is_finite()) {
-            let mut at = (0..values.len()).filter(|j| !values[*j].is_finite());
-            let first = i * BLOCK + at.next().expect("one is not finite");
-            bad.get_or_insert(NotFinite { count: 0, first }).count += 1 + at.count() as u64;
+            let mut which = (0..values.len()).filter(|j| !values[*j].is_finite());
+            let first = at + which.next().expect("one is not finite");
+            bad.get_or_insert(NotFinite { count: 0, first }).count += 1 + which.count() as u64;
         }
     }
     bad

@@ -162,7 +162,7 @@ fn recipes_of_several_merges_that_cannot_be_ordered_are_refused() {
         ([linear("", "math2"), linear("", "code")].join("---\n"), "two merges have no name"),
         ([linear("name: x\n", "code"), linear("name: x\n", "code")].join("---\n"), "two merges have the same name"),
         ([linear("name: ../x\n", "code"), linear("", "code")].join("---\n"), "is not the name of a folder"),
-        ([linear("name: x\n", "z"), linear("", "x")].join("---\n"), "names a model that is not a directory"),
+        ([linear("name: x\n", "z"), linear("", "x")].join("---\n"), "names a model that does not exist"),
     ] {
         let path = models.path().join("r.yml");
         std::fs::write(&path, &text).unwrap();

@@ -57,13 +57,19 @@ pub(crate) fn load_into(checkpoint: &Checkpoint, kind: Kind, storage: &Storage) 
     Ok(parameters)
 }
 
-/// Elements `from` to `to` of a tensor of a checkpoint, flat and in its dtype; reads no others.
+/// Elements `from` to `to` of a tensor of a checkpoint, flat and in its dtype (F32 if they are
+/// computed: 8-bit numbers, scales, adapters); reads no others.
 ///
 /// # Errors
 /// [`BadInput`] for an element that is NaN or infinite.
 pub(crate) fn read_part(view: &TensorView<'_>, from: i64, to: i64) -> Result<Tensor> {
-    let bytes = view.slice(from as usize, (to - from) as usize);
-    let tensor = Tensor::from_data_size(bytes, &[to - from], kind_of(view.dtype));
+    let tensor = if view.is_plain() && !view.dtype.is_f8() {
+        Tensor::from_data_size(view.slice(from as usize, (to - from) as usize), &[to - from], kind_of(view.dtype))
+    } else {
+        let mut values = vec![0f32; (to - from) as usize];
+        view.read(from as usize, &mut values);
+        Tensor::from_slice(&values)
+    };
     if let Some(index) = first_not_finite(&tensor) {
         return Err(BadInput::new(view.file, "a weight is not finite")
             .tensor(view.name)

@@ -23,10 +23,11 @@ pub fn run(data: &[u8]) -> bool {
         for view in checkpoint.parameters() {
             let mut values = vec![0f32; view.numel().min(ELEMENTS)];
             view.read(view.numel() - values.len(), &mut values);
-            assert_eq!(view.spec().nbytes(), view.bytes.len());
+            assert_eq!(view.numel() * view.dtype.size(), view.bytes.len());
         }
         let others = checkpoint.not_parameters().count();
-        assert_eq!(checkpoint.parameters().count() + others, checkpoint.tensors().count());
+        // Scales of 8-bit weights are no tensors of the model.
+        assert!(checkpoint.parameters().count() + others <= checkpoint.tensors().count());
         check_same_parameters(&checkpoint, &checkpoint).expect("a checkpoint has its own parameters");
         Digest::of_checkpoint(&checkpoint).expect("an open checkpoint can be hashed");
         true

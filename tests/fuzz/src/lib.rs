@@ -2,6 +2,7 @@
 //! memory bound, and must keep the properties that its target checks. `driver/` runs the targets
 //! under libFuzzer, `tests/replay.rs` on the inputs in `corpora/`.
 
+mod adapter;
 mod bounds;
 mod config;
 mod data;
@@ -14,6 +15,7 @@ mod scores;
 mod state;
 mod tasks;
 mod tokenizer;
+mod vocabulary;
 
 pub use bounds::clean;
 
@@ -21,7 +23,8 @@ pub use bounds::clean;
 pub type Target = fn(&[u8]) -> bool;
 
 /// All targets by name.
-pub const TARGETS: [(&str, Target); 11] = [
+pub const TARGETS: [(&str, Target); 13] = [
+    ("adapter", adapter::run),
     ("config", config::run),
     ("data", data::run),
     ("groups", groups::run),
@@ -33,6 +36,7 @@ pub const TARGETS: [(&str, Target); 11] = [
     ("state", state::run),
     ("tasks", tasks::run),
     ("tokenizer", tokenizer::run),
+    ("vocabulary", vocabulary::run),
 ];
 
 /// Returns the target called `name`.

@@ -10,6 +10,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use super::checkpoint::layout;
 use super::checkpoint::sidecar::SIDECAR_FILES;
 use crate::files::open;
 
@@ -146,6 +147,15 @@ fn stamps(folder: &Path) -> Result<Vec<FileStamp>> {
         let name = entry.file_name().to_string_lossy().into_owned();
         if SIDECAR_FILES.contains(&name.as_str()) || name.contains(".safetensors") {
             out.push(stamp(name, &entry.path())?);
+        }
+    }
+    for component in layout::components(folder)? {
+        for entry in fs::read_dir(folder.join(&component))? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.contains(".safetensors") {
+                out.push(stamp(format!("{component}/{name}"), &entry.path())?);
+            }
         }
     }
     out.sort_by(|a, b| a.name.cmp(&b.name));

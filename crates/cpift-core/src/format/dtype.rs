@@ -8,6 +8,10 @@ pub enum Dtype {
     F32,
     F16,
     BF16,
+    /// Four bits of exponent, three of mantissa, no infinity: torch's `float8_e4m3fn`.
+    F8E4M3,
+    /// Five bits of exponent, two of mantissa: torch's `float8_e5m2`.
+    F8E5M2,
     I64,
     U64,
     I32,
@@ -21,13 +25,16 @@ pub enum Dtype {
 
 impl Dtype {
     /// Supported dtypes, for messages.
-    pub(crate) const KNOWN: &str = "F64, F32, F16, BF16, I64, U64, I32, U32, I16, U16, I8, U8 or BOOL";
+    pub(crate) const KNOWN: &str =
+        "F64, F32, F16, BF16, F8_E4M3, F8_E5M2, I64, U64, I32, U32, I16, U16, I8, U8 or BOOL";
 
-    const ALL: [(Self, &'static str, usize); 13] = [
+    const ALL: [(Self, &'static str, usize); 15] = [
         (Self::F64, "F64", 8),
         (Self::F32, "F32", 4),
         (Self::F16, "F16", 2),
         (Self::BF16, "BF16", 2),
+        (Self::F8E4M3, "F8_E4M3", 1),
+        (Self::F8E5M2, "F8_E5M2", 1),
         (Self::I64, "I64", 8),
         (Self::U64, "U64", 8),
         (Self::I32, "I32", 4),
@@ -51,7 +58,12 @@ impl Dtype {
 
     /// Returns true if elements are floating-point numbers.
     pub fn is_float(self) -> bool {
-        matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
+        matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16) || self.is_f8()
+    }
+
+    /// Returns true if elements are floating-point numbers of 8 bits.
+    pub fn is_f8(self) -> bool {
+        matches!(self, Self::F8E4M3 | Self::F8E5M2)
     }
 
     /// Returns true if this dtype can represent every value of the floating-point dtype `other`.
@@ -59,7 +71,9 @@ impl Dtype {
         self == other
             || matches!(
                 (self, other),
-                (Self::F64, Self::F32 | Self::F16 | Self::BF16) | (Self::F32, Self::F16 | Self::BF16)
+                (Self::F64, Self::F32 | Self::F16 | Self::BF16 | Self::F8E4M3 | Self::F8E5M2)
+                    | (Self::F32, Self::F16 | Self::BF16 | Self::F8E4M3 | Self::F8E5M2)
+                    | (Self::F16 | Self::BF16, Self::F8E4M3 | Self::F8E5M2)
             )
     }
 
@@ -70,6 +84,8 @@ impl Dtype {
             Self::F32 => Some("float32"),
             Self::F16 => Some("float16"),
             Self::BF16 => Some("bfloat16"),
+            Self::F8E4M3 => Some("float8_e4m3fn"),
+            Self::F8E5M2 => Some("float8_e5m2"),
             _ => None,
         }
     }
@@ -81,6 +97,8 @@ impl Dtype {
             S::F32 => Self::F32,
             S::F16 => Self::F16,
             S::BF16 => Self::BF16,
+            S::F8_E4M3 => Self::F8E4M3,
+            S::F8_E5M2 => Self::F8E5M2,
             S::I64 => Self::I64,
             S::U64 => Self::U64,
             S::I32 => Self::I32,
@@ -110,6 +128,22 @@ impl std::str::FromStr for Dtype {
             "f16" | "float16" => Ok(Self::F16),
             "bf16" | "bfloat16" => Ok(Self::BF16),
             other => Err(format!("expected f32, bf16, f16 or f64, found {other:?}")),
+        }
+    }
+}
+
+impl Dtype {
+    /// Parses any floating-point dtype, including those of 8 bits: `f8_e4m3`, `f8_e5m2`.
+    ///
+    /// # Errors
+    /// The names that are known.
+    pub fn parse_any_float(text: &str) -> Result<Self, String> {
+        match text.to_ascii_lowercase().as_str() {
+            "f8_e4m3" | "f8_e4m3fn" | "float8_e4m3fn" => Ok(Self::F8E4M3),
+            "f8_e5m2" | "float8_e5m2" => Ok(Self::F8E5M2),
+            other => {
+                other.parse().map_err(|_| format!("expected f32, bf16, f16, f64, f8_e4m3 or f8_e5m2, found {other:?}"))
+            }
         }
     }
 }
@@ -166,6 +200,9 @@ macro_rules! float_impl {
                     Dtype::F32 => decode(bytes, out, |b| f32::from_le_bytes(b) as $t),
                     Dtype::F16 => decode(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b)) as $t),
                     Dtype::BF16 => decode(bytes, out, |b| bf16_to_f32(u16::from_le_bytes(b)) as $t),
+                    Dtype::F8E4M3 => decode(bytes, out, |[b]: [u8; 1]| e4m3_to_f32(b) as $t),
+                    // The upper half of an f16.
+                    Dtype::F8E5M2 => decode(bytes, out, |[b]: [u8; 1]| f16_to_f32(u16::from(b) << 8) as $t),
                     other => panic!("{other} is not a floating-point dtype"),
                 }
             }
@@ -179,6 +216,8 @@ macro_rules! float_impl {
                     // Through f32, as PyTorch does.
                     Dtype::F16 => encode(values, bytes, |v| f32_to_f16(v as f32).to_le_bytes()),
                     Dtype::BF16 => encode(values, bytes, |v| f32_to_bf16(v as f32).to_le_bytes()),
+                    Dtype::F8E4M3 => encode(values, bytes, |v| [f32_to_e4m3(v as f32)]),
+                    Dtype::F8E5M2 => encode(values, bytes, |v| [f32_to_e5m2(v as f32)]),
                     other => panic!("{other} is not a floating-point dtype"),
                 }
             }
@@ -261,9 +300,112 @@ fn f32_to_f16(value: f32) -> u16 {
     (magnitude | value.to_bits() >> 16 & 0x8000) as u16
 }
 
+/// Converts exactly, as [`f16_to_f32`] does: a multiplication by 2^120 corrects the bias.
+#[inline(always)]
+fn e4m3_to_f32(bits: u8) -> f32 {
+    const BIAS: f32 = f32::from_bits((120 + 127) << 23);
+    let (sign, rest) = (u32::from(bits & 0x80) << 24, u32::from(bits & 0x7f));
+    let value = (f32::from_bits(rest << 20) * BIAS).to_bits();
+    f32::from_bits((if rest == 0x7f { f32::NAN.to_bits() } else { value }) | sign)
+}
+
+/// Rounds to nearest, ties to even; NaN from the midpoint above the largest number on, as torch.
+#[inline(always)]
+fn f32_to_e4m3(value: f32) -> u8 {
+    /// The unit in the last place of this power of two, as an f32, is the smallest subnormal
+    /// number.
+    const MAGIC: u32 = (127 - 7 + 23 - 3 + 1) << 23;
+    const SMALLEST_NORMAL: u32 = (127 - 6) << 23;
+    const NAN_FROM: u32 = 0x43f0_0000;
+    let bits = value.to_bits() & 0x7fff_ffff;
+    let normal = bits.wrapping_sub(120 << 23).wrapping_add(0x7_ffff + (bits >> 20 & 1)) >> 20;
+    let subnormal = (f32::from_bits(bits) + f32::from_bits(MAGIC)).to_bits().wrapping_sub(MAGIC);
+    let finite = if bits < SMALLEST_NORMAL { subnormal } else { normal };
+    let magnitude = if bits >= NAN_FROM { 0x7f } else { finite };
+    (magnitude | value.to_bits() >> 24 & 0x80) as u8
+}
+
+/// Rounds to nearest, ties to even; infinity from the midpoint above the largest number on.
+#[inline(always)]
+fn f32_to_e5m2(value: f32) -> u8 {
+    const MAGIC: u32 = (127 - 15 + 23 - 2 + 1) << 23;
+    const SMALLEST_NORMAL: u32 = (127 - 14) << 23;
+    const OVERFLOW: u32 = 143 << 23;
+    let bits = value.to_bits() & 0x7fff_ffff;
+    let normal = bits.wrapping_sub(112 << 23).wrapping_add(0xf_ffff + (bits >> 21 & 1)) >> 21;
+    let subnormal = (f32::from_bits(bits) + f32::from_bits(MAGIC)).to_bits().wrapping_sub(MAGIC);
+    let special = if bits > f32::INFINITY.to_bits() { 0x7f } else { 0x7c };
+    let finite = if bits < SMALLEST_NORMAL { subnormal } else { normal };
+    let magnitude = if bits >= OVERFLOW { special } else { finite };
+    (magnitude | value.to_bits() >> 24 & 0x80) as u8
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Values of the two dtypes of 8 bits by their definition.
+    fn f8(dtype: Dtype, bits: u8) -> f64 {
+        let (exponent, mantissa, bias) = match dtype {
+            Dtype::F8E4M3 => (i32::from(bits >> 3 & 15), f64::from(bits & 7) / 8.0, 7),
+            _ => (i32::from(bits >> 2 & 31), f64::from(bits & 3) / 4.0, 15),
+        };
+        let special = match dtype {
+            Dtype::F8E4M3 => (bits & 0x7f == 0x7f).then_some(f64::NAN),
+            _ => (exponent == 31).then_some(if mantissa == 0.0 { f64::INFINITY } else { f64::NAN }),
+        };
+        let number = match exponent {
+            0 => mantissa * 2f64.powi(1 - bias),
+            e => (1.0 + mantissa) * 2f64.powi(e - bias),
+        };
+        special.unwrap_or(number) * if bits & 0x80 == 0 { 1.0 } else { -1.0 }
+    }
+
+    #[test]
+    fn numbers_of_eight_bits_are_those_of_their_definition_and_casts_go_to_the_nearest() {
+        for dtype in [Dtype::F8E4M3, Dtype::F8E5M2] {
+            let mut finite: Vec<(f64, u8)> = Vec::new();
+            for bits in 0..=u8::MAX {
+                let mut value = [0f32];
+                f32::read(dtype, &[bits], &mut value);
+                let expected = f8(dtype, bits);
+                assert!(f64::from(value[0]) == expected || value[0].is_nan() && expected.is_nan(), "{dtype} {bits:#x}");
+                if expected.is_finite() && bits < 0x80 {
+                    finite.push((expected, bits));
+                }
+            }
+            // Every number, the midpoints between neighbors, and one f32 step around each of them.
+            for pair in finite.windows(2) {
+                let middle = (pair[0].0 + pair[1].0) / 2.0;
+                let even = if pair[0].1 % 2 == 0 { pair[0].1 } else { pair[1].1 };
+                let next = |value: f64, by: i64| f32::from_bits(((value as f32).to_bits() as i64 + by) as u32);
+                for (value, expected) in [
+                    (pair[0].0 as f32, pair[0].1),
+                    (next(middle, -1), pair[0].1),
+                    (middle as f32, even),
+                    (next(middle, 1), pair[1].1),
+                    (pair[1].0 as f32, pair[1].1),
+                ] {
+                    let mut bytes = Vec::new();
+                    f32::write(dtype, &[value, -value], &mut bytes);
+                    assert_eq!(bytes, [expected, expected | 0x80], "{dtype} {value:e}");
+                }
+            }
+        }
+        // Beyond the largest number, as torch casts.
+        for (dtype, value, expected) in [
+            (Dtype::F8E4M3, 464.0, 0x7e),
+            (Dtype::F8E4M3, 464.1, 0x7f),
+            (Dtype::F8E4M3, f32::INFINITY, 0x7f),
+            (Dtype::F8E5M2, 61439.0, 0x7b),
+            (Dtype::F8E5M2, 61440.0, 0x7c),
+            (Dtype::F8E5M2, f32::NAN, 0x7f),
+        ] {
+            let mut bytes = Vec::new();
+            f32::write(dtype, &[value], &mut bytes);
+            assert_eq!(bytes, [expected], "{dtype} {value:e}");
+        }
+    }
 
     #[test]
     fn every_half_precision_value_survives_a_round_trip() {

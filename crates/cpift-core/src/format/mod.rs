@@ -14,3 +14,4 @@ pub mod safetensors;
 pub mod scores;
 pub mod svg;
 pub mod tasks;
+pub mod tokens;

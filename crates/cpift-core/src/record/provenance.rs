@@ -280,7 +280,9 @@ impl Checkpoint {
     /// still match.
     pub fn recorded_digest(&self) -> Option<Digest> {
         let folder = self.folder()?;
-        Provenance::recorded_digest(folder).filter(|record| record.holds_for(folder)).map(|record| record.blake3)
+        Provenance::recorded_digest(folder)
+            .filter(|record| record.holds_for(folder))
+            .map(|record| self.with_adapter(record.blake3))
     }
 
     /// Content digest: the recorded one if it still matches, computed otherwise.

@@ -83,7 +83,7 @@ impl PieceHasher {
             .collect();
         missing.into_par_iter().for_each(|(t, piece)| {
             let spec = &self.tensors[t].spec;
-            let view = checkpoint.get(&spec.name).expect("the specs are those of the checkpoint");
+            let view = checkpoint.stored_tensor(&spec.name).expect("the specs are those of the checkpoint");
             let (start, size) = (piece * self.chunk, spec.dtype.size());
             let end = spec.numel().min(start + self.chunk);
             self.add(t, start, &view.bytes[start * size..end * size]);
@@ -137,7 +137,7 @@ impl Digest {
         let specs: Vec<_> = checkpoint.tensors().map(|view| view.spec()).collect();
         let hasher = PieceHasher::new(&specs, PieceHasher::CHUNK);
         hasher.add_missing(checkpoint);
-        hasher.finish(checkpoint.folder())
+        Ok(checkpoint.with_adapter(hasher.finish(checkpoint.folder())?))
     }
 }
 

@@ -9,7 +9,9 @@ use cpift_core::run::cli::Named;
 use cpift_core::{CheckpointWriter, Dtype};
 
 use crate::method::Method;
-use crate::request::{ModelRequest, OutputRequest, Request, Space};
+use crate::request::{
+    Integers, LayoutPolicy, Missing, ModelRequest, OutputRequest, Request, Space, TokenizerRequest, TokenizerSource,
+};
 use crate::setting::Setting;
 
 /// Models of a merge, with their masks.
@@ -29,6 +31,48 @@ pub(crate) struct ModelArgs {
     /// --dtype); they take no part in angles, trims and sums
     #[arg(long, value_name = "FILE")]
     protect: Option<PathBuf>,
+    #[command(flatten)]
+    layouts: LayoutArgs,
+}
+
+/// Treatment of layouts that differ.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Input and output")]
+pub(crate) struct LayoutArgs {
+    /// A parameter of the base (or first model) that a model does not have: an error; the model
+    /// counts as having the values of the base; or it is not merged, and the output has the values
+    /// of the base. Parameters that the base does not have are then left out
+    #[arg(long, value_enum, value_name = "RULE", default_value = "error")]
+    missing: Missing,
+    /// Integer tensors whose values differ: an error, or those of the base (or first model)
+    #[arg(long, value_enum, value_name = "RULE", default_value = "error")]
+    integers: Integers,
+    /// Vocabulary of the output, if those of the models differ: base (or that of the first model),
+    /// union, or the directory of a tokenizer. Rows of the embeddings are matched by token; a token
+    /// that a model lacks gets the base's row, else the mean of the models that have it
+    #[arg(long, value_name = "SOURCE")]
+    tokenizer: Option<String>,
+    /// With --tokenizer: pad the rows of the embeddings to a multiple of N with their mean
+    #[arg(long, value_name = "N", requires = "tokenizer", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pad_to_multiple_of: Option<u32>,
+}
+
+impl LayoutArgs {
+    /// Sets the tokenizer of the request, if one is given.
+    pub(crate) fn put_tokenizer(&self, request: &mut Request) {
+        let Some(source) = &self.tokenizer else { return };
+        let mut tokenizer = TokenizerRequest::new(match source.as_str() {
+            "base" => TokenizerSource::Base,
+            "union" => TokenizerSource::Union,
+            path => TokenizerSource::Path(path.into()),
+        });
+        tokenizer.pad_to_multiple_of = self.pad_to_multiple_of.map(|n| n as usize);
+        request.tokenizer = Some(tokenizer);
+    }
+
+    pub(crate) fn policy(&self) -> LayoutPolicy {
+        LayoutPolicy { missing: self.missing, integers: self.integers }
+    }
 }
 
 /// Value of `--mask`.
@@ -79,6 +123,8 @@ impl ModelArgs {
         if request.protect.is_some() && request.within.is_some() {
             return Err(usage("--protect and --mask FILE exclude one another: make one mask of both with cpift-mask"));
         }
+        request.layouts = self.layouts.policy();
+        self.layouts.put_tokenizer(&mut request);
         Ok(request)
     }
 
@@ -206,12 +252,14 @@ pub(crate) struct SweepArgs {
 /// Destination and form of the result.
 #[derive(clap::Args, Debug)]
 pub(crate) struct OutputArgs {
-    /// Output directory; an existing one is refused unless --force is given
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    /// Output: a directory, or a file if the base is one; an existing one is refused unless --force
+    /// is given
+    #[arg(long, value_name = "PATH", help_heading = "Input and output")]
     pub(crate) out: PathBuf,
-    /// Dtype of the result: f32, bf16, f16 or f64 [default: that of all inputs, for cpi of all
-    /// tasks; an error if they differ]
-    #[arg(long, value_name = "DTYPE", help_heading = "Input and output")]
+    /// Dtype of the result: f32, bf16, f16, f64, f8_e4m3 or f8_e5m2 (8 bits without scales, rounded
+    /// as torch casts) [default: each tensor keeps its own, which must be the same in all inputs,
+    /// for cpi in all tasks]
+    #[arg(long, value_name = "DTYPE", value_parser = Dtype::parse_any_float, help_heading = "Input and output")]
     dtype: Option<Dtype>,
     /// Size of the largest shard: bytes, or a number with KB, MB, GB, KiB, MiB or GiB
     #[arg(

@@ -38,17 +38,18 @@ pub(super) struct Job<'a> {
     pub epsilon: f64,
     /// Value of an element in several core regions.
     pub conflict: Option<Conflict>,
-    /// Dtype of the result.
-    pub dtype: Dtype,
 }
 
 impl<'a> Job<'a> {
     pub fn of(plan: &'a Plan) -> Self {
+        let rules = plan.rules.iter().zip(&plan.output.dtypes);
         let tensors = match plan.targets() {
-            Some(targets) => targets.iter().zip(&plan.rules).map(|(t, rule)| rearranged(plan, t, rule)).collect(),
+            Some(targets) => {
+                targets.iter().zip(rules).map(|(t, (rule, dtype))| rearranged(plan, t, rule, *dtype)).collect()
+            }
             None => {
                 let parameters = plan.backbone().checkpoint.parameters();
-                parameters.zip(&plan.rules).map(|(view, rule)| tensor(plan, view.name, rule)).collect()
+                parameters.zip(rules).map(|(view, (rule, dtype))| tensor(plan, view.name, rule, *dtype)).collect()
             }
         };
         Self {
@@ -61,14 +62,15 @@ impl<'a> Job<'a> {
                 Inputs::Models(_) => None,
                 Inputs::Tasks { conflict, .. } => Some(*conflict),
             },
-            dtype: plan.output.dtype,
         }
     }
 }
 
 /// A tensor that is made from those of its name.
-fn tensor<'a>(plan: &'a Plan, name: &'a str, rule: &'a Rule) -> Tensor<'a> {
-    let view = |source: &'a Source| source.checkpoint.get(name).expect("checked by the plan");
+fn tensor<'a>(plan: &'a Plan, name: &'a str, rule: &'a Rule, dtype: Dtype) -> Tensor<'a> {
+    // A model that lacks a parameter counts as having the backbone's, where the plan allows it.
+    let of_backbone = || plan.backbone().checkpoint.get(name).expect("it is a parameter of the backbone");
+    let view = |source: &'a Source| source.checkpoint.get(name).unwrap_or_else(of_backbone);
     let bits = |mask: &'a Mask| mask.bits(name).expect("checked by the plan");
     let operand = |(index, (source, mask)): (usize, (&'a Source, Option<&'a [u8]>))| Operand {
         index,
@@ -91,11 +93,11 @@ fn tensor<'a>(plan: &'a Plan, name: &'a str, rule: &'a Rule) -> Tensor<'a> {
     let region = |mask: &'a Mask, inverted| Region { bits: bits(mask), inverted };
     let within = plan.within.as_ref().map(|mask| region(mask, true));
     let protected = plan.protect.as_ref().map(|mask| region(mask, false)).or(within);
-    Tensor { operands, base, claims, protected, rule, name }
+    Tensor { operands, base, claims, protected, rule, name, dtype }
 }
 
 /// A tensor whose origins are spelled out.
-fn rearranged<'a>(plan: &'a Plan, target: &'a Target, rule: &'a Rule) -> Tensor<'a> {
+fn rearranged<'a>(plan: &'a Plan, target: &'a Target, rule: &'a Rule, dtype: Dtype) -> Tensor<'a> {
     let sources = plan.operands();
     let view = |source: &'a Source, name: &str| source.checkpoint.get(name).expect("checked by the plan");
     let operand = |(index, name): &(usize, String)| {
@@ -110,6 +112,7 @@ fn rearranged<'a>(plan: &'a Plan, target: &'a Target, rule: &'a Rule) -> Tensor<
         protected: None,
         rule,
         name: &target.name,
+        dtype,
     }
 }
 
@@ -264,7 +267,8 @@ impl<'a> InputHashes<'a> {
         let unknown = self.list.into_iter().flatten().filter(|hash| !hash.source.has_digest());
         for InputHash { source, hasher, .. } in unknown {
             hasher.add_missing(&source.checkpoint);
-            source.set_digest(hasher.finish(source.checkpoint.folder())?);
+            let stored = hasher.finish(source.checkpoint.folder())?;
+            source.set_digest(source.checkpoint.with_adapter(stored));
         }
         Ok(())
     }
@@ -272,11 +276,12 @@ impl<'a> InputHashes<'a> {
 
 impl InputHash<'_> {
     fn add(&self, view: &TensorView<'_>, piece: &Piece) {
-        let size = view.dtype.size();
-        let bytes = &view.bytes[piece.elements.start * size..piece.elements.end * size];
-        // An output embedding that stands for the input embedding is not a tensor of the file.
-        if let Some(index) = self.index.get(view.name) {
-            self.hasher.add(*index, piece.elements.start, bytes);
+        // An output embedding that stands for the input embedding is not a tensor of the file, nor
+        // is a weight that an adapter replaces.
+        if let Some(index) = self.index.get(self.source.checkpoint.stored_name(view.name))
+            && view.is_as_stored(&self.source.checkpoint)
+        {
+            self.hasher.add(*index, piece.elements.start, view.slice(piece.elements.start, piece.elements.len()));
         }
     }
 }

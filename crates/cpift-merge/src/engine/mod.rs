@@ -81,7 +81,7 @@ pub(crate) fn peak_memory(plan: &Plan) -> u64 {
             || matches!(t.rule, Rule::Pointwise(Pointwise::Sce { .. } | Pointwise::Fusion))
     };
     let trim = if job.tensors.iter().any(trims) { 4 * HISTOGRAM + CHUNK * number } else { 0 };
-    let per_thread = blocks + CHUNK * job.dtype.size() + trim;
+    let per_thread = blocks + CHUNK * job.tensors.iter().map(|t| t.dtype.size()).max().unwrap_or(0) + trim;
     // A hash of 32 bytes for every piece, and its lock.
     let hashes = 2 * plan.bytes_to_read() / CHUNK as u64 * 40;
     // Measurements of one tensor at a time, and bands of rows.

@@ -22,6 +22,8 @@ pub(super) struct Tensor<'a> {
     pub protected: Option<Region<'a>>,
     /// Rule by which it is merged.
     pub rule: &'a Rule,
+    /// Dtype of the result.
+    pub dtype: Dtype,
 }
 
 /// One parameter in one operand.

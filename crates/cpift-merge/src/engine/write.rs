@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 use cpift_core::dispatch;
+use cpift_core::format::checkpoint::Layout;
 use cpift_core::format::digest::Digest;
+use cpift_core::format::dtype::Float;
 use cpift_core::stream::hashing::PieceHasher;
 use cpift_core::{BadInput, CheckpointWriter, Dtype, TensorSpec, TensorView};
 
@@ -35,13 +37,13 @@ pub(crate) struct Output {
 const FLUSH: u64 = 256 << 20;
 
 impl Output {
-    /// Creates the files for `specs` in `folder`.
+    /// Creates the files for `specs` at `path`, in the layout `layout`.
     ///
     /// # Errors
     /// A file that cannot be created.
-    pub fn create(folder: &Path, specs: &[TensorSpec], shard_size: u64) -> Result<Self> {
+    pub fn create(layout: &Layout, path: &Path, specs: &[TensorSpec], shard_size: u64) -> Result<Self> {
         let index = specs.iter().enumerate().map(|(i, spec)| (spec.name.clone(), i)).collect();
-        let writer = CheckpointWriter::create(folder, specs, shard_size)?;
+        let writer = CheckpointWriter::create_like(layout, path, specs, shard_size)?;
         Ok(Self { writer, hasher: PieceHasher::new(specs, CHUNK), index, unflushed: AtomicU64::new(0) })
     }
 
@@ -52,16 +54,21 @@ impl Output {
         self.writer.write(name, (start * size) as u64, bytes)
     }
 
-    /// Writes a tensor unchanged.
+    /// Writes a tensor that is not merged.
     ///
     /// # Errors
     /// A failed write.
     pub fn copy(&self, view: &TensorView<'_>) -> Result<()> {
-        let size = view.dtype.size();
-        let pieces: Vec<Piece> = job::pieces_of(0, view.numel()).collect();
+        let (dtype, pieces) = (view.output_dtype(), job::pieces_of(0, view.numel()).collect::<Vec<Piece>>());
         let copy = |piece: &Piece| {
             let Range { start, end } = piece.elements;
-            self.put(view.name, start, size, &view.bytes[start * size..end * size])
+            if view.is_plain() {
+                return self.put(view.name, start, dtype.size(), view.slice(start, end - start));
+            }
+            let (mut values, mut bytes) = (vec![0f64; end - start], Vec::new());
+            view.read(start, &mut values);
+            f64::write(dtype, &values, &mut bytes);
+            self.put(view.name, start, dtype.size(), &bytes)
         };
         job::for_each(&pieces, copy).map(drop)
     }
@@ -168,13 +175,13 @@ fn write_piece<T: Number>(
     output: &Output,
 ) -> Result<()> {
     pool.with(|block, bytes| {
-        let size = job.dtype.size();
+        let size = tensor.dtype.size();
         bytes.resize(piece.elements.len() * size, 0);
         let done = dispatch!(write_blocks(job, tensor, stats, piece, block, bytes));
         match done {
             Ok(()) => output.put(tensor.name, piece.elements.start, size, bytes),
             Err(Fault::NotFinite(start, len)) => Err(tensor.not_finite(start, len).into()),
-            Err(Fault::OutOfRange(start, values)) => Err(out_of_range(job.dtype, tensor, start, &values).into()),
+            Err(Fault::OutOfRange(start, values)) => Err(out_of_range(tensor.dtype, tensor, start, &values).into()),
         }
     })
 }
@@ -188,7 +195,8 @@ fn write_blocks<T: Number>(
     block: &mut Block<T>,
     bytes: &mut [u8],
 ) -> Result<(), Fault> {
-    let (about_base, size, limit) = (job.space == Space::Delta, job.dtype.size(), T::from_f64(overflow(job.dtype)));
+    let (about_base, size, limit) =
+        (job.space == Space::Delta, tensor.dtype.size(), T::from_f64(overflow(tensor.dtype)));
     let with_base = about_base || job.base_is_separate && (tensor.protected.is_some() || tensor.is_masked());
     let one = &tensor.operands[0];
     // The bytes of the only operand, which are read for numbers that are not finite.
@@ -196,7 +204,8 @@ fn write_blocks<T: Number>(
         && !about_base
         && one.mask.is_none()
         && tensor.protected.is_none()
-        && one.view.dtype == job.dtype;
+        && one.view.is_plain()
+        && one.view.dtype == tensor.dtype;
     for (start, len) in piece.blocks() {
         if !block.load(tensor, start, len, with_base) {
             return Err(Fault::NotFinite(start, len));
@@ -243,7 +252,7 @@ fn write_blocks<T: Number>(
         if !block.out.iter().fold(true, |fits, v| fits & (v.abs() < limit)) {
             return Err(Fault::OutOfRange(start, block.out.iter().map(|v| v.to_f64()).collect()));
         }
-        T::store(job.dtype, &block.out, &mut bytes[at..at + len * size]);
+        T::store(tensor.dtype, &block.out, &mut bytes[at..at + len * size]);
     }
     Ok(())
 }
@@ -301,7 +310,7 @@ fn out_of_range(dtype: Dtype, tensor: &Tensor<'_>, start: usize, values: &[f64])
         .expected(format!("less than {limit:e}"))
         .found(format!("{:e} at element {}", values[at], start + at))
         .hint(match dtype {
-            Dtype::F16 => "--dtype bf16 or f32 has a wider range",
+            Dtype::F16 | Dtype::F8E4M3 | Dtype::F8E5M2 => "--dtype bf16 or f32 has a wider range",
             _ => "the numbers in the inputs are too large to be merged: check them",
         })
 }
@@ -313,6 +322,9 @@ fn overflow(dtype: Dtype) -> f64 {
         Dtype::F16 => half_ulp_over(15, 11),
         Dtype::BF16 => half_ulp_over(127, 8),
         Dtype::F32 => half_ulp_over(127, 24),
+        // The cast gives NaN above it: there is no infinity.
+        Dtype::F8E4M3 => 464.0,
+        Dtype::F8E5M2 => half_ulp_over(15, 3),
         _ => f64::INFINITY,
     }
 }
@@ -320,7 +332,6 @@ fn overflow(dtype: Dtype) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cpift_core::format::dtype::Float;
 
     #[test]
     fn overflow_is_where_the_cast_gives_infinity() {

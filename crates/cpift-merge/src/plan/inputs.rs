@@ -1,30 +1,31 @@
 //! Input checkpoints of a merge, and the checks that they are checkpoints of one model.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
 use cpift_core::error::usage;
-use cpift_core::format::checkpoint::{Excluded, check_same_parameters, read_config};
+use cpift_core::format::checkpoint::{Excluded, check_readable, check_same_parameters, read_config};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
 use cpift_core::format::names::TensorKind;
 use cpift_core::format::rope::RopeSettings;
-use cpift_core::record::provenance::Provenance;
-use cpift_core::{BadInput, Checkpoint, Dtype};
+use cpift_core::{BadInput, Checkpoint, Dtype, TensorView};
 use serde_json::Value;
+
+use crate::request::{Integers, LayoutPolicy, Missing};
 
 /// Name of the output embedding.
 const HEAD: &str = "lm_head.weight";
 
-/// One input checkpoint, a Hugging Face directory.
+/// One input checkpoint.
 pub(crate) struct Source {
     /// Role in the merge, such as `base` or `task:gsm8k`.
     pub role: String,
     /// Mapped tensors.
     pub checkpoint: Checkpoint,
-    /// Content of config.json.
+    /// Content of config.json, or null.
     pub config: Value,
     digest: OnceLock<Digest>,
 }
@@ -33,20 +34,15 @@ impl Source {
     /// Opens the checkpoint at `path`.
     ///
     /// # Errors
-    /// [`BadInput`] if it is not a Hugging Face directory of floating-point tensors.
+    /// [`BadInput`] if it cannot be opened, or is quantised in a way that leaves no numbers to
+    /// merge.
     pub fn open(role: impl Into<String>, path: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
-        if checkpoint.folder().is_none() {
-            return Err(BadInput::new(path, "is a bare file")
-                .expected("a Hugging Face directory with config.json and weights")
-                .into());
-        }
-        let config = read_config(path)?;
-        if config.get("quantization_config").is_some_and(|q| !q.is_null()) {
-            return Err(BadInput::new(path, "is quantised (config.json has a quantization_config)")
-                .hint("merge the floating-point checkpoint that was quantised")
-                .into());
-        }
+        let config = match checkpoint.folder() {
+            Some(folder) if folder.join("config.json").exists() => read_config(folder)?,
+            _ => Value::Null,
+        };
+        check_readable(path, &config)?;
         Ok(Self { role: role.into(), checkpoint, config, digest: OnceLock::new() })
     }
 
@@ -54,10 +50,9 @@ impl Source {
     /// and mtimes still match.
     pub fn known_digest(&self) -> Option<&Digest> {
         if self.digest.get().is_none()
-            && let Some(record) = Provenance::recorded_digest(self.path())
-            && record.holds_for(self.path())
+            && let Some(digest) = self.checkpoint.recorded_digest()
         {
-            self.set_digest(record.blake3);
+            self.set_digest(digest);
         }
         self.digest.get()
     }
@@ -84,13 +79,18 @@ impl Source {
         let _ = self.digest.set(digest);
     }
 
-    /// Path of the directory, as given.
+    /// Path, as given.
     pub fn path(&self) -> &Path {
         self.checkpoint.path()
     }
 
+    /// Directory of config.json and tokenizer; none for a bare file.
+    pub fn folder(&self) -> Option<&Path> {
+        self.checkpoint.folder()
+    }
+
     fn config_path(&self) -> PathBuf {
-        self.path().join("config.json")
+        self.folder().unwrap_or(self.path()).join("config.json")
     }
 }
 
@@ -109,19 +109,38 @@ pub(crate) fn share_head(sources: &mut [&mut Source]) {
     }
 }
 
-/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying,
-/// vocabulary, parameters and shapes. Warns about settings and tokenizers that differ.
+/// Brings the names of the `others` to those of the backbone, where they differ by a prefix, and
+/// checks that all are checkpoints of its model, by the rules of `policy`.
 ///
 /// # Errors
 /// [`BadInput`] that names the first difference.
-pub(crate) fn check_compatible(first: &Source, other: &Source) -> Result<()> {
+pub(crate) fn reconcile(backbone: &mut Source, others: &mut [&mut Source], policy: LayoutPolicy) -> Result<()> {
+    for other in others {
+        if let Some(change) = other.checkpoint.align_names(&backbone.checkpoint) {
+            log::info!("{change}, as in {}", backbone.path().display());
+        }
+        let lacking = check_compatible(backbone, other, policy)?;
+        if policy.missing == Missing::Skip {
+            backbone.checkpoint.skip(lacking);
+        }
+    }
+    Ok(())
+}
+
+/// Checks that `other` is a checkpoint of the same model as `first`: architecture, tying,
+/// vocabulary, parameters and shapes. Warns about settings and tokenizers that differ. Returns the
+/// parameters that `other` lacks.
+///
+/// # Errors
+/// [`BadInput`] that names the first difference.
+pub(crate) fn check_compatible(first: &Source, other: &Source, policy: LayoutPolicy) -> Result<Vec<String>> {
     check_architecture(first, other)?;
     check_setting(first, other, "num_hidden_layers")?;
     check_vocabulary(first, other)?;
-    check_same_parameters(&first.checkpoint, &other.checkpoint)?;
-    check_same_integers(first, other)?;
+    let lacking = check_parameters(first, other, policy.missing)?;
+    check_same_integers(first, other, policy.integers)?;
     warn_of_differences(first, other);
-    Ok(())
+    Ok(lacking)
 }
 
 /// Checks that `other` has the architecture of `first` and ties its embeddings alike. Warns about
@@ -137,13 +156,15 @@ pub(crate) fn check_alike(first: &Source, other: &Source) -> Result<()> {
 
 fn warn_of_differences(first: &Source, other: &Source) {
     warn_of_settings(first, other);
-    warn_of_tokens(first.path(), other.path());
+    if let (Some(ours), Some(theirs), false) = (first.folder(), other.folder(), other.checkpoint.has_mapped_rows()) {
+        warn_of_tokens(ours, theirs);
+    }
 }
 
 fn check_architecture(first: &Source, other: &Source) -> Result<()> {
     for key in ["architectures", "model_type"] {
         let (expected, found) = (&first.config[key], &other.config[key]);
-        if expected != found {
+        if expected != found && !expected.is_null() && !found.is_null() {
             return Err(differs(first, other, key, expected, found, ONE_ARCHITECTURE).into());
         }
     }
@@ -152,7 +173,8 @@ fn check_architecture(first: &Source, other: &Source) -> Result<()> {
         check_setting(first, other, key)?;
     }
     let (expected, found) = (first.checkpoint.tied(), other.checkpoint.tied());
-    if expected != found {
+    let asks = |source: &Source| source.config.get("tie_word_embeddings") == Some(&Value::Bool(false));
+    if expected != found && [first, other].iter().any(|source| !source.checkpoint.tied() && asks(source)) {
         let hint = "one config.json asks for an output embedding of its own that its weights do not have: save both models alike";
         return Err(differs(first, other, "tie_word_embeddings", &expected.into(), &found.into(), hint).into());
     }
@@ -179,26 +201,74 @@ fn check_setting(first: &Source, other: &Source, key: &str) -> Result<()> {
     }
 }
 
-/// Refuses integer tensors that differ; they are copied from the first model.
-fn check_same_integers(first: &Source, other: &Source) -> Result<()> {
-    let integers = |source: &'_ Source| {
-        let all = source.checkpoint.not_parameters().filter(|(_, why)| *why == Excluded::NotFloat);
-        all.map(|(view, _)| view.name.to_owned()).collect::<BTreeSet<String>>()
-    };
-    for name in integers(first).union(&integers(other)) {
-        let same = match (first.checkpoint.get(name), other.checkpoint.get(name)) {
-            (Some(a), Some(b)) => (a.dtype, a.shape, a.bytes) == (b.dtype, b.shape, b.bytes),
-            _ => false,
-        };
-        if !same {
-            return Err(BadInput::new(
-                other.path(),
-                format!("an integer tensor differs from {}", first.path().display()),
-            )
-            .tensor(name)
-            .hint("integers cannot be merged: use floating-point checkpoints")
-            .into());
+/// Checks names and shapes of the parameters, and returns those that `other` lacks.
+fn check_parameters(first: &Source, other: &Source, missing: Missing) -> Result<Vec<String>> {
+    if missing == Missing::Error {
+        return check_same_parameters(&first.checkpoint, &other.checkpoint).map(|()| Vec::new()).map_err(|error| {
+            match error.downcast::<BadInput>() {
+                Ok(bad) if bad.is_about_a_missing_tensor() => bad
+                    .hint("both must be checkpoints of the same model; --missing base or skip merges what both have")
+                    .into(),
+                Ok(bad) => bad.into(),
+                Err(error) => error,
+            }
+        });
+    }
+    let mut lacking = Vec::new();
+    for view in first.checkpoint.parameters() {
+        match other.checkpoint.get(view.name) {
+            None => lacking.push(view.name.to_owned()),
+            Some(found) if found.shape != view.shape || !found.dtype.is_float() => {
+                check_same_parameters(&first.checkpoint, &other.checkpoint)?;
+            }
+            Some(_) => {}
         }
+    }
+    let extra: Vec<&str> =
+        other.checkpoint.parameters().map(|view| view.name).filter(|n| first.checkpoint.get(n).is_none()).collect();
+    if let Some(name) = lacking.first() {
+        let rule = if missing == Missing::Base { "counts as having those of" } else { "they are taken from" };
+        log::warn!(
+            "{}: {} parameters are missing, the first {name}: {rule} {}",
+            other.path().display(),
+            lacking.len(),
+            first.path().display()
+        );
+    }
+    if let Some(name) = extra.first() {
+        let place = first.path().display();
+        log::warn!(
+            "{}: {} parameters that {place} does not have are left out, the first {name}",
+            other.path().display(),
+            extra.len()
+        );
+    }
+    Ok(lacking)
+}
+
+/// Returns true for counters and positions that say nothing about the model.
+fn is_position(name: &str) -> bool {
+    matches!(name.rsplit('.').next(), Some("position_ids" | "num_batches_tracked"))
+}
+
+/// Refuses integer tensors that differ, unless the base's are asked for. They are copied from the
+/// first model, also where another does not have them.
+fn check_same_integers(first: &Source, other: &Source, integers: Integers) -> Result<()> {
+    let all = first.checkpoint.not_parameters().filter(|(_, why)| *why == Excluded::NotFloat);
+    for (view, _) in all.filter(|(view, _)| !is_position(view.name)) {
+        let Some(found) = other.checkpoint.get(view.name) else { continue };
+        if (view.dtype, view.shape, view.bytes) == (found.dtype, found.shape, found.bytes) {
+            continue;
+        }
+        let message = format!("an integer tensor differs from {}", first.path().display());
+        if integers == Integers::Base {
+            log::warn!("{}: {message}, which the output takes: {}", other.path().display(), view.name);
+            continue;
+        }
+        return Err(BadInput::new(other.path(), message)
+            .tensor(view.name)
+            .hint("integers cannot be merged: use floating-point checkpoints, or --integers base takes those of the first")
+            .into());
     }
     Ok(())
 }
@@ -305,7 +375,7 @@ fn check_vocabulary(first: &Source, other: &Source) -> Result<()> {
                 .expected(format!("{tokens} tokens"))
                 .found(format!("{other_tokens} tokens"))
                 .hint(format!(
-                    "bring both to one tokenizer first: resize_token_embeddings({small}) of transformers drops the added \
+                    "--tokenizer base or union matches rows by token; or bring both to one tokenizer first: resize_token_embeddings({small}) of transformers drops the added \
                      tokens, resize_token_embeddings({large}) adds rows for them"
                 ))
                 .into());
@@ -314,22 +384,35 @@ fn check_vocabulary(first: &Source, other: &Source) -> Result<()> {
     Ok(())
 }
 
-/// Dtype of all parameters of all `sources`.
+/// Dtype of each parameter of `backbone`: the one that it has in all `sources`.
 ///
 /// # Errors
-/// [`BadInput`] that names the first parameter of another dtype.
-pub(crate) fn common_dtype<'a>(sources: impl Iterator<Item = &'a Source>) -> Result<Dtype> {
+/// [`BadInput`] that names the first parameter with several.
+pub(crate) fn own_dtypes(backbone: &Source, sources: &[&Source]) -> Result<Vec<Dtype>> {
+    let dtype = |view: TensorView<'_>| {
+        let found = sources.iter().filter_map(|source| source.checkpoint.get(view.name));
+        Ok(common_dtype(found)?.unwrap_or(view.output_dtype()))
+    };
+    let dtypes: Vec<Dtype> = backbone.checkpoint.parameters().map(dtype).collect::<Result<_>>()?;
+    if dtypes.is_empty() { Err(usage("the inputs have no parameters to merge")) } else { Ok(dtypes) }
+}
+
+/// Dtype as which all `views` would be stored; `None` if there are none.
+///
+/// # Errors
+/// [`BadInput`] that names the first one that differs.
+pub(crate) fn common_dtype<'a>(views: impl Iterator<Item = TensorView<'a>>) -> Result<Option<Dtype>> {
     let mut common: Option<(Dtype, &Path)> = None;
-    for view in sources.flat_map(|s| s.checkpoint.parameters()) {
-        let (dtype, file) = *common.get_or_insert((view.dtype, view.file));
-        if view.dtype != dtype {
-            return Err(BadInput::new(view.file, "the inputs are of several dtypes")
-                .tensor(view.name)
+    for found in views {
+        let (dtype, file) = *common.get_or_insert((found.output_dtype(), found.file));
+        if found.output_dtype() != dtype {
+            return Err(BadInput::new(found.file, "the inputs are of several dtypes")
+                .tensor(found.name)
                 .expected(format!("{dtype}, as in {}", file.display()))
-                .found(view.dtype.name())
+                .found(found.output_dtype().name())
                 .hint("--dtype f32, bf16, f16 or f64 sets the dtype of the output")
                 .into());
         }
     }
-    common.map(|c| c.0).ok_or_else(|| usage("the inputs have no parameters to merge"))
+    Ok(common.map(|(dtype, _)| dtype))
 }

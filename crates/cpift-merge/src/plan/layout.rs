@@ -9,10 +9,10 @@ use anyhow::Result;
 use cpift_core::error::usage;
 use cpift_core::format::checkpoint::Excluded;
 use cpift_core::format::names;
-use cpift_core::{BadInput, TensorSpec, TensorView};
+use cpift_core::{BadInput, Dtype, TensorSpec, TensorView};
 use serde_json::Value;
 
-use super::inputs::Source;
+use super::inputs::{Source, common_dtype};
 use super::rules::{self, Place};
 use crate::methods::Rule;
 use crate::request::{Request, Slice};
@@ -111,6 +111,29 @@ impl Layout {
         Ok(layout)
     }
 
+    /// Dtype of every parameter, `dtype` or the one that all tensors have that it is made of, and
+    /// its number of elements.
+    ///
+    /// # Errors
+    /// [`BadInput`] that names the first tensor of another dtype.
+    pub fn dtypes(
+        &self,
+        sources: &[Arc<Source>],
+        base: Option<&Source>,
+        dtype: Option<Dtype>,
+    ) -> Result<Vec<(Dtype, u64)>> {
+        let of = |target: &Target| {
+            let numel = target.shape.iter().product::<usize>() as u64;
+            if let Some(dtype) = dtype {
+                return Ok((dtype, numel));
+            }
+            let operands = target.operands.iter().filter_map(|(i, name)| sources[*i].checkpoint.get(name));
+            let of_base = target.base.as_deref().and_then(|name| base?.checkpoint.get(name));
+            Ok((common_dtype(operands.chain(of_base))?.expect("a tensor has operands"), numel))
+        };
+        self.targets.iter().map(of).collect()
+    }
+
     /// The rule of every parameter, by the settings of its slice.
     ///
     /// # Errors
@@ -132,8 +155,7 @@ impl Layout {
     /// Tensors that are copied unchanged.
     pub fn copies<'a>(&'a self, sources: &[&'a Source]) -> Vec<TensorView<'a>> {
         let view = |(name, source, from): &'a (String, usize, String)| {
-            let view = sources[*source].checkpoint.get(from).expect("found when the layout was made");
-            TensorView { name, ..view }
+            sources[*source].checkpoint.get(from).expect("found when the layout was made").named(name)
         };
         self.copies.iter().map(view).collect()
     }
@@ -236,7 +258,7 @@ impl Block<'_> {
 
 impl Target {
     /// Its entry in a file of `dtype`.
-    pub fn spec(&self, dtype: cpift_core::Dtype) -> TensorSpec {
+    pub fn spec(&self, dtype: Dtype) -> TensorSpec {
         TensorSpec { name: self.name.clone(), dtype, shape: self.shape.clone() }
     }
 }

@@ -5,8 +5,9 @@ mod inputs;
 mod layout;
 mod output;
 mod rules;
+mod vocabulary;
 
-pub(crate) use inputs::Source;
+pub(crate) use inputs::{Source, check_compatible, share_head};
 pub(crate) use layout::Target;
 pub(crate) use output::{Destination, check_space};
 
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
+use cpift_core::error::usage;
 use cpift_core::format::checkpoint::Excluded;
 use cpift_core::format::digest::Digest;
 use cpift_core::format::groups::Groups;
@@ -26,8 +28,10 @@ use cpift_core::{BadInput, Mask, TensorSpec, TensorView, files};
 use crate::method::Base;
 use crate::methods::sphere::COLLINEAR_COSINE;
 use crate::methods::{Conflict, Rule};
-use crate::request::{ChatTemplate, CpiRequest, ModelRequest, OutputRequest, Request, Space, TaskWeights};
-use inputs::{check_alike, check_compatible, share_head};
+use crate::request::{
+    ChatTemplate, CpiRequest, LayoutPolicy, ModelRequest, OutputRequest, Request, Space, TaskWeights, TokenizerSource,
+};
+use inputs::{check_alike, reconcile};
 use layout::Layout;
 
 /// A merge ready to run.
@@ -97,28 +101,58 @@ impl Plan {
     /// merged.
     pub fn of_models(request: &Request, output: &OutputRequest) -> Result<Self> {
         rules::check(request)?;
-        check_output(output)?;
         let open = |(i, model): (usize, &ModelRequest)| Source::open(format!("model:{}", i + 1), &model.path);
         let mut sources: Vec<Source> = request.models.iter().enumerate().map(open).collect::<Result<_>>()?;
         let mut base = request.base.as_deref().map(|path| Source::open("base", path)).transpose()?;
         share_head(&mut sources.iter_mut().chain(&mut base).collect::<Vec<_>>());
+        let (first, mut others): (&mut Source, Vec<&mut Source>) = match &mut base {
+            Some(base) => (base, sources.iter_mut().collect()),
+            None => {
+                let (first, others) = sources.split_first_mut().expect("the number is checked");
+                (first, others.iter_mut().collect())
+            }
+        };
+        let mut vocabulary = None;
+        if let Some(tokenizer) = &request.tokenizer {
+            let mut all: Vec<&mut Source> = vec![&mut *first];
+            all.extend(others.iter_mut().map(|other| &mut **other));
+            vocabulary = vocabulary::unify(&mut all, tokenizer)?;
+        }
+        if request.slices.is_empty() {
+            reconcile(first, &mut others, request.layouts)?;
+        } else if request.layouts != LayoutPolicy::default() {
+            return Err(usage("--missing and --integers are for models that are merged as a whole, not for slices"));
+        } else {
+            others.iter().try_for_each(|other| check_alike(first, other))?;
+        }
         let sources: Vec<Arc<Source>> = sources.into_iter().map(Arc::new).collect();
         let base = base.map(Arc::new);
         let backbone = base.as_ref().unwrap_or(&sources[0]);
         let everything: Vec<&Source> = base.iter().chain(&sources).map(Arc::as_ref).collect();
-        for other in everything.iter().filter(|source| !std::ptr::eq(**source, backbone.as_ref())) {
-            if request.slices.is_empty() { check_compatible(backbone, other)? } else { check_alike(backbone, other)? }
+        check_output(output, backbone)?;
+        files::check_not_input("--out", &output.dir, everything.iter().flat_map(|source| source.checkpoint.inputs()))?;
+        let mut output = output.clone();
+        if let Some(vocabulary) = &vocabulary {
+            output.side_files.get_or_insert_with(|| vocabulary.folder.clone());
+        } else if let Some(TokenizerSource::Path(folder)) = request.tokenizer.as_ref().map(|t| &t.source) {
+            output.side_files.get_or_insert_with(|| folder.clone());
         }
-        files::check_not_input("--out", &output.dir, everything.iter().map(|source| source.path()))?;
-        let mut destination = Destination::resolve(output, &everything, backbone, backbone, &everything)?;
-        destination.chat_template = match &request.chat_template {
-            None => None,
-            Some(ChatTemplate::Text(text)) => Some(text.clone()),
-            Some(ChatTemplate::Auto) => output::most_common_template(everything.iter().map(|source| source.path())),
-        };
         let layout = match &request.slices[..] {
             [] => None,
             _ => Some(Layout::of(request, &sources, base.as_deref())?),
+        };
+        let of_slices =
+            layout.as_ref().map(|layout| layout.dtypes(&sources, base.as_deref(), output.dtype)).transpose()?;
+        let mut destination = Destination::resolve(&output, of_slices, &everything, backbone, backbone, &everything)?;
+        if let Some(vocabulary) = vocabulary {
+            destination.set_vocabulary(vocabulary);
+        }
+        destination.chat_template = match &request.chat_template {
+            None => None,
+            Some(ChatTemplate::Text(text)) => Some(text.clone()),
+            Some(ChatTemplate::Auto) => {
+                output::most_common_template(everything.iter().filter_map(|source| source.folder()))
+            }
         };
         if let Some(layout) = &layout {
             destination.config = layout.config(destination.config, &sources);
@@ -167,7 +201,6 @@ impl Plan {
         }
         cli::require_unique(&request.tasks, "--task")?;
         cli::require_unique(&request.masks, "--mask")?;
-        check_output(output)?;
         let groups = Groups::read(&request.groups)?;
         groups.check_names(&request.groups, "--task", request.tasks.iter().map(|t| &t.name))?;
         groups.check_names(&request.groups, "--mask", request.masks.iter().map(|m| &m.name))?;
@@ -175,13 +208,15 @@ impl Plan {
         let of_tasks: Vec<&Source> = tasks.iter().map(|(_, task)| task.as_ref()).collect();
         let everything: Vec<&Source> =
             [backbone.as_ref()].into_iter().chain(of_tasks.iter().copied()).chain([base.as_ref()]).collect();
-        let destination = Destination::resolve(output, &of_tasks, &backbone, &base, &everything)?;
+        check_output(output, &backbone)?;
+        let destination = Destination::resolve(output, None, &of_tasks, &backbone, &base, &everything)?;
         check_groups_base(&request.groups, &groups, &base)?;
         for source in everything.iter().filter(|source| !std::ptr::eq(**source, base.as_ref())) {
             check_made_from(source.path(), "base", (base.path(), base.digest()?))?;
         }
         let mut files = BTreeMap::new();
-        let inputs: Vec<PathBuf> = everything.iter().map(|source| source.path().to_owned()).collect();
+        let inputs: Vec<PathBuf> =
+            everything.iter().flat_map(|source| source.checkpoint.inputs().map(Path::to_owned)).collect();
         let tasks = with_cores(tasks, request, &groups, &base, &mut files)?;
         files.insert("groups".into(), (request.groups.clone(), Digest::of_file(&request.groups)?));
         let paths = inputs.iter().map(PathBuf::as_path).chain(files.values().map(|(path, _)| path.as_path()));
@@ -238,10 +273,13 @@ impl Plan {
 
     /// Parameters of the output, in bytewise name order.
     pub fn specs(&self) -> Vec<TensorSpec> {
-        let dtype = self.output.dtype;
+        let dtypes = || self.output.dtypes.iter().copied();
         match &self.layout {
-            Some(layout) => layout.targets.iter().map(|target| target.spec(dtype)).collect(),
-            None => self.backbone().checkpoint.parameters().map(|v| TensorSpec { dtype, ..v.spec() }).collect(),
+            Some(layout) => layout.targets.iter().zip(dtypes()).map(|(target, dtype)| target.spec(dtype)).collect(),
+            None => {
+                let parameters = self.backbone().checkpoint.parameters().zip(dtypes());
+                parameters.map(|(view, dtype)| TensorSpec { dtype, ..view.spec() }).collect()
+            }
         }
     }
 
@@ -294,8 +332,13 @@ impl Plan {
     }
 }
 
-fn check_output(output: &OutputRequest) -> Result<()> {
-    if output.dry_run { Ok(()) } else { files::check_output_dir(&output.dir, output.force) }
+/// Refuses an output that exists; that of a bare file is a file, any other a directory.
+fn check_output(output: &OutputRequest, backbone: &Source) -> Result<()> {
+    match (output.dry_run, backbone.checkpoint.layout().is_file) {
+        (true, _) => Ok(()),
+        (false, true) => files::check_output(&output.dir, output.force),
+        (false, false) => files::check_output_dir(&output.dir, output.force),
+    }
 }
 
 /// Opens a mask for the parameters of `backbone` and adds it to `files`.
@@ -337,7 +380,7 @@ impl Opened {
         let sources_of_tasks = tasks.iter_mut().map(|(_, source)| source);
         share_head(&mut [&mut base].into_iter().chain(&mut backbone).chain(sources_of_tasks).collect::<Vec<_>>());
         for source in backbone.iter().chain(tasks.iter().map(|(_, source)| source)) {
-            check_compatible(&base, source)?;
+            check_compatible(&base, source, LayoutPolicy::default())?;
         }
         let base = Arc::new(base);
         let backbone = backbone.map_or_else(|| Arc::clone(&base), Arc::new);

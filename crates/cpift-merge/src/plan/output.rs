@@ -1,63 +1,114 @@
 //! Destination of a merge: its dtype, configuration and side files, and the disk space it needs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cpift_core::format::checkpoint::{with_head_of, with_torch_dtype};
+use cpift_core::error::usage;
+use cpift_core::format::checkpoint::{Layout, OtherFiles, with_head_of, with_torch_dtype, without_quantization};
 use cpift_core::format::json;
 use cpift_core::{BadInput, Dtype};
 use serde_json::Value;
 
-use super::inputs::{Source, common_dtype};
+use super::inputs::{Source, own_dtypes};
+use super::vocabulary::Vocabulary;
 use crate::request::OutputRequest;
 
 /// Destination of a merge, resolved.
 pub(crate) struct Destination {
-    /// Directory that is created.
+    /// Directory or file that is created.
     pub dir: PathBuf,
     /// Replace an existing output.
     pub force: bool,
-    /// Dtype of all parameters.
+    /// Dtype of most parameters.
     pub dtype: Dtype,
+    /// Dtype of each parameter of the output, in bytewise name order.
+    pub dtypes: Vec<Dtype>,
     /// Size of the largest shard in bytes.
     pub shard_size: u64,
-    /// Content of config.json.
+    /// Names and metadata of the files of weights: those of the backbone.
+    pub layout: Layout,
+    /// Content of config.json; null if the output has none.
     pub config: Value,
-    /// Directory from which tokenizer and other side files are copied.
-    pub side_files: PathBuf,
+    /// Directory from which tokenizer and other side files are copied, if there is one.
+    pub side_files: Option<PathBuf>,
     /// Chat template in place of that of the side files.
     pub chat_template: Option<String>,
+    /// Files of the tokenizer that are written instead of copied, by name.
+    pub written: Vec<(String, String)>,
+    /// Files of the backbone that are copied, and weights beside them that are not.
+    pub others: OtherFiles,
 }
 
 impl Destination {
-    /// Resolves `request`: the dtype is that of `dtype_of` by default, the configuration that of
-    /// `backbone`, and the side files those of `side_files` by default.
+    /// Resolves `request`: the dtypes are those of `dtype_of` by default (with layers rearranged,
+    /// `rearranged` has dtype and number of elements of each parameter), layout, configuration and
+    /// other files those of `backbone`, and tokenizer and chat template those of `side_files` by
+    /// default.
     ///
     /// # Errors
-    /// [`BadInput`] if the dtypes differ, or if one of `inputs` has a tokenizer and the output
-    /// would have none.
+    /// [`BadInput`] if the dtypes of a tensor differ, or if one of `inputs` has a tokenizer and the
+    /// output would have none.
     pub fn resolve(
         request: &OutputRequest,
+        rearranged: Option<Vec<(Dtype, u64)>>,
         dtype_of: &[&Source],
         backbone: &Source,
         side_files: &Source,
         inputs: &[&Source],
     ) -> Result<Self> {
-        let dtype = match request.dtype {
-            Some(dtype) => dtype,
-            None => common_dtype(dtype_of.iter().copied())?,
+        let parameters = match (rearranged, request.dtype) {
+            (Some(parameters), _) => parameters,
+            (None, given) => {
+                let own = if given.is_none() { own_dtypes(backbone, dtype_of)? } else { Vec::new() };
+                let dtype = |i: usize| given.unwrap_or_else(|| own[i]);
+                let views = backbone.checkpoint.parameters().enumerate();
+                views.map(|(i, view)| (dtype(i), view.numel() as u64)).collect()
+            }
         };
-        let side_files = request.side_files.clone().unwrap_or_else(|| side_files.path().to_owned());
-        check_side_files(&side_files, inputs)?;
+        let mut elements: BTreeMap<Dtype, u64> = BTreeMap::new();
+        for (dtype, numel) in &parameters {
+            *elements.entry(*dtype).or_default() += numel;
+        }
+        let dtypes: Vec<Dtype> = parameters.iter().map(|(dtype, _)| *dtype).collect();
+        let most = elements.iter().max_by_key(|(_, n)| **n).map(|(dtype, _)| *dtype);
+        let dtype = most.ok_or_else(|| usage("the inputs have no parameters to merge"))?;
+        let layout = backbone.checkpoint.layout().clone();
+        let mut side_files = request.side_files.clone().or_else(|| side_files.folder().map(Path::to_owned));
+        let (mut config, mut others) = (Value::Null, OtherFiles::default());
+        if layout.is_file {
+            side_files = None;
+        } else {
+            config = with_head_of(backbone.checkpoint.tied(), without_quantization(backbone.config.clone()));
+            if elements.len() == 1 && !config.is_null() && (request.dtype.is_some() || names_dtype(&config)) {
+                config = with_torch_dtype(config, dtype);
+            }
+            let components = layout.components().map(str::to_owned).collect();
+            others = backbone.folder().map_or_else(OtherFiles::default, |folder| OtherFiles::of(folder, &components));
+        }
+        if let Some(folder) = &side_files {
+            check_side_files(folder, backbone, inputs)?;
+        }
+        let (dir, force, shard_size) = (request.dir.clone(), request.force, request.shard_size);
         Ok(Self {
-            dir: request.dir.clone(),
-            force: request.force,
+            dir,
+            force,
             dtype,
-            shard_size: request.shard_size,
-            config: with_torch_dtype(with_head_of(backbone.checkpoint.tied(), backbone.config.clone()), dtype),
+            dtypes,
+            shard_size,
+            layout,
+            config,
             side_files,
             chat_template: None,
+            written: Vec::new(),
+            others,
         })
+    }
+
+    /// Sets the number of tokens and the files of the tokenizer.
+    pub fn set_vocabulary(&mut self, vocabulary: Vocabulary) {
+        set_vocab_size(&mut self.config, vocabulary.rows);
+        self.written = vocabulary.files;
     }
 
     /// Writes the chat template to `folder`, where the side files are, in place of any other.
@@ -83,6 +134,22 @@ impl Destination {
         }
         Ok(())
     }
+}
+
+/// Sets every `vocab_size` of config.json.
+fn set_vocab_size(config: &mut Value, rows: usize) {
+    for (key, value) in config.as_object_mut().into_iter().flatten() {
+        if key == "vocab_size" {
+            *value = rows.into();
+        } else if key == "text_config" {
+            set_vocab_size(value, rows);
+        }
+    }
+}
+
+/// Returns true if config.json is that of a model of transformers, which says its dtype.
+fn names_dtype(config: &Value) -> bool {
+    ["torch_dtype", "dtype", "model_type", "architectures"].iter().any(|key| config.get(key).is_some())
 }
 
 /// The text of the chat template that most of `folders` have, of equally frequent ones the first.
@@ -144,31 +211,31 @@ fn has_tokenizer(folder: &Path) -> bool {
     TOKENIZERS.iter().any(|name| folder.join(name).is_file())
 }
 
-fn check_side_files(folder: &Path, inputs: &[&Source]) -> Result<()> {
+fn check_side_files(folder: &Path, backbone: &Source, inputs: &[&Source]) -> Result<()> {
     if !folder.is_dir() {
         return Err(BadInput::new(folder, "no such directory").expected("the directory of a tokenizer").into());
     }
+    let folders = || inputs.iter().filter_map(|source| source.folder());
     if !has_chat_template(folder)
-        && let Some(other) = inputs.iter().find(|source| has_chat_template(source.path()))
+        && let Some(other) = folders().find(|other| has_chat_template(other))
     {
         log::warn!(
             "{}: no chat template, so the output has none; --copy-from {} copies one",
             folder.display(),
-            other.path().display()
+            other.display()
         );
     }
     if has_tokenizer(folder) {
         return Ok(());
     }
-    match inputs.iter().find(|source| has_tokenizer(source.path())) {
+    match folders().find(|other| has_tokenizer(other)) {
         Some(other) => Err(BadInput::new(folder, "the output would have no tokenizer")
             .expected(format!("one of {}", TOKENIZERS.join(", ")))
-            .found(format!("none of them in this directory, but one in {}", other.path().display()))
-            .hint(format!(
-                "--copy-from {} copies tokenizer, chat template and generation config",
-                other.path().display()
-            ))
+            .found(format!("none of them in this directory, but one in {}", other.display()))
+            .hint(format!("--copy-from {} copies tokenizer, chat template and generation config", other.display()))
             .into()),
+        // Models of images and sound have none.
+        None if backbone.config.get("model_type").is_none() && backbone.config.get("architectures").is_none() => Ok(()),
         None => {
             log::warn!("none of the inputs has a tokenizer, so the output has none; --copy-from DIR names one");
             Ok(())

@@ -14,18 +14,19 @@ mod node;
 mod parse;
 mod sources;
 mod templates;
+mod tokenizer;
 mod write;
 
 pub use parse::parse;
+pub(crate) use parse::result_in;
 pub use write::write;
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use cpift_core::BadInput;
-use cpift_core::format::checkpoint::read_config;
-use cpift_core::format::json;
-use serde_json::Value;
+use cpift_core::format::checkpoint::{model_of, read_config};
+use cpift_core::format::names::layer;
+use cpift_core::{BadInput, Checkpoint};
 
 use crate::request::Request;
 use parse::{LONGEST, Recipe, parse_all, too_long};
@@ -65,18 +66,22 @@ pub(crate) fn read_all(path: &Path) -> Result<Vec<Step>> {
     let text = String::from_utf8(bytes).map_err(|e| BadInput::new(path, format!("is not UTF-8 text: {e}")))?;
     let mut recipes = parse_all(&text, path)?;
     let names: Vec<String> = recipes.iter().filter_map(|recipe| recipe.name.clone()).collect();
-    let made = |folder: &Path| recipes_have(&names, folder);
+    let several = recipes.len() > 1;
+    let made = |folder: &Path| several && result_in(&names, folder).is_some();
+    let paths = recipes.iter().flat_map(|recipe| recipe.request.paths());
+    for (model, rest) in paths.filter_map(|model| Some((model, result_in(&names, model)?.1))).filter(|_| several) {
+        let adapters = rest.strip_prefix('+').unwrap_or_default();
+        if !adapters.is_empty() && !Path::new(adapters).exists() && !adapters.split('+').all(|a| Path::new(a).exists())
+        {
+            return Err(missing(path, model).into());
+        }
+    }
     recipes.iter_mut().try_for_each(|recipe| check(path, recipe, made))?;
     Ok(recipes.into_iter().map(|recipe| Step { name: recipe.name, request: recipe.request }).collect())
 }
 
-fn recipes_have(names: &[String], folder: &Path) -> bool {
-    names.len() > 1 && names.iter().any(|name| folder == Path::new(name))
-}
-
 /// Checks that the directories named by `recipe` exist, unless `made` says that another recipe
-/// makes them, and that the vocabularies are those it asks for. Slices that are whole models become
-/// models.
+/// makes them. Slices that are whole models become models.
 fn check(file: &Path, recipe: &mut Recipe, made: impl Fn(&Path) -> bool) -> Result<()> {
     for folder in recipe.request.paths().filter(|folder| !made(folder)) {
         check_folder(file, folder)?;
@@ -93,75 +98,36 @@ fn check(file: &Path, recipe: &mut Recipe, made: impl Fn(&Path) -> bool) -> Resu
             request.slices.clear();
         }
     }
-    if let Some(source) = recipe.vocabulary.as_deref().filter(|source| !made(source)) {
-        let models = || request.models.iter().map(|model| model.path.as_path()).chain(request.base.as_deref());
-        models().filter(|model| !made(model)).try_for_each(|model| check_vocabulary(file, source, model))?;
-    }
     Ok(())
 }
 
 fn check_folder(file: &Path, folder: &Path) -> Result<()> {
-    if folder.is_dir() {
-        return Ok(());
-    }
+    if folder.exists() || model_of(folder).is_some() { Ok(()) } else { Err(missing(file, folder).into()) }
+}
+
+fn missing(file: &Path, folder: &Path) -> BadInput {
     let name = folder.to_string_lossy();
     let of_hub = name.split('/').count() == 2 && !name.starts_with(['/', '.', '~']);
     let hint = if name.contains('+') {
-        "an adapter must be merged into its model first".to_owned()
+        "MODEL+ADAPTER are two paths on disk: a model, and a LoRA adapter that is merged into it".to_owned()
     } else if of_hub {
         format!("download a model of the hub first: huggingface-cli download {name} --local-dir {name}")
     } else {
         "paths are relative to the directory in which the program runs".to_owned()
     };
-    Err(BadInput::new(file, "names a model that is not a directory").found(name).hint(hint).into())
+    BadInput::new(file, "names a model that does not exist").found(name).hint(hint)
 }
 
 fn number_of_layers(model: &Path) -> Result<Option<usize>> {
+    let model = &model_of(model).unwrap_or_else(|| model.to_owned());
+    if !model.join("config.json").is_file() {
+        // A bare file, or weights alone.
+        let checkpoint = Checkpoint::open(model)?;
+        let layers = checkpoint.parameters().filter_map(|view| Some(layer(view.name)?.1 as usize + 1));
+        return Ok(layers.max());
+    }
     let config = read_config(model)?;
     let inner = config.get("text_config").unwrap_or(&config);
     let number = ["num_hidden_layers", "n_layer"].iter().find_map(|key| inner.get(*key)?.as_u64());
     Ok(number.map(|number| number as usize))
-}
-
-/// Refuses a model whose vocabulary differs from that of `source`. mergekit would rearrange its
-/// embeddings; here they are merged unchanged.
-fn check_vocabulary(file: &Path, source: &Path, model: &Path) -> Result<()> {
-    let (expected, found) = (vocabulary(source)?, vocabulary(model)?);
-    let Some(expected) = expected else {
-        return Err(BadInput::new(source, "has no tokenizer").expected("tokenizer.json or tokenizer.model").into());
-    };
-    match found {
-        // A model saved without a tokenizer is assumed to have that of the others.
-        None => Ok(()),
-        Some(found) if found == expected => Ok(()),
-        Some(_) => Err(BadInput::new(file, "the models' vocabularies differ")
-            .expected(format!("that of {}", source.display()))
-            .found(format!("another in {}", model.display()))
-            .hint("embeddings are merged row by row, so that each row must stand for the same token")
-            .into()),
-    }
-}
-
-/// Vocabulary of a tokenizer, to be compared.
-#[derive(PartialEq)]
-enum Vocabulary {
-    /// Vocabulary and added tokens of tokenizer.json.
-    Tokens(Value, Value),
-    /// Bytes of tokenizer.model.
-    Model(Vec<u8>),
-}
-
-fn vocabulary(folder: &Path) -> Result<Option<Vocabulary>> {
-    let path = folder.join("tokenizer.json");
-    if path.exists() {
-        let tokenizer: Value = json::read(&path)?;
-        let part = |pointer: &str| tokenizer.pointer(pointer).cloned().unwrap_or_default();
-        return Ok(Some(Vocabulary::Tokens(part("/model/vocab"), part("/added_tokens"))));
-    }
-    let path = folder.join("tokenizer.model");
-    if !path.exists() {
-        return Ok(None);
-    }
-    let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-    Ok(Some(Vocabulary::Model(bytes)))
 }

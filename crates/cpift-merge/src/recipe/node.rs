@@ -103,6 +103,12 @@ impl<'a> Node<'a> {
         Ok(list.iter().enumerate().map(entry).collect())
     }
 
+    /// The entries of a mapping, in the order of the file.
+    pub fn children(&self) -> Result<Vec<(String, Self)>> {
+        let map = self.mapping(&[])?;
+        Ok(map.iter().map(|(key, value)| (key.clone(), self.child(key, value))).collect())
+    }
+
     /// A mapping with no other than the `known` keys. `hint` may explain why another key is not
     /// supported.
     pub fn fields(&self, known: &[&str], hint: impl Fn(&str) -> Option<String>) -> Result<Fields<'a>> {
@@ -146,12 +152,6 @@ impl<'a> Node<'a> {
             Some(hint) => error.hint(hint),
             None => error,
         }
-    }
-
-    /// The entries of a mapping, in the order of the file.
-    pub fn children(&self) -> Result<Vec<(String, Self)>> {
-        let map = self.mapping(&[])?;
-        Ok(map.iter().map(|(key, value)| (key.clone(), self.child(key, value))).collect())
     }
 
     fn last_key(&self, key: &str) -> String {

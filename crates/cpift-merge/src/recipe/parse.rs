@@ -10,9 +10,9 @@ use serde_json::Value;
 
 use super::node::{Fields, Node, rules};
 use super::sources::{self, folder};
-use super::templates;
+use super::{templates, tokenizer};
 use crate::method::Method;
-use crate::request::{ChatTemplate, Request, Space};
+use crate::request::{ChatTemplate, Request, Space, TokenizerSource};
 
 /// Length of the longest recipe that is read, in bytes.
 pub(super) const LONGEST: u64 = 1 << 20;
@@ -52,8 +52,6 @@ pub(super) struct Recipe {
     /// Name by which other recipes of the file refer to the result.
     pub name: Option<String>,
     pub request: Request,
-    /// Directory whose vocabulary all models must have.
-    pub vocabulary: Option<PathBuf>,
 }
 
 pub(super) fn too_long(path: &Path, length: u64) -> BadInput {
@@ -90,6 +88,15 @@ pub(super) fn parse_all(text: &str, path: &Path) -> Result<Vec<Recipe>> {
     in_order(recipes, path)
 }
 
+/// The merge among `names` that `path` refers to, `NAME` or `NAME+ADAPTER`, and the rest after the
+/// name.
+pub(crate) fn result_in<'a>(names: &'a [String], path: &'a Path) -> Option<(&'a str, &'a str)> {
+    let text = path.to_str()?;
+    let rest = |name: &'a String| Some((name.as_str(), text.strip_prefix(name.as_str())?));
+    let found = names.iter().filter_map(rest).filter(|(_, rest)| rest.is_empty() || rest.starts_with('+'));
+    found.max_by_key(|(name, _)| name.len())
+}
+
 /// Sorts recipes so that each comes after those whose results it merges, and the one without a name
 /// last.
 fn in_order(mut waiting: Vec<Recipe>, path: &Path) -> Result<Vec<Recipe>> {
@@ -113,8 +120,9 @@ fn in_order(mut waiting: Vec<Recipe>, path: &Path) -> Result<Vec<Recipe>> {
     let result = waiting.remove(result);
     let mut sorted: Vec<Recipe> = Vec::new();
     while !waiting.is_empty() {
-        let named = |recipes: &[Recipe], path: &Path| recipes.iter().any(|r| r.name.as_deref() == path.to_str());
-        let ready = waiting.iter().position(|recipe| !recipe.request.paths().any(|path| named(&waiting, path)));
+        let names: Vec<String> = waiting.iter().filter_map(|recipe| recipe.name.clone()).collect();
+        let waits = |recipe: &Recipe| recipe.request.paths().any(|path| result_in(&names, path).is_some());
+        let ready = waiting.iter().position(|recipe| !waits(recipe));
         match ready {
             Some(i) => sorted.push(waiting.remove(i)),
             None => {
@@ -123,7 +131,8 @@ fn in_order(mut waiting: Vec<Recipe>, path: &Path) -> Result<Vec<Recipe>> {
             }
         }
     }
-    let itself = |path: &Path| result.name.as_deref().is_some_and(|name| path == Path::new(name));
+    let own: Vec<String> = result.name.iter().cloned().collect();
+    let itself = |path: &Path| result_in(&own, path).is_some();
     if sorted.iter().any(|recipe| recipe.request.paths().any(itself)) {
         return Err(BadInput::new(path, "a merge uses the result of the file").into());
     }
@@ -138,8 +147,12 @@ fn recipe(root: &Node<'_>, name: Option<String>) -> Result<Recipe> {
     request.dtype = dtype(&fields)?;
     let base = fields.get("base_model").map(|node| folder(&node)).transpose()?;
     let base = base.or_else(|| request.base.as_deref().map(|path| path.to_string_lossy().into_owned()));
-    let vocabulary = tokenizer(&fields, base.as_deref())?.map(PathBuf::from);
-    request.side_files = vocabulary.clone().or_else(|| base.map(PathBuf::from));
+    request.tokenizer = tokenizer::read(&fields, base.as_deref())?;
+    let vocabulary = match request.tokenizer.as_ref().map(|tokenizer| &tokenizer.source) {
+        Some(TokenizerSource::Path(path)) => Some(path.clone()),
+        _ => None,
+    };
+    request.side_files = vocabulary.or_else(|| base.map(PathBuf::from));
     request.chat_template = fields.get("chat_template").map(|node| chat_template(&node)).transpose()?;
     if let Some(node) = fields.get("cpift") {
         read_extensions(&mut request, &node)?;
@@ -148,7 +161,7 @@ fn recipe(root: &Node<'_>, name: Option<String>) -> Result<Recipe> {
         Some(node) => Some(node.text()?.to_owned()),
         None => name,
     };
-    Ok(Recipe { name, request, vocabulary })
+    Ok(Recipe { name, request })
 }
 
 /// Note on a key that mergekit ignores at this place.
@@ -204,30 +217,6 @@ fn dtype_of(node: &Node<'_>) -> Result<Dtype> {
     let found = all.into_iter().find(|dtype| dtype.torch_name() == Some(bare));
     let known = || all.iter().filter_map(|d| d.torch_name()).collect::<Vec<_>>().join(", ");
     found.ok_or_else(|| node.error("is not a dtype for weights").expected(known()).found(node.shown()).into())
-}
-
-/// Directory that gives the tokenizer, if the recipe names one.
-fn tokenizer(fields: &Fields<'_>, base: Option<&str>) -> Result<Option<String>> {
-    let source = match (fields.get("tokenizer_source"), fields.get("tokenizer")) {
-        (Some(_), Some(node)) => return Err(node.error("cannot be given together with tokenizer_source").into()),
-        (source, None) => source,
-        (None, Some(node)) => {
-            let embeddings = |key: &str| {
-                let known = matches!(key, "tokens" | "pad_to_multiple_of");
-                known.then(|| "embeddings are merged unchanged, row by row".to_owned())
-            };
-            Some(node.fields(&["source"], embeddings)?.require("source")?)
-        }
-    };
-    let Some(node) = source else { return Ok(None) };
-    match (folder(&node)?.as_str(), base) {
-        ("union", _) => {
-            Err(node.error("a union of vocabularies is not supported").expected("base or a directory").into())
-        }
-        ("base", None) => Err(node.error("there is no base_model").found("base").into()),
-        ("base", base) => Ok(base.map(str::to_owned)),
-        (path, _) => Ok(Some(path.to_owned())),
-    }
 }
 
 fn chat_template(node: &Node<'_>) -> Result<ChatTemplate> {

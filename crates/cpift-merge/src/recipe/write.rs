@@ -35,7 +35,9 @@ pub fn write(request: &Request, dtype: Dtype) -> String {
     }
     line(&mut text, 0, "dtype", if dtype == Dtype::F64 { "float64" } else { "float32" });
     line(&mut text, 0, "out_dtype", dtype.torch_name().unwrap_or_default());
-    if let Some(source) = request.side_files.as_deref().filter(|path| Some(*path) != base) {
+    if let Some(tokenizer) = &request.tokenizer {
+        text += &super::tokenizer::write(tokenizer);
+    } else if let Some(source) = request.side_files.as_deref().filter(|path| Some(*path) != base) {
         line(&mut text, 0, "tokenizer_source", &quoted(source));
     }
     match &request.chat_template {

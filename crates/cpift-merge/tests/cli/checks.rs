@@ -36,7 +36,7 @@ fn vocabularies_of_different_sizes_are_refused_with_a_hint() {
         "@b/model.safetensors: the vocabulary differs from",
         "expected: 5 tokens",
         "found: 7 tokens",
-        "hint: bring both to one tokenizer",
+        "hint: --tokenizer base or union matches rows by token; or bring both to one tokenizer",
     ];
     world.refused(LINEAR, &parts);
     world.refused("task-arithmetic --base @a --model @b --out @out", &parts);

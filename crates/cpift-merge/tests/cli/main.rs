@@ -1,16 +1,22 @@
 //! cpift-merge through the real binary: results against references, bad input, and linked
 //! libraries.
 
+mod adapters;
 mod bad_input;
 mod checks;
 mod cpi;
 mod golden;
 mod hub;
+mod inputs;
+mod kinds;
+mod layouts;
+mod lora;
 mod masks;
 mod methods;
 mod plain;
 mod property;
 mod verify;
+mod vocabulary;
 mod world;
 
 use std::process::Command;

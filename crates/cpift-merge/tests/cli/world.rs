@@ -46,7 +46,7 @@ impl World {
     }
 
     /// Replaces `@name` in `text` by a path in this directory.
-    fn resolve(&self, text: &str) -> String {
+    pub fn resolve(&self, text: &str) -> String {
         text.replace('@', &format!("{}/", self.dir.path().display()))
     }
 
@@ -110,18 +110,23 @@ impl World {
 
     /// Writes the mask of the task `name` for the checkpoint `base`.
     pub fn mask(&self, name: &str, core: &Core) {
-        self.mask_of(name, core, &Checkpoint::open(&self.path("base")).unwrap());
+        self.mask_between("@base", &format!("@{name}"), name, core);
+    }
+
+    /// Writes the mask `name` for the checkpoints `base` and `tuned`, named as on the command line.
+    pub fn mask_between(&self, base: &str, tuned: &str, name: &str, core: &Core) {
+        let open = |path: &str| Checkpoint::open(Path::new(&self.resolve(path))).unwrap();
+        self.mask_of(name, core, &open(base), &open(tuned));
     }
 
     /// As [`World::mask`], for a task that has an output embedding of its own, unlike the base.
     pub fn untied_mask(&self, name: &str, core: &Core) {
         let mut base = Checkpoint::open(&self.path("base")).unwrap();
         base.untie();
-        self.mask_of(name, core, &base);
+        self.mask_of(name, core, &base, &Checkpoint::open(&self.path(name)).unwrap());
     }
 
-    fn mask_of(&self, name: &str, core: &Core, base: &Checkpoint) {
-        let tuned = Checkpoint::open(&self.path(name)).unwrap();
+    fn mask_of(&self, name: &str, core: &Core, base: &Checkpoint, tuned: &Checkpoint) {
         let numel: BTreeMap<String, u64> = base.parameters().map(|v| (v.name.to_owned(), v.numel() as u64)).collect();
         let d: u64 = numel.values().sum();
         let selected = core.values().map(|c| c.len() as u64).sum();
@@ -152,6 +157,11 @@ impl World {
 
     /// Writes groups.json for existing masks, with one group per task.
     pub fn groups(&self, tasks: &[&str]) {
+        self.groups_of("@base", tasks);
+    }
+
+    /// As [`World::groups`], for the checkpoint `base`, named as on the command line.
+    pub fn groups_of(&self, base: &str, tasks: &[&str]) {
         let n = tasks.len();
         let groups = Groups {
             format_version: cpift_core::format::groups::FORMAT_VERSION,
@@ -166,7 +176,7 @@ impl World {
             groups: tasks.iter().map(|t| vec![(*t).to_owned()]).collect(),
             order: Order { method: "random".into(), seed: Some(0), scores: Vec::new() },
             trivial: true,
-            base: Checkpoint::open(&self.path("base")).unwrap().digest().unwrap(),
+            base: Checkpoint::open(Path::new(&self.resolve(base))).unwrap().digest().unwrap(),
             masks: tasks
                 .iter()
                 .map(|t| ((*t).to_owned(), Digest::of_file(&self.path(&format!("{t}.mask"))).unwrap()))

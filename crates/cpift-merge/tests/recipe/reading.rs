@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cpift_core::Dtype;
 use cpift_merge::recipe::write;
-use cpift_merge::{ChatTemplate, Method, Request, Setting, card};
+use cpift_merge::{ChatTemplate, Method, Request, Setting, TokenizerSource, card};
 
 use crate::{SLERP, linear, parsed, paths, refused, ties};
 
@@ -190,10 +190,10 @@ fn the_tokenizer_comes_from_where_the_recipe_says() {
     assert_eq!(side_files("tokenizer_source: base\n"), Path::new("base"));
     assert_eq!(side_files("tokenizer_source: code\n"), Path::new("code"));
     assert_eq!(side_files("tokenizer: {source: code}\n"), Path::new("code"));
-    refused(&ties("tokenizer_source: union\n"), &["tokenizer_source: a union of vocabularies is not supported"]);
-    refused(&ties("tokenizer: {source: union}\n"), &["tokenizer.source: a union"]);
-    refused(&ties("tokenizer: {pad_to_multiple_of: 8}\n"), &["tokenizer.pad_to_multiple_of: is not supported here"]);
-    refused(&ties("tokenizer: {}\n"), &["tokenizer: a key is missing", "source"]);
+    let tokenizer = |more: &str| parsed(&ties(more)).tokenizer.unwrap();
+    assert_eq!(tokenizer("tokenizer_source: union\n"), tokenizer("tokenizer: {}\n"));
+    assert_eq!(tokenizer("tokenizer_source: base\n").source, TokenizerSource::Base);
+    assert_eq!(tokenizer("tokenizer: {source: union, pad_to_multiple_of: 8}\n").pad_to_multiple_of, Some(8));
     refused(&linear("tokenizer_source: base\n"), &["tokenizer_source: there is no base_model"]);
     refused(
         &linear("tokenizer_source: a\ntokenizer: {source: a}\n"),
@@ -208,8 +208,13 @@ fn a_written_recipe_is_read_back_unchanged() {
     let dare = "{merge_method: dare_ties, base_model: \"a \\\"b\\\" `c`: |\", tokenizer_source: t, dtype: bfloat16,
         models: [{model: 'x: y', parameters: {weight: [{filter: 'q: [', value: [1e-9, -2.5]}, {value: 1e30}]},
         cpift: {mask: m}}, {model: y}], parameters: {density: 0.5, weight: 1}, cpift: {seed: 7}}";
-    let recipes =
-        [SLERP.to_owned(), ties("tokenizer_source: code\n"), linear("base_model: b\n"), linear("dtype: float64\n")];
+    let recipes = [
+        SLERP.to_owned(),
+        ties("tokenizer_source: code\n"),
+        linear("base_model: b\n"),
+        linear("dtype: float64\n"),
+        ties(RULES),
+    ];
     let others = [
         "{merge_method: passthrough, models: [{model: a, parameters: {scale: [{filter: mlp, value: 0}, {value: 2}]}}]}",
         "{merge_method: nuslerp, base_model: z, models: [{model: a}, {model: b}], tokenizer_source: base,
@@ -262,3 +267,8 @@ fn keys_that_mergekit_does_not_have_stand_under_cpift() {
         refused(&karcher(ours), &["cpift."]);
     }
 }
+
+/// A block `tokenizer` with every kind of rule.
+const RULES: &str = "tokenizer: {source: union, pad_to_multiple_of: 8, tokens: {a: {source: code}, \"b: #\": {source: {kind: zero}, \
+                     force: true}, c: {source: {kind: model_token, model: code, token: \"d \\\" e\"}}, f: {source: {kind: \
+                     model_token, model: math, token_id: 3}}, g: {force: false}}}\n";

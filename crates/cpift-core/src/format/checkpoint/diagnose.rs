@@ -98,7 +98,7 @@ pub(super) fn adapter(folder: &Path) -> Option<BadInput> {
 
 fn merge_hint(base: &str) -> String {
     format!(
-        "merge it first: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(dir), where model is {base}"
+        "cpift-merge and cpift-mask take MODEL+ADAPTER and merge it while it is read; other programs need it merged: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(dir), where model is {base}"
     )
 }
 
@@ -120,6 +120,22 @@ pub(super) fn adapter_tensor(root: &Path, file: &Path, name: &str) -> BadInput {
     let known = adapter(folder).is_some();
     let message = if known { "an adapter, not a model" } else { "a model with an adapter that is not merged" };
     BadInput::new(file, message).tensor(name).expected("the tensors of a model").hint(merge_hint("its base"))
+}
+
+/// Returns true if `name` is that of a file of weights, in any format, or of an index of shards.
+pub(super) fn is_weights(name: &str) -> bool {
+    const OTHERS: [&str; 8] = [".safetensors", ".ot", ".tflite", ".mlmodel", ".onnx_data", ".npy", ".engine", ".pte"];
+    let lower = name.to_ascii_lowercase();
+    is_pickle(Path::new(name))
+        || lower.contains(".safetensors.index.")
+        || OTHERS.iter().any(|end| lower.ends_with(end))
+        || FORMATS.iter().any(|(end, ..)| lower.ends_with(end))
+}
+
+/// Returns true if `folder` directly contains a file of weights.
+pub(super) fn has_weights(folder: &Path) -> bool {
+    let mut names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.any(|name| name.to_str().is_some_and(is_weights))
 }
 
 /// Returns true for names of PyTorch pickles, which can run code when they are loaded.

@@ -1,35 +1,50 @@
-//! Reading checkpoints: shards are mapped and all names are checked once, so that views cannot fail
-//! afterwards.
+//! A mapped checkpoint: all names are checked once, so that views cannot fail afterwards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use serde::Deserialize;
 
-use super::diagnose;
-use super::sidecar::{read_config, tied};
+use super::derive::{Derived, LowRank, Rows, Scale};
+use super::layout::Layout;
 use super::wrappers::Wrappers;
 use crate::error::BadInput;
+use crate::format::digest::Digest;
 use crate::format::dtype::{Dtype, Float};
-use crate::format::json;
 use crate::format::safetensors::{Entry, MappedFile, TensorSpec};
 use crate::log_once;
 
 /// Name of the output embedding.
-const HEAD: &str = "lm_head.weight";
+pub(super) const HEAD: &str = "lm_head.weight";
 /// Name of the input embedding.
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// A mapped checkpoint. Tensor names are those of the model, without the prefixes of wrappers.
 pub struct Checkpoint {
-    root: PathBuf,
+    /// Path as given.
+    pub(super) root: PathBuf,
+    /// Directory of config.json and tokenizer; none for a bare file.
+    folder: Option<PathBuf>,
+    layout: Layout,
     files: Vec<MappedFile>,
     /// Index of the file of each tensor, and its entry there.
     home: BTreeMap<String, (usize, Entry)>,
     tied: bool,
     /// True if the input embedding also serves as the output embedding, which has no tensor.
     head_is_embedding: bool,
+    /// Tensors that are computed while they are read.
+    derived: BTreeMap<String, Derived>,
+    /// Stored tensors that are no tensors of the model: scales of others.
+    hidden: BTreeSet<String>,
+    /// Stored names by the names that the tensors have in another checkpoint of the model; empty if
+    /// they are the same.
+    aliases: BTreeMap<String, String>,
+    /// Parameters that count as other tensors, see [`Checkpoint::skip`].
+    skipped: BTreeSet<String>,
+    /// Tensors of an adapter that stand for those of the model.
+    replaced: BTreeMap<String, (usize, Entry)>,
+    /// Adapters that are applied in order, and the digests of their files.
+    adapters: Vec<(PathBuf, Digest)>,
 }
 
 /// View of one tensor of a mapped checkpoint.
@@ -41,10 +56,12 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// Shape; empty for a scalar.
     pub shape: &'a [usize],
-    /// Little-endian elements, row-major.
+    /// Little-endian elements as stored, row-major.
     pub bytes: &'a [u8],
     /// File that contains the tensor.
     pub file: &'a Path,
+    /// Computation of its elements from the stored ones.
+    pub(crate) derived: Option<&'a Derived>,
 }
 
 /// Reason for not counting a tensor among the D parameters of its checkpoint.
@@ -56,84 +73,63 @@ pub enum Excluded {
     NotFloat,
     /// `lm_head.weight` of a model with tied embeddings: the same parameter as the input embedding.
     Tied,
-}
-
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
+    /// Taken out of the parameters by [`Checkpoint::skip`].
+    Skipped,
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face directory or a bare .safetensors file.
-    ///
-    /// # Errors
-    /// [`BadInput`] if something is missing, damaged, duplicated or only available as a pickle.
-    pub fn open(path: &Path) -> Result<Self> {
-        if path.is_dir() {
-            return Self::open_folder(path);
-        }
-        if path.symlink_metadata().is_err() {
-            return Err(BadInput::new(path, "no such checkpoint")
-                .expected("a Hugging Face directory or a .safetensors file")
-                .into());
-        }
-        if diagnose::is_pickle(path) {
-            return Err(diagnose::refuse_pickle(BadInput::new(path, "is not a safetensors file"), path).into());
-        }
-        let file = MappedFile::open(path)?;
-        Self::assemble(path, vec![file])
-    }
-
-    fn open_folder(folder: &Path) -> Result<Self> {
-        let single = folder.join("model.safetensors");
-        let index = folder.join("model.safetensors.index.json");
-        let files = match (single.exists(), index.exists()) {
-            (true, true) => {
-                return Err(BadInput::new(folder, "holds both model.safetensors and model.safetensors.index.json")
-                    .expected("one of the two")
-                    .hint("remove the outdated one")
-                    .into());
-            }
-            (true, false) => vec![MappedFile::open(&single)?],
-            (false, true) => open_shards(folder, &index)?,
-            (false, false) => return Err(diagnose::no_weights(folder).into()),
-        };
-        if folder.join("adapter_config.json").exists() {
-            log_once::warn(format!(
-                "{}: adapter_config.json is ignored: the weights beside it are read as the model",
-                folder.display()
-            ));
-        }
-        let mut checkpoint = Self::assemble(folder, files)?;
-        if folder.join("config.json").exists() {
-            checkpoint.find_head(tied(&read_config(folder)?));
-        }
-        Ok(checkpoint)
-    }
-
-    fn assemble(root: &Path, files: Vec<MappedFile>) -> Result<Self> {
-        let names = files.iter().flat_map(|file| file.entries.keys().map(|name| (name.as_str(), file.path.as_path())));
-        let clean = Wrappers::find(root, names)?;
+    /// Puts the files of all components together.
+    pub(super) fn assemble(root: &Path, layout: Layout, parts: Vec<(String, Vec<MappedFile>)>) -> Result<Self> {
         let mut home: BTreeMap<String, (usize, Entry)> = BTreeMap::new();
-        for (i, file) in files.iter().enumerate() {
-            for (name, entry) in &file.entries {
-                if let Some((first, _)) = home.insert(clean.name(name), (i, entry.clone())) {
-                    let (message, other) = match first == i {
-                        true => ("two tensors have this name once wrapper prefixes are removed", name.clone()),
-                        false => ("a tensor is in two shards", format!("also in {}", files[first].path.display())),
+        let mut all: Vec<MappedFile> = Vec::new();
+        for (component, files) in parts {
+            let names =
+                files.iter().flat_map(|file| file.entries.keys().map(|name| (name.as_str(), file.path.as_path())));
+            let clean = Wrappers::find(root, names)?;
+            let first_file = all.len();
+            for (i, file) in files.iter().enumerate() {
+                for (stored, entry) in &file.entries {
+                    let name = match component.as_str() {
+                        "" => clean.name(stored),
+                        component => format!("{component}/{}", clean.name(stored)),
                     };
-                    return Err(BadInput::new(&file.path, message).tensor(clean.name(name)).found(other).into());
+                    if let Some((first, _)) = home.insert(name.clone(), (first_file + i, entry.clone())) {
+                        let (message, other) = match first == first_file + i {
+                            true => ("two tensors have this name once wrapper prefixes are removed", stored.clone()),
+                            false => {
+                                let other = files.get(first.wrapping_sub(first_file)).map(|f| f.path.display());
+                                let place = other.map_or(String::new(), |path| format!("also in {path}"));
+                                ("a tensor is in two shards", place)
+                            }
+                        };
+                        return Err(BadInput::new(&file.path, message).tensor(name).found(other).into());
+                    }
                 }
             }
+            all.extend(files);
         }
-        Ok(Self { root: root.to_owned(), files, home, tied: false, head_is_embedding: false })
+        Ok(Self {
+            root: root.to_owned(),
+            folder: root.is_dir().then(|| root.to_owned()),
+            layout,
+            files: all,
+            home,
+            tied: false,
+            head_is_embedding: false,
+            derived: BTreeMap::new(),
+            hidden: BTreeSet::new(),
+            replaced: BTreeMap::new(),
+            aliases: BTreeMap::new(),
+            skipped: BTreeSet::new(),
+            adapters: Vec::new(),
+        })
     }
 
     /// Determines whether the embeddings are tied: as `asked` by config.json, or else by the
     /// presence of an output embedding. As in transformers 5, two tensors with different values are
     /// two parameters whatever config.json says, and a tied checkpoint may store its embedding
     /// under either name.
-    fn find_head(&mut self, asked: Option<bool>) {
+    pub(super) fn find_head(&mut self, asked: Option<bool>) {
         let (head, embedding) = (self.get(HEAD), self.get(EMBEDDING));
         self.tied = match (asked, head, embedding) {
             (None, head, _) => head.is_none(),
@@ -173,6 +169,9 @@ impl Checkpoint {
         if self.tied {
             self.tied = false;
             self.head_is_embedding = !self.home.contains_key(HEAD) && self.home.contains_key(EMBEDDING);
+            if let Some(derived) = self.derived.get(EMBEDDING).filter(|_| self.head_is_embedding) {
+                self.derived.insert(HEAD.to_owned(), derived.clone());
+            }
         }
     }
 
@@ -184,8 +183,58 @@ impl Checkpoint {
 
     /// Returns the name under which `name` is stored. They differ only for the output embedding
     /// added by [`Checkpoint::untie`].
-    pub fn stored_name<'a>(&self, name: &'a str) -> &'a str {
-        if self.is_added_head(name) { EMBEDDING } else { name }
+    pub fn stored_name<'a>(&'a self, name: &'a str) -> &'a str {
+        let name = if self.is_added_head(name) { EMBEDDING } else { name };
+        self.aliases.get(name).map_or(name, String::as_str)
+    }
+
+    /// Takes `names` out of the parameters, so that they count as other tensors of the checkpoint.
+    pub fn skip(&mut self, names: impl IntoIterator<Item = String>) {
+        self.skipped.extend(names);
+    }
+
+    /// Gives the tensors the names that they have in `like`, if those differ by one prefix, and
+    /// returns a description of the change. Nothing happens if the names are the same, or if no
+    /// prefix or several make them so.
+    pub fn align_names(&mut self, like: &Self) -> Option<String> {
+        let ours: Vec<String> = self.parameters().map(|view| view.name.to_owned()).collect();
+        let theirs: BTreeSet<&str> = like.parameters().map(|view| view.name).collect();
+        if ours.iter().any(|name| theirs.contains(name.as_str())) {
+            return None;
+        }
+        let mut changes: BTreeMap<String, (bool, String)> = BTreeMap::new();
+        for (added, names) in [(true, &mut theirs.iter().copied()), (false, &mut ours.iter().map(String::as_str))]
+            as [(bool, &mut dyn Iterator<Item = &str>); 2]
+        {
+            for name in names {
+                for (at, _) in name.match_indices('.') {
+                    let prefix = &name[..=at];
+                    changes.insert(format!("{added}{prefix}"), (added, prefix.to_owned()));
+                }
+            }
+        }
+        let renamed = |added: bool, prefix: &str, name: &str| match added {
+            true => format!("{prefix}{name}"),
+            false => name.strip_prefix(prefix).unwrap_or(name).to_owned(),
+        };
+        let enough = ours.len().min(theirs.len());
+        let same = |name: &String, new: &String| {
+            like.get(new).is_some_and(|view| self.get(name).is_some_and(|own| own.shape == view.shape))
+        };
+        let fits = |(added, prefix): &&(bool, String)| {
+            let pairs = ours.iter().map(|name| (name, renamed(*added, prefix, name)));
+            pairs.filter(|(name, new)| theirs.contains(new.as_str()) && same(name, new)).count() == enough
+        };
+        let mut fitting = changes.values().filter(fits);
+        let (Some((added, prefix)), None) = (fitting.next(), fitting.next()) else { return None };
+        let aliases: BTreeMap<String, String> =
+            self.home.keys().map(|name| (renamed(*added, prefix, name), name.clone())).collect();
+        if aliases.len() < self.home.len() {
+            return None;
+        }
+        self.aliases = aliases;
+        let done = if *added { "added to" } else { "removed from" };
+        Some(format!("the prefix {prefix} is {done} the names of {}", self.root.display()))
     }
 
     /// Returns true if `name` is the output embedding added by [`Checkpoint::untie`].
@@ -193,14 +242,80 @@ impl Checkpoint {
         self.head_is_embedding && name == HEAD
     }
 
-    /// Directory or file that was opened.
+    /// Names of the weight files and the metadata in them.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Files and directories that were opened: the model and the adapter.
+    pub fn inputs(&self) -> impl Iterator<Item = &Path> {
+        let model = self.folder.as_deref().or_else(|| self.files.first().map(|file| file.path.as_path()));
+        model.into_iter().chain(self.adapters.iter().map(|(path, _)| path.as_path()))
+    }
+
+    /// Returns the digest of this checkpoint, given that of its stored tensors and side files: an
+    /// adapter is a part of the content.
+    pub fn with_adapter(&self, stored: Digest) -> Digest {
+        let with =
+            |digest: Digest, (_, own): &(PathBuf, Digest)| Digest::of_chunks([digest.to_string(), own.to_string()]);
+        self.adapters.iter().fold(stored, with)
+    }
+
+    /// Merges an adapter: replaces stored tensors by those of `file`, and adds computed ones.
+    pub(super) fn adapt(
+        &mut self,
+        path: PathBuf,
+        digest: Digest,
+        file: MappedFile,
+        replaced: Vec<(String, Entry)>,
+        products: Vec<(String, LowRank)>,
+    ) {
+        self.files.push(file);
+        for (name, entry) in replaced {
+            self.replaced.insert(name, (self.files.len() - 1, entry));
+        }
+        for (name, product) in products {
+            self.derived.entry(name).or_default().low_rank.push(product);
+        }
+        self.adapters.push((path, digest));
+    }
+
+    /// Multiplies the tensor `name` by `scale`, which is stored as the tensor `hidden`.
+    pub(super) fn scale(&mut self, name: String, hidden: Vec<String>, scale: Scale) {
+        self.hidden.extend(hidden);
+        self.derived.entry(name).or_default().scale = Some(scale);
+    }
+
+    /// Gives the matrix `name` other rows.
+    ///
+    /// # Panics
+    /// If the checkpoint has no such tensor.
+    pub fn map_rows(&mut self, name: &str, rows: Rows) {
+        let stored = self.stored_name(name).to_owned();
+        assert!(self.home.contains_key(&stored), "{name} is stored");
+        // An added output embedding has rows of its own: other models may give them.
+        let key = if self.is_added_head(name) { HEAD.to_owned() } else { stored };
+        self.derived.entry(key).or_default().map_rows(rows);
+    }
+
+    /// Returns true if [`Checkpoint::map_rows`] was called.
+    pub fn has_mapped_rows(&self) -> bool {
+        self.derived.values().any(|derived| derived.rows.is_some())
+    }
+
+    /// Hides a stored tensor that is no tensor of the model.
+    pub(super) fn hide(&mut self, name: String) {
+        self.hidden.insert(name);
+    }
+
+    /// Directory or file that was opened, or `MODEL+ADAPTER`.
     pub fn path(&self) -> &Path {
         &self.root
     }
 
     /// Directory of the checkpoint; none for a bare file.
     pub fn folder(&self) -> Option<&Path> {
-        self.root.is_dir().then_some(self.root.as_path())
+        self.folder.as_deref()
     }
 
     /// Returns true if the output embedding is the input embedding, according to config.json or
@@ -219,23 +334,52 @@ impl Checkpoint {
         self.files.iter().map(|file| (file.path.as_path(), &file.metadata))
     }
 
-    /// All tensors, in bytewise name order.
+    /// All tensors as stored, in bytewise name order.
     pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
-        self.home.iter().map(|(name, place)| self.view(name, place))
+        self.home.iter().map(|(name, place)| self.stored(name, place))
     }
 
-    /// Returns the tensor `name`, if there is one.
+    /// Returns the tensor stored as `name`, if there is one.
+    pub fn stored_tensor(&self, name: &str) -> Option<TensorView<'_>> {
+        let (name, place) = self.home.get_key_value(name)?;
+        Some(self.stored(name, place))
+    }
+
+    /// Tensors of the model, in bytewise name order.
+    fn of_model(&self) -> impl Iterator<Item = TensorView<'_>> {
+        let stored = self.home.keys().filter(|_| self.aliases.is_empty());
+        let visible = stored.chain(self.aliases.keys()).filter(|name| !self.hidden.contains(self.stored_name(name)));
+        visible.map(|name| self.get(name).expect("it is a stored tensor"))
+    }
+
+    /// Returns the tensor `name` of the model, if there is one.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         if self.is_added_head(name) {
-            return Some(TensorView { name: HEAD, ..self.get(EMBEDDING)? });
+            let stored = self.stored_name(HEAD);
+            let place = self.replaced.get(stored).or_else(|| self.home.get(stored))?;
+            return Some(self.computed(self.stored(HEAD, place), HEAD));
         }
-        let (name, place) = self.home.get_key_value(name)?;
-        Some(self.view(name, place))
+        let (name, stored) = match self.aliases.is_empty() {
+            true => self.home.get_key_value(name).map(|(name, _)| (name, name))?,
+            false => self.aliases.get_key_value(name)?,
+        };
+        if self.hidden.contains(stored) {
+            return None;
+        }
+        let view = self.stored(name, self.replaced.get(stored).unwrap_or(&self.home[stored]));
+        Some(self.computed(view, stored))
     }
 
-    fn view<'a>(&'a self, name: &'a str, (i, entry): &'a (usize, Entry)) -> TensorView<'a> {
+    /// A view of stored elements with the computation that `key` names in place of any other.
+    fn computed<'a>(&'a self, view: TensorView<'a>, key: &str) -> TensorView<'a> {
+        let derived = self.derived.get(key);
+        TensorView { derived, shape: derived.and_then(Derived::shape).unwrap_or(view.shape), ..view }
+    }
+
+    fn stored<'a>(&'a self, name: &'a str, (i, entry): &'a (usize, Entry)) -> TensorView<'a> {
         let file = &self.files[*i];
-        TensorView { name, dtype: entry.dtype, shape: &entry.shape, bytes: file.bytes(entry), file: &file.path }
+        let (shape, bytes) = (entry.shape.as_slice(), file.bytes(entry));
+        TensorView { name, dtype: entry.dtype, shape, bytes, file: &file.path, derived: None }
     }
 
     /// The D parameters in bytewise name order: floating-point tensors, without known buffers, and
@@ -243,17 +387,19 @@ impl Checkpoint {
     pub fn parameters(&self) -> impl Iterator<Item = TensorView<'_>> {
         let made = self.head_is_embedding.then(|| self.get(HEAD)).flatten();
         let (before, after): (Vec<_>, Vec<_>) =
-            self.tensors().filter(|view| self.excluded(view).is_none()).partition(|view| view.name < HEAD);
+            self.of_model().filter(|view| self.excluded(view).is_none()).partition(|view| view.name < HEAD);
         before.into_iter().chain(made).chain(after)
     }
 
     /// Tensors that are not parameters, with the reason.
     pub fn not_parameters(&self) -> impl Iterator<Item = (TensorView<'_>, Excluded)> {
-        self.tensors().filter_map(|view| Some((view, self.excluded(&view)?)))
+        self.of_model().filter_map(|view| Some((view, self.excluded(&view)?)))
     }
 
     fn excluded(&self, view: &TensorView<'_>) -> Option<Excluded> {
-        if is_buffer(view.name) {
+        if self.skipped.contains(view.name) {
+            Some(Excluded::Skipped)
+        } else if is_buffer(view.name) {
             Some(Excluded::Buffer)
         } else if !view.dtype.is_float() {
             Some(Excluded::NotFloat)
@@ -268,10 +414,35 @@ impl Checkpoint {
 impl<'a> TensorView<'a> {
     /// Number of elements.
     pub fn numel(&self) -> usize {
-        self.bytes.len() / self.dtype.size()
+        match self.derived.and_then(Derived::shape) {
+            None => self.bytes.len() / self.dtype.size(),
+            Some(shape) => shape.iter().product(),
+        }
     }
 
-    /// Bytes of the elements `start..start + len`.
+    /// The same tensor under the name that it has in an output.
+    pub fn named(self, name: &'a str) -> Self {
+        Self { name, ..self }
+    }
+
+    /// Dtype as which an output stores this tensor, if nothing else is asked for.
+    pub fn output_dtype(&self) -> Dtype {
+        self.derived.and_then(|derived| derived.scale.as_ref()).map_or(self.dtype, |scale| scale.dtype)
+    }
+
+    /// Returns true if the elements are those that are stored, none computed.
+    pub fn is_plain(&self) -> bool {
+        self.derived.is_none()
+    }
+
+    /// Returns true if `bytes` are the elements of the stored tensor of this name, so that they can
+    /// be hashed while the tensor is read.
+    pub fn is_as_stored(&self, checkpoint: &Checkpoint) -> bool {
+        let stored = checkpoint.stored_tensor(checkpoint.stored_name(self.name));
+        stored.is_some_and(|stored| stored.bytes.as_ptr() == self.bytes.as_ptr() && self.numel() == stored.numel())
+    }
+
+    /// Bytes of the stored elements `start..start + len`.
     ///
     /// # Panics
     /// If the range extends past the end of the tensor.
@@ -287,20 +458,22 @@ impl<'a> TensorView<'a> {
     /// If the tensor is not floating-point or the range extends past its end.
     #[inline(always)]
     pub fn read<T: Float>(&self, start: usize, out: &mut [T]) {
-        T::read(self.dtype, self.slice(start, out.len()), out);
+        match self.derived {
+            None => T::read(self.dtype, self.slice(start, out.len()), out),
+            Some(derived) => derived.read(self.dtype, self.bytes, start, out),
+        }
     }
 
     /// Name, dtype and shape, for writing a tensor like this one.
     pub fn spec(&self) -> TensorSpec {
-        TensorSpec { name: self.name.to_owned(), dtype: self.dtype, shape: self.shape.to_vec() }
+        TensorSpec { name: self.name.to_owned(), dtype: self.output_dtype(), shape: self.shape.to_vec() }
     }
 }
 
 /// Returns true for buffers in old checkpoints that the model computes itself.
-fn is_buffer(name: &str) -> bool {
-    ["inv_freq", "cos_cached", "sin_cached"]
-        .iter()
-        .any(|buffer| name.strip_suffix(buffer).is_some_and(|before| before.ends_with("rotary_emb.")))
+pub(super) fn is_buffer(name: &str) -> bool {
+    let in_rotary = |buffer: &&str| name.strip_suffix(*buffer).is_some_and(|before| before.ends_with("rotary_emb."));
+    name.rsplit('.').next() == Some("inv_freq") || ["cos_cached", "sin_cached"].iter().any(|b| in_rotary(&b))
 }
 
 /// Returns true if two tensors have the same shape and values; their floating-point dtypes may
@@ -310,7 +483,8 @@ fn same_values(a: &TensorView<'_>, b: &TensorView<'_>) -> bool {
     if a.shape != b.shape || !a.dtype.is_float() || !b.dtype.is_float() {
         return false;
     }
-    if a.dtype == b.dtype && a.bytes == b.bytes {
+    let plain = a.derived.is_none() && b.derived.is_none();
+    if plain && a.dtype == b.dtype && a.bytes == b.bytes {
         return true;
     }
     let (mut left, mut right) = ([0f64; BLOCK], [0f64; BLOCK]);
@@ -338,7 +512,7 @@ pub fn check_same_parameters(base: &Checkpoint, other: &Checkpoint) -> Result<()
         if !found.dtype.is_float() {
             return Err(BadInput::new(found.file, "a parameter that is not floating-point")
                 .tensor(view.name)
-                .expected("F64, F32, F16 or BF16")
+                .expected("F64, F32, F16, BF16 or F8")
                 .found(found.dtype.name())
                 .hint("quantized checkpoints are not supported: use the floating-point one")
                 .into());
@@ -362,64 +536,10 @@ pub fn check_same_parameters(base: &Checkpoint, other: &Checkpoint) -> Result<()
         if !expected.dtype.is_float() {
             return Err(BadInput::new(expected.file, "a parameter that is not floating-point")
                 .tensor(view.name)
-                .expected("F64, F32, F16 or BF16")
+                .expected("F64, F32, F16, BF16 or F8")
                 .found(expected.dtype.name())
                 .into());
         }
     }
     Ok(())
-}
-
-fn open_shards(folder: &Path, index_path: &Path) -> Result<Vec<MappedFile>> {
-    let index: Index = json::read(index_path)?;
-    let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (tensor, file) in &index.weight_map {
-        if file.contains(['/', '\\']) || file.starts_with('.') {
-            return Err(BadInput::new(index_path, "names a shard outside its directory")
-                .tensor(tensor)
-                .found(file.as_str())
-                .into());
-        }
-        shards.entry(file).or_default().push(tensor);
-    }
-    // The output embedding of a tied model and buffers may be listed in the index and missing from
-    // the files.
-    let tied = folder.join("config.json").exists() && tied(&read_config(folder)?) == Some(true);
-    let counts = |tensor: &&str| !(is_buffer(tensor) || tied && tensor.ends_with(HEAD));
-    let mut files = Vec::new();
-    for (name, tensors) in shards {
-        let path = folder.join(name);
-        if !path.is_file() {
-            let Some(tensor) = tensors.iter().find(|tensor| counts(tensor)) else { continue };
-            return Err(BadInput::new(&path, format!("a shard named in {} is missing", index_path.display()))
-                .tensor(*tensor)
-                .hint("download or copy the shard again")
-                .into());
-        }
-        let file = MappedFile::open(&path)?;
-        if let Some(tensor) = tensors.iter().filter(|t| counts(t)).find(|t| !file.entries.contains_key(**t)) {
-            return Err(BadInput::new(&path, format!("a tensor that {} places here is missing", index_path.display()))
-                .tensor(*tensor)
-                .hint("the index and the shard are from different saves: download both again")
-                .into());
-        }
-        if let Some(extra) = file.entries.keys().find(|k| index.weight_map.get(*k).map(String::as_str) != Some(name)) {
-            return Err(BadInput::new(&path, "holds a tensor that the index does not place here").tensor(extra).into());
-        }
-        files.push(file);
-    }
-    warn_about_stray_shards(folder, &files);
-    Ok(files)
-}
-
-/// Warns about shards that the index does not name, probably left by an earlier save.
-fn warn_about_stray_shards(folder: &Path, files: &[MappedFile]) {
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let name = entry.file_name();
-        let shard = name.to_string_lossy();
-        if shard.starts_with("model-") && shard.ends_with(".safetensors") && !files.iter().any(|f| f.path == path) {
-            log::warn!("{}: not listed in the index and ignored", path.display());
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! The files beside the weights of a checkpoint directory: config.json, tokenizer, chat template
 //! and generation config.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -9,6 +10,7 @@ use serde_json::Value;
 
 use super::diagnose;
 use crate::error::BadInput;
+use crate::files::RECORD_NAME;
 use crate::format::dtype::Dtype;
 use crate::format::json;
 
@@ -47,6 +49,85 @@ pub fn copy_sidecars(from: &Path, to: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Files beside the weights of a directory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OtherFiles {
+    /// Files that belong to the checkpoint, by their path below it, in bytewise order.
+    pub files: Vec<String>,
+    /// Weights in other formats, and directories with other checkpoints.
+    pub weights: Vec<String>,
+}
+
+impl OtherFiles {
+    /// Lists the files of `folder` and its subdirectories, without hidden ones and without records
+    /// of these programs. Weights of the `components` belong to the checkpoint and are not listed.
+    pub fn of(folder: &Path, components: &BTreeSet<String>) -> Self {
+        let mut found = Self::default();
+        found.add(folder, "", components);
+        found.files.sort();
+        found.weights.sort();
+        found
+    }
+
+    fn add(&mut self, folder: &Path, below: &str, components: &BTreeSet<String>) {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            // A name that is not UTF-8 belongs to no checkpoint of a hub.
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let (path, place) = (entry.path(), format!("{below}{name}"));
+            if name.starts_with('.') || is_record(&name) {
+                continue;
+            }
+            if path.is_dir() {
+                let part = components.iter().any(|c| *c == place || c.starts_with(&format!("{place}/")));
+                if !part && diagnose::has_weights(&path) {
+                    self.weights.push(format!("{place}/"));
+                } else {
+                    self.add(&path, &format!("{place}/"), components);
+                }
+            } else if diagnose::is_weights(&name) {
+                let own = name.ends_with(".safetensors") || name.contains(".safetensors.index.");
+                if !own {
+                    self.weights.push(place);
+                }
+            } else if path.is_file() {
+                self.files.push(place);
+            }
+        }
+    }
+
+    /// Copies the files for which `wanted` is true from `from` to `to`, where existing files stay.
+    ///
+    /// # Errors
+    /// A file that cannot be read or written.
+    pub fn copy(&self, from: &Path, to: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
+        for name in self.files.iter().filter(|name| wanted(name)) {
+            let (source, target) = (from.join(name), to.join(name));
+            if target.exists() {
+                continue;
+            }
+            if let Some(folder) = target.parent() {
+                fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+            }
+            // Not fs::copy, which would copy the mode too: outputs get the mode of the umask.
+            let copied = fs::File::open(&source).and_then(|mut from| {
+                fs::File::create_new(&target).and_then(|mut to| std::io::copy(&mut from, &mut to))
+            });
+            copied.with_context(|| format!("copying {} to {}", source.display(), target.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns true for files that these programs write beside the weights to describe one run.
+fn is_record(name: &str) -> bool {
+    name == RECORD_NAME || name.ends_with(".cpift.json") || name == "metrics.jsonl"
+}
+
+/// Returns true for a file that is copied together with the tokenizer.
+pub fn is_sidecar(name: &str) -> bool {
+    SIDECAR_FILES.contains(&name)
 }
 
 /// Reads the config.json of a checkpoint directory.

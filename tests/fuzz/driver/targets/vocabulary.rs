@@ -1,0 +1,3 @@
+#![no_main]
+
+cpift_fuzz_driver::fuzz!("vocabulary");
