@@ -19,7 +19,7 @@ import numpy as np
 SIZES = {
     "tiny": dict(layers=2, hidden=256, inner=704, heads=8, kv=2, vocab=2000, shards=2),
     "1.1b": dict(layers=22, hidden=2048, inner=5632, heads=32, kv=4, vocab=32000, shards=2),
-    "3b": dict(layers=26, hidden=3200, inner=8640, heads=32, kv=32, vocab=32000, shards=2),
+    "3b": dict(layers=23, hidden=3200, inner=8640, heads=32, kv=32, vocab=32000, shards=2),
     "7b": dict(layers=32, hidden=4096, inner=11008, heads=32, kv=32, vocab=32000, shards=3),
 }
 PIECE = 1 << 21

@@ -3,8 +3,8 @@ largest anonymous memory of the program meanwhile.
 
     python3 scripts/bench/offload.py --bin target/release --work DIR [--size 3b]      needs numpy
 
-DIR is on a disk with room for the checkpoint (bf16), f32 masters, bf16 moments and the output (bf16),
-12 bytes per parameter; all of it is deleted at the end. `RssAnon` of /proc/PID/status is read every
+DIR is on a disk with room for the checkpoint, masters, moments and the output, all in bf16: 10 bytes per
+parameter, deleted at the end; 16 with `--master-dtype f32`, whose moments are f32 too. `RssAnon` of /proc/PID/status is read every
 20 ms; it is what the program holds besides files, its state's among them, which the system can write
 back whenever it needs the memory. Writes results/offload-cpu.md.
 """
@@ -33,8 +33,8 @@ def rows(folder):
     text = "".join(chr(33 + i * 7 % 94) for i in range(TOKENS))
     row = json.dumps({"messages": [{"role": "user", "content": "copy"}, {"role": "assistant", "content": text}]})
     (folder / "rows.jsonl").write_text((row + "\n") * 4)
-    (folder / "tasks.toml").write_text('template = "chatml"\n[[task]]\nname = "rows"\ntrain = "rows.jsonl"\n'
-                                       f'eval = "rows.jsonl"\nmax_length = {TOKENS}\n')
+    (folder / "tasks.toml").write_text('[[task]]\nname = "rows"\ntrain = "rows.jsonl"\neval = "rows.jsonl"\n'
+                                       f'template = "chatml"\nmax_length = {TOKENS}\n')
     return folder / "tasks.toml"
 
 
@@ -69,6 +69,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="is made, and deleted at the end")
     parser.add_argument("--size", choices=checkpoints.SIZES, default="3b")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--master-dtype", choices=["bf16", "f32"], default="bf16", help="of weights and moments")
     parser.add_argument("--out", type=Path, default=HERE / "results/offload-cpu.md", metavar="FILE")
     args = parser.parse_args()
     parameters = checkpoints.parameters(args.size)
@@ -78,8 +79,8 @@ def main():
         (args.work / "state").mkdir()
         command = [args.bin / "cpift-train", "run", "--model", args.work / "base", "--tasks", rows(args.work), "--out",
                    args.work / "out", "--steps", STEPS, "--batch-size", 1, "--max-length", TOKENS, "--offload", "all",
-                   "--offload-dir", args.work / "state", "--optim-state-dtype", "bf16", "--save-dtype", "bf16",
-                   "--gradient-checkpointing", "--optimizer-in-backward", "--max-grad-norm", 0, "--device", "cpu",
+                   "--offload-dir", args.work / "state", "--master-dtype", args.master_dtype, "--optim-state-dtype",
+                   args.master_dtype, "--save-dtype", "bf16", "--gradient-checkpointing", "--optimizer-in-backward", "--max-grad-norm", 0, "--device", "cpu",
                    "--threads", args.threads]
         command = [str(part) for part in command]
         most, cpu, wall = watched(command)
@@ -89,13 +90,13 @@ def main():
         shutil.rmtree(args.work)
     gib = [bytes / 2**30 for bytes in most]
     shown = " ".join(command).replace(str(args.work), "DIR").replace(str(args.bin), "BIN")
-    state = 8 * parameters / 2**30
+    state = 3 * (2 if args.master_dtype == "bf16" else 4) * parameters / 2**30
     text = "\n".join([
         "# A model larger than memory on the CPU", "",
         "Written by `scripts/bench/offload.py`: the largest values of /proc/PID/status over the whole run, loading",
         "and saving included.", "",
         f"- machine: {cpu_model()} ({os.cpu_count()} cores), Linux {platform.release()}; {datetime.date.today()}",
-        f"- model: random LLaMA, {parameters / 1e9:.2f} B parameters; f32 masters and bf16 moments, {state:.1f} GiB in files",
+        f"- model: random LLaMA, {parameters / 1e9:.2f} B parameters; weights and moments in {args.master_dtype}, {state:.1f} GiB in files",
         f"- command: `{shown}`",
         f"- losses: {', '.join(f'{loss:.4f}' for loss in losses)}", "",
         "| figure | value | target |", "| --- | ---: | ---: |",

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The allocator's peak on the device that computes nothing beside what `cpift-train plan` says, at
-LLaMA-2-7B's shapes: `tests/fake-cuda/peaks.py --bin target/debug`, as a Markdown table.
+LLaMA-2-7B's shapes: `tests/fake-cuda/peaks.py --bin target/debug [--layers 32]`, as a Markdown table.
 
 Each case is a job of `cpift-train run` that is killed after two steps. The checkpoint is a sparse
 file of zeros, whose pages take no disk. The exit status is 1 if a peak is more than 10 % from the plan.
@@ -60,10 +60,10 @@ def shapes(config):
     yield "lm_head.weight", [vocab, hidden]
 
 
-def make_checkpoint(folder):
+def make_checkpoint(folder, config):
     folder.mkdir()
     header, at = {}, 0
-    for name, shape in shapes(json.loads(CONFIG.read_text())):
+    for name, shape in shapes(config):
         size = 2
         for n in shape:
             size *= n
@@ -74,7 +74,7 @@ def make_checkpoint(folder):
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + at)
-    (folder / "config.json").write_text(CONFIG.read_text())
+    (folder / "config.json").write_text(json.dumps(config))
     for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:
         (folder / name).write_bytes((TOKENIZER / name).read_bytes())
 
@@ -90,9 +90,9 @@ def arguments(case):
     return ["--batch-size", str(world), "--max-length", str(tokens), "--offload", offload, "--device", "cuda", *more]
 
 
-def planned(binary, case):
-    world, offload = case[1:3]
-    command = [binary, "plan", "--config", CONFIG, "--world", str(world), "--device-memory", "200", "--json", "--quiet",
+def planned(binary, work, case):
+    world = case[1]
+    command = [binary, "plan", "--config", work / "base/config.json", "--world", str(world), "--device-memory", "200", "--json", "--quiet",
                *arguments(case)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["memory"]["peak"] - CONTEXT
 
@@ -109,7 +109,7 @@ def measured(binary, work, case):
     metrics, stats = work / "out.checkpoints/metrics.jsonl", work / "stats"
     stats.unlink(missing_ok=True)
     command = [HERE / "run.sh", binary, "run", "--model", work / "base", "--tasks", work / "tasks.toml", "--out", out,
-               "--force", "--steps", "50", "--lr", "1e-5", *arguments(case)]
+               "--force", "--steps", "50", "--lr", "1e-5", "--log-every", "1", *arguments(case)]
     ranks = []
     for rank in range(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
@@ -140,19 +140,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=Path, default=ROOT / "target/debug", metavar="DIR")
     parser.add_argument("--only", type=int, action="append", metavar="N", help="a case by its number, from 0")
+    parser.add_argument("--layers", type=int, default=32, help="blocks of the model")
     args = parser.parse_args()
     binary, off = args.bin / "cpift-train", 0
     print("| weights and moments | ranks | `--offload` | tokens per rank | plan, GiB | tensors, GiB | difference |"
           " reserved, GiB |\n| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        make_checkpoint(work / "base")
+        make_checkpoint(work / "base", json.loads(CONFIG.read_text()) | {"num_hidden_layers": args.layers})
         make_rows(work)
         for number, case in enumerate(CASES):
             if args.only and number not in args.only:
                 continue
             name, world, offload, tokens, _ = case
-            plan, (peak, reserved) = planned(binary, case), measured(binary, work, case)
+            plan, (peak, reserved) = planned(binary, work, case), measured(binary, work, case)
             off += abs(peak / plan - 1) > ALLOWED
             print(f"| {name} | {world} | {offload} | {tokens} | {plan / 2**30:.2f} | {peak / 2**30:.2f} |"
                   f" {100 * (peak / plan - 1):+.1f} % | {reserved / 2**30:.2f} |", flush=True)
