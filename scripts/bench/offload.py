@@ -3,10 +3,11 @@ largest anonymous memory of the program meanwhile.
 
     python3 scripts/bench/offload.py --bin target/release --work DIR [--size 3b]      needs numpy
 
-DIR is on a disk with room for the checkpoint, masters, moments and the output, all in bf16: 10 bytes per
-parameter, deleted at the end; 16 with `--master-dtype f32`, whose moments are f32 too. `RssAnon` of /proc/PID/status is read every
-20 ms; it is what the program holds besides files, its state's among them, which the system can write
-back whenever it needs the memory. Writes results/offload-cpu.md.
+DIR is on a disk with room for the checkpoint, masters, moments and the output, all in bf16: 10 bytes
+per parameter, deleted at the end; 18 with `--master-dtype f32`, whose moments are f32 too. `RssAnon` of
+/proc/PID/status is read ten times a second. It is what the program holds besides files; its state's
+pages are those of files, which the system can write back whenever it needs the memory. Writes
+results/offload-cpu.md.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def watched(command):
             most = [max(pair) for pair in zip(most, memory(child.pid))]
         except (OSError, IndexError):
             pass
-        time.sleep(0.02)
+        time.sleep(0.1)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"offload: {command[0]} ended with {child.returncode}")

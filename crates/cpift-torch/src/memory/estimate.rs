@@ -169,20 +169,28 @@ impl Job {
     }
 
     /// Gradients where weights are lent: those of a unit, in the dtype in which it is lent; the
-    /// flat vectors in which the unit before is summed over the ranks; this rank's sums in f32.
+    /// flat vectors in which the unit before is summed over the ranks; this rank's sums in f32, of
+    /// all units or of the one that is updated.
     fn shared_gradients(&self, s: &Sizes, matrix: u64, waiting: u64, last: u64) -> Gradients {
         let block = s.block * self.wire_bytes();
         // A vector to send and one to receive.
         let vectors = if self.world > 1 { 2 } else { 1 };
         let sums = if self.args.optimizer_in_backward { 0 } else { (F32 * self.trained(s)).div_ceil(self.world) };
         let earlier = if self.args.grad_accum > 1 { sums } else { 0 };
+        // What has come of the block before, and its sum before the update.
+        let unit_sum = if self.args.optimizer_in_backward { (F32 * s.block).div_ceil(self.world) } else { 0 };
+        let coming = block + unit_sum;
         let head = if self.config.tie_word_embeddings { s.norm } else { s.norm + s.head };
         Gradients {
             at_loss: earlier + matrix,
             first_block: earlier + waiting + vectors * F32 * head + block,
-            last_block: sums + waiting + (vectors + 1) * block,
-            embedding: sums + waiting + last + vectors * F32 * s.embedding,
-            update: if self.args.optimizer_in_backward { (vectors + 1) * block.max(matrix) } else { sums },
+            last_block: sums + waiting + block + coming.max(vectors * block),
+            embedding: sums + waiting + last + coming.max(vectors * F32 * s.embedding),
+            update: if self.args.optimizer_in_backward {
+                (block + coming).max((vectors + 1) * block.max(matrix))
+            } else {
+                sums
+            },
         }
     }
 
