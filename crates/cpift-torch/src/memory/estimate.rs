@@ -177,17 +177,21 @@ impl Job {
         let vectors = if self.world > 1 { 2 } else { 1 };
         let sums = if self.args.optimizer_in_backward { 0 } else { (F32 * self.trained(s)).div_ceil(self.world) };
         let earlier = if self.args.grad_accum > 1 { sums } else { 0 };
-        // What has come of the block before, and its sum before the update.
-        let unit_sum = if self.args.optimizer_in_backward { (F32 * s.block).div_ceil(self.world) } else { 0 };
-        let coming = block + unit_sum;
+        // The sum of the unit that is updated.
+        let sum_of = |elements: u64| {
+            let bytes = if self.args.optimizer_in_backward { F32 * elements } else { 0 };
+            bytes.div_ceil(self.world)
+        };
+        let block_sum = sum_of(s.block);
         let head = if self.config.tie_word_embeddings { s.norm } else { s.norm + s.head };
         Gradients {
             at_loss: earlier + matrix,
             first_block: earlier + waiting + vectors * F32 * head + block,
-            last_block: sums + waiting + block + coming.max(vectors * block),
-            embedding: sums + waiting + last + coming.max(vectors * F32 * s.embedding),
+            last_block: sums + waiting + (vectors + 1) * block,
+            embedding: sums + waiting + last + (block + block_sum).max(vectors * F32 * s.embedding),
             update: if self.args.optimizer_in_backward {
-                (block + coming).max((vectors + 1) * block.max(matrix))
+                // What has come of the block is freed before the temporaries of its update are made.
+                block + block_sum.max(sum_of(matrix / F32)) + block.saturating_sub(self.update(s))
             } else {
                 sums
             },
