@@ -65,7 +65,7 @@ def measure(args, work, world):
     clock, first, lines = time.monotonic(), None, []
     try:
         while len(lines) < args.steps:
-            time.sleep(0.005)
+            time.sleep(0.05)
             lines = metrics.read_text().splitlines() if metrics.exists() else []
             if lines and first is None:
                 first, done = cpu_seconds(children), len(lines)
