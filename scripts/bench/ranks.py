@@ -105,7 +105,8 @@ def main():
             sys.exit(f"ranks: the losses differ, so these are not the same steps: {losses}")
     one, two = (statistics.median(found[world]) for world in (1, 2))
     rounds = " · ".join(f"{a:.2f} / {b:.2f}" for a, b in zip(found[2], found[1]))
-    shown = " ".join(["scripts/bench/ranks.py", "--batch", args.batch, "--rounds", str(args.rounds)])
+    shown = " ".join(["scripts/bench/ranks.py", "--batch", args.batch, "--steps", str(args.steps), "--rounds",
+                      str(args.rounds)])
     shown += f" -- {shlex.join(args.more)}" if args.more else ""
     text = "\n".join([
         "# Two ranks on one machine", "",
