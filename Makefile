@@ -2,7 +2,7 @@
 # targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline
+.PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline add-task
 .PHONY: check-tools check-words check-deps status slurm test-slurm test-fake-cuda test-full install clean-probes clean
 
 PROFILE ?= release
@@ -128,6 +128,9 @@ smollm2-suite: build ## `reproduce` on SmolLM2-135M with real data (DATA=, DEVIC
 
 pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
 	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all
+
+add-task: build ## Add a task to a tuned model and show what the old ones lose (MODEL=, TASKS=, NEW=, RUN=; more in scripts/add_task.py)
+	@BIN=$(BIN) scripts/add_task.py
 
 status: ## Every artifact of RUN=: done, running, queued, stopped, failed, stale or missing, and why
 slurm: ## Submit the pipeline to Slurm: what is not made yet (RUN=, BASE=, TASKS=; scripts/slurm/cluster.env; DRY_RUN=1 prints)

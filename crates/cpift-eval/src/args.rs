@@ -67,6 +67,24 @@ pub enum Command {
     /// into RUN/scores.json. Until then such a task is `not judged`.
     #[command(after_help = JudgeArgs::EXAMPLES)]
     Judge(JudgeArgs),
+    /// Write rows that the model makes itself, to replay them while it learns another task
+    /// (cpift-train run --add)
+    ///
+    /// With --tasks the model answers the prompts of the tasks' training rows (their own answers
+    /// are not used); without, it writes whole conversations from its chat template alone. Samples
+    /// that reach --max-new-tokens before the end of turn, and empty ones, are left out. The output
+    /// has one JSON object with `messages` per line.
+    ///
+    /// For example: cpift-eval sample --model tuned --tasks tasks.toml --only gsm8k --out
+    /// replay.jsonl
+    Sample(SampleArgs),
+    /// Measure how far a model's predictions have moved from another's: the Kullback-Leibler
+    /// divergence in nats per target token
+    ///
+    /// KL(reference || model) over the vocabulary at every target token of the evaluation rows; the
+    /// mean over a row's tokens, then over rows, with its standard error. Its size on a new task's
+    /// rows predicts what a fine-tune forgets (arXiv 2509.04259).
+    Divergence(DivergenceArgs),
     /// Compare several scores.json: checkpoints by tasks, the best in bold, with the Average
     /// Normalised Score
     ///
@@ -144,6 +162,9 @@ pub struct RunArgs {
     /// Score only the first N rows of each task [default: all]
     #[arg(long, value_name = "N", help_heading = "Data")]
     pub limit: Option<usize>,
+    /// Leave out the first N rows of each task, which --limit does not count
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Data")]
+    pub skip: usize,
     /// Rows per batch
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Memory and speed")]
     pub batch_size: usize,
@@ -156,6 +177,85 @@ pub struct RunArgs {
     /// Seed of the sampling and of the choice of examples
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
     pub seed: u64,
+}
+
+/// Arguments of `sample`.
+#[derive(clap::Args, Debug)]
+pub struct SampleArgs {
+    /// The checkpoint: a Hugging Face directory
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    pub model: PathBuf,
+    /// Task list, tasks.toml, with the rows to answer [default: whole conversations]
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
+    pub tasks: Option<PathBuf>,
+    /// File to write, JSON lines
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
+    pub out: PathBuf,
+    /// Refuse unknown fields of config.json instead of warning
+    #[arg(long, help_heading = "Input and output")]
+    pub strict_config: bool,
+    /// Sampling temperature
+    #[arg(long, value_name = "T", default_value_t = 1.0, help_heading = "Method")]
+    pub temperature: f64,
+    /// Nucleus sampling: sample from the most likely tokens with at least this total probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Method")]
+    pub top_p: f64,
+    /// Maximum length of a turn in tokens [default: max_new_tokens of the task; 256 without tasks]
+    #[arg(long, value_name = "N", help_heading = "Method")]
+    pub max_new_tokens: Option<usize>,
+    /// Only these tasks (comma-separated names) [default: all]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', requires = "tasks", help_heading = "Data")]
+    pub only: Vec<String>,
+    /// Samples of each task, at most one per row; without tasks, of conversations
+    #[arg(long, value_name = "N", default_value_t = 200, help_heading = "Data")]
+    pub rows: usize,
+    /// Samples per batch
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Memory and speed")]
+    pub batch_size: usize,
+    /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
+    #[arg(long, value_name = "TYPE", help_heading = "Memory and speed")]
+    pub compute_dtype: Option<Dtype>,
+    /// cpu, cuda, cuda:N, or auto: CUDA if available
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Run")]
+    pub device: DeviceChoice,
+    /// Seed of the sampling
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
+    pub seed: u64,
+}
+
+/// Arguments of `divergence`.
+#[derive(clap::Args, Debug)]
+pub struct DivergenceArgs {
+    /// The checkpoint whose predictions are compared: a Hugging Face directory
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    pub model: PathBuf,
+    /// The checkpoint to compare with, of the same architecture
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    pub reference: PathBuf,
+    /// The task list, tasks.toml
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
+    pub tasks: PathBuf,
+    /// JSON file to write
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
+    pub out: PathBuf,
+    /// Refuse unknown fields of config.json instead of warning
+    #[arg(long, help_heading = "Input and output")]
+    pub strict_config: bool,
+    /// Only these tasks (comma-separated names) [default: all]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', help_heading = "Data")]
+    pub only: Vec<String>,
+    /// Only the first N rows of each task [default: all]
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    pub limit: Option<usize>,
+    /// Rows per batch
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Memory and speed")]
+    pub batch_size: usize,
+    /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
+    #[arg(long, value_name = "TYPE", help_heading = "Memory and speed")]
+    pub compute_dtype: Option<Dtype>,
+    /// cpu, cuda, cuda:N, or auto: CUDA if available
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Run")]
+    pub device: DeviceChoice,
 }
 
 /// Arguments of `join`.
@@ -184,8 +284,8 @@ impl RunArgs {
             "--top-p must be above 0 and at most 1"
         } else if self.temperature == 0.0 && self.top_p < 1.0 {
             "--top-p has no effect without --temperature above 0"
-        } else if !matches!(self.compute_dtype, None | Some(Dtype::F32 | Dtype::BF16)) {
-            "--compute-dtype must be f32 or bf16"
+        } else if !computes(self.compute_dtype) {
+            COMPUTE_DTYPES
         } else {
             return Ok(());
         };
@@ -200,11 +300,38 @@ impl RunArgs {
 
     /// Element type of weights and arithmetic on `device`.
     pub(crate) fn kind(&self, device: Device) -> Kind {
-        match self.compute_dtype {
-            Some(dtype) => kind_of(dtype),
-            None if device.is_cuda() => Kind::BFloat16,
-            None => Kind::Float,
-        }
+        kind_on(self.compute_dtype, device)
+    }
+}
+
+impl SampleArgs {
+    /// Element type of weights and arithmetic on `device`.
+    pub(crate) fn kind(&self, device: Device) -> Kind {
+        kind_on(self.compute_dtype, device)
+    }
+}
+
+impl DivergenceArgs {
+    /// Element type of weights and arithmetic on `device`.
+    pub(crate) fn kind(&self, device: Device) -> Kind {
+        kind_on(self.compute_dtype, device)
+    }
+}
+
+/// Error for another element type.
+pub(crate) const COMPUTE_DTYPES: &str = "--compute-dtype must be f32 or bf16";
+
+/// Returns true if the model computes in this element type.
+pub(crate) fn computes(asked: Option<Dtype>) -> bool {
+    matches!(asked, None | Some(Dtype::F32 | Dtype::BF16))
+}
+
+/// The asked element type, or the default on `device`.
+fn kind_on(asked: Option<Dtype>, device: Device) -> Kind {
+    match asked {
+        Some(dtype) => kind_of(dtype),
+        None if device.is_cuda() => Kind::BFloat16,
+        None => Kind::Float,
     }
 }
 
@@ -216,7 +343,7 @@ mod tests {
     #[test]
     fn every_option_has_a_help_heading() {
         let command = Args::command();
-        for name in ["run", "join", "judge"] {
+        for name in ["run", "join", "judge", "sample", "divergence"] {
             let subcommand = command.find_subcommand(name).unwrap();
             for option in subcommand.get_opts().filter(|option| !option.is_global_set()) {
                 assert!(option.get_help_heading().is_some(), "{name}: {}", option.get_id());

@@ -2,14 +2,16 @@
 //! writes reports; cpift-judge grades answers.
 
 mod args;
+mod divergence;
 mod fields;
 mod join;
 mod metrics;
 mod plan;
 mod prompt;
 mod run;
+mod sample;
 
-pub use args::{Args, Command, JoinArgs, RunArgs};
+pub use args::{Args, Command, DivergenceArgs, JoinArgs, RunArgs, SampleArgs};
 pub use metrics::{flexible_extract, normalise, strict_match};
 
 use anyhow::Result;
@@ -22,14 +24,18 @@ use cpift_torch::oom;
 pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match args.command {
-        Command::Run(run_args) => oom::explain(
-            || "  hint: use a smaller --batch-size, or raise the limit".to_owned(),
-            || run::run(&run_args, &args.common),
-        ),
+        Command::Run(run_args) => oom::explain(smaller_batch, || run::run(&run_args, &args.common)),
+        Command::Sample(sample_args) => oom::explain(smaller_batch, || sample::run(&sample_args, &args.common)),
+        Command::Divergence(of) => oom::explain(smaller_batch, || divergence::run(&of, &args.common)),
         Command::Join(join_args) => join::join(&join_args, &args.common),
         Command::Judge(judge_args) => cpift_judge::run(env!("CARGO_PKG_NAME"), &judge_args, &args.common),
         Command::Compare(compare_args) => cpift_report::compare(&compare_args, &args.common),
         Command::Experiment(experiment_args) => cpift_report::experiment(&experiment_args, &args.common),
         Command::Report(report_args) => cpift_report::report(&report_args, &args.common),
     }
+}
+
+/// Hint for a run without enough memory.
+fn smaller_batch() -> String {
+    "  hint: use a smaller --batch-size, or raise the limit".to_owned()
 }

@@ -2,6 +2,7 @@
 //! scored.
 
 use anyhow::Result;
+use cpift_core::BadInput;
 use cpift_core::format::digest::Digest;
 use cpift_core::format::tasks::{Task, Tasks};
 use cpift_data::{self as data, ChatText, Encoded, Layout, Overlong, Row, encode_rows};
@@ -25,6 +26,8 @@ pub(crate) struct TaskInputs {
     pub(crate) task: Task,
     /// Rows to score.
     pub(crate) rows: Vec<Row>,
+    /// Rows before them that are left out.
+    pub(crate) skipped: usize,
     /// Digest of the evaluation file.
     pub(crate) digest: Digest,
     /// Number of examples before every question.
@@ -66,6 +69,13 @@ impl TaskInputs {
         let digest = Digest::of_file(&task.eval)?;
         let layout = Layout::of(task)?;
         let mut rows = data::read_rows(&task.eval, &layout)?;
+        if args.skip >= rows.len() {
+            return Err(BadInput::new(&task.eval, "no row left to score after those of --skip")
+                .expected(format!("more than {} rows", args.skip))
+                .found(rows.len().to_string())
+                .into());
+        }
+        rows.drain(..args.skip);
         rows.truncate(args.limit.unwrap_or(usize::MAX));
         let few_shot = args.few_shot.unwrap_or(task.few_shot);
         let train = if few_shot > 0 { data::read_rows(&task.train, &layout)? } else { Vec::new() };
@@ -75,7 +85,17 @@ impl TaskInputs {
             max_length: model.context_of(task, None),
             sampling: args.sampling(),
         };
-        Ok(Self { task: task.clone(), rows, digest, few_shot, seed: args.seed, settings, style: args.prompt, train })
+        Ok(Self {
+            task: task.clone(),
+            rows,
+            skipped: args.skip,
+            digest,
+            few_shot,
+            seed: args.seed,
+            settings,
+            style: args.prompt,
+            train,
+        })
     }
 
     /// The prompt builder for a model with this tokenizer and `context`.

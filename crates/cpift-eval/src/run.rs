@@ -165,6 +165,7 @@ fn score_task(session: &Session, kind: Kind, plan: &TaskPlan, outputs: &mut impl
         ("prompts_cut", json!(scored.prompts_cut)),
         ("skipped", json!(scored.skipped)),
     ]);
+    own.extend((plan.inputs.skipped > 0).then(|| ("first_row", json!(plan.inputs.skipped + 1))));
     own.extend(scored.settings);
     Ok(TaskScore {
         task: task.name.clone(),

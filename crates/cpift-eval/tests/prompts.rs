@@ -4,11 +4,10 @@ mod common;
 
 use std::fs;
 
-use cpift_testkit::model::{row, tiny_weights, write_rows};
-use cpift_testkit::{Tensor, write_safetensors};
+use cpift_testkit::model::{row, write_rows};
 use serde_json::{Value, json};
 
-use common::{Fixture, outputs, question, read_json, task};
+use common::{Fixture, continue_by, outputs, question, read_json, task};
 
 const SPLIT: &str = r"split = '(?s)^(?P<passage>.*)\n\n(?P<question>.*)\n\nA\. '";
 
@@ -133,34 +132,6 @@ fn an_option_is_scored_by_the_tokens_that_the_conversation_has_for_it() {
     let same = with("c", "{{ ' ' + m.content + '<|im_end|>' }}", " ");
     assert_eq!(same["log_likelihoods"], spaced["log_likelihoods"]);
     assert_ne!(same["log_likelihoods"], block["log_likelihoods"]);
-}
-
-/// Makes the model of `f` one that continues `chain` token by token, by an output embedding of its
-/// own under the tied config. `</think>` is its token 258.
-fn continue_by(f: &Fixture, chain: &[usize]) {
-    let mut weights = tiny_weights(1);
-    for (name, tensor) in &mut weights {
-        // The blocks add nothing: the next token depends on the last one alone.
-        if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
-            *tensor = Tensor::f32(&tensor.shape, &vec![0.0; tensor.values().len()]);
-        }
-    }
-    let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
-    let shape = weights[embedding].shape.clone();
-    let (values, width) = (weights[embedding].values(), shape[1]);
-    let unit = |row: &[f32]| {
-        let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
-        row.iter().map(|x| x / length).collect::<Vec<f32>>()
-    };
-    let rows: Vec<Vec<f32>> = values.chunks(width).map(unit).collect();
-    let mut heads = vec![vec![0.0; width]; rows.len()];
-    chain.windows(2).for_each(|pair| heads[pair[1]] = rows[pair[0]].clone());
-    weights.insert(embedding.into(), Tensor::f32(&shape, &rows.concat()));
-    weights.insert(head.into(), Tensor::f32(&shape, &heads.concat()));
-    fs::remove_file(f.model.join("model.safetensors")).unwrap();
-    write_safetensors(&f.model.join("model.safetensors"), &weights);
-    let path = f.model.join("tokenizer.json");
-    fs::write(&path, fs::read_to_string(&path).unwrap().replace("<|pad|>", "</think>")).unwrap();
 }
 
 #[test]

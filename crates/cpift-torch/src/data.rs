@@ -112,6 +112,24 @@ impl Sampler {
     }
 }
 
+/// The indices of `n` examples in random order, and again in another order without end.
+pub struct Shuffled(Sampler);
+
+impl Shuffled {
+    /// A stream over `n` examples; empty if there are none.
+    pub fn new(n: usize, seed: u64) -> Self {
+        Self(Sampler::new(n, seed))
+    }
+}
+
+impl Iterator for Shuffled {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        if self.0.order.is_empty() { None } else { self.0.take(1).pop() }
+    }
+}
+
 /// Draws `count` of `examples` without replacement, in their own order; all of them if there are no
 /// more.
 pub fn balanced_sample(examples: &[Example], count: usize, seed: u64) -> Vec<Example> {

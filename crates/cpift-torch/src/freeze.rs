@@ -58,6 +58,16 @@ impl Freeze {
         Ok(Self { frozen })
     }
 
+    /// Freezes the parameters that `whole` accepts as well, at their current values.
+    pub(crate) fn and_whole(mut self, pieces: &Pieces, whole: impl Fn(&str) -> bool) -> Self {
+        for (name, piece) in pieces.iter().filter(|(name, _)| whole(name)) {
+            let saved = no_grad(|| piece.tensor.flatten(0, -1).copy());
+            let index = Tensor::zeros([0], (Kind::Int64, saved.device()));
+            self.frozen.insert(name.clone(), Frozen::AllBut { index, saved });
+        }
+        self
+    }
+
     /// Freezes all but the elements that are set in any mask of `own` and in none of `earlier`.
     /// Keeps a copy of every parameter.
     ///

@@ -34,6 +34,27 @@ pub fn target_losses(model: &CausalLM, normed_ne: &Tensor, labels_n: &Tensor, ch
     })
 }
 
+/// Kullback-Leibler divergence KL(from || to) at each target, f32 `[n]`, given a model and its
+/// normed hidden states [n, e] of both.
+pub(crate) fn target_divergences(
+    (from, from_ne): (&CausalLM, &Tensor),
+    (to, to_ne): (&CausalLM, &Tensor),
+    chunk: usize,
+) -> Tensor {
+    no_grad(|| {
+        let (_from_head, _to_head) = (from.lend_head(), to.lend_head());
+        let [from_ve, to_ve] = [(from, from_ne), (to, to_ne)].map(|(model, x)| model.matrix(x.kind()));
+        let parts: Vec<Tensor> = chunks(from_ne, chunk)
+            .map(|(start, n)| {
+                let (p_cv, _) = log_probs(from, &from_ne.narrow(0, start, n), &from_ve);
+                let (q_cv, _) = log_probs(to, &to_ne.narrow(0, start, n), &to_ve);
+                (p_cv.exp() * (p_cv - q_cv)).sum_dim_intlist(-1, false, Kind::Float)
+            })
+            .collect();
+        Tensor::cat(&parts, 0)
+    })
+}
+
 /// Loss and gradients of `scale` · Σ −log p(label), in chunks of `chunk` targets.
 pub(crate) fn backward(
     model: &CausalLM,

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::data::Batch;
 use crate::generate::Prefilled;
-use crate::loss::target_losses;
+use crate::loss::{target_divergences, target_losses};
 use crate::model::CausalLM;
 use crate::share::in_batches;
 
@@ -59,15 +59,60 @@ fn longest_first(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
 
 /// Summed negative log-likelihood of each example of a batch.
 fn document_losses(model: &CausalLM, batch: &Batch) -> Vec<f64> {
+    let normed = target_states(model, batch);
+    let _head = model.lend_head();
+    let each = target_losses(model, &normed, &batch.labels_n, LOSS_CHUNK).to_kind(Kind::Double);
+    Vec::try_from(sum_by_document(batch, &each).to_device(Device::Cpu)).expect("a one-dimensional tensor of doubles")
+}
+
+/// The normed hidden states that predict the targets [n, e].
+fn target_states(model: &CausalLM, batch: &Batch) -> Tensor {
     let x_bse = model.hidden(&batch.ids_bs, &model.documents(&batch.lengths), None);
     let _head = model.lend_head();
-    let normed = model.final_norm(&x_bse.squeeze_dim(0).index_select(0, &batch.places_n));
-    let each = target_losses(model, &normed, &batch.labels_n, LOSS_CHUNK).to_kind(Kind::Double);
+    model.final_norm(&x_bse.squeeze_dim(0).index_select(0, &batch.places_n))
+}
+
+/// Sums of a value of each target, by example.
+fn sum_by_document(batch: &Batch, each: &Tensor) -> Tensor {
     // Index of the example that each target belongs to.
     let ends: Vec<i64> = batch.lengths.iter().scan(0, |end, n| Some((*end += n, *end).1)).collect();
-    let owner = batch.places_n.bucketize(&Tensor::from_slice(&ends).to_device(model.device()), false, true);
-    let sums = Tensor::zeros([batch.lengths.len() as i64], (Kind::Double, model.device())).index_add(0, &owner, &each);
-    Vec::try_from(sums.to_device(Device::Cpu)).expect("a one-dimensional tensor of doubles")
+    let owner = batch.places_n.bucketize(&Tensor::from_slice(&ends).to_device(each.device()), false, true);
+    Tensor::zeros([batch.lengths.len() as i64], (Kind::Double, each.device())).index_add(0, &owner, each)
+}
+
+/// For every example, in order, the Kullback-Leibler divergence KL(`reference` || `model`) of the
+/// predictions of its target tokens: the mean over the targets, in nats.
+///
+/// # Errors
+/// A failed rank.
+pub fn divergences(
+    reference: &CausalLM,
+    model: &CausalLM,
+    examples: &[Example],
+    batch_size: usize,
+    tick: impl FnMut(),
+) -> Result<Vec<f64>> {
+    let order = longest_first(examples.iter().map(|example| example.ids.len()));
+    let each = |chunk: &[usize]| {
+        let rows: Vec<&Example> = chunk.iter().map(|&i| &examples[i]).collect();
+        let batch = Batch::new(&rows).to_device(model.device());
+        // As bits: JSON has no infinity.
+        Ok(no_grad(|| document_divergences(reference, model, &batch)).into_iter().map(f64::to_bits).collect())
+    };
+    let mut out = vec![0.0; examples.len()];
+    for (i, bits) in in_batches(model.row_sharers.as_ref(), model.device(), &order, batch_size, each, tick)? {
+        out[i] = f64::from_bits(bits);
+    }
+    Ok(out)
+}
+
+/// The divergence of each example of a batch.
+fn document_divergences(reference: &CausalLM, model: &CausalLM, batch: &Batch) -> Vec<f64> {
+    let [from, to] = [reference, model].map(|model| target_states(model, batch));
+    let each = target_divergences((reference, &from), (model, &to), LOSS_CHUNK).to_kind(Kind::Double);
+    let sums = sum_by_document(batch, &each);
+    let counts = sum_by_document(batch, &each.ones_like());
+    Vec::try_from((sums / counts).to_device(Device::Cpu)).expect("a one-dimensional tensor of doubles")
 }
 
 /// A context and its alternative continuations.
@@ -180,6 +225,38 @@ mod tests {
             let alone = losses(&model, &[Example { ids, target, ..Example::default() }], 1, || ()).unwrap()[0].nll;
             // Sums of up to a hundred log-likelihoods in f32.
             assert!((found[0] + alone).abs() < 1e-6 * alone, "{found:?} {alone}");
+        }
+    }
+
+    #[test]
+    fn divergences_are_those_of_the_definition_in_f64() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |seed: u64| {
+            let folder = cpift_testkit::model::write_tiny_model(&dir.path().join(seed.to_string()), seed);
+            Session::open(&folder, None, Device::Cpu, Precision::F32).unwrap().model
+        };
+        let (reference, model) = (open(3), open(4));
+        let example = |i: i64| Example {
+            ids: (0..30 + i).map(|j| (17 * i + 5 * j * j) % 250).collect(),
+            target: (0..30 + i).map(|j| j % 3 == i % 3).collect(),
+            ..Example::default()
+        };
+        let examples: Vec<Example> = (0..5).map(example).collect();
+        let found = divergences(&reference, &model, &examples, 2, || ()).unwrap();
+        for (example, found) in examples.iter().zip(found) {
+            let log_probs = |model: &CausalLM| {
+                let ids = Tensor::from_slice(&example.ids).unsqueeze(0);
+                let hidden = model.hidden(&ids, &model.documents(&[ids.size()[1]]), None);
+                let logits = no_grad(|| model.logits(&hidden)).squeeze_dim(0).to_kind(Kind::Double);
+                logits.log_softmax(-1, Kind::Double)
+            };
+            let (p, q) = (log_probs(&reference), log_probs(&model));
+            let each = (p.exp() * (&p - q)).sum_dim_intlist(-1, false, Kind::Double);
+            let each: Vec<f64> = Vec::try_from(each).unwrap();
+            let targets: Vec<f64> =
+                (1..example.ids.len()).filter(|&i| example.target[i]).map(|i| each[i - 1]).collect();
+            let expected = targets.iter().sum::<f64>() / targets.len() as f64;
+            assert!((found - expected).abs() < 1e-5 * expected.max(1.0), "{found} {expected}");
         }
     }
 }

@@ -185,8 +185,17 @@ pub struct RunArgs {
     #[arg(long = "mask", value_name = "NAME=FILE", requires = "groups", help_heading = IO)]
     #[serde(skip)]
     pub masks: Vec<Named>,
+    /// Mask of elements that keep their bits while tasks are added; of several, their union
+    #[arg(long, value_name = "FILE", requires = "add", help_heading = IO)]
+    #[serde(skip)]
+    pub protect: Vec<PathBuf>,
+    /// Rows to replay instead of those of the earlier tasks in tasks.toml, for instance written by
+    /// cpift-eval sample: .jsonl, .json or .parquet
+    #[arg(long, value_name = "FILE", requires = "add", help_heading = IO)]
+    #[serde(skip)]
+    pub replay_from: Vec<PathBuf>,
     /// Base that the masks were made for [default: --model]
-    #[arg(long, value_name = "DIR", requires = "masks", help_heading = IO)]
+    #[arg(long, value_name = "DIR", help_heading = IO)]
     #[serde(skip)]
     pub base: Option<PathBuf>,
     /// Output directory
@@ -196,6 +205,9 @@ pub struct RunArgs {
     /// Isolation and its settings.
     #[command(flatten)]
     pub isolation: IsolationArgs,
+    /// Keep the bits of the embedding table and of the first N decoder blocks while tasks are added
+    #[arg(long, value_name = "N", requires = "add", default_value_t = 0, help_heading = ISOLATION)]
+    pub freeze_layers: u32,
     /// Freeze nothing: plain multi-stage SFT
     #[arg(long, requires = "groups", conflicts_with = "masks", help_heading = ISOLATION)]
     #[serde(skip)]
@@ -210,6 +222,12 @@ pub struct RunArgs {
     #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true, help_heading = METHOD)]
     #[serde(skip)]
     pub replay: f64,
+    /// Share of every stage's tokens that are rows of earlier tasks, 0 or above and below 1: the
+    /// same number of tokens of each task, at least one row; rows are repeated if there are too few
+    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true, help_heading = METHOD)]
+    #[arg(conflicts_with = "replay")]
+    #[serde(skip)]
+    pub replay_share: f64,
     /// Adapters.
     #[command(flatten)]
     pub lora: LoraArgs,
@@ -231,9 +249,16 @@ pub struct RunArgs {
     #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with = "groups", help_heading = DATA)]
     #[serde(skip)]
     pub only: Vec<String>,
+    /// Add these tasks (names, separated by commas) to a model that is tuned on others: one stage
+    /// on their rows. The other tasks of tasks.toml are earlier ones, whose rows are read only for
+    /// --replay-share and --isolation dynamic (or those of --replay-from instead)
+    #[arg(long, value_name = "NAME", value_delimiter = ',', conflicts_with_all = ["groups", "only"])]
+    #[arg(help_heading = DATA)]
+    #[serde(skip)]
+    pub add: Vec<String>,
     /// Rows of a stage: `mixed`, those of all tasks; `group`, those of the group's own tasks
     /// [default: mixed if --mask freezes the cores of earlier groups, CPI-FT's last stage; group
-    /// with --no-freeze, --isolation dynamic, --trainable cores or --replay]
+    /// with --no-freeze, --isolation dynamic, --trainable cores, --replay or --replay-share]
     #[arg(long, value_enum, value_name = "WHICH", overrides_with = "stage_data", help_heading = DATA)]
     #[serde(skip)]
     pub stage_data: Option<StageData>,
@@ -248,10 +273,10 @@ pub struct RunArgs {
 #[derive(clap::Args, Debug)]
 pub struct IsolationArgs {
     /// Parameter isolation: `static`, the masks of earlier groups keep their bits; `dynamic` (EPI,
-    /// arXiv 2604.14010), without --mask: the elements that currently matter most to earlier
-    /// groups' tasks keep their bits
+    /// arXiv 2604.14010), without --mask: the elements that currently matter most to earlier tasks
+    /// keep their bits, measured on the rows that are replayed, or on all of theirs if none are
     #[arg(long = "isolation", value_enum, value_name = "KIND", default_value_t = IsolationKind::Static)]
-    #[arg(requires = "groups", help_heading = ISOLATION)]
+    #[arg(help_heading = ISOLATION)]
     pub kind: IsolationKind,
     /// Settings of a dynamic mask.
     #[command(flatten)]
@@ -278,7 +303,7 @@ pub struct DynamicArgs {
 pub struct LoraArgs {
     /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged
     /// at the end: a baseline, without LoRA's savings of memory
-    #[arg(long = "lora-rank", value_name = "R", conflicts_with_all = ["masks", "optimizer_in_backward"])]
+    #[arg(long = "lora-rank", value_name = "R", conflicts_with_all = ["masks", "protect", "optimizer_in_backward"])]
     #[arg(help_heading = METHOD)]
     pub rank: Option<u32>,
     /// LoRA's α [default: twice the rank]
@@ -333,7 +358,16 @@ impl RunArgs {
     pub fn check(&self) -> Result<()> {
         self.training.check()?;
         let dynamic = self.isolation.kind == IsolationKind::Dynamic;
-        let problem = if self.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
+        let staged = self.groups.is_some() || !self.add.is_empty();
+        let problem = if self.base.is_some() && self.masks.is_empty() && self.protect.is_empty() {
+            "--base is the base that masks were made for: it needs --mask or --protect"
+        } else if dynamic && !staged {
+            "--isolation dynamic needs --groups or --add: without stages there are no earlier tasks"
+        } else if dynamic && !(self.protect.is_empty() && self.freeze_layers == 0) {
+            "--isolation dynamic computes its masks itself: leave out --protect and --freeze-layers"
+        } else if self.lora.rank.is_some() && self.freeze_layers > 0 {
+            "--lora-rank and --freeze-layers exclude each other"
+        } else if self.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
             "--stage-lr must be positive"
         } else if !(self.lr_scale.is_finite() && self.lr_scale > 0.0) {
             "--lr-scale must be positive"
@@ -351,8 +385,14 @@ impl RunArgs {
             "--replay must be 0 to 1"
         } else if self.replay > 0.0 && self.groups.is_none() {
             "--replay needs --groups: without stages there are no earlier tasks"
-        } else if self.replay > 0.0 && self.stage_data == Some(StageData::Mixed) {
-            "--replay adds rows of earlier tasks to the group's own, so --stage-data mixed, which has the rows of all tasks, excludes it"
+        } else if !self.replay_from.is_empty() && self.replay_share == 0.0 && !dynamic {
+            "--replay-from gives rows for --replay-share or --isolation dynamic: add one of them"
+        } else if !(0.0..1.0).contains(&self.replay_share) {
+            "--replay-share must be 0 or above and below 1"
+        } else if self.replay_share > 0.0 && !staged {
+            "--replay-share needs --groups or --add: without stages there are no earlier tasks"
+        } else if self.replays() && self.stage_data == Some(StageData::Mixed) {
+            "--replay and --replay-share add rows of earlier tasks to the group's own, so --stage-data mixed, which has the rows of all tasks, excludes them"
         } else if self.lora.rank == Some(0) || self.lora.alpha.is_some_and(|a| !(a.is_finite() && a > 0.0)) {
             "--lora-rank and --lora-alpha must be positive"
         } else if self.lora.rank.is_some() && dynamic {
@@ -363,11 +403,16 @@ impl RunArgs {
         Err(usage(problem))
     }
 
+    /// Returns true if rows of earlier tasks are trained on again.
+    pub(crate) fn replays(&self) -> bool {
+        self.replay > 0.0 || self.replay_share > 0.0
+    }
+
     /// Rows of a stage: as given, else by the definition of the method that the other arguments
     /// select.
     #[must_use]
     pub fn stage_data(&self) -> StageData {
-        let last_stage = !self.masks.is_empty() && self.trainable == Trainable::All && self.replay == 0.0;
+        let last_stage = !self.masks.is_empty() && self.trainable == Trainable::All && !self.replays();
         self.stage_data.unwrap_or(if last_stage { StageData::Mixed } else { StageData::Group })
     }
 }

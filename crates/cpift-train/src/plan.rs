@@ -18,10 +18,11 @@ use cpift_core::stream::random::{seed_for, splitmix64};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_data::Example;
 use cpift_torch::args::Budget;
-use cpift_torch::data::balanced_sample;
+use cpift_torch::data::{Shuffled, balanced_sample};
 use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::train::{HeldOut, States, read_examples};
 use cpift_torch::workers::Workers;
+use log::warn;
 
 use crate::args::{IsolationKind, RunArgs, SampleRows, StageData};
 
@@ -31,7 +32,7 @@ pub struct Plan {
     pub session: Session,
     /// The stages in order.
     pub stages: Vec<StagePlan>,
-    /// Masks by task; empty if nothing is frozen.
+    /// Masks by task, those of --protect by number; empty if nothing is frozen.
     pub masks: BTreeMap<String, Mask>,
     /// Held-out examples; empty unless the arguments ask for their loss.
     pub held_out: Vec<HeldOut>,
@@ -51,10 +52,19 @@ pub struct StagePlan {
     pub earlier: Vec<String>,
     /// Examples of those tasks, for --isolation dynamic, which measures importance on them.
     pub earlier_examples: Vec<Example>,
+    /// Examples and tokens of earlier tasks among `examples`.
+    pub replayed: (usize, usize),
     /// Steps or tokens.
     pub budget: Budget,
     /// Peak learning rate.
     pub lr: f64,
+}
+
+impl StagePlan {
+    /// Share of an epoch's tokens that are rows of earlier tasks.
+    pub fn replayed_share(&self) -> f64 {
+        self.replayed.1 as f64 / tokens(&self.examples) as f64
+    }
 }
 
 impl Plan {
@@ -75,7 +85,8 @@ impl Plan {
         let model = ModelInfo::open(&args.model, tasks.template()?)?;
         let examples = sampled_examples(args, &chosen, &model)?;
         let stages = plan_stages(args, groups.as_ref(), &chosen, examples)?;
-        let held_out = HeldOut::read(&chosen, &model, &args.training)?;
+        let listed: Vec<Task> = chosen.iter().filter(is_listed).cloned().collect();
+        let held_out = HeldOut::read(&listed, &model, &args.training)?;
         let inputs = digest_inputs(args, &chosen)?;
         let precision = args.training.precision(placement.device);
         let session = model.load_at(placement, precision)?;
@@ -88,7 +99,7 @@ impl Plan {
 /// Refuses an output that would replace an input.
 fn check_inputs(args: &RunArgs, tasks: &[Task]) -> Result<()> {
     let mut inputs: Vec<&Path> = vec![&args.model, &args.tasks];
-    inputs.extend(args.base.iter().chain(&args.groups).map(PathBuf::as_path));
+    inputs.extend(args.base.iter().chain(&args.groups).chain(&args.protect).map(PathBuf::as_path));
     inputs.extend(args.masks.iter().map(|mask| mask.path.as_path()));
     inputs.extend(tasks.iter().flat_map(|task| [task.train.as_path(), task.eval.as_path()]));
     check_not_input("--out", &args.out, inputs.iter().copied())?;
@@ -96,27 +107,51 @@ fn check_inputs(args: &RunArgs, tasks: &[Task]) -> Result<()> {
 }
 
 fn chosen_tasks(args: &RunArgs, tasks: &Tasks, groups: Option<&Groups>) -> Result<Vec<Task>> {
-    let names: Vec<&str> = match groups {
+    let named = if args.add.is_empty() { ("--only", &args.only) } else { ("--add", &args.add) };
+    let mut names: Vec<&str> = match groups {
         Some(groups) => groups.task_order(),
-        None if args.only.is_empty() => return Ok(tasks.list.clone()),
-        None => args.only.iter().map(String::as_str).collect(),
+        None if named.1.is_empty() => return Ok(tasks.list.clone()),
+        None => named.1.iter().map(String::as_str).collect(),
     };
     let mut seen = BTreeSet::new();
     if let Some(twice) = names.iter().find(|name| !seen.insert(**name)) {
-        return Err(usage(format!("--only names {twice} twice")));
+        return Err(usage(format!("{} names {twice} twice", named.0)));
     }
-    names.into_iter().map(|name| tasks.named(name).cloned()).collect()
+    if args.add.is_empty() || !(args.replays() || args.isolation.kind == IsolationKind::Dynamic) {
+        return names.into_iter().map(|name| tasks.named(name).cloned()).collect();
+    }
+    let files = args.replay_from.iter().map(|path| unlisted_task(path)).collect::<Result<Vec<_>>>()?;
+    if let Some(twice) = files.iter().find(|task| !seen.insert(&task.name)) {
+        let hint = "rename the file: its rows are called by its name";
+        return Err(BadInput::new(&twice.train, format!("a second task {}", twice.name)).hint(hint).into());
+    }
+    if files.is_empty() {
+        names.extend(tasks.list.iter().map(|task| task.name.as_str()).filter(|name| !seen.contains(name)));
+    }
+    if files.is_empty() && names.len() == args.add.len() {
+        let needs = if args.replays() { "--replay-share" } else { "--isolation dynamic" };
+        return Err(BadInput::new(&args.tasks, format!("no task beside those of --add, whose rows {needs} needs"))
+            .hint("list the earlier tasks, or give rows of theirs or of the model's own: --replay-from FILE")
+            .into());
+    }
+    let listed = names.into_iter().map(|name| tasks.named(name).cloned());
+    listed.chain(files.into_iter().map(Ok)).collect()
+}
+
+/// A task that consists of a file of rows and is in no tasks.toml.
+fn unlisted_task(path: &Path) -> Result<Task> {
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    serde_json::from_value(serde_json::json!({"name": name, "train": path, "eval": path}))
+        .map_err(|e| BadInput::new(path, format!("cannot be replayed: {e}")).into())
+}
+
+fn is_listed(task: &&Task) -> bool {
+    !task.listed_in.as_os_str().is_empty()
 }
 
 fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Result<BTreeMap<String, Mask>> {
-    let (Some(groups), Some(path)) = (groups, &args.groups) else { return Ok(BTreeMap::new()) };
-    if args.masks.is_empty() {
+    if args.masks.is_empty() && args.protect.is_empty() {
         return Ok(BTreeMap::new());
-    }
-    require_unique(&args.masks, "--mask")?;
-    groups.check_names(path, "--mask", args.masks.iter().map(|m| &m.name))?;
-    for mask in &args.masks {
-        groups.check_mask(path, &mask.name, &mask.path)?;
     }
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let digest = match &base {
@@ -126,6 +161,17 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
         }
         None => session.digest.clone(),
     };
+    let within = base.as_ref().unwrap_or(&session.checkpoint);
+    let (Some(groups), Some(path)) = (groups, &args.groups) else {
+        let names: Vec<String> = (1..=args.protect.len()).map(|n| n.to_string()).collect();
+        let named = names.iter().map(String::as_str).zip(args.protect.iter().map(PathBuf::as_path));
+        return mask::open_all(named, within, &digest);
+    };
+    require_unique(&args.masks, "--mask")?;
+    groups.check_names(path, "--mask", args.masks.iter().map(|m| &m.name))?;
+    for mask in &args.masks {
+        groups.check_mask(path, &mask.name, &mask.path)?;
+    }
     if groups.base != digest {
         return Err(BadInput::new(path, "made from masks of another base")
             .expected(format!("base digest {digest}"))
@@ -133,7 +179,7 @@ fn open_masks(args: &RunArgs, groups: Option<&Groups>, session: &Session) -> Res
             .hint("give the base the masks were made for: --base DIR")
             .into());
     }
-    mask::open_all(args.masks.iter().map(Named::pair), base.as_ref().unwrap_or(&session.checkpoint), &digest)
+    mask::open_all(args.masks.iter().map(Named::pair), within, &digest)
 }
 
 /// Refuses a fused model that was made from another base or other masks than the given ones.
@@ -148,7 +194,7 @@ fn sampled_examples(args: &RunArgs, tasks: &[Task], model: &ModelInfo) -> Result
     for task in tasks {
         all.insert(task.name.clone(), read_examples(task, model, &args.training)?.examples);
     }
-    let plain = args.masks.is_empty() && args.isolation.kind == IsolationKind::Static;
+    let plain = !args.add.is_empty() || args.masks.is_empty() && args.isolation.kind == IsolationKind::Static;
     let default = if plain { SampleRows::All } else { SampleRows::Balanced };
     let smallest = all.values().map(Vec::len).min().unwrap_or(0).min(DEFAULT_SAMPLE);
     for task in tasks {
@@ -170,12 +216,14 @@ fn plan_stages(
     mut examples: BTreeMap<String, Vec<Example>>,
 ) -> Result<Vec<StagePlan>> {
     let every: Vec<String> = tasks.iter().map(|t| t.name.clone()).collect();
-    let groups: Vec<Vec<String>> = groups.map_or_else(|| vec![every.clone()], |g| g.groups.clone());
+    let own = if args.add.is_empty() { &every } else { &args.add };
+    let groups: Vec<Vec<String>> = groups.map_or_else(|| vec![own.clone()], |g| g.groups.clone());
     if !args.stage_lr.is_empty() && args.stage_lr.len() != groups.len() {
         return Err(usage(format!("--stage-lr has {} rates for {} stages", args.stage_lr.len(), groups.len())));
     }
+    let dynamic = args.isolation.kind == IsolationKind::Dynamic;
     // A task is in one group; its rows are copied only if a later stage uses them too.
-    let shared = args.replay > 0.0 || args.isolation.kind == IsolationKind::Dynamic;
+    let shared = args.replays() || dynamic;
     let mut of = |names: &[String]| -> Vec<Example> {
         let mut take = |name: &String| if shared { examples.get(name).cloned() } else { examples.remove(name) };
         names.iter().flat_map(|name| take(name).expect("a task is in one group")).collect()
@@ -183,23 +231,30 @@ fn plan_stages(
     let mixed: Option<Rc<[Example]>> = (args.stage_data() == StageData::Mixed).then(|| of(&every).into());
     let mut stages = Vec::new();
     for (k, group) in groups.iter().enumerate() {
-        let earlier = groups[..k].concat();
+        let earlier: Vec<String> = match args.add.is_empty() {
+            true => groups[..k].concat(),
+            false => every.iter().filter(|name| !args.add.contains(name)).cloned().collect(),
+        };
+        let (mut replayed, mut earlier_examples) = ((0, 0), Vec::new());
         let examples = match &mixed {
             Some(mixed) => Rc::clone(mixed),
             None => {
                 let mut rows = of(group);
-                if args.replay > 0.0 {
-                    earlier
-                        .iter()
-                        .for_each(|task| rows.extend(replayed(&of(std::slice::from_ref(task)), task, args, k)));
-                }
+                let again = replayed_rows(args, k, &rows, earlier.iter().map(|t| (t, of(std::slice::from_ref(t)))));
+                replayed = (again.len(), tokens(&again));
+                rows.extend(again.iter().cloned());
+                earlier_examples = again;
                 rows.into()
             }
         };
+        if dynamic && !args.replays() {
+            earlier_examples = of(&earlier);
+        }
         stages.push(StagePlan {
             label: format!("stage {}/{} ({})", k + 1, groups.len(), group.join(" ")),
             examples,
-            earlier_examples: if args.isolation.kind == IsolationKind::Dynamic { of(&earlier) } else { Vec::new() },
+            earlier_examples: if dynamic { earlier_examples } else { Vec::new() },
+            replayed,
             tasks: group.clone(),
             earlier,
             budget: args.training.budget().part(k, groups.len())?,
@@ -209,21 +264,61 @@ fn plan_stages(
     Ok(stages)
 }
 
-/// The share of an earlier task's rows that stage `k` replays, at least one row.
-fn replayed(examples: &[Example], task: &str, args: &RunArgs, k: usize) -> Vec<Example> {
-    let rows = ((examples.len() as f64 * args.replay).round() as usize).max(1);
-    balanced_sample(examples, rows, splitmix64(seed_for(args.training.seed, task), k as u64))
+fn tokens(examples: &[Example]) -> usize {
+    examples.iter().map(|example| example.ids.len()).sum()
+}
+
+/// The rows of earlier tasks that stage `k`, whose own rows are `rows`, replays.
+fn replayed_rows<'a>(
+    args: &RunArgs,
+    k: usize,
+    rows: &[Example],
+    earlier: impl ExactSizeIterator<Item = (&'a String, Vec<Example>)>,
+) -> Vec<Example> {
+    let seed = |task: &str| splitmix64(seed_for(args.training.seed, task), k as u64);
+    if args.replay > 0.0 {
+        let share = |examples: &[Example]| ((examples.len() as f64 * args.replay).round() as usize).max(1);
+        return earlier.flat_map(|(task, all)| balanced_sample(&all, share(&all), seed(task))).collect();
+    }
+    if args.replay_share == 0.0 || earlier.len() == 0 {
+        return Vec::new();
+    }
+    let wanted = tokens(rows) as f64 * args.replay_share / (1.0 - args.replay_share);
+    let each = wanted / earlier.len() as f64;
+    earlier.flat_map(|(task, all)| rows_of_tokens(task, &all, each, seed(task))).collect()
+}
+
+/// Rows of a task with about `wanted` tokens in random order, at least one; from the beginning
+/// again when all are used.
+fn rows_of_tokens(task: &str, all: &[Example], wanted: f64, seed: u64) -> Vec<Example> {
+    let (mut rows, mut seen) = (Vec::new(), 0);
+    for i in Shuffled::new(all.len(), seed) {
+        // Stop where the next row would go farther beyond the number than it is short of it now.
+        let next = all[i].ids.len();
+        if !rows.is_empty() && (seen as f64 + next as f64 / 2.0) > wanted {
+            break;
+        }
+        seen += next;
+        rows.push(all[i].clone());
+    }
+    if rows.len() > all.len() {
+        warn!("{task}: its {} rows are replayed {:.1} times", all.len(), rows.len() as f64 / all.len() as f64);
+    }
+    rows
 }
 
 fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf, Digest)>> {
     // The templates and lengths of tasks.toml determine the examples.
-    let (list, names) = (Tasks::read(&args.tasks)?, tasks.iter().map(|task| task.name.as_str()));
+    let (list, names) = (Tasks::read(&args.tasks)?, tasks.iter().filter(is_listed).map(|task| task.name.as_str()));
     let mut inputs = vec![(list.role(names.clone()), args.tasks.clone(), list.digest(names)?)];
     for task in tasks {
         inputs.push((format!("train:{}", task.name), task.train.clone(), Digest::of_file(&task.train)?));
     }
     for mask in &args.masks {
         inputs.push((format!("mask:{}", mask.name), mask.path.clone(), Digest::of_file(&mask.path)?));
+    }
+    for (n, path) in args.protect.iter().enumerate() {
+        inputs.push((format!("protect:{}", n + 1), path.clone(), Digest::of_file(path)?));
     }
     if let Some(path) = &args.base {
         inputs.push(("base".to_owned(), path.clone(), Checkpoint::open(path)?.digest()?));

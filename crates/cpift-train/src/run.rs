@@ -106,6 +106,9 @@ fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) 
 fn isolation_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan) -> Isolation<'a> {
     let masks = |tasks: &[String]| tasks.iter().map(|task| &plan.masks[task]).collect::<Vec<_>>();
     match (args.isolation.kind, args.trainable) {
+        _ if !args.protect.is_empty() || args.freeze_layers > 0 => {
+            Isolation::Protected { masks: plan.masks.values().collect(), layers: args.freeze_layers }
+        }
         _ if stage.earlier.is_empty() && args.trainable == Trainable::All => Isolation::None,
         (IsolationKind::Dynamic, _) => Isolation::Dynamic(DynamicConfig {
             examples: &stage.earlier_examples,
@@ -154,5 +157,6 @@ fn frozen<'a>(args: &RunArgs, stage: &'a StagePlan) -> &'a [String] {
 fn summary(args: &RunArgs, stage: &StagePlan, report: &StageReport) -> Value {
     json!({"stage": stage.label, "examples": stage.examples.len(), "steps": report.steps, "tokens": report.tokens,
         "first_loss": report.first_loss, "final_loss": report.final_loss, "frozen_elements": report.frozen,
-        "frozen_tasks": frozen(args, stage), "importance_tokens": report.importance_tokens})
+        "frozen_tasks": frozen(args, stage), "importance_tokens": report.importance_tokens,
+        "replayed_examples": stage.replayed.0, "replayed_share": stage.replayed_share()})
 }

@@ -5,12 +5,12 @@ mod common;
 
 use std::fs;
 
-use common::{Fixture, assert_frozen, with_negative_zeros};
+use common::{Fixture, assert_frozen, read_json, with_negative_zeros};
 use cpift_core::Dtype;
 use cpift_testkit::Tensor;
 use cpift_testkit::masks::write_groups;
-use cpift_testkit::model::tiny_weights;
-use serde_json::Value;
+use cpift_testkit::model::{tiny_weights, write_json};
+use serde_json::{Value, json};
 
 fn metrics(f: &Fixture, out: &str) -> Vec<Value> {
     let text = fs::read_to_string(f.path("runs").join(out).join("metrics.jsonl")).unwrap();
@@ -157,4 +157,25 @@ fn a_loss_that_is_not_finite_names_the_rows() {
     let more = ["--steps", "60", "--lr", "1e30", "--warmup-ratio", "0", "--only", "copy", "--batch-size", "9"];
     f.train("out", &more).expect_code(1).says(&["stopped before the update", "copy/train.jsonl line ", ", and 1 more"]);
     assert!(!f.path("runs/out").exists());
+}
+
+#[test]
+fn a_head_of_its_own_under_a_tied_config_is_trained_and_saved() {
+    const HEAD: &str = "lm_head.weight";
+    let mut weights = tiny_weights(1);
+    weights.insert(HEAD.into(), tiny_weights(2)["model.embed_tokens.weight"].clone());
+    let f = Fixture::with_base(&weights);
+    let steps = ["--steps", "3"];
+    f.train("tied", &steps).ok().says(&[HEAD, "config.json ties them"]);
+    let trained = f.read("tied");
+    let moved = trained[HEAD].values().iter().zip(weights[HEAD].values()).filter(|(a, b)| **a != *b).count();
+    assert!(moved * 10 > trained[HEAD].values().len() * 9, "{moved} elements of {HEAD} moved");
+    assert_eq!(read_json(&f.path("runs/tied/config.json"))["tie_word_embeddings"], json!(false));
+    // The same as from a config that says so.
+    let mut config = read_json(&f.base.join("config.json"));
+    config["tie_word_embeddings"] = json!(false);
+    write_json(&f.base.join("config.json"), &config);
+    f.train("untied", &steps).ok();
+    let read = |out: &str| fs::read(f.path("runs").join(out).join("model.safetensors")).unwrap();
+    assert!(read("tied") == read("untied"));
 }

@@ -257,3 +257,25 @@ fn a_template_without_a_generation_prompt_is_warned_of() {
     let asking = format!("{turns}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}");
     assert!(!said(&asking).contains("generation prompt"));
 }
+
+#[test]
+fn template_arguments_reach_preview_and_training() {
+    let argument = "{% if think is defined %}({{ think }}){% endif %}";
+    let weights = |argument: &str, keys: &str, expected: &str| {
+        let f = Fixture::of("d.jsonl", &row("q", "a").to_string(), keys);
+        write_tiny_model(&f.model, 1);
+        let turns = format!("{{% for m in messages %}}{argument}{{{{ m.content }}}}<|im_end|>{{% endfor %}}");
+        let config = json!({"eos_token": "<|im_end|>", "chat_template": turns});
+        write_json(&f.model.join("tokenizer_config.json"), &config);
+        let shown = f.preview(&[]).ok().stdout;
+        assert!(shown.contains(expected), "{shown}");
+        let paths = [&f.model, &f.tasks, &f.dir.path().join("out")].map(|path| path.to_str().unwrap().to_owned());
+        let run = ["run", "--model", &paths[0], "--tasks", &paths[1], "--out", &paths[2], "--steps", "2"];
+        run_with(env!("CARGO_BIN_EXE_cpift-train"), run, &[]).ok();
+        fs::read(f.dir.path().join("out/model.safetensors")).unwrap()
+    };
+    let given = weights(argument, "template_args = { think = false }", "\n(False)q<|im_end|>(False)«a<|im_end|>»");
+    // The same as a template that has the text itself.
+    assert!(given == weights("(False)", "", "\n(False)q<|im_end|>(False)«a<|im_end|>»"));
+    assert!(given != weights(argument, "", "\nq<|im_end|>«a<|im_end|>»"));
+}

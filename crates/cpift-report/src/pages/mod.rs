@@ -1,6 +1,7 @@
 //! report.html: the results of a run on one page that opens from disk; and comparisons and
 //! experiments as pages of their own.
 
+mod added;
 mod cores;
 mod experiments;
 mod folder;
@@ -66,6 +67,9 @@ pub(crate) fn render(args: &ReportArgs, page_file: &Path) -> Result<String> {
         Section::new("outputs", "Sample outputs", Ok(samples)),
         Section::new("provenance", "Provenance", Ok(folder::provenance(dir, &records))),
     ];
+    if let Some(body) = added::section(dir) {
+        sections.insert(0, Section::new("added", "Added task", body));
+    }
     if !experiments.is_empty() {
         let body = experiments::section(args, &experiments);
         sections.insert(0, Section::new("experiments", "Experiments", Ok(body)));

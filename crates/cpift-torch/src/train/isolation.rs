@@ -3,6 +3,7 @@
 
 use anyhow::Result;
 use cpift_core::format::mask::Mask;
+use cpift_core::format::names::{layer, role};
 use cpift_data::Example;
 use tch::{Kind, Tensor, no_grad};
 
@@ -23,6 +24,13 @@ pub enum Isolation<'a> {
     None,
     /// All but the core regions of earlier tasks (CPI-FT).
     Static(Vec<&'a Mask>),
+    /// All but the elements of these masks, the embedding table and the first blocks.
+    Protected {
+        /// Masks of elements.
+        masks: Vec<&'a Mask>,
+        /// Number of blocks; with 0 the embedding table may change too.
+        layers: u32,
+    },
     /// The group's own core regions, without those of earlier tasks (TRACE).
     Cores {
         /// Masks of the group's tasks.
@@ -52,6 +60,10 @@ impl Isolation<'_> {
         Ok(match self {
             Self::None | Self::Dynamic(_) => None,
             Self::Static(masks) => Some(Freeze::new(pieces, masks)?),
+            Self::Protected { masks, layers } => {
+                let bottom = |name: &str| layer(name).map_or(role(name) == "embed", |(_, n)| n < *layers);
+                Some(Freeze::new(pieces, masks)?.and_whole(pieces, |name| *layers > 0 && bottom(name)))
+            }
             Self::Cores { own, earlier } => Some(Freeze::all_but(pieces, own, earlier)?),
         })
     }
