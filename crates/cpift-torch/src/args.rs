@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use cpift_core::error::usage;
-use cpift_core::{BadInput, Dtype, Usage};
+use cpift_core::{Dtype, Usage};
 use cpift_data::Overlong;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -283,7 +283,7 @@ impl TrainingArgs {
     ///
     /// # Errors
     /// [`Usage`] for --offload on the CPU without a directory, or a directory without it;
-    /// [`BadInput`] for a directory that does not exist.
+    /// [`Usage`] for options that do not go together.
     pub(crate) fn storage(&self, device: Device) -> Result<[Storage; 2]> {
         let away = match (&self.offload_dir, device) {
             _ if self.offload == Offload::None && self.offload_dir.is_none() => Storage::On(device),
@@ -292,11 +292,6 @@ impl TrainingArgs {
             }
             (Some(_), Device::Cuda(_)) => {
                 return Err(usage("--offload-dir is for the CPU: on CUDA the state lies in pinned host memory"));
-            }
-            (Some(folder), _) if !folder.is_dir() => {
-                return Err(BadInput::new(folder, "no such directory, for --offload-dir")
-                    .hint("make it on a disk with room for the state")
-                    .into());
             }
             (Some(folder), _) => Storage::Files(folder.clone()),
             (None, Device::Cuda(index)) => Storage::Pinned(index),

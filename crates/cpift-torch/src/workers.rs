@@ -33,8 +33,8 @@ impl Workers {
     /// Opens the device of a training run and joins the other ranks, if there are any.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] for arguments that do not go with several ranks; a rank that is
-    /// missing.
+    /// [`cpift_core::Usage`] for arguments that do not go with several ranks;
+    /// [`cpift_core::BadInput`] for a directory that cannot have the state; a rank that is missing.
     pub fn start(training: &TrainingArgs, common: &Common) -> Result<Self> {
         let place = Place::from_env()?;
         let device = training.device.open_for(common.threads, place.as_ref())?;
@@ -47,6 +47,13 @@ impl Workers {
             )));
         }
         let group = place.map(|place| join(place, device)).transpose()?;
+        // Another node may have another disk: its ranks are told.
+        if let Err(error) = weights.check().and_then(|()| moments.check()) {
+            if let Some(group) = &group {
+                group.fail(&error);
+            }
+            return Err(error);
+        }
         let placement = Placement { group, device, weights, moments, reduce: training.reduce };
         Ok(Self { placement, all_know: Cell::new(false) })
     }
