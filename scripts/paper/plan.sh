@@ -8,7 +8,7 @@ rate=${1:-300}
 PROBE_TOKENS=${PROBE_TOKENS:-2000000} BACKBONE_TOKENS=${BACKBONE_TOKENS:-10000000} FINAL_TOKENS=${FINAL_TOKENS:-4000000}
 save=(--gradient-checkpointing --optimizer-in-backward --max-grad-norm 0)
 plan() { # CONFIG ARGUMENTS… : the plan as JSON
-    "$BIN/cpift-train" plan --config "$1" --max-length 2048 --batch-size 4 --packing "${save[@]}" --device cuda --device-memory 131 \
+    "$BIN/cpift-train" plan --model-config "$1" --max-length 2048 --batch-size 4 --packing "${save[@]}" --device cuda --device-memory 131 \
         --tflops "$rate" --json --quiet "${@:2}"
 }
 value() { python3 -c "import json, sys; d = json.load(sys.stdin); print($1)"; }

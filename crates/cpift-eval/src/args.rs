@@ -105,7 +105,7 @@ pub enum Command {
 #[derive(clap::Args, Debug)]
 pub struct RunArgs {
     /// The checkpoint: a Hugging Face directory
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     pub model: PathBuf,
     /// The task list, tasks.toml
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]

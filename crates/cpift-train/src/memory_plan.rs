@@ -99,7 +99,7 @@ fn check(args: &PlanArgs) -> Result<()> {
 
 /// The job, and the memory of its device if known.
 fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
-    let path = args.model.as_deref().or(args.config.as_deref()).expect("clap requires one of them");
+    let path = args.model.as_deref().or(args.model_config.as_deref()).expect("clap requires one of them");
     let config = memory::read_model(path)?;
     check_weights(path, Sizes::of(&config).total())?;
     let named = args.device_memory.map(|g| (g * f64::from(1 << 30)) as u64);

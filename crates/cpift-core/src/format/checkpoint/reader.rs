@@ -11,6 +11,7 @@ use super::diagnose;
 use super::sidecar::{read_config, tied};
 use super::wrappers::Wrappers;
 use crate::error::BadInput;
+use crate::files::hub;
 use crate::format::dtype::{Dtype, Float};
 use crate::format::json;
 use crate::format::safetensors::{Entry, MappedFile, TensorSpec};
@@ -73,9 +74,9 @@ impl Checkpoint {
             return Self::open_folder(path);
         }
         if path.symlink_metadata().is_err() {
-            return Err(BadInput::new(path, "no such checkpoint")
-                .expected("a Hugging Face directory or a .safetensors file")
-                .into());
+            let error = BadInput::new(path, "no such checkpoint");
+            let error = error.expected("a Hugging Face directory or a .safetensors file");
+            return Err(hub::hinted(error, path).into());
         }
         if diagnose::is_pickle(path) {
             return Err(diagnose::refuse_pickle(BadInput::new(path, "is not a safetensors file"), path).into());
