@@ -51,7 +51,7 @@ pub struct StagePlan {
     pub earlier: Vec<String>,
     /// Examples of those tasks, for --isolation dynamic, which measures importance on them.
     pub earlier_examples: Vec<Example>,
-    /// Steps or tokens.
+    /// Epochs, steps or tokens.
     pub budget: Budget,
     /// Peak learning rate.
     pub lr: f64,
