@@ -55,7 +55,7 @@ impl Setting {
         assert!(fs::read(self.path(a)).unwrap() == fs::read(self.path(b)).unwrap(), "{a} and {b} differ");
     }
 
-    /// `cpift-mask extract` with this file: exit code 3, a message with the file's path and `parts`.
+    /// Runs `cpift-mask extract` with this file: exit code 3, the file's path and `parts` on stderr.
     #[track_caller]
     fn refused(&self, text: &str, parts: &[&str]) {
         let file = self.file(text);
@@ -116,7 +116,7 @@ fn mistakes_in_a_file_are_named() {
     s.refused("threads = 1.5", &["threads has a wrong type", "a whole number", "1.5 (float)"]);
     s.refused("above = \"much\"", &["above has a wrong type", "a number"]);
     s.refused("base = [\"a\", \"b\"]", &["base has a wrong type", "array"]);
-    s.refused("exclude = [1]", &["exclude has a wrong type", "a string or a list of such"]);
+    s.refused("exclude = [true]", &["exclude has a wrong type", "a list of such", "true (boolean)"]);
     s.refused("skip-up-to-date = true\nif_stale = true", &["are the same argument"]);
     s.refused("config = \"x\"", &["config is not an argument"]);
     s.refused("base = ", &["not TOML"]);
@@ -182,7 +182,7 @@ fn a_run_is_repeated_from_its_record() {
     let file = s.file(MASK);
     mask(&["extract", "--config", &file]).ok();
     let record = s.text("file.cpift.json");
-    mask(&["--config", &record]).usage_error(&["file", "--force"]);
+    mask(&["--config", &record]).bad_input(&["file", "--force"]);
     let again = s.text("again");
     mask(&["--config", &record, "--out", &again]).ok();
     s.same("file", "again");

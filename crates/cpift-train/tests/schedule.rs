@@ -2,8 +2,11 @@
 
 mod common;
 
+use clap::Parser;
+use clap::error::ErrorKind;
 use common::{Fixture, PROGRAM};
 use cpift_testkit::{expect_entries, run};
+use cpift_train::Args;
 use serde_json::Value;
 
 fn steps(facts: &Value) -> Vec<u64> {
@@ -23,7 +26,9 @@ fn without_a_budget_each_stage_sees_its_rows_once() {
     let f = Fixture::new();
     f.train("one", &["--only", "copy"]).ok().says(&["12 examples, 3 steps (1 epoch)"]);
     f.train("named", &["--only", "copy", "--epochs", "1"]).ok();
-    assert_eq!((f.facts("one")["run"]["epochs"].as_f64(), f.read("one") == f.read("named")), (Some(1.0), true));
+    assert_eq!(f.facts("one")["run"]["epochs"].as_f64(), Some(1.0));
+    let bytes = |out: &str| std::fs::read(f.path("runs").join(out).join("model.safetensors")).unwrap();
+    assert!(bytes("one") == bytes("named"));
     f.train("more", &["--only", "copy", "--num_train_epochs", "2.5"]).ok().says(&["8 steps (2.5 epochs)"]);
     assert_eq!(steps(&f.facts("more")), [8], "30 rows");
     f.train("tenths", &["--only", "copy", "--epochs", "0.3333333333333333"]).ok();
@@ -102,8 +107,8 @@ fn names_of_other_trainers_are_accepted() {
     assert!(names.len() > 20, "{names:?}");
     for name in names {
         for spelling in [name.to_owned(), name.replace('_', "-")] {
-            let found = run(PROGRAM, ["run", &format!("--{spelling}")]).expect_code(2);
-            assert!(!found.stderr.contains("unexpected argument"), "{}", found.stderr);
+            let parsed = Args::try_parse_from(["cpift-train", "run", &format!("--{spelling}")]);
+            assert_ne!(parsed.unwrap_err().kind(), ErrorKind::UnknownArgument, "{spelling}");
         }
     }
 }

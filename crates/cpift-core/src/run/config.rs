@@ -40,13 +40,13 @@ pub(crate) struct Resolved {
 /// that exclude a typed one, are left out.
 ///
 /// # Errors
-/// [`BadInput`] for a file that cannot be read, an unknown key or a wrong type; [`crate::Usage`] for
-/// a file of another command.
+/// [`BadInput`] for a file that cannot be read, an unknown key or a wrong type; [`crate::Usage`]
+/// for a file of another command.
 pub(crate) fn resolve(command: &Command, words: Vec<OsString>) -> Result<Resolved> {
     let mut command = command.clone();
     command.build();
     let (program, rest) = words.split_first().map_or((OsString::new(), &words[..]), |(p, rest)| (p.clone(), rest));
-    let typed = Line::of(&command, rest);
+    let mut typed = Line::of(&command, None, rest);
     let mut files = typed.given.iter().filter(|given| given.id == CONFIG);
     // If it is given twice, clap says so.
     let (Some(given), None) = (files.next(), files.next()) else { return Ok(Resolved { words, file: None }) };
@@ -62,6 +62,10 @@ pub(crate) fn resolve(command: &Command, words: Vec<OsString>) -> Result<Resolve
         }
         (typed, named) => typed.clone().or_else(|| named.clone()),
     };
+    if typed.subcommand.is_none() {
+        // Its options are those of the subcommand that the file names.
+        typed = Line::of(&command, subcommand.as_deref(), rest);
+    }
     let leaf = leaf(&command, subcommand.as_deref());
     let kept = |given: &&Given| {
         let excluded = |other: &Given| excludes(leaf, &given.id, &other.id) || excludes(leaf, &other.id, &given.id);
@@ -91,7 +95,7 @@ pub(crate) fn locate(command: &Command, words: &[OsString]) -> Located {
     let mut command = command.clone();
     command.build();
     let Some((program, rest)) = words.split_first() else { return Located { words: vec![], pinned: vec![] } };
-    let line = Line::of(&command, rest);
+    let line = Line::of(&command, None, rest);
     let leaf = leaf(&command, line.subcommand.as_deref());
     let mut located = Located { words: vec![program.clone()], pinned: vec![program.clone()] };
     let after = line.given.iter().position(|given| !given.before_subcommand).unwrap_or(line.given.len());
@@ -158,7 +162,7 @@ fn recorded(command: &Command, path: &Path) -> Result<File> {
         log::warn!("{}: made by version {}, this is {}", path.display(), record.version, env!("CARGO_PKG_VERSION"));
     }
     let words: Vec<OsString> = record.arguments.iter().map(OsString::from).collect();
-    let Line { subcommand, given } = Line::of(command, &words);
+    let Line { subcommand, given } = Line::of(command, None, &words);
     Ok(File { subcommand, given })
 }
 
@@ -196,8 +200,9 @@ struct Line {
 }
 
 impl Line {
-    fn of(root: &Command, words: &[OsString]) -> Self {
-        let (mut command, mut subcommand, mut given) = (root, None::<String>, Vec::<Given>::new());
+    /// The line of a program, or of its subcommand `within` if no word names one.
+    fn of(root: &Command, within: Option<&str>, words: &[OsString]) -> Self {
+        let (mut command, mut subcommand, mut given) = (leaf(root, within), None::<String>, Vec::<Given>::new());
         let mut i = 0;
         while i < words.len() {
             let text = words[i].to_string_lossy();
