@@ -24,7 +24,7 @@ PER_NODE, LENGTH = 8, 4096
 
 def plan(binary, world, rows):
     """Bytes a rank receives per step, those of them from other nodes, and its memory."""
-    command = [binary, "plan", "--config", CONFIG, "--world", world, "--per-node", PER_NODE, "--max-length", LENGTH,
+    command = [binary, "plan", "--model-config", CONFIG, "--world", world, "--per-node", PER_NODE, "--max-length", LENGTH,
                "--batch-size", world * rows, "--gradient-checkpointing", "--device", "cuda", "--device-memory", 141, "--json",
                "--quiet"]
     found = json.loads(subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout)

@@ -12,7 +12,7 @@ plan() { # CONFIG ARGUMENTS… : the plan as JSON
     any "$1" --batch-size 4 "${save[@]}" "${@:2}"
 }
 any() { # CONFIG ARGUMENTS… : the plan as JSON, whatever the batch
-    "$BIN/cpift-train" plan --config "$1" --max-length 2048 --packing --device cuda --device-memory 131 --tflops "$rate" --json \
+    "$BIN/cpift-train" plan --model-config "$1" --max-length 2048 --packing --device cuda --device-memory 131 --tflops "$rate" --json \
         --quiet "${@:2}"
 }
 value() { python3 -c "import json, sys; d = json.load(sys.stdin); print($1)"; }

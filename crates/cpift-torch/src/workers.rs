@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use cpift_core::Stopped;
 use cpift_core::error::usage;
+use cpift_core::record::provenance::argv;
 use cpift_core::run::cli::Common;
 use log::{LevelFilter, info};
 use serde_json::{Map, Value};
@@ -90,7 +91,7 @@ impl Workers {
         let Some(group) = &self.placement.group else { return Ok(()) };
         let mut run = run.clone();
         // Last, so that an argument is named by what it changes where that is known.
-        run.insert("arguments".into(), std::env::args().skip(1).collect());
+        run.insert("arguments".into(), argv().into());
         let own = serde_json::to_string(&run)?;
         let texts = group.exchange("arguments and inputs", &own)?;
         // Every rank reads the texts of all ranks, so that all fail if any two differ.

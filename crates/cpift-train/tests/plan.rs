@@ -18,7 +18,7 @@ fn root() -> PathBuf {
 
 fn llama(more: &str) -> Run {
     let config = root().join("scripts/paper/llama-2-7b.json");
-    let args = ["plan", "--config", config.to_str().unwrap(), "--max-length", "4096", "--device", "cuda"];
+    let args = ["plan", "--model-config", config.to_str().unwrap(), "--max-length", "4096", "--device", "cuda"];
     run(PROGRAM, args.into_iter().chain(more.split_whitespace()))
 }
 
