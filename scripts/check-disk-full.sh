@@ -129,4 +129,33 @@ stage merge fused "$BIN/cpift-merge" cpi --base $base --groups "$run/groups.json
 stage train final "$BIN/cpift-train" run --model "$run/fused" --base $base --groups "$run/groups.json" "${masks[@]}" \
     "${train[@]}"
 stage eval scores "$BIN/cpift-eval" run --model "$run/final" --tasks "$tasks" --limit 3 --device cpu --threads 1 --force
+
+# Two ranks: every one ends with the same exit code and names the directory.
+check_ranks() { # WHAT CODE TMPFS_SIZE COMMAND...
+    local what=$1 expected=$2 size=$3 port=$((20000 + RANDOM % 9000)) pids=() rank code
+    shift 3
+    mount -t tmpfs -o size="$size" tmpfs "$full"
+    for rank in 0 1; do
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port timeout 60 "$@" 2>"$work/said.$rank" &
+        pids+=($!)
+    done
+    for rank in 0 1; do
+        code=0
+        wait "${pids[$rank]}" || code=$?
+        cp "$work/said.$rank" "$work/said"
+        [ "$code" = "$expected" ] || fail "$what, rank $rank: exit code $code"
+        grep -q "$full" "$work/said" || fail "$what, rank $rank: the message does not name the directory"
+        grep -qE "os error 28|not enough room" "$work/said" || fail "$what, rank $rank: the message does not say that the disk is full"
+    done
+    [ -z "$(find "$full" -mindepth 1 -maxdepth 1 ! -name out.checkpoints)" ] || fail "$what: left $(ls -A "$full")"
+    [ ! -e "$work/out" ] || fail "$what: left $work/out"
+    umount "$full"
+    echo "ok  $what: exit code $expected: $(grep -m1 error: "$work/said" | sed "s|$work|…|g")"
+}
+ranks=("$BIN/cpift-train" run --model $base --tasks "$tasks" --steps 3 --batch-size 4 --device cpu --threads 1)
+check_ranks "2 ranks, weights and moments onto a small disk" 3 2m "${ranks[@]}" --out "$work/out" --offload all --offload-dir "$full"
+check_ranks "2 ranks, moments onto a small disk" 3 3m "${ranks[@]}" --out "$work/out" --offload optimizer --offload-dir "$full"
+check_ranks "2 ranks, states onto a small disk" 1 2m "${ranks[@]}" --out "$full/out" --save-every 1
+check_ranks "2 ranks, the output onto a small disk" 1 2m "${ranks[@]}" --out "$full/out"
+
 [ "$full_disks" -ge 20 ] || fail "only $full_disks disks were too small"

@@ -5,8 +5,8 @@
 #
 #   scripts/gpu.sh [--only STEP …] [--out FILE] [--steps N] [--limit SECONDS]
 #   scripts/gpu.sh --help               lists the steps
-#   BIN=DIR         check_parity, bench_train and bench_generate [target/release/examples, then
-#       target/release]
+#   BIN=DIR         cpift-train, check_parity, bench_train and bench_generate
+#       [target/release/examples, then target/release]
 #   PYTHON=python3  with torch 2.11, whose libtorch the programs load; the peer needs transformers
 #       too
 # Needed beside the programs: this script, scripts/bench and fixtures/golden. No Rust.

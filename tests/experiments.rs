@@ -3,7 +3,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 use cpift_testkit::chain::programs;
 use cpift_testkit::model::{write_tasks, write_tiny_model};
@@ -83,6 +85,41 @@ impl Experiment {
         serde_json::from_str(&fs::read_to_string(self.path(name)).unwrap()).unwrap()
     }
 
+    /// The only entry of the run `a`'s logs whose name begins with `step`.
+    fn log_file(&self, step: &str) -> PathBuf {
+        let mut logs = fs::read_dir(self.path("a/store/logs")).unwrap().map(|entry| entry.unwrap().path());
+        logs.find(|path| path.file_name().unwrap().to_str().unwrap().starts_with(step)).unwrap()
+    }
+
+    fn log(&self, step: &str) -> String {
+        fs::read_to_string(self.log_file(step)).unwrap()
+    }
+
+    /// Removes the output of a training step and leaves the state of a run that was stopped.
+    fn stop_in_the_middle(&self, step: &str) {
+        let log = self.log(step);
+        let command: Vec<&str> = log.lines().next().unwrap().split(' ').collect();
+        let out = self.log_file(step).file_stem().unwrap().to_str().unwrap().to_owned();
+        let out = self.path("a/store").join(out);
+        fs::remove_dir_all(&out).unwrap();
+        let mut child = Command::new(command[0])
+            .args(&command[1..])
+            .args(["--save-every", "1"])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let states = out.with_file_name(format!("{}.checkpoints", out.file_name().unwrap().to_str().unwrap()));
+        while !fs::read_dir(&states)
+            .is_ok_and(|mut all| all.any(|e| e.unwrap().file_name().to_str().unwrap().starts_with("step-")))
+        {
+            assert!(child.try_wait().unwrap().is_none(), "{step} ended before its first state");
+            sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!out.exists());
+    }
+
     /// `stage_data` of the model that was scored in `scores`, a directory of the run `a`.
     fn stage_data(&self, scores: &str) -> String {
         let model = self.read(&format!("a/{scores}/scores.json"))["model"].as_str().unwrap().to_owned();
@@ -143,6 +180,13 @@ fn methods_have_one_budget_and_the_same_seeds_give_the_same_table() {
     assert!(said.contains("] probe-copy-s0-") && said.contains("] fused-s0-") && !said.contains("] mask-"), "{said}");
     // Three probes, the backbone, the fused model and the one-stage model.
     assert_eq!(weights(), 6);
+
+    // A training that was stopped goes on where it was.
+    e.stop_in_the_middle("full-sft-s0-");
+    let (again, said) = e.run(&["reproduce", "forgetting", "schedules"], "a");
+    assert_eq!(again, table);
+    assert!(said.contains("] full-sft-s0-"), "{said}");
+    assert!(e.log("full-sft-s0-").contains("resuming from"), "{}", e.log("full-sft-s0-"));
 
     // Changed rows of a task affect only the outputs made from them.
     let rows = e.path("data/count/train.jsonl");

@@ -19,6 +19,7 @@ import numpy as np
 SIZES = {
     "tiny": dict(layers=2, hidden=256, inner=704, heads=8, kv=2, vocab=2000, shards=2),
     "1.1b": dict(layers=22, hidden=2048, inner=5632, heads=32, kv=4, vocab=32000, shards=2),
+    "3b": dict(layers=23, hidden=3200, inner=8640, heads=32, kv=32, vocab=32000, shards=2),
     "7b": dict(layers=32, hidden=4096, inner=11008, heads=32, kv=32, vocab=32000, shards=3),
 }
 PIECE = 1 << 21
@@ -106,7 +107,7 @@ def create(path, tensors):
 
 
 def fill(pool, number, files, start, count, is_norm):
-    """One piece of one tensor in both checkpoints."""
+    """One piece of one tensor in the checkpoints."""
     values = pool.run(number, 0, count) * np.float32(SCALE)
     if is_norm:
         values += 1
@@ -139,9 +140,9 @@ def side_files(folder, size):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
 
 
-def make(size, work):
-    """Writes work/base and work/tuned, unless they are there."""
-    folders = [work / "base", work / "tuned"]
+def make(size, work, names=("base", "tuned")):
+    """Writes work/base and work/tuned, or the first of them, unless they are there."""
+    folders = [work / name for name in names]
     if all((folder / "complete").exists() for folder in folders):
         return
     parts, total = split(list(shapes(**SIZES[size])), SIZES[size]["shards"])

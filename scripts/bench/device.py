@@ -45,7 +45,8 @@ def main():
     report = {"device": device, "torch": torch.__version__, "dtype": dtype, "matmul_flops": matmul_rate(device, DTYPES[dtype])}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        report |= {"gpu": properties.name, "memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}
+        report |= {"gpu": properties.name, "gpus": torch.cuda.device_count(),
+                   "memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}
     print(json.dumps(report))
 
 

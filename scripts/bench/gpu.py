@@ -21,7 +21,7 @@ from pathlib import Path
 from generate import prompts
 from runs import DEVICE, HERE, PEER, ROOT, Failed, run_json
 
-LLAMA = HERE / "llama-2-7b.json"
+LLAMA = ROOT / "scripts/paper/llama-2-7b.json"
 # SmolLM2's kind of model, small enough for seconds on one core.
 TINY = dict(json.loads(LLAMA.read_text()), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
             num_key_value_heads=2, vocab_size=2048, max_position_embeddings=256, tie_word_embeddings=True)
@@ -43,8 +43,9 @@ BATCH, NEW_TOKENS = 16, 128
 class Plan:
     """What runs where: the commands of all steps for this device."""
 
-    def __init__(self, args, device, tiny, scratch):
-        self.args, self.device, self.scratch = args, device, scratch
+    def __init__(self, args, machine, tiny, scratch):
+        device = machine["device"]
+        self.args, self.device, self.gpus, self.scratch = args, device, machine.get("gpus", 1), scratch
         self.config, self.shape = (LLAMA, "1x4096") if device == "cuda" else (tiny, "2x64")
 
     def program(self, name):
@@ -69,13 +70,36 @@ class Plan:
     def peer(self, master):
         return [sys.executable, PEER, *self.common(), "--master", master, "--max-grad-norm", 0]
 
-    def generation(self, *program):
-        """The command of a program that continues the prompts; the first call makes checkpoint and
-        prompts."""
-        model, file = self.scratch / "model", self.scratch / "prompts.json"
-        if not file.exists():
+    def checkpoint(self):
+        """The folder of the model at random weights, made once."""
+        model = self.scratch / "model"
+        if not model.exists():
             maker = [sys.executable, HERE / "random_checkpoint.py", self.config, ROOT / "fixtures/demo/base", model]
             run_json(maker, self.args.limit)
+        return model
+
+    def job(self, ranks, *options):
+        """The real program on so many GPUs; on the CPU on one process or two."""
+        more = [*options, "--optimizer-in-backward", "--max-grad-norm", 0]
+        return [sys.executable, HERE / "train_run.py", "--program", self.program("cpift-train"), "--model", self.checkpoint(),
+                "--shape", self.shape, "--steps", self.args.steps, "--ranks", ranks, *self.where(), "--", *more]
+
+    def several(self):
+        """The number of GPUs, of which there must be several."""
+        count = self.gpus if self.device == "cuda" else 2
+        if count < 2:
+            raise Failed("one GPU: nothing to share")
+        return count
+
+    def fsdp(self):
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", self.several(),
+                HERE / "fsdp_peer.py", "--model", self.checkpoint(), "--shape", self.shape, "--steps", self.args.steps,
+                "--device", self.device]
+
+    def generation(self, *program):
+        """The command of a program that continues the prompts; the first call makes the prompts."""
+        model, file = self.checkpoint(), self.scratch / "prompts.json"
+        if not file.exists():
             file.write_text(json.dumps(prompts(BATCH, json.loads(self.config.read_text())["vocab_size"])))
         return [*program, "--model", model, "--prompts", file, "--batch-size", BATCH, "--new-tokens", NEW_TOKENS,
                 "--repeat", 2, *self.where()]
@@ -87,6 +111,11 @@ STEPS = {
     "train_f32_frozen": lambda plan: plan.ours(*F32_MASTER, "--frozen-percent", 5),
     "train_bf16": lambda plan: plan.ours(*BF16_MASTER),
     "train_bf16_frozen": lambda plan: plan.ours(*BF16_MASTER, "--frozen-percent", 5),
+    "job": lambda plan: plan.job(1),
+    "job_offload_optimizer": lambda plan: plan.job(1, "--offload", "optimizer"),
+    "job_offload_all": lambda plan: plan.job(1, "--offload", "all"),
+    "job_ranks": lambda plan: plan.job(plan.several()),
+    "peer_ranks": Plan.fsdp,
     "peer_f32": lambda plan: plan.peer("f32"),
     "peer_bf16": lambda plan: plan.peer("bf16"),
     "generate": lambda plan: plan.generation(plan.program("bench_generate")),
@@ -158,6 +187,15 @@ class Reports:
         a, b = self.rate(step), self.rate(other)
         return a / b if a and b else None
 
+    def per_rank(self, step):
+        rate = self.rate(step)
+        return rate and rate / self.of(step)["ranks"]
+
+    def share(self, step, other):
+        """Rate per GPU of a step in % of another one's."""
+        a, b = self.per_rank(step), self.per_rank(other)
+        return a and b and 100 * a / b
+
     def generation(self, step):
         """New tokens per second; the first repetition is warm-up."""
         report = self.of(step)
@@ -194,6 +232,21 @@ def figures(results):
                  figure(f"{peer_label}: MFU", "%", got.utilisation(peer)),
                  figure(f"{peer_label}: peak memory", "GB", got.memory(peer)),
                  figure(f"{label}: ours over transformers", "x", got.ratio(ours, peer), at_least=1.3 if kind == "f32" else None)]
+    rows += [figure("cpift-train, 1 GPU: tokens per second", "tokens/s", got.rate("job")),
+             figure("cpift-train, 1 GPU: peak memory", "GB", got.memory("job"))]
+    for mode, most in [("optimizer", None), ("all", 24)]:
+        step = f"job_offload_{mode}"
+        rows += [figure(f"--offload {mode}: tokens per second", "tokens/s", got.rate(step)),
+                 figure(f"--offload {mode}: rate of that without", "%", got.share(step, "job"), at_least=80),
+                 figure(f"--offload {mode}: peak memory", "GB", got.memory(step), at_most=most)]
+    count = (got.of("job_ranks") or {}).get("ranks")
+    rows += [figure("all GPUs: their number", "", count),
+             figure("all GPUs: tokens per second of each", "tokens/s", got.per_rank("job_ranks")),
+             figure("all GPUs: rate of each, of that of 1 GPU", "%", got.share("job_ranks", "job"), at_least=94),
+             figure("all GPUs: peak memory of each", "GB", got.memory("job_ranks")),
+             figure("transformers + FSDP2: tokens per second of each", "tokens/s", got.per_rank("peer_ranks")),
+             figure("transformers + FSDP2: peak memory of each", "GB", got.memory("peer_ranks")),
+             figure("all GPUs: ours over FSDP2", "x", got.ratio("job_ranks", "peer_ranks"))]
     ours, peer = got.generation("generate"), got.generation("peer_generate")
     rows += [figure("greedy generation: new tokens per second", "tokens/s", ours),
              figure("transformers.generate: new tokens per second", "tokens/s", peer),
@@ -233,7 +286,8 @@ def show(results):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", required=True, metavar="DIR[:DIR]", help="where check_parity, bench_train and bench_generate are")
+    parser.add_argument("--bin", required=True, metavar="DIR[:DIR]",
+                        help="where cpift-train, check_parity, bench_train and bench_generate are")
     parser.add_argument("--only", action="append", choices=STEPS, metavar="STEP", help=f"any of {', '.join(STEPS)}")
     parser.add_argument("--steps", type=int, default=6, help="training steps of a run; the first is warm-up")
     parser.add_argument("--limit", type=int, default=600, metavar="SECONDS", help="the most that a step may take")
@@ -256,7 +310,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         tiny = Path(scratch) / "config.json"
         tiny.write_text(json.dumps(TINY))
-        plan = Plan(args, machine["device"], tiny, Path(scratch))
+        plan = Plan(args, machine, tiny, Path(scratch))
         for name in args.only or STEPS:
             print(f"gpu: {name} …", file=sys.stderr, flush=True)
             record = results["steps"][name] = run_step(name, plan)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PEER, DEVICE = HERE / "train_peer.py", HERE / "device.py"
+PEER, DEVICE, FLOOR = HERE / "train_peer.py", HERE / "device.py", HERE / "floor.py"
 
 
 class Failed(Exception):

@@ -1,9 +1,10 @@
 """`scripts/bench/train.sh`: compares training steps with transformers' in tokens per CPU second of
 one thread.
 
-Both see the same token ids and start from the same checkpoint, so their losses must agree, or there
-is nothing to compare and the exit status is 1. Each round runs ours, the peer and a matrix product,
-one after another; every process drops its first step.
+All see the same token ids and start from the same checkpoint, so their losses must agree, or there
+is nothing to compare and the exit status is 1. Each round runs ours, the peers (transformers as a user
+writes it, under torch.compile, with its linear layers through oneDNN) and the floor, one after another;
+every process drops its first step.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runs import DEVICE, HERE, PEER, Failed, cpu_model, run_json
+from runs import FLOOR, HERE, PEER, Failed, cpu_model, run_json
 
 SHAPES = ["1x512", "4x256"]
 TARGET = 1.2
 LIMIT_S = 1800
+# The peers beside `peer`: name and arguments of train_peer.py.
+VARIANTS = {"torch.compile": ["--compile"], "oneDNN": ["--onednn"]}
 # f32 losses agree at every step. In bf16 other roundings turn the signs of AdamW's first updates:
 # only the first loss is judged.
 AGREE_F32, AGREE_BF16 = 1e-4, 0.02
@@ -49,10 +52,12 @@ def forms(args):
 
 
 def measure(args, shape):
-    """The reports of all rounds: ours, the peer's, and matrix products."""
+    """The reports of all rounds: ours, the peers', and the floor."""
     training = ["--model", args.model, "--shape", shape, "--steps", args.steps, "--threads", 1, *forms(args)]
     commands = {"ours": [args.ours, *training, "--json"], "peer": [sys.executable, PEER, *training],
-                "matmul": [sys.executable, DEVICE, "--device", "cpu", "--dtype", args.compute_dtype, "--threads", 1]}
+                **{name: [sys.executable, PEER, *training, *more] for name, more in VARIANTS.items()},
+                "floor": [sys.executable, FLOOR, "--model", args.model, "--shape", shape, "--compute-dtype",
+                          args.compute_dtype, "--threads", 1]}
     reports = {who: [] for who in commands}
     for number in range(args.rounds):
         for who, command in commands.items():
@@ -63,11 +68,12 @@ def measure(args, shape):
 
 def disagreement(args, reports):
     """Says where the two loss curves part; None where they agree."""
-    pairs = list(zip(reports["ours"][0]["losses"], reports["peer"][0]["losses"], strict=True))
-    allowed, judged = (AGREE_F32, pairs) if args.compute_dtype == "f32" else (AGREE_BF16, pairs[:1])
-    for step, (ours, peer) in enumerate(judged):
-        if not abs(ours - peer) <= allowed:
-            return f"the losses of step {step} differ: ours {ours:.6f}, transformers {peer:.6f} (allowed: {allowed})"
+    for name in ["peer", *VARIANTS]:
+        pairs = list(zip(reports["ours"][0]["losses"], reports[name][0]["losses"], strict=True))
+        allowed, judged = (AGREE_F32, pairs) if args.compute_dtype == "f32" else (AGREE_BF16, pairs[:1])
+        for step, (ours, peer) in enumerate(judged):
+            if not abs(ours - peer) <= allowed:
+                return f"the losses of step {step} differ: ours {ours:.6f}, {name} {peer:.6f} (allowed: {allowed})"
     return None
 
 
@@ -79,21 +85,25 @@ def rate(reports):
 
 
 def row(args, shape, reports):
-    (ours, our_rounds), (peer, peer_rounds) = rate(reports["ours"]), rate(reports["peer"])
-    limit = statistics.median(report["matmul_flops"] for report in reports["matmul"])
-    share = 6 * reports["peer"][0]["parameters"] / limit
+    rates = {name: rate(reports[name]) for name in ["ours", "peer", *VARIANTS]}
+    (ours, our_rounds), (peer, peer_rounds) = rates["ours"], rates["peer"]
+    # The fastest round: other load makes a floor too slow, never too fast.
+    floor = min(reports["floor"], key=lambda report: report["seconds"])
+    limit = reports["ours"][0]["tokens_per_step"] / floor["seconds"]
     plain = not forms(args)
     memory = [max(report["peak_memory_mib"] for report in reports[who]) for who in ("ours", "peer")]
-    cells = [shape, f"{ours:.1f}", f"{peer:.1f}", f"{ours / peer:.2f} ×", f"≥ {TARGET} ×" if plain else "-",
-             ("yes" if ours >= TARGET * peer else "NO") if plain else "-", f"{100 * ours * share:.0f} %",
-             f"{100 * peer * share:.0f} %", f"{memory[0]:.0f}", f"{memory[1]:.0f}"]
+    cells = [shape, f"{ours:.1f}", f"{peer:.1f}", *(f"{rates[name][0]:.1f}" for name in VARIANTS), f"{ours / peer:.2f} ×",
+             f"≥ {TARGET} ×" if plain else "-", ("yes" if ours >= TARGET * peer else "NO") if plain else "-",
+             f"{limit:.1f}", f"{100 * ours / limit:.0f} %", f"{100 * peer / limit:.0f} %", f"{memory[0]:.0f}", f"{memory[1]:.0f}"]
     rounds = " · ".join(f"{a:.1f} / {b:.1f}" for a, b in zip(our_rounds, peer_rounds))
-    note = f"{shape}: rounds, ours / transformers: {rounds} tokens per CPU second; matrix product {limit / 1e9:.0f} GFLOP/s"
+    libraries = ", ".join(f"{count} by {name}" for name, count in sorted(floor["libraries"].items()))
+    note = (f"{shape}: rounds, ours / transformers: {rounds} tokens per CPU second; floor: {floor['products_seconds']:.2f} s of"
+            f" products at {floor['gflops']:.0f} GFLOP/s ({libraries}), {floor['attention_seconds']:.2f} s of attention")
     return cells, note
 
 
-HEADINGS = ["shape", "ours, tokens/CPU s", "transformers", "ratio", "target", "met", "ours, share of matmul",
-            "its share", "ours, peak MiB", "its peak MiB"]
+HEADINGS = ["shape", "ours, tokens/CPU s", "transformers", *(f"with {name}" for name in VARIANTS), "ratio", "target", "met",
+            "floor", "ours, share of floor", "its share", "ours, peak MiB", "its peak MiB"]
 
 
 def commit():
@@ -113,7 +123,7 @@ def page(args, rows, notes, versions):
              "transformers: sdpa attention, loss by `labels`, clip_grad_norm_ at 1.0, torch.optim.AdamW(fused=True); "
              "bf16 is autocast over f32 weights",
              f"losses: those of {agreed}",
-             "share of matmul: 6 · parameters · tokens per second over the rate of a square matrix product in the same run"]
+             "floor: the model's matrix products and attention alone, each by the fastest library of PyTorch (floor.py)"]
     table = [HEADINGS, ["---"] * len(HEADINGS), *rows]
     lines = ["# Training steps on the CPU", "",
              "Written by `scripts/bench/train.sh`: the median step of all rounds, which are interleaved.", "",

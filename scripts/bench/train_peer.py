@@ -7,7 +7,8 @@ Needs torch 2.11 and transformers.
 
 sdpa attention, loss by the model's `labels`, clip_grad_norm_, torch.optim.AdamW(fused=True) at a
 constant rate without decay. bf16 is autocast over f32 weights, or bf16 weights, moments and all
-with `--master bf16`.
+with `--master bf16`. `--compile` trains the model under torch.compile; `--onednn` sends the products of
+linear layers through oneDNN, as ours does, where PyTorch would call MKL.
 """
 
 import argparse
@@ -40,6 +41,33 @@ def token_ids(vocab, steps, rows, length):
     return torch.tensor(ids).view(steps, rows, length)
 
 
+class OneDnnLinear(torch.autograd.Function):
+    """x·wᵀ and its gradients by oneDNN, over f32 matrices."""
+
+    @staticmethod
+    def product(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return OneDnnLinear.product(x.reshape(-1, w.shape[1]), w).view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        grad = grad.reshape(-1, w.shape[0])
+        by_w = OneDnnLinear.product(grad.t(), x.reshape(-1, w.shape[1]).t())
+        return OneDnnLinear.product(grad, w.t()).view(x.shape), by_w
+
+
+def linear_by_onednn(module, x):
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.linear(x, module.weight, module.bias)
+    y = OneDnnLinear.apply(x, module.weight)
+    return y if module.bias is None else y + module.bias
+
+
 def open_model(args):
     dtype = DTYPES[args.master]
     if args.model:
@@ -52,7 +80,10 @@ def open_model(args):
     model.config.use_cache = False
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.train()
+    if args.onednn:
+        torch.nn.Linear.forward = linear_by_onednn
+    model.train()
+    return torch.compile(model) if args.compile else model
 
 
 class Clock:
@@ -113,6 +144,8 @@ def parse():
     parser.add_argument("--compute-dtype", choices=DTYPES, default="f32")
     parser.add_argument("--master", choices=DTYPES, default="f32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--onednn", action="store_true", help="f32 on the CPU")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="0 turns clipping off")
     return parser.parse_args()
 

@@ -138,6 +138,39 @@ def forgetting(s):
     return Forgetting("One task after another", "How much of the first task does training on the second destroy?", methods, labs, pairs)
 
 
+ADDED = {
+    "no safeguard": {},
+    "between, α 0.7": {"alpha": 0.7},
+    "change protected": {"change": 20},
+    "bottom layers frozen": {"layers": True},
+    "replay of 1 %": {"share": 0.01},
+    "replay of 5 %": {"share": 0.05},
+    "change protected, replay of 5 %": {"change": 20, "share": 0.05},
+    "bottom layers frozen, replay of 5 %": {"layers": True, "share": 0.05},
+    "EPI, replay of 5 %": {"share": 0.05, "epi": True},
+    "replay of 20 %": {"share": 0.2},
+    "replay of 20 %, between, α 0.7": {"share": 0.2, "alpha": 0.7},
+    "own answers, 20 %": {"share": 0.2, "own": "answers"},
+    "own conversations, 20 %": {"share": 0.2, "own": "conversations"},
+}
+
+
+def adding(s):
+    """Every task added to a model that is tuned on the others; its pairs are (old task, new task).
+    """
+    def make(how):
+        how = dict(how)
+        more = ["--freeze-layers", s.suite["layers"]] if how.pop("layers", False) else []
+        more += ["--isolation", "dynamic", *s.suite.get("epi", [])] if how.pop("epi", False) else []
+        stage = [str(value) for value in [*(v for key, v in how.items() if key != "alpha"), *more]]
+        name = "-".join(stage).replace("--", "") or "plain"
+        return lambda lab, old, new: lab.added(new, name, *more, **how)
+
+    pairs = [tuple(pair.split(",")) for pair in s.args.pair or []] or list(permutations(s.tasks.names, 2))
+    return Forgetting("One more task for a tuned model", "What do the old tasks lose, and what does the new one gain?",
+                      {name: make(how) for name, how in ADDED.items()}, s.labs(), pairs)
+
+
 def sweep(title, question, label, log, labs_of, methods):
     """`labs_of`: x -> labs; one line a method."""
     found = [(f"{method}, {x:g}", over(labs, make), {"series": method, "x": x})
@@ -210,5 +243,5 @@ def ablate(s):
     return Table("What each part is worth", "What happens when a part of CPI-FT is left out or changed?", rows(s.labs(), methods), "CPI-FT")
 
 
-ALL = {"reproduce": reproduce, "forgetting": forgetting, "sweep-tau": sweep_tau, "sweep-p": sweep_p, "imbalance": imbalance,
+ALL = {"reproduce": reproduce, "forgetting": forgetting, "adding": adding, "sweep-tau": sweep_tau, "sweep-p": sweep_p, "imbalance": imbalance,
        "low-data": low_data, "stages": stages, "schedules": schedules, "ablate": ablate}

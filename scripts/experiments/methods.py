@@ -200,6 +200,40 @@ class Lab:
         data = "group" if how.endswith("group") else "mixed"
         return first, self.isolated(f"then-{how}-{stem}", fused, masks, groups, rest - rest // 2, "--stage-data", data)
 
+    # One more task for a tuned model.
+
+    def tuned(self, new):
+        """The model that knows all tasks but `new`."""
+        others = [name for name in self.tasks.names if name != new]
+        return self.train(f"tuned-{new}-s{self.seed}", self.base, len(others) * self.budget["pair"], "--only", ",".join(others))
+
+    def added(self, new, name, *more, share=0, own=None, alpha=None, change=0):
+        """The model after a stage on `new`: with a share of replayed tokens, of the old tasks' rows
+        or of the model's `own` (answers to their prompts, or whole conversations); with the `change`
+        percent protected that tuning moved most; between the old and the new model by `alpha`."""
+        tuned, more = self.tuned(new), list(more)
+        if share:
+            more += ["--replay-share", share]
+        if own:
+            files = [self.own(tuned, new, task) for task in self.tasks.names if task != new] if own == "answers" else \
+                [self.own(tuned, new)]
+            more += [part for file in files for part in ("--replay-from", file)]
+        if change:
+            mask = Step(self.store, f"change-{new}-s{self.seed}", "cpift-mask", "extract", "--base", self.base, "--tuned", tuned,
+                        "--percent", change, suffix=".safetensors")
+            more += ["--base", self.base, "--protect", mask]
+        stage = self.train(f"added-{name}-{new}-s{self.seed}", tuned, self.budget["pair"], "--add", new, *more)
+        if alpha is None:
+            return tuned, stage
+        return tuned, Step(self.store, f"between-{name}-{new}-s{self.seed}", "cpift-merge", "task-arithmetic", "--base", tuned,
+                           "--model", stage, "--lambda", alpha)
+
+    def own(self, tuned, new, task=None):
+        """Rows that the model writes."""
+        asked = ["--tasks", self.tasks, "--only", task] if task else ["--max-new-tokens", 60]
+        return Step(self.store, f"own-{task or 'conversations'}-{new}-s{self.seed}", "cpift-eval", "sample", "--model", tuned, *asked,
+                    "--rows", 200, "--seed", self.seed, *self.suite["eval"], suffix=".jsonl")
+
     def scores(self, model, tasks=None):
         """The evaluation of a model, or of the base."""
         name = model.name if isinstance(model, Step) else "base"

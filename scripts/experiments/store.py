@@ -202,6 +202,8 @@ class Store:
     def run(self, step):
         start, log = time.monotonic(), self.folder / "logs" / f"{step.path.name}.log"
         command = [*step.command(), "--threads", str(self.threads), "--skip-up-to-date"]
+        # A training that was stopped has saved its state.
+        command += ["--resume"] if step.program in ("cpift-probe", "cpift-train") else []
         with log.open("w", encoding="utf-8") as out:
             out.write(shlex.join(command) + "\n")
             out.flush()

@@ -7,7 +7,8 @@
 //   FAKE_CUDA_MEMORY=N    bytes of each device's memory, 80 GiB if not given; beyond it cudaMalloc fails
 //   FAKE_CUDA_COPIES=N    copies of more bytes to device memory and to pinned memory are not made
 //                         (their ends are still looked at): with 0 all results are zero, and the memory
-//                         of a model can be measured that is larger than this machine's
+//                         of a model can be measured that is larger than this machine's: large areas
+//                         that are pinned then share a few pages
 //   FAKE_CUDA_STATS=FILE  counts as 64-bit integers, see enum Count
 //   FAKE_CUDA_TRACE=1     a backtrace of each time the host waits for the device
 #include "device.h"
@@ -19,6 +20,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdio>
@@ -43,6 +45,7 @@ const uint64_t MEMORY = setting("FAKE_CUDA_MEMORY", 80ull << 30);
 const uint64_t COPIES = setting("FAKE_CUDA_COPIES", ~0ull);
 const bool TRACE = setting("FAKE_CUDA_TRACE", 0) != 0;
 constexpr int MOST_DEVICES = 64;
+constexpr size_t LARGE_PINNED = 32 << 20;
 
 // Counts of this process, in the file FAKE_CUDA_STATS as 64-bit integers: the process may end by
 // _exit, so they are kept there all the time.
@@ -213,6 +216,21 @@ Range find(const void *p) {
 void *map(size_t bytes) {
   void *p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   return p == MAP_FAILED ? nullptr : p;
+}
+
+// Maps an area onto the same few pages over and over.
+bool share_pages(void *p, size_t n) {
+  constexpr size_t bytes = 64 << 20;
+  static int fd = [] {
+    int made = memfd_create("fake-cuda", 0);
+    return made >= 0 && ftruncate(made, bytes) == 0 ? made : -1;
+  }();
+  for (size_t at = 0; at < n; at += bytes) {
+    void *part = static_cast<char *>(p) + at;
+    size_t size = std::min(bytes, n - at);
+    if (mmap(part, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) return false;
+  }
+  return true;
 }
 
 void add(void *p, Range range) {
@@ -399,6 +417,8 @@ cudaError_t cudaFreeHost(void *p) {
 
 cudaError_t cudaHostRegister(void *p, size_t n, unsigned) {
   if (find(p).type != cudaMemoryTypeUnregistered) return cudaErrorHostMemoryAlreadyRegistered;
+  bool whole_pages = reinterpret_cast<uintptr_t>(p) % 4096 == 0;
+  if (COPIES == 0 && n > LARGE_PINNED && whole_pages && !share_pages(p, n)) return cudaErrorMemoryAllocation;
   add(p, {n, cudaMemoryTypeHost, device});
   count_memory(PINNED_NOW, PINNED_PEAK, n);
   return cudaSuccess;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// Failed: full disk, out of memory, non-finite loss and the like.
-pub(crate) const EXIT_FAILED: u8 = 1;
+pub const EXIT_FAILED: u8 = 1;
 /// Usage: an argument that cannot be parsed or is out of range.
 pub(crate) const EXIT_USAGE: u8 = 2;
 /// Bad input: a file, shape, format or content that cannot be used.
@@ -112,6 +112,23 @@ impl fmt::Display for Stopped {
 
 impl std::error::Error for Stopped {}
 
+/// The failure of another process of this job, which ends this one with the same exit code.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerFailed {
+    /// The text to print, with the error of that process.
+    pub text: String,
+    /// Exit code of that process.
+    pub code: u8,
+}
+
+impl fmt::Display for PeerFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for PeerFailed {}
+
 /// Returns a [`Usage`] error.
 pub fn usage(message: impl Into<String>) -> anyhow::Error {
     Usage(message.into()).into()
@@ -126,7 +143,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     } else if error.downcast_ref::<Stopped>().is_some() {
         EXIT_STOPPED
     } else {
-        EXIT_FAILED
+        error.downcast_ref::<PeerFailed>().map_or(EXIT_FAILED, |peer| peer.code)
     }
 }
 
@@ -155,5 +172,7 @@ mod tests {
         assert_eq!(exit_code(&bad.context("while reading").unwrap_err()), EXIT_BAD_INPUT);
         assert_eq!(exit_code(&usage("p out of range")), EXIT_USAGE);
         assert_eq!(exit_code(&anyhow::anyhow!("disk full")), EXIT_FAILED);
+        let peer: anyhow::Result<()> = Err(PeerFailed { text: "rank 1: x: bad".into(), code: EXIT_BAD_INPUT }.into());
+        assert_eq!(exit_code(&peer.context("rank 0").unwrap_err()), EXIT_BAD_INPUT);
     }
 }

@@ -4,13 +4,14 @@
 //! stage logic and does not link libtorch. Its modules form layers; each uses only those listed
 //! before it:
 //!
-//! 1. [`error`], [`log_once`]
+//! 1. [`error`], [`log_once`], [`closest`]
 //! 2. [`files`]: opening, staging and renaming
 //! 3. [`mod@format`]: file formats
 //! 4. [`stream`]: passes over large arrays
 //! 5. [`record`]: provenance and the up-to-date rule
 //! 6. [`run`]: command line, signals, progress
 
+pub mod closest;
 pub mod error;
 pub mod files;
 pub mod format;

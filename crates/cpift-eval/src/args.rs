@@ -123,7 +123,7 @@ pub enum Command {
 #[derive(clap::Args, Debug)]
 pub struct RunArgs {
     /// The checkpoint: a Hugging Face directory
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     pub model: PathBuf,
     /// The task list, tasks.toml
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
@@ -183,7 +183,7 @@ pub struct RunArgs {
 #[derive(clap::Args, Debug)]
 pub struct SampleArgs {
     /// The checkpoint: a Hugging Face directory
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     pub model: PathBuf,
     /// Task list, tasks.toml, with the rows to answer [default: whole conversations]
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
@@ -227,10 +227,10 @@ pub struct SampleArgs {
 #[derive(clap::Args, Debug)]
 pub struct DivergenceArgs {
     /// The checkpoint whose predictions are compared: a Hugging Face directory
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     pub model: PathBuf,
     /// The checkpoint to compare with, of the same architecture
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     pub reference: PathBuf,
     /// The task list, tasks.toml
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]

@@ -99,10 +99,10 @@ enum Command {
 #[derive(ClapArgs, Debug)]
 struct CheckpointArgs {
     /// Checkpoint before fine-tuning: a Hugging Face directory or a .safetensors file
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: PathBuf,
     /// Checkpoint after fine-tuning on one task, with the same tensor names and shapes
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     tuned: PathBuf,
 }
 
@@ -160,7 +160,7 @@ struct TallArgs {
     #[command(flatten)]
     checkpoints: CheckpointArgs,
     /// Another fine-tune of the base; repeat it for each
-    #[arg(long = "model", value_name = "DIR", required = true, help_heading = "Input and output")]
+    #[arg(long = "model", value_name = "MODEL", required = true, help_heading = "Input and output")]
     models: Vec<PathBuf>,
     /// Mask to write
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
@@ -237,7 +237,7 @@ struct RestoreArgs {
     #[arg(value_name = "FILE", help_heading = "Input and output")]
     vector: PathBuf,
     /// Base that it was made for
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: PathBuf,
     /// Checkpoint directory to write
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
@@ -251,10 +251,10 @@ struct ConvertArgs {
     input: PathBuf,
     /// Checkpoint with the shapes of the parameters; required for --to mask. Without it the arrays
     /// of a mask are flat
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: Option<PathBuf>,
     /// Checkpoint that the bits belong to, to record in a mask; none by default
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     tuned: Option<PathBuf>,
     /// File to write; a directory for --to npy
     #[arg(long, value_name = "PATH", help_heading = "Input and output")]

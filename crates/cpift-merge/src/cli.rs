@@ -372,19 +372,19 @@ impl DareArgs {
 #[derive(clap::Args, Debug)]
 pub(crate) struct CpiArgs {
     /// Checkpoint the tasks were fine-tuned from and the masks were made for; gives the tokenizer
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: PathBuf,
     /// groups.json of cpift-group; gives the order of the tasks
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     groups: PathBuf,
     /// Checkpoint of a task, once for each task in groups.json
-    #[arg(long = "task", value_name = "NAME=DIR", required = true, help_heading = "Input and output")]
+    #[arg(long = "task", value_name = "NAME=MODEL", required = true, help_heading = "Input and output")]
     tasks: Vec<Named>,
     /// Core region of a task (safetensors of cpift-mask), once for each task in groups.json
     #[arg(long = "mask", value_name = "NAME=FILE", required = true, help_heading = "Input and output")]
     masks: Vec<Named>,
     /// Checkpoint the tasks are folded into; gives config.json and buffers [default: --base]
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     backbone: Option<PathBuf>,
     /// Value of an element that is core to several tasks
     #[arg(long, value_enum, default_value = "max-delta", help_heading = "Method")]
@@ -511,7 +511,7 @@ impl MergeAdaptersArgs {
 #[derive(clap::Args, Debug)]
 pub(crate) struct VerifyArgs {
     /// Hugging Face directory, .safetensors file or MODEL+ADAPTER
-    #[arg(value_name = "PATH")]
+    #[arg(value_name = "MODEL")]
     pub(crate) checkpoint: PathBuf,
 }
 

@@ -44,7 +44,7 @@ const FISHER_HEADING: &str = "Method";
 #[command(name = "cpift-probe", version)]
 pub struct Args {
     /// Base checkpoint θ⁽⁰⁾: a Hugging Face directory
-    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR")]
+    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "MODEL")]
     #[arg(required_unless_present = "list", help_heading = IO)]
     pub base: Option<PathBuf>,
     /// Task list, tasks.toml

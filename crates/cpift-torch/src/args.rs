@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use cpift_core::error::usage;
-use cpift_core::{BadInput, Dtype, Usage};
+use cpift_core::{Dtype, Usage};
 use cpift_data::Overlong;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -15,6 +15,7 @@ use crate::device::DeviceChoice;
 use crate::offload::Storage;
 use crate::optim::AdamWConfig;
 use crate::placement::Reduce;
+use crate::schedule::ScheduleArgs;
 use crate::session::{Precision, set_strict_config};
 use crate::weights::kind_of;
 
@@ -33,7 +34,13 @@ const RUN: &str = "Run";
 /// lists them: an argument that has no influence on the weights is skipped.
 #[derive(clap::Args, Debug, Clone, Serialize)]
 pub struct TrainingArgs {
-    /// Optimizer steps in total, over all stages; excludes --tokens [default: 100]
+    /// Passes of each stage over its own rows; may be a fraction. Excludes --steps and --tokens
+    /// [default: 1, without --steps and --tokens]
+    #[arg(long, aliases = ["num_train_epochs", "num-train-epochs"], value_name = "F", allow_negative_numbers = true)]
+    #[arg(conflicts_with_all = ["steps", "tokens"], help_heading = BUDGET)]
+    #[serde(skip)]
+    pub epochs: Option<f64>,
+    /// Optimizer steps in total, over all stages; excludes --tokens
     #[arg(long, aliases = ["max_steps", "max-steps"], value_name = "N", conflicts_with = "tokens")]
     #[arg(help_heading = BUDGET)]
     pub steps: Option<usize>,
@@ -52,11 +59,10 @@ pub struct TrainingArgs {
     #[arg(long, aliases = ["learning_rate", "learning-rate"], value_name = "F", overrides_with = "lr")]
     #[arg(allow_negative_numbers = true, default_value_t = 2e-5, help_heading = BUDGET)]
     pub lr: f64,
-    /// Fraction of the steps for linear warm-up, rounded up (the first has rate 0); a cosine to
-    /// zero follows
-    #[arg(long, aliases = ["warmup_ratio"], value_name = "F", allow_negative_numbers = true)]
-    #[arg(default_value_t = 0.03, help_heading = BUDGET)]
-    pub warmup_ratio: f64,
+    /// The schedule of the learning rate.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub schedule: ScheduleArgs,
     /// Decoupled weight decay, on all but norms and biases
     #[arg(long, aliases = ["weight_decay"], value_name = "F", allow_negative_numbers = true)]
     #[arg(default_value_t = 0.0, help_heading = OPTIMIZER)]
@@ -124,8 +130,8 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = MEMORY)]
     pub loss_chunk: usize,
     /// Maximum length of an example in tokens; overrides max_length of the tasks
-    #[arg(long, aliases = ["max_seq_length", "max-seq-length", "max_seq_len", "max-seq-len"], value_name = "N")]
-    #[arg(help_heading = DATA)]
+    #[arg(long, aliases = ["max_length", "max_seq_length", "max-seq-length", "max_seq_len", "max-seq-len"])]
+    #[arg(value_name = "N", help_heading = DATA)]
     pub max_length: Option<usize>,
     /// Refuse examples longer than the maximum length instead of truncating them
     #[arg(long, alias = "strict", help_heading = DATA)]
@@ -196,8 +202,10 @@ pub enum Offload {
 }
 
 /// Length of training.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
+    /// Number of passes over the rows of each stage; the steps follow from it.
+    Epochs(f64),
     /// Number of optimizer steps.
     Steps(usize),
     /// Number of tokens; the steps follow from it.
@@ -215,10 +223,10 @@ impl TrainingArgs {
         let finite = |x: f64| if x.is_finite() { x } else { f64::NAN };
         let rules = [
             (self.steps != Some(0) && self.tokens != Some(0), "--steps and --tokens must be at least 1"),
+            (self.epochs.is_none_or(|f| finite(f) > 0.0 && f <= 1e6), "--epochs must be positive and at most 1e6"),
             ((1..=1 << 16).contains(&self.batch_size), "--batch-size must be 1 to 65536"),
             ((1..=1 << 16).contains(&self.grad_accum), "--grad-accum must be 1 to 65536"),
             (finite(self.lr) > 0.0, "--lr must be positive"),
-            ((0.0..=1.0).contains(&self.warmup_ratio), "--warmup-ratio must be 0 to 1"),
             (finite(self.weight_decay) >= 0.0, "--weight-decay must not be negative"),
             ((0.0..1.0).contains(&self.adam_beta1), "--adam-beta1 must be 0 or more and under 1"),
             ((0.0..1.0).contains(&self.adam_beta2), "--adam-beta2 must be 0 or more and under 1"),
@@ -247,15 +255,16 @@ impl TrainingArgs {
         ];
         match rules.iter().find(|(holds, _)| !holds) {
             Some((_, message)) => Err(Usage((*message).to_owned()).into()),
-            None => Ok(()),
+            None => self.schedule.check(),
         }
     }
 
-    /// Length of training.
+    /// Length of training; one epoch unless the arguments say otherwise.
     pub fn budget(&self) -> Budget {
-        match self.tokens {
-            Some(tokens) => Budget::Tokens(tokens),
-            None => Budget::Steps(self.steps.unwrap_or(100)),
+        match (self.tokens, self.steps) {
+            (Some(tokens), _) => Budget::Tokens(tokens),
+            (None, Some(steps)) => Budget::Steps(steps),
+            (None, None) => Budget::Epochs(self.epochs.unwrap_or(1.0)),
         }
     }
 
@@ -283,7 +292,7 @@ impl TrainingArgs {
     ///
     /// # Errors
     /// [`Usage`] for --offload on the CPU without a directory, or a directory without it;
-    /// [`BadInput`] for a directory that does not exist.
+    /// [`Usage`] for options that do not go together.
     pub(crate) fn storage(&self, device: Device) -> Result<[Storage; 2]> {
         let away = match (&self.offload_dir, device) {
             _ if self.offload == Offload::None && self.offload_dir.is_none() => Storage::On(device),
@@ -292,11 +301,6 @@ impl TrainingArgs {
             }
             (Some(_), Device::Cuda(_)) => {
                 return Err(usage("--offload-dir is for the CPU: on CUDA the state lies in pinned host memory"));
-            }
-            (Some(folder), _) if !folder.is_dir() => {
-                return Err(BadInput::new(folder, "no such directory, for --offload-dir")
-                    .hint("make it on a disk with room for the state")
-                    .into());
             }
             (Some(folder), _) => Storage::Files(folder.clone()),
             (None, Device::Cuda(index)) => Storage::Pinned(index),
@@ -317,6 +321,9 @@ impl TrainingArgs {
         let Ok(Value::Object(mut map)) = serde_json::to_value(self) else {
             unreachable!("the arguments are a struct of numbers, flags and names")
         };
+        if let Budget::Epochs(epochs) = self.budget() {
+            map.insert("epochs".into(), epochs.into());
+        }
         let compute = if self.precision(device).compute == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 };
         map.insert("compute_dtype".into(), compute.name().into());
         map.insert("device".into(), if device.is_cuda() { "cuda" } else { "cpu" }.into());
@@ -331,6 +338,7 @@ impl TrainingArgs {
 
 impl Budget {
     /// The budget of stage `index` of `count`: equal parts; the first ones take the remainder.
+    /// Epochs are those of each stage.
     ///
     /// # Errors
     /// [`Usage`] if a part would be empty.
@@ -344,6 +352,7 @@ impl Budget {
             }
         };
         match self {
+            Self::Epochs(_) => Ok(self),
             Self::Steps(n) => Ok(Self::Steps(share(n)?)),
             Self::Tokens(n) => Ok(Self::Tokens(share(n)?)),
         }

@@ -285,7 +285,7 @@ impl UnitHome {
 
     /// Waits for a sum and adds it to `sums`, rank by rank.
     pub(crate) fn finish(&self, reduction: Reduction, sums: &mut GradientSums) -> Result<()> {
-        let Reduction { unit, parts } = reduction;
+        let (Reduction { unit, parts }, world) = (reduction, self.world());
         for ((flat, (received, work)), sum) in self.units[unit].flats.iter().zip(parts).zip(&mut sums.0[unit]) {
             if let Some(work) = work {
                 work.wait()?;
@@ -295,7 +295,11 @@ impl UnitHome {
                     match sum.as_mut() {
                         Some(sum) => drop(sum.g_add_(&part)),
                         // A tensor of its own, without the other ranks' contributions.
-                        None => *sum = Some(part.to_kind(Kind::Float).copy()),
+                        None => {
+                            let wide = part.to_kind(Kind::Float);
+                            let keeps_others = world > 1 && wide.data_ptr() == part.data_ptr();
+                            *sum = Some(if keeps_others { wide.copy() } else { wide });
+                        }
                     }
                 }
             });

@@ -21,6 +21,7 @@ pub mod oom;
 pub mod optim;
 pub mod pieces;
 pub mod placement;
+pub mod schedule;
 pub mod score;
 pub mod session;
 mod share;

@@ -1,7 +1,5 @@
 //! The optimizer: AdamW with decoupled weight decay, clipping to a global norm, the guard against
-//! values that are not finite, stochastic rounding to bf16, and the learning-rate schedule.
-
-use std::f64::consts::PI;
+//! values that are not finite, and stochastic rounding to bf16.
 
 use anyhow::Result;
 use cpift_core::stream::random::splitmix64;
@@ -11,30 +9,6 @@ use crate::ffi::{AdamWNumbers, AdamWTensors, fused_adamw};
 use crate::pieces::{Piece, Pieces};
 use crate::placement::Placement;
 use crate::transfer::{copy, wait_for};
-
-/// The learning rate over a known number of steps: linear warm-up, then half a cosine to zero, as
-/// in transformers' `get_cosine_schedule_with_warmup`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct CosineWithWarmup {
-    /// Peak learning rate.
-    pub peak: f64,
-    /// Warm-up steps.
-    pub warmup_steps: usize,
-    /// Number of steps.
-    pub total_steps: usize,
-}
-
-impl CosineWithWarmup {
-    /// The rate of step `step`, counted from 0. The first step of a warm-up has rate 0.
-    pub fn rate(&self, step: usize) -> f64 {
-        if step < self.warmup_steps {
-            return self.peak * step as f64 / self.warmup_steps.max(1) as f64;
-        }
-        let rest = self.total_steps.saturating_sub(self.warmup_steps).max(1) as f64;
-        let progress = (step - self.warmup_steps) as f64 / rest;
-        self.peak * (0.5 * (1.0 + (PI * progress).cos())).max(0.0)
-    }
-}
 
 /// Hyperparameters of AdamW; the defaults are PyTorch's, without weight decay.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use cpift_core::files::hub;
 use cpift_core::format::checkpoint::{read_config, with_head_of, with_torch_dtype};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
@@ -93,7 +94,8 @@ impl ModelInfo {
     /// [`BadInput`] if either cannot be used.
     pub fn open(folder: &Path, template: Option<&str>) -> Result<Self> {
         if folder.symlink_metadata().is_err() {
-            return Err(BadInput::new(folder, "no such checkpoint").expected("a Hugging Face directory").into());
+            let error = BadInput::new(folder, "no such checkpoint").expected("a Hugging Face directory");
+            return Err(hub::hinted(error, folder).into());
         }
         let config = read_config(folder)?;
         let numbers = ModelConfig::from_json(folder, &config)?;

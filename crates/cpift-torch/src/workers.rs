@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use cpift_core::Stopped;
 use cpift_core::error::usage;
+use cpift_core::record::provenance::argv;
 use cpift_core::run::cli::Common;
 use log::{LevelFilter, info};
 use serde_json::{Map, Value};
@@ -33,8 +34,8 @@ impl Workers {
     /// Opens the device of a training run and joins the other ranks, if there are any.
     ///
     /// # Errors
-    /// [`cpift_core::Usage`] for arguments that do not go with several ranks; a rank that is
-    /// missing.
+    /// [`cpift_core::Usage`] for arguments that do not go with several ranks;
+    /// [`cpift_core::BadInput`] for a directory that cannot have the state; a rank that is missing.
     pub fn start(training: &TrainingArgs, common: &Common) -> Result<Self> {
         let place = Place::from_env()?;
         let device = training.device.open_for(common.threads, place.as_ref())?;
@@ -47,6 +48,13 @@ impl Workers {
             )));
         }
         let group = place.map(|place| join(place, device)).transpose()?;
+        // Another node may have another disk: its ranks are told.
+        if let Err(error) = weights.check().and_then(|()| moments.check()) {
+            if let Some(group) = &group {
+                group.fail(&error);
+            }
+            return Err(error);
+        }
         let placement = Placement { group, device, weights, moments, reduce: training.reduce };
         Ok(Self { placement, all_know: Cell::new(false) })
     }
@@ -83,7 +91,7 @@ impl Workers {
         let Some(group) = &self.placement.group else { return Ok(()) };
         let mut run = run.clone();
         // Last, so that an argument is named by what it changes where that is known.
-        run.insert("arguments".into(), std::env::args().skip(1).collect());
+        run.insert("arguments".into(), argv().into());
         let own = serde_json::to_string(&run)?;
         let texts = group.exchange("arguments and inputs", &own)?;
         // Every rank reads the texts of all ranks, so that all fail if any two differ.

@@ -4,7 +4,7 @@
 mod golden;
 
 use cpift_torch::optim::AdamWConfig;
-use cpift_torch::optim::CosineWithWarmup;
+use cpift_torch::schedule::{Schedule, Shape};
 use cpift_torch::train::{StepConfig, StepInput, Trainer, loss_and_gradients};
 use golden::{Golden, batch, list, max_abs};
 use tch::{Device, Kind, no_grad};
@@ -90,10 +90,11 @@ fn ten_adamw_steps_equal_those_of_pytorch() {
             weight_decay: number("weight_decay"),
             ..AdamWConfig::default()
         };
-        let schedule = CosineWithWarmup {
+        let schedule = Schedule {
             peak: number("lr"),
             warmup_steps: number("warmup_steps") as usize,
             total_steps: number("steps") as usize,
+            shape: Shape::Cosine { min: 0.0 },
         };
         let config = StepConfig { optimizer, max_grad_norm: number("max_grad_norm"), ..StepConfig::default() };
         let mut trainer = Trainer::new(&model, &parameters, None, config).unwrap();

@@ -47,12 +47,12 @@ pub enum Command {
     /// --no-freeze, plain multi-task SFT without --groups
     ///
     /// With groups there is one stage per group, in the order of groups.json, and the budget
-    /// (--steps or --tokens) is divided equally. In stage k every element that is core to a task of
-    /// an earlier group keeps its bits, as --master-dtype and --save-dtype represent it. With masks
-    /// every stage trains on the same balanced mixture of all tasks, without masks on the rows of
-    /// its own group (--stage-data). The optimizer starts afresh in every stage. The output is a
-    /// Hugging Face directory with metrics.jsonl (in OUT.checkpoints during the run) and
-    /// cpift.json.
+    /// (--steps or --tokens) is divided equally; --epochs counts each stage's own. In stage k every
+    /// element that is core to a task of an earlier group keeps its bits, as --master-dtype and
+    /// --save-dtype represent it. With masks every stage trains on the same balanced mixture of all
+    /// tasks, without masks on the rows of its own group (--stage-data). The optimizer starts
+    /// afresh in every stage. The output is a Hugging Face directory with metrics.jsonl (in
+    /// OUT.checkpoints during the run) and cpift.json.
     Run(Box<RunArgs>),
     /// Print the memory and disk space that training takes, computed before anything is loaded, and
     /// options that make it fit
@@ -92,7 +92,7 @@ pub struct VerifyArgs {
 #[derive(clap::Args, Debug)]
 pub struct PreviewArgs {
     /// Checkpoint whose tokenizer and chat template are used: a Hugging Face directory
-    #[arg(long, value_name = "DIR", help_heading = IO)]
+    #[arg(long, value_name = "MODEL", help_heading = IO)]
     pub model: PathBuf,
     /// Task list, tasks.toml
     #[arg(long, value_name = "FILE", help_heading = IO)]
@@ -118,11 +118,11 @@ pub struct PreviewArgs {
 #[derive(clap::Args, Debug)]
 pub struct PlanArgs {
     /// Model: a Hugging Face directory; only config.json and the headers of its weights are read
-    #[arg(long, value_name = "DIR", required_unless_present = "config", help_heading = IO)]
+    #[arg(long, value_name = "MODEL", required_unless_present = "model_config", help_heading = IO)]
     pub model: Option<PathBuf>,
-    /// A config.json instead of a directory
+    /// A model's config.json instead of a directory
     #[arg(long, value_name = "FILE", conflicts_with = "model", help_heading = IO)]
-    pub config: Option<PathBuf>,
+    pub model_config: Option<PathBuf>,
     /// Task list, tasks.toml, for the length of the longest example and the number of probes
     #[arg(long, value_name = "FILE", help_heading = IO)]
     pub tasks: Option<PathBuf>,
@@ -170,7 +170,7 @@ pub struct PlanArgs {
 #[derive(clap::Args, Debug, Serialize)]
 pub struct RunArgs {
     /// Checkpoint to start from: a Hugging Face directory
-    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "DIR", help_heading = IO)]
+    #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "MODEL", help_heading = IO)]
     #[serde(skip)]
     pub model: PathBuf,
     /// Task list, tasks.toml
@@ -195,7 +195,7 @@ pub struct RunArgs {
     #[serde(skip)]
     pub replay_from: Vec<PathBuf>,
     /// Base that the masks were made for [default: --model]
-    #[arg(long, value_name = "DIR", help_heading = IO)]
+    #[arg(long, value_name = "MODEL", help_heading = IO)]
     #[serde(skip)]
     pub base: Option<PathBuf>,
     /// Output directory
@@ -303,11 +303,12 @@ pub struct DynamicArgs {
 pub struct LoraArgs {
     /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged
     /// at the end: a baseline, without LoRA's savings of memory
-    #[arg(long = "lora-rank", value_name = "R", conflicts_with_all = ["masks", "protect", "optimizer_in_backward"])]
+    #[arg(long = "lora-rank", aliases = ["lora_rank", "lora_r"], value_name = "R")]
+    #[arg(conflicts_with_all = ["masks", "protect", "optimizer_in_backward"])]
     #[arg(help_heading = METHOD)]
     pub rank: Option<u32>,
     /// LoRA's α [default: twice the rank]
-    #[arg(long = "lora-alpha", value_name = "F", requires = "rank", help_heading = METHOD)]
+    #[arg(long = "lora-alpha", aliases = ["lora_alpha"], value_name = "F", requires = "rank", help_heading = METHOD)]
     pub alpha: Option<f64>,
 }
 

@@ -65,6 +65,8 @@ impl Time {
     fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
         let tokens = match training.budget() {
             Budget::Tokens(tokens) => tokens as u64,
+            // Only the rows tell, which are not read; `check` has refused it.
+            Budget::Epochs(_) => 0,
             Budget::Steps(steps) => steps as u64 * training.grad_accum as u64 * job.tokens * job.world,
         };
         let each = if training.gradient_checkpointing { 8.0 } else { 6.0 };
@@ -85,6 +87,10 @@ fn check(args: &PlanArgs) -> Result<()> {
         ((0.0..=100.0).contains(&args.frozen_percent), "--frozen-percent must be 0 to 100"),
         (args.batch_tokens != Some(0), "--batch-tokens must be at least 1"),
         (args.tflops.is_none_or(|f| f.is_finite() && f > 0.0), "--tflops must be positive"),
+        (
+            args.tflops.is_none() || !matches!(args.training.budget(), Budget::Epochs(_)),
+            "--tflops needs --steps or --tokens: the tokens of an epoch are unknown until its rows are read",
+        ),
         ((1..=1 << 20).contains(&args.world), "--world must be 1 to 1048576"),
         (args.per_node.is_none_or(|n| n > 0), "--per-node must be at least 1"),
         (args.link.is_none_or(|r| r.is_finite() && r > 0.0), "--link must be positive"),
@@ -99,7 +105,7 @@ fn check(args: &PlanArgs) -> Result<()> {
 
 /// The job, and the memory of its device if known.
 fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
-    let path = args.model.as_deref().or(args.config.as_deref()).expect("clap requires one of them");
+    let path = args.model.as_deref().or(args.model_config.as_deref()).expect("clap requires one of them");
     let config = memory::read_model(path)?;
     check_weights(path, Sizes::of(&config).total())?;
     let named = args.device_memory.map(|g| (g * f64::from(1 << 30)) as u64);

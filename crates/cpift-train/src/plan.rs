@@ -54,7 +54,7 @@ pub struct StagePlan {
     pub earlier_examples: Vec<Example>,
     /// Examples and tokens of earlier tasks among `examples`.
     pub replayed: (usize, usize),
-    /// Steps or tokens.
+    /// Epochs, steps or tokens.
     pub budget: Budget,
     /// Peak learning rate.
     pub lr: f64,

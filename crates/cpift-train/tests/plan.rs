@@ -18,7 +18,7 @@ fn root() -> PathBuf {
 
 fn llama(more: &str) -> Run {
     let config = root().join("scripts/paper/llama-2-7b.json");
-    let args = ["plan", "--config", config.to_str().unwrap(), "--max-length", "4096", "--device", "cuda"];
+    let args = ["plan", "--model-config", config.to_str().unwrap(), "--max-length", "4096", "--device", "cuda"];
     run(PROGRAM, args.into_iter().chain(more.split_whitespace()))
 }
 
@@ -136,6 +136,24 @@ fn the_readme_shows_what_the_program_prints() {
         commands += 1;
     }
     assert_eq!(commands, 3);
+}
+
+/// The paper recipe's arguments of training are arguments, and fit where the recipe says.
+#[test]
+fn the_paper_recipe_fits_where_it_says() {
+    let recipe = fs::read_to_string(root().join("scripts/paper/README.md")).unwrap();
+    let joined = recipe.replace("\\\n", " ");
+    let flags: Vec<&str> = joined.split("TRAIN_FLAGS='").skip(1).map(|rest| rest.split_once('\'').unwrap().0).collect();
+    let torchrun = joined.split_once("--tokens 24000000").unwrap().1.lines().next().unwrap();
+    let cases = [(flags[0], 1, 131.0), (flags[1], 4, 74.5), (torchrun, 4, 74.5), (flags[2], 1, 22.3)];
+    assert_eq!(flags.len(), 3);
+    for (typed, world, memory) in cases {
+        let all = format!("{typed} --world {world} --device-memory {memory} --json");
+        let config = root().join("scripts/paper/llama-2-7b.json");
+        let args = ["plan", "--config", config.to_str().unwrap()].into_iter().chain(all.split_whitespace());
+        let printed: Value = serde_json::from_str(&run(PROGRAM, args).ok().stdout).unwrap();
+        assert_eq!(printed["fits"], Value::Bool(true), "{all}");
+    }
 }
 
 #[test]

@@ -1,13 +1,16 @@
 //! cpift.json: the provenance record of an output, with its stage, arguments, inputs and digest.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::error::BadInput;
+use crate::files::hub;
 use crate::files::naming::RECORD_NAME;
 use crate::files::staging::{self, StagedFile, StagedPath};
 use crate::format::checkpoint::reader::Checkpoint;
@@ -25,7 +28,8 @@ pub fn revision(stage: &str) -> u32 {
         // 1: ties are broken by a hash instead of by position.
         "cpift-mask" | "cpift-merge" => 1,
         // 1: the norm for clipping is f64, and rows are dealt to accumulated batches by tokens.
-        "cpift-probe" | "cpift-train" => 1,
+        // 2: one epoch without a budget, which was 100 steps.
+        "cpift-probe" | "cpift-train" => 2,
         _ => 0,
     }
 }
@@ -46,7 +50,7 @@ pub struct Provenance {
     /// Revision of the stage's output within that version ([`revision`]).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub revision: u32,
-    /// Command line as typed.
+    /// Arguments as typed, with those of `--config` in place of it.
     pub arguments: Vec<String>,
     /// Seed, if the stage draws random numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -75,6 +79,9 @@ pub struct Provenance {
 pub struct Input {
     /// Path as given, with bytes that are not UTF-8 replaced.
     pub path: String,
+    /// `org/name@commit` if it is a snapshot in the local cache of the Hugging Face Hub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repository: Option<String>,
     /// BLAKE3 digest of its content.
     pub digest: Digest,
     /// Sizes and mtimes of its files when it was read. While they match, the content need not be
@@ -123,7 +130,9 @@ impl Recorder {
         // again.
         let files =
             if Tasks::is_role(&role) { Vec::new() } else { FileStamp::of_unchanged(path, self.record.started_unix) };
-        self.record.inputs.insert(role, Input { path: path.display().to_string(), digest, files });
+        self.record
+            .inputs
+            .insert(role, Input { path: path.display().to_string(), repository: hub::repository(path), digest, files });
     }
 
     /// Records a file made together with the output but outside its directory.
@@ -270,9 +279,18 @@ fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |s| s.trim().to_owned())
 }
 
-/// Command line as typed, without the program name.
+/// The arguments where they are not all typed.
+static RESOLVED: OnceLock<Vec<String>> = OnceLock::new();
+
+/// Arguments without the program name: as typed, with those of `--config` in place of it.
 pub fn argv() -> Vec<String> {
-    std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect()
+    let typed = || std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
+    RESOLVED.get().cloned().unwrap_or_else(typed)
+}
+
+/// Sets what [`argv`] returns, once and before anything asks for it.
+pub(crate) fn set_argv(words: &[OsString]) {
+    let _ = RESOLVED.set(words.iter().map(|word| word.to_string_lossy().into_owned()).collect());
 }
 
 impl Checkpoint {

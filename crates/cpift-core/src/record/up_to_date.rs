@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use crate::files::hub;
 use crate::format::checkpoint::reader::Checkpoint;
 use crate::format::digest::{Digest, FileStamp};
 use crate::format::tasks::Tasks;
@@ -121,18 +122,15 @@ fn changed_argument(before: &[String], now: &[String]) -> Option<String> {
     Some(format!("argument: {}, now {}", show(&before), show(&now)))
 }
 
-/// Two spellings of one path are the same argument.
+/// Two spellings of one path are the same argument. A name on the Hub is its snapshot in the cache.
 fn same_argument(before: Option<&&str>, now: Option<&&str>) -> bool {
     let (Some(before), Some(now)) = (before, now) else { return false };
     let parts = |word: &str| {
         word.rsplit_once('=').map_or((String::new(), word.to_owned()), |(k, v)| (k.to_owned(), v.to_owned()))
     };
     let ((key, path), (other_key, other)) = (parts(before), parts(now));
-    before == now
-        || key == other_key
-            && Path::new(&path)
-                .canonicalize()
-                .is_ok_and(|path| Path::new(&other).canonicalize().is_ok_and(|o| o == path))
+    let real = |text: &str| hub::snapshot(text).map_or_else(|| PathBuf::from(text), |found| found.path).canonicalize();
+    before == now || key == other_key && real(&path).is_ok_and(|path| real(&other).is_ok_and(|other| other == path))
 }
 
 fn with_effect(arguments: &[String]) -> Vec<&str> {
@@ -348,6 +346,9 @@ pub fn parse_commands(text: &str) -> Result<Vec<Command>, String> {
         let (program, arguments) =
             words.split_first().ok_or_else(|| format!("line {}: expected NAME, a tab and a command", i + 1))?;
         let stage = Path::new(program).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if arguments.iter().any(|word| word == "--config" || word.starts_with("--config=")) {
+            return Err(format!("line {}: --config is not read here: write the arguments out", i + 1));
+        }
         let separate = arguments.iter().rposition(|word| word == "--out").and_then(|at| arguments.get(at + 1));
         let out = separate
             .map(String::as_str)

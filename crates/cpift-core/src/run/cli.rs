@@ -9,9 +9,9 @@ use anyhow::{Context, Result};
 use clap::Parser;
 
 use crate::error::{EXIT_BAD_INPUT, EXIT_FAILED, Stopped, exit_code, usage};
-use crate::record::provenance::argv;
+use crate::record::provenance::{argv, set_argv};
 use crate::record::up_to_date;
-use crate::run::signals;
+use crate::run::{config, signals};
 
 /// Arguments that all stages take.
 #[derive(clap::Args, Debug, Clone, Default)]
@@ -33,6 +33,13 @@ pub struct Common {
     /// Log warnings and errors only
     #[arg(long, short, global = true)]
     pub quiet: bool,
+    /// Take arguments from a TOML file, by their long names, or from the cpift.json of an output,
+    /// to repeat its run. Arguments of the command line win
+    #[arg(long, value_name = "FILE", global = true)]
+    pub config: Option<PathBuf>,
+    /// Print all arguments, defaults included, as a file for --config, and do nothing else
+    #[arg(long, global = true)]
+    pub print_config: bool,
 }
 
 impl Common {
@@ -135,8 +142,9 @@ pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     }
 }
 
-/// Parses the arguments of the stage. Subcommands that every program has (`up-to-date`,
-/// `completions`) are run here and return the exit code.
+/// Parses the arguments of the stage, those of `--config` included. `--print-config` and the
+/// subcommands that every program has (`up-to-date`, `completions`) are run here and return the
+/// exit code.
 fn parse<A: Parser>() -> Result<A, ExitCode> {
     const UP_TO_DATE: &str = "up-to-date";
     const COMPLETIONS: &str = "completions";
@@ -164,13 +172,29 @@ fn parse<A: Parser>() -> Result<A, ExitCode> {
         .help("Shell to print the script for");
     let completions = clap::Command::new(COMPLETIONS).about("Print the completion script for a shell").arg(shell);
     let mut command = A::command().subcommand_negates_reqs(true).subcommands([up_to_date, completions]);
-    let matches = command.clone().get_matches();
+    let resolved = config::resolve(&command, std::env::args_os().collect()).map_err(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(exit_code(&error))
+    })?;
+    let located = config::locate(&command, &resolved.words);
+    set_argv(located.pinned.get(1..).unwrap_or_default());
+    let matches = command.clone().try_get_matches_from(&located.words).unwrap_or_else(|error| {
+        let _ = error.print();
+        if let Some(file) = resolved.file.filter(|_| error.use_stderr()) {
+            eprintln!("\nSome arguments come from {}.", file.display());
+        }
+        std::process::exit(error.exit_code())
+    });
     match matches.subcommand() {
         Some((UP_TO_DATE, given)) => Err(print_states(given.get_flag("due"))),
         Some((COMPLETIONS, given)) => {
             let shell = *given.get_one::<clap_complete::Shell>("shell").expect("required");
             let name = command.get_name().to_owned();
             clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
+            Err(ExitCode::SUCCESS)
+        }
+        _ if matches.get_flag("print_config") => {
+            print(&config::to_toml(&command, &command.clone().get_matches_from(&located.pinned)));
             Err(ExitCode::SUCCESS)
         }
         _ => A::from_arg_matches(&matches).map_err(|error| error.format(&mut command).exit()),

@@ -38,7 +38,7 @@ impl PassthroughArgs {
 #[derive(clap::Args, Debug)]
 pub(crate) struct BaseArgs {
     /// Checkpoint the models were fine-tuned from; gives config.json, tokenizer and buffers
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: PathBuf,
 }
 
@@ -138,7 +138,7 @@ with_base!(IsoCArgs, |_: &IsoCArgs| Method::IsoC, {
 pub(crate) struct OriginArgs {
     /// Origin of the differences that are merged in place of the weights; then gives config.json,
     /// tokenizer and buffers
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: Option<PathBuf>,
     /// Weight of a model, once per --model in the same order; V,V,... is a gradient over the
     /// layers, FILTER=V applies to tensors whose name contains FILTER [default: all equal]

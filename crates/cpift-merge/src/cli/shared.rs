@@ -19,7 +19,7 @@ use crate::setting::Setting;
 #[command(next_help_heading = "Input and output")]
 pub(crate) struct ModelArgs {
     /// Directory of a model; without --base the first gives config.json, tokenizer and buffers
-    #[arg(long = "model", value_name = "DIR", required = true)]
+    #[arg(long = "model", value_name = "MODEL", required = true)]
     models: Vec<PathBuf>,
     /// Mask of the elements that are merged (from cpift-mask): outside it the output is the
     /// backbone, which is the base or else the first model. With NAME= the mask is one model's:
@@ -154,7 +154,7 @@ pub(crate) struct TaskVectorArgs {
     #[command(flatten)]
     models: ModelArgs,
     /// Checkpoint the models were fine-tuned from; gives config.json, tokenizer and buffers
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: PathBuf,
     /// Weight of a model, once per --model in the same order; V,V,... is a gradient over the
     /// layers, FILTER=V applies to tensors whose name contains FILTER [default: all 1]
@@ -228,7 +228,7 @@ pub(crate) struct SphereArgs {
     #[arg(long, value_enum, default_value = "weights", help_heading = "Method")]
     space: Space,
     /// Base of the differences with --space delta; then gives config.json, tokenizer and buffers
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: Option<PathBuf>,
 }
 
@@ -272,7 +272,7 @@ pub(crate) struct OutputArgs {
     shard_size: u64,
     /// Directory whose tokenizer, chat template and generation config the output gets [default:
     /// --base if given, else the first model]
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     copy_from: Option<PathBuf>,
     /// Print the plan (inputs, operation per tensor, output) and write nothing
     #[arg(long, help_heading = "Run")]

@@ -35,8 +35,9 @@ pub enum Backend {
 ///
 /// All ranks must call the same methods in the same order. While a group exists, a rank that dies,
 /// hangs or fails ends the processes of all others within 30 s, with one `error:` line that names
-/// the rank and its error, and exit code 1. End with [`leave`](Self::leave), or with
-/// [`fail`](Self::fail) after an error; a group that is dropped without either counts as failed.
+/// the rank and its error, and the exit code of that error. End with [`leave`](Self::leave), or
+/// with [`fail`](Self::fail) after an error; a group that is dropped without either counts as
+/// failed.
 pub struct Group {
     place: Place,
     timeout: Duration,

@@ -7,7 +7,8 @@
 //! the process if the store does not answer the first.
 //!
 //! Keys of the store: `alive/R` is a rank's sign of life, `failed` exists once any rank has failed,
-//! `failed/R` is the error of rank R, `left/R` exists once R has left in order.
+//! `failed/R` is the exit code and the error of rank R, `left/R` exists once R has left in order.
+//! All ranks end with the exit code of the rank that failed.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -15,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
+use cpift_core::error::{EXIT_FAILED, PeerFailed, exit_code};
 use cpift_core::files::discard_unfinished;
 
 use super::c10d::{Store, end_process};
@@ -40,6 +42,33 @@ const PEER: &str = "peer: ";
 pub(crate) const JOB_FAILED: &str = ": the job failed: ";
 /// Rest of the note of such a rank if it has seen no error itself.
 const TOLD: &str = "told by the store";
+
+/// A failure that ends the processes: its text and exit code.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Failure {
+    text: String,
+    code: u8,
+}
+
+impl Failure {
+    fn new(text: String) -> Self {
+        Self { text, code: EXIT_FAILED }
+    }
+
+    fn of(error: &anyhow::Error) -> Self {
+        Self { text: format!("{error:#}"), code: exit_code(error) }
+    }
+
+    /// The note in the store.
+    fn to_note(&self) -> String {
+        format!("{}\t{}", self.code, self.text)
+    }
+
+    fn from_note(note: &str) -> Self {
+        let parts = note.split_once('\t').and_then(|(code, text)| Some((code.parse().ok()?, text.to_owned())));
+        parts.map_or_else(|| Self::new(note.to_owned()), |(code, text)| Self { text, code })
+    }
+}
 
 /// State of this rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +99,7 @@ struct Shared {
     /// Number and name of the collective started last.
     collective: Mutex<(u64, &'static str)>,
     /// The failure that the main thread reports.
-    failure: Mutex<String>,
+    failure: Mutex<Failure>,
 }
 
 impl Liveness {
@@ -83,7 +112,7 @@ impl Liveness {
             rounds: AtomicU64::new(0),
             names: OnceLock::new(),
             collective: Mutex::new((0, "none yet")),
-            failure: Mutex::new(String::new()),
+            failure: Mutex::new(Failure::new(String::new())),
         });
         let (watch, guard) = (shared.clone(), shared.clone());
         let spawn = |name: &str| thread::Builder::new().name(name.into());
@@ -127,23 +156,24 @@ impl Liveness {
             self.own_failure(&error);
             return error.context(shared.own_name());
         }
-        self.shared.fails(&format!("{what}: {detail}"));
+        self.shared.fails(&Failure::new(format!("{what}: {detail}")));
         let cause = match self.tell(&format!("{PEER}{what}: {detail}")) {
             Ok(()) => shared.cause(&self.store),
             Err(_) => shared.store_is_gone(),
         };
-        let error = anyhow!("{}\n  seen in {what}: {detail}", shared.job_failed(&cause));
-        shared.fails(&error.to_string());
+        let Failure { text, code } = shared.job_failed(cause);
+        let failure = Failure { text: format!("{text}\n  seen in {what}: {detail}"), code };
+        shared.fails(&failure);
         self.linger();
-        error
+        PeerFailed { text: failure.text, code }.into()
     }
 
     /// Tells the others of an error of this rank, unless it has told them of one already.
     pub(super) fn own_failure(&self, error: &anyhow::Error) {
         if self.is_running() {
-            let text = format!("{error:#}");
-            self.shared.fails(&text);
-            let _ = self.tell(&text);
+            let failure = Failure::of(error);
+            self.shared.fails(&failure);
+            let _ = self.tell(&failure.to_note());
             self.linger();
         }
     }
@@ -211,8 +241,8 @@ impl Shared {
     }
 
     /// Records the failure that the main thread is about to report.
-    fn fails(&self, text: &str) {
-        text.clone_into(&mut lock(&self.failure));
+    fn fails(&self, failure: &Failure) {
+        failure.clone_into(&mut lock(&self.failure));
         self.set_state(State::Failing);
     }
 
@@ -224,18 +254,18 @@ impl Shared {
         format!("rank {} of {}", self.place.rank, self.place.world)
     }
 
-    fn job_failed(&self, cause: &str) -> String {
-        format!("{}{JOB_FAILED}{cause}", self.own_name())
+    fn job_failed(&self, cause: Failure) -> Failure {
+        Failure { text: format!("{}{JOB_FAILED}{}", self.own_name(), cause.text), code: cause.code }
     }
 
-    fn store_is_gone(&self) -> String {
+    fn store_is_gone(&self) -> Failure {
         let store = self.place.store();
-        if self.place.agent {
+        Failure::new(if self.place.agent {
             format!("torchrun's agent with the store at {store} has ended")
         } else {
             let rank = self.name(0);
             format!("{rank} ended without reporting an error, and with it the store at {store}; was it killed?")
-        }
+        })
     }
 
     /// The thread that shows signs of life and looks for those of the others.
@@ -260,7 +290,7 @@ impl Shared {
                     // The main thread may be about to say it.
                     thread::sleep(2 * BEAT);
                     if self.state() == State::Running {
-                        self.end(&self.job_failed(&self.store_is_gone()));
+                        self.end(&self.job_failed(self.store_is_gone()));
                     }
                     return;
                 }
@@ -283,7 +313,7 @@ impl Shared {
         let cause = self.cause(store);
         thread::sleep(BEAT);
         if self.state() == State::Running {
-            self.end(&self.job_failed(&cause));
+            self.end(&self.job_failed(cause));
         }
     }
 
@@ -308,28 +338,28 @@ impl Shared {
             if silent >= GONE {
                 let holder = if self.place.agent { "torchrun's agent".to_owned() } else { self.name(0) };
                 let (store, time) = (self.place.store(), BEAT * GONE);
-                self.end(&self.job_failed(&format!(
+                self.end(&self.job_failed(Failure::new(format!(
                     "the store at {store} has not answered for {time:?}: {holder} hangs or is stopped, or its node is \
                      unreachable"
-                )));
+                ))));
             }
         }
     }
 
     /// The cause of a failure: the errors of ranks that have reported one, else the ranks that do
     /// not answer.
-    fn cause(&self, store: &Store) -> String {
+    fn cause(&self, store: &Store) -> Failure {
         let Place { rank, world, .. } = self.place;
         let start = Instant::now();
         let mut silent: Vec<usize> = (0..world).filter(|r| *r != rank).collect();
-        let mut errors: Vec<(usize, String)> = Vec::new();
+        let mut errors: Vec<(usize, Failure)> = Vec::new();
         let mut seen_by: Vec<(usize, String)> = Vec::new();
         let mut gone = false;
         while !gone && !silent.is_empty() {
             silent.retain(|r| match store.get(&format!("failed/{r}")) {
                 Ok(Some(note)) => {
                     match note.strip_prefix(PEER) {
-                        None => errors.push((*r, note)),
+                        None => errors.push((*r, Failure::from_note(&note))),
                         Some(seen) if seen != TOLD => seen_by.push((*r, seen.to_owned())),
                         Some(_) => {}
                     }
@@ -347,43 +377,47 @@ impl Shared {
             }
             thread::sleep(Duration::from_millis(50));
         }
-        errors.sort();
+        errors.sort_by_key(|(rank, _)| *rank);
         // The first error in full, of the others one line each.
-        let text = |(i, (rank, note)): (usize, &(usize, String))| {
-            let note = if i == 0 { note } else { note.lines().next().unwrap_or_default() };
-            format!("{}: {note}", self.name(*rank))
+        let text = |(i, (rank, Failure { text, .. })): (usize, &(usize, Failure))| {
+            let text = if i == 0 { text } else { text.lines().next().unwrap_or_default() };
+            format!("{}: {text}", self.name(*rank))
         };
         let texts: Vec<String> = errors.iter().enumerate().map(text).collect();
         let names: Vec<String> = silent.iter().map(|r| self.name(*r)).collect();
         match (texts.is_empty(), gone, names.is_empty()) {
-            (false, ..) => texts.join("\n  "),
+            (false, ..) => Failure { text: texts.join("\n  "), code: errors[0].1.code },
             (true, true, _) => self.store_is_gone(),
             (true, false, false) => {
                 let names = names.join(" and ");
-                format!("{names} ended without reporting an error; killed, out of memory, or node unreachable?")
+                Failure::new(format!(
+                    "{names} ended without reporting an error; killed, out of memory, or node unreachable?"
+                ))
             }
             (true, false, true) => {
                 let seen = seen_by.iter().map(|(r, seen)| format!("\n  {} has seen: {seen}", self.name(*r)));
-                format!("a collective failed in ranks that are all alive{}", seen.collect::<String>())
+                let seen: String = seen.collect();
+                Failure::new(format!("a collective failed in ranks that are all alive{seen}"))
             }
         }
     }
 
-    /// Prints `text` as the programs print an error, removes unfinished outputs and ends the
+    /// Prints a failure as the programs print an error, removes unfinished outputs and ends the
     /// process.
-    fn end(&self, text: &str) -> ! {
+    fn end(&self, failure: &Failure) -> ! {
         static ENDING: AtomicBool = AtomicBool::new(false);
         if ENDING.swap(true, SeqCst) {
             loop {
                 thread::park();
             }
         }
-        eprintln!("error: {text}");
+        eprintln!("error: {}", failure.text);
         if self.place.serves {
             thread::sleep(LINGER);
         }
-        discard_unfinished(|| end_process(1));
-        end_process(1)
+        let code = i32::from(failure.code);
+        discard_unfinished(|| end_process(code));
+        end_process(code)
     }
 }
 
@@ -392,10 +426,10 @@ fn report_gone(store: &Store, rank: usize) -> Result<()> {
     let note = format!("failed/{rank}");
     if store.get(&format!("left/{rank}"))?.is_none() && store.get(&note)?.is_none() {
         let time = BEAT * GONE;
-        store.set(
-            &note,
-            &format!("no sign of life for {time:?}: the process hangs or is stopped, or its node is unreachable"),
-        )?;
+        let failure = Failure::new(format!(
+            "no sign of life for {time:?}: the process hangs or is stopped, or its node is unreachable"
+        ));
+        store.set(&note, &failure.to_note())?;
         store.set("failed", "yes")?;
     }
     Ok(())
@@ -403,4 +437,17 @@ fn report_gone(store: &Store, rank: usize) -> Result<()> {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_has_the_exit_code_and_the_error() {
+        let bad: anyhow::Error = cpift_core::BadInput::new("rows.jsonl", "broken\tline 3").into();
+        let failure = Failure::from_note(&Failure::of(&bad.context("rank 1")).to_note());
+        assert_eq!((failure.text.as_str(), failure.code), ("rank 1: rows.jsonl: broken\tline 3", 3));
+        assert_eq!(Failure::from_note("no code\tat all"), Failure::new("no code\tat all".into()));
+    }
 }

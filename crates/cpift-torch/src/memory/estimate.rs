@@ -169,20 +169,32 @@ impl Job {
     }
 
     /// Gradients where weights are lent: those of a unit, in the dtype in which it is lent; the
-    /// flat vectors in which the unit before is summed over the ranks; this rank's sums in f32.
+    /// flat vectors in which the unit before is summed over the ranks; this rank's sums in f32, of
+    /// all units or of the one that is updated.
     fn shared_gradients(&self, s: &Sizes, matrix: u64, waiting: u64, last: u64) -> Gradients {
         let block = s.block * self.wire_bytes();
         // A vector to send and one to receive.
         let vectors = if self.world > 1 { 2 } else { 1 };
         let sums = if self.args.optimizer_in_backward { 0 } else { (F32 * self.trained(s)).div_ceil(self.world) };
         let earlier = if self.args.grad_accum > 1 { sums } else { 0 };
+        // The sum of the unit that is updated.
+        let sum_of = |elements: u64| {
+            let bytes = if self.args.optimizer_in_backward { F32 * elements } else { 0 };
+            bytes.div_ceil(self.world)
+        };
+        let block_sum = sum_of(s.block);
         let head = if self.config.tie_word_embeddings { s.norm } else { s.norm + s.head };
         Gradients {
             at_loss: earlier + matrix,
             first_block: earlier + waiting + vectors * F32 * head + block,
             last_block: sums + waiting + (vectors + 1) * block,
-            embedding: sums + waiting + last + vectors * F32 * s.embedding,
-            update: if self.args.optimizer_in_backward { (vectors + 1) * block.max(matrix) } else { sums },
+            embedding: sums + waiting + last + (block + block_sum).max(vectors * F32 * s.embedding),
+            update: if self.args.optimizer_in_backward {
+                // What has come of the block is freed before the temporaries of its update are made.
+                block + block_sum.max(sum_of(matrix / F32)) + block.saturating_sub(self.update(s))
+            } else {
+                sums
+            },
         }
     }
 

@@ -24,11 +24,11 @@ use super::stage::{Stage, StageReport, plan_steps, receive};
 use super::state::{Part, Progress, RUN, SavedState, States};
 use super::step::{StepConfig, StepInput, StepOutcome, Trainer};
 use super::watch::{METRICS, StageWatch, StepFigures, Watch};
-use crate::args::TrainingArgs;
+use crate::args::{Budget, TrainingArgs};
 use crate::data::{FeedConfig, Feeder, StepShare};
 use crate::freeze::Freeze;
 use crate::oom;
-use crate::optim::CosineWithWarmup;
+use crate::schedule::Schedule;
 use crate::session::Session;
 
 /// Random stream of a stage that draws the rows importance is measured on.
@@ -69,7 +69,8 @@ impl Run<'_> {
     /// `out`. `--force` removes old states.
     ///
     /// # Errors
-    /// A loss or norm that is not finite, with step and examples; [`Stopped`] after a signal, with
+    /// [`cpift_core::Usage`] for a schedule that does not fit a stage; a loss or norm that is not
+    /// finite, with step and examples; [`Stopped`] after a signal, with
     /// the state saved; [`cpift_core::BadInput`] for a state of another run, or if another run is
     /// writing `out`; failed writes.
     pub fn write(
@@ -86,6 +87,8 @@ impl Run<'_> {
             info!("{} is finished already", out.display());
             return Ok(None);
         }
+        // A schedule that does not fit a stage is refused before the first stage starts.
+        self.stages.iter().try_for_each(|stage| self.schedule(stage).map(drop))?;
         let _held = leads.then(|| self.states.hold()).transpose()?;
         let _steps = SignalScope::begin(Phase::Steps);
         let staged = leads.then(|| StagedDir::create(out, common.force())).transpose()?;
@@ -152,6 +155,11 @@ impl Run<'_> {
         }
     }
 
+    /// The learning rate of a stage.
+    fn schedule(&self, stage: &Stage<'_>) -> Result<Schedule> {
+        self.args.schedule.of(&stage.label, stage.lr, plan_steps(stage, self.feed_config(stage)))
+    }
+
     fn step_config(&self) -> StepConfig {
         StepConfig {
             optimizer: self.args.optimizer(),
@@ -178,7 +186,7 @@ impl Run<'_> {
 struct StageRun<'a> {
     run: &'a Run<'a>,
     stage: &'a Stage<'a>,
-    schedule: CosineWithWarmup,
+    schedule: Schedule,
     position: Progress,
     found: Option<SavedState>,
     /// A step has told all ranks to stop.
@@ -198,10 +206,7 @@ impl<'a> StageRun<'a> {
         let finished = finished.to_vec();
         let fresh = Progress { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
         let position = found.as_ref().map_or(fresh, |f| f.position.clone());
-        let total = plan_steps(stage, run.feed_config(stage));
-        // The first step of a warm-up has rate 0, so a stage of one step has none.
-        let warmup = ((run.args.warmup_ratio * total as f64).ceil() as usize).min(total - 1);
-        let schedule = CosineWithWarmup { peak: stage.lr, warmup_steps: warmup, total_steps: total };
+        let schedule = run.schedule(stage)?;
         Ok(Self { run, stage, schedule, position, found, stop: false })
     }
 
@@ -213,10 +218,14 @@ impl<'a> StageRun<'a> {
         let frozen = placement.total_count(freeze.as_ref().map_or(0, Freeze::len))?;
         let attention = session.model.attention();
         info!(
-            "{}: {} examples, {} steps, {frozen} elements frozen; {attention}",
+            "{}: {} examples, {} steps{}, {frozen} elements frozen; {attention}",
             stage.label,
             stage.examples.len(),
-            self.total()
+            self.total(),
+            match stage.budget {
+                Budget::Epochs(epochs) => format!(" ({epochs} epoch{})", if epochs == 1.0 { "" } else { "s" }),
+                _ => String::new(),
+            }
         );
         let mut trainer = Trainer::placed(&session.model, &session.parameters, freeze, run.step_config(), placement)?;
         let mut moving = match &stage.isolation {

@@ -21,7 +21,7 @@ pub struct Stage<'a> {
     pub examples: &'a [Example],
     /// Elements that may change.
     pub isolation: Isolation<'a>,
-    /// Steps or tokens.
+    /// Epochs, steps or tokens.
     pub budget: Budget,
     /// Seed of the shuffle.
     pub seed: u64,
@@ -55,19 +55,26 @@ pub(crate) fn receive<T>(batches: &Receiver<T>, maker: &mut Option<ScopedJoinHan
     })
 }
 
-/// Number of steps of a stage. A budget in tokens is counted with the stage's own feeder, so that
-/// the schedule knows its length before the first step.
+/// Number of steps of a stage. A budget in tokens or epochs is counted with the stage's own feeder,
+/// so that the schedule knows its length before the first step. An epoch ends with the step that
+/// draws its last row; a batch may hold rows of two epochs.
 pub(crate) fn plan_steps(stage: &Stage<'_>, config: FeedConfig) -> usize {
+    let until = |budget: usize, count: fn(&Example) -> usize| {
+        let mut feeder = Feeder::new(stage.examples, config, stage.seed);
+        let (mut seen, mut steps) = (0, 0);
+        while seen < budget {
+            seen += feeder.next_step().concat().into_iter().map(|i| count(&stage.examples[i])).sum::<usize>();
+            steps += 1;
+        }
+        steps
+    };
     match stage.budget {
         Budget::Steps(n) => n,
-        Budget::Tokens(budget) => {
-            let mut feeder = Feeder::new(stage.examples, config, stage.seed);
-            let (mut seen, mut steps) = (0, 0);
-            while seen < budget {
-                seen += feeder.next_step().concat().into_iter().map(|i| stage.examples[i].ids.len()).sum::<usize>();
-                steps += 1;
-            }
-            steps
+        Budget::Tokens(budget) => until(budget, |example| example.ids.len()),
+        Budget::Epochs(epochs) => {
+            // A product that is off by a rounding error is not one row more.
+            let rows = epochs * stage.examples.len() as f64 * (1.0 - 1e-12);
+            until((rows.ceil() as usize).max(1), |_| 1)
         }
     }
 }

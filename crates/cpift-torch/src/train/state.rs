@@ -286,7 +286,9 @@ impl States {
         // Empty if the state is there already.
         if !shared.is_empty() {
             let name = format!("rank-{}-of-{}.safetensors", placement.rank(), placement.world());
-            let digest = write_rank(&Path::new(&shared).join(&name), parts, placement)?;
+            // The other ranks are told before the directory in which they write is removed.
+            let tell = |error: &anyhow::Error| placement.group.iter().for_each(|group| group.fail(error));
+            let digest = write_rank(&Path::new(&shared).join(&name), parts, placement).inspect_err(tell)?;
             let digest = serde_json::to_string(&(name, digest))?;
             let digests = match &placement.group {
                 Some(group) => group.exchange("digests of the state", &digest)?,

@@ -13,6 +13,7 @@ use super::reader::{Checkpoint, HEAD, is_buffer};
 use super::sidecar::{read_config, tied};
 use super::{adapter, diagnose, fp8};
 use crate::error::BadInput;
+use crate::files::hub;
 use crate::format::json;
 use crate::format::safetensors::MappedFile;
 use crate::log_once;
@@ -39,9 +40,9 @@ impl Checkpoint {
             return Self::open_folder(path);
         }
         if path.symlink_metadata().is_err() {
-            return Err(BadInput::new(path, "no such checkpoint")
-                .expected("a Hugging Face directory or a .safetensors file")
-                .into());
+            let error = BadInput::new(path, "no such checkpoint");
+            let error = error.expected("a Hugging Face directory or a .safetensors file");
+            return Err(hub::hinted(error, path).into());
         }
         if diagnose::is_pickle(path) {
             return Err(diagnose::refuse_pickle(BadInput::new(path, "is not a safetensors file"), path).into());

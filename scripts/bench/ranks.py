@@ -1,0 +1,129 @@
+"""Two ranks on one machine over Gloo beside one process with two micro-batches: CPU seconds of a step.
+
+    python3 scripts/bench/ranks.py --bin target/release --model DIR [--batch 8x256] [--rounds 3]
+
+Both train the same rows to the same bytes, one thread per process. The seconds are user and system time
+of all processes from the end of the first step to the end of the last, by /proc/PID/stat; a round runs
+both in turn. Writes results/ranks-cpu.md; the exit status is 1 if the target is missed.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from runs import HERE, cpu_model
+
+TARGET = 1.15
+LIMIT_S = 1800
+
+
+def rows(folder, count):
+    turn = [{"role": "user", "content": "count"}, {"role": "assistant", "content": " ".join(map(str, range(3000)))}]
+    (folder / "rows.jsonl").write_text((json.dumps({"messages": turn}) + "\n") * count)
+    (folder / "tasks.toml").write_text('[[task]]\nname = "rows"\ntrain = "rows.jsonl"\neval = "rows.jsonl"\n')
+    return folder / "tasks.toml"
+
+
+def cpu_seconds(children):
+    ticks = 0
+    for child in children:
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def start(command, rank, world, port):
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(port)} if world > 1 else {}
+    return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.DEVNULL)
+
+
+def measure(args, work, world):
+    """CPU seconds of a step, and the losses."""
+    rows, tokens = map(int, args.batch.split("x"))
+    micro = 2 // world
+    metrics = work / "out.checkpoints/metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    command = [args.bin / "cpift-train", "run", "--model", args.model, "--tasks", work / "tasks.toml", "--out", work / "out",
+               "--steps", args.steps + 1000, "--batch-size", rows // micro, "--grad-accum", micro, "--max-length", tokens,
+               "--lr", "1e-5", "--device", "cpu", "--threads", 1, "--force", *args.more]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    children = [start([str(part) for part in command], rank, world, port) for rank in range(world)]
+    clock, first, lines = time.monotonic(), None, []
+    try:
+        while len(lines) < args.steps:
+            time.sleep(0.05)
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            if lines and first is None:
+                first, done = cpu_seconds(children), len(lines)
+            if any(child.poll() is not None for child in children) or time.monotonic() - clock > LIMIT_S:
+                sys.exit(f"ranks: {world} processes did not make {args.steps} steps")
+        seconds = (cpu_seconds(children) - first) / (len(lines) - done)
+    finally:
+        for child in children:
+            child.send_signal(signal.SIGKILL)
+        for child in children:
+            child.wait()
+        metrics.unlink(missing_ok=True)
+    return seconds, [json.loads(line)["loss"] for line in lines[:args.steps]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", type=Path, required=True, metavar="DIR", help="the folder of cpift-train")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint")
+    parser.add_argument("--batch", default="8x256", metavar="BxS", help="rows and tokens of a step")
+    parser.add_argument("--steps", type=int, default=4, help="the first is dropped")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=HERE / "results/ranks-cpu.md", metavar="FILE")
+    parser.add_argument("more", nargs="*", help="after --: arguments of cpift-train run")
+    args = parser.parse_args()
+    found = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        rows(work, 64)
+        losses = {}
+        for number in range(args.rounds):
+            for world in found:
+                print(f"round {number + 1} of {args.rounds}: {world} …", file=sys.stderr, flush=True)
+                seconds, losses[world] = measure(args, work, world)
+                found[world].append(seconds)
+        if losses[1] != losses[2]:
+            sys.exit(f"ranks: the losses differ, so these are not the same steps: {losses}")
+    one, two = (statistics.median(found[world]) for world in (1, 2))
+    rounds = " · ".join(f"{a:.2f} / {b:.2f}" for a, b in zip(found[2], found[1]))
+    shown = " ".join(["scripts/bench/ranks.py", "--batch", args.batch, "--steps", str(args.steps), "--rounds",
+                      str(args.rounds)])
+    shown += f" -- {shlex.join(args.more)}" if args.more else ""
+    text = "\n".join([
+        "# Two ranks on one machine", "",
+        "Written by `scripts/bench/ranks.py`: CPU seconds (user and system, all processes) of a step, the median of",
+        "interleaved rounds. Both make the same steps: the losses are equal.", "",
+        f"- machine: {cpu_model()} ({os.cpu_count()} cores), Linux {platform.release()}; {datetime.date.today()}",
+        f"- model: {args.model.name}, f32, {args.batch} tokens a step; one thread per process, over Gloo",
+        f"- command: `{shown}`",
+        f"- rounds, two ranks / one process: {rounds}", "",
+        "| two ranks, CPU s per step | one process, two micro-batches | ratio | target | met |",
+        "| ---: | ---: | ---: | --- | --- |",
+        f"| {two:.2f} | {one:.2f} | {two / one:.3f} × | ≤ {TARGET} × | {'yes' if two <= TARGET * one else 'NO'} |", "",
+    ])
+    args.out.write_text(text)
+    print(text)
+    sys.exit(two > TARGET * one)
+
+
+if __name__ == "__main__":
+    main()
