@@ -55,7 +55,7 @@ impl Setting {
         assert!(fs::read(self.path(a)).unwrap() == fs::read(self.path(b)).unwrap(), "{a} and {b} differ");
     }
 
-    /// Runs `cpift-mask extract` with this file: exit code 3, the file's path and `parts` on stderr.
+    /// Runs `cpift-mask extract` with this file: exit code 3, its path and `parts` on stderr.
     #[track_caller]
     fn refused(&self, text: &str, parts: &[&str]) {
         let file = self.file(text);
