@@ -92,7 +92,7 @@ def arguments(case):
 
 def planned(binary, work, case):
     world = case[1]
-    command = [binary, "plan", "--config", work / "base/config.json", "--world", str(world), "--device-memory", "200", "--json", "--quiet",
+    command = [binary, "plan", "--model-config", work / "base/config.json", "--world", str(world), "--device-memory", "200", "--json", "--quiet",
                *arguments(case)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["memory"]["peak"] - CONTEXT
 

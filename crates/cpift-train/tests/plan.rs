@@ -150,7 +150,7 @@ fn the_paper_recipe_fits_where_it_says() {
     for (typed, world, memory) in cases {
         let all = format!("{typed} --world {world} --device-memory {memory} --json");
         let config = root().join("scripts/paper/llama-2-7b.json");
-        let args = ["plan", "--config", config.to_str().unwrap()].into_iter().chain(all.split_whitespace());
+        let args = ["plan", "--model-config", config.to_str().unwrap()].into_iter().chain(all.split_whitespace());
         let printed: Value = serde_json::from_str(&run(PROGRAM, args).ok().stdout).unwrap();
         assert_eq!(printed["fits"], Value::Bool(true), "{all}");
     }
