@@ -226,13 +226,15 @@ impl Line {
         while i < words.len() {
             let text = words[i].to_string_lossy();
             let flag = text.strip_prefix("--").filter(|name| !name.is_empty());
-            if flag.is_none() && !text.starts_with('-') && subcommand.is_none() {
-                if let Some(found) = command.find_subcommand(&*text) {
-                    given.iter_mut().for_each(|given| given.before_subcommand = true);
-                    (command, subcommand) = (found, Some(found.get_name().to_owned()));
-                    i += 1;
-                    continue;
-                }
+            if flag.is_none()
+                && !text.starts_with('-')
+                && subcommand.is_none()
+                && let Some(found) = command.find_subcommand(&*text)
+            {
+                given.iter_mut().for_each(|given| given.before_subcommand = true);
+                (command, subcommand) = (found, Some(found.get_name().to_owned()));
+                i += 1;
+                continue;
             }
             let inline = flag.and_then(|name| name.split_once('=')).map(|(_, value)| OsString::from(value));
             let arg = match flag {
@@ -404,7 +406,7 @@ fn pairs(arg: &Arg) -> bool {
 /// The words of a key of a file: none for a flag that is off or a value that is the default.
 fn occurrences(arg: &Arg, path: &Path, key: &str, value: &Value) -> Result<Vec<Given>> {
     let kind = Kind::of(arg);
-    let wrong = |value: &Value| {
+    let wrong = |value: &Value| -> anyhow::Error {
         let several = if !repeats(arg) {
             ""
         } else if pairs(arg) {
@@ -415,17 +417,18 @@ fn occurrences(arg: &Arg, path: &Path, key: &str, value: &Value) -> Result<Vec<G
         BadInput::new(path, format!("{key} has a wrong type"))
             .expected(format!("{}{several}", kind.expected()))
             .found(format!("{value} ({})", value.type_str()))
+            .into()
     };
     let texts: Vec<String> = match value {
         Value::Array(list) if repeats(arg) => {
-            list.iter().map(|v| kind.text(v).ok_or_else(|| wrong(v))).collect::<Result<_, _>>()?
+            list.iter().map(|v| kind.text(v).ok_or_else(|| wrong(v))).collect::<Result<_>>()?
         }
         Value::Table(table) if repeats(arg) && pairs(arg) => {
             let pair = |(name, v): (&String, &Value)| match kind.text(v) {
                 Some(text) => Ok(format!("{name}={text}")),
                 None => Err(wrong(v)),
             };
-            table.iter().map(pair).collect::<Result<_, _>>()?
+            table.iter().map(pair).collect::<Result<_>>()?
         }
         one => vec![kind.text(one).ok_or_else(|| wrong(one))?],
     };
