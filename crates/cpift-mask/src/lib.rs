@@ -15,8 +15,8 @@
 //! `rules` has the selections of `extract` and `tall` that are not the top p % of single elements.
 //! `tensors` chooses whole tensors, `random` draws a control, `sets` combines masks, `apply` keeps
 //! a part of a change, `convert` reads and writes boolean arrays (`npy`), and `stats` shows the
-//! density of a mask. `vocabulary` matches rows of embeddings by token if two checkpoints have other
-//! tokens.
+//! density of a mask. `vocabulary` matches rows of embeddings by token if two checkpoints have
+//! other tokens.
 
 mod apply;
 pub mod bracket;

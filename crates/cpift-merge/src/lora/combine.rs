@@ -14,7 +14,8 @@ use cpift_core::stream::random::seed_for;
 use cpift_core::{BadInput, Dtype};
 use serde_json::{Map, Value, json};
 
-use super::{Factor, svd};
+use super::factors::{self, Factor};
+use super::svd;
 
 /// A combination as it was asked for.
 #[derive(Debug, Clone)]
@@ -146,11 +147,11 @@ impl Combination {
             .for_each(|key| drop(metadata.remove(*key)));
         let Some(config) = &first.config else {
             let staged = StagedPath::create(&self.out, self.force)?;
-            super::write(&staged.path(), tensors, self.dtype, &metadata)?;
+            factors::write(&staged.path(), tensors, self.dtype, &metadata)?;
             return record.commit(staged, &[]);
         };
         let staged = StagedDir::create(&self.out, self.force)?;
-        super::write(&staged.path().join("adapter_model.safetensors"), tensors, self.dtype, &metadata)?;
+        factors::write(&staged.path().join("adapter_model.safetensors"), tensors, self.dtype, &metadata)?;
         let mut config = config.clone();
         let largest = ranks.values().copied().max().unwrap_or(0);
         let modules: Vec<&str> = ranks.keys().map(|module| module.trim_start_matches('/')).collect();

@@ -14,7 +14,7 @@ use cpift_core::stream::random::seed_for;
 use cpift_core::{BadInput, Dtype, TensorView};
 use serde_json::{Map, Value, json};
 
-use super::svd;
+use super::{factors, svd};
 use crate::plan::{Source, check_compatible, share_head};
 use crate::request::LayoutPolicy;
 
@@ -93,7 +93,7 @@ impl Extraction {
         }
         let staged = StagedDir::create(&self.out, self.force)?;
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        super::write(&staged.path().join("adapter_model.safetensors"), &tensors, self.dtype, &metadata)?;
+        factors::write(&staged.path().join("adapter_model.safetensors"), &tensors, self.dtype, &metadata)?;
         let config = self.config(errors.keys(), &ranks, transposed);
         let path = staged.path().join("adapter_config.json");
         std::fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;
