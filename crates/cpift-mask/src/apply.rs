@@ -259,7 +259,7 @@ fn write_checkpoint<'a>(
             fs::write(staged.path().join("config.json"), config).context("writing config.json")?;
         }
         let components = layout.components().map(str::to_owned).collect();
-        OtherFiles::of(folder, &components).copy(folder, staged.path(), |_| true)?;
+        OtherFiles::of(folder, &components)?.copy(folder, staged.path(), |_| true)?;
     }
     recorder.write_into(staged.path())?;
     staged.commit()

@@ -235,7 +235,7 @@ fn old_spellings_of_flags_are_accepted_and_describe_the_same_run() {
     assert_eq!((&run["master"], &run["optim_state"], &run["only_cores"]), (&json("BF16"), &json("BF16"), &true.into()));
     let arguments = "steps tokens batch_size grad_accum lr lr_scheduler warmup_ratio warmup_steps \
                      num_decay_steps min_lr_ratio warmup_type decay_type weight_decay adam_beta1 adam_beta2 adam_epsilon \
-                     max_grad_norm freeze_embeddings packing master optim_state loss_chunk max_length seed \
+                     max_grad_norm freeze_embeddings freeze_layers packing master optim_state loss_chunk max_length seed \
                      compute_dtype device model tasks train:count train:copy train:pick mask:count mask:copy mask:pick \
                      groups stages isolation only_cores lora examples save_dtype";
     let mut found: Vec<&str> = run.keys().map(String::as_str).collect();

@@ -1,7 +1,7 @@
 //! Opening, reading and mapping files, with errors that name the file and suggest a fix.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs::{DirEntry, File};
+use std::io::{self, Read};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
@@ -19,6 +19,17 @@ pub fn open(path: &Path) -> Result<File> {
         return Err(BadInput::new(path, "is a directory").expected("a file").into());
     }
     File::open(path).map_err(|e| refuse(path, "opened", &e))
+}
+
+/// Lists a directory, in bytewise order of the names.
+///
+/// # Errors
+/// [`BadInput`] if it cannot be read.
+pub(crate) fn list(folder: &Path) -> Result<Vec<DirEntry>> {
+    let entries = std::fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<DirEntry>>>);
+    let mut entries = entries.map_err(|e| refuse(folder, "listed", &e))?;
+    entries.sort_by_key(DirEntry::file_name);
+    Ok(entries)
 }
 
 /// Reads a whole UTF-8 file.

@@ -84,7 +84,10 @@ impl Destination {
                 config = with_torch_dtype(config, dtype);
             }
             let components = layout.components().map(str::to_owned).collect();
-            others = backbone.folder().map_or_else(OtherFiles::default, |folder| OtherFiles::of(folder, &components));
+            others = match backbone.folder() {
+                Some(folder) => OtherFiles::of(folder, &components)?,
+                None => OtherFiles::default(),
+            };
         }
         if let Some(folder) = &side_files {
             check_side_files(folder, backbone, inputs)?;

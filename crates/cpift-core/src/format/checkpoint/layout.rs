@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use super::diagnose;
 use crate::error::BadInput;
+use crate::files::list;
 use crate::format::json;
 use crate::log_once;
 
@@ -248,7 +249,7 @@ pub(crate) fn components(folder: &Path) -> Result<BTreeSet<String>> {
 /// Set of weights in `folder`, if there is one.
 fn choose(folder: &Path, component: &str) -> Result<Option<WeightSet>> {
     let mut sets: BTreeMap<(String, Option<String>), BTreeSet<Kind>> = BTreeMap::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in list(folder)? {
         let Some((stem, variant, kind)) = entry.file_name().to_str().and_then(parse) else { continue };
         if !is_adapter(&stem) && !stem.starts_with('.') {
             sets.entry((stem, variant)).or_default().insert(kind);

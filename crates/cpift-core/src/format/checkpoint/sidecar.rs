@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::diagnose;
 use crate::error::BadInput;
-use crate::files::RECORD_NAME;
+use crate::files::{RECORD_NAME, list};
 use crate::format::dtype::Dtype;
 use crate::format::json;
 
@@ -63,16 +63,19 @@ pub struct OtherFiles {
 impl OtherFiles {
     /// Lists the files of `folder` and its subdirectories, without hidden ones and without records
     /// of these programs. Weights of the `components` belong to the checkpoint and are not listed.
-    pub fn of(folder: &Path, components: &BTreeSet<String>) -> Self {
+    ///
+    /// # Errors
+    /// [`crate::BadInput`] for a directory that cannot be read.
+    pub fn of(folder: &Path, components: &BTreeSet<String>) -> Result<Self> {
         let mut found = Self::default();
-        found.add(folder, "", components);
+        found.add(folder, "", components)?;
         found.files.sort();
         found.weights.sort();
-        found
+        Ok(found)
     }
 
-    fn add(&mut self, folder: &Path, below: &str, components: &BTreeSet<String>) {
-        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+    fn add(&mut self, folder: &Path, below: &str, components: &BTreeSet<String>) -> Result<()> {
+        for entry in list(folder)? {
             // A name that is not UTF-8 belongs to no checkpoint of a hub.
             let Ok(name) = entry.file_name().into_string() else { continue };
             let (path, place) = (entry.path(), format!("{below}{name}"));
@@ -84,7 +87,7 @@ impl OtherFiles {
                 if !part && diagnose::has_weights(&path) {
                     self.weights.push(format!("{place}/"));
                 } else {
-                    self.add(&path, &format!("{place}/"), components);
+                    self.add(&path, &format!("{place}/"), components)?;
                 }
             } else if diagnose::is_weights(&name) {
                 let own = name.ends_with(".safetensors") || name.contains(".safetensors.index.");
@@ -95,6 +98,7 @@ impl OtherFiles {
                 self.files.push(place);
             }
         }
+        Ok(())
     }
 
     /// Copies the files for which `wanted` is true from `from` to `to`, where existing files stay.
