@@ -104,7 +104,7 @@ smollm2: build ## The whole pipeline on SmolLM2-135M-Instruct with real data (DA
 
 # The experiments: SUITE=, SUITE_RUN=, SEEDS= (default: the suite's), JOBS=, PAIR=A,B for forgetting
 # alone.
-EXPERIMENTS := reproduce forgetting ablate schedules stages sweep-p sweep-tau imbalance low-data
+EXPERIMENTS := reproduce forgetting adding ablate schedules stages sweep-p sweep-tau imbalance low-data
 SUITE ?= scripts/experiments/interference.toml
 SUITE_RUN ?= runs/suite
 JOBS ?= 2
@@ -112,6 +112,7 @@ JOBS ?= 2
 
 reproduce: ## The paper's table on the interference suite: CPI-FT, its baselines and controls, and what came after, over seeds
 forgetting: ## One task after another, every ordered pair: what the first loses, by method
+adding: ## Every task added to a model tuned on the others, with every safeguard; PAIR=OLD,NEW for one
 ablate: ## CPI-FT with a part left out or changed
 schedules: ## The four orders of the groups
 stages: ## The last stages on the mixture, on each group's own rows, or one mixed stage

@@ -12,11 +12,12 @@ RUN/add-task.json, RUN/report.html).
     REPLAY=rows|self|none  what is replayed: training rows of the old tasks in TASKS; what MODEL
                         answers to their prompts, or whole conversations where TASKS has no old
                         task; nothing [default: rows if TASKS lists old tasks, else self]
-    REPLAY_SHARE=0.2    share of the stage's tokens
+    REPLAY_SHARE=0.05   share of the stage's tokens
     REPLAY_ROWS=200     rows of each old task (or conversations) that MODEL writes
-    PROTECT=none|change|dynamic|layers  what keeps its bits: nothing; the PERCENT=20 of the weights
-                        that tuning moved most from BASE=DIR to MODEL; the elements that matter most
-                        to the replayed rows; the LAYERS=N bottom blocks
+    PROTECT=dynamic|change|layers|none  what keeps its bits: the elements that matter most to the
+                        replayed rows, found again during the stage (EPI); the PERCENT=20 of the
+                        weights that tuning moved most from BASE=DIR to MODEL; the LAYERS=N bottom
+                        blocks; nothing [default: dynamic, or none without replay]
     ALPHAS="0.5 0.6 0.7 0.8 0.9"  models MODEL + alpha (stage - MODEL) to choose from, beside 1
     DEV_ROWS=50         evaluation rows of each task that alpha is chosen on
     KL_BUDGET=0.05      largest divergence from MODEL on the new rows, in nats per token, where TASKS
@@ -39,11 +40,11 @@ import tomllib
 from pathlib import Path
 
 DEFAULTS = {
-    "TOKENS": "200000", "REPLAY_SHARE": "0.2", "REPLAY_ROWS": "200", "PROTECT": "none", "PERCENT": "20",
+    "TOKENS": "200000", "REPLAY_SHARE": "0.05", "REPLAY_ROWS": "200", "PERCENT": "20",
     "ALPHAS": "0.5 0.6 0.7 0.8 0.9", "DEV_ROWS": "50", "KL_BUDGET": "0.05", "DTYPE": "f32", "SEED": "0",
     "THREADS": "1", "BIN": "target/release",
 }
-KNOWN = {*DEFAULTS, "MODEL", "TASKS", "NEW", "RUN", "BASE", "REPLAY", "LAYERS", "MAX_LOSS", "TRAIN_FLAGS",
+KNOWN = {*DEFAULTS, "MODEL", "TASKS", "NEW", "RUN", "BASE", "REPLAY", "PROTECT", "LAYERS", "MAX_LOSS", "TRAIN_FLAGS",
          "MASK_FLAGS", "SAMPLE_FLAGS", "EVAL_FLAGS"}
 FORMAT_VERSION = 1
 
@@ -77,7 +78,7 @@ class Adding:
         self.new = settings["NEW"].split(",")
         self.old = self.old_tasks()
         self.replay = settings.get("REPLAY") or ("rows" if self.old else "self")
-        self.protect = settings["PROTECT"]
+        self.protect = settings.get("PROTECT") or ("none" if self.replay == "none" else "dynamic")
         self.check()
         self.alphas = [alpha for alpha in settings["ALPHAS"].split() if float(alpha) != 1]
         self.started = str(time.time())

@@ -77,7 +77,7 @@ fn a_task_is_added_with_replay_and_told_what_it_cost() {
     let a = Adding::new();
     let (told, out) = a.ok("run", &["REPLAY_SHARE=0.3"]);
     assert!(out.contains("before") && out.contains("after") && out.contains("alpha "), "{out}");
-    assert_eq!(told["safeguards"]["replay"], "rows");
+    assert_eq!((&told["safeguards"]["replay"], &told["safeguards"]["protect"]), (&"rows".into(), &"dynamic".into()));
     assert!((told["safeguards"]["replayed_share"].as_f64().unwrap() - 0.3).abs() < 0.05);
     // The choice: the largest mean of the old tasks within a point of the new one's at 1.
     let mean = |point: &Value, names: &[&str]| {

@@ -148,10 +148,15 @@ ADDED = {
     "change protected, replay of 5 %": {"change": 20, "share": 0.05},
     "bottom layers frozen, replay of 5 %": {"layers": True, "share": 0.05},
     "EPI, replay of 5 %": {"share": 0.05, "epi": True},
+    "EPI, replay of 5 %, between, α 0.7": {"share": 0.05, "epi": True, "alpha": 0.7},
     "replay of 20 %": {"share": 0.2},
     "replay of 20 %, between, α 0.7": {"share": 0.2, "alpha": 0.7},
     "own answers, 20 %": {"share": 0.2, "own": "answers"},
+    "EPI, own answers, 5 %": {"share": 0.05, "own": "answers", "epi": True},
     "own conversations, 20 %": {"share": 0.2, "own": "conversations"},
+    "own conversations, 20 %, between, α 0.7": {"share": 0.2, "own": "conversations", "alpha": 0.7},
+    "EPI, own conversations, 5 %": {"share": 0.05, "own": "conversations", "epi": True},
+    "EPI, own conversations, 5 %, between, α 0.7": {"share": 0.05, "own": "conversations", "epi": True, "alpha": 0.7},
 }
 
 
