@@ -162,6 +162,11 @@ fn other_names_of_weights_are_read_and_kept() {
         world.run("linear --model @a --model @b --out @out").ok();
         expect_entries(&world.path("out"), &["README.md", "cpift.json", name]);
         assert_eq!(world.read_w("out"), [2.0]);
+        // Not beside the configuration of a transformers model, which would not load them.
+        if name != "weights_1.0.safetensors" {
+            text(&world, "b/config.json", &json!({"model_type": "llama"}).to_string());
+            world.refused("linear --model @a --model @b --out @o", &["@b: no weights", name]);
+        }
     }
     let world = World::new();
     for name in ["one", "two"] {

@@ -5,8 +5,11 @@
 //! | --- | --- |
 //! | transformers | `model.safetensors`, or shards with `model.safetensors.index.json` |
 //! | a diffusers component | `diffusion_pytorch_model.safetensors`, or shards with an index |
-//! | a variant | `model.fp16.safetensors`, `model.safetensors.index.fp16.json` |
+//! | a variant of diffusers | `diffusion_pytorch_model.fp16.safetensors`, or shards with an index |
 //! | any other | the only set of files, such as `consolidated.safetensors` |
+//!
+//! Where config.json is that of a transformers model, files of other names are none of its weights:
+//! transformers would not load them.
 //!
 //! A directory with `modules.json` (sentence-transformers) or `model_index.json` (diffusers) has
 //! components in subdirectories, whose tensors are called `COMPONENT/NAME`.
@@ -246,6 +249,13 @@ pub(crate) fn components(folder: &Path) -> Result<BTreeSet<String>> {
     Ok(found)
 }
 
+/// Returns true if config.json describes a transformers model.
+fn is_transformers(folder: &Path) -> Result<bool> {
+    let config = folder.join("config.json");
+    let config: Value = if config.exists() { json::read(&config)? } else { Value::Null };
+    Ok(["model_type", "architectures"].iter().any(|key| config.get(key).is_some()))
+}
+
 /// Set of weights in `folder`, if there is one.
 fn choose(folder: &Path, component: &str) -> Result<Option<WeightSet>> {
     let mut sets: BTreeMap<(String, Option<String>), BTreeSet<Kind>> = BTreeMap::new();
@@ -258,6 +268,9 @@ fn choose(folder: &Path, component: &str) -> Result<Option<WeightSet>> {
     // Shards without an index are reported by name, elsewhere.
     sets.retain(|_, kinds| kinds.iter().any(|kind| *kind != Kind::Shard));
     let usual = STEMS.iter().find(|stem| sets.contains_key(&((**stem).to_owned(), None)));
+    if usual.is_none() && component.is_empty() && is_transformers(folder)? {
+        return Ok(None);
+    }
     let key = match (usual, sets.len()) {
         (Some(stem), _) => ((*stem).to_owned(), None),
         (None, 0) => return Ok(None),
