@@ -1,5 +1,5 @@
-//! What adding a task needs of cpift-eval: rows that the model writes itself, the divergence from
-//! another model, and scores of a part of the rows.
+//! The commands of cpift-eval that `make add-task` calls: `sample`, `divergence`, and `run` on a
+//! part of the rows.
 
 mod common;
 

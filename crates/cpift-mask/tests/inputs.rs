@@ -217,7 +217,7 @@ fn rows_of_added_tokens_are_outside_d_and_counted() {
     language_model(&tuned, &[1.0, 2.5, 3.0], 0.25, &[("x", 0), ("y", 1), ("z", 2)]);
     let (elements, said) = chosen(dir.path(), "17");
     assert_eq!((elements, &said["D"], &said["extra_elements"]), (vec![3, 4, 5], &json!(18), &json!(0)));
-    // What apply keeps has the rows and the tokens of the base.
+    // The output of apply has the rows and the tokens of the base.
     let at = |name: &str| dir.path().join(name).display().to_string();
     language_model(&base, &[1.0, 2.0, 3.0], 0.0, &[("x", 0), ("y", 1), ("z", 2)]);
     language_model(&tuned, &[90.0, 3.0, 1.0, 2.5], 0.25, &moved);

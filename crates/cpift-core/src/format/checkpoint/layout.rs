@@ -8,8 +8,8 @@
 //! | a variant of diffusers | `diffusion_pytorch_model.fp16.safetensors`, or shards with an index |
 //! | any other | the only set of files, such as `consolidated.safetensors` |
 //!
-//! Where config.json is that of a transformers model, files of other names are none of its weights:
-//! transformers would not load them.
+//! In a directory whose config.json describes a transformers model, only the first row counts:
+//! transformers loads no files with other names.
 //!
 //! A directory with `modules.json` (sentence-transformers) or `model_index.json` (diffusers) has
 //! components in subdirectories, whose tensors are called `COMPONENT/NAME`.
