@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -11,7 +12,8 @@ use clap::Parser;
 use crate::error::{EXIT_BAD_INPUT, EXIT_FAILED, Stopped, exit_code, usage};
 use crate::record::provenance::{argv, set_argv};
 use crate::record::up_to_date;
-use crate::run::{config, signals};
+use crate::run::address_space::check_threads;
+use crate::run::{address_space, config, signals};
 
 /// Arguments that all stages take.
 #[derive(clap::Args, Debug, Clone, Default)]
@@ -51,10 +53,11 @@ impl Common {
         let level = if self.quiet { "warn" } else { "info" };
         let env = env_logger::Env::new().filter_or("CPIFT_LOG", level);
         let _ = env_logger::Builder::from_env(env).format(log_line).try_init();
+        if self.threads.is_some_and(|threads| !(1..=4096).contains(&threads)) {
+            return Err(usage("--threads must be 1 to 4096"));
+        }
+        check_threads(self.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from)))?;
         if let Some(threads) = self.threads {
-            if !(1..=4096).contains(&threads) {
-                return Err(usage("--threads must be 1 to 4096"));
-            }
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting the thread pool")?;
         }
         Ok(())
@@ -119,6 +122,10 @@ fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> s
 /// Parses the arguments, runs the stage, prints an error once to stderr and returns the documented
 /// exit code.
 pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
+    if !address_space::prepare() {
+        eprintln!("error: out of memory: ulimit -v leaves no address space to start");
+        return ExitCode::from(EXIT_FAILED);
+    }
     let args = match parse::<A>() {
         Ok(args) => args,
         Err(code) => return code,

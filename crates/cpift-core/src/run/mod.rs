@@ -1,5 +1,6 @@
-//! Run-time support of the programs: command line, signals, progress bars.
+//! Run-time support of the programs: address space, command line, signals, progress bars.
 
+pub mod address_space;
 pub mod cli;
 mod config;
 pub mod progress;

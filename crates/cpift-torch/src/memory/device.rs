@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{Result, bail};
+use cpift_core::run::address_space::{first_number, left_by_ulimit};
 use tch::Device;
 
 use super::job::{PROGRAM, gib};
@@ -42,13 +43,6 @@ fn address_space() -> Option<u64> {
     Some(left_by_ulimit()?.saturating_sub(RESERVED + VARIES) + PROGRAM)
 }
 
-/// Address space that `ulimit -v` leaves to the program; none without a limit.
-pub(super) fn left_by_ulimit() -> Option<u64> {
-    let limit = first_number("/proc/self/limits", "Max address space")?;
-    let taken = 1024 * first_number("/proc/self/status", "VmSize:")?;
-    Some(limit.saturating_sub(taken))
-}
-
 /// Address space of thread stacks and allocators, which is reserved but not used.
 const RESERVED: u64 = 384 << 20;
 /// Variation of the address space at start between runs: two arenas of glibc.
@@ -69,11 +63,4 @@ pub fn check_address_space(bytes: u64) -> Result<()> {
         ),
         _ => Ok(()),
     }
-}
-
-/// First number after `label` in a file of /proc; none for `unlimited`.
-fn first_number(path: &str, label: &str) -> Option<u64> {
-    let text = fs::read_to_string(path).ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix(label))?;
-    line.split_whitespace().next()?.parse().ok()
 }

@@ -13,6 +13,7 @@ mod traffic;
 use std::path::Path;
 
 use anyhow::Result;
+use cpift_core::run::address_space::left_by_ulimit;
 
 use crate::args::TrainingArgs;
 use crate::dist::Place;
@@ -45,7 +46,7 @@ pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u6
 /// # Errors
 /// Errors of [`check_address_space`].
 pub fn check_run(model: &Path, tasks: &Path, args: &TrainingArgs, world: usize) -> Result<()> {
-    if device::left_by_ulimit().is_none() {
+    if left_by_ulimit().is_none() {
         return Ok(());
     }
     match Job::of_run(model, tasks, args) {
