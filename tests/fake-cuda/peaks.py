@@ -9,17 +9,16 @@ file of zeros, whose pages take no disk. The exit status is 1 if a peak is more 
 import argparse
 import json
 import os
-import signal
-import socket
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "scripts/bench"))
+from runs import Failed, free_port, rank_environment, wait_for_steps
 CONFIG, TOKENIZER = ROOT / "scripts/paper/llama-2-7b.json", ROOT / "fixtures/demo/base"
 ALLOWED = 0.10
 CONTEXT = 1 << 30
@@ -97,12 +96,6 @@ def planned(binary, work, case):
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["memory"]["peak"] - CONTEXT
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 def measured(binary, work, case):
     """Peak of rank 0's tensors, and of what its allocator reserves, in bytes."""
     world, out, port = case[1], work / "out", free_port()
@@ -112,28 +105,19 @@ def measured(binary, work, case):
                "--force", "--steps", "50", "--lr", "1e-5", "--log-every", "1", *arguments(case)]
     ranks = []
     for rank in range(world):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": port} if world > 1 else {}
+        own = rank_environment(rank, world, port)
         own |= {"FAKE_CUDA_COPIES": "0", "FAKE_CUDA_MEMORY": str(200 << 30)}
         own |= {"FAKE_CUDA_STATS": str(stats)} if rank == 0 else {}
         with open(work / f"log.{rank}", "w") as log:
             ranks.append(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log))
-    clock = time.monotonic()
     try:
-        while True:
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
+        for lines in wait_for_steps(ranks, metrics, 2, LIMIT_S):
             if len(lines) >= 2:
-                return json.loads(lines[1])["memory_mib"] << 20, struct.unpack("9Q", stats.read_bytes())[DEVICE_PEAK]
-            if any(rank.poll() is not None for rank in ranks) or time.monotonic() - clock > LIMIT_S:
-                logs = "\n".join((work / f"log.{rank}").read_text()[-2000:] for rank in range(world))
-                sys.exit(f"peaks: {case[:4]}: no two steps\n{logs}")
-            time.sleep(0.1)
-    finally:
-        for rank in ranks:
-            rank.send_signal(signal.SIGKILL)
-        for rank in ranks:
-            rank.wait()
-        metrics.unlink(missing_ok=True)
+                found = json.loads(lines[1])["memory_mib"] << 20, struct.unpack("9Q", stats.read_bytes())[DEVICE_PEAK]
+    except Failed as error:
+        logs = "\n".join((work / f"log.{rank}").read_text()[-2000:] for rank in range(world))
+        sys.exit(f"peaks: {case[:4]}: {error}\n{logs}")
+    return found
 
 
 def main():

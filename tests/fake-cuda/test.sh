@@ -39,7 +39,7 @@ ranks() { # ranks N NAME PROGRAM ARGS…
 size=(--batch-size 4 --lr 1e-3 --device cuda)
 train() { # train NAME ARGS…
     local steps=(--steps 3); [[ " $* " == *" --steps "* ]] && steps=()
-    one "train: $1" cpift-train run --model $base --tasks $tasks --out "$work/out" --force "${size[@]}" "${steps[@]}" "${@:2}"
+    one "train: $1" cpift-train run --model "$base" --tasks $tasks --out "$work/out" --force "${size[@]}" "${steps[@]}" "${@:2}"
 }
 
 for n in 2 3; do
@@ -88,6 +88,24 @@ train "core regions only" "${groups[@]}" --trainable cores
 for offload in none optimizer all; do
     ranks 2 "train: 2 ranks, --offload $offload" "$bin/cpift-train" run --model $base --tasks $tasks \
         --out "$work/out-2-$offload" --steps 3 "${size[@]}" --offload $offload --save-every 2
+done
+
+# The families, each with the kernels its layers need.
+for family in llama3_rope mistral_window qwen2_window qwen3 gemma2; do
+    base=$work/$family
+    python3 "$here/family.py" fixtures/golden/models/$family fixtures/demo/base "$base"
+    train "$family" --eval-every 2 --eval-rows 4
+    train "$family: packing, recomputation, accumulation" --packing --max-length 256 --gradient-checkpointing --grad-accum 2
+    train "$family: bf16 state, update in backward" --master-dtype bf16 --optim-state-dtype bf16 \
+        --optimizer-in-backward --max-grad-norm 0
+    train "$family: LoRA" --lora-rank 4
+    train "$family: --offload all" --offload all
+    one "$family: probe with Fisher" cpift-probe --base "$base" --tasks $tasks --task logic --out "$work/probe" --force \
+        "${size[@]}" --steps 3 --save-fisher
+    one "$family: eval with generation" cpift-eval run --model "$base" --tasks $tasks --out "$work/scores.json" --force \
+        --limit 4 --device cuda
+    ranks 2 "$family: 2 ranks" "$bin/cpift-train" run --model "$base" --tasks $tasks --out "$work/out-$family" --steps 3 \
+        "${size[@]}"
 done
 
 [ $failed = 0 ] || { echo "$failed failed"; exit 1; }
