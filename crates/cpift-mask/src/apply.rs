@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::files::{StagedDir, StagedPath};
-use cpift_core::format::checkpoint::{CheckpointWriter, OtherFiles, read_config, without_quantization};
+use cpift_core::format::checkpoint::{CheckpointWriter, Excluded, OtherFiles, read_config, without_quantization};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::dtype::Float;
 use cpift_core::format::json;
@@ -236,8 +236,11 @@ fn write_checkpoint<'a>(
 ) -> Result<()> {
     let layout = base.layout();
     let parameters: Vec<TensorView<'a>> = base.parameters().collect();
-    let rest: Vec<TensorView<'_>> =
-        other.not_parameters().map(|(view, _)| view).filter(|v| parameters.iter().all(|p| p.name != v.name)).collect();
+    // A tied output embedding is restored from the input embedding.
+    let copied = |(view, why): &(TensorView<'_>, Excluded)| {
+        *why != Excluded::Tied && parameters.iter().all(|parameter| parameter.name != view.name)
+    };
+    let rest: Vec<TensorView<'_>> = other.not_parameters().filter(copied).map(|(view, _)| view).collect();
     let mut specs: Vec<TensorSpec> =
         parameters.iter().map(|view| TensorSpec { dtype: dtype(view), ..view.spec() }).collect();
     specs.extend(rest.iter().map(TensorView::spec));

@@ -26,7 +26,7 @@ fn cache() -> Option<PathBuf> {
     named("HF_HUB_CACHE").or_else(|| named("HUGGINGFACE_HUB_CACHE")).or_else(|| Some(root()?.join("hub")))
 }
 
-/// Splits `org/name[@revision]`; none for what has another form. A path of two names has this form
+/// Splits `org/name[@revision]`; `None` for any other form. A path of two names has this form
 /// too.
 fn split(text: &str) -> Option<(&str, &str, Option<&str>)> {
     let (repo, revision) = text.split_once('@').map_or((text, None), |(repo, revision)| (repo, Some(revision)));
@@ -75,6 +75,8 @@ pub(crate) fn repository(path: &Path) -> Option<String> {
     parts.windows(3).find_map(|parts| match parts {
         [folder, "snapshots", commit] => {
             let (organisation, name) = folder.strip_prefix("models--")?.split_once("--")?;
+            // In MODEL+ADAPTER another path follows the model's.
+            let commit = commit.split('+').next()?;
             Some(format!("{organisation}/{name}@{commit}"))
         }
         _ => None,

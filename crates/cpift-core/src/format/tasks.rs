@@ -212,6 +212,15 @@ impl Tasks {
         })
     }
 
+    /// Returns the tasks called `names`, or all if there are none, in the order of the file.
+    ///
+    /// # Errors
+    /// As [`Tasks::named`].
+    pub fn selected(&self, names: &[String]) -> Result<Vec<&Task>> {
+        names.iter().try_for_each(|name| self.named(name).map(drop))?;
+        Ok(self.list.iter().filter(|task| names.is_empty() || names.contains(&task.name)).collect())
+    }
+
     /// Returns the task at `index`, counted from 0 like the elements of our Slurm arrays.
     ///
     /// # Errors

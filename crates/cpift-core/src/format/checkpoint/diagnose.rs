@@ -29,9 +29,9 @@ pub(super) fn no_weights(folder: &Path) -> BadInput {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let names: Vec<String> = paths.iter().map(|path| name(path)).collect();
     let first = |is: &dyn Fn(&str) -> bool| names.iter().find(|name| is(name));
-    if let Some(shard) = first(&|n| n.starts_with("model-") && n.contains("-of-") && n.ends_with(".safetensors")) {
+    if let Some((shard, stem)) = names.iter().find_map(|name| Some((name, stem_of_shard(name)?))) {
         return error
-            .found(format!("the shard {shard} without model.safetensors.index.json"))
+            .found(format!("the shard {shard} without {stem}.safetensors.index.json"))
             .hint("download or copy the index and all shards of the checkpoint");
     }
     if let Some(own) = first(&|n| n.starts_with("consolidated") && (n.ends_with(".safetensors") || n.ends_with(".pth")))
@@ -45,7 +45,7 @@ pub(super) fn no_weights(folder: &Path) -> BadInput {
         |n: &str| n.starts_with("model.") && (n.ends_with(".safetensors") || n.contains(".safetensors.index."));
     if let Some(variant) = first(&variant) {
         return error.found(format!("the variant {variant}")).hint(
-            "only the plain name is read: rename it to model.safetensors (for shards, the index to \
+            "transformers loads only the plain name: rename it to model.safetensors (for shards, the index to \
              model.safetensors.index.json), or save the model without variant=",
         );
     }
@@ -69,6 +69,12 @@ pub(super) fn no_weights(folder: &Path) -> BadInput {
         Some(model) => error.found("a directory of checkpoints").hint(format!("one of them is {}", model.display())),
         None => error,
     }
+}
+
+/// `model` of `model-00001-of-00002.safetensors`; `None` for other names.
+fn stem_of_shard(name: &str) -> Option<&str> {
+    let (first, _) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+    first.rsplit_once('-').map(|(stem, _)| stem).filter(|stem| !stem.contains('.'))
 }
 
 /// Subdirectories of `folder`, such as the snapshots of a Hub cache.
@@ -98,7 +104,8 @@ pub(super) fn adapter(folder: &Path) -> Option<BadInput> {
 
 fn merge_hint(base: &str) -> String {
     format!(
-        "cpift-merge and cpift-mask take MODEL+ADAPTER and merge it while it is read; other programs need it merged: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(dir), where model is {base}"
+        "cpift-merge and cpift-mask take MODEL+ADAPTER and merge it while it is read; other programs need it merged: \
+         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(dir), where model is {base}"
     )
 }
 
@@ -155,18 +162,18 @@ pub(super) fn refuse_pickle(error: BadInput, pickle: &Path) -> BadInput {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
 
-    /// Message for a directory with these files.
+    /// Message for the directory of a transformers model with these files.
     fn message(files: &[(&str, &str)]) -> String {
         let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
         for (name, text) in files {
             let path = dir.path().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
-        no_weights(dir.path()).to_string()
+        crate::Checkpoint::open(dir.path()).err().expect("it has no weights").to_string()
     }
 
     #[test]
@@ -175,6 +182,10 @@ mod tests {
             (
                 "model-00001-of-00002.safetensors",
                 "the shard model-00001-of-00002.safetensors without model.safetensors.index.json",
+            ),
+            (
+                "diffusion_pytorch_model-00001-of-00002.safetensors",
+                "without diffusion_pytorch_model.safetensors.index.json",
             ),
             ("consolidated.safetensors", "consolidated.safetensors, weights under the names"),
             ("consolidated.00.pth", "consolidated.00.pth, weights under the names"),

@@ -71,10 +71,12 @@ fn unreadable(config: &Value) -> Option<(String, &'static str)> {
 /// [`BadInput`] with the way to full weights.
 pub fn check_readable(path: &Path, config: &Value) -> Result<()> {
     let Some((method, hint)) = unreadable(config) else { return Ok(()) };
-    Err(BadInput::new(path, format!("is quantised ({method} in quantization_config of config.json)"))
+    Err(quantised(path, &method).hint(hint).into())
+}
+
+fn quantised(path: &Path, how: &str) -> BadInput {
+    BadInput::new(path, format!("is quantised ({how}; quantization_config of config.json)"))
         .expected("floating-point weights, or 8-bit ones with their scales")
-        .hint(hint)
-        .into())
 }
 
 /// Attaches the scales of all weights of 8 bits in `checkpoint`.
@@ -97,6 +99,13 @@ pub(super) fn attach(checkpoint: &mut Checkpoint, config: &Value) -> Result<()> 
         let Some((module, last)) = view.name.rsplit_once('.') else { continue };
         if ACTIVATIONS.contains(&last) && asked {
             activations.push(view.name.to_owned());
+        }
+        if asked && (last == "weight_packed" || last == "weight" && !view.dtype.is_float()) {
+            return Err(quantised(checkpoint.path(), "weights in integers")
+                .tensor(view.name)
+                .found(view.dtype.to_string())
+                .hint("use the floating-point checkpoint that was quantised")
+                .into());
         }
         if last != "weight" || !view.dtype.is_f8() {
             continue;

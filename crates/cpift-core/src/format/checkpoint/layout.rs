@@ -208,6 +208,9 @@ fn is_adapter(stem: &str) -> bool {
 pub(super) fn find(folder: &Path) -> Result<Vec<WeightSet>> {
     let components = components(folder)?;
     let mut sets: Vec<WeightSet> = choose(folder, "")?.into_iter().collect();
+    if sets.is_empty() && is_transformers(folder)? && diagnose::has_weights(folder) {
+        return Err(diagnose::no_weights(folder).into());
+    }
     for component in components {
         let inside = folder.join(&component);
         match choose(&inside, &component)? {

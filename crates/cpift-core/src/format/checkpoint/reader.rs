@@ -34,7 +34,7 @@ pub struct Checkpoint {
     head_is_embedding: bool,
     /// Tensors that are computed while they are read.
     derived: BTreeMap<String, Derived>,
-    /// Stored tensors that are no tensors of the model: scales of others.
+    /// Stored tensors that are not tensors of the model: scales of others.
     hidden: BTreeSet<String>,
     /// Stored names by the names that the tensors have in another checkpoint of the model; empty if
     /// they are the same.

@@ -1,7 +1,7 @@
 //! Key styles of LoRA files: PEFT, diffusers and kohya. A key names a module and a part of its
 //! product.
 
-/// A key taken apart.
+/// A parsed key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Key {
     /// Name of the module, without prefixes of wrappers.
@@ -64,7 +64,7 @@ const OTHERS: [(&str, &str); 10] = [
     ("lora_E", "AdaLoRA"),
 ];
 
-/// Takes the name of a tensor of an adapter apart.
+/// Parses the name of a tensor of an adapter.
 pub(super) fn parse(name: &str) -> Result<Key, Unknown> {
     // PEFT saves whole modules under these names, next to the model's own.
     let pieces: Vec<&str> = name.split('.').filter(|p| !["modules_to_save", "base_layer"].contains(p)).collect();
@@ -128,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_of_all_styles_are_taken_apart() {
+    fn keys_of_all_styles_are_parsed() {
         let to_q = "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q";
         for (name, module, component, part) in [
             ("base_model.model.model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj", "", Part::Down),

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::derive::LowRank;
 use super::diagnose;
-use super::reader::{Checkpoint, TensorView};
+use super::reader::{Checkpoint, Excluded, TensorView};
 use crate::error::BadInput;
 use crate::format::digest::Digest;
 use crate::format::json;
@@ -147,6 +147,9 @@ fn of_config(path: &Path, config: &Value) -> Result<Settings> {
         }
     }
     let pattern = |key: &str| config.get(key).and_then(Value::as_object).into_iter().flatten();
+    for key in ["alpha_pattern", "rank_pattern"] {
+        check_patterns(path, key, pattern(key).map(|(pattern, _)| pattern))?;
+    }
     Ok(Settings {
         alpha: config.get("lora_alpha").and_then(Value::as_f64),
         rank: config.get("r").and_then(Value::as_u64),
@@ -171,12 +174,28 @@ fn of_metadata(file: &MappedFile) -> Result<BTreeMap<String, Settings>> {
             "use_rslora" => of.rank_stabilized = value.as_bool().unwrap_or(false),
             "alpha_pattern" => {
                 let pairs = value.as_object().into_iter().flatten();
+                check_patterns(&file.path, key, pairs.clone().map(|(pattern, _)| pattern))?;
                 of.alphas = pairs.filter_map(|(k, v)| Some((k.clone(), v.as_f64()?))).collect();
             }
             _ => {}
         }
     }
     Ok(settings)
+}
+
+/// Refuses patterns whose regular expressions are not understood here.
+fn check_patterns<'a>(path: &Path, key: &str, patterns: impl Iterator<Item = &'a String>) -> Result<()> {
+    for pattern in patterns {
+        let plain = pattern.trim_start_matches('^').trim_end_matches('$').replace("\\.", "").replace(".*", "");
+        if plain.contains(['\\', '[', ']', '(', ')', '{', '}', '|', '?', '+', '*', '^', '$']) {
+            return Err(BadInput::new(path, format!("{key} has a regular expression that is not supported"))
+                .expected(r"names of modules, with ^, $, \. and .*")
+                .found(pattern.as_str())
+                .hint(MERGE_FIRST)
+                .into());
+        }
+    }
+    Ok(())
 }
 
 /// Value of the first pattern that fits `module`, as PEFT matches: at the end of its name, after a
@@ -258,6 +277,18 @@ type Parts = BTreeMap<Part, String>;
 pub(super) fn apply(checkpoint: &mut Checkpoint, path: &Path) -> Result<()> {
     let adapter = Adapter::open(path)?;
     let (products, whole) = assign(checkpoint, &adapter)?;
+    let tied = |(view, why): (TensorView<'_>, Excluded)| (why == Excluded::Tied).then(|| view.name.to_owned());
+    let tied: BTreeSet<String> = checkpoint.not_parameters().filter_map(tied).collect();
+    if let Some(target) = products.keys().chain(whole.keys()).find(|target| tied.contains(*target)) {
+        return Err(BadInput::new(
+            &adapter.path,
+            "changes the output embedding, which the model ties to its input embedding",
+        )
+        .tensor(target)
+        .expected("products for untied weights")
+        .hint(MERGE_FIRST)
+        .into());
+    }
     let mut replaced: Vec<(String, Entry)> = Vec::new();
     for (target, name) in whole {
         let (view, model) = (adapter.view(&name), checkpoint.get(&target).expect("it was found"));
@@ -461,6 +492,10 @@ pub struct LoraFile {
     pub metadata: BTreeMap<String, String>,
     /// Digest of its files.
     pub digest: Digest,
+    /// True for the key style of kohya, with underscores for dots.
+    pub underscored: bool,
+    /// True if the products are those of transposed weights (`fan_in_fan_out`).
+    pub transposed: bool,
     /// Products by the name of their module in the file.
     pub pairs: BTreeMap<String, LoraPair>,
 }
@@ -487,6 +522,7 @@ pub struct LoraPair {
 pub fn read_lora(path: &Path) -> Result<LoraFile> {
     let adapter = Adapter::open(path)?;
     let mut parts: BTreeMap<String, (Key, Parts)> = BTreeMap::new();
+    let mut underscored = None;
     for name in adapter.file.entries.keys() {
         let key = keys::parse(name)
             .map_err(|Unknown(kind)| adapter.error(format!("{kind} is not supported"), name).expected("plain LoRA"))?;
@@ -498,8 +534,14 @@ pub fn read_lora(path: &Path) -> Result<LoraFile> {
                 .into());
         }
         let module = format!("{}/{}", key.component, key.module);
-        let part = key.part;
-        parts.entry(module).or_insert_with(|| (key, Parts::new())).1.insert(part, name.clone());
+        let (part, style) = (key.part, key.underscored);
+        if *underscored.get_or_insert(style) != style {
+            return Err(adapter.error("keys of two styles in one adapter", name).hint(MERGE_FIRST).into());
+        }
+        let places = &mut parts.entry(module).or_insert_with(|| (key, Parts::new())).1;
+        if let Some(other) = places.insert(part, name.clone()) {
+            return Err(adapter.error("the same factor of the same module twice", name).found(other).into());
+        }
     }
     let mut pairs = BTreeMap::new();
     for (module, (key, names)) in parts {
@@ -528,7 +570,9 @@ pub fn read_lora(path: &Path) -> Result<LoraFile> {
     let config = path.join("adapter_config.json");
     let config = config.is_file().then(|| json::read(&config)).transpose()?;
     let metadata = adapter.file.metadata.clone();
-    Ok(LoraFile { path: adapter.path, config, metadata, digest: adapter.digest, pairs })
+    let transposed = adapter.settings("").is_some_and(|settings| settings.transposed);
+    let underscored = underscored.unwrap_or(false);
+    Ok(LoraFile { path: adapter.path, config, metadata, digest: adapter.digest, underscored, transposed, pairs })
 }
 
 /// The elements of a tensor, which must be finite.
