@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 use cpift_core::Dtype;
 use cpift_core::error::usage;
@@ -10,7 +11,9 @@ use cpift_judge::JudgeArgs;
 use cpift_report::{CompareArgs, ExperimentArgs, ReportArgs};
 use cpift_torch::device::DeviceChoice;
 use cpift_torch::generate::Sampling;
+use cpift_torch::session::set_strict_config;
 use cpift_torch::weights::kind_of;
+use cpift_torch::workers::Workers;
 use tch::{Device, Kind};
 
 use crate::metrics;
@@ -131,9 +134,6 @@ pub struct RunArgs {
     /// Output directory
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     pub out: PathBuf,
-    /// Refuse unknown fields of config.json instead of warning
-    #[arg(long, help_heading = "Input and output")]
-    pub strict_config: bool,
     /// Style of the prompts
     #[arg(
         long,
@@ -165,6 +165,20 @@ pub struct RunArgs {
     /// Leave out the first N rows of each task, which --limit does not count
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Data")]
     pub skip: usize,
+    /// Arguments of the inference.
+    #[command(flatten)]
+    pub inference: InferenceArgs,
+    /// Seed of the sampling and of the choice of examples
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
+    pub seed: u64,
+}
+
+/// Arguments of every command that runs a model.
+#[derive(clap::Args, Debug)]
+pub struct InferenceArgs {
+    /// Refuse unknown fields of config.json instead of warning
+    #[arg(long, help_heading = "Input and output")]
+    pub strict_config: bool,
     /// Rows per batch
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Memory and speed")]
     pub batch_size: usize,
@@ -174,9 +188,6 @@ pub struct RunArgs {
     /// cpu, cuda, cuda:N, or auto: CUDA if available
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Run")]
     pub device: DeviceChoice,
-    /// Seed of the sampling and of the choice of examples
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
-    pub seed: u64,
 }
 
 /// Arguments of `sample`.
@@ -191,9 +202,6 @@ pub struct SampleArgs {
     /// File to write, JSON lines
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     pub out: PathBuf,
-    /// Refuse unknown fields of config.json instead of warning
-    #[arg(long, help_heading = "Input and output")]
-    pub strict_config: bool,
     /// Sampling temperature
     #[arg(long, value_name = "T", default_value_t = 1.0, help_heading = "Method")]
     pub temperature: f64,
@@ -209,15 +217,9 @@ pub struct SampleArgs {
     /// Samples of each task, at most one per row; without tasks, of conversations
     #[arg(long, value_name = "N", default_value_t = 200, help_heading = "Data")]
     pub rows: usize,
-    /// Samples per batch
-    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Memory and speed")]
-    pub batch_size: usize,
-    /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
-    #[arg(long, value_name = "TYPE", help_heading = "Memory and speed")]
-    pub compute_dtype: Option<Dtype>,
-    /// cpu, cuda, cuda:N, or auto: CUDA if available
-    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Run")]
-    pub device: DeviceChoice,
+    /// Arguments of the inference.
+    #[command(flatten)]
+    pub inference: InferenceArgs,
     /// Seed of the sampling
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Run")]
     pub seed: u64,
@@ -238,24 +240,15 @@ pub struct DivergenceArgs {
     /// JSON file to write
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     pub out: PathBuf,
-    /// Refuse unknown fields of config.json instead of warning
-    #[arg(long, help_heading = "Input and output")]
-    pub strict_config: bool,
     /// Only these tasks (comma-separated names) [default: all]
     #[arg(long, value_name = "NAME", value_delimiter = ',', help_heading = "Data")]
     pub only: Vec<String>,
     /// Only the first N rows of each task [default: all]
     #[arg(long, value_name = "N", help_heading = "Data")]
     pub limit: Option<usize>,
-    /// Rows per batch
-    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Memory and speed")]
-    pub batch_size: usize,
-    /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]
-    #[arg(long, value_name = "TYPE", help_heading = "Memory and speed")]
-    pub compute_dtype: Option<Dtype>,
-    /// cpu, cuda, cuda:N, or auto: CUDA if available
-    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Run")]
-    pub device: DeviceChoice,
+    /// Arguments of the inference.
+    #[command(flatten)]
+    pub inference: InferenceArgs,
 }
 
 /// Arguments of `join`.
@@ -269,23 +262,48 @@ pub struct JoinArgs {
     pub out: PathBuf,
 }
 
+impl InferenceArgs {
+    /// Checks the values, starts the ranks of the job and runs `work` on each.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] for a value out of range; an error of `work` or of another rank.
+    pub(crate) fn on_ranks(&self, common: &Common, work: impl FnOnce(&Workers) -> Result<()>) -> Result<()> {
+        if self.batch_size == 0 {
+            return Err(usage("--batch-size must be at least 1"));
+        }
+        if !matches!(self.compute_dtype, None | Some(Dtype::F32 | Dtype::BF16)) {
+            return Err(usage("--compute-dtype must be f32 or bf16"));
+        }
+        set_strict_config(self.strict_config);
+        let workers = Workers::for_inference(self.device, common)?;
+        let result = work(&workers);
+        workers.finish(result)
+    }
+
+    /// Element type of weights and arithmetic on `device`.
+    pub(crate) fn kind(&self, device: Device) -> Kind {
+        match self.compute_dtype {
+            Some(dtype) => kind_of(dtype),
+            None if device.is_cuda() => Kind::BFloat16,
+            None => Kind::Float,
+        }
+    }
+}
+
 impl RunArgs {
     /// Checks the ranges of the values.
     ///
     /// # Errors
     /// [`cpift_core::Usage`] for a value out of range.
-    pub(crate) fn check(&self) -> anyhow::Result<()> {
-        let counts = [Some(self.batch_size), self.limit, self.max_new_tokens];
-        let problem = if counts.contains(&Some(0)) {
-            "--batch-size, --limit and --max-new-tokens must be at least 1"
+    pub(crate) fn check(&self) -> Result<()> {
+        let problem = if [self.limit, self.max_new_tokens].contains(&Some(0)) {
+            "--limit and --max-new-tokens must be at least 1"
         } else if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             "--temperature must be 0 or above"
         } else if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             "--top-p must be above 0 and at most 1"
         } else if self.temperature == 0.0 && self.top_p < 1.0 {
             "--top-p has no effect without --temperature above 0"
-        } else if !computes(self.compute_dtype) {
-            COMPUTE_DTYPES
         } else {
             return Ok(());
         };
@@ -296,42 +314,6 @@ impl RunArgs {
     pub(crate) fn sampling(&self) -> Option<Sampling> {
         let Self { temperature, top_p, seed, .. } = *self;
         (temperature > 0.0).then_some(Sampling { temperature, top_p, seed })
-    }
-
-    /// Element type of weights and arithmetic on `device`.
-    pub(crate) fn kind(&self, device: Device) -> Kind {
-        kind_on(self.compute_dtype, device)
-    }
-}
-
-impl SampleArgs {
-    /// Element type of weights and arithmetic on `device`.
-    pub(crate) fn kind(&self, device: Device) -> Kind {
-        kind_on(self.compute_dtype, device)
-    }
-}
-
-impl DivergenceArgs {
-    /// Element type of weights and arithmetic on `device`.
-    pub(crate) fn kind(&self, device: Device) -> Kind {
-        kind_on(self.compute_dtype, device)
-    }
-}
-
-/// Error for another element type.
-pub(crate) const COMPUTE_DTYPES: &str = "--compute-dtype must be f32 or bf16";
-
-/// Returns true if the model computes in this element type.
-pub(crate) fn computes(asked: Option<Dtype>) -> bool {
-    matches!(asked, None | Some(Dtype::F32 | Dtype::BF16))
-}
-
-/// The asked element type, or the default on `device`.
-fn kind_on(asked: Option<Dtype>, device: Device) -> Kind {
-    match asked {
-        Some(dtype) => kind_of(dtype),
-        None if device.is_cuda() => Kind::BFloat16,
-        None => Kind::Float,
     }
 }
 

@@ -1,7 +1,10 @@
 //! `cpift-eval divergence`: how far a model's predictions have moved from another's, as the
 //! Kullback-Leibler divergence per target token.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, bail};
+use cpift_core::Checkpoint;
 use cpift_core::error::usage;
 use cpift_core::files::{StagedFile, check_not_input, check_output};
 use cpift_core::format::checkpoint::check_same_parameters;
@@ -15,12 +18,12 @@ use cpift_core::run::cli::Common;
 use cpift_core::run::progress;
 use cpift_data::{self as data, Layout, Overlong};
 use cpift_torch::score::divergences;
-use cpift_torch::session::{ModelInfo, Session, set_strict_config};
+use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::workers::Workers;
 use log::info;
 use serde_json::json;
 
-use crate::args::{COMPUTE_DTYPES, DivergenceArgs, computes};
+use crate::args::DivergenceArgs;
 use crate::run::STAGE;
 
 /// Format version of the file.
@@ -32,16 +35,11 @@ const FORMAT_VERSION: u32 = 1;
 /// [`cpift_core::Usage`] and [`cpift_core::BadInput`] before any model is loaded; a divergence that
 /// is not finite. Nothing is written then.
 pub(crate) fn run(args: &DivergenceArgs, common: &Common) -> Result<()> {
-    if args.batch_size == 0 || args.limit == Some(0) {
-        return Err(usage("--batch-size and --limit must be at least 1"));
-    } else if !computes(args.compute_dtype) {
-        return Err(usage(COMPUTE_DTYPES));
+    if args.limit == Some(0) {
+        return Err(usage("--limit must be at least 1"));
     }
-    set_strict_config(args.strict_config);
     let recorder = Recorder::start(STAGE);
-    let workers = Workers::for_inference(args.device, common)?;
-    let result = measure(args, common, &workers, recorder);
-    workers.finish(result)
+    args.inference.on_ranks(common, |workers| measure(args, common, workers, recorder))
 }
 
 /// Measures the divergence; with several ranks all share the rows, and rank 0 writes.
@@ -50,11 +48,11 @@ fn measure(args: &DivergenceArgs, common: &Common, workers: &Workers, mut record
         return Ok(());
     }
     check_output(&args.out, common.force())?;
-    check_not_input("--out", &args.out, [args.tasks.as_path()])?;
     let list = Tasks::read(&args.tasks)?;
-    args.only.iter().try_for_each(|name| list.named(name).map(drop))?;
-    let tasks: Vec<_> =
-        list.list.iter().filter(|task| args.only.is_empty() || args.only.contains(&task.name)).collect();
+    let tasks = list.selected(&args.only)?;
+    let inputs = [&args.tasks, &args.model, &args.reference].into_iter().chain(tasks.iter().map(|task| &task.eval));
+    check_not_input("--out", &args.out, inputs.map(PathBuf::as_path))?;
+    check_same_parameters(&Checkpoint::open(&args.model)?, &Checkpoint::open(&args.reference)?)?;
     let info = ModelInfo::open(&args.model, list.template()?)?;
     let mut examples = Vec::new();
     for task in &tasks {
@@ -65,16 +63,15 @@ fn measure(args: &DivergenceArgs, common: &Common, workers: &Workers, mut record
         examples.push(encoded.examples);
     }
     let device = workers.placement.device;
-    let open = |folder| Session::for_inference(folder, list.template()?, device, args.kind(device));
+    let open = |folder| Session::for_inference(folder, list.template()?, device, args.inference.kind(device));
     let (mut model, reference) = (open(&args.model)?, open(&args.reference)?);
     model.model.row_sharers = workers.placement.group.clone();
     let digests = [("model", &model.digest), ("reference", &reference.digest)];
     workers.check_same(&digests.map(|(name, digest)| (name.to_owned(), json!(digest))).into_iter().collect())?;
-    check_same_parameters(&model.checkpoint, &reference.checkpoint)?;
     let mut figures = Vec::new();
     for (task, examples) in tasks.iter().zip(&examples) {
         let bar = progress::items("divergence", examples.len() as u64);
-        let each = divergences(&reference.model, &model.model, examples, args.batch_size, || bar.inc(1))?;
+        let each = divergences(&reference.model, &model.model, examples, args.inference.batch_size, || bar.inc(1))?;
         bar.finish_and_clear();
         if let Some((example, kl)) = examples.iter().zip(&each).find(|(_, kl)| !kl.is_finite()) {
             bail!("{}: {}: the divergence is {kl}", task.name, example.place);

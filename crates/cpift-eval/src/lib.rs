@@ -11,7 +11,7 @@ mod prompt;
 mod run;
 mod sample;
 
-pub use args::{Args, Command, DivergenceArgs, JoinArgs, RunArgs, SampleArgs};
+pub use args::{Args, Command, DivergenceArgs, InferenceArgs, JoinArgs, RunArgs, SampleArgs};
 pub use metrics::{flexible_extract, normalise, strict_match};
 
 use anyhow::Result;

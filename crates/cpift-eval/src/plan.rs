@@ -47,8 +47,7 @@ impl TaskPlan {
     /// [`cpift_core::BadInput`] and [`cpift_core::Usage`] for rows that cannot be encoded or that a
     /// metric or [`PromptBuilder::new`] refuses.
     pub(crate) fn read(args: &RunArgs, tasks: &Tasks, model: &ModelInfo) -> Result<Vec<Self>> {
-        args.only.iter().try_for_each(|name| tasks.named(name).map(drop))?;
-        let chosen = tasks.list.iter().filter(|task| args.only.is_empty() || args.only.contains(&task.name));
+        let chosen = tasks.selected(&args.only)?.into_iter();
         let inputs: Vec<TaskInputs> = chosen.map(|task| TaskInputs::read(args, task, model)).collect::<Result<_>>()?;
         inputs.into_iter().map(|inputs| Self::prepare(inputs, model)).collect()
     }
@@ -80,7 +79,7 @@ impl TaskInputs {
         let few_shot = args.few_shot.unwrap_or(task.few_shot);
         let train = if few_shot > 0 { data::read_rows(&task.train, &layout)? } else { Vec::new() };
         let settings = Settings {
-            batch_size: args.batch_size,
+            batch_size: args.inference.batch_size,
             max_new_tokens: args.max_new_tokens.unwrap_or(task.max_new_tokens),
             max_length: model.context_of(task, None),
             sampling: args.sampling(),

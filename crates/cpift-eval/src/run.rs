@@ -17,7 +17,7 @@ use cpift_core::run::cli::Common;
 use cpift_judge::verdicts;
 use cpift_torch::memory;
 use cpift_torch::score::ExampleLoss;
-use cpift_torch::session::{ModelInfo, Session, set_strict_config};
+use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::workers::Workers;
 use log::{info, warn};
 use serde_json::{Map, Value, json};
@@ -37,11 +37,8 @@ pub(crate) const STAGE: &str = env!("CARGO_PKG_NAME");
 /// not finite. Nothing is written then.
 pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<()> {
     args.check()?;
-    set_strict_config(args.strict_config);
     let recorder = Recorder::start(STAGE);
-    let workers = Workers::for_inference(args.device, common)?;
-    let result = score(args, common, &workers, recorder);
-    workers.finish(result)
+    args.inference.on_ranks(common, |workers| score(args, common, workers, recorder))
 }
 
 /// Scores every task; with several ranks each has the model, all share the rows, and rank 0 writes.
@@ -59,7 +56,7 @@ fn score(args: &RunArgs, common: &Common, workers: &Workers, mut recorder: Recor
         memory::check_address_space(2 * bytes)?;
     }
     let plans = TaskPlan::read(args, &list, &ModelInfo::open(&args.model, list.template()?)?)?;
-    let kind = args.kind(device);
+    let kind = args.inference.kind(device);
     let mut session = Session::for_inference(&args.model, list.template()?, device, kind)?;
     session.model.row_sharers = workers.placement.group.clone();
     workers.check_same(&describe(&session, &plans))?;

@@ -16,12 +16,12 @@ use cpift_core::run::progress;
 use cpift_core::stream::random::{seed_for, splitmix64};
 use cpift_data::{self as data, Chat, Layout, Message};
 use cpift_torch::generate::{Generated, GenerationOptions, Sampling, generate};
-use cpift_torch::session::{ModelInfo, Session, set_strict_config};
+use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::workers::Workers;
 use log::{info, warn};
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
-use crate::args::{COMPUTE_DTYPES, SampleArgs, computes};
+use crate::args::SampleArgs;
 use crate::run::STAGE;
 
 /// Stands for the user's turn when the text that a template writes before it is asked for.
@@ -54,11 +54,8 @@ struct LeftOut {
 /// [`cpift_core::Usage`] and [`BadInput`] before anything is generated; no row that can be used.
 pub(crate) fn run(args: &SampleArgs, common: &Common) -> Result<()> {
     args.check()?;
-    set_strict_config(args.strict_config);
     let recorder = Recorder::start(STAGE);
-    let workers = Workers::for_inference(args.device, common)?;
-    let result = sample(args, common, &workers, recorder);
-    workers.finish(result)
+    args.inference.on_ranks(common, |workers| sample(args, common, workers, recorder))
 }
 
 fn sample(args: &SampleArgs, common: &Common, workers: &Workers, mut recorder: Recorder) -> Result<()> {
@@ -66,13 +63,10 @@ fn sample(args: &SampleArgs, common: &Common, workers: &Workers, mut recorder: R
         return Ok(());
     }
     check_output(&args.out, common.force())?;
-    check_not_input("--out", &args.out, args.tasks.iter().map(PathBuf::as_path))?;
     let list = args.tasks.as_deref().map(Tasks::read).transpose()?;
-    let tasks: Vec<&Task> = match &list {
-        Some(list) if args.only.is_empty() => list.list.iter().collect(),
-        Some(list) => args.only.iter().map(|name| list.named(name)).collect::<Result<_>>()?,
-        None => Vec::new(),
-    };
+    let tasks = list.as_ref().map_or_else(|| Ok(Vec::new()), |list| list.selected(&args.only))?;
+    let inputs = [&args.model].into_iter().chain(&args.tasks).chain(tasks.iter().map(|task| &task.train));
+    check_not_input("--out", &args.out, inputs.map(PathBuf::as_path))?;
     let template = list.as_ref().map(Tasks::template).transpose()?.flatten();
     let device = workers.placement.device;
     let info = ModelInfo::open(&args.model, template)?;
@@ -81,7 +75,7 @@ fn sample(args: &SampleArgs, common: &Common, workers: &Workers, mut recorder: R
         Some(_) => tasks.iter().map(|task| asked(args, task, &info)).collect::<Result<_>>()?,
         None => vec![whole(args, info.text.with(&none))],
     };
-    let mut session = Session::for_inference(&args.model, template, device, args.kind(device))?;
+    let mut session = Session::for_inference(&args.model, template, device, args.inference.kind(device))?;
     session.model.row_sharers = workers.placement.group.clone();
     workers.check_same(&Map::from_iter([("model".to_owned(), json!(session.digest))]))?;
     let mut text = String::new();
@@ -90,8 +84,7 @@ fn sample(args: &SampleArgs, common: &Common, workers: &Workers, mut recorder: R
         let (rows, left_out) = source.generate(args, &session)?;
         warn_of_left_out(source, &left_out);
         for messages in &rows {
-            let turns: Vec<_> = messages.iter().map(|m| json!({"role": m.role, "content": m.content})).collect();
-            text += &format!("{}\n", json!({"messages": turns}));
+            text += &format!("{}\n", json!({"messages": turns_of(messages)}));
         }
         let name = source.name.unwrap_or("conversations");
         info!("{name}: {} rows", rows.len());
@@ -119,6 +112,18 @@ fn sample(args: &SampleArgs, common: &Common, workers: &Workers, mut recorder: R
     Ok(())
 }
 
+/// The turns as columns of a row. Of the answers only the last, the model's own, is trained on.
+fn turns_of(messages: &[Message]) -> Vec<Value> {
+    let turn = |(i, message): (usize, &Message)| {
+        let mut turn = json!({"role": message.role, "content": message.content});
+        if message.role == "assistant" && i + 1 < messages.len() {
+            turn["train"] = json!(false);
+        }
+        turn
+    };
+    messages.iter().enumerate().map(turn).collect()
+}
+
 /// The prompts of the first rows of a task's training file.
 fn asked<'a>(args: &SampleArgs, task: &'a Task, model: &'a ModelInfo) -> Result<Source<'a>> {
     let mut rows = data::read_rows(&task.train, &Layout::of(task)?)?;
@@ -144,13 +149,13 @@ impl Source<'_> {
         let mut turns = self.turns.clone();
         let seed = seed_for(args.seed, self.name.unwrap_or_default());
         if self.name.is_none() {
-            let opening = self.opening(&args.model)?;
+            let (opening, end) = self.around_the_user(&args.model)?;
             let openings = vec![opening; turns.len()];
-            let users = self.complete(args, session, openings, splitmix64(seed, 1), &mut left_out)?;
+            let users = self.complete(args, session, openings, &[end], splitmix64(seed, 1), &mut left_out)?;
             turns = users.into_iter().flatten().map(|text| vec![Message::new("user", text)]).collect();
         }
         let prompts: Vec<String> = turns.iter().map(|turns| self.chat.prompt(turns)).collect::<Result<_>>()?;
-        let answers = self.complete(args, session, prompts, seed, &mut left_out)?;
+        let answers = self.complete(args, session, prompts, &[], seed, &mut left_out)?;
         let answered = |(mut turns, answer): (Vec<Message>, Option<String>)| {
             turns.push(Message::new("assistant", answer?));
             Some(turns)
@@ -158,22 +163,32 @@ impl Source<'_> {
         Ok((turns.into_iter().zip(answers).filter_map(answered).collect(), left_out))
     }
 
-    /// The text that the chat template writes before the user's turn.
-    fn opening(&self, model: &Path) -> Result<String> {
+    /// The texts that the chat template writes before and after the user's turn.
+    fn around_the_user(&self, model: &Path) -> Result<(String, String)> {
         let text = self.chat.render(&[Message::new("user", MARK)], false)?;
         let at = text.find(MARK).ok_or_else(|| {
             BadInput::new(model, "the chat template does not write the user's turn")
                 .hint("give rows to answer instead: --tasks FILE")
         })?;
-        Ok(text[..at].to_owned())
+        if self.chat.text().encode(&text[..at])?.is_empty() {
+            return Err(BadInput::new(
+                model,
+                "the chat template writes nothing before the user's turn to continue from",
+            )
+            .hint("give rows to answer instead: --tasks FILE")
+            .into());
+        }
+        Ok((text[..at].to_owned(), text[at + MARK.len()..].trim().to_owned()))
     }
 
-    /// Samples the text after each of `prompts`; `None` for what cannot be used.
+    /// Samples the text after each of `prompts`, up to the end of turn or the first of `stop`;
+    /// `None` for what cannot be used.
     fn complete(
         &self,
         args: &SampleArgs,
         session: &Session,
         prompts: Vec<String>,
+        stop: &[String],
         seed: u64,
         left_out: &mut LeftOut,
     ) -> Result<Vec<Option<String>>> {
@@ -185,9 +200,9 @@ impl Source<'_> {
             ids.into_iter().zip(&fits).filter(|(_, fits)| **fits).map(|(ids, _)| ids).collect();
         let options = GenerationOptions {
             eos_ids: &session.text.stop_ids(),
-            stop: &[],
+            stop,
             max_new_tokens: self.max_new_tokens,
-            batch_size: args.batch_size,
+            batch_size: args.inference.batch_size,
             sampling: Some(Sampling { temperature: args.temperature, top_p: args.top_p, seed }),
         };
         let bar = progress::items("samples", fitting.len() as u64);
@@ -223,14 +238,12 @@ fn warn_of_left_out(source: &Source<'_>, left_out: &LeftOut) {
 impl SampleArgs {
     /// Checks the ranges of the values.
     fn check(&self) -> Result<()> {
-        let problem = if self.rows == 0 || self.batch_size == 0 || self.max_new_tokens == Some(0) {
-            "--rows, --batch-size and --max-new-tokens must be at least 1"
+        let problem = if self.rows == 0 || self.max_new_tokens == Some(0) {
+            "--rows and --max-new-tokens must be at least 1"
         } else if !(self.temperature > 0.0 && self.temperature.is_finite()) {
             "--temperature must be above 0"
         } else if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             "--top-p must be above 0 and at most 1"
-        } else if !computes(self.compute_dtype) {
-            COMPUTE_DTYPES
         } else {
             return Ok(());
         };

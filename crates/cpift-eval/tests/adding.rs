@@ -44,12 +44,28 @@ fn a_model_answers_the_prompts_of_training_rows() {
     // An up-to-date file is left alone; another is replaced only if asked for.
     eval(&[&fixed[..], &cold, &["--rows", "3", "--skip-up-to-date"]].concat()).ok().says(&["up to date"]);
     eval(&[&fixed[..], &cold].concat()).bad_input(&["own.jsonl", "--force"]);
+    // Answers before the last are no targets. Training rows are never replaced.
+    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+    let long =
+        json!({"messages": [turn("user", "q"), turn("assistant", "a"), turn("user", "r"), turn("assistant", "b")]});
+    let train = f.dir.path().join("data/copy/train.jsonl");
+    write_rows(&train, &[long]);
+    eval(&[&fixed[..], &cold, &["--force"]].concat()).ok();
+    let mut first = turn("assistant", "a");
+    first["train"] = json!(false);
+    assert_eq!(
+        lines(&out),
+        [json!({"messages": [turn("user", "q"), first, turn("user", "r"), turn("assistant", "ok")]})]
+    );
+    let over = ["sample", "--model", model, "--tasks", tasks, "--out", train.to_str().unwrap(), "--force"];
+    eval(&[&over[..], &cold].concat()).expect_code(2).says(&["train.jsonl"]);
+    write_rows(&train, &rows);
     // An answer that does not end in time is no row.
     let cut = ["--temperature", "0.01", "--max-new-tokens", "2", "--force"];
     eval(&[&fixed[..], &cut].concat())
         .bad_input(&["no row that can be used", "--max-new-tokens"])
         .says(&["copy: 5 samples did not end within --max-new-tokens"]);
-    assert_eq!(lines(&out).len(), 3, "the file of the first run is still there");
+    assert_eq!(lines(&out).len(), 1, "the file of the last run is still there");
 }
 
 #[test]
@@ -78,10 +94,23 @@ fn a_model_writes_conversations_from_its_template_alone() {
     let args = ["sample", "--model", f.model.to_str().unwrap(), "--out", out.to_str().unwrap(), "--rows", "2"];
     eval(&[&args[..], &["--temperature", "0.01", "--max-new-tokens", "8"]].concat()).ok();
     assert_eq!(lines(&out), [conversation("hi", "hi"), conversation("hi", "hi")]);
-    // A template without the user's turn has nothing to continue.
-    let config = json!({"eos_token": "<|im_end|>", "chat_template": "{% for m in messages %}x{% endfor %}"});
+    // A user's turn that plain text ends.
+    continue_by(&f, &[ids("\nhi[X]"), vec![257]].concat());
+    let turns = "{% for m in messages %}{% if m.role == 'user' %}{{ '\\n' + m.content }}[X]{% else %}\
+                 {{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n' }}{% endif %}";
+    let config = json!({"eos_token": "<|im_end|>", "chat_template": turns});
     fs::write(f.model.join("tokenizer_config.json"), config.to_string()).unwrap();
-    eval(&[&args[..], &["--force"]].concat()).bad_input(&["does not write the user's turn", "--tasks"]);
+    eval(&[&args[..], &["--temperature", "0.01", "--max-new-tokens", "8", "--force"]].concat()).ok();
+    assert_eq!(lines(&out)[0], conversation("hi", "hi[X]"));
+    // A template without the user's turn, or with nothing before it, has nothing to continue.
+    for (template, problem) in [
+        ("{% for m in messages %}x{% endfor %}", "does not write the user's turn"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "writes nothing before the user's turn"),
+    ] {
+        let config = json!({"eos_token": "<|im_end|>", "chat_template": template});
+        fs::write(f.model.join("tokenizer_config.json"), config.to_string()).unwrap();
+        eval(&[&args[..], &["--force"]].concat()).bad_input(&[problem, "--tasks"]);
+    }
 }
 
 #[test]
