@@ -450,10 +450,10 @@ pub(crate) struct RecipeArgs {
 #[derive(clap::Args, Debug)]
 pub(crate) struct ExtractLoraArgs {
     /// Model before fine-tuning
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: PathBuf,
     /// Model after fine-tuning
-    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     model: PathBuf,
     /// Directory of the adapter; an existing one is refused unless --force is given
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
@@ -478,8 +478,8 @@ pub(crate) struct MergeAdaptersArgs {
     /// LoRA adapter, a PEFT directory or a .safetensors file of diffusers or kohya; two or more
     #[arg(long = "adapter", value_name = "PATH", required = true, help_heading = "Input and output")]
     adapters: Vec<PathBuf>,
-    /// Output: a directory, or a file if the first adapter is one; an existing one is refused
-    /// unless --force is given
+    /// Output: a directory if the first adapter is a PEFT directory, else a file; an existing one
+    /// is refused unless --force is given
     #[arg(long, value_name = "PATH", help_heading = "Input and output")]
     pub(crate) out: PathBuf,
     /// Dtype of the factors: f32, bf16, f16 or f64

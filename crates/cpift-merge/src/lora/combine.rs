@@ -28,7 +28,7 @@ pub(crate) struct Combination {
     pub rank: Option<usize>,
     /// Dtype of the factors.
     pub dtype: Dtype,
-    /// Directory, or file if the first adapter is one.
+    /// Directory if the first adapter is a PEFT directory, else a file.
     pub out: PathBuf,
     pub force: bool,
 }
@@ -60,6 +60,18 @@ impl Combination {
             files::check_output(&self.out, self.force)?;
         }
         files::check_not_input("--out", &self.out, self.adapters.iter().map(PathBuf::as_path))?;
+        for other in &all[1..] {
+            let problem = if other.underscored != first.underscored {
+                "is written in another key style than the first adapter"
+            } else if other.transposed != first.transposed {
+                "has another fan_in_fan_out than the first adapter"
+            } else {
+                continue;
+            };
+            return Err(BadInput::new(&other.path, problem)
+                .hint("merge each adapter into its model, and merge the models: MODEL+ADAPTER")
+                .into());
+        }
         let mut tensors: BTreeMap<String, Factor> = BTreeMap::new();
         let (mut errors, mut ranks) = (Map::new(), BTreeMap::new());
         let modules: BTreeSet<&String> = all.iter().flat_map(|adapter| adapter.pairs.keys()).collect();

@@ -204,6 +204,21 @@ struct Chosen<'a> {
 }
 
 impl Chosen<'_> {
+    /// Refuses a matrix that lacks a row for one of the source's tokens in the output.
+    fn check_rows(&self, i: usize, source: &Source, name: &str) -> Result<()> {
+        let rows = source.checkpoint.get(name).expect("it was found").shape[0];
+        let without = self.places[i].iter().filter(|(token, id)| **id >= rows && self.output.contains_key(*token));
+        match without.min() {
+            None => Ok(()),
+            Some((token, id)) => Err(BadInput::new(source.path(), format!("the token {token:?} has no row"))
+                .tensor(name)
+                .expected(format!("ids below {rows}, its number of rows"))
+                .found(id.to_string())
+                .hint("give the tokenizer of this model: a tokenizer.json beside its weights")
+                .into()),
+        }
+    }
+
     /// Rows of the matrix `name` in each source that has it.
     fn rows(&self, sources: &[&mut Source], name: &str, having: &[usize]) -> Result<Vec<(usize, Rows)>> {
         let width = sources[having[0]].checkpoint.get(name).expect("it was found").shape[1];
@@ -216,6 +231,9 @@ impl Chosen<'_> {
                     .found(found.shape[1].to_string())
                     .into());
             }
+        }
+        for i in having {
+            self.check_rows(*i, sources[*i], name)?;
         }
         let read = |i: usize, row: usize| -> Vec<f32> {
             let mut values = vec![0f32; width];

@@ -111,7 +111,10 @@ fn missing(file: &Path, folder: &Path) -> BadInput {
     let hint = if name.contains('+') {
         "MODEL+ADAPTER are two paths on disk: a model, and a LoRA adapter that is merged into it".to_owned()
     } else if of_hub {
-        format!("download a model of the hub first: huggingface-cli download {name} --local-dir {name}")
+        let (repo, revision) = name
+            .split_once('@')
+            .map_or((&*name, String::new()), |(repo, revision)| (repo, format!(" --revision {revision}")));
+        format!("recipes take paths: hf download {repo}{revision} --local-dir {name}")
     } else {
         "paths are relative to the directory in which the program runs".to_owned()
     };

@@ -150,6 +150,12 @@ fn modules_beside_an_encoder_are_merged_and_their_files_copied() {
     fs::remove_file(world.path("b/2_Dense/model.safetensors")).unwrap();
     text(&world, "b/2_Dense/pytorch_model.bin", "pickle");
     world.refused("linear --model @a --model @b --out @o", &["@b/2_Dense", "pickled checkpoint"]);
+    // Nor is the model itself.
+    fs::remove_file(world.path("b/2_Dense/pytorch_model.bin")).unwrap();
+    fs::rename(world.path("b/model.safetensors"), world.path("b/pytorch_model.bin")).unwrap();
+    text(&world, "b/config.json", &json!({"model_type": "bert"}).to_string());
+    file(&world.path("b/2_Dense/model.safetensors"), &w(&[1.0]), &[]);
+    world.refused("linear --model @a --model @b --out @o", &["@b: no weights", "pickled checkpoint"]);
 }
 
 #[test]

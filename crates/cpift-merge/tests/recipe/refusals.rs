@@ -185,7 +185,7 @@ fn a_model_of_the_hub_must_be_downloaded_first() {
         std::fs::write(&path, linear("").replace("{model: a}", &format!("{{model: {model}}}"))).unwrap();
         read(&path).unwrap_err().to_string()
     };
-    assert!(hint("org/name").contains("huggingface-cli download org/name"));
+    assert!(hint("org/name").contains("hf download org/name"));
     assert!(hint("org/name+org/lora").contains("MODEL+ADAPTER"));
     assert!(hint("./org/name").contains("relative to the directory"));
 }
