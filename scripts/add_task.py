@@ -31,6 +31,7 @@ within a point of alpha = 1; without old tasks the largest within KL_BUDGET. A t
 metric in percent, a task without one with 100 exp(-nll), the mean probability of a token.
 """
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -66,6 +67,15 @@ def read_settings(arguments):
     if missing:
         stop(f"name {' '.join(missing)}: make add-task MODEL=DIR TASKS=FILE NEW=NAME RUN=DIR")
     return settings
+
+
+def number(text):
+    """The finite number that `text` is, or none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 class Adding:
@@ -108,32 +118,38 @@ class Adding:
             stop("PROTECT=layers needs LAYERS=N, the number of bottom blocks")
         if self.protect == "dynamic" and self.replay == "none":
             stop("PROTECT=dynamic measures importance on replayed rows: choose another REPLAY")
-        for name in ("REPLAY_SHARE", "KL_BUDGET", "MAX_LOSS", *settings["ALPHAS"].split()):
-            try:
-                float(settings.get(name, name if name[0].isdigit() else "0"))
-            except ValueError:
-                stop(f"{name}={settings.get(name)}: expected a number")
-        if not all(0 < float(alpha) <= 1 for alpha in settings["ALPHAS"].split()):
-            stop("ALPHAS: expected numbers above 0 and at most 1")
+        for name in ("REPLAY_SHARE", "KL_BUDGET", "MAX_LOSS"):
+            if name in settings and number(settings[name]) is None:
+                stop(f"{name}={settings[name]}: expected a number")
+        for name, least in (("TOKENS", 1), ("DEV_ROWS", 1), ("REPLAY_ROWS", 1), ("SEED", 0)):
+            if not settings[name].isdecimal() or int(settings[name]) < least:
+                stop(f"{name}={settings[name]}: expected a whole number, at least {least}")
+        if not all(0 < (number(alpha) or 0) <= 1 for alpha in settings["ALPHAS"].split()):
+            stop(f"ALPHAS={settings['ALPHAS']}: expected numbers above 0 and at most 1")
 
     def flags(self, *names):
         return [word for name in names for word in shlex.split(self.settings.get(name, ""))]
 
     def device_flags(self):
         """Those of EVAL_FLAGS that say how a model runs, not what is scored."""
-        words = self.flags("EVAL_FLAGS")
-        pairs = zip(words, [*words[1:], ""])
-        known = ("--device", "--compute-dtype", "--batch-size")
-        return [word for flag, value in pairs for word in (flag, value) if flag in known]
+        kept, known, words = [], ("--device", "--compute-dtype", "--batch-size"), iter(self.flags("EVAL_FLAGS"))
+        for word in words:
+            if word in known:
+                kept += [word, next(words, "")]
+            elif word.partition("=")[0] in known or word == "--strict-config":
+                kept.append(word)
+        return kept
 
     def steps(self):
         """Name and command of every step before the choice, in order."""
         s, run, tasks = self.settings, self.run, ["--tasks", self.settings["TASKS"]]
-        steps, replayed, stage = [], [], []
+        # First, because it fails where there are too few rows.
+        steps = [("scores-before", self.scoring(self.model, "scores/before", "--skip", s["DEV_ROWS"]))]
+        replayed, stage = [], []
         if self.replay == "self":
             for name in self.old or ["conversations"]:
                 own = [*tasks, "--only", name] if self.old else []
-                replayed.append(run / f"replay/own-{name}.jsonl")
+                replayed.append(run / f"replay/{name}.jsonl")
                 steps.append((f"replay-{name}", ["cpift-eval", "sample", "--model", self.model, *own, "--out", replayed[-1],
                                                  "--rows", s["REPLAY_ROWS"], "--seed", s["SEED"], *self.flags("SAMPLE_FLAGS")]))
         if self.replay != "none":
@@ -181,6 +197,25 @@ class Adding:
         """Scores and divergence of every alpha on the rows to choose on."""
         return [{"alpha": float(alpha), "tasks": scores(self.run / "dev" / alpha), "kl": divergence(self.run, alpha)}
                 for alpha in [*self.alphas, "1"]]
+
+    def record(self, curve, alpha, rule):
+        """Content of add-task.json: the choice, what every task had before and after, the safeguards and
+        their tokens."""
+        facts = json.loads((self.run / "stage/cpift.json").read_text())["facts"]
+        stage = facts["stages"][0]
+        before, final = scores(self.run / "scores/before"), scores(self.run / "scores/after")
+        tasks = [{"task": name, "new": name in self.new, "before": before[name], "after": final[name]}
+                 for name in [*self.old, *self.new]]
+        return {
+            "format_version": FORMAT_VERSION, "new": self.new, "old": self.old, "alpha": alpha, "rule": rule,
+            "dev_rows": int(self.settings["DEV_ROWS"]), "curve": curve, "tasks": tasks,
+            "safeguards": {
+                "replay": self.replay, "replayed_rows": stage["replayed_examples"], "replayed_share": stage["replayed_share"],
+                "protect": self.protect, "frozen_elements": stage["frozen_elements"],
+            },
+            "tokens": {"stage": stage["tokens"], "replay": round(stage["tokens"] * stage["replayed_share"]),
+                       "importance": stage["importance_tokens"]},
+        }
 
     def choose(self, curve):
         """The alpha to take, and the rule by which it is chosen."""
@@ -235,8 +270,7 @@ def main():
     adding = Adding(read_settings(sys.argv[1:]))
     s, run = adding.settings, adding.run
     steps = adding.steps()
-    after = ["before", "stage", "after", "table", "report"]
-    due = [name for name, _ in steps] + [f"scores-{name}" for name in after[:3]] + after[3:]
+    due = [name for name, _ in steps] + ["scores-stage", "scores-after", "table", "report"]
     adding.make(steps, due)
     curve = adding.curve()
     alpha, rule = adding.choose(curve)
@@ -244,23 +278,9 @@ def main():
     link(run, chosen)
     models = {"before": adding.model, "stage": run / "stage", "after": chosen}
     adding.make([(f"scores-{name}", adding.scoring(model, f"scores/{name}", "--skip", s["DEV_ROWS"]))
-                 for name, model in models.items()], due)
-    facts = json.loads((run / "stage/cpift.json").read_text())["facts"]
-    stage = facts["stages"][0]
-    before, final = scores(run / "scores/before"), scores(run / "scores/after")
-    tasks = [{"task": name, "new": name in adding.new, "before": before[name], "after": final[name]}
-             for name in [*adding.old, *adding.new]]
-    told = {
-        "format_version": FORMAT_VERSION, "new": adding.new, "old": adding.old, "alpha": alpha, "rule": rule,
-        "dev_rows": int(s["DEV_ROWS"]), "curve": curve, "tasks": tasks,
-        "safeguards": {
-            "replay": adding.replay, "replayed_rows": stage["replayed_examples"], "replayed_share": stage["replayed_share"],
-            "protect": adding.protect, "frozen_elements": stage["frozen_elements"],
-        },
-        "tokens": {"stage": stage["tokens"], "replay": round(stage["tokens"] * stage["replayed_share"]),
-                   "importance": stage["importance_tokens"]},
-    }
-    text = json.dumps(told, indent=1) + "\n"
+                 for name, model in models.items() if name != "before"], due)
+    record = adding.record(curve, alpha, rule)
+    text = json.dumps(record, indent=1) + "\n"
     if not (run / "add-task.json").exists() or (run / "add-task.json").read_text() != text:
         (run / ".add-task.json").write_text(text)
         (run / ".add-task.json").replace(run / "add-task.json")
@@ -269,7 +289,7 @@ def main():
                             run / "table.md"]),
                  ("report", ["cpift-eval", "report", run, "--out", run / "report.html"])], due)
     print(f"\n{(run / 'table.md').read_text()}\nalpha {alpha}: {rule}\nmodel: {run}/model, report: {run}/report.html")
-    refuse_losses(s.get("MAX_LOSS"), tasks)
+    refuse_losses(s.get("MAX_LOSS"), record["tasks"])
 
 
 def refuse_losses(limit, tasks):

@@ -13,16 +13,13 @@ import json
 import os
 import platform
 import shlex
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from runs import HERE, cpu_model
+from runs import HERE, Failed, cpu_model, free_port, rank_environment, wait_for_steps
 
 TARGET = 1.15
 LIMIT_S = 1800
@@ -43,41 +40,23 @@ def cpu_seconds(children):
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def start(command, rank, world, port):
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(port)} if world > 1 else {}
-    return subprocess.Popen(command, env=os.environ | own, stderr=subprocess.DEVNULL)
-
-
 def measure(args, work, world):
     """CPU seconds of a step, and the losses."""
     rows, tokens = map(int, args.batch.split("x"))
-    micro = 2 // world
+    micro, port = 2 // world, free_port()
     metrics = work / "out.checkpoints/metrics.jsonl"
     metrics.unlink(missing_ok=True)
     command = [args.bin / "cpift-train", "run", "--model", args.model, "--tasks", work / "tasks.toml", "--out", work / "out",
                "--steps", args.steps + 1000, "--batch-size", rows // micro, "--grad-accum", micro, "--max-length", tokens,
                "--lr", "1e-5", "--device", "cpu", "--threads", 1, "--force", *args.more]
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    children = [start([str(part) for part in command], rank, world, port) for rank in range(world)]
-    clock, first, lines = time.monotonic(), None, []
-    try:
-        while len(lines) < args.steps:
-            time.sleep(0.05)
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            if lines and first is None:
-                first, done = cpu_seconds(children), len(lines)
-            if any(child.poll() is not None for child in children) or time.monotonic() - clock > LIMIT_S:
-                sys.exit(f"ranks: {world} processes did not make {args.steps} steps")
-        seconds = (cpu_seconds(children) - first) / (len(lines) - done)
-    finally:
-        for child in children:
-            child.send_signal(signal.SIGKILL)
-        for child in children:
-            child.wait()
-        metrics.unlink(missing_ok=True)
+    children = [subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL,
+                                 env=os.environ | rank_environment(rank, world, port)) for rank in range(world)]
+    first = None
+    for lines in wait_for_steps(children, metrics, args.steps, LIMIT_S):
+        if lines and first is None:
+            first, done = cpu_seconds(children), len(lines)
+        if len(lines) >= args.steps:
+            seconds = (cpu_seconds(children) - first) / (len(lines) - done)
     return seconds, [json.loads(line)["loss"] for line in lines[:args.steps]]
 
 
@@ -126,4 +105,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as error:
+        sys.exit(f"ranks: {error}")

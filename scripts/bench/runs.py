@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import signal
+import socket
 import subprocess
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -57,6 +59,44 @@ def parsed(line):
 
 def last_line(text):
     return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def rank_environment(rank, world, port):
+    """torchrun's variables for a rank on this machine; none for one process."""
+    if world == 1:
+        return {}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}
+
+
+def wait_for_steps(children, metrics, steps, seconds):
+    """Lines of metrics.jsonl whenever there may be more, until there are `steps`. Kills all `children`
+    at the end; Failed if one ends or `seconds` pass before."""
+    clock = time.monotonic()
+    try:
+        lines = []
+        while len(lines) < steps:
+            time.sleep(0.05)
+            text = metrics.read_text() if metrics.exists() else ""
+            # The last line may not be whole yet.
+            lines = text[: text.rfind("\n") + 1].splitlines()
+            if len(lines) < steps and any(child.poll() is not None for child in children):
+                raise Failed(f"a process ended before {steps} steps")
+            if time.monotonic() - clock > seconds:
+                raise Failed(f"no {steps} steps within {seconds} s")
+            yield lines
+    finally:
+        for child in children:
+            child.kill()
+        for child in children:
+            child.wait()
+        metrics.unlink(missing_ok=True)
 
 
 def cpu_model():

@@ -11,23 +11,14 @@ steps, before it writes anything.
 import argparse
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from runs import Failed, free_port, rank_environment, wait_for_steps
 
-def environments(ranks):
-    """The variables of each rank; none for one process."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    for rank in range(ranks):
-        shared = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        yield os.environ | ({name: str(value) for name, value in shared.items()} if ranks > 1 else {})
+LIMIT_S = 1800
 
 
 def command(args, work):
@@ -56,23 +47,17 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        metrics, lines, children = work / "out.checkpoints/metrics.jsonl", [], []
-        for rank, env in enumerate(environments(args.ranks)):
-            log = (work / f"log.{rank}").open("w")
-            children.append(subprocess.Popen(command(args, work), env=env, stdout=log, stderr=log))
+        metrics, children, port = work / "out.checkpoints/metrics.jsonl", [], free_port()
+        for rank in range(args.ranks):
+            with (work / f"log.{rank}").open("w") as log:
+                env = os.environ | rank_environment(rank, args.ranks, port)
+                children.append(subprocess.Popen(command(args, work), env=env, stdout=log, stderr=log))
         try:
-            while len(lines) < args.steps:
-                time.sleep(0.02)
-                text = metrics.read_text() if metrics.exists() else ""
-                lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-                if any(child.poll() is not None for child in children):
-                    errors = [line for rank in range(args.ranks) for line in (work / f"log.{rank}").read_text().splitlines()]
-                    sys.exit(next((line for line in errors if "error: " in line), "the program ended early"))
-        finally:
-            for child in children:
-                child.send_signal(signal.SIGKILL)
-            for child in children:
-                child.wait()
+            for text in wait_for_steps(children, metrics, args.steps, LIMIT_S):
+                lines = [json.loads(line) for line in text]
+        except Failed as error:
+            errors = [line for rank in range(args.ranks) for line in (work / f"log.{rank}").read_text().splitlines()]
+            sys.exit(next((line for line in errors if "error: " in line), str(error)))
     rows, tokens = map(int, args.shape.split("x"))
     per_step = rows * tokens * args.ranks
     print(json.dumps({"tokens_per_step": per_step, "ranks": args.ranks, "peak_memory_mib": lines[-1]["memory_mib"],
