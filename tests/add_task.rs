@@ -98,7 +98,7 @@ fn a_task_is_added_with_replay_and_told_what_it_cost() {
     };
     assert!(rows("run/dev/1").iter().all(|row| *row <= 2) && rows("run/scores/after").iter().all(|row| *row > 2));
     let page = fs::read_to_string(a.path("run/report.html")).unwrap();
-    assert!(page.contains("Added pick; with rows of copy, count."), "no section of the added task");
+    assert!(page.contains("Added pick. Old tasks: copy, count."), "no section of the added task");
 
     // Nothing is made twice; another share makes what depends on it again.
     let made = |name: &str| fs::metadata(a.path(name)).unwrap().modified().unwrap();
@@ -108,6 +108,9 @@ fn a_task_is_added_with_replay_and_told_what_it_cost() {
     a.ok("run", &["REPLAY_SHARE=0.5"]);
     assert!(made("run/stage/model.safetensors") > before[0]);
     assert_eq!(made("run/scores/before/scores.json"), before[1]);
+    // The report follows the choice.
+    a.ok("run", &["REPLAY_SHARE=0.5", "ALPHAS=0.25"]);
+    assert!(fs::read_to_string(a.path("run/report.html")).unwrap().contains(">0.25<"));
 }
 
 #[test]
@@ -124,9 +127,9 @@ fn every_safeguard_reaches_the_stage() {
     assert!(a.arguments("layers/stage/cpift.json").contains("\"--freeze-layers\",\"1\""));
     let (own, _) = a.ok("own", &["REPLAY=self", "REPLAY_ROWS=12"]);
     let arguments = a.arguments("own/stage/cpift.json");
-    assert!(arguments.contains("own-copy.jsonl") && arguments.contains("own-count.jsonl"), "{arguments}");
+    assert!(arguments.contains("replay/copy.jsonl") && arguments.contains("replay/count.jsonl"), "{arguments}");
     assert!(own["safeguards"]["replayed_rows"].as_u64() > Some(1));
-    assert!(a.path("own/replay/own-copy.jsonl.cpift.json").exists());
+    assert!(a.path("own/replay/copy.jsonl.cpift.json").exists());
 }
 
 #[test]
@@ -153,6 +156,9 @@ fn losses_beyond_the_limit_and_bad_settings_are_errors() {
     let (code, _, said) = a.run("run", &["MAX_LOSS=-200"]);
     assert!(code == 1 && said.contains("copy lost") && said.contains("MAX_LOSS=-200"), "{code} {said}");
     assert!(a.path("run/report.html").exists(), "the report shows what was lost");
+    // Too few rows to report on are found before the training.
+    let (code, _, said) = a.run("few", &["DEV_ROWS=4"]);
+    assert!(code == 3 && said.contains("copy/eval.jsonl") && !a.path("few/stage").exists(), "{code} {said}");
     for (more, code, part) in [
         (&["NEW=sing"][..], 3, "no task sing; it has copy, count, pick"),
         (&["REPLAY=some"], 2, "REPLAY=some: expected one of rows, self, none"),
@@ -160,6 +166,10 @@ fn losses_beyond_the_limit_and_bad_settings_are_errors() {
         (&["PROTECT=layers"], 2, "needs LAYERS=N"),
         (&["PROTECT=dynamic", "REPLAY=none"], 2, "choose another REPLAY"),
         (&["ALPHAS=0.5 2"], 2, "ALPHAS"),
+        (&["ALPHAS=x"], 2, "ALPHAS=x: expected numbers"),
+        (&["MAX_LOSS=nan"], 2, "MAX_LOSS=nan: expected a number"),
+        (&["DEV_ROWS=0"], 2, "DEV_ROWS=0: expected a whole number, at least 1"),
+        (&["TOKENS=many"], 2, "TOKENS=many: expected a whole number"),
         (&["REPLAY_SHARE=much"], 2, "REPLAY_SHARE=much: expected a number"),
         (&["SPEED=9"], 2, "SPEED=9: no such setting"),
         (&["TASKS=/nowhere.toml"], 3, "/nowhere.toml"),

@@ -32,15 +32,20 @@ impl Cache {
 
     /// Adds a commit, in which every file is a link to a blob, and lets `revision` name it.
     fn add(&self, repo: &str, revision: &str, commit: &str, seed: u64) {
-        let folder = self.path("home/hub").join(format!("models--{}", repo.replace('/', "--")));
         let files = tempfile::tempdir().unwrap();
         write_tiny_model(&files.path().join("m"), seed);
+        self.add_files(repo, revision, commit, &files.path().join("m"));
+    }
+
+    /// Adds a commit with the files of `source`.
+    fn add_files(&self, repo: &str, revision: &str, commit: &str, source: &Path) {
+        let folder = self.path("home/hub").join(format!("models--{}", repo.replace('/', "--")));
         let snapshot = folder.join("snapshots").join(commit);
         for folder in [&snapshot, &folder.join("refs"), &folder.join("blobs")] {
             fs::create_dir_all(folder).unwrap();
         }
-        for (i, file) in fs::read_dir(files.path().join("m")).unwrap().map(|entry| entry.unwrap()).enumerate() {
-            let blob = format!("{seed}-{i}");
+        for (i, file) in fs::read_dir(source).unwrap().map(|entry| entry.unwrap()).enumerate() {
+            let blob = format!("{commit}-{i}");
             fs::copy(file.path(), folder.join("blobs").join(&blob)).unwrap();
             symlink(Path::new("../../blobs").join(blob), snapshot.join(file.file_name())).unwrap();
         }
@@ -89,6 +94,24 @@ fn a_snapshot_is_used_as_a_directory_and_recorded_by_its_commit() {
     assert!(fs::read(c.path("repeated")).unwrap() == fs::read(c.path("old")).unwrap());
     c.run("cpift-mask", &again).ok().says(&["must be made", &format!("org/base@{NEW}")]);
     assert!(fs::read(c.path("mask")).unwrap() != fs::read(c.path("old")).unwrap());
+}
+
+#[test]
+fn a_model_and_its_adapter_may_both_be_in_the_cache() {
+    let c = Cache::new();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("fixtures/golden/adapters");
+    let [model, adapter] = ["llama", "plain"].map(|name| golden.join(name));
+    c.add_files("org/llama", "main", OLD, &model);
+    c.add_files("org/lora", "v1", NEW, &adapter);
+    let merged = |text: &str, out: &str| {
+        c.run("cpift-merge", &format!("passthrough --model {text} --out {out}")).ok();
+        read_checkpoint(&c.path(out)).into_iter().map(|(name, t)| (name, t.bytes)).collect::<Vec<_>>()
+    };
+    let local = merged(&format!("{}+{}", model.display(), adapter.display()), "local");
+    assert!(local == merged("org/llama+org/lora@v1", "hub"));
+    assert!(local == merged(&format!("{}+org/lora@v1", model.display()), "mixed"));
+    assert!(local != merged("org/llama", "without"));
+    assert_eq!(c.record("hub/cpift.json")["arguments"][2], format!("org/llama@{OLD}+org/lora@{NEW}"));
 }
 
 #[test]

@@ -134,7 +134,8 @@ pub fn report(args: &ReportArgs, common: &Common) -> Result<()> {
     }
     check_output(&out, common.force())?;
     // The page follows every artifact of the run: each has a record, which names when it was made.
-    for file in pages::record_files(&args.run, &out)? {
+    let added = Some(args.run.join(pages::ADDED)).filter(|file| file.exists());
+    for file in pages::record_files(&args.run, &out)?.into_iter().chain(added) {
         let role = file.strip_prefix(&args.run).unwrap_or(&file).display().to_string();
         recorder.input(role, &file, Digest::of_file(&file)?);
     }

@@ -190,7 +190,8 @@ pub struct RunArgs {
     #[serde(skip)]
     pub protect: Vec<PathBuf>,
     /// Rows to replay instead of those of the earlier tasks in tasks.toml, for instance written by
-    /// cpift-eval sample: .jsonl, .json or .parquet
+    /// cpift-eval sample: .jsonl, .json or .parquet. NAME.jsonl has the template_args and
+    /// max_length of the task NAME if tasks.toml lists it
     #[arg(long, value_name = "FILE", requires = "add", help_heading = IO)]
     #[serde(skip)]
     pub replay_from: Vec<PathBuf>,

@@ -83,6 +83,10 @@ impl Plan {
         check_inputs(args, &chosen)?;
         let placement = workers.placement.clone();
         let model = ModelInfo::open(&args.model, tasks.template()?)?;
+        let blocks = model.numbers.num_hidden_layers;
+        if i64::from(args.freeze_layers) > blocks {
+            return Err(usage(format!("--freeze-layers is {}, but the model has {blocks} blocks", args.freeze_layers)));
+        }
         let examples = sampled_examples(args, &chosen, &model)?;
         let stages = plan_stages(args, groups.as_ref(), &chosen, examples)?;
         let listed: Vec<Task> = chosen.iter().filter(is_listed).cloned().collect();
@@ -120,7 +124,7 @@ fn chosen_tasks(args: &RunArgs, tasks: &Tasks, groups: Option<&Groups>) -> Resul
     if args.add.is_empty() || !(args.replays() || args.isolation.kind == IsolationKind::Dynamic) {
         return names.into_iter().map(|name| tasks.named(name).cloned()).collect();
     }
-    let files = args.replay_from.iter().map(|path| unlisted_task(path)).collect::<Result<Vec<_>>>()?;
+    let files = args.replay_from.iter().map(|path| unlisted_task(path, tasks)).collect::<Result<Vec<_>>>()?;
     if let Some(twice) = files.iter().find(|task| !seen.insert(&task.name)) {
         let hint = "rename the file: its rows are called by its name";
         return Err(BadInput::new(&twice.train, format!("a second task {}", twice.name)).hint(hint).into());
@@ -138,11 +142,18 @@ fn chosen_tasks(args: &RunArgs, tasks: &Tasks, groups: Option<&Groups>) -> Resul
     listed.chain(files.into_iter().map(Ok)).collect()
 }
 
-/// A task that consists of a file of rows and is in no tasks.toml.
-fn unlisted_task(path: &Path) -> Result<Task> {
+/// A task that consists of a file of rows and is in no tasks.toml. A listed task of the file's name
+/// gives it its template arguments and maximum length.
+fn unlisted_task(path: &Path, tasks: &Tasks) -> Result<Task> {
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
-    serde_json::from_value(serde_json::json!({"name": name, "train": path, "eval": path}))
-        .map_err(|e| BadInput::new(path, format!("cannot be replayed: {e}")).into())
+    let task: Task = serde_json::from_value(serde_json::json!({"name": name, "train": path, "eval": path}))
+        .map_err(|e| BadInput::new(path, format!("cannot be replayed: {e}")))?;
+    Ok(match tasks.list.iter().find(|listed| listed.name == name) {
+        Some(Task { template_args, max_length, .. }) => {
+            Task { template_args: template_args.clone(), max_length: *max_length, ..task }
+        }
+        None => task,
+    })
 }
 
 fn is_listed(task: &&Task) -> bool {

@@ -124,7 +124,7 @@ fn isolation_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan) -> Iso
 
 /// Warns if a dtype rounds the frozen elements of the checkpoint.
 fn warn_of_rounding(args: &RunArgs, plan: &Plan) {
-    if plan.masks.is_empty() {
+    if plan.masks.is_empty() && args.freeze_layers == 0 {
         return;
     }
     for (flag, dtype) in [("--master-dtype", args.training.master_dtype), ("--save-dtype", args.training.save_dtype)] {

@@ -108,6 +108,16 @@ fn rows_of_a_file_are_replayed_instead_of_the_old_tasks() {
     assert!(weights(&f, "own") == weights(&f, "alone"));
     let record = fs::read_to_string(f.path("runs/own/cpift.json")).unwrap();
     assert!(record.contains("\"train:own\""), "{record}");
+    // A file called like a listed task is rendered with its template arguments.
+    let listed = f.path("own/copy.jsonl");
+    write_rows(&listed, &[row("what do you know", "this"), row("and else", "that")]);
+    let listed = ["--replay-share", "0.2", "--replay-from", listed.to_str().unwrap()];
+    add(&f, "plain", &listed).ok();
+    let tasks = fs::read_to_string(&f.tasks).unwrap();
+    fs::write(&f.tasks, tasks.replacen("max_length = 96", "max_length = 30", 1)).unwrap();
+    add(&f, "short", &listed).ok().says(&["copy: 2 examples were cut to 30 tokens"]);
+    fs::write(&f.tasks, tasks).unwrap();
+    assert!(weights(&f, "plain") != weights(&f, "short"));
     // A file with the name of the new task, the same file twice, a missing file, no use for it.
     let pick = f.path("data/pick/pick.jsonl");
     fs::copy(own, &pick).unwrap();
@@ -178,6 +188,9 @@ fn the_bottom_layers_keep_their_bits() {
     assert_eq!(moved(&before, &after, |name, _| bottom(name)).0, 0);
     let (changed, all) = moved(&before, &after, |name, _| !bottom(name));
     assert!(changed * 10 > all * 9, "{changed} of {all}");
+    add(&f, "more", &["--freeze-layers", "3"]).usage_error(&["--freeze-layers is 3", "2 blocks"]);
+    let rounded = add(&f, "rounded", &["--freeze-layers", "1", "--save-dtype", "bf16"]).ok();
+    rounded.says(&["--save-dtype BF16 rounds", "frozen elements"]);
     // With a mask both hold.
     let mask = f.path("copy.safetensors").display().to_string();
     add(&f, "both", &["--freeze-layers", "1", "--protect", &mask]).ok();

@@ -177,14 +177,17 @@ fn states_continue_on_any_number_of_ranks() {
             assert_eq!(all[&name].len(), 4 * view.numel(), "{name}");
         }
     }
-    // Each rank keeps half of the elements, but for the alignment of each unit's vectors.
-    let elements = |rank: usize| -> usize {
+    // Each rank keeps half of the weights and of both moments, but for the alignment of each unit's
+    // vectors to 64 elements.
+    let total: usize = Checkpoint::open(&f.base).unwrap().parameters().map(|view| view.numel()).sum();
+    for rank in 0..2 {
         let file = MappedFile::open(&last.join(format!("rank-{rank}-of-2.safetensors"))).unwrap();
-        let weights = file.entries.iter().filter(|(name, _)| name.starts_with("weights/"));
-        weights.map(|(_, entry)| entry.shape.iter().product::<usize>()).sum()
-    };
-    let (first, second) = (elements(0), elements(1));
-    assert!(first.abs_diff(second) <= 4 * 64 * 2, "{first} and {second} elements");
+        for part in ["weights/", ".exp_avg", ".exp_avg_sq"] {
+            let of_part = file.entries.iter().filter(|(name, _)| name.starts_with(part) || name.ends_with(part));
+            let kept: usize = of_part.map(|(_, entry)| entry.shape.iter().product::<usize>()).sum();
+            assert!(kept.abs_diff(total / 2) <= 4 * 64, "{part}: rank {rank} keeps {kept} of {total} elements");
+        }
+    }
     // One and four ranks add the rows of a step in other orders: their weights are near.
     let near = |a: &str, b: &str| {
         let runs = f.path("runs");

@@ -13,7 +13,7 @@ use crate::html::{Table, figure, notes, paragraph, series_legend};
 use crate::svg::{Heads, Line, Mark, lines};
 
 /// Name of the file in the directory of a run.
-const FILE_NAME: &str = "add-task.json";
+pub(crate) const FILE_NAME: &str = "add-task.json";
 /// Format version that this program reads.
 const FORMAT_VERSION: u32 = 1;
 
@@ -91,9 +91,9 @@ fn read(file: &Path) -> Result<Added> {
 }
 
 fn body(added: &Added) -> Markup {
-    let old = if added.old.is_empty() { "no old task".to_owned() } else { added.old.join(", ") };
+    let old = if added.old.is_empty() { "none listed".to_owned() } else { added.old.join(", ") };
     html! {
-        (paragraph(&format!("Added {}; with rows of {old}. α = {}: {}.", added.new.join(", "), added.alpha, added.rule)))
+        (paragraph(&format!("Added {}. Old tasks: {old}. α = {}: {}.", added.new.join(", "), added.alpha, added.rule)))
         (changes(added).markup())
         (curve(added))
         (notes("note", costs(added)))

@@ -19,6 +19,7 @@ use crate::html::{missing, page, section};
 use crate::statistics::comparison::{Comparison, Question};
 use crate::tables::sheet::counted;
 
+pub(crate) use added::FILE_NAME as ADDED;
 pub(crate) use experiments::alone as experiment;
 pub(crate) use folder::record_files;
 pub(crate) use scores::compared;

@@ -190,7 +190,7 @@ impl Job {
             last_block: sums + waiting + (vectors + 1) * block,
             embedding: sums + waiting + last + (block + block_sum).max(vectors * F32 * s.embedding),
             update: if self.args.optimizer_in_backward {
-                // The block's activations are freed before its update allocates temporaries.
+                // The block's gradients are freed before its update allocates temporaries.
                 block + block_sum.max(sum_of(matrix / F32)) + block.saturating_sub(self.update(s))
             } else {
                 sums
