@@ -1,4 +1,4 @@
-"""A model larger than memory on the CPU: two steps of a random LLaMA with `--offload all`, and the
+"""Weights and moments in files, on the CPU: two steps of a random LLaMA with `--offload all`, and the
 largest anonymous memory of the program meanwhile.
 
     python3 scripts/bench/offload.py --bin target/release --work DIR [--size 3b]      needs numpy
@@ -81,8 +81,8 @@ def main():
         command = [args.bin / "cpift-train", "run", "--model", args.work / "base", "--tasks", rows(args.work), "--out",
                    args.work / "out", "--steps", STEPS, "--batch-size", 1, "--max-length", TOKENS, "--offload", "all",
                    "--offload-dir", args.work / "state", "--master-dtype", args.master_dtype, "--optim-state-dtype",
-                   args.master_dtype, "--save-dtype", "bf16", "--gradient-checkpointing", "--optimizer-in-backward", "--max-grad-norm", 0, "--device", "cpu",
-                   "--threads", args.threads]
+                   args.master_dtype, "--save-dtype", "bf16", "--gradient-checkpointing", "--optimizer-in-backward",
+                   "--max-grad-norm", 0, "--device", "cpu", "--threads", args.threads]
         command = [str(part) for part in command]
         most, cpu, wall = watched(command)
         lines = (args.work / "out/metrics.jsonl").read_text().splitlines()
@@ -93,12 +93,12 @@ def main():
     shown = " ".join(command).replace(str(args.work), "DIR").replace(str(args.bin), "BIN")
     state = 3 * (2 if args.master_dtype == "bf16" else 4) * parameters / 2**30
     text = "\n".join([
-        "# A model larger than memory on the CPU", "",
+        "# Training with weights and moments in files, on the CPU", "",
         "Written by `scripts/bench/offload.py`: the largest values of /proc/PID/status over the whole run, loading",
         "and saving included.", "",
         f"- machine: {cpu_model()} ({os.cpu_count()} cores), Linux {platform.release()}; {datetime.date.today()}",
         f"- model: random LLaMA, {parameters / 1e9:.2f} B parameters; weights and moments in {args.master_dtype}, {state:.1f} GiB in files",
-        f"- command: `{shown}`",
+        f"- programs: {args.bin}; command: `{shown}`",
         f"- losses: {', '.join(f'{loss:.4f}' for loss in losses)}", "",
         "| figure | value | target |", "| --- | ---: | ---: |",
         f"| anonymous memory (RssAnon), GiB | {gib[0]:.2f} | ≤ {LIMIT_GIB} |",

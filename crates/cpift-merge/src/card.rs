@@ -138,6 +138,9 @@ fn sentence(request: &Request) -> String {
             "The sum of the models' differences from the base is added with all its singular values made equal (Iso-C, \
              arXiv:2502.04959)."
         }
+        Method::Wudi => {
+            "What is added to the base interferes least with each model's difference from it (WUDI, arXiv:2503.08099)."
+        }
         Method::DareTies => {
             "Of each model's difference from the base elements are dropped at random, and of the rest the ones of the \
              elected sign are merged (DARE, arXiv:2311.03099, with TIES, arXiv:2306.01708)."

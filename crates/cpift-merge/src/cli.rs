@@ -19,7 +19,7 @@ use crate::request::{CpiRequest, Integers, Missing, Request, Space, TaskWeights}
 use crate::setting::Setting;
 use methods::{
     ArceeFusionArgs, BreadcrumbsArgs, DellaArgs, IsoCArgs, ModelStockArgs, MultiSlerpArgs, NearSwapArgs, NuSlerpArgs,
-    PassthroughArgs, RamArgs, SceArgs, TsvMArgs,
+    PassthroughArgs, RamArgs, SceArgs, TsvMArgs, WudiArgs,
 };
 pub(crate) use shared::OutputArgs;
 use shared::{DensityArgs, ElectArgs, LayoutArgs, ModelArgs, SphereArgs, SweepArgs, TaskVectorArgs, one};
@@ -48,7 +48,7 @@ const METHODS: &str = "Methods:
   of two fine-tunes        nearswap, arcee-fusion
   of task vectors          task-arithmetic, model-stock, sce, ram, nuslerp, multislerp
   of thinned task vectors  ties, dare, della, breadcrumbs
-  by singular vectors      tsv-m, iso-c
+  by singular vectors      tsv-m, iso-c, wudi
   of CPI-FT                cpi
   recipe runs all but cpi, and rearranges layers (slices)";
 
@@ -94,6 +94,8 @@ pub(crate) enum Command {
     TsvM(TsvMArgs),
     /// Iso-C: the sum of the task vectors with equal singular values
     IsoC(IsoCArgs),
+    /// WUDI: what interferes least with each of the task vectors
+    Wudi(WudiArgs),
     /// Merge by a recipe in mergekit's YAML
     Recipe(RecipeArgs),
     /// Transplant each task's core region bit for bit, and interpolate backbone and tasks elsewhere
@@ -134,6 +136,7 @@ impl Command {
             Self::Breadcrumbs(a) => a.request()?,
             Self::TsvM(a) => a.request()?,
             Self::IsoC(a) => a.request()?,
+            Self::Wudi(a) => a.request()?,
             Self::Recipe(_)
             | Self::Cpi(_)
             | Self::ExtractLora(_)
@@ -195,6 +198,7 @@ impl Command {
             Self::Breadcrumbs(a) => &a.output,
             Self::TsvM(a) => &a.output,
             Self::IsoC(a) => &a.output,
+            Self::Wudi(a) => &a.output,
             Self::Linear(a) => &a.output,
             Self::Slerp(a) => &a.output,
             Self::SphericalMean(a) => &a.output,

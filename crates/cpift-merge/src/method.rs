@@ -57,6 +57,8 @@ pub enum Method {
     TsvM,
     /// Sum of the task vectors with all its singular values equal.
     IsoC,
+    /// Matrix with the least interference between the task vectors.
+    Wudi,
 }
 
 /// Relation of a method to `base_model`.
@@ -124,7 +126,7 @@ const SUM: &[&str] = &["weight", "lambda", "normalize"];
 const SPARSE: &[&str] = &["weight", "density", "lambda", "normalize", "rescale"];
 
 /// All methods, in the order of help texts.
-const TABLE: [Spec; 22] = [
+const TABLE: [Spec; 23] = [
     Spec {
         method: Method::Linear,
         name: "linear",
@@ -340,6 +342,16 @@ const TABLE: [Spec; 22] = [
         name: "iso-c",
         recipe: "iso_c",
         title: "Iso-C",
+        base: Base::Required,
+        models: 1..=MANY,
+        fields: &["lambda"],
+        parameters: &[],
+    },
+    Spec {
+        method: Method::Wudi,
+        name: "wudi",
+        recipe: "wudi",
+        title: "WUDI",
         base: Base::Required,
         models: 1..=MANY,
         fields: &["lambda"],

@@ -81,7 +81,7 @@ fn commands_give_what_mergekit_gives_for_the_recipe() {
 #[test]
 fn singular_vectors_agree_with_numpy_at_any_number_of_threads() {
     let dir = tempfile::tempdir().unwrap();
-    for (name, command) in [("tsv_m", "tsv-m"), ("iso_c", "iso-c")] {
+    for (name, command) in [("tsv_m", "tsv-m"), ("iso_c", "iso-c"), ("wudi", "wudi")] {
         let words = format!("{command} --base base --model a --model b --model c --dtype f32");
         let out = [1, 3].map(|threads| dir.path().join(format!("{name}-{threads}")));
         let found = merged(&format!("{words} --threads 1"), &out[0]);

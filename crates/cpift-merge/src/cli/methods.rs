@@ -133,6 +133,14 @@ with_base!(IsoCArgs, |_: &IsoCArgs| Method::IsoC, {
     request.lambda = one(&args.lambda).unwrap_or(request.lambda);
 });
 
+with_base!(WudiArgs, |_: &WudiArgs| Method::Wudi, {
+    /// Factor of the merged task vector; repeated as --t of slerp [default: 1]
+    #[arg(long = "lambda", value_name = "V", allow_negative_numbers = true, help_heading = "Method")]
+    lambda: Vec<Setting>,
+}, |args, request| {
+    request.lambda = one(&args.lambda).unwrap_or(request.lambda);
+});
+
 /// Weights, and a base that need not be given.
 #[derive(clap::Args, Debug)]
 pub(crate) struct OriginArgs {

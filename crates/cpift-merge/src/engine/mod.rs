@@ -20,7 +20,8 @@ pub(crate) use write::Output;
 use anyhow::Result;
 
 use crate::methods::sign_merge::Sparsify;
-use crate::methods::{Along, Pointwise, Rule};
+use crate::methods::spectral::Kind;
+use crate::methods::{Along, Pointwise, Rule, Spectral};
 use crate::plan::Plan;
 use job::{Job, Shared};
 use tensor::{BLOCK, Tensor};
@@ -98,6 +99,11 @@ pub(crate) fn peak_memory(plan: &Plan) -> u64 {
             Rule::Combine(_, along) => groups(*along) * k * size_of::<f64>(),
             Rule::Pointwise(Pointwise::Sce { .. }) => numel.div_ceil(8),
             Rule::Pointwise(Pointwise::Fusion) => groups(Along::Rows) * size_of::<f64>(),
+            // A task vector, the sums of their kind, and sums of the shape of a row times a row with
+            // their decomposition.
+            Rule::Spectral(Spectral { kind: Kind::Wudi, .. }) => {
+                numel * 44 + t.operands[0].view.shape.last().map_or(0, |columns| columns * columns * 40)
+            }
             // A task vector in f32 and f64, and the parts of its decomposition, for as many at a
             // time as there are threads.
             Rule::Spectral(_) => numel * 32 * k.min(rayon::current_num_threads()),

@@ -1,12 +1,15 @@
 //! Methods by singular vectors: TSV-M (arXiv 2412.00081) and Iso-C (arXiv 2502.04959), as their
-//! authors' programs compute them.
+//! authors' programs compute them, and WUDI (arXiv 2503.08099), whose minimum is computed exactly.
 //!
 //! Decompositions are in f64 on one thread each, so that the result does not depend on the number
 //! of threads. Tensors that are not matrices get the mean of the task vectors.
 
 use anyhow::{Result, anyhow};
-use faer::{Mat, MatRef};
+use faer::{Mat, MatRef, Side};
 use rayon::prelude::*;
+
+/// Eigenvalues up to this share of the largest count as zero.
+const NEGLIGIBLE: f64 = 1e-10;
 
 /// Settings of one tensor.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +28,9 @@ pub(crate) enum Kind {
     TsvM,
     /// The sum of the task vectors, with all its singular values equal to their mean.
     IsoC,
+    /// The matrix T with the least interference: Σ ‖(T − δᵢ) δᵢᵀ‖² / ‖δᵢ‖², the nearest such to the
+    /// sum of the task vectors.
+    Wudi,
 }
 
 impl Kind {
@@ -33,6 +39,7 @@ impl Kind {
         match self {
             Self::TsvM => "TSV-M",
             Self::IsoC => "Iso-C",
+            Self::Wudi => "WUDI",
         }
     }
 }
@@ -51,6 +58,7 @@ pub(crate) fn merge(
         let sum = sum(k, &read)?;
         return Ok(sum.into_iter().map(|x| (x / k as f64) as f32).collect());
     };
+    let matrix = |values: Vec<f32>| Mat::from_fn(rows, columns, |i, j| f64::from(values[i * columns + j]));
     let merged = match kind {
         Kind::IsoC => {
             let sum = sum(k, &read)?;
@@ -59,14 +67,12 @@ pub(crate) fn merge(
         Kind::TsvM => {
             let rank = rows.min(columns);
             let share = ((rank as f64 * (1.0 / k as f64)) as usize).max(1);
-            let of_task = |i| {
-                let values = read(i)?;
-                largest(Mat::from_fn(rows, columns, |i, j| f64::from(values[i * columns + j])).as_ref(), share)
-            };
+            let of_task = |i| largest(matrix(read(i)?).as_ref(), share);
             // Results are collected in the order of the tasks.
             let parts: Vec<Result<Part>> = (0..k).into_par_iter().map(of_task).collect();
             orthogonal(&parts.into_iter().collect::<Result<Vec<_>>>()?, share)?
         }
+        Kind::Wudi => least_interference(rows, columns, (0..k).map(|i| Ok(matrix(read(i)?))))?,
     };
     Ok((0..rows * columns).map(|at| merged[(at / columns, at % columns)] as f32).collect())
 }
@@ -130,6 +136,41 @@ fn isotropic(matrix: MatRef<'_, f64>) -> Result<Mat<f64>> {
     Ok(result)
 }
 
+/// The minimum of [`Kind::Wudi`] over matrices of `rows` by `columns`. Its gradient is
+/// 2 (T C − R), with C = Σ δᵢᵀδᵢ / ‖δᵢ‖² and R = Σ δᵢ δᵢᵀδᵢ / ‖δᵢ‖²; descent from the sum S of
+/// the task vectors ends at S + (R − S C) C⁺.
+fn least_interference(
+    rows: usize,
+    columns: usize,
+    vectors: impl Iterator<Item = Result<Mat<f64>>>,
+) -> Result<Mat<f64>> {
+    let mut sum = Mat::<f64>::zeros(rows, columns);
+    let mut target = Mat::<f64>::zeros(rows, columns);
+    let mut curvature = Mat::<f64>::zeros(columns, columns);
+    for vector in vectors {
+        let vector = vector?;
+        let size = vector.squared_norm_l2();
+        if size > 0.0 {
+            let gram = vector.transpose() * &vector * faer::Scale(1.0 / size);
+            target += &vector * &gram;
+            curvature += gram;
+            sum += vector;
+        }
+    }
+    let residual = target - &sum * &curvature;
+    let eigen = curvature
+        .self_adjoint_eigen(Side::Lower)
+        .map_err(|_| anyhow!("an eigenvalue decomposition did not converge"))?;
+    let values = eigen.S().column_vector();
+    let largest = values.iter().copied().fold(0.0, f64::max);
+    let mut in_eigenvectors = residual * eigen.U();
+    for (j, &value) in values.iter().enumerate() {
+        let inverse = if value > NEGLIGIBLE * largest { 1.0 / value } else { 0.0 };
+        (0..rows).for_each(|i| in_eigenvectors[(i, j)] *= inverse);
+    }
+    Ok(sum + in_eigenvectors * eigen.U().transpose())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,10 +221,50 @@ mod tests {
         }
     }
 
+    /// Σ ‖(T − δᵢ) δᵢᵀ‖² / ‖δᵢ‖².
+    fn interference(merged: &[f32], vectors: &[Vec<f32>], [rows, columns]: [usize; 2]) -> f64 {
+        let of = |vector: &Vec<f32>| {
+            let size: f64 = vector.iter().map(|x| f64::from(x * x)).sum();
+            let entry = |i: usize, j: usize| {
+                let terms = (0..columns).map(|c| {
+                    let difference = merged[i * columns + c] - vector[i * columns + c];
+                    f64::from(difference) * f64::from(vector[j * columns + c])
+                });
+                terms.sum::<f64>()
+            };
+            (0..rows * rows).map(|at| entry(at / rows, at % rows).powi(2)).sum::<f64>() / size
+        };
+        vectors.iter().map(of).sum()
+    }
+
+    #[test]
+    fn wudi_has_the_least_interference_and_keeps_one_task_vector() {
+        for shape in [[8, 5], [5, 8]] {
+            let vectors = [1, 2].map(|seed| random(seed, 40));
+            let result = merged(Kind::Wudi, &shape, &vectors);
+            let least = interference(&result, &vectors, shape);
+            for seed in 3..20 {
+                let beside: Vec<f32> = result.iter().zip(random(seed, 40)).map(|(x, y)| x + 0.01 * y).collect();
+                assert!(interference(&beside, &vectors, shape) >= least * (1.0 - 1e-6), "{shape:?}");
+            }
+            let sum: Vec<f32> = vectors[0].iter().zip(&vectors[1]).map(|(x, y)| x + y).collect();
+            assert!(interference(&sum, &vectors, shape) > 2.0 * least, "{shape:?}");
+            assert_near(&merged(Kind::Wudi, &shape, &vectors[..1]), &vectors[0]);
+            let unchanged = vec![0.0; 40];
+            assert_near(&merged(Kind::Wudi, &shape, &[unchanged.clone(), vectors[0].clone()]), &vectors[0]);
+            assert_near(&merged(Kind::Wudi, &shape, &[unchanged.clone(), unchanged.clone()]), &unchanged);
+        }
+        // Task vectors with no input in common do not interfere: they are summed.
+        let (mut a, mut b) = (vec![0.0; 8], vec![0.0; 8]);
+        (a[0], a[1], a[4], b[2], b[7]) = (3.0, 4.0, 1.0, 5.0, -2.0);
+        let sum: Vec<f32> = a.iter().zip(&b).map(|(x, y)| x + y).collect();
+        assert_near(&merged(Kind::Wudi, &[2, 4], &[a, b]), &sum);
+    }
+
     #[test]
     fn tensors_that_are_not_matrices_get_the_mean() {
         let vectors = [vec![1.0, 2.0], vec![3.0, -2.0]];
-        for kind in [Kind::TsvM, Kind::IsoC] {
+        for kind in [Kind::TsvM, Kind::IsoC, Kind::Wudi] {
             assert_near(&merged(kind, &[2], &vectors), &[2.0, 0.0]);
             assert_near(&merged(kind, &[1, 2, 1], &vectors), &[2.0, 0.0]);
         }

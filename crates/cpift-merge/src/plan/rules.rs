@@ -236,6 +236,7 @@ pub(super) fn rule(request: &Request, place: &Place<'_>) -> Result<Rule> {
         }
         Method::TsvM => Ok(Rule::Spectral(Spectral { kind: Kind::TsvM, lambda: lambda()? })),
         Method::IsoC => Ok(Rule::Spectral(Spectral { kind: Kind::IsoC, lambda: lambda()? })),
+        Method::Wudi => Ok(Rule::Spectral(Spectral { kind: Kind::Wudi, lambda: lambda()? })),
         _ => weighted(request, place),
     }
 }
