@@ -22,6 +22,8 @@ SIZES = {
     "3b": dict(layers=23, hidden=3200, inner=8640, heads=32, kv=32, vocab=32000, shards=2),
     "7b": dict(layers=32, hidden=4096, inner=11008, heads=32, kv=32, vocab=32000, shards=3),
 }
+# One layer of each, for methods that take minutes with all of them.
+SIZES |= {f"{name}-layer": size | dict(layers=1, vocab=2000, shards=1) for name, size in SIZES.items()}
 PIECE = 1 << 21
 POOL = 1 << 24
 SCALE = 0.02

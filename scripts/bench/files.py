@@ -334,6 +334,27 @@ class Bench:
                      self.args.peer_rounds)
         remove(out, copy, third)
 
+    def bench_spectral(self):
+        """Methods by singular vectors, at one layer of this size."""
+        work, out, other = self.work / "layer", self.work / "method", self.work / "spectral-numpy.safetensors"
+        python = self.args.peer_python
+        if subprocess.run([python, "-c", "import numpy, torch, safetensors"], capture_output=True).returncode != 0:
+            return self.not_run("merge by singular vectors", "NumPy", "PEER_PYTHON= with numpy, torch and safetensors is "
+                                "not given")
+        work.mkdir(exist_ok=True)
+        checkpoints.make(f"{self.args.size}-layer", work)
+        base, tuned, third = work / "base", work / "tuned", work / "third"
+        remove(third)
+        Run([self.program("cpift-merge"), "linear", "--model", base, "--model", tuned, "--weight", "1.5",
+             "--weight=-0.5", "--out", third, "--quiet"])
+        for name in ["tsv-m", "iso-c", "wudi"]:
+            command = [self.program("cpift-merge"), name, "--base", base, "--model", tuned, "--model", third, "--out", out,
+                       "--quiet"]
+            peer = [python, HERE / "spectral_numpy.py", name.replace("-", "_"), base, tuned, third, other]
+            self.add(Row(f"merge {name}, one layer, 3 inputs", Side("", command, lambda: remove(out)),
+                         Side("NumPy, LAPACK in f64", peer), least=5), self.args.peer_rounds)
+        remove(out, other, work)
+
     def bench_group(self):
         self.record_digests(True)
         masks = []
@@ -395,7 +416,7 @@ class Bench:
         self.warm()
         self.learn_digests()
         for name in self.args.only.split(","):
-            {"mask": self.bench_mask, "merge": self.bench_merge, "group": self.bench_group}[name]()
+            getattr(self, f"bench_{name}")()
         self.report()
         self.record_digests(False)
         remove(self.mask, Path(f"{self.mask}.cpift.json"), self.merged)
@@ -404,13 +425,13 @@ class Bench:
 def main():
     root = HERE.parent.parent
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="1.1b", choices=list(checkpoints.SIZES))
+    parser.add_argument("--size", default="1.1b", choices=["tiny", "1.1b", "3b", "7b"])
     parser.add_argument("--work", default=root / ".cache/bench")
     parser.add_argument("--bin", default=root / "target/release")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, default=3)
-    parser.add_argument("--only", default="mask,merge,methods,group",
-                        help="comma-separated: mask, merge, methods, group")
+    parser.add_argument("--only", default="mask,merge,methods,spectral,group",
+                        help="comma-separated: mask, merge, methods, spectral, group")
     parser.add_argument("--mergekit", default="", help="mergekit-yaml of 0.1.5; its row is left out otherwise")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with numpy, torch and safetensors")
     parser.add_argument("--results", default="", help="file to write the table to")

@@ -28,8 +28,8 @@ pub(crate) enum Kind {
     TsvM,
     /// The sum of the task vectors, with all its singular values equal to their mean.
     IsoC,
-    /// The matrix T with the least interference: Σ ‖(T − δᵢ) δᵢᵀ‖² / ‖δᵢ‖², the nearest such to the
-    /// sum of the task vectors.
+    /// The matrix T with the least interference, Σ ‖(T − δᵢ) δᵢᵀ‖² / ‖δᵢ‖²; of several the nearest
+    /// to the sum of the task vectors.
     Wudi,
 }
 
