@@ -6,7 +6,7 @@ use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
 use cpift_testkit::{Run, expect_entries, run};
 
 /// Address space in KiB: the program itself takes about 780 MiB of it.
-const LIMIT: &str = "1300000";
+const LIMIT: &str = "1200000";
 
 struct Fixture {
     dir: tempfile::TempDir,
