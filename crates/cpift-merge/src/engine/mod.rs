@@ -99,8 +99,8 @@ pub(crate) fn peak_memory(plan: &Plan) -> u64 {
             Rule::Combine(_, along) => groups(*along) * k * size_of::<f64>(),
             Rule::Pointwise(Pointwise::Sce { .. }) => numel.div_ceil(8),
             Rule::Pointwise(Pointwise::Fusion) => groups(Along::Rows) * size_of::<f64>(),
-            // A task vector, the sums of their kind, and sums of the shape of a row times a row with
-            // their decomposition.
+            // A task vector and sums of its shape; the Gram matrix of its columns with its
+            // decomposition.
             Rule::Spectral(Spectral { kind: Kind::Wudi, .. }) => {
                 numel * 44 + t.operands[0].view.shape.last().map_or(0, |columns| columns * columns * 40)
             }
