@@ -3,10 +3,11 @@
 
     scripts/oracle/setup.sh VENV && VENV/bin/python scripts/oracle/golden_spectral.py
 
-The first two follow the programs of the papers' authors: TSV-M (arXiv 2412.00081) keeps the share 1/k of each task vector's singular
-vectors and replaces the joined vectors by the nearest orthogonal ones; Iso-C (arXiv 2502.04959) sums the task vectors and
-sets all singular values to their mean. WUDI (arXiv 2503.08099) minimizes sum |(T - d) d'|^2 / |d|^2 by steps of Adam from the
-sum of the task vectors d; here the minimum is solved for, one row of T after another, as a least-squares problem. Tensors that are not matrices get the mean of the task vectors.
+The first two follow the programs of the papers' authors: TSV-M (arXiv 2412.00081) keeps the share 1/k of each task
+vector's singular vectors and replaces the joined vectors by the nearest orthogonal ones; Iso-C (arXiv 2502.04959) sums the
+task vectors and sets all singular values to their mean. WUDI (arXiv 2503.08099) minimizes sum |(T - d) d'|^2 / |d|^2 by
+steps of Adam from the sum of the task vectors d; here each row of T is the solution of a least-squares problem. Tensors
+that are not matrices get the mean of the task vectors.
 """
 from pathlib import Path
 

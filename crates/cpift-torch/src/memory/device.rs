@@ -45,7 +45,7 @@ fn address_space() -> Option<u64> {
 
 /// Address space of thread stacks and allocators, which is reserved but not used.
 const RESERVED: u64 = 384 << 20;
-/// Variation of the address space at start between runs: two arenas of glibc.
+/// Margin for what differs between runs in the address space at start.
 const VARIES: u64 = 128 << 20;
 
 /// Refuses work on the CPU that takes `bytes` if `ulimit -v` leaves less: a library that fails to
