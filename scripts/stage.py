@@ -38,6 +38,11 @@ def text_of(path):
     return path.read_text(errors="replace") if path.exists() else ""
 
 
+def say(line):
+    # In one write: programs of `make -j` share the output.
+    os.write(1, f"{line}\n".encode())
+
+
 def set_state(*words):
     # Renamed into place, so that no reader sees half a line.
     new = logs / f"{name}.state.{os.getpid()}"
@@ -72,7 +77,7 @@ def wait(child):
         elif seconds >= next_report:
             step, next_report = last_step(name), 1.5 * seconds
             if step not in ("", shown):
-                print(f"        {name:<24}{step}", flush=True)
+                say(f"        {name:<24}{step}")
             shown = step
 
 
@@ -103,7 +108,7 @@ if log.exists():
 code, seconds = run(sys.argv[2:])
 took = f"{seconds:.{seconds < 100:d}f}"
 if code:
-    print(f"{CLEAR}{name}: exit code {code} after {took} s", flush=True)
+    say(f"{CLEAR}{name}: exit code {code} after {took} s")
     print(*text_of(log).splitlines()[-20:], sep="\n", file=sys.stderr)
     sys.exit(code)
 # A command that found its output up to date leaves the log of the one that made it.
@@ -113,7 +118,7 @@ with made.open("ab", buffering=0) as file:
     # Appending is atomic, so no other artifact gets the same number.
     file.write(b".")
     number = f"{file.tell():>{len(str(len(due)))}}"
-print(f"{CLEAR}[{number}/{len(due)}] {name:<24}{took:>6} s", flush=True)
+say(f"{CLEAR}[{number}/{len(due)}] {name:<24}{took:>6} s")
 for old in logs.glob(".made-*"):
     if time.time() - old.stat().st_mtime > 86400:
         old.unlink(missing_ok=True)
