@@ -46,7 +46,7 @@ pub struct StagePlan {
     pub label: String,
     /// Examples to train on; stages over all tasks share them.
     pub examples: Rc<[Example]>,
-    /// How many rows of each task, and of the replayed ones, an epoch has; empty if each row comes
+    /// Number of rows of each task, and of the replayed ones, in an epoch; empty if each row comes
     /// once.
     pub mixture: Vec<Part>,
     /// The group's tasks.

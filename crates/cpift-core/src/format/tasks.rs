@@ -27,7 +27,7 @@
 //! max_new_tokens = 256             # longest generated answer in tokens; default 256
 //! max_length = 1024                # longest example in tokens; default 1024
 //! sample = 500                     # rows in the balanced sample; default: see below
-//! weight = 2.0                     # factor of its share of the rows that are trained on; default 1
+//! weight = 2.0                     # factor of its share of the training rows; default 1
 //! ```
 //!
 //! By default every task contributes as many rows to the balanced sample as the smallest task has,

@@ -19,7 +19,7 @@ pub struct Stage<'a> {
     pub label: String,
     /// Examples to train on.
     pub examples: &'a [Example],
-    /// How many examples of each part an epoch has; empty if each comes once.
+    /// Number of examples of each part in an epoch; empty if each comes once.
     pub mixture: &'a [Part],
     /// Elements that may change.
     pub isolation: Isolation<'a>,
