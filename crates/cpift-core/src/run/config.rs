@@ -17,9 +17,9 @@ use toml::{Table, Value};
 
 use crate::closest::closest;
 use crate::error::{BadInput, usage};
-use crate::files::hub::{self, Snapshot};
 use crate::files::read_text;
 use crate::format::json;
+use crate::hub::{self, Need, Snapshot};
 use crate::record::provenance::{FORMAT_VERSION, Provenance};
 
 /// The id of `--config`.
@@ -91,11 +91,17 @@ pub(crate) struct Located {
     pub pinned: Vec<OsString>,
 }
 
-/// Replaces `org/name[@revision]` where an argument takes a model, and the local cache has it.
-pub(crate) fn locate(command: &Command, words: &[OsString]) -> Located {
+/// Replaces `org/name[@revision]` where an argument takes a model. What the local cache does not
+/// have is downloaded if `download` is set, and else left as it is.
+///
+/// # Errors
+/// [`BadInput`] for a model that cannot be downloaded.
+pub(crate) fn locate(command: &Command, words: &[OsString], download: bool) -> Result<Located> {
     let mut command = command.clone();
     command.build();
-    let Some((program, rest)) = words.split_first() else { return Located { words: vec![], pinned: vec![] } };
+    let Some((program, rest)) = words.split_first() else {
+        return Ok(Located { words: vec![], pinned: vec![] });
+    };
     let line = Line::of(&command, None, rest);
     let leaf = leaf(&command, line.subcommand.as_deref());
     let mut located = Located { words: vec![program.clone()], pinned: vec![program.clone()] };
@@ -105,13 +111,14 @@ pub(crate) fn locate(command: &Command, words: &[OsString]) -> Located {
             located.both(line.subcommand.iter().map(OsString::from));
         }
         let arg = leaf.get_arguments().find(|arg| arg.get_id() == given.id.as_str());
-        let found = arg.filter(|arg| takes_model(arg)).and(given.words.last()).and_then(|word| {
-            let text = word.to_str()?;
+        let text = arg.and_then(takes).zip(given.words.last().and_then(|word| word.to_str()));
+        let found = text.map_or(Ok(None), |(need, text)| {
             // After `--model=` or `NAME=`.
             let name = text.rsplit_once('=').map_or(text, |(_, name)| name);
-            Some((text.strip_suffix(name)?, model_and_adapters(name)?))
+            let before = text.strip_suffix(name).unwrap_or_default();
+            anyhow::Ok(model_and_adapters(name, download.then_some(need))?.map(|found| (before, found)))
         });
-        let Some((before, (path, pinned))) = found else {
+        let Some((before, (path, pinned))) = found? else {
             located.both(given.words.iter().cloned());
             continue;
         };
@@ -125,7 +132,7 @@ pub(crate) fn locate(command: &Command, words: &[OsString]) -> Located {
     if after == line.given.len() {
         located.both(line.subcommand.iter().map(OsString::from));
     }
-    located
+    Ok(located)
 }
 
 impl Located {
@@ -138,12 +145,18 @@ impl Located {
 }
 
 /// The path and the pinned name of `MODEL`, or of `MODEL+ADAPTER`, in which the cache has a part.
-fn model_and_adapters(text: &str) -> Option<(OsString, String)> {
+/// With `need`, the cache gets all parts that are on the Hub.
+fn model_and_adapters(text: &str, need: Option<Need>) -> Result<Option<(OsString, String)>> {
     if Path::new(text).exists() {
-        return None;
+        return Ok(None);
     }
-    let parts: Vec<(&str, Option<Snapshot>)> = text.split('+').map(|part| (part, hub::snapshot(part))).collect();
-    parts.iter().any(|(_, snapshot)| snapshot.is_some()).then(|| {
+    let find = |part| match need {
+        Some(need) => hub::fetched(part, need),
+        None => Ok(hub::snapshot(part)),
+    };
+    let parts = text.split('+').map(|part| Ok((part, find(part)?)));
+    let parts: Vec<(&str, Option<Snapshot>)> = parts.collect::<Result<_>>()?;
+    Ok(parts.iter().any(|(_, snapshot)| snapshot.is_some()).then(|| {
         let path = |(text, found): &(&str, Option<Snapshot>)| {
             found.as_ref().map_or_else(|| OsString::from(text), |found| found.path.clone().into_os_string())
         };
@@ -152,12 +165,17 @@ fn model_and_adapters(text: &str) -> Option<(OsString, String)> {
         };
         let paths: Vec<OsString> = parts.iter().map(path).collect();
         (paths.join(OsStr::new("+")), parts.iter().map(pinned).collect::<Vec<_>>().join("+"))
-    })
+    }))
 }
 
-/// Returns true for the arguments that `--help` shows as MODEL or NAME=MODEL.
-fn takes_model(arg: &Arg) -> bool {
-    arg.get_value_names().is_some_and(|names| names.iter().any(|name| name.rsplit('=').next() == Some("MODEL")))
+/// Files that an argument needs of a model: `--help` shows it as MODEL or NAME=MODEL, or as SOURCE,
+/// of a tokenizer.
+fn takes(arg: &Arg) -> Option<Need> {
+    arg.get_value_names()?.iter().find_map(|name| match name.rsplit('=').next() {
+        Some("MODEL") => Some(Need::Model),
+        Some("SOURCE") => Some(Need::Tokenizer),
+        _ => None,
+    })
 }
 
 /// The arguments of an earlier run of the same program.
