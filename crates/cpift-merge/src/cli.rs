@@ -480,7 +480,7 @@ impl ExtractLoraArgs {
 #[derive(clap::Args, Debug)]
 pub(crate) struct MergeAdaptersArgs {
     /// LoRA adapter, a PEFT directory or a .safetensors file of diffusers or kohya; two or more
-    #[arg(long = "adapter", value_name = "PATH", required = true, help_heading = "Input and output")]
+    #[arg(long = "adapter", value_name = "ADAPTER", required = true, help_heading = "Input and output")]
     adapters: Vec<PathBuf>,
     /// Output: a directory if the first adapter is a PEFT directory, else a file; an existing one
     /// is refused unless --force is given

@@ -13,28 +13,50 @@ mod client;
 mod download;
 mod select;
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
 use crate::error::BadInput;
 pub use cache::named;
-pub(crate) use cache::{Snapshot, repository, snapshot};
-use cache::{Kind, Name};
+use cache::{Kind, Name, Snapshot};
+pub(crate) use cache::{repository, snapshot};
 use client::{Client, is_offline};
 pub use select::Need;
 
-/// The snapshot that `text`, `org/name[@revision]`, names: in the cache, or downloaded into it. None
-/// for a path: `text` has another form, or exists, or lies in a directory that exists.
+/// The path of `MODEL`, or `MODEL+ADAPTER`, of which a part is a name on the Hub, with that part
+/// replaced by its snapshot in the cache, where it is downloaded if need be. None for other paths.
 ///
 /// # Errors
 /// [`BadInput`] if it cannot be downloaded.
 pub fn model(text: &str, need: Need) -> Result<Option<PathBuf>> {
-    Ok(fetched(text, need)?.map(|snapshot| snapshot.path))
+    Ok(with_adapters(text, Some(need))?.map(|(path, _)| path.into()))
 }
 
-/// As [`model`], with the pinned name.
-pub(crate) fn fetched(text: &str, need: Need) -> Result<Option<Snapshot>> {
+/// As [`model`], with the names pinned to their commits. Without `need` nothing is downloaded.
+pub(crate) fn with_adapters(text: &str, need: Option<Need>) -> Result<Option<(OsString, String)>> {
+    if Path::new(text).exists() {
+        return Ok(None);
+    }
+    let find = |part: &str| need.map_or_else(|| Ok(snapshot(part)), |need| fetched(part, need));
+    let parts = text.split('+').map(|part| Ok((part, find(part)?)));
+    let parts: Vec<(&str, Option<Snapshot>)> = parts.collect::<Result<_>>()?;
+    let path = |(text, found): &(&str, Option<Snapshot>)| {
+        found.as_ref().map_or_else(|| OsString::from(text), |found| found.path.clone().into_os_string())
+    };
+    let pinned = |(text, found): &(&str, Option<Snapshot>)| {
+        found.as_ref().map_or_else(|| (*text).to_owned(), |found| found.pinned.clone())
+    };
+    Ok(parts.iter().any(|(_, found)| found.is_some()).then(|| {
+        let paths: Vec<OsString> = parts.iter().map(path).collect();
+        (paths.join(OsStr::new("+")), parts.iter().map(pinned).collect::<Vec<_>>().join("+"))
+    }))
+}
+
+/// The snapshot that `text`, `org/name[@revision]`, names: in the cache, or downloaded into it. None
+/// for a path: `text` has another form, or exists, or lies in a directory that exists.
+fn fetched(text: &str, need: Need) -> Result<Option<Snapshot>> {
     let Some(found) = snapshot(text) else {
         let Some(name) = Name::of_model(text).filter(|name| !name.is_local_path(text)) else { return Ok(None) };
         if is_offline() {

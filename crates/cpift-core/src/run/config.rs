@@ -6,7 +6,7 @@
 
 use std::any::TypeId;
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use crate::closest::closest;
 use crate::error::{BadInput, usage};
 use crate::files::read_text;
 use crate::format::json;
-use crate::hub::{self, Need, Snapshot};
+use crate::hub::{self, Need};
 use crate::record::provenance::{FORMAT_VERSION, Provenance};
 
 /// The id of `--config`.
@@ -116,7 +116,7 @@ pub(crate) fn locate(command: &Command, words: &[OsString], download: bool) -> R
             // After `--model=` or `NAME=`.
             let name = text.rsplit_once('=').map_or(text, |(_, name)| name);
             let before = text.strip_suffix(name).unwrap_or_default();
-            anyhow::Ok(model_and_adapters(name, download.then_some(need))?.map(|found| (before, found)))
+            anyhow::Ok(hub::with_adapters(name, download.then_some(need))?.map(|found| (before, found)))
         });
         let Some((before, (path, pinned))) = found? else {
             located.both(given.words.iter().cloned());
@@ -144,35 +144,11 @@ impl Located {
     }
 }
 
-/// The path and the pinned name of `MODEL`, or of `MODEL+ADAPTER`, in which the cache has a part.
-/// With `need`, the cache gets all parts that are on the Hub.
-fn model_and_adapters(text: &str, need: Option<Need>) -> Result<Option<(OsString, String)>> {
-    if Path::new(text).exists() {
-        return Ok(None);
-    }
-    let find = |part| match need {
-        Some(need) => hub::fetched(part, need),
-        None => Ok(hub::snapshot(part)),
-    };
-    let parts = text.split('+').map(|part| Ok((part, find(part)?)));
-    let parts: Vec<(&str, Option<Snapshot>)> = parts.collect::<Result<_>>()?;
-    Ok(parts.iter().any(|(_, snapshot)| snapshot.is_some()).then(|| {
-        let path = |(text, found): &(&str, Option<Snapshot>)| {
-            found.as_ref().map_or_else(|| OsString::from(text), |found| found.path.clone().into_os_string())
-        };
-        let pinned = |(text, found): &(&str, Option<Snapshot>)| {
-            found.as_ref().map_or_else(|| (*text).to_owned(), |found| found.pinned.clone())
-        };
-        let paths: Vec<OsString> = parts.iter().map(path).collect();
-        (paths.join(OsStr::new("+")), parts.iter().map(pinned).collect::<Vec<_>>().join("+"))
-    }))
-}
-
-/// Files that an argument needs of a model: `--help` shows it as MODEL or NAME=MODEL, or as SOURCE,
-/// of a tokenizer.
+/// Files that an argument needs of a repository: `--help` shows it as MODEL, NAME=MODEL or ADAPTER,
+/// or as SOURCE, of a tokenizer.
 fn takes(arg: &Arg) -> Option<Need> {
     arg.get_value_names()?.iter().find_map(|name| match name.rsplit('=').next() {
-        Some("MODEL") => Some(Need::Model),
+        Some("MODEL" | "ADAPTER") => Some(Need::Model),
         Some("SOURCE") => Some(Need::Tokenizer),
         _ => None,
     })
