@@ -79,7 +79,10 @@ impl World {
 
     fn assert_is_base(&self) {
         for file in ["config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS] {
-            assert!(fs::read(self.snapshot(file)).unwrap() == fs::read(self.path("base").join(file)).unwrap(), "{file}");
+            assert!(
+                fs::read(self.snapshot(file)).unwrap() == fs::read(self.path("base").join(file)).unwrap(),
+                "{file}"
+            );
         }
     }
 
@@ -96,9 +99,9 @@ impl World {
         let start = Instant::now();
         let begun = || {
             let blobs = fs::read_dir(self.cached(BASE).join("blobs")).into_iter().flatten().flatten();
-            blobs.filter(|blob| blob.file_name().len() == 64 + ".incomplete".len()).any(
-                |blob| blob.metadata().is_ok_and(|meta| meta.len() == bytes as u64),
-            )
+            blobs
+                .filter(|blob| blob.file_name().len() == 64 + ".incomplete".len())
+                .any(|blob| blob.metadata().is_ok_and(|meta| meta.len() == bytes as u64))
         };
         while !begun() {
             assert!(start.elapsed() < Duration::from_secs(20), "the download does not begin");
@@ -231,13 +234,18 @@ fn refusals_say_what_to_do() {
     let verify = |name: &str, env: &[(&str, &str)]| w.run_with("cpift-merge", &format!("verify {name}"), env);
     let tokens = format!("set HF_TOKEN to a token of {url}/settings/tokens");
     w.server.change("models/org/base", |repo| repo.revisions.push("v1".into()));
-    w.server.add("models/org/gated", Repo { commit: OLD.into(), is_gated: true, files: files("gated"), ..Repo::default() });
+    w.server
+        .add("models/org/gated", Repo { commit: OLD.into(), is_gated: true, files: files("gated"), ..Repo::default() });
     let pickle = BTreeMap::from([("pytorch_model.bin".to_owned(), vec![1])]);
     w.server.add("models/org/pickle", Repo { commit: OLD.into(), files: pickle, ..Repo::default() });
 
     let page = format!("{url}/org/none");
     verify("org/none", &[]).bad_input(&["org/none: no such checkpoint", "401", "or it is private", &page, &tokens]);
-    verify("org/none", &[("HF_TOKEN", TOKEN)]).bad_input(&["no such checkpoint", "404", "rights of the token in HF_TOKEN"]);
+    verify("org/none", &[("HF_TOKEN", TOKEN)]).bad_input(&[
+        "no such checkpoint",
+        "404",
+        "rights of the token in HF_TOKEN",
+    ]);
     verify("org/base@v2", &[]).bad_input(&["org/base@v2", "has no revision v2", "404", "/org/base/refs"]);
     let accept = format!("accept its licence at {url}/org/gated");
     verify("org/gated", &[]).bad_input(&["is gated", "401", &accept, &tokens]);
@@ -253,10 +261,19 @@ fn refusals_say_what_to_do() {
     fs::write(w.path("home/token"), TOKEN).unwrap();
 
     let closed = "http://127.0.0.1:9";
-    verify("org/base", &[("HF_ENDPOINT", closed)]).bad_input(&[closed, "cannot be reached", "HF_ENDPOINT", "hf download"]);
+    verify("org/base", &[("HF_ENDPOINT", closed)]).bad_input(&[
+        closed,
+        "cannot be reached",
+        "HF_ENDPOINT",
+        "hf download",
+    ]);
     verify("org/base", &[("HF_ENDPOINT", "x.y")]).bad_input(&["HF_ENDPOINT", "https://HOST"]);
     verify("org/base", &[("HF_ENDPOINT", &format!("{url}/x"))]).bad_input(&["404"]);
-    verify("org/base", &[("HF_HUB_OFFLINE", "1")]).bad_input(&["no such checkpoint", "HF_HUB_OFFLINE is set", "home/hub"]);
+    verify("org/base", &[("HF_HUB_OFFLINE", "1")]).bad_input(&[
+        "no such checkpoint",
+        "HF_HUB_OFFLINE is set",
+        "home/hub",
+    ]);
     let file = w.path("home/token");
     let cache = file.to_str().unwrap();
     verify("org/base", &[("HF_HUB_CACHE", cache)]).bad_input(&["cannot be written", "HF_HUB_CACHE"]);
@@ -293,8 +310,12 @@ fn what_a_snapshot_lacks_is_fetched_from_its_own_commit() {
     for lost in [snapshot.clone(), snapshot.canonicalize().unwrap()] {
         fs::remove_file(lost).unwrap();
         w.server.requests();
-        w.run_with("cpift-merge", "verify org/base", &[("HF_HUB_OFFLINE", "1")])
-            .bad_input(&["lacks", shard, "HF_HUB_OFFLINE is set", "missing"]);
+        w.run_with("cpift-merge", "verify org/base", &[("HF_HUB_OFFLINE", "1")]).bad_input(&[
+            "lacks",
+            shard,
+            "HF_HUB_OFFLINE is set",
+            "missing",
+        ]);
         w.run_with("cpift-merge", "verify org/base", &[("HF_ENDPOINT", "http://127.0.0.1:9")])
             .bad_input(&["cannot be reached", "missing"]);
         assert!(w.server.requests().is_empty());
@@ -336,7 +357,9 @@ fn recipes_take_names_of_the_hub() {
     w.server.rename("models/org/old-math", "models/org/math");
     w.server.add_folder("org/words", NEW, &w.path("base"));
     let recipe = |base: &str, math: &str, more: &str| {
-        format!("merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n  - model: {math}\n    parameters: {{weight: 0.5}}\n{more}")
+        format!(
+            "merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n  - model: {math}\n    parameters: {{weight: 0.5}}\n{more}"
+        )
     };
     let merged = |name: &str, text: &str| {
         fs::write(w.path(&format!("{name}.yaml")), text).unwrap();
@@ -347,7 +370,8 @@ fn recipes_take_names_of_the_hub() {
     let words = "tokenizer:\n  source: org/words\n";
     let math = "{model: {path: org/old-math, revision: v1}}";
     assert!(merged("hub", &recipe("org/base", math, words)) == local);
-    let large = |request: &cpift_testkit::hub::Request| request.line.contains("org/words") && request.line.ends_with(WEIGHTS);
+    let large =
+        |request: &cpift_testkit::hub::Request| request.line.contains("org/words") && request.line.ends_with(WEIGHTS);
     assert!(!w.server.requests().iter().any(large), "a tokenizer needs no weights");
     // The card names them as the Hub does, and reproduces the merge.
     let card = fs::read_to_string(w.path("hub-out/README.md")).unwrap();
@@ -369,7 +393,10 @@ fn tasks_take_data_files_of_the_hub() {
     let w = World::new();
     write_tasks(&w.path("data"));
     let rows = |file: &str| fs::read(w.path("data/copy").join(file)).unwrap();
-    let files = BTreeMap::from([("copy/train.jsonl".to_owned(), rows("train.jsonl")), ("eval.jsonl".into(), rows("eval.jsonl"))]);
+    let files = BTreeMap::from([
+        ("copy/train.jsonl".to_owned(), rows("train.jsonl")),
+        ("eval.jsonl".into(), rows("eval.jsonl")),
+    ]);
     let repo = Repo { commit: OLD.into(), files, ..Repo::default() };
     w.server.add("datasets/org/rows", repo.clone());
     let place = "hf://datasets/org/rows";
@@ -379,7 +406,10 @@ fn tasks_take_data_files_of_the_hub() {
     };
     let train = "--batch-size 2 --steps 2 --device cpu --threads 1";
     let probe = |data: &str, out: &str| {
-        w.run("cpift-probe", &format!("--base org/base --tasks {data} --task copy {train} --out {out} --skip-up-to-date"))
+        w.run(
+            "cpift-probe",
+            &format!("--base org/base --tasks {data} --task copy {train} --out {out} --skip-up-to-date"),
+        )
     };
     toml(&format!("{place}/copy/train.jsonl"), &format!("{place}@{OLD}/eval.jsonl"));
     probe("tasks.toml", "probe").ok();

@@ -286,8 +286,11 @@ fn answer(path: &str, request: &Request, state: &Mutex<State>) -> (Answer, Strin
         return (Answer::refusal(404, "RevisionNotFound", &format!("Invalid rev id: {revision}")), none());
     }
     if *route == "revision" {
-        let siblings: Vec<_> =
-            repo.files.iter().map(|(name, bytes)| json!({"rfilename": name, "size": repo.claimed.unwrap_or(bytes.len() as u64)})).collect();
+        let siblings: Vec<_> = repo
+            .files
+            .iter()
+            .map(|(name, bytes)| json!({"rfilename": name, "size": repo.claimed.unwrap_or(bytes.len() as u64)}))
+            .collect();
         let body = json!({"id": id, "sha": repo.commit, "siblings": siblings}).to_string().into_bytes();
         return (Answer { status: 200, headers: vec![], body }, none());
     }

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -24,6 +24,15 @@ const MAX_INFO: u64 = 64 << 20;
 const MAX_REDIRECTS: usize = 5;
 /// Requests that are sent, if the answer may be another one later.
 pub(super) const TRIES: u32 = 4;
+/// Errors of connections that were made.
+const BROKEN: [ErrorKind; 6] = [
+    ErrorKind::ConnectionReset,
+    ErrorKind::ConnectionAborted,
+    ErrorKind::BrokenPipe,
+    ErrorKind::UnexpectedEof,
+    ErrorKind::TimedOut,
+    ErrorKind::WouldBlock,
+];
 /// Longest wait that a server can ask for.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
@@ -287,13 +296,7 @@ impl Client {
     ///
     /// # Errors
     /// Without an answer that has them.
-    pub fn content(
-        &self,
-        name: &Name,
-        commit: &str,
-        path: &str,
-        offset: u64,
-    ) -> Result<Response<Body>, Failure> {
+    pub fn content(&self, name: &Name, commit: &str, path: &str, offset: u64) -> Result<Response<Body>, Failure> {
         let url = self.file_url(name, commit, path);
         self.accepted(name, self.follow("GET", &url, (offset > 0).then_some(offset), true)?)
     }
@@ -444,18 +447,19 @@ pub(super) fn unanswered(host: &str, error: &ureq::Error) -> Failure {
         | ureq::Error::HostNotFound
         | ureq::Error::ConnectionFailed
         | ureq::Error::ConnectProxyFailed(_) => unreachable(host, &error.to_string()),
-        ureq::Error::Io(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => unreachable(host, &io.to_string()),
+        // A connection that was there, and no name, route or server before.
+        ureq::Error::Io(io) if !BROKEN.contains(&io.kind()) => unreachable(host, &io.to_string()),
         ureq::Error::Timeout(_) => reachable("no answer within the time limit".to_owned()),
         other => reachable(other.to_string()),
     }
 }
 
 fn unreachable(host: &str, why: &str) -> Failure {
-    Failure::new(Kinds::Unreachable, format!("not in {}, and {host} cannot be reached: {why}", super::cache::shown()))
-        .hint(
-            "without network, fill the cache elsewhere (hf download) and copy it, or set HF_HUB_CACHE; HF_ENDPOINT names \
+    let message = format!("no complete copy in {}, and {host} cannot be reached: {why}", super::cache::shown());
+    Failure::new(Kinds::Unreachable, message).hint(
+        "without network, fill the cache elsewhere (hf download) and copy it, or set HF_HUB_CACHE; HF_ENDPOINT names \
              a mirror, HTTPS_PROXY a proxy",
-        )
+    )
 }
 
 #[cfg(test)]

@@ -34,12 +34,7 @@ const POLL: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// A refusal, a broken connection, or a cache that cannot be written.
-pub(super) fn model(
-    client: &Client,
-    name: &Name,
-    begun: Option<&Snapshot>,
-    need: Need,
-) -> Result<Snapshot, Failure> {
+pub(super) fn model(client: &Client, name: &Name, begun: Option<&Snapshot>, need: Need) -> Result<Snapshot, Failure> {
     let revision = begun.map_or(name.revision(), |snapshot| snapshot.commit());
     let listing = client.listing(name, revision)?;
     let paths: Vec<&str> = listing.files.iter().map(|file| file.path.as_str()).filter(|path| is_inside(path)).collect();
@@ -168,7 +163,8 @@ impl<'a> Target<'a> {
             let name = format!("{}.lock", metadata.etag);
             let lock = lock(&self.cache.join(".locks").join(self.name.folder()).join(name))?;
             if !is_whole() {
-                Transfer { target: self, path, metadata: &metadata, bar, stop, is_locked: lock.is_some() }.run(&blob)?;
+                Transfer { target: self, path, metadata: &metadata, bar, stop, is_locked: lock.is_some() }
+                    .run(&blob)?;
             }
         }
         self.link(path, &metadata.etag)
@@ -312,7 +308,8 @@ impl Transfer<'_> {
             self.bar.set_position(self.bar.position().saturating_sub(part.length));
             part.restart()?;
         }
-        let length = response.headers().get("content-length").and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+        let length =
+            response.headers().get("content-length").and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
         if let Some(length) = length.filter(|length| part.length + length != size) {
             return Err(self.wrong_size(part, part.length + length));
         }

@@ -103,7 +103,9 @@ fn weights_of<'a>(files: &[&'a str], of_diffusers: bool) -> Result<Vec<&'a str>,
         }
     };
     // A single file comes before shards, as in transformers.
-    if let Some(single) = chosen.iter().copied().find(|file| USUAL.iter().any(|u| name(file) == format!("{u}.safetensors"))) {
+    if let Some(single) =
+        chosen.iter().copied().find(|file| USUAL.iter().any(|u| name(file) == format!("{u}.safetensors")))
+    {
         chosen = vec![single];
     }
     chosen.extend(adapters);
@@ -172,12 +174,17 @@ mod tests {
     use super::*;
 
     fn wants(files: &[&str]) -> Vec<String> {
-        wanted(files, Need::Model).unwrap_or_else(|e| panic!("{}", e.about("x"))).iter().map(|f| f.to_string()).collect()
+        wanted(files, Need::Model)
+            .unwrap_or_else(|e| panic!("{}", e.about("x")))
+            .iter()
+            .map(|f| f.to_string())
+            .collect()
     }
 
     #[test]
     fn weights_come_with_their_index_and_the_files_beside_them() {
-        let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"];
+        let shards =
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"];
         let beside = ["config.json", "tokenizer.model", "modeling_x.py", "chat_template.jinja", "merges.txt"];
         let more = [
             "README.md",
