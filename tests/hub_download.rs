@@ -1,5 +1,5 @@
-//! Models and data of the Hugging Face Hub that the local cache lacks: downloaded from a server that
-//! speaks the Hub's routes, into the layout of huggingface_hub.
+//! Models and data of the Hugging Face Hub that the local cache lacks: downloaded from a server
+//! that speaks the Hub's routes, into the layout of huggingface_hub.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -264,9 +264,9 @@ impl Tasks {
         }
     }
 
-    /// Digest of the settings of the tasks `names`, in array order: their entries, and the chat
-    /// template of the whole file. Comments, the order of keys and other tasks do not affect it. The
-    /// commits of datasets on the Hub do.
+    /// Digest of the settings of the tasks `names`, in array order: their entries, with the commits
+    /// of datasets on the Hub, and the chat template of the whole file. Comments, the order of keys
+    /// and other tasks do not affect it.
     ///
     /// # Errors
     /// [`BadInput`] if tasks name different templates or the template cannot be read.

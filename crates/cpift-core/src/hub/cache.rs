@@ -7,8 +7,6 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-use super::prefix;
-
 /// The value of a variable that is set and not empty.
 pub(super) fn variable(name: &str) -> Option<OsString> {
     env::var_os(name).filter(|value| !value.is_empty())
@@ -44,6 +42,16 @@ pub(super) fn shown() -> String {
 pub(super) enum Kind {
     Model,
     Dataset,
+}
+
+impl Kind {
+    /// First part of the names of its directories and addresses.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
 }
 
 /// Name of a repository and a revision.
@@ -114,7 +122,7 @@ impl Name {
 
     /// Name of its directory in the cache.
     pub fn folder(&self) -> String {
-        format!("{}--{}", prefix(self.kind), self.id.replace('/', "--"))
+        format!("{}--{}", self.kind.prefix(), self.id.replace('/', "--"))
     }
 
     /// The name pinned to a commit.
@@ -182,8 +190,8 @@ pub(crate) fn snapshot(text: &str) -> Option<Snapshot> {
     if Path::new(text).exists() { None } else { Name::of_model(text)?.snapshot() }
 }
 
-/// `org/name@commit`, or `datasets/org/name@commit`, of a directory, or a file, in a snapshot of the
-/// cache.
+/// `org/name@commit`, or `datasets/org/name@commit`, of a directory, or a file, in a snapshot of
+/// the cache.
 pub(crate) fn repository(path: &Path) -> Option<String> {
     let parts: Vec<&str> = path.components().filter_map(|part| part.as_os_str().to_str()).collect();
     parts.windows(3).find_map(|parts| match parts {

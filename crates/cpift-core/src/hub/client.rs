@@ -13,7 +13,6 @@ use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 
 use super::cache::{Kind, Name, home, is_commit, path_in, variable};
-use super::prefix;
 use crate::error::BadInput;
 
 /// Address of the Hub, unless HF_ENDPOINT is set.
@@ -252,7 +251,7 @@ impl Client {
             #[serde(default)]
             siblings: Vec<ListedFile>,
         }
-        let kind = prefix(name.kind);
+        let kind = name.kind.prefix();
         let url = format!("{}/api/{kind}/{}/revision/{}?blobs=true", self.endpoint, name.id, escaped(revision, false));
         let (mut body, url) = (String::new(), &url);
         self.retried(|| {

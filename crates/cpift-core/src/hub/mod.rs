@@ -5,8 +5,8 @@
 //! or has a part of it, files are downloaded, unless HF_HUB_OFFLINE is set.
 //!
 //! Downloads go through `ureq`, an HTTP client without an asynchronous runtime, instead of the
-//! `hf-hub` crate: version 1.0 of that brings tokio, reqwest and hf-xet, and neither it nor 0.5 reads
-//! HF_HUB_OFFLINE, resumes a broken transfer and checks the result.
+//! `hf-hub` crate: version 1.0 of that brings tokio, reqwest and hf-xet, and neither it nor 0.5
+//! reads HF_HUB_OFFLINE, resumes a broken transfer and checks the result.
 
 mod cache;
 mod client;
@@ -20,7 +20,7 @@ use anyhow::Result;
 
 use crate::error::BadInput;
 pub use cache::named;
-use cache::{Kind, Name, Snapshot};
+use cache::{Name, Snapshot};
 pub(crate) use cache::{repository, snapshot};
 use client::{Client, is_offline};
 pub use select::Need;
@@ -54,8 +54,8 @@ pub(crate) fn with_adapters(text: &str, need: Option<Need>) -> Result<Option<(Os
     }))
 }
 
-/// The snapshot that `text`, `org/name[@revision]`, names: in the cache, or downloaded into it. None
-/// for a path: `text` has another form, or exists, or lies in a directory that exists.
+/// The snapshot that `text`, `org/name[@revision]`, names: in the cache, or downloaded into it.
+/// None for a path: `text` has another form, or exists, or lies in a directory that exists.
 fn fetched(text: &str, need: Need) -> Result<Option<Snapshot>> {
     let Some(found) = snapshot(text) else {
         let Some(name) = Name::of_model(text).filter(|name| !name.is_local_path(text)) else { return Ok(None) };
@@ -153,12 +153,4 @@ pub fn hinted(error: BadInput, path: &Path) -> BadInput {
         ),
         false => format!("a model of the Hugging Face Hub must be in {}: hf download {text}", cache::shown()),
     })
-}
-
-/// Directory name of the repositories of a kind.
-fn prefix(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Model => "models",
-        Kind::Dataset => "datasets",
-    }
 }
