@@ -431,7 +431,7 @@ fn tasks_take_data_files_of_the_hub() {
     probe("tasks.toml", "probe").ok().says(&["must be made"]);
     assert!(repo_folder.join("snapshots").join(NEW).join("copy/train.jsonl").is_file());
 
-    w.run("cpift-train", &format!("run --model org/base --tasks tasks.toml {train} --no-freeze --out trained")).ok();
+    w.run("cpift-train", &format!("run --model org/base --tasks tasks.toml {train} --out trained")).ok();
     w.run("cpift-eval", "run --model org/base --tasks tasks.toml --device cpu --out scores").ok();
     for (train, parts) in [
         (format!("{place}/none.jsonl"), ["none.jsonl", "has no such file"]),
