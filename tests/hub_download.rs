@@ -439,6 +439,6 @@ fn tasks_take_data_files_of_the_hub() {
         ("hf://org/rows/x.jsonl".to_owned(), ["hf://org/rows/x.jsonl", "hf://datasets/ORG/NAME"]),
     ] {
         toml(&train, "data/copy/eval.jsonl");
-        w.run("cpift-probe", "--base org/base --tasks tasks.toml --list").bad_input(&parts);
+        w.run("cpift-probe", "--tasks tasks.toml --list").bad_input(&parts);
     }
 }

@@ -29,8 +29,8 @@ use shared::{DensityArgs, ElectArgs, LayoutArgs, ModelArgs, SphereArgs, SweepArg
 ///
 /// Checkpoints are directories of transformers, diffusers or sentence-transformers, or single
 /// safetensors files, in F64, F32, F16, BF16 or F8. org/name[@revision] is a model of the Hugging
-/// Face Hub, from its local cache or downloaded. MODEL+ADAPTER is a model with a LoRA adapter merged
-/// into it while it is read. The output has the layout of the base. All inputs are checked
+/// Face Hub, from its local cache or downloaded. MODEL+ADAPTER is a model with a LoRA adapter
+/// merged into it while it is read. The output has the layout of the base. All inputs are checked
 /// before any output starts; the output appears complete or not at all.
 ///
 /// Exit codes: 0 done; 1 failed; 2 usage; 3 bad input.

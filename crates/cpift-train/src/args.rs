@@ -118,8 +118,8 @@ pub struct PreviewArgs {
 /// Arguments of `plan`.
 #[derive(clap::Args, Debug)]
 pub struct PlanArgs {
-    /// Model: a Hugging Face directory, or org/name[@revision] on the Hub; only config.json and the headers of
-    /// its weights are read
+    /// Model: a Hugging Face directory, or org/name[@revision] on the Hub; only config.json and the
+    /// headers of its weights are read
     #[arg(long, value_name = "MODEL", required_unless_present = "model_config", help_heading = IO)]
     pub model: Option<PathBuf>,
     /// A model's config.json instead of a directory
