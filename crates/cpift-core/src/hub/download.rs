@@ -44,12 +44,16 @@ pub(super) fn model(client: &Client, name: &Name, begun: Option<&Snapshot>, need
     let target = Target::new(client, name, &listing.commit)?;
     // While the mark exists, no process takes the snapshot for complete.
     let mark = unfinished_mark(&target.cache, &name.folder(), &target.commit);
+    let is_begun = mark.exists();
     let _lock = lock(&mark)?;
     target.fetch(&files)?;
     if begun.is_none() {
         target.write_ref()?;
     }
-    let _ = fs::remove_file(&mark);
+    // A download of weights that another run has begun goes on to be unfinished.
+    if need == Need::Model || !is_begun {
+        let _ = fs::remove_file(&mark);
+    }
     Ok(target.snapshot())
 }
 

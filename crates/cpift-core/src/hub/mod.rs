@@ -65,7 +65,8 @@ fn fetched(text: &str, need: Need) -> Result<Option<Snapshot>> {
         let downloaded = download::model(&Client::new()?, &name, None, need);
         return downloaded.map(Some).map_err(|failure| failure.about(text).into());
     };
-    let Some(missing) = select::missing(&found.path, need).or_else(|| found.unfinished()) else {
+    let unfinished = || if need == Need::Model { found.unfinished() } else { None };
+    let Some(missing) = select::missing(&found.path, need).or_else(unfinished) else {
         return Ok(Some(found));
     };
     let incomplete = format!("{text}: the cache lacks {missing}");
