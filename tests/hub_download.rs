@@ -218,7 +218,8 @@ fn damaged_files_are_refused_and_not_kept() {
         w.server.fail(WEIGHTS, fault, 1);
         w.verify().bad_input(&["org/base", WEIGHTS, text, "expected", "found", "run again"]);
         assert!(!w.snapshot(WEIGHTS).exists());
-        assert!(w.blobs().iter().all(|blob| blob.len() == 40), "{:?}", w.blobs());
+        // The other files may be unfinished.
+        assert!(w.blobs().iter().all(|blob| blob.len() < 64), "{:?}", w.blobs());
     }
     w.server.fail("config.json", Fault::Shorter(1), 1);
     fs::remove_dir_all(w.cached(BASE)).unwrap();
