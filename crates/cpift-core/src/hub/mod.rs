@@ -106,7 +106,7 @@ impl<'a> DataFile<'a> {
     ///
     /// # Errors
     /// [`BadInput`] for another URL of this scheme.
-    pub fn parse(text: &'a str) -> Result<Option<Self>, BadInput> {
+    pub fn parse(text: &'a str) -> Result<Option<Self>> {
         let Some(rest) = text.strip_prefix("hf://") else { return Ok(None) };
         let (name, path) = Name::of_data_file(rest).ok_or_else(|| {
             BadInput::new(text, "is no data file of the Hugging Face Hub")
@@ -119,7 +119,7 @@ impl<'a> DataFile<'a> {
     pub fn cached(&self) -> Option<CachedFile> {
         let snapshot = self.name.snapshot()?;
         let path = snapshot.path.join(self.path);
-        path.is_file().then(|| CachedFile { path, pinned: snapshot.pinned })
+        path.is_file().then_some(CachedFile { path, pinned: snapshot.pinned })
     }
 
     /// The file in the cache, downloaded if it is not there.
