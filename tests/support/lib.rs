@@ -2,6 +2,7 @@
 
 pub mod chain;
 pub mod ends;
+pub mod hub;
 pub mod layout;
 pub mod masks;
 pub mod model;

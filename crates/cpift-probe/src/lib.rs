@@ -43,7 +43,7 @@ const FISHER_HEADING: &str = "Method";
 #[derive(Parser, Debug)]
 #[command(name = "cpift-probe", version)]
 pub struct Args {
-    /// Base checkpoint θ⁽⁰⁾: a Hugging Face directory
+    /// Base checkpoint θ⁽⁰⁾: a Hugging Face directory, or org/name[@revision] on the Hub
     #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "MODEL")]
     #[arg(required_unless_present = "list", help_heading = IO)]
     pub base: Option<PathBuf>,

@@ -7,11 +7,11 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use cpift_core::files::hub;
 use cpift_core::format::checkpoint::{read_config, with_head_of, with_torch_dtype};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
 use cpift_core::format::tasks::Task;
+use cpift_core::hub;
 use cpift_core::{BadInput, Checkpoint, Dtype};
 use cpift_data::{ChatText, MaxLength};
 use serde_json::Value;

@@ -91,7 +91,8 @@ pub struct VerifyArgs {
 /// Arguments of `preview`.
 #[derive(clap::Args, Debug)]
 pub struct PreviewArgs {
-    /// Checkpoint whose tokenizer and chat template are used: a Hugging Face directory
+    /// Checkpoint whose tokenizer and chat template are used: a Hugging Face directory, or
+    /// org/name[@revision] on the Hub
     #[arg(long, value_name = "MODEL", help_heading = IO)]
     pub model: PathBuf,
     /// Task list, tasks.toml
@@ -117,7 +118,8 @@ pub struct PreviewArgs {
 /// Arguments of `plan`.
 #[derive(clap::Args, Debug)]
 pub struct PlanArgs {
-    /// Model: a Hugging Face directory; only config.json and the headers of its weights are read
+    /// Model: a Hugging Face directory, or org/name[@revision] on the Hub; only config.json and the
+    /// headers of its weights are read
     #[arg(long, value_name = "MODEL", required_unless_present = "model_config", help_heading = IO)]
     pub model: Option<PathBuf>,
     /// A model's config.json instead of a directory
@@ -169,7 +171,7 @@ pub struct PlanArgs {
 /// plan resolves the skipped ones to stages, examples and digests.
 #[derive(clap::Args, Debug, Serialize)]
 pub struct RunArgs {
-    /// Checkpoint to start from: a Hugging Face directory
+    /// Checkpoint to start from: a Hugging Face directory, or org/name[@revision] on the Hub
     #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "MODEL", help_heading = IO)]
     #[serde(skip)]
     pub model: PathBuf,

@@ -10,13 +10,13 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::error::BadInput;
-use crate::files::hub;
 use crate::files::naming::RECORD_NAME;
 use crate::files::staging::{self, StagedFile, StagedPath};
 use crate::format::checkpoint::reader::Checkpoint;
 use crate::format::digest::{Digest, DigestRecord, FileStamp};
 use crate::format::json;
 use crate::format::tasks::Tasks;
+use crate::hub;
 
 /// Format version of cpift.json that this program reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
