@@ -98,7 +98,7 @@ SHORT = [1.0, 1.05, 1.2, 1.6, 2.1, 3.0]
 def longrope(**changes) -> dict:
     """The settings of phi4_mini with `changes`."""
     return {"rope_parameters": rope(1e4, rope_type="longrope", partial_rotary_factor=0.75, short_factor=SHORT,
-                                    long_factor=[8.0] * 6, original_max_position_embeddings=32) | changes}
+                                    long_factor=[8.0] * 6, original_max_position_embeddings=48) | changes}
 
 
 CASES = {
@@ -141,7 +141,7 @@ CASES = {
     "phi4_mini": Case("phi3", dict(
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, sliding_window=262144, rope_parameters=rope(
             1e4, rope_type="longrope", partial_rotary_factor=0.75, short_factor=SHORT, long_factor=[8.0] * 6,
-            original_max_position_embeddings=32), original_max_position_embeddings=32), {
+            original_max_position_embeddings=48), original_max_position_embeddings=48), {
                 "factors": longrope(short_factor=[1.0] * 6),
                 "partial rotation": longrope(partial_rotary_factor=1.0, short_factor=SHORT + [1.5, 1.5], long_factor=[8.0] * 8),
                 "attention factor": longrope(attention_factor=1.0)},
