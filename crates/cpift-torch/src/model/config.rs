@@ -370,6 +370,12 @@ fn ropes(d: &Descriptor, fields: &Fields, windows: &[Option<i64>]) -> Result<Vec
         }),
         false => None,
     };
+    // transformers ignores settings of Gemma 3 that are not by layer type.
+    let by_type = |value: &Value| value.get("full_attention").is_some();
+    if d.local_rope && fields.get("rope_parameters").is_some_and(|value| !by_type(value)) {
+        let error = fields.bad("rope_parameters has one setting for all layers");
+        return Err(error.expected("an entry full_attention and an entry sliding_attention").into());
+    }
     let of_block = |(layer, window): (usize, &Option<i64>)| {
         if let Some(local) = local.as_ref().filter(|_| window.is_some()) {
             return Ok(local.clone());
@@ -380,6 +386,10 @@ fn ropes(d: &Descriptor, fields: &Fields, windows: &[Option<i64>]) -> Result<Vec
                 format!("the rotary settings by layer type have none for {layer_type}, which layer {layer} is");
             return Err(fields.bad(message).expected(format!("an entry {layer_type} in rope_parameters")).into());
         };
+        // transformers computes Phi-3's yarn as longrope.
+        if d.family == Family::Phi3 && !matches!(rope.scaling, RopeScaling::Default | RopeScaling::LongRope { .. }) {
+            return Err(fields.bad("a rotary scaling that Phi-3 does not have").expected("default or longrope").into());
+        }
         if rope.partial != 1.0 && !d.fields.contains(&"partial_rotary_factor") {
             let message = format!("partial_rotary_factor = {} is not a setting of this architecture", rope.partial);
             return Err(fields.bad(message).expected("1 (the whole head is rotated)").into());
@@ -517,6 +527,13 @@ mod tests {
         let c = read("Phi3ForCausalLM", &phi).unwrap();
         assert_eq!((c.max_position_embeddings, c.windows[0], c.unknown_fields.len()), (4096, Some(262_144), 0));
         assert_eq!(rotated(c.head_dim, c.ropes[0].as_ref().unwrap()), 96);
+        let mut yarn = phi.clone();
+        yarn["rope_scaling"] = json!({"type": "yarn", "factor": 32.0});
+        assert!(read("Phi3ForCausalLM", &yarn).unwrap_err().to_string().contains("default or longrope"));
+        let mut short = phi;
+        short["rope_scaling"]["short_factor"] = json!(vec![1.0; 64]);
+        let error = read("Phi3ForCausalLM", &short).unwrap_err().to_string();
+        assert!(error.contains("expected: 48 numbers") && error.contains("64 numbers"), "{error}");
         let olmo = read("Olmo2ForCausalLM", &json!({"attention_bias": false, "rope_theta": 500_000})).unwrap();
         assert_eq!((olmo.qk_norm_widths(), olmo.tie_word_embeddings), (Some([64, 64]), false));
         let granite = json!({"attention_multiplier": 0.015_625, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
@@ -552,6 +569,10 @@ mod tests {
         let [local, global] = [4, 5].map(|layer| c.ropes[layer].as_ref().unwrap());
         assert_eq!((local.theta, &local.scaling), (1e4, &RopeScaling::Default));
         assert_eq!((global.theta, &global.scaling), (1e6, &RopeScaling::Linear { factor: 8.0 }));
+        let mut flat = whole.clone();
+        flat["text_config"]["rope_scaling"] = Value::Null;
+        flat["text_config"]["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 1e6});
+        assert!(read(&flat).unwrap_err().to_string().contains("one setting for all layers"));
         whole["some_new_multiplier"] = json!(2.0);
         assert!(read(&whole).unwrap_err().to_string().contains("some_new_multiplier"));
         whole.as_object_mut().unwrap().remove("some_new_multiplier");
