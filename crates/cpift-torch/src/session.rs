@@ -7,21 +7,24 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use cpift_core::format::checkpoint::{read_config, with_head_of, with_torch_dtype};
+use cpift_core::format::checkpoint::{Excluded, read_config, with_head_of, with_torch_dtype};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
 use cpift_core::format::tasks::Task;
 use cpift_core::hub;
-use cpift_core::{BadInput, Checkpoint, Dtype};
+use cpift_core::{BadInput, Checkpoint, Dtype, TensorView};
 use cpift_data::{ChatText, MaxLength};
 use serde_json::Value;
 use tch::{Device, Kind, no_grad};
 
 use crate::home::{self, Home, UnitHome};
-use crate::model::{CausalLM, EMBEDDING, ModelConfig};
+use crate::model::{CausalLM, ModelConfig};
 use crate::pieces::{Pieces, whole_pieces};
 use crate::placement::Placement;
 use crate::weights::{self, Parameters, Saver};
+
+/// Files of the inputs other than text.
+const PROCESSOR_FILES: [&str; 2] = ["preprocessor_config.json", "processor_config.json"];
 
 /// Dtypes of weights and computation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +64,9 @@ pub struct Session {
     pub text: ChatText,
     config: Value,
 }
+
+/// End of the name of the embedding table.
+const EMBEDDING: &str = "embed_tokens.weight";
 
 static STRICT_CONFIG: AtomicBool = AtomicBool::new(false);
 
@@ -118,9 +124,10 @@ impl ModelInfo {
     /// [`BadInput`] for weights that cannot be used; no room for them.
     pub fn load_at(self, placement: Placement, precision: Precision) -> Result<Session> {
         let Self { folder, config, mut numbers, text } = self;
-        let checkpoint = Checkpoint::open(&folder)?;
+        let mut checkpoint = Checkpoint::open(&folder)?;
         let config = with_head_of(checkpoint.tied(), config);
         numbers.untie_as(&checkpoint);
+        numbers.keep_text(&mut checkpoint);
         let digest = checkpoint.digest()?;
         let parameters = if placement.lends() {
             weights::refuse_quantised(&checkpoint)?;
@@ -191,7 +198,18 @@ impl Session {
     /// # Errors
     /// A weight that is not finite in `dtype`, a failed write, or a failed collective.
     pub(crate) fn save_pieces(&self, pieces: &Pieces, folder: Option<&Path>, dtype: Dtype) -> Result<()> {
-        let saver = folder.map(|folder| Saver::create(pieces, folder, dtype)).transpose()?;
+        self.save_beside(pieces, &[], folder, dtype)
+    }
+
+    /// As [`Session::save_pieces`], with the tensors `others` of the checkpoint unchanged.
+    fn save_beside(
+        &self,
+        pieces: &Pieces,
+        others: &[TensorView<'_>],
+        folder: Option<&Path>,
+        dtype: Dtype,
+    ) -> Result<()> {
+        let saver = folder.map(|folder| Saver::create(pieces, others, folder, dtype)).transpose()?;
         let write = |name: &str, tensor: &tch::Tensor| saver.as_ref().map_or(Ok(()), |saver| saver.write(name, tensor));
         match self.model.unit_home() {
             Some(home) => home.each_whole(pieces, write),
@@ -205,8 +223,14 @@ impl Session {
     /// # Errors
     /// A weight that is not finite in `dtype`, a failed write, or a failed collective.
     pub fn save(&self, staged: Option<&Path>, dtype: Dtype) -> Result<()> {
-        self.save_pieces(&self.pieces(), staged, dtype)?;
+        let skipped = self.checkpoint.not_parameters().filter(|(_, why)| *why == Excluded::Skipped);
+        let others: Vec<TensorView<'_>> = skipped.map(|(view, _)| view).collect();
+        self.save_beside(&self.pieces(), &others, staged, dtype)?;
         let Some(staged) = staged else { return Ok(()) };
+        for file in PROCESSOR_FILES.map(|name| self.folder.join(name)).iter().filter(|file| file.exists()) {
+            let to = staged.join(file.file_name().unwrap_or_default());
+            fs::copy(file, &to).with_context(|| format!("copying {} to {}", file.display(), to.display()))?;
+        }
         let config = with_torch_dtype(self.config.clone(), dtype);
         let path = staged.join("config.json");
         fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;
@@ -219,7 +243,7 @@ impl Session {
 /// row-major, because lookups read its rows.
 fn store_by_columns(parameters: &mut Parameters) {
     no_grad(|| {
-        for (_, weight) in parameters.iter_mut().filter(|(name, w)| w.dim() == 2 && *name != EMBEDDING) {
+        for (_, weight) in parameters.iter_mut().filter(|(name, w)| w.dim() == 2 && !name.ends_with(EMBEDDING)) {
             // Into the same variable, which the model shares.
             let by_columns = weight.detach().tr().contiguous().tr();
             weight.set_data(&by_columns);

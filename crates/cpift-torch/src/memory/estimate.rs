@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::job::{F32, Job, PROGRAM, Sizes, dimensions, gib};
 use crate::args::Offload;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, NormWeight};
 
 /// Parts of the memory, in the order of [`Moment::bytes`].
 pub const PARTS: [&str; 10] =
@@ -312,10 +312,17 @@ impl Block {
         let c = &job.config;
         let [e, f, d, h, k, _] = dimensions(c);
         let (n, b) = (job.tokens, job.compute_bytes());
-        let head_norms = if c.qk_norm { norm(c, b, (h + k) * d, true) } else { 0 };
-        let norms = norm(c, b, e, false) + norm(c, b, e, true) * if c.gemma_norms { 3 } else { 1 };
+        let head_norms = if c.qk_norm.is_some() { norm(c, b, (h + k) * d, true) } else { 0 };
+        let [before_attention, others @ ..] = c.block_norms.names();
+        let others = others.iter().flatten().count() as u64;
+        let norms = if before_attention.is_some() { norm(c, b, e, false) } else { 0 } + others * norm(c, b, e, true);
+        // Inputs of the matrices of attention and MLP; without a norm before it, attention has the
+        // block's own.
+        let inputs = if before_attention.is_some() { 2 * e * b } else { e * b };
+        // Values are a view of the product with q and k, which keeps it.
+        let fused = if c.fused { (h + k) * d * b } else { 0 };
         let mlp = 4 * f * b;
-        let fixed = norms + head_norms + 2 * e * b + mlp;
+        let fixed = norms + head_norms + inputs + fused + mlp;
         let scores = scores(job);
         Self {
             input: n * e * b,
@@ -332,7 +339,7 @@ impl Block {
 /// `own`: not saved by another operation), and the normed values before the weight.
 fn norm(c: &ModelConfig, bytes: u64, width: u64, own: bool) -> u64 {
     let input = if bytes != F32 || own { F32 } else { 0 };
-    let normed = if c.gemma_norms { F32 } else { bytes };
+    let normed = if c.norm_weight == NormWeight::Plain { bytes } else { F32 };
     width * (input + normed)
 }
 
@@ -399,7 +406,8 @@ impl Head {
         // Logits, their cast in log_softmax, log-probabilities; with a soft cap also tanh, slope
         // and capped logits.
         let capped = if c.logit_softcap.is_some() { 2 * b + F32 } else { 0 };
-        let forward = chunk * (b + cast + F32 + capped);
+        let divided = if c.logit_divisor.is_some() { b } else { 0 };
+        let forward = chunk * (b + cast + F32 + capped + divided);
         // The gradient in f32 and its cast; the product for the matrix, and its f32 copy before it
         // is added.
         let slope = if c.logit_softcap.is_some() { F32 } else { 0 };

@@ -9,8 +9,9 @@ use cpift_core::stream::random::seed_for;
 use tch::{Kind, Tensor, no_grad};
 
 use super::pass::ParamGroups;
-use crate::model::EMBEDDING;
 
+/// The embedding table.
+const EMBEDDING: &str = "embed_tokens.weight";
 /// The output layer, which has no adapter, as the embedding has none.
 const HEAD: &str = "lm_head.weight";
 
@@ -46,8 +47,9 @@ impl Adapters {
     /// New adapters for every linear layer among `units`: A uniform within ±1/√(inputs), as in
     /// PEFT, and B zero.
     pub fn new(units: &ParamGroups, config: LoraConfig) -> Self {
-        let linear =
-            |(_, (name, weight)): &(usize, &(String, Tensor))| weight.dim() == 2 && *name != EMBEDDING && *name != HEAD;
+        let linear = |(_, (name, weight)): &(usize, &(String, Tensor))| {
+            weight.dim() == 2 && !name.ends_with(EMBEDDING) && !name.ends_with(HEAD)
+        };
         let adapter = |(place, (name, weight)): (usize, &(String, Tensor))| {
             let (outputs, inputs) = weight.size2().expect("two dimensions");
             tch::manual_seed(seed_for(config.seed, name) as i64);

@@ -10,7 +10,7 @@ use crate::data::Batch;
 use crate::ffi::grad;
 use crate::home::{Asked, Home, Lent, Parked};
 use crate::loss::{self, HeadLoss};
-use crate::model::{Attended, CausalLM, EMBEDDING};
+use crate::model::{Attended, CausalLM};
 use crate::weights::Parameters;
 
 /// Settings that trade work for memory.
@@ -35,9 +35,10 @@ impl ParamGroups {
     /// `embeddings`.
     pub fn new(model: &CausalLM, parameters: &Parameters, embeddings: bool) -> Self {
         let (mut list, mut places) = (Vec::new(), Vec::new());
-        for unit in &model.units {
+        for (index, unit) in model.units.iter().enumerate() {
             let start = list.len();
-            let trained = unit.iter().filter(|name| embeddings || *name != EMBEDDING);
+            // The first unit is the embedding table.
+            let trained = unit.iter().filter(|_| embeddings || index > 0);
             list.extend(trained.map(|name| (name.clone(), parameters[name].shallow_clone())));
             places.push((start..list.len()).collect());
         }
