@@ -206,7 +206,27 @@ impl Session {
     /// A weight that is not finite in `dtype`, a failed write, or a failed collective.
     pub fn save(&self, staged: Option<&Path>, dtype: Dtype) -> Result<()> {
         self.save_pieces(&self.pieces(), staged, dtype)?;
+        staged.map_or(Ok(()), |staged| self.save_settings(staged, dtype))
+    }
+
+    /// As [`Session::save`] in one process, with `weight` computing each parameter by its name.
+    ///
+    /// # Errors
+    /// As [`Session::save`], and those of `weight`.
+    pub(crate) fn save_each(
+        &self,
+        staged: Option<&Path>,
+        dtype: Dtype,
+        weight: impl Fn(&str) -> Result<tch::Tensor>,
+    ) -> Result<()> {
         let Some(staged) = staged else { return Ok(()) };
+        let saver = Saver::create(&whole_pieces(&self.parameters), staged, dtype)?;
+        self.parameters.keys().try_for_each(|name| saver.write(name, &weight(name)?))?;
+        self.save_settings(staged, dtype)
+    }
+
+    /// Writes config.json and the tokenizer.
+    fn save_settings(&self, staged: &Path, dtype: Dtype) -> Result<()> {
         let config = with_torch_dtype(self.config.clone(), dtype);
         let path = staged.join("config.json");
         fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;

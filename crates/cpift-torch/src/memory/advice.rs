@@ -120,7 +120,7 @@ fn moments(job: &Job, _: u64) -> Option<(Job, String)> {
 fn master(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
     let before = std::mem::replace(&mut job.args.master_dtype, Dtype::BF16);
-    (before != Dtype::BF16).then(|| (job, "--master-dtype bf16".to_owned()))
+    (before != Dtype::BF16 && job.lora.is_none()).then(|| (job, "--master-dtype bf16".to_owned()))
 }
 
 fn offload_moments(job: &Job, _: u64) -> Option<(Job, String)> {
@@ -133,7 +133,7 @@ fn offload_all(job: &Job, _: u64) -> Option<(Job, String)> {
 
 /// State in host memory; on the CPU it would be files, which the estimate has no room for either.
 fn offload(job: &Job, what: Offload, text: &str) -> Option<(Job, String)> {
-    let possible = job.cuda && job.args.offload == Offload::None;
+    let possible = job.cuda && job.args.offload == Offload::None && job.lora.is_none();
     let mut job = job.clone();
     job.args.offload = what;
     possible.then(|| (job, text.to_owned()))

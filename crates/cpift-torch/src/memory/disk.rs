@@ -29,7 +29,8 @@ impl Disk {
             tasks,
             checkpoint: s.total() * job.args.save_dtype.size() as u64,
             mask: s.total().div_ceil(8),
-            state: s.total() * weight + 2 * job.trained(&s) * moment,
+            state: job.trained(&s) * 2 * moment
+                + if job.lora.is_some() { 4 * job.trained(&s) } else { s.total() * weight },
             // The new state is complete before the oldest is removed.
             states: job.args.save_every.map_or(0, |_| job.args.save_total_limit as u64 + 1),
             save_dtype: job.args.save_dtype,

@@ -22,7 +22,7 @@ mod watch;
 pub use examples::{HeldOut, read_examples};
 pub use fisher::{FISHER, FisherConfig, squared_gradients};
 pub use isolation::{DynamicConfig, Isolation};
-pub use lora::LoraConfig;
+pub use lora::{LoraConfig, LoraOutput, attach as attach_adapters};
 pub use pass::{PassConfig, loss_and_gradients};
 pub use run::Run;
 pub use stage::{Stage, StageReport};

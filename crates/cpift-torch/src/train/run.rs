@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 use cpift_core::Stopped;
 use cpift_core::files::StagedDir;
+use cpift_core::format::checkpoint::ADAPTER_WEIGHTS;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::run::cli::Common;
 use cpift_core::run::signals::{Phase, SignalScope, stop_asked};
@@ -18,7 +19,7 @@ use log::info;
 use super::examples::{HeldOut, held_out_losses};
 use super::fisher::{self, FisherConfig};
 use super::isolation::{DynamicMask, Isolation};
-use super::lora::LoraConfig;
+use super::lora::{self, LoraConfig, LoraOutput};
 use super::pass::PassConfig;
 use super::stage::{Stage, StageReport, plan_steps, receive};
 use super::state::{Part, Progress, RUN, SavedState, States};
@@ -28,6 +29,7 @@ use crate::args::{Budget, TrainingArgs};
 use crate::data::{FeedConfig, Feeder, StepShare};
 use crate::freeze::Freeze;
 use crate::oom;
+use crate::pieces::Pieces;
 use crate::schedule::Schedule;
 use crate::session::Session;
 
@@ -45,7 +47,7 @@ pub struct Run<'a> {
     pub stages: Vec<Stage<'a>>,
     /// Held-out examples, if the arguments ask for their loss.
     pub held_out: Vec<HeldOut>,
-    /// Trains low-rank adapters instead of the parameters; new ones in each stage.
+    /// Trains low-rank adapters instead of the parameters, the same in all stages.
     pub lora: Option<LoraConfig>,
     /// Saves sums of squared gradients on the last stage's examples with the model.
     pub fisher: Option<FisherConfig>,
@@ -96,7 +98,7 @@ impl Run<'_> {
         // A signal while the output is written must not lose the trained weights.
         let _output = SignalScope::begin(Phase::Output);
         let folder = staged.as_ref().map(StagedDir::path);
-        self.session.save(folder, self.args.save_dtype)?;
+        self.save(folder)?;
         if let Some(config) = self.fisher {
             let examples = self.stages.last().expect("a run has a stage").examples;
             let tokens = fisher::save(self.session, examples, config, self.step_config().pass, folder)?;
@@ -107,16 +109,38 @@ impl Run<'_> {
             recorder.seed(self.args.seed);
             record(&mut recorder, &reports);
             recorder.fact(RUN, self.states.run());
-            recorder.write_into(staged.path())?;
+            match self.adapters_alone() {
+                true => recorder.write_into_for(staged.path(), ADAPTER_WEIGHTS)?,
+                false => recorder.write_into(staged.path())?,
+            }
             staged.commit()?;
             self.states.remove()?;
         }
         Ok(Some(reports))
     }
 
+    /// Returns true if the output has the adapters without the model.
+    fn adapters_alone(&self) -> bool {
+        self.lora.as_ref().is_some_and(|lora| lora.output == LoraOutput::Adapter)
+    }
+
+    /// Writes what was trained into the directory `folder`; every rank but the first takes part
+    /// without one.
+    fn save(&self, folder: Option<&Path>) -> Result<()> {
+        let (session, dtype) = (self.session, self.args.save_dtype);
+        match (&self.lora, folder) {
+            (None, folder) => session.save(folder, dtype),
+            (Some(lora), Some(folder)) if self.adapters_alone() => lora::save_adapter(session, lora, folder, dtype),
+            (Some(_), folder) => session.save_each(folder, dtype, |name| lora::merged(session, name)),
+        }
+    }
+
     /// Trains through all stages.
     fn train(&self, force: bool) -> Result<Vec<StageReport>> {
         let placement = &self.session.placement;
+        if let Some(config) = &self.lora {
+            lora::attach(&self.session.model, &self.session.parameters, config)?;
+        }
         let mut found = self.find_state(force)?;
         match &found {
             Some(state) => info!("resuming from {}", state.folder.display()),
@@ -167,7 +191,6 @@ impl Run<'_> {
             pass: PassConfig { checkpointing: self.args.gradient_checkpointing, loss_chunk: self.args.loss_chunk },
             optimizer_in_backward: self.args.optimizer_in_backward,
             train_embeddings: !self.args.freeze_embeddings,
-            lora: self.lora,
         }
     }
 
@@ -201,7 +224,11 @@ impl<'a> StageRun<'a> {
         found: Option<SavedState>,
     ) -> Result<Self> {
         if let Some(found) = &found {
-            found.load(Part::Weights, &run.session.pieces())?;
+            let trained = match run.lora {
+                Some(_) => lora::pieces(&run.session.model),
+                None => run.session.pieces(),
+            };
+            found.load(Part::Weights, &trained)?;
         }
         let finished = finished.to_vec();
         let fresh = Progress { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
@@ -289,9 +316,6 @@ impl<'a> StageRun<'a> {
             let extra = mask.blank(trainer.pieces());
             found.load(Part::Extra, &extra)?;
             mask.restore(&extra, position.step, position.importance_tokens, trainer)?;
-        } else if self.run.lora.is_some() {
-            found.load(Part::Extra, &trainer.adapters())?;
-            trainer.merge();
         }
         Ok(())
     }
@@ -343,7 +367,7 @@ impl<'a> StageRun<'a> {
         if save {
             let (clock, _saving) = (Instant::now(), SignalScope::begin(Phase::State));
             let steps = steps_of(&self.position.finished) + step;
-            let extra = moving.map_or_else(|| trainer.adapters(), |mask| mask.state(trainer.pieces()));
+            let extra = moving.map_or_else(Pieces::new, |mask| mask.state(trainer.pieces()));
             let parts =
                 [(Part::Weights, trainer.stored()), (Part::Moments, trainer.optimizer.moments()), (Part::Extra, extra)];
             let folder = self.run.states.save(steps, &self.position, &parts, &session.placement)?;

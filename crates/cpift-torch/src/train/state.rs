@@ -2,8 +2,8 @@
 //! everything the rest of a run depends on.
 //!
 //! rank-R-of-M.safetensors has the pieces that rank R of M keeps: `weights/NAME` and
-//! `moments/NAME.exp_avg` in the dtypes of training, and `extra/NAME` of adapters or of a dynamic
-//! mask (f32). Each is flat; the metadata has its start in the whole tensor and the whole shape, so
+//! `moments/NAME.exp_avg` in the dtypes of training, and `extra/NAME` of a dynamic mask (f32); of
+//! LoRA, those of the adapters only. Each is flat; the metadata has its start in the whole tensor and the whole shape, so
 //! that any number of ranks can load it. Besides, metrics.jsonl so far, and state.json with the
 //! digests of all files. The order of the data, the learning rate and the random bits follow from
 //! seed and step and are not saved. The running job writes OUT.checkpoints/metrics.jsonl, which
@@ -95,11 +95,11 @@ pub(crate) struct SavedState {
 /// Kinds of pieces in a state; the first part of their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
-    /// Master weights.
+    /// Master weights, or adapters.
     Weights,
     /// The optimizer's moments.
     Moments,
-    /// Adapters, or a dynamic mask.
+    /// A dynamic mask.
     Extra,
 }
 
