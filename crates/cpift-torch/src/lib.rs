@@ -7,6 +7,7 @@
 
 mod adapter;
 pub mod args;
+mod blockwise;
 pub mod data;
 pub mod device;
 pub mod dist;

@@ -10,7 +10,7 @@ use cpift_core::Dtype;
 use serde_json::{Value, json};
 
 use super::job::{F32, Job, PROGRAM, Sizes, dimensions, gib};
-use crate::args::Offload;
+use crate::args::{Offload, Optimizer};
 use crate::model::ModelConfig;
 
 /// Parts of the memory, in the order of [`Moment::bytes`].
@@ -38,6 +38,8 @@ impl Moment {
 const CUDA_CONTEXT: u64 = 1 << 30;
 /// Elements that an update with mixed dtypes widens at a time (see `optim`).
 const WIDENED: u64 = 1 << 24;
+/// The same with moments in 8 bits, and the bytes of their temporaries per element.
+const WIDENED_BLOCKS: (u64, u64) = (1 << 22, 24);
 
 impl Job {
     /// Memory at each moment of a step.
@@ -65,10 +67,7 @@ impl Job {
             bytes: [
                 kept_here(self.args.offload == Offload::All, s.total() * weight + F32 * layers * adapted),
                 lent,
-                kept_here(
-                    self.args.offload != Offload::None,
-                    2 * self.trained(&s) * self.args.optim_state_dtype.size() as u64,
-                ),
+                kept_here(self.args.offload != Offload::None, self.moment_bytes()),
                 gradients,
                 activations,
                 loss,
@@ -223,7 +222,8 @@ impl Job {
         let (weights, moments) = (self.args.master_dtype == Dtype::BF16, self.args.optim_state_dtype == Dtype::BF16);
         // State in host memory is copied to the device, a part at a time.
         let copied = self.cuda && self.args.offload != Offload::None;
-        if !weights && !moments && !copied {
+        let eight_bits = self.args.optim == Optimizer::Adamw8bit;
+        if !weights && !moments && !copied && !eight_bits {
             return 0;
         }
         let copies = 2 * u64::from(weights) + 2 * u64::from(moments);
@@ -231,6 +231,10 @@ impl Job {
             Some(lora) => s.adapters(&self.config, lora).max().unwrap_or(0),
             None => s.largest,
         };
+        if eight_bits {
+            let (elements, bytes) = WIDENED_BLOCKS;
+            return elements.min(largest) * (bytes + copies * F32 + 2);
+        }
         WIDENED.min(largest) * (copies * F32 + 3 * F32 + 2)
     }
 
@@ -242,8 +246,10 @@ impl Job {
     /// Table of the memory by part and moment, in GiB.
     pub fn table(&self) -> String {
         let (moments, peak) = (self.moments(), self.peak());
+        let eight_bits = self.args.optim == Optimizer::Adamw8bit;
         let names = |part: &str| match part {
             "weights" => format!("weights, {}", if self.weight_bytes() == F32 { "f32" } else { "bf16" }),
+            "moments" if eight_bits => "moments, 2 x 8 bits".to_owned(),
             "moments" => format!("moments, 2 x {}", self.args.optim_state_dtype.name().to_lowercase()),
             "casts" => "casts to bf16".to_owned(),
             "context" if self.cuda => "CUDA context".to_owned(),

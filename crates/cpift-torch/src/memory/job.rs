@@ -8,7 +8,8 @@ use cpift_core::format::checkpoint::read_config;
 use cpift_core::format::tasks::Tasks;
 use tch::{Device, Kind};
 
-use crate::args::{Offload, TrainingArgs};
+use crate::args::{Offload, Optimizer, TrainingArgs};
+use crate::blockwise::{BLOCK, SMALLEST};
 use crate::model::{EMBEDDING, ModelConfig};
 use crate::session::strict_config;
 use crate::train::LoraConfig;
@@ -131,6 +132,33 @@ impl Job {
         job.longest = self.longest.min(job.tokens);
         job.args.batch_size = size;
         job
+    }
+
+    /// Sizes of the trained tensors.
+    fn trained_tensors(&self) -> Vec<u64> {
+        let count = |shape: &[i64]| shape.iter().product::<i64>() as u64;
+        let shapes = self.config.parameter_shapes().into_iter();
+        match &self.lora {
+            Some(lora) => shapes
+                .filter(|(name, shape)| name.starts_with("model.layers.") && shape.len() == 2 && lora.adapts(name))
+                .flat_map(|(_, shape)| [shape[0], shape[1]].map(|width| (lora.rank * width) as u64))
+                .collect(),
+            None => shapes
+                .filter(|(name, _)| !(self.args.freeze_embeddings && name == EMBEDDING))
+                .map(|(_, shape)| count(&shape))
+                .collect(),
+        }
+    }
+
+    /// Bytes of both moments.
+    pub(super) fn moment_bytes(&self) -> u64 {
+        let (block, smallest) = (BLOCK as u64, SMALLEST as u64);
+        let of = |n: u64| match self.args.optim {
+            Optimizer::Adamw => n * self.args.optim_state_dtype.size() as u64,
+            Optimizer::Adamw8bit if n < smallest => n * F32,
+            Optimizer::Adamw8bit => n + F32 * n.div_ceil(block),
+        };
+        self.trained_tensors().into_iter().map(|n| 2 * of(n)).sum()
     }
 
     /// Number of trained parameters.

@@ -2,7 +2,7 @@
 //! everything the rest of a run depends on.
 //!
 //! rank-R-of-M.safetensors has the pieces that rank R of M keeps: `weights/NAME` and
-//! `moments/NAME.exp_avg` in the dtypes of training, and `extra/NAME` of a dynamic mask (f32); of
+//! `moments/NAME.exp_avg` in the dtypes of training (8-bit moments with `NAME.exp_avg_absmax`), and `extra/NAME` of a dynamic mask (f32); of
 //! LoRA, those of the adapters only. Each is flat; the metadata has its start in the whole tensor and the whole shape, so
 //! that any number of ranks can load it. Besides, metrics.jsonl so far, and state.json with the
 //! digests of all files. The order of the data, the learning rate and the random bits follow from
@@ -381,7 +381,11 @@ fn write_rank(path: &Path, parts: &[(Part, Pieces)], placement: &Placement) -> R
         parts.iter().flat_map(|(part, pieces)| pieces.iter().map(|(name, p)| (part.name(name), p))).collect();
     let spec = |(name, piece): (&String, &&Piece)| TensorSpec {
         name: name.clone(),
-        dtype: if piece.tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 },
+        dtype: match piece.tensor.kind() {
+            Kind::BFloat16 => Dtype::BF16,
+            Kind::Uint8 => Dtype::U8,
+            _ => Dtype::F32,
+        },
         shape: vec![piece.len() as usize],
     };
     let specs: Vec<TensorSpec> = all.iter().map(spec).collect();
@@ -451,7 +455,8 @@ impl RankFile {
         let size = entry.dtype.size();
         let (first, last) = ((from - place.start) as usize * size, (to - place.start) as usize * size);
         let bytes = &self.file.bytes(entry)[first..last];
-        let read = Tensor::from_data_size(bytes, &[to - from], kind_of(entry.dtype));
+        let kind = if entry.dtype == Dtype::U8 { Kind::Uint8 } else { kind_of(entry.dtype) };
+        let read = Tensor::from_data_size(bytes, &[to - from], kind);
         no_grad(|| {
             let flat = piece.tensor.detach().view([-1]);
             flat.narrow(0, from - piece.start, to - from).copy_(&read);
