@@ -167,6 +167,13 @@ pub struct TrainingArgs {
     #[arg(long, aliases = ["keep", "save_total_limit"], value_name = "N", default_value_t = 1, help_heading = RESUME)]
     #[serde(skip)]
     pub save_total_limit: usize,
+    /// Save the mean of the weights at the last N steps that --save-every saves, of which the end of
+    /// training is one, instead of the last weights. The N − 1 states before stay in
+    /// OUT.checkpoints until then, on disk; memory for one tensor at a time is added. Needs
+    /// --save-every; in the last stage alone if there are several
+    #[arg(long, alias = "average_last", value_name = "N", requires = "save_every", help_heading = RESUME)]
+    #[serde(skip)]
+    pub average_last: Option<usize>,
     /// Continue from the newest state in OUT.checkpoints, or start if there is none. --force skips
     /// states that are damaged, of another version or of another run
     #[arg(long, help_heading = RESUME)]
@@ -269,6 +276,7 @@ impl TrainingArgs {
             ),
             (self.loss_chunk > 0, "--loss-chunk must be at least 1"),
             (self.save_every != Some(0), "--save-every must be at least 1"),
+            (self.average_last != Some(0), "--average-last must be at least 1"),
             (self.save_total_limit > 0, "--save-total-limit must be at least 1"),
             (self.eval_every != Some(0) && self.eval_rows > 0, "--eval-every and --eval-rows must be at least 1"),
             (
@@ -358,6 +366,9 @@ impl TrainingArgs {
         };
         if let Budget::Epochs(epochs) = self.budget() {
             map.insert("epochs".into(), epochs.into());
+        }
+        if let (Some(count), Some(every)) = (self.average_last, self.save_every) {
+            map.insert("average_last".into(), vec![count, every].into());
         }
         let compute = if self.precision(device).compute == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 };
         map.insert("compute_dtype".into(), compute.name().into());

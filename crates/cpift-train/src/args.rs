@@ -367,6 +367,8 @@ impl LoraArgs {
             "--lora-target must be names of modules, or all-linear"
         } else if used && training.master_dtype != Dtype::F32 {
             "--lora-rank keeps the base in --compute-dtype and the adapters in f32: leave out --master-dtype"
+        } else if used && training.average_last.is_some() {
+            "--lora-rank and --average-last exclude each other: the means of A and of B have another product"
         } else if used && training.offload != Offload::None {
             "--lora-rank and --offload exclude each other"
         } else {

@@ -31,7 +31,10 @@ impl Disk {
             mask: s.total().div_ceil(8),
             state: job.moment_bytes() + if job.lora.is_some() { 4 * job.trained(&s) } else { s.total() * weight },
             // The new state is complete before the oldest is removed.
-            states: job.args.save_every.map_or(0, |_| job.args.save_total_limit as u64 + 1),
+            states: job.args.save_every.map_or(0, |_| {
+                // Those of --average-last stay, the last of which is the output itself.
+                job.args.save_total_limit.max(job.args.average_last.unwrap_or(1) - 1) as u64 + 1
+            }),
             save_dtype: job.args.save_dtype,
         }
     }

@@ -5,8 +5,9 @@
 //!
 //! [`Isolation`] says which elements may change (`importance` measures what a dynamic mask
 //! protects), `lora` trains adapters, `watch` writes metrics, `state` saves what a later start
-//! needs, `fisher` sums squared gradients after training.
+//! needs, `average` takes the mean of saved states, `fisher` sums squared gradients after training.
 
+mod average;
 mod examples;
 mod fisher;
 pub mod importance;

@@ -16,6 +16,7 @@ use cpift_core::run::signals::{Phase, SignalScope, stop_asked};
 use cpift_core::stream::random::splitmix64;
 use log::info;
 
+use super::average::{average, averaged_steps};
 use super::examples::{HeldOut, held_out_losses};
 use super::fisher::{self, FisherConfig};
 use super::isolation::{DynamicMask, Isolation};
@@ -91,6 +92,9 @@ impl Run<'_> {
         }
         // A schedule that does not fit a stage is refused before the first stage starts.
         self.stages.iter().try_for_each(|stage| self.schedule(stage).map(drop))?;
+        if let Some(last) = self.stages.last() {
+            self.averaged(last, &self.schedule(last)?)?;
+        }
         let _held = leads.then(|| self.states.hold()).transpose()?;
         let _steps = SignalScope::begin(Phase::Steps);
         let staged = leads.then(|| StagedDir::create(out, common.force())).transpose()?;
@@ -184,6 +188,14 @@ impl Run<'_> {
         self.args.schedule.of(&stage.label, stage.lr, plan_steps(stage, self.feed_config(stage)))
     }
 
+    /// Steps of `stage`, the last one, whose states are averaged with the weights at its end.
+    fn averaged(&self, stage: &Stage<'_>, schedule: &Schedule) -> Result<Vec<usize>> {
+        match (self.args.average_last, self.args.save_every) {
+            (Some(count), Some(every)) => averaged_steps(&stage.label, schedule.total_steps, every, count),
+            _ => Ok(Vec::new()),
+        }
+    }
+
     fn step_config(&self) -> StepConfig {
         StepConfig {
             optimizer: self.args.optimizer(),
@@ -214,6 +226,8 @@ struct StageRun<'a> {
     found: Option<SavedState>,
     /// A step has told all ranks to stop.
     stop: bool,
+    /// Steps of the run whose states are averaged with the weights at its end.
+    averaged: Vec<usize>,
 }
 
 impl<'a> StageRun<'a> {
@@ -234,7 +248,15 @@ impl<'a> StageRun<'a> {
         let fresh = Progress { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
         let position = found.as_ref().map_or(fresh, |f| f.position.clone());
         let schedule = run.schedule(stage)?;
-        Ok(Self { run, stage, schedule, position, found, stop: false })
+        let (before, last) = (steps_of(&position.finished), position.finished.len() + 1 == run.stages.len());
+        let averaged = if last { run.averaged(stage, &schedule)? } else { Vec::new() };
+        let averaged: Vec<usize> = averaged.into_iter().map(|step| before + step).collect();
+        // Not found out at the end of the run.
+        averaged
+            .iter()
+            .filter(|step| **step <= before + position.step)
+            .try_for_each(|step| run.states.after(*step).map(drop))?;
+        Ok(Self { run, stage, schedule, position, found, stop: false, averaged })
     }
 
     fn go(mut self, watch: &mut Watch) -> Result<StageReport> {
@@ -299,6 +321,11 @@ impl<'a> StageRun<'a> {
             Ok::<(), anyhow::Error>(())
         })?;
         let frozen = placement.total_count(trainer.freeze.as_ref().map_or(0, Freeze::len))?;
+        drop(trainer);
+        if !self.averaged.is_empty() {
+            info!("{}: averaging the weights at {} saved steps", stage.label, self.averaged.len() + 1);
+            average(&session.pieces(), &run.states, &self.averaged)?;
+        }
         Ok(self.report(frozen))
     }
 
@@ -370,7 +397,7 @@ impl<'a> StageRun<'a> {
             let extra = moving.map_or_else(Pieces::new, |mask| mask.state(trainer.pieces()));
             let parts =
                 [(Part::Weights, trainer.stored()), (Part::Moments, trainer.optimizer.moments()), (Part::Extra, extra)];
-            let folder = self.run.states.save(steps, &self.position, &parts, &session.placement)?;
+            let folder = self.run.states.save(steps, &self.position, &parts, &session.placement, &self.averaged)?;
             watch.saved(clock);
             // A signal may have arrived while the state was saved; ranks wait for the next step,
             // which tells them all.

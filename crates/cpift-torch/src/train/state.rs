@@ -205,6 +205,20 @@ impl States {
         Ok(None)
     }
 
+    /// Opens the state after step `step` of the run, which must belong to this run.
+    ///
+    /// # Errors
+    /// [`BadInput`] for a state that is missing, damaged or of another run.
+    pub(super) fn after(&self, step: usize) -> Result<SavedState> {
+        let folder = self.folder.join(format!("step-{step:07}"));
+        if !folder.exists() {
+            return Err(BadInput::new(&folder, "the state is missing, and --average-last needs it")
+                .hint("--force starts over")
+                .into());
+        }
+        self.read(&folder)
+    }
+
     /// Opens the state in `folder`, which must belong to this run.
     pub(super) fn read(&self, folder: &Path) -> Result<SavedState> {
         let (file, ranks) = parts(folder)
@@ -264,7 +278,7 @@ impl States {
     }
 
     /// Saves a state, to which every rank adds its own `parts`; removes the oldest beyond the
-    /// limit, and returns its directory.
+    /// limit except those after the steps `kept`, and returns its directory.
     ///
     /// # Errors
     /// A weight that is not finite, a failed write, a failed rank.
@@ -274,6 +288,7 @@ impl States {
         position: &Progress,
         parts: &[(Part, Pieces)],
         placement: &Placement,
+        kept: &[usize],
     ) -> Result<PathBuf> {
         let dest = self.folder.join(format!("step-{total_steps:07}"));
         let leads = placement.rank() == 0;
@@ -304,7 +319,7 @@ impl States {
         }
         if leads {
             let states = list(&self.folder)?;
-            for (_, old) in states.iter().rev().skip(self.keep) {
+            for (_, old) in states.iter().rev().skip(self.keep).filter(|(step, _)| !kept.contains(step)) {
                 discard(old)?;
             }
         }
