@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use cpift_core::format::checkpoint::{Excluded, read_config, with_head_of, with_torch_dtype};
+use cpift_core::format::checkpoint::{Excluded, model_of, read_config, with_head_of, with_torch_dtype};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
 use cpift_core::format::tasks::Task;
@@ -99,14 +99,17 @@ impl ModelInfo {
     /// # Errors
     /// [`BadInput`] if either cannot be used.
     pub fn open(folder: &Path, template: Option<&str>) -> Result<Self> {
-        if folder.symlink_metadata().is_err() {
+        // Of MODEL+ADAPTER the model.
+        let own = model_of(folder);
+        let own = own.as_deref().unwrap_or(folder);
+        if own.symlink_metadata().is_err() {
             let error = BadInput::new(folder, "no such checkpoint").expected("a Hugging Face directory");
             return Err(hub::hinted(error, folder).into());
         }
-        let config = read_config(folder)?;
-        let numbers = ModelConfig::from_json(folder, &config)?;
-        numbers.check_unknown_fields(folder, strict_config())?;
-        let text = ChatText::open(folder, template)?.with_embedding_rows(numbers.vocab_size);
+        let config = read_config(own)?;
+        let numbers = ModelConfig::from_json(own, &config)?;
+        numbers.check_unknown_fields(own, strict_config())?;
+        let text = ChatText::open(own, template)?.with_embedding_rows(numbers.vocab_size);
         Ok(Self { folder: folder.to_owned(), config, numbers, text })
     }
 
@@ -223,10 +226,34 @@ impl Session {
     /// # Errors
     /// A weight that is not finite in `dtype`, a failed write, or a failed collective.
     pub fn save(&self, staged: Option<&Path>, dtype: Dtype) -> Result<()> {
-        let skipped = self.checkpoint.not_parameters().filter(|(_, why)| *why == Excluded::Skipped);
-        let others: Vec<TensorView<'_>> = skipped.map(|(view, _)| view).collect();
-        self.save_beside(&self.pieces(), &others, staged, dtype)?;
+        self.save_beside(&self.pieces(), &self.others(), staged, dtype)?;
+        staged.map_or(Ok(()), |staged| self.save_settings(staged, dtype))
+    }
+
+    /// As [`Session::save`] in one process, with `weight` computing each parameter by its name.
+    ///
+    /// # Errors
+    /// As [`Session::save`], and those of `weight`.
+    pub(crate) fn save_each(
+        &self,
+        staged: Option<&Path>,
+        dtype: Dtype,
+        weight: impl Fn(&str) -> Result<tch::Tensor>,
+    ) -> Result<()> {
         let Some(staged) = staged else { return Ok(()) };
+        let saver = Saver::create(&whole_pieces(&self.parameters), &self.others(), staged, dtype)?;
+        self.parameters.keys().try_for_each(|name| saver.write(name, &weight(name)?))?;
+        self.save_settings(staged, dtype)
+    }
+
+    /// Tensors of the checkpoint that are not part of the model and stay as they are.
+    fn others(&self) -> Vec<TensorView<'_>> {
+        let skipped = self.checkpoint.not_parameters().filter(|(_, why)| *why == Excluded::Skipped);
+        skipped.map(|(view, _)| view).collect()
+    }
+
+    /// Writes config.json, the tokenizer and the files of other inputs.
+    fn save_settings(&self, staged: &Path, dtype: Dtype) -> Result<()> {
         for file in PROCESSOR_FILES.map(|name| self.folder.join(name)).iter().filter(|file| file.exists()) {
             let to = staged.join(file.file_name().unwrap_or_default());
             fs::copy(file, &to).with_context(|| format!("copying {} to {}", file.display(), to.display()))?;

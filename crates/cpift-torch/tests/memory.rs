@@ -138,6 +138,20 @@ fn each_option_takes_away_what_it_is_for() {
     assert_eq!(part(&frozen, "loss", "frozen"), d / 100 * 12);
 }
 
+/// One byte per element and moment, and four per block of 256; small tensors as f32.
+#[test]
+fn moments_of_8_bits_take_a_byte_per_element_and_four_per_block() {
+    let line = "--batch-size 1 --optim adamw_8bit";
+    let sizes = Sizes::of(&llama2());
+    let moments = |line: &str| part(&job(llama2(), line), "loss", "moments");
+    // Norms have 4096 elements, which is enough.
+    assert_eq!(moments(line), 2 * (sizes.total() + sizes.total() / 64));
+    let table = 32000 * 4096;
+    assert_eq!(moments(line) - moments(&format!("{line} --freeze-embeddings")), 2 * (table + table / 64));
+    let tiny = published("LlamaForCausalLM", [32, 64, 1, 4, 2, 8, 50]);
+    assert_eq!(part(&job(tiny.clone(), line), "loss", "moments"), 8 * Sizes::of(&tiny).total());
+}
+
 /// Ranks keep equal parts of the state, and whole weights of two blocks at most.
 #[test]
 fn ranks_share_the_state() {

@@ -19,7 +19,7 @@ use cpift_core::{BadInput, Checkpoint};
 use cpift_data::Example;
 use cpift_torch::args::Budget;
 use cpift_torch::data::{Part, Shuffled, balanced_sample};
-use cpift_torch::session::{ModelInfo, Session};
+use cpift_torch::session::{ModelInfo, Precision, Session};
 use cpift_torch::train::{HeldOut, States, read_examples};
 use cpift_torch::workers::Workers;
 use log::{info, warn};
@@ -95,7 +95,11 @@ impl Plan {
         let listed: Vec<Task> = chosen.iter().filter(is_listed).cloned().collect();
         let held_out = HeldOut::read(&listed, &model, &args.training)?;
         let inputs = digest_inputs(args, &chosen)?;
-        let precision = args.training.precision(placement.device);
+        let precision = match (args.training.precision(placement.device), args.lora.rank) {
+            // Weights that are not updated need no masters.
+            (precision, Some(_)) => Precision::all(precision.compute),
+            (precision, None) => precision,
+        };
         let session = model.load_at(placement, precision)?;
         let masks = open_masks(args, groups.as_ref(), &session)?;
         check_model(args, &inputs)?;

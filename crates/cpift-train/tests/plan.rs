@@ -128,6 +128,24 @@ fn blocks_of_every_family_take_what_is_computed() {
 }
 
 #[test]
+fn adapters_take_what_is_computed() {
+    let f = Fixture::new();
+    let computed = |more: &str| f.plan(more)["memory"]["peak"].as_u64().unwrap();
+    let full = computed("--batch-size 320");
+    for lora in ["--lora-rank 4", "--lora-rank 4 --lora-target q_proj,v_proj"] {
+        let small = format!("--batch-size 1 {lora}");
+        let (small, none) = (computed(&small), f.measured(&small));
+        for more in ["--batch-size 320", "--batch-size 320 --gradient-checkpointing"] {
+            let more = format!("{more} {lora}");
+            let (plan, taken) = (computed(&more) - small, f.measured(&more) - none);
+            let ratio = plan as f64 / taken as f64;
+            assert!(taken > 40 << 20 && (0.9..1.1).contains(&ratio), "{more}: computed {plan}, measured {taken}");
+            assert!(computed(&more) < full);
+        }
+    }
+}
+
+#[test]
 fn masks_of_windows_are_in_the_sum() {
     let f = Fixture::new();
     let path = f.base.join("config.json");

@@ -272,6 +272,12 @@ fn killed_with_f32_weights_and_bf16_moments() {
 }
 
 #[test]
+fn killed_with_moments_of_8_bits() {
+    let known = Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--optim", "adamw_8bit"]);
+    killed_at_random(&known, 6, 5);
+}
+
+#[test]
 fn a_state_is_for_the_tokens_it_was_trained_on() {
     let f = Fixture::new();
     // A template that prints the year.

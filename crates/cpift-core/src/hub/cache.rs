@@ -192,7 +192,7 @@ pub(crate) fn snapshot(text: &str) -> Option<Snapshot> {
 
 /// `org/name@commit`, or `datasets/org/name@commit`, of a directory, or a file, in a snapshot of
 /// the cache.
-pub(crate) fn repository(path: &Path) -> Option<String> {
+pub fn repository(path: &Path) -> Option<String> {
     let parts: Vec<&str> = path.components().filter_map(|part| part.as_os_str().to_str()).collect();
     parts.windows(3).find_map(|parts| match parts {
         [folder, "snapshots", commit] => {

@@ -19,9 +19,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use crate::error::BadInput;
-pub use cache::named;
+pub(crate) use cache::snapshot;
 use cache::{Name, Snapshot};
-pub(crate) use cache::{repository, snapshot};
+pub use cache::{named, repository};
 use client::{Client, is_offline};
 pub use select::Need;
 

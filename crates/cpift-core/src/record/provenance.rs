@@ -28,7 +28,8 @@ pub fn revision(stage: &str) -> u32 {
         // 1: ties are broken by a hash instead of by position.
         "cpift-mask" | "cpift-merge" => 1,
         // 1: the norm for clipping is f64, and rows are dealt to accumulated batches by tokens.
-        // 2: one epoch without a budget, which was 100 steps.
+        // 2: one epoch without a budget, which was 100 steps; adapters are added to the outputs of
+        // layers instead of to their weights.
         "cpift-probe" | "cpift-train" => 2,
         _ => 0,
     }

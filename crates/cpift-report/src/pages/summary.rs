@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::Result;
+use cpift_core::format::digest::Digest;
 use cpift_core::record::provenance::Provenance;
 use maud::{Markup, html};
 
@@ -109,7 +110,7 @@ fn cost(records: &[Record], model: &str) -> Option<Cost> {
         }
         cost.tokens += record.facts.get("tokens").and_then(serde_json::Value::as_u64).unwrap_or(0);
         cost.seconds += record.seconds;
-        let made = |digest| {
+        let made = |digest: &Digest| {
             let output = |other: &&&Provenance| other.output.as_ref().is_some_and(|output| output.blake3 == *digest);
             readable.iter().find(output).copied()
         };

@@ -2,7 +2,7 @@
 //!
 //! Shape suffixes: b batch, s sequence (queries), t keys, e embedding, v vocabulary.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::attention::{Attended, Attention, Documents, KvCache, Pattern, causal_window};
 use super::config::{ModelConfig, rotated, text_base};
 use super::layers::{Loader, Mlp, RmsNorm, Rope, check_all_taken, distinct_ropes};
+use crate::adapter::{AdapterSlot, LowRank};
 use crate::device::to_device;
 use crate::dist::Group;
 use crate::ffi;
@@ -72,6 +73,7 @@ pub struct CausalLM {
     pub home: Home,
     /// Ranks that share the batches of an evaluation.
     pub row_sharers: Option<Rc<Group>>,
+    slots: BTreeMap<String, AdapterSlot>,
     embed_tokens: Tensor,
     norm: RmsNorm,
     lm_head: Tensor,
@@ -93,7 +95,7 @@ impl CausalLM {
         if config.rounds_embedding_scale {
             config.embedding_scale = config.embedding_scale.map(|s| Tensor::from(s).to_kind(compute).double_value(&[]));
         }
-        let mut loader = Loader { parameters, path, taken: Vec::new() };
+        let mut loader = Loader { parameters, path, taken: Vec::new(), slots: BTreeMap::new() };
         let table = [config.vocab_size, config.hidden_size];
         let base = if config.nested { text_base(parameters.keys().map(String::as_str)) } else { "model." };
         let embed_tokens = loader.get(&format!("{base}embed_tokens.weight"), &table)?;
@@ -127,6 +129,7 @@ impl CausalLM {
             units,
             home: Home::Whole,
             row_sharers: None,
+            slots: loader.slots,
             embed_tokens,
             norm,
             lm_head,
@@ -165,6 +168,16 @@ impl CausalLM {
             Home::Whole => None,
             Home::Units(home) => Some(home),
         }
+    }
+
+    /// Places for adapters of the linear layers, by the name of the weight.
+    pub(crate) fn adapter_slots(&self) -> impl Iterator<Item = (&String, &AdapterSlot)> {
+        self.slots.iter()
+    }
+
+    /// The adapter of the weight `name`, if it has one.
+    pub fn adapter(&self, name: &str) -> Option<LowRank> {
+        self.slots.get(name).and_then(AdapterSlot::get)
     }
 
     /// The device of the parameters.

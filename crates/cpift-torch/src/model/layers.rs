@@ -4,6 +4,7 @@
 //! Shape suffixes: b batch, s sequence, h heads, d head width; e is the embedding width, f the MLP
 //! width.
 
+use std::collections::BTreeMap;
 use std::f64::consts::PI;
 use std::path::Path;
 
@@ -14,6 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::{Activation, ModelConfig};
 use super::families::NormWeight;
+use crate::adapter::AdapterSlot;
 use crate::ffi;
 use crate::weights::Parameters;
 
@@ -22,6 +24,8 @@ pub(super) struct Loader<'a> {
     pub parameters: &'a Parameters,
     pub path: &'a Path,
     pub taken: Vec<String>,
+    /// Places for adapters of the linear layers, by the name of the weight.
+    pub slots: BTreeMap<String, AdapterSlot>,
 }
 
 impl Loader<'_> {
@@ -33,7 +37,9 @@ impl Loader<'_> {
     pub(super) fn linear(&mut self, name: &str, shape: [i64; 2], bias: bool) -> Result<Linear> {
         let weight = self.get(&format!("{name}.weight"), &shape)?;
         let bias = if bias { Some(self.get(&format!("{name}.bias"), &shape[..1])?) } else { None };
-        Ok(Linear { weight, bias })
+        let slot = AdapterSlot::default();
+        self.slots.insert(format!("{name}.weight"), slot.clone());
+        Ok(Linear { weight, bias, slot })
     }
 
     /// An RMS norm over `width` elements.
@@ -69,17 +75,19 @@ pub(super) fn check_all_taken(parameters: &Parameters, path: &Path, taken: &[Str
     }
 }
 
-/// y = x·Wᵀ + b, computed in the dtype of x: master weights are cast to it.
+/// y = x·Wᵀ + b, computed in the dtype of x: master weights are cast to it. An adapter adds its
+/// product.
 pub(super) struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    slot: AdapterSlot,
 }
 
 impl Linear {
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
         let kind = x.kind();
         let bias = self.bias.as_ref().map(|b| b.to_kind(kind));
-        ffi::linear(x, &self.weight.to_kind(kind), bias.as_ref())
+        self.slot.add_to(ffi::linear(x, &self.weight.to_kind(kind), bias.as_ref()), x)
     }
 }
 
