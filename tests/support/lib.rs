@@ -117,7 +117,7 @@ pub fn expect_entries(folder: &Path, names: &[&str]) {
 }
 
 /// Tensor of a test checkpoint.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {
     /// Element type on disk.
     pub dtype: Dtype,

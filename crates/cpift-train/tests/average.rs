@@ -66,7 +66,7 @@ fn a_killed_run_ends_the_same_and_needs_its_states() {
 #[test]
 fn frozen_elements_keep_their_bits() {
     let f = Fixture::new();
-    let stages = |more: &[&str]| [&["--steps", "24", "--sample", "all"], more].concat();
+    let stages = |more: &[&'static str]| [&["--steps", "24", "--sample", "all"], more].concat();
     f.staged("last", &stages(&[])).ok();
     f.staged("mean", &stages(&["--save-every", "5", "--average-last", "3"])).ok();
     let (last, mean) = (f.read("last"), f.read("mean"));

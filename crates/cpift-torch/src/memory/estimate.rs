@@ -352,7 +352,8 @@ impl Block {
         let inputs = e
             * (input(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
                 + input(&["mlp.gate_proj", "mlp.up_proj"]));
-        let mlp = (3 + input(&["mlp.down_proj"])) * f * b;
+        let product = input(&["mlp.down_proj"]);
+        let mlp = (3 + product) * f * b;
         let fixed = norms + head_norms + inputs * b + mlp;
         let attended = attention(job, input(&["self_attn.o_proj"]));
         let scores = scores(job);
@@ -362,9 +363,9 @@ impl Block {
         Self {
             input: n * e * b,
             saved: n * (fixed + attended + narrow) + scores.saved,
-            // Backward of the MLP needs twice its width; in the backward of attention the MLP is
-            // already freed.
-            transient: 2 * n * e * b + (2 * n * f * b).max(scores.transient.saturating_sub(n * mlp)),
+            // Backward of the MLP needs three times its width, of which the saved product is freed;
+            // in the backward of attention the MLP is already freed.
+            transient: 2 * n * e * b + ((3 - product) * n * f * b).max(scores.transient.saturating_sub(n * mlp)),
             window: if c.attention_softcap.is_some() { 0 } else { windows(job) * b },
         }
     }
