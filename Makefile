@@ -127,8 +127,8 @@ $(EXPERIMENTS): build
 smollm2-suite: build ## `reproduce` on SmolLM2-135M with real data (DATA=, DEVICE=cpu|cuda, SEEDS=)
 	@DATA=$(DATA) MODEL=$(SMOLLM2) BIN=$(BIN) scripts/experiments/smollm2.sh
 
-pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
-	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all
+pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR, or CONFIG=FILE.toml; sizes: see scripts/pipeline.mk)
+	+@BIN=$(BIN) scripts/pipeline.py run
 
 add-task: build ## Add a task to a tuned model and show what the old ones lose (MODEL=, TASKS=, NEW=, RUN=; more in scripts/add_task.py)
 	@BIN=$(BIN) scripts/add_task.py

@@ -220,6 +220,7 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, stat
     let stage = Stage {
         label: plan.task.name.clone(),
         examples: &plan.encoded.examples,
+        mixture: &[],
         isolation: Isolation::None,
         budget: training.budget(),
         seed: training.seed,

@@ -273,6 +273,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "balanced|all|N", help_heading = DATA)]
     #[serde(skip)]
     pub sample: Option<SampleRows>,
+    /// Mix the tasks of a stage by temperature (T5, arXiv 1910.10683): each task's share of an
+    /// epoch's rows is proportional to n^(1/T) for its n rows (times its `weight` in tasks.toml). 1:
+    /// all rows as they are; 2: square roots; large T: equal shares. Rows of small tasks are
+    /// repeated, rows of large ones wait for a later epoch [default: 1]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = DATA)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mixture_temperature: Option<f64>,
 }
 
 /// Parameter isolation. Serialized: its name, or the settings of a dynamic mask.
@@ -448,6 +455,8 @@ impl RunArgs {
             "--percent must be above 0 and at most 100"
         } else if !(0.0..1.0).contains(&self.isolation.dynamic.ema) || self.isolation.dynamic.mask_interval == 0 {
             "--ema must be 0 or above and below 1, --mask-interval at least 1"
+        } else if self.mixture_temperature.is_some_and(|t| !(t.is_finite() && t > 0.0)) {
+            "--mixture-temperature must be positive"
         } else if !(0.0..=1.0).contains(&self.replay) {
             "--replay must be 0 to 1"
         } else if self.replay > 0.0 && self.groups.is_none() {

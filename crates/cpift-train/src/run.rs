@@ -86,6 +86,7 @@ fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) 
     Stage {
         label: stage.label.clone(),
         examples: &stage.examples,
+        mixture: &stage.mixture,
         isolation: isolation_of(args, plan, stage),
         budget: stage.budget,
         seed: splitmix64(args.training.seed, k as u64),
@@ -145,7 +146,8 @@ fn frozen<'a>(args: &RunArgs, stage: &'a StagePlan) -> &'a [String] {
 }
 
 fn summary(args: &RunArgs, stage: &StagePlan, report: &StageReport) -> Value {
-    json!({"stage": stage.label, "examples": stage.examples.len(), "steps": report.steps, "tokens": report.tokens,
+    let drawn: Vec<usize> = stage.mixture.iter().map(|part| part.drawn).collect();
+    json!({"stage": stage.label, "examples": stage.examples.len(), "epoch_rows": drawn, "steps": report.steps, "tokens": report.tokens,
         "first_loss": report.first_loss, "final_loss": report.final_loss, "frozen_elements": report.frozen,
         "frozen_tasks": frozen(args, stage), "importance_tokens": report.importance_tokens,
         "replayed_examples": stage.replayed.0, "replayed_share": stage.replayed_share()})

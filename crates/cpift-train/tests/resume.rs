@@ -129,9 +129,11 @@ fn killed_at_20_random_moments() {
 }
 
 #[test]
-fn killed_with_bf16_weights_and_moments() {
+fn killed_with_bf16_weights_and_moments_and_a_weighted_mixture() {
+    let fixture = Fixture::new();
+    fixture.weigh("pick", "3.0");
     let known = Known::run(
-        Fixture::new(),
+        fixture,
         &[
             "--steps",
             "40",

@@ -27,6 +27,7 @@
 //! max_new_tokens = 256             # longest generated answer in tokens; default 256
 //! max_length = 1024                # longest example in tokens; default 1024
 //! sample = 500                     # rows in the balanced sample; default: see below
+//! weight = 2.0                     # factor of its share of the rows that are trained on; default 1
 //! ```
 //!
 //! By default every task contributes as many rows to the balanced sample as the smallest task has,
@@ -109,6 +110,9 @@ pub struct Task {
     /// Rows in the balanced sample.
     #[serde(default)]
     pub sample: Option<usize>,
+    /// Factor of its share of the rows that are trained on together with other tasks'.
+    #[serde(default = "default_weight")]
+    pub weight: f64,
     /// Path of the tasks.toml that lists the task.
     #[serde(skip)]
     pub listed_in: PathBuf,
@@ -164,6 +168,10 @@ fn default_max_new_tokens() -> usize {
 
 fn default_max_length() -> usize {
     1024
+}
+
+fn default_weight() -> f64 {
+    1.0
 }
 
 #[derive(Deserialize)]
@@ -325,6 +333,12 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
             .expected("max_length of at least 2, max_new_tokens and sample of at least 1")
             .into());
     }
+    if !(task.weight.is_finite() && task.weight > 0.0) {
+        return Err(BadInput::new(path, format!("task {}: the weight is not a positive number", task.name))
+            .expected("a factor of the task's share, such as 0.5 or 2")
+            .found(task.weight.to_string())
+            .into());
+    }
     check_templates(path, task)?;
     // Every call of the template sets these.
     const TAKEN: [&str; 4] = ["messages", "add_generation_prompt", "tools", "documents"];
@@ -389,7 +403,7 @@ mod tests {
         let tasks = read(&toml).unwrap();
         let task = tasks.named("gsm8k").unwrap();
         assert_eq!((task.metric, task.sample, task.max_length), (TaskMetric::Gsm8k, Some(500), 1024));
-        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 17, "a key without documentation");
+        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 18, "a key without documentation");
     }
 
     #[test]
@@ -402,6 +416,7 @@ mod tests {
             (row.replace("d.jsonl", "e.jsonl"), "missing"),
             (row.replace("'a'", "'../a'"), "invalid task name"),
             (row.to_owned() + "format='csv'", "prompt-completion"),
+            (row.to_owned() + "weight=0.0", "not a positive number"),
             (row.to_owned() + "prompt='x'", "no completion"),
             (row.to_owned() + "completion='x'", "no prompt"),
             (row.to_owned() + "system='x'", "neither prompt nor completion"),

@@ -289,7 +289,7 @@ impl<'a> StageRun<'a> {
         let mut watch = watch.stage(&stage.label, self.total(), steps_of(&self.position.finished), run.args.log_every);
         watch.skip_to(self.position.step, self.position.tokens);
         let steps = self.position.step..self.total();
-        let mut feeder = Feeder::new(stage.examples, run.feed_config(stage), stage.seed);
+        let mut feeder = Feeder::mixed(stage.examples, stage.mixture, run.feed_config(stage), stage.seed);
         feeder.skip(self.position.step);
         thread::scope(|scope| {
             // Batches are made while the device runs the previous steps.

@@ -55,6 +55,14 @@ impl Fixture {
         write_groups(&self.path("groups.json"), base, groups, &masks);
     }
 
+    /// Sets the weight of `task` in tasks.toml.
+    pub fn weigh(&self, task: &str, weight: &str) {
+        let name = format!("name = \"{task}\"");
+        let text = fs::read_to_string(&self.tasks).unwrap();
+        assert!(text.contains(&name), "{text}");
+        fs::write(&self.tasks, text.replace(&name, &format!("{name}\nweight = {weight}"))).unwrap();
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
