@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use cpift_core::files::hub;
-use cpift_core::format::checkpoint::{read_config, with_head_of, with_torch_dtype};
+use cpift_core::format::checkpoint::{model_of, read_config, with_head_of, with_torch_dtype};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
 use cpift_core::format::tasks::Task;
@@ -93,14 +93,17 @@ impl ModelInfo {
     /// # Errors
     /// [`BadInput`] if either cannot be used.
     pub fn open(folder: &Path, template: Option<&str>) -> Result<Self> {
-        if folder.symlink_metadata().is_err() {
+        // Of MODEL+ADAPTER the model.
+        let own = model_of(folder);
+        let own = own.as_deref().unwrap_or(folder);
+        if own.symlink_metadata().is_err() {
             let error = BadInput::new(folder, "no such checkpoint").expected("a Hugging Face directory");
             return Err(hub::hinted(error, folder).into());
         }
-        let config = read_config(folder)?;
-        let numbers = ModelConfig::from_json(folder, &config)?;
-        numbers.check_unknown_fields(folder, strict_config())?;
-        let text = ChatText::open(folder, template)?.with_embedding_rows(numbers.vocab_size);
+        let config = read_config(own)?;
+        let numbers = ModelConfig::from_json(own, &config)?;
+        numbers.check_unknown_fields(own, strict_config())?;
+        let text = ChatText::open(own, template)?.with_embedding_rows(numbers.vocab_size);
         Ok(Self { folder: folder.to_owned(), config, numbers, text })
     }
 

@@ -337,7 +337,7 @@ pub struct LoraArgs {
     #[arg(allow_negative_numbers = true, help_heading = METHOD)]
     pub dropout: f64,
     /// Output of LoRA: `merged`, a model directory with the adapters merged into the weights; or
-    /// `adapter`, a PEFT directory, which the other programs take as MODEL+ADAPTER
+    /// `adapter`, a PEFT directory, which cpift-eval, -merge and -mask take as MODEL+ADAPTER
     #[arg(long = "lora-output", alias = "lora_output", value_name = "FORM", value_enum)]
     #[arg(default_value_t = LoraOutput::Merged, help_heading = METHOD)]
     pub output: LoraOutput,
