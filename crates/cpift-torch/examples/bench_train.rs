@@ -138,7 +138,6 @@ fn main() -> Result<()> {
         pass: PassConfig { checkpointing: args.gradient_checkpointing, loss_chunk: args.loss_chunk },
         optimizer_in_backward: args.optimizer_in_backward,
         train_embeddings: true,
-        ..StepConfig::default()
     };
     let mut trainer = Trainer::new(&model, &parameters, freeze, config)?;
     let mut ids = Ids { state: 1, vocab: model.config.vocab_size as u64 };

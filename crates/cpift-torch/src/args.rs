@@ -63,8 +63,9 @@ pub struct TrainingArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub schedule: ScheduleArgs,
-    /// The optimizer: adamw; or adamw_8bit, AdamW with moments in 8 bits per element, in blocks of 256
-    /// with a factor each, as in bitsandbytes. Tensors of fewer than 4096 elements keep f32 moments
+    /// The optimizer: adamw; or adamw_8bit, AdamW with moments in 8 bits per element, in blocks of
+    /// 256 with a factor each, as in bitsandbytes. Tensors of fewer than 4096 elements keep f32
+    /// moments
     #[arg(long, value_name = "NAME", value_enum, default_value_t = Optimizer::Adamw, help_heading = OPTIMIZER)]
     #[serde(skip_serializing_if = "Optimizer::is_adamw")]
     pub optim: Optimizer,
@@ -167,8 +168,8 @@ pub struct TrainingArgs {
     #[arg(long, aliases = ["keep", "save_total_limit"], value_name = "N", default_value_t = 1, help_heading = RESUME)]
     #[serde(skip)]
     pub save_total_limit: usize,
-    /// Save the mean of the weights at the last N steps that --save-every saves, of which the end of
-    /// training is one, instead of the last weights. The N − 1 states before stay in
+    /// Save the mean of the weights at the last N steps that --save-every saves, of which the end
+    /// of training is one, instead of the last weights. The N − 1 states before stay in
     /// OUT.checkpoints until then, on disk; memory for one tensor at a time is added. Needs
     /// --save-every; in the last stage alone if there are several
     #[arg(long, alias = "average_last", value_name = "N", requires = "save_every", help_heading = RESUME)]

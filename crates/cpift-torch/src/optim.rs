@@ -245,8 +245,8 @@ impl AdamW {
     }
 
     /// The moments as `NAME.exp_avg` and `NAME.exp_avg_sq`, with the largest values of their blocks
-    /// as `NAME.exp_avg_absmax` and `NAME.exp_avg_sq_absmax` if they have 8 bits; they share storage
-    /// with the optimizer.
+    /// as `NAME.exp_avg_absmax` and `NAME.exp_avg_sq_absmax` if they have 8 bits; they share
+    /// storage with the optimizer.
     pub fn moments(&self) -> Pieces {
         let of = |s: &Slot| -> Vec<(String, Piece)> {
             let names = ["exp_avg", "exp_avg_sq"].map(|moment| format!("{}.{moment}", s.name));

@@ -61,8 +61,8 @@ struct Time {
 
 impl Time {
     /// 6 FLOPs per parameter and token, forward and backward (Kaplan et al., [arXiv
-    /// 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2, and a frozen base needs
-    /// 2 fewer. The scores of attention are not counted.
+    /// 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2, and a frozen base
+    /// needs 2 fewer. The scores of attention are not counted.
     fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
         let tokens = match training.budget() {
             Budget::Tokens(tokens) => tokens as u64,

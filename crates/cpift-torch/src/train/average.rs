@@ -1,5 +1,5 @@
-//! The mean of the weights at the last saved steps (`--average-last`), read from the saved states at
-//! the end of training, one tensor at a time.
+//! The mean of the weights at the last saved steps (`--average-last`), read from the saved states
+//! at the end of training, one tensor at a time.
 
 use anyhow::Result;
 use cpift_core::error::usage;

@@ -2,12 +2,12 @@
 //! everything the rest of a run depends on.
 //!
 //! rank-R-of-M.safetensors has the pieces that rank R of M keeps: `weights/NAME` and
-//! `moments/NAME.exp_avg` in the dtypes of training (8-bit moments with `NAME.exp_avg_absmax`), and `extra/NAME` of a dynamic mask (f32); of
-//! LoRA, those of the adapters only. Each is flat; the metadata has its start in the whole tensor and the whole shape, so
-//! that any number of ranks can load it. Besides, metrics.jsonl so far, and state.json with the
-//! digests of all files. The order of the data, the learning rate and the random bits follow from
-//! seed and step and are not saved. The running job writes OUT.checkpoints/metrics.jsonl, which
-//! stays if the run fails.
+//! `moments/NAME.exp_avg` in the dtypes of training (8-bit moments with `NAME.exp_avg_absmax`), and
+//! `extra/NAME` of a dynamic mask (f32); of LoRA, those of the adapters only. Each is flat; the
+//! metadata has its start in the whole tensor and the whole shape, so that any number of ranks can
+//! load it. Besides, metrics.jsonl so far, and state.json with the digests of all files. The order
+//! of the data, the learning rate and the random bits follow from seed and step and are not saved.
+//! The running job writes OUT.checkpoints/metrics.jsonl, which stays if the run fails.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
