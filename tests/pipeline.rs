@@ -332,7 +332,7 @@ fn one_file_has_the_settings_of_a_run() {
     let stale = |name: &str| typed.stdout.lines().any(|line| line.starts_with(name) && line.contains("stale"));
     assert!(stale("temperature-mixture ") && !stale("full-sft "), "{}", typed.stdout);
     for (more, says) in [
-        ("temperatur = 3", "unknown setting temperatur (hint: temperature?)"),
+        ("final_token = 3", "unknown setting final_token (hint: final_tokens?)"),
         ("seed = true", "seed is no text, number or list of texts"),
         ("seed = ", "run.toml: "),
     ] {
