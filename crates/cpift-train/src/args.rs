@@ -275,10 +275,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "balanced|all|N", help_heading = DATA)]
     #[serde(skip)]
     pub sample: Option<SampleRows>,
-    /// Mix the tasks of a stage by temperature (T5, arXiv 1910.10683): each task's share of the rows
-    /// of an epoch is proportional to n^(1/T) for its n rows (times its `weight` in tasks.toml). 1:
-    /// all rows as they are; 2: square roots; large T: equal shares. Rows of small tasks are
-    /// repeated, rows of large ones wait for a later epoch [default: 1]
+    /// Mix the tasks of a stage by temperature (T5, arXiv 1910.10683): each task's share of the
+    /// rows of an epoch is proportional to n^(1/T) for its n rows (times its `weight` in
+    /// tasks.toml). 1: all rows as they are; 2: square roots; large T: equal shares. Rows of small
+    /// tasks are repeated, rows of large ones wait for a later epoch [default: 1]
     #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = DATA)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mixture_temperature: Option<f64>,

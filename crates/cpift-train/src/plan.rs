@@ -404,8 +404,8 @@ mod tests {
         assert_eq!(epoch_rows(&[900, 100], &[1.0, 1.0], 2.0), [750, 250]);
         assert_eq!(epoch_rows(&[900, 100], &[1.0, 1.0], 1e9), [500, 500]);
         assert_eq!(epoch_rows(&[100, 100], &[3.0, 1.0], 1.0), [150, 50]);
-        // One third each: the remainder goes to the first tasks.
-        assert_eq!(epoch_rows(&[5, 5, 6], &[1.0; 3], 1e9), [6, 5, 5]);
+        // 5.33 rows each, the largest task a little more: the row left over is its.
+        assert_eq!(epoch_rows(&[5, 5, 6], &[1.0; 3], 1e9), [5, 5, 6]);
         assert_eq!(epoch_rows(&[1_000_000, 1], &[1.0, 1e-3], 1.0), [1_000_000, 1]);
     }
 }

@@ -73,8 +73,8 @@ pub enum RopeScaling {
         /// Round the ends of the ramp to whole dimensions.
         truncate: bool,
     },
-    /// Every frequency has a divisor of its own, one for contexts up to `original` and one for longer
-    /// ones, and the attention is scaled (arXiv 2402.13753).
+    /// Every frequency has a divisor of its own, one for contexts up to `original` and one for
+    /// longer ones, and the attention is scaled (arXiv 2402.13753).
     LongRope {
         /// Divisors of the frequencies in contexts of up to `original` tokens.
         short: Vec<f64>,
@@ -453,7 +453,8 @@ impl ScalingFields<'_, '_> {
         })
     }
 
-    /// The factor of the attention follows from `factor`, or else the ratio of the two context lengths.
+    /// The factor of the attention follows from `factor`, or else the ratio of the two context
+    /// lengths.
     fn long_rope(&self, max_positions: f64) -> Result<RopeScaling> {
         let original = self.original(max_positions)?;
         let factor = self.optional("factor")?.unwrap_or(max_positions / original);

@@ -335,8 +335,8 @@ fn windows(d: &Descriptor, fields: &Fields) -> Result<Vec<Option<i64>>> {
         .collect()
 }
 
-/// True for the blocks with rotary embeddings: those that `no_rope_layers` marks with 1, or else all
-/// but every `no_rope_layer_interval`-th.
+/// True for the blocks with rotary embeddings: those that `no_rope_layers` marks with 1, or else
+/// all but every `no_rope_layer_interval`-th.
 fn with_rope(d: &Descriptor, fields: &Fields) -> Result<Vec<bool>> {
     let layers = fields.int("num_hidden_layers")? as usize;
     if !d.fields.contains(&"no_rope_layers") {

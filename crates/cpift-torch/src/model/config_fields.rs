@@ -89,8 +89,8 @@ impl Fields {
         Ok(Self { path: self.path.clone(), map })
     }
 
-    /// Adds fields that are absent; null stays. A θ is not added beside `rope_parameters`, which has
-    /// its own.
+    /// Adds fields that are absent; null stays. A θ is not added beside `rope_parameters`, which
+    /// has its own.
     pub(super) fn set_defaults(&mut self, defaults: &[(&str, i64)]) {
         for (key, value) in defaults {
             if *key != "rope_theta" || self.get("rope_parameters").is_none() {
@@ -328,8 +328,8 @@ const MATHS: &[&str] = &[
     "window",
 ];
 
-/// Refuses fields that change the maths and are not implemented, but those `of_family`; returns unknown fields with their
-/// values. An unknown field that is false, zero or empty is ignored.
+/// Refuses fields that change the maths and are not implemented, but those `of_family`; returns
+/// unknown fields with their values. An unknown field that is false, zero or empty is ignored.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the first refused field.

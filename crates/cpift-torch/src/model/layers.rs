@@ -198,8 +198,8 @@ pub(super) fn distinct_ropes(of_blocks: &[Option<RopeParameters>]) -> Vec<&RopeP
     found
 }
 
-/// Rotates the two halves of each head: x·cos + (−x₂, x₁)·sin; x is [b, h, s, d]. If cos and sin are
-/// narrower, only the first elements of the head.
+/// Rotates the two halves of each head: x·cos + (−x₂, x₁)·sin; x is [b, h, s, d]. If cos and sin
+/// are narrower, only the first elements of the head.
 pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let (all, rotated) = (x.size()[3], cos.size()[3]);
     if rotated < all {

@@ -1,5 +1,6 @@
 //! Decoder-only language models, leaf to root, with the names of their checkpoints: `families` has
-//! their differences, `config` reads config.json, `layers` has the leaves, then `attention`, then `decoder` with Block and CausalLM.
+//! their differences, `config` reads config.json, `layers` has the leaves, then `attention`, then
+//! `decoder` with Block and CausalLM.
 //!
 //! The trainer calls [`CausalLM::embed`], the blocks one at a time, and the head, so that it can
 //! keep, drop or recompute the activations between them.
