@@ -6,7 +6,7 @@ use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, S
 use cpift_core::stream::select::find_cut;
 use cpift_core::stream::ties::HashBand;
 use cpift_core::{Checkpoint, Mask};
-use cpift_mask::bracket::{Guess, guess};
+use cpift_mask::bracket::guess;
 
 use cpift_mask::inputs::Inputs;
 use cpift_mask::part::{Part, PartScores};
