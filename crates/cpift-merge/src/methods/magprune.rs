@@ -1,7 +1,6 @@
 //! DELLA's random drop: within each row the probability to stay rises with the rank of the
 //! magnitude.
 
-use cpift_core::dispatch;
 use cpift_core::stream::random::splitmix64;
 
 use super::sign_merge::{Number, TaskVector};
@@ -38,51 +37,7 @@ pub(crate) struct Ranks {
     keyed: Vec<u64>,
     spare: Vec<u64>,
     wide: Vec<(u64, u32)>,
-    keys: Vec<u32>,
-    bins: Vec<u16>,
-    /// Number of earlier elements of the same bin.
-    places: Vec<u32>,
 }
-
-/// Probability to stay, by rank in a row.
-#[derive(Clone, Copy)]
-struct Chance {
-    lowest: f64,
-    step: f64,
-}
-
-impl Chance {
-    /// Of `density` ± `spread` over `len` ranks.
-    fn new(vector: &TaskVector, len: usize) -> Self {
-        match len {
-            // A row of one element has no ranks.
-            0 | 1 => Self { lowest: vector.density, step: 0.0 },
-            _ => Self { lowest: vector.density - vector.spread, step: 2.0 * vector.spread / (len - 1) as f64 },
-        }
-    }
-
-    /// The element of this rank stays if its draw of 53 bits is below the result, which never falls
-    /// with the rank.
-    #[inline(always)]
-    fn limit(self, rank: usize) -> u64 {
-        ((self.lowest + rank as f64 * self.step) * (1u64 << 53) as f64) as u64
-    }
-}
-
-/// Elements of a row whose magnitudes have the same leading bits.
-#[derive(Clone, Copy, Default)]
-struct Bin {
-    count: u32,
-    /// Number of elements in smaller bins.
-    before: u32,
-    /// Key of the first element.
-    first: u32,
-    /// Bits in which any key differs from the first.
-    mixed: u32,
-}
-
-/// Rows from this length on are ranked in bins.
-const LONG: usize = 512;
 
 /// Calls `keep` with the position of every element of `values` that stays; `values[0]` is element
 /// `start` of the tensor and the first of a slab.
@@ -94,14 +49,10 @@ pub(crate) fn prune<T: Number>(
     ranks: &mut Ranks,
     mut keep: impl FnMut(usize),
 ) {
-    let chance = Chance::new(vector, rows.len);
-    if rows.stride == 1 && rows.len >= LONG && T::PASSES == 2 {
-        for (row, values) in values.chunks(rows.len).enumerate() {
-            let first = row * rows.len;
-            ranks.in_bins(values, start + first, chance, vector.key, |i| keep(first + i));
-        }
-        return;
-    }
+    let lowest = vector.density - vector.spread;
+    let step = if rows.len > 1 { 2.0 * vector.spread / (rows.len - 1) as f64 } else { 0.0 };
+    // A row of one element has no ranks.
+    let lowest = if rows.len > 1 { lowest } else { vector.density };
     for slab in (0..values.len()).step_by(rows.slab().max(1)) {
         for row in slab..slab + rows.stride {
             let at = |i: usize| row + i * rows.stride;
@@ -109,7 +60,8 @@ pub(crate) fn prune<T: Number>(
                 rows.len,
                 |i| values[at(i)].abs(),
                 |rank, i| {
-                    if draw(vector.key, start + at(i)) < chance.limit(rank) {
+                    let limit = ((lowest + rank as f64 * step) * (1u64 << 53) as f64) as u64;
+                    if splitmix64(vector.key, (start + at(i)) as u64) >> 11 < limit {
                         keep(at(i));
                     }
                 },
@@ -118,94 +70,7 @@ pub(crate) fn prune<T: Number>(
     }
 }
 
-/// Random number of 53 bits of an element.
-#[inline(always)]
-fn draw(key: u64, element: usize) -> u64 {
-    splitmix64(key, element as u64) >> 11
-}
-
 impl Ranks {
-    /// Calls `keep` with the index of every element of a row that stays; `values[0]` is element
-    /// `start` of the tensor.
-    ///
-    /// Most draws decide by themselves, or with the range of ranks of the element's bin. Only the
-    /// others need the rank itself.
-    fn in_bins<T: Number>(
-        &mut self,
-        values: &[T],
-        start: usize,
-        chance: Chance,
-        key: u64,
-        mut keep: impl FnMut(usize),
-    ) {
-        /// Bins of keys that are not zero: one more than the differences of 10 bits.
-        const BITS: u32 = 10;
-        const GROUP: usize = 64;
-        let Self { keys, bins, places, .. } = self;
-        keys.resize(values.len(), 0);
-        bins.resize(values.len(), 0);
-        dispatch!({
-            keys.iter_mut().zip(values).for_each(|(k, v)| *k = v.abs().key() as u32);
-            let low = keys.iter().fold(u32::MAX, |low, k| low.min(k.wrapping_sub(1))).wrapping_add(1);
-            let high = keys.iter().fold(0, |high, k| high.max(*k));
-            let low = low.min(high);
-            let shift = (32 - (high - low).leading_zeros()).saturating_sub(BITS);
-            let bin = |k: u32| if k == 0 { 0 } else { 1 + (k.wrapping_sub(low) >> shift) };
-            bins.iter_mut().zip(&*keys).for_each(|(b, k)| *b = bin(*k) as u16);
-        });
-        let mut table = [Bin::default(); (1 << BITS) + 1];
-        places.clear();
-        places.extend(bins.iter().zip(&*keys).map(|(bin, key)| {
-            let bin = &mut table[usize::from(*bin)];
-            let place = bin.count;
-            bin.first = if place == 0 { *key } else { bin.first };
-            bin.mixed |= bin.first ^ key;
-            bin.count += 1;
-            place
-        }));
-        let mut sum = 0;
-        for bin in &mut table {
-            bin.before = sum;
-            sum += bin.count;
-        }
-        let stays = |i: usize, draw: u64| {
-            let bin = table[usize::from(bins[i])];
-            if draw < chance.limit(bin.before as usize) {
-                return true;
-            }
-            if draw >= chance.limit((bin.before + bin.count - 1) as usize) {
-                return false;
-            }
-            let rank = if bin.mixed == 0 { (bin.before + places[i]) as usize } else { rank(keys, i) };
-            draw < chance.limit(rank)
-        };
-        let (always, never) = (chance.limit(0), chance.limit(values.len() - 1));
-        let mut draws = [0u64; GROUP];
-        for first in (0..values.len()).step_by(GROUP) {
-            let (mut kept, mut open) = (0u64, 0u64);
-            dispatch!({
-                for (i, slot) in draws.iter_mut().enumerate() {
-                    *slot = draw(key, start + first + i);
-                }
-                for (i, draw) in draws.iter().enumerate() {
-                    kept |= u64::from(*draw < always) << i;
-                    open |= u64::from(*draw < never) << i;
-                }
-            });
-            let inside = u64::MAX >> (GROUP - GROUP.min(values.len() - first));
-            (kept, open) = (kept & inside, open & !kept & inside);
-            while open != 0 {
-                let i = open.trailing_zeros() as usize;
-                kept |= u64::from(stays(first + i, draws[i])) << i;
-                open &= open - 1;
-            }
-            while kept != 0 {
-                keep(first + kept.trailing_zeros() as usize);
-                kept &= kept - 1;
-            }
-        }
-    }
-
     /// Calls `each` with rank and index of every magnitude, the smallest first and equal ones in
     /// their order.
     fn ascending<T: Number>(&mut self, n: usize, magnitude: impl Fn(usize) -> T, mut each: impl FnMut(usize, usize)) {
@@ -248,14 +113,6 @@ impl Ranks {
     }
 }
 
-/// Rank of element `i`: the number of smaller keys, and of equal ones before it.
-fn rank(keys: &[u32], i: usize) -> usize {
-    let key = keys[i];
-    let count = |keys: &[u32], last: u32| keys.iter().fold(0u32, |n, k| n + u32::from(*k < last));
-    // No key is the largest number: it would be a NaN.
-    dispatch!(count(&keys[..i], key + 1) + count(&keys[i..], key)) as usize
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -274,33 +131,6 @@ mod tests {
             Ranks::default().ascending(n, |i| values[i].abs(), |_, i| narrow.push(i));
             Ranks::default().ascending(n, |i| f64::from(values[i]).abs(), |_, i| wide.push(i));
             assert_eq!((&narrow, &wide), (&expected, &expected));
-        }
-    }
-
-    #[test]
-    fn bins_keep_what_sorted_rows_keep() {
-        let random = |i: usize| splitmix64(2, i as u64) >> 40;
-        let rows: [(&str, &dyn Fn(usize) -> f32); 5] = [
-            ("spread over many octaves", &|i| (random(i) as f32).powi(-3) * if i % 2 == 0 { 1.0 } else { -1.0 }),
-            ("few levels", &|i| (random(i) % 4) as f32),
-            ("two levels in one bin", &|i| {
-                if random(i) % 50 == 0 { 1e-20 } else { 1.0 + (random(i) % 2) as f32 * 1e-6 }
-            }),
-            ("zero", &|_| 0.0),
-            ("infinite", &|i| if i % 9 == 0 { f32::INFINITY } else { random(i) as f32 }),
-        ];
-        for (name, value) in rows {
-            for len in [512, 700, 3000] {
-                let narrow: Vec<f32> = (0..3 * len).map(value).collect();
-                let wide: Vec<f64> = narrow.iter().map(|v| f64::from(*v)).collect();
-                let rows = Rows { len, stride: 1 };
-                let (mut binned, mut sorted) = (Vec::new(), Vec::new());
-                prune(&narrow, 64, rows, &vector(0.5, 0.4), &mut Ranks::default(), |j| binned.push(j));
-                // In f64 rows are sorted.
-                prune(&wide, 64, rows, &vector(0.5, 0.4), &mut Ranks::default(), |j| sorted.push(j));
-                sorted.sort_unstable();
-                assert_eq!(binned, sorted, "{name}, {len}");
-            }
         }
     }
 
