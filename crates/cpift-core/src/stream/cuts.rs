@@ -145,13 +145,12 @@ impl<T> Default for Open<T> {
     }
 }
 
+/// Open elements by guess, or start and length of the first block with an element that has no score.
+type Swept<T> = Result<Vec<Open<T>>, (usize, usize)>;
+
 /// Reads all elements once and holds every guess against them. The error is the first block with an
 /// element that has no score.
-fn sweep<T: Score, E: Elements<T>>(
-    elements: &E,
-    guesses: &[Guess<T>],
-    key: Option<TieKey>,
-) -> Result<Vec<Open<T>>, (usize, usize)> {
+fn sweep<T: Score, E: Elements<T>>(elements: &E, guesses: &[Guess<T>], key: Option<TieKey>) -> Swept<T> {
     let kept: Vec<AtomicUsize> = guesses.iter().map(|_| AtomicUsize::new(0)).collect();
     let chunk = |(scores, space): &mut (Vec<T>, E::Space), chunk: usize| {
         let mut found: Vec<Open<T>> = guesses.iter().map(|_| Open::default()).collect();
@@ -177,7 +176,7 @@ fn sweep<T: Score, E: Elements<T>>(
         result.map(|()| found)
     };
     let space = || (vec![T::default(); BLOCK], elements.space());
-    let chunks: Vec<Result<Vec<Open<T>>, (usize, usize)>> =
+    let chunks: Vec<Swept<T>> =
         (0..elements.count().div_ceil(CHUNK)).into_par_iter().with_max_len(1).map_init(space, chunk).collect();
     let mut sums: Vec<Open<T>> = guesses.iter().map(|_| Open::default()).collect();
     for found in chunks {
@@ -343,7 +342,7 @@ impl<T: Score, E: Elements<T>> Source<T> for Chunks<'_, T, E> {
     fn scores(&self, i: usize, out: &mut Vec<T>) {
         out.clear();
         // Infinite scores take part.
-        self.visit(i, |_, scores| out.extend(scores.iter().filter(|score| *score == *score)));
+        self.visit(i, |_, scores| out.extend(scores.iter().filter(|score| **score >= T::default())));
     }
 }
 

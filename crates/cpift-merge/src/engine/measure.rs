@@ -446,7 +446,7 @@ impl<'a> Magnitudes<'a> {
                     self.read(start, &mut scores[at..at + len], base);
                 }
                 // Only those that take part.
-                scores.retain(|score| *score == *score);
+                scores.retain(|score| *score >= T::default());
                 let all = sum_of_magnitudes(scores);
                 scores.iter_mut().for_each(|s| *s = if *s > threshold { *s } else { T::default() });
                 [all, sum_of_magnitudes(scores)]
