@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-files test check bench-files check-disk-full storm check-formats check-report fuzz demo smollm2 smollm2-check pipeline add-task
-.PHONY: check-tools check-words check-deps status slurm test-slurm test-fake-cuda test-full install clean-probes clean
+.PHONY: dist test-dist check-tools check-words check-deps status slurm test-slurm test-fake-cuda test-full install clean-probes clean
 
 PROFILE ?= release
 BIN := target/$(PROFILE)
@@ -14,6 +14,7 @@ help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: ## libtorch 2.11.0 into .libtorch (LIBTORCH= or LIBTORCH_USE_PYTORCH=1 name one that is there; CUDA=1 adds CUDA)
+	@scripts/check-needs.sh
 	@scripts/setup-libtorch.sh
 
 build: setup ## All six programs into target/release
@@ -127,8 +128,8 @@ $(EXPERIMENTS): build
 smollm2-suite: build ## `reproduce` on SmolLM2-135M with real data (DATA=, DEVICE=cpu|cuda, SEEDS=)
 	@DATA=$(DATA) MODEL=$(SMOLLM2) BIN=$(BIN) scripts/experiments/smollm2.sh
 
-pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR; sizes: see scripts/pipeline.mk)
-	@$(MAKE) -f scripts/pipeline.mk BIN=$(BIN) all
+pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR, or CONFIG=FILE.toml; sizes: see scripts/pipeline.mk)
+	+@BIN=$(BIN) scripts/pipeline.py run
 
 add-task: build ## Add a task to a tuned model and show what the old ones lose (MODEL=, TASKS=, NEW=, RUN=; more in scripts/add_task.py)
 	@BIN=$(BIN) scripts/add_task.py
@@ -150,6 +151,14 @@ test-fake-cuda: setup ## Every program with --device cuda, and NCCL, on a device
 
 install: build ## Programs into PREFIX/bin; the libtorch ones find their libtorch in PREFIX/lib/.libtorch
 	@PREFIX=$(PREFIX) BIN=$(BIN) scripts/install.sh
+
+dist: build ## dist/cpift-VERSION-x86_64-linux.tar.gz: programs, libtorch and the demo, relocatable; checksums, list of packages
+	@command -v cargo-sbom > /dev/null || [ -x .cache/bin/cargo-sbom ] || \
+		cargo install --quiet --locked --root .cache cargo-sbom --version 0.10.0
+	@BIN=$(BIN) scripts/dist.sh
+
+test-dist: ## The tarball of `make dist` in a fresh Debian without Rust (as root; debootstrap)
+	@tests/dist.sh
 
 clean: ## Delete build outputs and runs; .libtorch stays
 	cargo clean

@@ -3,7 +3,8 @@
 # would make now. Times of files do not count. After a run directory is moved, all its artifacts are
 # out of date. Usually called through `make pipeline`.
 #
-#   BASE=DIR TASKS=FILE RUN=DIR    base checkpoint, task list, directory for all that is made
+#   BASE=DIR TASKS=FILE RUN=DIR    base checkpoint, task list, directory for all that is made. These
+#       and all below may stand in a file, CONFIG=FILE.toml (see scripts/pipeline.py).
 #   METHODS    what is compared with the base: by default "full-sft capped-mixture cpi-ft-plus"; the
 #       second scored highest where all were compared, the third highest of those that isolate
 #       cores. "full-sft multi-stage cpi-ft" are the paper's. In cpi-ft-group each group of the last
@@ -12,6 +13,7 @@
 #       (in cpi-ft-plus: of the mixture it starts from), of the last stage. All other methods get
 #       the sum: number of tasks x PROBE + BACKBONE + FINAL.
 #   CAP    largest number of rows per task in capped-mixture and cpi-ft-plus
+#   TEMPERATURE    of temperature-mixture: a task of n rows has a share of n^(1/TEMPERATURE)
 #   PLUS_LR    learning rate of the last stage of cpi-ft-plus, in which only each group's own core
 #       moves [default: a third of --lr]
 #   P, SCOPE, TAU, ORDER, SEED     core regions and groups
@@ -40,6 +42,7 @@ PROBE_TOKENS ?= $(call published,200000,30000)
 BACKBONE_TOKENS ?= $(call published,400000,1300000)
 FINAL_TOKENS ?= $(call published,200000,150000)
 CAP ?= 1000
+TEMPERATURE ?= 2
 P ?= $(call published,1,20)
 SCOPE ?= global
 TAU ?= $(call published,0.1,auto)
@@ -47,7 +50,7 @@ ORDER ?= random
 SEED ?= 0
 THREADS ?= 1
 
-KNOWN := full-sft multi-stage cpi-ft cpi-ft-group capped-mixture cpi-ft-plus
+KNOWN := full-sft multi-stage cpi-ft cpi-ft-group capped-mixture temperature-mixture cpi-ft-plus
 NAMES := $(or $(TASK_NAMES),$(shell $(BIN)/cpift-probe --tasks $(TASKS) --list | cut -f 2))
 $(if $(filter ~%,$(BASE) $(TASKS) $(RUN)),$(error write BASE, TASKS and RUN without ~))
 $(if $(NAMES),,$(error $(TASKS) cannot be read))
@@ -58,7 +61,7 @@ $(if $(filter --only --only=%,$(EVAL_FLAGS)),$(error EVAL_FLAGS: --only is set h
 
 # Given settings are kept in RUN/pipeline.env, for `make status` and `make clean-probes`. METHODS is
 # always among them, because other defaults follow from it.
-SETTINGS := BASE TASKS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS CAP PLUS_LR P SCOPE TAU ORDER SEED \
+SETTINGS := BASE TASKS PROBE_TOKENS BACKBONE_TOKENS FINAL_TOKENS CAP TEMPERATURE PLUS_LR P SCOPE TAU ORDER SEED \
 	TRAIN_FLAGS FINAL_FLAGS MASK_FLAGS GROUP_FLAGS MERGE_FLAGS EVAL_FLAGS
 keep_settings = $(shell mkdir -p $(RUN))$(file >$(RUN)/pipeline.env,METHODS=$(METHODS))$(foreach \
 	v,$(SETTINGS),$(if $(filter command environment,$(origin $(v))),$(file >>$(RUN)/pipeline.env,$(v)=$($(v)))))
@@ -116,6 +119,8 @@ full-sft:
 	$(call train,$(BASE),$(whole_budget))
 capped-mixture:
 	$(call train,$(BASE),$(whole_budget),--sample $(CAP))
+temperature-mixture:
+	$(call train,$(BASE),$(whole_budget),--mixture-temperature $(TEMPERATURE))
 multi-stage: groups
 	$(call train,$(BASE),$(whole_budget),$(group_args) --no-freeze)
 # The paper's backbone: plain multi-stage training through the groups.

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """pipeline.py COMMAND [NAME=VALUE…]: what can be done with a run of scripts/pipeline.mk, RUN=DIR.
 
+    run             Makes what is not up to date.
     status          Prints every artifact and its state: done, running, queued, stopped (its state
                     is saved), failed, stale or missing (with the reason), deleted (and not needed).
     slurm           Submits to Slurm what is neither up to date nor queued. DRY_RUN=1 prints the
@@ -10,12 +11,15 @@
                     is due and reads its weights.
 
 Settings of the pipeline are arguments or environment variables; for `status` and `clean-probes`
-the others are those that the run was started with. Paths are relative to the repository. With
-`slurm`, the nodes must see it and RUN, and CLUSTER=FILE says what the jobs request
+the others are those that the run was started with. CONFIG=FILE.toml has settings as well, by their
+names in lower case (base = "org/name", probe_tokens = 30000, methods = ["full-sft"]); arguments and
+environment variables win over it. Paths are relative to the repository. With `slurm`, the nodes must see it and RUN, and CLUSTER=FILE says what the jobs request
 [default: scripts/slurm/cluster.env].
 """
+import difflib
 import getpass
 import os
+import re
 import shlex
 import signal
 import socket
@@ -25,6 +29,7 @@ from collections import Counter
 from pathlib import Path
 
 MAKE = ["make", "-s", "--no-print-directory", "-f", "scripts/pipeline.mk"]
+MAKEFLAGS = os.environ.get("MAKEFLAGS", "")
 # Jobs of which no program shares its work over ranks.
 ONE_RANK_JOBS = ("groups", "fused", "report")
 
@@ -58,6 +63,35 @@ def output_of(command, text=None):
 
 def text_of(path):
     return path.read_text(errors="replace") if path.exists() else ""
+
+
+def read_config(path):
+    """Settings of a TOML file, by the names that make has for them."""
+    # Only here: Python has it from 3.11 on, and the other commands work with older ones.
+    import tomllib
+    try:
+        config = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        stop(f"{path}: {error}")
+    defined = re.search(r"^SETTINGS := ((?:.*\\\n)*.*)$", Path("scripts/pipeline.mk").read_text(), re.M)
+    known = [name.lower() for name in defined[1].replace("\\", " ").split()]
+    known += ["run", "methods", "threads", "cluster"]
+    settings = {}
+    for key, value in config.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1, 0) or known
+            stop(f"{path}: unknown setting {key} (hint: {nearest[0]}?)")
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            value = shlex.join(value)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            stop(f"{path}: {key} is no text, number or list of texts")
+        settings[key.upper()] = str(value)
+    return settings
+
+
+def run_all(_run):
+    os.environ["MAKEFLAGS"] = MAKEFLAGS
+    os.execvp("make", ["make", "--no-print-directory", "-f", "scripts/pipeline.mk", "all"])
 
 
 def read_artifacts():
@@ -260,7 +294,7 @@ def numbers(jobs):
 
 def main():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    commands = {"status": status, "slurm": slurm, "clean-probes": clean_probes}
+    commands = {"run": run_all, "status": status, "slurm": slurm, "clean-probes": clean_probes}
     command, *settings = sys.argv[1:] or [""]
     if command not in commands or not all("=" in setting for setting in settings):
         print(__doc__)
@@ -269,13 +303,16 @@ def main():
     # Not for the make of this script and of the jobs.
     for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
         os.environ.pop(name, None)
+    os.chdir(Path(__file__).resolve().parent.parent)
+    if os.environ.get("CONFIG"):
+        for name, value in read_config(os.environ["CONFIG"]).items():
+            os.environ.setdefault(name, value)
     if not os.environ.get("RUN"):
         stop(f"name the run: make {command} RUN=DIR")
-    os.chdir(Path(__file__).resolve().parent.parent)
     # Without a slash at its end.
     run = Path(os.environ["RUN"])
     os.environ["RUN"] = str(run)
-    if command != "slurm":
+    if command not in ("slurm", "run"):
         if not run.is_dir():
             stop(f"{run}: no such directory (hint: make {command} RUN=DIR)")
         for line in text_of(run / "pipeline.env").splitlines():

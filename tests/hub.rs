@@ -58,7 +58,7 @@ impl Cache {
         for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"] {
             command.env_remove(name);
         }
-        command.env("HF_HOME", self.path("home"));
+        command.env("HF_HOME", self.path("home")).env("HF_HUB_OFFLINE", "1");
         command
     }
 
@@ -144,9 +144,9 @@ fn a_local_directory_of_that_name_comes_first_and_what_is_missing_is_named() {
     let bytes = |out: &str| read_checkpoint(&c.path(out)).into_values().map(|t| t.bytes).collect::<Vec<_>>();
     assert!(bytes("hub") != bytes("local"));
     for (missing, hint) in [
-        ("org/none", "hf download org/none"),
-        ("org/tuned", "hf download org/tuned"),
-        ("org/tuned@v2", "hf download org/tuned --revision v2"),
+        ("org/none", "org is a directory here, so this is a path; the model of the Hugging Face Hub is org/none@main"),
+        ("other/none", "HF_HUB_OFFLINE is set"),
+        ("org/tuned@v2", "HF_HUB_OFFLINE is set"),
         ("org/tuned@../v1", "org/tuned@../v1: no such checkpoint"),
     ] {
         merge(&format!("--model {missing} --model org/base"), "out").bad_input(&["no such checkpoint", hint]);

@@ -76,6 +76,13 @@ impl Pipeline {
         made
     }
 
+    /// Runs `scripts/pipeline.py COMMAND` with the settings `more`.
+    fn script(&self, command: &str, more: &[String]) -> Run {
+        let mut script = Command::new(root().join("scripts/pipeline.py"));
+        script.arg(command).args(more).env("BIN", programs());
+        run_command(script)
+    }
+
     /// Runs `make clean-probes`.
     fn clean_probes(&self, run: &str) -> Run {
         let mut command = Command::new(root().join("scripts/pipeline.py"));
@@ -295,6 +302,42 @@ fn cpi_ft_plus_changes_only_core_elements_after_the_mixture() {
     let steps = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let rates: Vec<f64> = steps.filter_map(|step| step["lr"].as_f64()).collect();
     assert!(rates.iter().any(|rate| *rate > 5e-4) && rates.iter().all(|rate| *rate <= 1e-3), "{rates:?}");
+}
+
+#[test]
+fn one_file_has_the_settings_of_a_run() {
+    let p = Pipeline::new();
+    let config = |more: &str| {
+        let [base, tasks, run] = ["base", "data/tasks.toml", "run"].map(|name| p.path(name).display().to_string());
+        let text = format!(
+            "base = {base:?}\ntasks = {tasks:?}\nrun = {run:?}\nmethods = [\"full-sft\", \"temperature-mixture\"]\n\
+             probe_tokens = 100\nbackbone_tokens = 100\nfinal_tokens = 100\n\
+             train_flags = [\"--device\", \"cpu\", \"--lr\", \"1e-2\"]\neval_flags = \"--device cpu\"\n{more}"
+        );
+        fs::write(p.path("run.toml"), text).unwrap();
+        format!("CONFIG={}", p.path("run.toml").display())
+    };
+    let file = config("");
+    p.script("run", std::slice::from_ref(&file)).ok();
+    let record = fs::read_to_string(p.path("run/temperature-mixture/cpift.json")).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    let given = |pair: [&str; 2]| record["arguments"].as_array().unwrap().windows(2).any(|w| w == pair);
+    assert!(given(["--tokens", "500"]) && given(["--mixture-temperature", "2"]) && given(["--lr", "1e-2"]), "{record}");
+    let status = p.script("status", std::slice::from_ref(&file)).ok().stdout;
+    assert!(status.lines().any(|line| line.starts_with("full-sft ") && line.ends_with("done")), "{status}");
+    let again = p.script("run", std::slice::from_ref(&file)).ok();
+    assert!(!again.stdout.contains('['), "{}", again.stdout);
+    // What is typed wins over the file.
+    let typed = p.script("status", &[file, "TEMPERATURE=4".to_owned()]).ok();
+    let stale = |name: &str| typed.stdout.lines().any(|line| line.starts_with(name) && line.contains("stale"));
+    assert!(stale("temperature-mixture ") && !stale("full-sft "), "{}", typed.stdout);
+    for (more, says) in [
+        ("temperatur = 3", "unknown setting temperatur (hint: temperature?)"),
+        ("seed = true", "seed is no text, number or list of texts"),
+        ("seed = ", "run.toml: "),
+    ] {
+        p.script("run", &[config(more)]).expect_code(2).says(&[says]);
+    }
 }
 
 /// Returns name and command of every artifact that make would make with `methods` as its only

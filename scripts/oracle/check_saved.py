@@ -39,9 +39,9 @@ def main() -> int:
             print(f"check_saved: {args.folder}: the tokenizer does not load: {error}", file=sys.stderr)
             return 1
         line += f", {len(tokenizer)} tokens, chat template {'yes' if tokenizer.chat_template else 'no'}"
-        if len(tokenizer) > model.config.vocab_size:
+        if len(tokenizer) > model.config.get_text_config().vocab_size:
             bad["vocabulary"] = ["too small"]
-            print(f"check_saved: {args.folder}: {len(tokenizer)} tokens for vocab_size {model.config.vocab_size}", file=sys.stderr)
+            print(f"check_saved: {args.folder}: {len(tokenizer)} tokens for vocab_size {model.config.get_text_config().vocab_size}", file=sys.stderr)
     print(line)
     return 1 if bad else 0
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Writes fixtures/golden/lora.json: ten AdamW steps of PEFT's low-rank adapters on tiny checkpoints
-of fixtures/golden/models, their losses and gradient norms, and the norm of every weight after
-merging. Needs peft beside the oracle's packages (pip install --no-deps peft accelerate psutil).
+"""Writes fixtures/golden/lora: PEFT's low-rank adapters after ten AdamW steps on tiny checkpoints of
+fixtures/golden/models, as save_pretrained writes them; and fixtures/golden/lora.json: settings,
+losses and gradient norms of the steps, and the norm of every weight after merging. Needs peft
+beside the oracle's packages (pip install --no-deps peft accelerate psutil).
 
 The adapters' A is drawn as ours is: uniform within ±1/√inputs, from torch's generator seeded by the
 name of the weight."""
@@ -17,7 +18,12 @@ from transformers.utils import logging
 from golden_models import ADAMW, backward, load
 
 GOLDEN = Path(__file__).resolve().parents[2] / "fixtures/golden"
-CASES = ["models/llama3_rope", "models/qwen2"]
+# The second model has biases beside its adapters and few of them; the third norms every head.
+CASES = {
+    "all_linear": dict(model="models/llama3_rope", target_modules="all-linear", use_rslora=False),
+    "some_rslora": dict(model="models/qwen2", target_modules=["q_proj", "v_proj", "mlp.down_proj"], use_rslora=True),
+    "attention_only": dict(model="models/gemma2", target_modules=["q_proj", "k_proj", "o_proj"], use_rslora=False),
+}
 RANK, ALPHA, SEED, MASK = 4, 12.0, 7, 2**64 - 1
 
 
@@ -36,9 +42,10 @@ def seed_of(name):
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def adapted(folder):
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(load(folder), config)
+def adapted(case):
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=case["target_modules"], use_rslora=case["use_rslora"],
+                             lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load(GOLDEN / case["model"]), config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".lora_A." in name:
@@ -49,10 +56,10 @@ def adapted(folder):
     return model
 
 
-def curve(folder):
-    tensors = load_file(folder / "golden.safetensors")
+def curve(name, case):
+    tensors = load_file(GOLDEN / case["model"] / "golden.safetensors")
     docs = [(tensors[f"ids_{i}"], tensors[f"labels_{i}"]) for i in (0, 1)]
-    model = adapted(folder)
+    model = adapted(case)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=ADAMW["lr"], betas=ADAMW["betas"], eps=ADAMW["eps"], weight_decay=ADAMW["weight_decay"])
     losses, norms = [], []
@@ -61,15 +68,23 @@ def curve(folder):
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, ADAMW["max_grad_norm"])))
         optimizer.step()
         optimizer.zero_grad()
+    model.peft_config["default"].base_model_name_or_path = case["model"]
+    model.save_pretrained(GOLDEN / "lora" / name)
+    (GOLDEN / "lora" / name / "README.md").unlink(missing_ok=True)
+    (GOLDEN / "lora" / name / "adapter_model.safetensors").chmod(0o644)
+    path = GOLDEN / "lora" / name / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"].sort()    # a set, in random order
+    path.write_text(json.dumps(config, indent=1) + "\n")
     merged = {name: float(p.double().norm()) for name, p in model.merge_and_unload().named_parameters()}
-    return {"losses": losses, "grad_norms": norms, "merged_norms": merged}
+    return case | {"losses": losses, "grad_norms": norms, "merged_norms": merged}
 
 
 def main():
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     hyper = {key: ADAMW[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
-    cases = {case: curve(GOLDEN / case) for case in CASES}
+    cases = {name: curve(name, case) for name, case in CASES.items()}
     report = {"rank": RANK, "alpha": ALPHA, "seed": SEED, "adamw": hyper, "versions": {"torch": torch.__version__, "peft": peft.__version__},
               "cases": cases}
     (GOLDEN / "lora.json").write_text(json.dumps(report, indent=1) + "\n")

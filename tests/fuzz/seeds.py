@@ -149,6 +149,16 @@ def models():
     put("config", "qwen2", compact(llama | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": True,
                                             "sliding_window": 16, "max_window_layers": 1}))
     put("config", "qwen3", compact(llama | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
+    put("config", "phi3", compact(llama | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "partial_rotary_factor": 0.5,
+                                           "original_max_position_embeddings": 64, "rope_scaling": {
+                                               "type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}))
+    put("config", "olmo2", compact(llama | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}))
+    put("config", "granite", compact(llama | {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "logits_scaling": 8.0,
+                                              "embedding_multiplier": 12.0, "attention_multiplier": 0.02, "residual_multiplier": 0.2}))
+    put("config", "smollm3", compact(llama | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layers": [1, 0]}))
+    put("config", "gemma3", compact({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {},
+                                     "text_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                                     "sliding_window": 16, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}}))
     put("config", "gemma2", compact(llama | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2",
                                              "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 4, "sliding_window": 16,
                                              "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}))

@@ -2,6 +2,7 @@
 
 pub mod chain;
 pub mod ends;
+pub mod hub;
 pub mod layout;
 pub mod masks;
 pub mod model;
@@ -117,7 +118,7 @@ pub fn expect_entries(folder: &Path, names: &[&str]) {
 }
 
 /// Tensor of a test checkpoint.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {
     /// Element type on disk.
     pub dtype: Dtype,

@@ -4,18 +4,21 @@
 //! stage logic and does not link libtorch. Its modules form layers; each uses only those listed
 //! before it:
 //!
-//! 1. [`error`], [`log_once`], [`closest`]
+//! 1. [`error`], [`log_once`], [`closest`], [`progress`]
 //! 2. [`files`]: opening, staging and renaming
-//! 3. [`mod@format`]: file formats
-//! 4. [`stream`]: passes over large arrays
-//! 5. [`record`]: provenance and the up-to-date rule
-//! 6. [`run`]: command line, signals, progress
+//! 3. [`hub`]: the Hugging Face Hub, its cache and downloads
+//! 4. [`mod@format`]: file formats
+//! 5. [`stream`]: passes over large arrays
+//! 6. [`record`]: provenance and the up-to-date rule
+//! 7. [`run`]: command line, signals
 
 pub mod closest;
 pub mod error;
 pub mod files;
 pub mod format;
+pub mod hub;
 pub mod log_once;
+pub mod progress;
 pub mod record;
 pub mod run;
 pub mod stream;

@@ -125,7 +125,7 @@ pub enum Command {
 /// Arguments of `run`.
 #[derive(clap::Args, Debug)]
 pub struct RunArgs {
-    /// The checkpoint: a Hugging Face directory
+    /// The checkpoint: a Hugging Face directory, or org/name[@revision] on the Hub
     #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     pub model: PathBuf,
     /// The task list, tasks.toml
@@ -193,7 +193,7 @@ pub struct InferenceArgs {
 /// Arguments of `sample`.
 #[derive(clap::Args, Debug)]
 pub struct SampleArgs {
-    /// The checkpoint: a Hugging Face directory
+    /// The checkpoint: a Hugging Face directory, or org/name[@revision] on the Hub
     #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     pub model: PathBuf,
     /// Task list, tasks.toml, with the rows to answer [default: whole conversations]
@@ -228,7 +228,8 @@ pub struct SampleArgs {
 /// Arguments of `divergence`.
 #[derive(clap::Args, Debug)]
 pub struct DivergenceArgs {
-    /// The checkpoint whose predictions are compared: a Hugging Face directory
+    /// The checkpoint whose predictions are compared: a Hugging Face directory, or
+    /// org/name[@revision] on the Hub
     #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     pub model: PathBuf,
     /// The checkpoint to compare with, of the same architecture

@@ -98,7 +98,8 @@ enum Command {
 /// The two checkpoints whose difference is ranked.
 #[derive(ClapArgs, Debug)]
 struct CheckpointArgs {
-    /// Checkpoint before fine-tuning: a Hugging Face directory or a .safetensors file
+    /// Checkpoint before fine-tuning: a Hugging Face directory, a .safetensors file, or
+    /// org/name[@revision] on the Hub
     #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
     base: PathBuf,
     /// Checkpoint after fine-tuning on one task, with the same tensor names and shapes

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::Path;
 
-use cpift_core::Dtype;
+use cpift_core::{Dtype, hub};
 
 use crate::method::Method;
 use crate::recipe;
@@ -13,6 +13,10 @@ use crate::request::{CpiRequest, Request, Space, TaskWeights};
 
 /// Card of a merge by one of the plain methods with an output of `dtype`.
 pub fn of_request(request: &Request, dtype: Dtype) -> String {
+    // Models of the Hub appear under their names, pinned to the commit.
+    let mut request = request.clone();
+    request.relocate(&hub::named);
+    let request = &request;
     let method = request.method;
     let models: Vec<&Path> = request.models.iter().map(|model| model.path.as_path()).collect();
     let mut text = front_matter(request.base.as_deref().into_iter().chain(models));
@@ -40,6 +44,14 @@ pub fn of_request(request: &Request, dtype: Dtype) -> String {
 
 /// Card of a merge by `cpi` with an output of `dtype`.
 pub(crate) fn of_cpi(request: &CpiRequest, dtype: Dtype) -> String {
+    let mut request = request.clone();
+    let tasks = request.tasks.iter_mut().map(|task| &mut task.path);
+    for path in tasks.chain([&mut request.base]).chain(&mut request.backbone) {
+        if let Some(name) = hub::named(path) {
+            *path = name;
+        }
+    }
+    let request = &request;
     let tasks = request.tasks.iter().map(|task| task.path.as_path());
     let mut text = front_matter([request.base.as_path()].into_iter().chain(request.backbone.as_deref()).chain(tasks));
     text += "# Merge by core parameter isolation\n\n";
@@ -55,7 +67,8 @@ pub(crate) fn of_cpi(request: &CpiRequest, dtype: Dtype) -> String {
 /// Keys that the hub reads: models on the hub, library and tags.
 fn front_matter<'a>(models: impl Iterator<Item = &'a Path>) -> String {
     // The hub refuses anything that is not the name of a model, such as the path of a directory.
-    let ids: BTreeSet<&str> = models.filter_map(Path::to_str).filter(|name| is_hub_id(name)).collect();
+    let model = |path: &'a Path| path.to_str()?.split(['@', '+']).next();
+    let ids: BTreeSet<&str> = models.filter_map(model).filter(|name| is_hub_id(name)).collect();
     let mut text = "---\n".to_owned();
     if !ids.is_empty() {
         text += "base_model:\n";

@@ -28,7 +28,8 @@ use shared::{DensityArgs, ElectArgs, LayoutArgs, ModelArgs, SphereArgs, SweepArg
 /// CPI-FT
 ///
 /// Checkpoints are directories of transformers, diffusers or sentence-transformers, or single
-/// safetensors files, in F64, F32, F16, BF16 or F8. MODEL+ADAPTER is a model with a LoRA adapter
+/// safetensors files, in F64, F32, F16, BF16 or F8. org/name[@revision] is a model of the Hugging
+/// Face Hub, from its local cache or downloaded. MODEL+ADAPTER is a model with a LoRA adapter
 /// merged into it while it is read. The output has the layout of the base. All inputs are checked
 /// before any output starts; the output appears complete or not at all.
 ///
@@ -480,7 +481,7 @@ impl ExtractLoraArgs {
 #[derive(clap::Args, Debug)]
 pub(crate) struct MergeAdaptersArgs {
     /// LoRA adapter, a PEFT directory or a .safetensors file of diffusers or kohya; two or more
-    #[arg(long = "adapter", value_name = "PATH", required = true, help_heading = "Input and output")]
+    #[arg(long = "adapter", value_name = "ADAPTER", required = true, help_heading = "Input and output")]
     adapters: Vec<PathBuf>,
     /// Output: a directory if the first adapter is a PEFT directory, else a file; an existing one
     /// is refused unless --force is given

@@ -17,10 +17,11 @@ use cpift_core::run::cli::Common;
 use cpift_core::stream::random::seed_for;
 use cpift_data::{self as data, Encoded};
 use cpift_torch::args::TrainingArgs;
+use cpift_torch::memory::{self, Job};
+use cpift_torch::oom;
 use cpift_torch::session::{ModelInfo, Session};
 use cpift_torch::train::{FISHER, FisherConfig, HeldOut, Isolation, Run, Stage, States, read_examples};
 use cpift_torch::workers::Workers;
-use cpift_torch::{memory, oom};
 use log::{info, warn};
 use serde_json::{Map, Value, json};
 
@@ -43,7 +44,7 @@ const FISHER_HEADING: &str = "Method";
 #[derive(Parser, Debug)]
 #[command(name = "cpift-probe", version)]
 pub struct Args {
-    /// Base checkpoint θ⁽⁰⁾: a Hugging Face directory
+    /// Base checkpoint θ⁽⁰⁾: a Hugging Face directory, or org/name[@revision] on the Hub
     #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "MODEL")]
     #[arg(required_unless_present = "list", help_heading = IO)]
     pub base: Option<PathBuf>,
@@ -104,7 +105,8 @@ pub fn run(args: Args) -> Result<()> {
     args.common.start()?;
     match (&args.base, &args.out) {
         (Some(base), Some(out)) => {
-            oom::explain(|| memory::of_failed_run(base, &args.tasks, &args.training, 0), || probe(&args, base, out))
+            let job = || Job::of_run(base, &args.tasks, &args.training);
+            oom::explain(|| memory::of_failed_run(job(), &args.training, 0), || probe(&args, base, out))
         }
         _ => list(&args),
     }
@@ -131,7 +133,7 @@ fn train(args: &Args, base: &Path, out: &Path, workers: &Workers, recorder: Reco
     if workers.agree("the output is up to date", || args.common.up_to_date(&expected))? {
         return Ok(());
     }
-    memory::check_run(base, &args.tasks, &args.training, workers.placement.world())?;
+    memory::check_run(|| Job::of_run(base, &args.tasks, &args.training), workers.placement.world())?;
     let mut plan = plan(args, (&tasks, task), base, out, workers)?;
     warn_of_rounding(args, &plan.session);
     let run = describe(args, &plan);
@@ -218,6 +220,7 @@ fn training_run<'a>(args: &'a Args, plan: &'a Plan, held_out: Vec<HeldOut>, stat
     let stage = Stage {
         label: plan.task.name.clone(),
         examples: &plan.encoded.examples,
+        mixture: &[],
         isolation: Isolation::None,
         budget: training.budget(),
         seed: training.seed,

@@ -8,6 +8,7 @@ use std::fs;
 use clap::Parser;
 use cpift_report::{ReportArgs, report};
 use scraper::{ElementRef, Html, Selector};
+use serde_json::{Value, json};
 use support::{Folder, HOSTILE, common, read};
 
 #[derive(Parser)]
@@ -69,7 +70,7 @@ fn the_sections_are_landmarks_that_the_navigation_leads_to() {
     let ids: Vec<String> =
         select(&html, "main section h2").iter().map(|h| format!("#{}", h.value().attr("id").unwrap())).collect();
     assert_eq!(links, ids);
-    assert_eq!(ids.len(), 8, "no experiments, no section of them");
+    assert_eq!(ids.len(), 9, "no experiments, no section of them");
     assert_eq!((select(&html, "h1").len(), select(&html, "html[lang=en]").len()), (1, 1));
     assert_eq!(select(&html, "a.skip[href='#content']").len(), 1);
     // Boxes that scroll are reached by keyboard and have a name.
@@ -107,6 +108,46 @@ fn what_a_model_wrote_is_text_and_nothing_else() {
     let shown = HOSTILE.replace('\u{1b}', "␛").replace('\0', "␀").replace('\u{202e}', "⟨U+202E⟩");
     assert!(outputs.len() >= 4 && outputs.iter().all(|o| *o == shown), "{outputs:?}");
     assert!(!page.chars().any(|c| c.is_control() && c != '\n'), "no control character is left");
+}
+
+#[test]
+fn the_summary_names_the_best_model_what_it_lost_and_its_cost() {
+    let f = Folder::whole();
+    let record = |name: &str, inputs: &[&str], output: &str, tokens: u64, seconds: f64| {
+        let inputs: serde_json::Map<String, Value> =
+            inputs.iter().map(|digest| ((*digest).to_owned(), json!({"path": "x", "digest": digest}))).collect();
+        let record = json!({"format_version": 1, "stage": "cpift-train", "version": "0.1.0", "arguments": [],
+            "inputs": inputs, "facts": {"tokens": tokens}, "output": {"blake3": output, "files": []}, "host": "here",
+            "started_unix": 1, "seconds": seconds});
+        f.write(&format!("{name}/cpift.json"), &record.to_string());
+    };
+    let digest = |i: u8| format!("{i:02x}").repeat(32);
+    let [probe, first, second, last] = [1, 2, 3, 4].map(digest);
+    record("probes/copy", &[], &probe, 1000, 10.0);
+    record("first", &[&probe], &first, 0, 1.0);
+    record("second", &[&probe], &second, 500, 70.0);
+    // Both of its inputs come from one probe, which counts once.
+    record("cpi-ft", &[&first, &second], &last, 20_000, 3600.0);
+    let page = text_of(&f, &[]);
+    let html = Html::parse_document(&page);
+    let summary = section(&html, "summary");
+    let words = text(summary);
+    for part in
+        ["cpi-ft has the highest ANS, 6.25; base follows with 5.00: −1.25 [", "contains 0, so these rows do not decide"]
+    {
+        assert!(words.contains(part), "{part}: {words}");
+    }
+    let rows: Vec<Vec<String>> = summary
+        .select(&Selector::parse("tbody tr").unwrap())
+        .map(|row| row.select(&Selector::parse("th, td").unwrap()).map(text).collect())
+        .collect();
+    assert_eq!(rows.len(), 2);
+    assert_eq!(rows[0][..3], ["cpi-ft", "6.25", "–"], "{rows:?}");
+    assert!(rows[0][3].starts_with("pick −25.0 ["), "{rows:?}");
+    assert_eq!(rows[0][4..], ["21,500", "1 h 1 min"]);
+    assert_eq!((rows[1][0].as_str(), &rows[1][3..]), ("base", &["–", "–", "–"].map(str::to_owned)[..]));
+    let first_section = select(&html, "main section h2")[0].value().attr("id");
+    assert_eq!(first_section, Some("summary"));
 }
 
 #[test]

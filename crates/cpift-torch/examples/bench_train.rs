@@ -16,7 +16,7 @@ use cpift_torch::data::Batch;
 use cpift_torch::device::{DeviceChoice, cuda_memory_peak};
 use cpift_torch::freeze::Freeze;
 use cpift_torch::model::{CausalLM, ModelConfig};
-use cpift_torch::optim::AdamWConfig;
+use cpift_torch::optim::{AdamWConfig, StateKind};
 use cpift_torch::pieces::whole_pieces;
 use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer};
 use cpift_torch::weights::{self, Parameters, kind_of};
@@ -133,12 +133,11 @@ fn main() -> Result<()> {
     let (model, parameters) = open(&args, device)?;
     let freeze = (args.frozen_percent > 0.0).then(|| Freeze::every(&whole_pieces(&parameters), args.frozen_percent));
     let config = StepConfig {
-        optimizer: AdamWConfig { state: kind_of(args.optim_state), ..AdamWConfig::default() },
+        optimizer: AdamWConfig { state: StateKind::plain(args.optim_state), ..AdamWConfig::default() },
         max_grad_norm: if args.optimizer_in_backward { 0.0 } else { 1.0 },
         pass: PassConfig { checkpointing: args.gradient_checkpointing, loss_chunk: args.loss_chunk },
         optimizer_in_backward: args.optimizer_in_backward,
         train_embeddings: true,
-        ..StepConfig::default()
     };
     let mut trainer = Trainer::new(&model, &parameters, freeze, config)?;
     let mut ids = Ids { state: 1, vocab: model.config.vocab_size as u64 };

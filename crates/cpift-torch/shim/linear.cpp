@@ -31,7 +31,8 @@ at::Tensor product(const at::Tensor &x, const at::Tensor &w) {
 
 struct Linear : public torch::autograd::Function<Linear> {
   static at::Tensor forward(AutogradContext *ctx, const at::Tensor &x, const at::Tensor &w) {
-    ctx->save_for_backward({x, w});
+    // Only the weight's gradient needs x.
+    ctx->save_for_backward({w.requires_grad() ? x : at::Tensor(), w});
     auto sizes = x.sizes().vec();
     sizes.back() = w.size(0);
     return product(x.reshape({-1, w.size(1)}), w).view(sizes);
@@ -42,7 +43,11 @@ struct Linear : public torch::autograd::Function<Linear> {
     const auto &x = saved[0], &w = saved[1];
     auto grad = grads[0].reshape({-1, w.size(0)});
     at::Tensor by_x, by_w;
-    if (ctx->needs_input_grad(0)) by_x = product(grad, w.t()).view(x.sizes());
+    if (ctx->needs_input_grad(0)) {
+      auto sizes = grads[0].sizes().vec();
+      sizes.back() = w.size(1);
+      by_x = product(grad, w.t()).view(sizes);
+    }
     if (ctx->needs_input_grad(1)) by_w = product(grad.t(), x.reshape({-1, w.size(1)}).t());
     return {by_x, by_w};
   }

@@ -13,7 +13,7 @@ use tch::{Device, Kind};
 
 use crate::device::DeviceChoice;
 use crate::offload::Storage;
-use crate::optim::AdamWConfig;
+use crate::optim::{AdamWConfig, StateKind};
 use crate::placement::Reduce;
 use crate::schedule::ScheduleArgs;
 use crate::session::{Precision, set_strict_config};
@@ -63,6 +63,12 @@ pub struct TrainingArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub schedule: ScheduleArgs,
+    /// The optimizer: adamw; or adamw_8bit, AdamW with moments in 8 bits per element, in blocks of
+    /// 256 with a factor each, as in bitsandbytes. Tensors of fewer than 4096 elements keep f32
+    /// moments
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = Optimizer::Adamw, help_heading = OPTIMIZER)]
+    #[serde(skip_serializing_if = "Optimizer::is_adamw")]
+    pub optim: Optimizer,
     /// Decoupled weight decay, on all but norms and biases
     #[arg(long, aliases = ["weight_decay"], value_name = "F", allow_negative_numbers = true)]
     #[arg(default_value_t = 0.0, help_heading = OPTIMIZER)]
@@ -162,6 +168,13 @@ pub struct TrainingArgs {
     #[arg(long, aliases = ["keep", "save_total_limit"], value_name = "N", default_value_t = 1, help_heading = RESUME)]
     #[serde(skip)]
     pub save_total_limit: usize,
+    /// Save the mean of the weights at the last N steps that --save-every saves, of which the end
+    /// of training is one, instead of the last weights. The N − 1 states before stay in
+    /// OUT.checkpoints until then, on disk; memory for one tensor at a time is added. Needs
+    /// --save-every; in the last stage alone if there are several
+    #[arg(long, alias = "average_last", value_name = "N", requires = "save_every", help_heading = RESUME)]
+    #[serde(skip)]
+    pub average_last: Option<usize>,
     /// Continue from the newest state in OUT.checkpoints, or start if there is none. --force skips
     /// states that are damaged, of another version or of another run
     #[arg(long, help_heading = RESUME)]
@@ -188,6 +201,25 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = RUN)]
     #[serde(skip)]
     pub device: DeviceChoice,
+}
+
+/// The optimizers.
+#[derive(clap::ValueEnum, Serialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Optimizer {
+    /// AdamW with moments of --optim-state-dtype.
+    #[value(aliases = ["adamw_torch", "adamw_torch_fused", "adamw_hf"])]
+    #[serde(rename = "adamw")]
+    Adamw,
+    /// AdamW with 8-bit moments.
+    #[value(name = "adamw_8bit", aliases = ["adamw-8bit", "adamw_bnb_8bit"])]
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
+}
+
+impl Optimizer {
+    fn is_adamw(&self) -> bool {
+        *self == Self::Adamw
+    }
 }
 
 /// State that is kept out of the device's memory.
@@ -235,8 +267,17 @@ impl TrainingArgs {
             (self.max_length.is_none_or(|n| n >= 2), "--max-length must be at least 2"),
             (matches!(self.master_dtype, Dtype::F32 | Dtype::BF16), "--master-dtype must be f32 or bf16"),
             (matches!(self.optim_state_dtype, Dtype::F32 | Dtype::BF16), "--optim-state-dtype must be f32 or bf16"),
+            (
+                self.optim == Optimizer::Adamw || self.optim_state_dtype == Dtype::F32,
+                "--optim adamw_8bit has moments of its own form: leave out --optim-state-dtype",
+            ),
+            (
+                self.optim == Optimizer::Adamw || self.offload == Offload::None,
+                "--optim adamw_8bit keeps its moments on the device: leave out --offload",
+            ),
             (self.loss_chunk > 0, "--loss-chunk must be at least 1"),
             (self.save_every != Some(0), "--save-every must be at least 1"),
+            (self.average_last != Some(0), "--average-last must be at least 1"),
             (self.save_total_limit > 0, "--save-total-limit must be at least 1"),
             (self.eval_every != Some(0) && self.eval_rows > 0, "--eval-every and --eval-rows must be at least 1"),
             (
@@ -274,7 +315,10 @@ impl TrainingArgs {
             betas: (self.adam_beta1, self.adam_beta2),
             eps: self.adam_epsilon,
             weight_decay: self.weight_decay,
-            state: kind_of(self.optim_state_dtype),
+            state: match (self.optim, self.optim_state_dtype) {
+                (Optimizer::Adamw8bit, _) => StateKind::Blockwise,
+                (Optimizer::Adamw, dtype) => StateKind::plain(dtype),
+            },
         }
     }
 
@@ -323,6 +367,9 @@ impl TrainingArgs {
         };
         if let Budget::Epochs(epochs) = self.budget() {
             map.insert("epochs".into(), epochs.into());
+        }
+        if let (Some(count), Some(every)) = (self.average_last, self.save_every) {
+            map.insert("average_last".into(), vec![count, every].into());
         }
         let compute = if self.precision(device).compute == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 };
         map.insert("compute_dtype".into(), compute.name().into());

@@ -2,6 +2,7 @@
 //!
 //! Shape suffixes: b batch, s sequence, n targets.
 
+use cpift_core::stream::random::splitmix64;
 use cpift_data::Example;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -83,18 +84,45 @@ impl Batch {
     }
 }
 
-/// An endless stream of indices into `n` examples: a new permutation for every epoch, determined by
-/// the seed.
+/// Consecutive examples, for instance those of a task, and how many of them an epoch has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Number of examples.
+    pub rows: usize,
+    /// Examples in an epoch; more than `rows` repeat some.
+    pub drawn: usize,
+}
+
+/// An endless stream of indices into examples, determined by the seed: epochs in random order.
 pub(crate) struct Sampler {
     order: Vec<usize>,
     next: usize,
     rng: ChaCha8Rng,
+    /// Parts of a mixture: first index, the part's own stream, examples in an epoch.
+    parts: Vec<(usize, Sampler, usize)>,
 }
 
 impl Sampler {
-    /// A sampler over `n` examples.
+    /// A sampler over `n` examples: every epoch is a new permutation.
     pub fn new(n: usize, seed: u64) -> Self {
-        Self { order: (0..n).collect(), next: n, rng: ChaCha8Rng::seed_from_u64(seed) }
+        Self { order: (0..n).collect(), next: n, rng: ChaCha8Rng::seed_from_u64(seed), parts: Vec::new() }
+    }
+
+    /// A sampler over the examples of `mixture`. Each part has its own stream of permutations, and
+    /// an epoch takes the next examples from each, so that those left out of one epoch come in a
+    /// later one. Without parts, a sampler over `n` examples.
+    pub fn mixed(n: usize, mixture: &[Part], seed: u64) -> Self {
+        if mixture.is_empty() {
+            return Self::new(n, seed);
+        }
+        assert_eq!(n, mixture.iter().map(|part| part.rows).sum::<usize>(), "the parts are all examples");
+        let mut start = 0;
+        let mut sampler = Self::new(0, seed);
+        for (k, part) in mixture.iter().enumerate() {
+            sampler.parts.push((start, Self::new(part.rows, splitmix64(seed, k as u64)), part.drawn));
+            start += part.rows;
+        }
+        sampler
     }
 
     /// The next `count` indices.
@@ -102,13 +130,21 @@ impl Sampler {
         (0..count)
             .map(|_| {
                 if self.next == self.order.len() {
-                    self.order.shuffle(&mut self.rng);
-                    self.next = 0;
+                    self.start_epoch();
                 }
                 self.next += 1;
                 self.order[self.next - 1]
             })
             .collect()
+    }
+
+    fn start_epoch(&mut self) {
+        if !self.parts.is_empty() {
+            let drawn = self.parts.iter_mut().map(|(start, stream, n)| (*start, stream.take(*n)));
+            self.order = drawn.flat_map(|(start, taken)| taken.into_iter().map(move |i| start + i)).collect();
+        }
+        self.order.shuffle(&mut self.rng);
+        self.next = 0;
     }
 }
 
@@ -182,10 +218,16 @@ pub(crate) struct Feeder {
 }
 
 impl Feeder {
-    /// A stream over `examples`.
+    /// A stream over `examples`, each once per epoch.
     pub fn new(examples: &[Example], config: FeedConfig, seed: u64) -> Self {
+        Self::mixed(examples, &[], config, seed)
+    }
+
+    /// A stream over `examples`, of whose parts an epoch has the numbers in `mixture`; without
+    /// parts, each once.
+    pub fn mixed(examples: &[Example], mixture: &[Part], config: FeedConfig, seed: u64) -> Self {
         let lengths: Vec<usize> = examples.iter().map(|e| e.ids.len()).collect();
-        Self { sampler: Sampler::new(lengths.len(), seed), lengths, config, waiting: None }
+        Self { sampler: Sampler::mixed(lengths.len(), mixture, seed), lengths, config, waiting: None }
     }
 
     /// Returns the next step's micro-batches. With N ranks, those of rank r are the r-th, the
@@ -322,6 +364,26 @@ mod tests {
         }
         assert_eq!(Sampler::new(50, 7).take(120), Sampler::new(50, 7).take(120));
         assert_ne!(Sampler::new(50, 7).take(50), Sampler::new(50, 8).take(50));
+    }
+
+    #[test]
+    fn an_epoch_of_a_mixture_has_the_numbers_asked_for_and_no_row_waits_for_ever() {
+        let parts = [Part { rows: 10, drawn: 4 }, Part { rows: 2, drawn: 5 }];
+        let mut sampler = Sampler::mixed(12, &parts, 3);
+        let (mut large, mut small) = (Vec::new(), Vec::new());
+        for _ in 0..5 {
+            let epoch = sampler.take(9);
+            let (first, second): (Vec<usize>, Vec<usize>) = epoch.into_iter().partition(|i| *i < 10);
+            assert_eq!((first.len(), second.len()), (4, 5));
+            large.extend(first);
+            small.extend(second);
+        }
+        // 20 draws from 10 rows, 25 from 2.
+        assert!((0..10).all(|row| large.iter().filter(|i| **i == row).count() == 2), "{large:?}");
+        let of_first = small.iter().filter(|i| **i == 10).count();
+        assert!((12..=13).contains(&of_first), "{small:?}");
+        assert_eq!(Sampler::mixed(12, &parts, 3).take(40), Sampler::mixed(12, &parts, 3).take(40));
+        assert_eq!(Sampler::mixed(12, &[], 3).take(40), Sampler::new(12, 3).take(40));
     }
 
     #[test]

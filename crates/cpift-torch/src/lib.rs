@@ -5,7 +5,9 @@
 //! hidden states and `loss` into a loss, [`optim`] updates the parameters and [`freeze`] restores
 //! the frozen elements; [`train`] is the loop around it, [`session`] opens and saves checkpoints.
 
+mod adapter;
 pub mod args;
+mod blockwise;
 pub mod data;
 pub mod device;
 pub mod dist;

@@ -70,6 +70,7 @@ pub(crate) fn backward(
         let mut sum = Tensor::zeros([], (Kind::Double, device));
         let grad_hidden = Tensor::zeros_like(normed_ne);
         let mut grad_matrix: Option<Tensor> = None;
+        let scale = scale / model.config.logit_divisor.unwrap_or(1.0);
         for (start, n) in chunks(labels_n, chunk) {
             let hidden_ce = normed_ne.narrow(0, start, n);
             let labels_c1 = labels_n.narrow(0, start, n).unsqueeze(1);
@@ -98,7 +99,7 @@ pub(crate) fn backward(
 /// Log-probabilities [c, v] in f32 and, if logits are soft-capped, the derivative of the cap at
 /// each logit.
 fn log_probs(model: &CausalLM, hidden_ce: &Tensor, matrix_ve: &Tensor) -> (Tensor, Option<Tensor>) {
-    let logits_cv = linear(hidden_ce, matrix_ve, None);
+    let logits_cv = model.divided(linear(hidden_ce, matrix_ve, None));
     let Some(cap) = model.config.logit_softcap else {
         return (logits_cv.log_softmax(-1, Kind::Float), None);
     };

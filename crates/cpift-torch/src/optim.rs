@@ -1,10 +1,12 @@
 //! The optimizer: AdamW with decoupled weight decay, clipping to a global norm, the guard against
-//! values that are not finite, and stochastic rounding to bf16.
+//! values that are not finite, stochastic rounding to bf16, and moments in 8 bits.
 
 use anyhow::Result;
+use cpift_core::Dtype;
 use cpift_core::stream::random::splitmix64;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::blockwise::{BLOCK, Blockwise, SMALLEST};
 use crate::ffi::{AdamWNumbers, AdamWTensors, fused_adamw};
 use crate::pieces::{Piece, Pieces};
 use crate::placement::Placement;
@@ -20,13 +22,32 @@ pub struct AdamWConfig {
     /// Decoupled weight decay, applied to tensors of two or more dimensions: not to norms and
     /// biases.
     pub weight_decay: f64,
-    /// Dtype of the moments: f32, or bf16 with stochastic rounding.
-    pub state: Kind,
+    /// Form of the moments.
+    pub state: StateKind,
+}
+
+/// Form of the optimizer's moments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StateKind {
+    /// f32.
+    Float,
+    /// bf16 with stochastic rounding.
+    BFloat16,
+    /// Block-wise 8-bit numbers, as in bitsandbytes, for tensors of 4096 elements or more; f32 for
+    /// others.
+    Blockwise,
+}
+
+impl StateKind {
+    /// Moments of `dtype`, F32 or BF16.
+    pub fn plain(dtype: Dtype) -> Self {
+        if dtype == Dtype::BF16 { Self::BFloat16 } else { Self::Float }
+    }
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0, state: Kind::Float }
+        Self { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0, state: StateKind::Float }
     }
 }
 
@@ -39,10 +60,31 @@ pub struct AdamW {
 struct Slot {
     name: String,
     param: Piece,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    moments: Moments,
     step: Tensor,
     decays: bool,
+}
+
+/// The first and the second moment.
+enum Moments {
+    /// In the shape of the piece.
+    Plain([Tensor; 2]),
+    Blockwise([Blockwise; 2]),
+}
+
+impl Moments {
+    /// Returns true if both lie on `device`.
+    fn on(&self, device: Device) -> bool {
+        match self {
+            Self::Plain(pair) => pair[0].device() == device,
+            Self::Blockwise(pair) => pair[0].codes.device() == device,
+        }
+    }
+
+    /// Returns true for f32 on `device`.
+    fn wide_on(&self, device: Device) -> bool {
+        matches!(self, Self::Plain(pair) if pair[0].kind() == Kind::Float) && self.on(device)
+    }
 }
 
 /// Inputs of an update besides its gradients.
@@ -58,6 +100,9 @@ pub struct Update<'a> {
 
 /// Elements widened to f32 at a time if dtypes differ: 64 MiB for each of four temporaries.
 const WIDENED: i64 = 1 << 24;
+/// The same for moments in 8 bits, which need more temporaries; a number of whole blocks.
+const WIDENED_BLOCKS: i64 = 1 << 22;
+const _: () = assert!(WIDENED_BLOCKS % BLOCK == 0);
 
 impl AdamW {
     /// An optimizer for `pieces` whose moments are zero, in the placement's memory for moments.
@@ -70,11 +115,19 @@ impl AdamW {
         placement: &Placement,
     ) -> Result<Self> {
         let slot = |(name, piece): (&String, &Piece)| -> Result<Slot> {
-            let zeros = || placement.moments.zeros("the moments", &piece.tensor.size(), config.state);
+            let size = piece.tensor.size();
+            let zeros = |kind| placement.moments.zeros("the moments", &size, kind);
+            let moments = match config.state {
+                StateKind::Blockwise if piece.whole_len() >= SMALLEST => {
+                    assert_eq!(piece.len(), piece.whole_len(), "blocks are those of a whole parameter");
+                    Moments::Blockwise([true, false].map(|signed| Blockwise::zeros(&size, signed, placement.device)))
+                }
+                StateKind::BFloat16 => Moments::Plain([zeros(Kind::BFloat16)?, zeros(Kind::BFloat16)?]),
+                StateKind::Blockwise | StateKind::Float => Moments::Plain([zeros(Kind::Float)?, zeros(Kind::Float)?]),
+            };
             Ok(Slot {
                 name: name.clone(),
-                exp_avg: zeros()?,
-                exp_avg_sq: zeros()?,
+                moments,
                 step: Tensor::zeros([], (Kind::Float, placement.device)),
                 decays: piece.shape.len() >= 2,
                 param: piece.with(piece.tensor.shallow_clone()),
@@ -97,12 +150,15 @@ impl AdamW {
             let held = |i: usize| self.slots[i].decays == decays && !self.slots[i].param.is_empty();
             for (&i, grad) in chosen.iter().zip(&grads).filter(|(i, _)| held(**i)) {
                 let slot = &self.slots[i];
-                let all = [&slot.param.tensor, &slot.exp_avg, grad];
-                if all.iter().all(|t| t.kind() == Kind::Float && t.device() == slot.step.device()) {
+                let device = slot.step.device();
+                let wide = [&slot.param.tensor, grad].iter().all(|t| t.kind() == Kind::Float && t.device() == device);
+                if let (true, Moments::Plain([exp_avg, exp_avg_sq])) =
+                    (wide && slot.moments.wide_on(device), &slot.moments)
+                {
                     tensors.params.push(&slot.param.tensor);
                     tensors.grads.push(grad);
-                    tensors.exp_avgs.push(&slot.exp_avg);
-                    tensors.exp_avg_sqs.push(&slot.exp_avg_sq);
+                    tensors.exp_avgs.push(exp_avg);
+                    tensors.exp_avg_sqs.push(exp_avg_sq);
                     tensors.steps.push(&slot.step);
                 } else {
                     // A seed of its own, so that the bits do not depend on which parameters are
@@ -116,7 +172,10 @@ impl AdamW {
             }
         }
         // The host may read what it holds once this returns.
-        let away = |slot: &Slot| [&slot.param.tensor, &slot.exp_avg].iter().any(|t| t.device() != slot.step.device());
+        let away = |slot: &Slot| {
+            let device = slot.step.device();
+            slot.param.tensor.device() != device || !slot.moments.on(device)
+        };
         let waits = chosen.iter().map(|&i| &self.slots[i]).find(|slot| away(slot));
         waits.map_or(Ok(()), |slot| wait_for(slot.step.device()))
     }
@@ -127,21 +186,27 @@ impl AdamW {
     fn step_widened(&self, slot: &Slot, grad: &Tensor, update: Update<'_>) -> Result<()> {
         let (device, whole) = (slot.step.device(), slot.param.whole_len());
         let held = slot.param.start..slot.param.start + slot.param.len();
-        let tensors = [&slot.param.tensor, &slot.exp_avg, &slot.exp_avg_sq];
+        let (plain, parts): (Vec<&Tensor>, i64) = match &slot.moments {
+            Moments::Plain([exp_avg, exp_avg_sq]) => (vec![&slot.param.tensor, exp_avg, exp_avg_sq], WIDENED),
+            Moments::Blockwise(_) => (vec![&slot.param.tensor], WIDENED_BLOCKS),
+        };
         let before = no_grad(|| slot.step.copy());
-        for start in (0..whole).step_by(WIDENED as usize).take_while(|start| *start < held.end) {
-            let count = WIDENED.min(whole - start);
+        for start in (0..whole).step_by(parts as usize).take_while(|start| *start < held.end) {
+            let count = parts.min(whole - start);
             let (from, to) = (start.max(held.start), (start + count).min(held.end));
             let noise = || Tensor::randint(1 << 16, [count], (Kind::Int, device));
             if from >= to {
-                tensors.iter().filter(|t| t.kind() == Kind::BFloat16).for_each(|_| drop(noise()));
+                plain.iter().filter(|t| t.kind() == Kind::BFloat16).for_each(|_| drop(noise()));
                 continue;
             }
             let part = |t: &Tensor| t.detach().view([-1]).narrow(0, from - held.start, to - from);
-            let kept = tensors.map(part);
+            let kept: Vec<Tensor> = plain.iter().map(|t| part(t)).collect();
             // From pinned memory without waiting.
             let widened = |t: &Tensor| t.to_device_(device, Kind::Float, true, false);
-            let wide: Vec<Tensor> = kept.iter().map(widened).collect();
+            let mut wide: Vec<Tensor> = kept.iter().map(widened).collect();
+            if let Moments::Blockwise(pair) = &slot.moments {
+                wide.extend(pair.iter().map(|moment| moment.read(start, count)));
+            }
             let wide_grad = widened(&part(grad));
             // All parts belong to one step: each starts from the same counter.
             let step = before.copy();
@@ -160,6 +225,9 @@ impl AdamW {
                     copy(kept, wide)?;
                 }
             }
+            if let Moments::Blockwise(pair) = &slot.moments {
+                pair.iter().zip(&wide[1..]).for_each(|(moment, wide)| moment.write(start, wide));
+            }
         }
         no_grad(|| drop(slot.step.shallow_clone().g_add_scalar_(1.0)));
         Ok(())
@@ -176,13 +244,27 @@ impl AdamW {
         }
     }
 
-    /// The moments as `NAME.exp_avg` and `NAME.exp_avg_sq`; they share storage with the optimizer.
+    /// The moments as `NAME.exp_avg` and `NAME.exp_avg_sq`, with the largest values of their blocks
+    /// as `NAME.exp_avg_absmax` and `NAME.exp_avg_sq_absmax` if they have 8 bits; they share
+    /// storage with the optimizer.
     pub fn moments(&self) -> Pieces {
-        let pair = |s: &Slot| {
-            [("exp_avg", &s.exp_avg), ("exp_avg_sq", &s.exp_avg_sq)]
-                .map(|(moment, tensor)| (format!("{}.{moment}", s.name), s.param.with(tensor.shallow_clone())))
+        let of = |s: &Slot| -> Vec<(String, Piece)> {
+            let names = ["exp_avg", "exp_avg_sq"].map(|moment| format!("{}.{moment}", s.name));
+            match &s.moments {
+                Moments::Plain(pair) => {
+                    names.into_iter().zip(pair).map(|(name, t)| (name, s.param.with(t.shallow_clone()))).collect()
+                }
+                Moments::Blockwise(pair) => names
+                    .into_iter()
+                    .zip(pair)
+                    .flat_map(|(name, moment)| {
+                        let absmax = (format!("{name}_absmax"), Piece::whole(&moment.absmax));
+                        [(name, s.param.with(moment.codes.shallow_clone())), absmax]
+                    })
+                    .collect(),
+            }
         };
-        self.slots.iter().flat_map(pair).collect()
+        self.slots.iter().flat_map(of).collect()
     }
 
     /// Sets the number of updates already made, for bias correction.

@@ -7,21 +7,24 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use cpift_core::files::hub;
-use cpift_core::format::checkpoint::{read_config, with_head_of, with_torch_dtype};
+use cpift_core::format::checkpoint::{Excluded, model_of, read_config, with_head_of, with_torch_dtype};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::json;
 use cpift_core::format::tasks::Task;
-use cpift_core::{BadInput, Checkpoint, Dtype};
+use cpift_core::hub;
+use cpift_core::{BadInput, Checkpoint, Dtype, TensorView};
 use cpift_data::{ChatText, MaxLength};
 use serde_json::Value;
 use tch::{Device, Kind, no_grad};
 
 use crate::home::{self, Home, UnitHome};
-use crate::model::{CausalLM, EMBEDDING, ModelConfig};
+use crate::model::{CausalLM, ModelConfig};
 use crate::pieces::{Pieces, whole_pieces};
 use crate::placement::Placement;
 use crate::weights::{self, Parameters, Saver};
+
+/// Files of the inputs other than text.
+const PROCESSOR_FILES: [&str; 2] = ["preprocessor_config.json", "processor_config.json"];
 
 /// Dtypes of weights and computation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +65,9 @@ pub struct Session {
     config: Value,
 }
 
+/// End of the name of the embedding table.
+const EMBEDDING: &str = "embed_tokens.weight";
+
 static STRICT_CONFIG: AtomicBool = AtomicBool::new(false);
 
 /// Sets `--strict-config` for the process: unknown fields of config.json are refused in every
@@ -93,14 +99,17 @@ impl ModelInfo {
     /// # Errors
     /// [`BadInput`] if either cannot be used.
     pub fn open(folder: &Path, template: Option<&str>) -> Result<Self> {
-        if folder.symlink_metadata().is_err() {
+        // Of MODEL+ADAPTER the model.
+        let own = model_of(folder);
+        let own = own.as_deref().unwrap_or(folder);
+        if own.symlink_metadata().is_err() {
             let error = BadInput::new(folder, "no such checkpoint").expected("a Hugging Face directory");
             return Err(hub::hinted(error, folder).into());
         }
-        let config = read_config(folder)?;
-        let numbers = ModelConfig::from_json(folder, &config)?;
-        numbers.check_unknown_fields(folder, strict_config())?;
-        let text = ChatText::open(folder, template)?.with_embedding_rows(numbers.vocab_size);
+        let config = read_config(own)?;
+        let numbers = ModelConfig::from_json(own, &config)?;
+        numbers.check_unknown_fields(own, strict_config())?;
+        let text = ChatText::open(own, template)?.with_embedding_rows(numbers.vocab_size);
         Ok(Self { folder: folder.to_owned(), config, numbers, text })
     }
 
@@ -118,9 +127,10 @@ impl ModelInfo {
     /// [`BadInput`] for weights that cannot be used; no room for them.
     pub fn load_at(self, placement: Placement, precision: Precision) -> Result<Session> {
         let Self { folder, config, mut numbers, text } = self;
-        let checkpoint = Checkpoint::open(&folder)?;
+        let mut checkpoint = Checkpoint::open(&folder)?;
         let config = with_head_of(checkpoint.tied(), config);
         numbers.untie_as(&checkpoint);
+        numbers.keep_text(&mut checkpoint);
         let digest = checkpoint.digest()?;
         let parameters = if placement.lends() {
             weights::refuse_quantised(&checkpoint)?;
@@ -191,7 +201,18 @@ impl Session {
     /// # Errors
     /// A weight that is not finite in `dtype`, a failed write, or a failed collective.
     pub(crate) fn save_pieces(&self, pieces: &Pieces, folder: Option<&Path>, dtype: Dtype) -> Result<()> {
-        let saver = folder.map(|folder| Saver::create(pieces, folder, dtype)).transpose()?;
+        self.save_beside(pieces, &[], folder, dtype)
+    }
+
+    /// As [`Session::save_pieces`], with the tensors `others` of the checkpoint unchanged.
+    fn save_beside(
+        &self,
+        pieces: &Pieces,
+        others: &[TensorView<'_>],
+        folder: Option<&Path>,
+        dtype: Dtype,
+    ) -> Result<()> {
+        let saver = folder.map(|folder| Saver::create(pieces, others, folder, dtype)).transpose()?;
         let write = |name: &str, tensor: &tch::Tensor| saver.as_ref().map_or(Ok(()), |saver| saver.write(name, tensor));
         match self.model.unit_home() {
             Some(home) => home.each_whole(pieces, write),
@@ -205,8 +226,38 @@ impl Session {
     /// # Errors
     /// A weight that is not finite in `dtype`, a failed write, or a failed collective.
     pub fn save(&self, staged: Option<&Path>, dtype: Dtype) -> Result<()> {
-        self.save_pieces(&self.pieces(), staged, dtype)?;
+        self.save_beside(&self.pieces(), &self.others(), staged, dtype)?;
+        staged.map_or(Ok(()), |staged| self.save_settings(staged, dtype))
+    }
+
+    /// As [`Session::save`] in one process, with `weight` computing each parameter by its name.
+    ///
+    /// # Errors
+    /// As [`Session::save`], and those of `weight`.
+    pub(crate) fn save_each(
+        &self,
+        staged: Option<&Path>,
+        dtype: Dtype,
+        weight: impl Fn(&str) -> Result<tch::Tensor>,
+    ) -> Result<()> {
         let Some(staged) = staged else { return Ok(()) };
+        let saver = Saver::create(&whole_pieces(&self.parameters), &self.others(), staged, dtype)?;
+        self.parameters.keys().try_for_each(|name| saver.write(name, &weight(name)?))?;
+        self.save_settings(staged, dtype)
+    }
+
+    /// Tensors of the checkpoint that are not part of the model and stay as they are.
+    fn others(&self) -> Vec<TensorView<'_>> {
+        let skipped = self.checkpoint.not_parameters().filter(|(_, why)| *why == Excluded::Skipped);
+        skipped.map(|(view, _)| view).collect()
+    }
+
+    /// Writes config.json, the tokenizer and the files of other inputs.
+    fn save_settings(&self, staged: &Path, dtype: Dtype) -> Result<()> {
+        for file in PROCESSOR_FILES.map(|name| self.folder.join(name)).iter().filter(|file| file.exists()) {
+            let to = staged.join(file.file_name().unwrap_or_default());
+            fs::copy(file, &to).with_context(|| format!("copying {} to {}", file.display(), to.display()))?;
+        }
         let config = with_torch_dtype(self.config.clone(), dtype);
         let path = staged.join("config.json");
         fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;
@@ -219,7 +270,7 @@ impl Session {
 /// row-major, because lookups read its rows.
 fn store_by_columns(parameters: &mut Parameters) {
     no_grad(|| {
-        for (_, weight) in parameters.iter_mut().filter(|(name, w)| w.dim() == 2 && *name != EMBEDDING) {
+        for (_, weight) in parameters.iter_mut().filter(|(name, w)| w.dim() == 2 && !name.ends_with(EMBEDDING)) {
             // Into the same variable, which the model shares.
             let by_columns = weight.detach().tr().contiguous().tr();
             weight.set_data(&by_columns);

@@ -94,18 +94,27 @@ pub(crate) struct Saver {
 }
 
 impl Saver {
-    /// Creates the files for the whole parameters of `pieces` in `folder`.
+    /// Creates the files for the whole parameters of `pieces` in `folder`, and writes `others` as
+    /// they are.
     ///
     /// # Errors
     /// A file that cannot be created.
-    pub fn create(pieces: &Pieces, folder: &Path, dtype: Dtype) -> Result<Self> {
+    pub fn create(pieces: &Pieces, others: &[TensorView<'_>], folder: &Path, dtype: Dtype) -> Result<Self> {
         let spec = |(name, piece): (&String, &crate::pieces::Piece)| TensorSpec {
             name: name.clone(),
             dtype,
             shape: piece.shape.iter().map(|&n| n as usize).collect(),
         };
-        let specs: Vec<TensorSpec> = pieces.iter().map(spec).collect();
-        Ok(Self { writer: CheckpointWriter::create(folder, &specs, CheckpointWriter::SHARD_SIZE)?, dtype })
+        let stored = |view: &TensorView<'_>| TensorSpec {
+            name: view.name.to_owned(),
+            dtype: view.dtype,
+            shape: view.shape.to_vec(),
+        };
+        let mut specs: Vec<TensorSpec> = pieces.iter().map(spec).chain(others.iter().map(stored)).collect();
+        specs.sort_by(|a, b| a.name.cmp(&b.name));
+        let writer = CheckpointWriter::create(folder, &specs, CheckpointWriter::SHARD_SIZE)?;
+        others.iter().try_for_each(|view| writer.write(view.name, 0, view.bytes))?;
+        Ok(Self { writer, dtype })
     }
 
     /// Writes the whole tensor `name`.

@@ -96,6 +96,67 @@ fn each_layer_type_rotates_by_its_own_settings() {
     assert!(max_abs(&(run(&both, &[]) - run(&only_global, &[]))) > 1e-3);
 }
 
+/// The golden Gemma 3 as the text model of a model with a vision tower: names and config.json as
+/// Google publishes them, or as transformers 4.52 wrote them.
+fn with_vision(folder: &Path, base: &str) -> PathBuf {
+    let source = golden_folder("models/gemma3");
+    fs::create_dir_all(folder).unwrap();
+    let mut text = read_config(&source).unwrap();
+    let object = text.as_object_mut().unwrap();
+    object.retain(|key, _| !["architectures", "dtype", "tie_word_embeddings"].contains(&key.as_str()));
+    // Absent as in the published file.
+    assert_eq!(object.remove("max_position_embeddings"), Some(json!(64)));
+    let vision = json!({"hidden_size": 8, "model_type": "siglip_vision_model"});
+    let config = json!({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text,
+        "vision_config": vision, "boi_token_index": 98, "eoi_token_index": 99, "image_token_index": 100,
+        "mm_tokens_per_image": 4, "torch_dtype": "float32", "initializer_range": 0.02});
+    write_json(&folder.join("config.json"), &config);
+    let mut tensors: Tensors =
+        read_checkpoint(&source).into_iter().map(|(name, tensor)| (name.replacen("model.", base, 1), tensor)).collect();
+    let vision = tiny_weights(3)[EMBEDDING].clone();
+    tensors.insert("vision_tower.vision_model.head.weight".into(), vision.clone());
+    tensors.insert("multi_modal_projector.mm_input_projection_weight".into(), vision);
+    write_safetensors(&folder.join("model.safetensors"), &tensors);
+    fs::write(folder.join("preprocessor_config.json"), "{}").unwrap();
+    // Any tokenizer serves.
+    let tokenizer = write_tiny_model(&folder.join("tokenizer"), 1);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        if tokenizer.join(name).exists() {
+            fs::rename(tokenizer.join(name), folder.join(name)).unwrap();
+        }
+    }
+    fs::remove_dir_all(tokenizer).unwrap();
+    folder.to_owned()
+}
+
+#[test]
+fn the_text_model_of_a_model_with_a_vision_tower_is_trained_and_the_rest_is_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let expected = Golden::named("models/gemma3").logits();
+    for base in ["language_model.model.", "model.language_model."] {
+        let session = open(&with_vision(&dir.path().join(base), base));
+        let all = batch(&Golden::named("models/gemma3").documents());
+        let model = &session.model;
+        let logits =
+            no_grad(|| model.logits(&model.hidden(&all.ids_bs, &model.documents(&all.lengths), None)).squeeze_dim(0));
+        let off = max_abs(&(logits - &expected));
+        assert!(off <= 1e-4, "{base}: logits differ by {off}");
+        assert!(session.parameters.keys().all(|name| name.starts_with(base)), "{base}");
+        no_grad(|| session.parameters.values().for_each(|weight| drop(weight.shallow_clone().g_add_scalar_(0.5))));
+        let saved = dir.path().join(format!("{base}saved"));
+        fs::create_dir(&saved).unwrap();
+        session.save(Some(&saved), Dtype::BF16).unwrap();
+        let (before, after) = (read_checkpoint(&session.folder), read_checkpoint(&saved));
+        assert!(before.keys().eq(after.keys()), "{base}: the names of the source");
+        for (name, tensor) in &before {
+            // Parts other than the text model keep their dtype too.
+            let same = (tensor.dtype, &tensor.bytes) == (after[name].dtype, &after[name].bytes);
+            assert_eq!(same, !name.starts_with(base), "{base}: {name}");
+        }
+        assert!(saved.join("preprocessor_config.json").exists(), "{base}");
+    }
+}
+
 /// A tiny model whose config ties the embeddings, with these weights.
 fn tied(folder: &Path, weights: &Tensors) -> PathBuf {
     write_tiny_model(folder, 1);

@@ -52,6 +52,15 @@ fn the_parameters_of_every_family_are_those_of_the_built_model() {
         ("Qwen3ForCausalLM", json!({"head_dim": 6})),
         ("Qwen3ForCausalLM", json!({"attention_bias": true})),
         ("Gemma2ForCausalLM", json!({"head_dim": 10})),
+        ("Gemma3ForCausalLM", json!({"head_dim": 10})),
+        ("Phi3ForCausalLM", json!({})),
+        (
+            "Phi3ForCausalLM",
+            json!({"num_attention_heads": 2, "partial_rotary_factor": 0.5, "tie_word_embeddings": true}),
+        ),
+        ("Olmo2ForCausalLM", json!({})),
+        ("GraniteForCausalLM", json!({"attention_bias": true, "mlp_bias": true})),
+        ("SmolLM3ForCausalLM", json!({"attention_bias": true})),
     ] {
         let mut value = json!({"architectures": [architecture], "hidden_size": 24, "intermediate_size": 40,
             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50});
@@ -88,6 +97,11 @@ fn published_models_have_their_published_number_of_parameters() {
         (published("MistralForCausalLM", [4096, 14336, 32, 32, 8, 128, 32000]), 7_241_732_096),
         (published("Gemma2ForCausalLM", [3584, 14336, 42, 16, 8, 256, 256_000]), 9_241_705_984),
         (published("Qwen2ForCausalLM", [3584, 18944, 28, 28, 4, 128, 152_064]), 7_615_616_512),
+        // Phi-4, OLMo-2-7B, SmolLM3-3B and Gemma-3-1B.
+        (published("Phi3ForCausalLM", [5120, 17920, 40, 40, 10, 128, 100_352]), 14_659_507_200),
+        (published("Olmo2ForCausalLM", [4096, 11008, 32, 32, 32, 128, 100_352]), 7_298_617_344),
+        (published("SmolLM3ForCausalLM", [2048, 11008, 36, 16, 4, 128, 128_256]), 3_075_098_624),
+        (published("Gemma3ForCausalLM", [1152, 6912, 26, 4, 1, 256, 262_144]), 999_885_952),
     ] {
         assert_eq!(Sizes::of(&config).total(), parameters, "{:?}", config.family);
     }
@@ -122,6 +136,20 @@ fn each_option_takes_away_what_it_is_for() {
     assert_eq!(part(&bf16, "loss", "casts"), 0, "there is nothing to cast");
     let frozen = Job { frozen: d / 100, ..job(llama2(), "--batch-size 1") };
     assert_eq!(part(&frozen, "loss", "frozen"), d / 100 * 12);
+}
+
+/// One byte per element and moment, and four per block of 256; small tensors as f32.
+#[test]
+fn moments_of_8_bits_take_a_byte_per_element_and_four_per_block() {
+    let line = "--batch-size 1 --optim adamw_8bit";
+    let sizes = Sizes::of(&llama2());
+    let moments = |line: &str| part(&job(llama2(), line), "loss", "moments");
+    // Norms have 4096 elements, which is enough.
+    assert_eq!(moments(line), 2 * (sizes.total() + sizes.total() / 64));
+    let table = 32000 * 4096;
+    assert_eq!(moments(line) - moments(&format!("{line} --freeze-embeddings")), 2 * (table + table / 64));
+    let tiny = published("LlamaForCausalLM", [32, 64, 1, 4, 2, 8, 50]);
+    assert_eq!(part(&job(tiny.clone(), line), "loss", "moments"), 8 * Sizes::of(&tiny).total());
 }
 
 /// Ranks keep equal parts of the state, and whole weights of two blocks at most.

@@ -19,6 +19,12 @@ fn every_family_is_there() {
         "models/qwen2",
         "models/qwen3",
         "models/gemma2",
+        "models/gemma3",
+        "models/phi3",
+        "models/phi4_mini",
+        "models/olmo2",
+        "models/granite",
+        "models/smollm3",
     ] {
         assert!(names.iter().any(|n| n == case), "{case} is among {names:?}");
     }

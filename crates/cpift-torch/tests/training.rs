@@ -5,7 +5,7 @@ mod golden;
 
 use cpift_torch::freeze::Freeze;
 use cpift_torch::loss::target_losses;
-use cpift_torch::optim::AdamWConfig;
+use cpift_torch::optim::{AdamWConfig, StateKind};
 use cpift_torch::pieces::whole_pieces;
 use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer, loss_and_gradients};
 use cpift_torch::weights::Parameters;
@@ -77,7 +77,7 @@ fn the_whole_graph_gives_the_same_gradients() {
 fn updates_in_the_backward_pass_give_the_same_bits() {
     for golden in Golden::here() {
         for (master, state) in
-            [(Kind::Float, Kind::Float), (Kind::BFloat16, Kind::BFloat16), (Kind::Float, Kind::BFloat16)]
+            [(Kind::Float, StateKind::Float), (Kind::BFloat16, StateKind::BFloat16), (Kind::Float, StateKind::BFloat16)]
         {
             let optimizer = AdamWConfig { weight_decay: 0.1, state, ..AdamWConfig::default() };
             let after = StepConfig { optimizer, max_grad_norm: 0.0, ..StepConfig::default() };

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{ColorChoice, Parser, Subcommand, ValueEnum};
+use cpift_core::Dtype;
 use cpift_core::error::usage;
 use cpift_core::run::cli::{Common, Named};
-use cpift_torch::args::TrainingArgs;
+use cpift_torch::args::{Offload, TrainingArgs};
+use cpift_torch::train::{LoraConfig, LoraOutput};
 use serde::{Serialize, Serializer};
 
 /// Heading of `--help`: paths.
@@ -91,7 +93,8 @@ pub struct VerifyArgs {
 /// Arguments of `preview`.
 #[derive(clap::Args, Debug)]
 pub struct PreviewArgs {
-    /// Checkpoint whose tokenizer and chat template are used: a Hugging Face directory
+    /// Checkpoint whose tokenizer and chat template are used: a Hugging Face directory, or
+    /// org/name[@revision] on the Hub
     #[arg(long, value_name = "MODEL", help_heading = IO)]
     pub model: PathBuf,
     /// Task list, tasks.toml
@@ -117,7 +120,8 @@ pub struct PreviewArgs {
 /// Arguments of `plan`.
 #[derive(clap::Args, Debug)]
 pub struct PlanArgs {
-    /// Model: a Hugging Face directory; only config.json and the headers of its weights are read
+    /// Model: a Hugging Face directory, or org/name[@revision] on the Hub; only config.json and the
+    /// headers of its weights are read
     #[arg(long, value_name = "MODEL", required_unless_present = "model_config", help_heading = IO)]
     pub model: Option<PathBuf>,
     /// A model's config.json instead of a directory
@@ -136,6 +140,9 @@ pub struct PlanArgs {
     /// Number of probes of the pipeline [default: the number of tasks, or 5]
     #[arg(long, value_name = "N", help_heading = METHOD)]
     pub probes: Option<u64>,
+    /// Adapters.
+    #[command(flatten)]
+    pub lora: LoraArgs,
     /// Fine-tuning arguments.
     #[command(flatten)]
     pub training: TrainingArgs,
@@ -169,7 +176,7 @@ pub struct PlanArgs {
 /// plan resolves the skipped ones to stages, examples and digests.
 #[derive(clap::Args, Debug, Serialize)]
 pub struct RunArgs {
-    /// Checkpoint to start from: a Hugging Face directory
+    /// Checkpoint to start from: a Hugging Face directory, or org/name[@revision] on the Hub
     #[arg(long, aliases = ["model_name_or_path", "model-name-or-path"], value_name = "MODEL", help_heading = IO)]
     #[serde(skip)]
     pub model: PathBuf,
@@ -268,6 +275,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "balanced|all|N", help_heading = DATA)]
     #[serde(skip)]
     pub sample: Option<SampleRows>,
+    /// Mix the tasks of a stage by temperature (T5, arXiv 1910.10683): each task's share of the rows
+    /// of an epoch is proportional to n^(1/T) for its n rows (times its `weight` in tasks.toml). 1:
+    /// all rows as they are; 2: square roots; large T: equal shares. Rows of small tasks are
+    /// repeated, rows of large ones wait for a later epoch [default: 1]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = DATA)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mixture_temperature: Option<f64>,
 }
 
 /// Parameter isolation. Serialized: its name, or the settings of a dynamic mask.
@@ -299,18 +313,78 @@ pub struct DynamicArgs {
     pub mask_interval: usize,
 }
 
-/// Low-rank adapters. Serialized: rank and α, or null.
+/// Low-rank adapters. Serialized: their settings, or null.
 #[derive(clap::Args, Debug)]
 pub struct LoraArgs {
-    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank on all linear layers, merged
-    /// at the end: a baseline, without LoRA's savings of memory
-    #[arg(long = "lora-rank", aliases = ["lora_rank", "lora_r"], value_name = "R")]
-    #[arg(conflicts_with_all = ["masks", "protect", "optimizer_in_backward"])]
-    #[arg(help_heading = METHOD)]
+    /// Train low-rank adapters (LoRA, arXiv 2106.09685) of this rank instead of the weights: the
+    /// base has no gradients and moments, and lies in --compute-dtype. With groups all stages train
+    /// the same adapters
+    #[arg(long = "lora-rank", aliases = ["lora_rank", "lora_r", "lora-r"], value_name = "R", help_heading = METHOD)]
     pub rank: Option<u32>,
-    /// LoRA's α [default: twice the rank]
+    /// LoRA's α: products are scaled by α/rank [default: twice the rank]
     #[arg(long = "lora-alpha", aliases = ["lora_alpha"], value_name = "F", requires = "rank", help_heading = METHOD)]
+    #[arg(allow_negative_numbers = true)]
     pub alpha: Option<f64>,
+    /// Modules that get adapters, as in PEFT's target_modules: names or ends of names, separated by
+    /// commas, or all-linear, the linear layers of all blocks
+    #[arg(long = "lora-target", aliases = ["lora_target", "lora_target_modules", "target_modules"], value_name = "NAME,…")]
+    #[arg(value_delimiter = ',', default_value = "all-linear", help_heading = METHOD)]
+    pub target: Vec<String>,
+    /// Scale the products by α over the root of the rank (rsLoRA, arXiv 2312.03732)
+    #[arg(long = "lora-rslora", aliases = ["lora_rslora", "use_rslora", "use-rslora"], requires = "rank")]
+    #[arg(help_heading = METHOD)]
+    pub rslora: bool,
+    /// Dropout of the adapters' inputs; only 0 is supported
+    #[arg(long = "lora-dropout", aliases = ["lora_dropout"], value_name = "F", default_value_t = 0.0)]
+    #[arg(allow_negative_numbers = true, help_heading = METHOD)]
+    pub dropout: f64,
+    /// Output of LoRA: `merged`, a model directory with the adapters merged into the weights; or
+    /// `adapter`, a PEFT directory, which cpift-eval, -merge and -mask take as MODEL+ADAPTER
+    #[arg(long = "lora-output", alias = "lora_output", value_name = "FORM", value_enum)]
+    #[arg(default_value_t = LoraOutput::Merged, help_heading = METHOD)]
+    pub output: LoraOutput,
+}
+
+impl LoraArgs {
+    /// Settings of the adapters, if there are any.
+    pub fn config(&self, seed: u64) -> Option<LoraConfig> {
+        let rank = self.rank?;
+        let all = self.target.iter().any(|name| ["all-linear", "all"].contains(&name.as_str()));
+        Some(LoraConfig {
+            rank: i64::from(rank),
+            alpha: self.alpha.unwrap_or(2.0 * f64::from(rank)),
+            rank_stabilized: self.rslora,
+            targets: if all { Vec::new() } else { self.target.clone() },
+            output: self.output,
+            seed,
+        })
+    }
+
+    /// Checks ranges, and combinations with other arguments of training.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] naming the argument.
+    pub fn check(&self, training: &TrainingArgs) -> Result<()> {
+        let used = self.rank.is_some();
+        let problem = if self.rank == Some(0) || self.alpha.is_some_and(|a| !(a.is_finite() && a > 0.0)) {
+            "--lora-rank and --lora-alpha must be positive"
+        } else if self.dropout != 0.0 {
+            "--lora-dropout must be 0: adapters are trained without dropout"
+        } else if !used && (self.output != LoraOutput::Merged || self.target != ["all-linear"]) {
+            "--lora-output and --lora-target are settings of adapters: they need --lora-rank"
+        } else if self.target.iter().any(String::is_empty) {
+            "--lora-target must be names of modules, or all-linear"
+        } else if used && training.master_dtype != Dtype::F32 {
+            "--lora-rank keeps the base in --compute-dtype and the adapters in f32: leave out --master-dtype"
+        } else if used && training.average_last.is_some() {
+            "--lora-rank and --average-last exclude each other: the means of A and of B have another product"
+        } else if used && training.offload != Offload::None {
+            "--lora-rank and --offload exclude each other"
+        } else {
+            return Ok(());
+        };
+        Err(usage(problem))
+    }
 }
 
 impl Serialize for IsolationArgs {
@@ -324,7 +398,7 @@ impl Serialize for IsolationArgs {
 
 impl Serialize for LoraArgs {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.rank.map(|rank| (rank, self.alpha)).serialize(serializer)
+        self.config(0).serialize(serializer)
     }
 }
 
@@ -367,8 +441,8 @@ impl RunArgs {
             "--isolation dynamic needs --groups or --add: without stages there are no earlier tasks"
         } else if dynamic && !(self.protect.is_empty() && self.freeze_layers == 0) {
             "--isolation dynamic computes its masks itself: leave out --protect and --freeze-layers"
-        } else if self.lora.rank.is_some() && self.freeze_layers > 0 {
-            "--lora-rank and --freeze-layers exclude each other"
+        } else if self.lora.rank.is_some() && (dynamic || self.freezes()) {
+            "--lora-rank trains adapters beside the weights, which have no elements to freeze: leave out --mask, --protect, --freeze-layers and --isolation dynamic"
         } else if self.stage_lr.iter().any(|lr| !(lr.is_finite() && *lr > 0.0)) {
             "--stage-lr must be positive"
         } else if !(self.lr_scale.is_finite() && self.lr_scale > 0.0) {
@@ -383,6 +457,8 @@ impl RunArgs {
             "--percent must be above 0 and at most 100"
         } else if !(0.0..1.0).contains(&self.isolation.dynamic.ema) || self.isolation.dynamic.mask_interval == 0 {
             "--ema must be 0 or above and below 1, --mask-interval at least 1"
+        } else if self.mixture_temperature.is_some_and(|t| !(t.is_finite() && t > 0.0)) {
+            "--mixture-temperature must be positive"
         } else if !(0.0..=1.0).contains(&self.replay) {
             "--replay must be 0 to 1"
         } else if self.replay > 0.0 && self.groups.is_none() {
@@ -395,14 +471,15 @@ impl RunArgs {
             "--replay-share needs --groups or --add: without stages there are no earlier tasks"
         } else if self.replays() && self.stage_data == Some(StageData::Mixed) {
             "--replay and --replay-share add rows of earlier tasks to the group's own, so --stage-data mixed, which has the rows of all tasks, excludes them"
-        } else if self.lora.rank == Some(0) || self.lora.alpha.is_some_and(|a| !(a.is_finite() && a > 0.0)) {
-            "--lora-rank and --lora-alpha must be positive"
-        } else if self.lora.rank.is_some() && dynamic {
-            "--lora-rank and --isolation dynamic exclude each other"
         } else {
-            return Ok(());
+            return self.lora.check(&self.training);
         };
         Err(usage(problem))
+    }
+
+    /// Returns true if given elements keep their bits.
+    fn freezes(&self) -> bool {
+        !self.masks.is_empty() || !self.protect.is_empty() || self.freeze_layers > 0
     }
 
     /// Returns true if rows of earlier tasks are trained on again.

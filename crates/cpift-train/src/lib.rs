@@ -26,7 +26,9 @@ pub fn run(args: Args) -> Result<()> {
             run_args.training.lr *= run_args.lr_scale;
             let told = || {
                 let frozen = memory_plan::frozen(&run_args);
-                memory::of_failed_run(&run_args.model, &run_args.tasks, &run_args.training, frozen)
+                let lora = run_args.lora.config(0);
+                let job = memory::Job::of_run(&run_args.model, &run_args.tasks, &run_args.training);
+                memory::of_failed_run(job.map(|job| job.with_adapters(lora)), &run_args.training, frozen)
             };
             oom::explain(told, || run::run(&run_args, &args.common))
         }

@@ -10,7 +10,7 @@ use cpift_core::format::mask::Mask;
 use cpift_core::format::tasks::Tasks;
 use cpift_core::run::cli::{Common, print};
 use cpift_core::{BadInput, Checkpoint};
-use cpift_torch::args::{Budget, TrainingArgs};
+use cpift_torch::args::{Budget, Optimizer, TrainingArgs};
 use cpift_torch::device::DeviceChoice;
 use cpift_torch::memory::{self, Disk, Job, Sizes, Traffic};
 use serde_json::json;
@@ -23,6 +23,7 @@ use crate::args::{PlanArgs, RunArgs};
 /// [`cpift_core::Usage`] for an argument, [`BadInput`] for a file that cannot be used.
 pub fn estimate(args: &PlanArgs, common: &Common) -> Result<()> {
     args.training.check()?;
+    args.lora.check(&args.training)?;
     check(args)?;
     let tasks = args.tasks.as_deref().map(Tasks::read).transpose()?;
     let (job, limit) = job(args, tasks.as_ref())?;
@@ -60,8 +61,8 @@ struct Time {
 
 impl Time {
     /// 6 FLOPs per parameter and token, forward and backward (Kaplan et al., [arXiv
-    /// 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2. The scores of
-    /// attention are not counted.
+    /// 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2, and a frozen base
+    /// needs 2 fewer. The scores of attention are not counted.
     fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
         let tokens = match training.budget() {
             Budget::Tokens(tokens) => tokens as u64,
@@ -69,7 +70,8 @@ impl Time {
             Budget::Epochs(_) => 0,
             Budget::Steps(steps) => steps as u64 * training.grad_accum as u64 * job.tokens * job.world,
         };
-        let each = if training.gradient_checkpointing { 8.0 } else { 6.0 };
+        let frozen = if job.lora.is_some() { 2.0 } else { 0.0 };
+        let each = if training.gradient_checkpointing { 8.0 } else { 6.0 } - frozen;
         let flops = each * Sizes::of(&job.config).total() as f64 * tokens as f64;
         Self { tokens, flops, hours: flops / (flops_per_second * job.world as f64) / 3600.0 }
     }
@@ -94,6 +96,11 @@ fn check(args: &PlanArgs) -> Result<()> {
         ((1..=1 << 20).contains(&args.world), "--world must be 1 to 1048576"),
         (args.per_node.is_none_or(|n| n > 0), "--per-node must be at least 1"),
         (args.link.is_none_or(|r| r.is_finite() && r > 0.0), "--link must be positive"),
+        (args.lora.rank.is_none() || args.world == 1, "--lora-rank trains in one process: leave out --world"),
+        (
+            args.training.optim == Optimizer::Adamw || args.world == 1,
+            "--optim adamw_8bit works in one process: leave out --world",
+        ),
         (args.training.batch_size as u64 >= args.world, "--batch-size is that of all ranks: at least --world"),
         (args.device_memory.is_none_or(|g| g.is_finite() && g > 0.0), "--device-memory must be positive"),
     ];
@@ -122,7 +129,17 @@ fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
         job.tokens = tokens;
         job.longest = job.longest.min(tokens);
     }
-    let mut job = job.shared_by(args.world);
+    let lora = args.lora.config(0);
+    if let Some(lora) = &lora {
+        let shapes = job.config.parameter_shapes();
+        lora.check(
+            shapes
+                .iter()
+                .filter(|(name, shape)| name.starts_with("model.layers.") && shape.len() == 2)
+                .map(|(name, _)| name),
+        )?;
+    }
+    let mut job = job.with_adapters(lora).shared_by(args.world);
     job.frozen = (Sizes::of(&job.config).total() as f64 * args.frozen_percent / 100.0) as u64;
     Ok((job, limit))
 }

@@ -18,11 +18,11 @@ use cpift_core::stream::random::{seed_for, splitmix64};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_data::Example;
 use cpift_torch::args::Budget;
-use cpift_torch::data::{Shuffled, balanced_sample};
-use cpift_torch::session::{ModelInfo, Session};
+use cpift_torch::data::{Part, Shuffled, balanced_sample};
+use cpift_torch::session::{ModelInfo, Precision, Session};
 use cpift_torch::train::{HeldOut, States, read_examples};
 use cpift_torch::workers::Workers;
-use log::warn;
+use log::{info, warn};
 
 use crate::args::{IsolationKind, RunArgs, SampleRows, StageData};
 
@@ -46,6 +46,9 @@ pub struct StagePlan {
     pub label: String,
     /// Examples to train on; stages over all tasks share them.
     pub examples: Rc<[Example]>,
+    /// Number of rows of each task, and of the replayed ones, in an epoch; empty if each row comes
+    /// once.
+    pub mixture: Vec<Part>,
     /// The group's tasks.
     pub tasks: Vec<String>,
     /// Tasks of earlier groups, whose cores are frozen in it.
@@ -92,7 +95,11 @@ impl Plan {
         let listed: Vec<Task> = chosen.iter().filter(is_listed).cloned().collect();
         let held_out = HeldOut::read(&listed, &model, &args.training)?;
         let inputs = digest_inputs(args, &chosen)?;
-        let precision = args.training.precision(placement.device);
+        let precision = match (args.training.precision(placement.device), args.lora.rank) {
+            // Weights that are not updated need no masters.
+            (precision, Some(_)) => Precision::all(precision.compute),
+            (precision, None) => precision,
+        };
         let session = model.load_at(placement, precision)?;
         let masks = open_masks(args, groups.as_ref(), &session)?;
         check_model(args, &inputs)?;
@@ -228,6 +235,7 @@ fn plan_stages(
 ) -> Result<Vec<StagePlan>> {
     let every: Vec<String> = tasks.iter().map(|t| t.name.clone()).collect();
     let own = if args.add.is_empty() { &every } else { &args.add };
+    let counts: BTreeMap<String, usize> = examples.iter().map(|(name, rows)| (name.clone(), rows.len())).collect();
     let groups: Vec<Vec<String>> = groups.map_or_else(|| vec![own.clone()], |g| g.groups.clone());
     if !args.stage_lr.is_empty() && args.stage_lr.len() != groups.len() {
         return Err(usage(format!("--stage-lr has {} rates for {} stages", args.stage_lr.len(), groups.len())));
@@ -261,8 +269,11 @@ fn plan_stages(
         if dynamic && !args.replays() {
             earlier_examples = of(&earlier);
         }
+        let label = format!("stage {}/{} ({})", k + 1, groups.len(), group.join(" "));
+        let own_tasks = if mixed.is_some() { &every } else { group };
         stages.push(StagePlan {
-            label: format!("stage {}/{} ({})", k + 1, groups.len(), group.join(" ")),
+            mixture: mixture(args, tasks, own_tasks, &counts, replayed.0, &label),
+            label,
             examples,
             earlier_examples: if dynamic { earlier_examples } else { Vec::new() },
             replayed,
@@ -273,6 +284,49 @@ fn plan_stages(
         });
     }
     Ok(stages)
+}
+
+/// The mixture of a stage that trains on the rows of the tasks `own`, followed by `replayed` rows:
+/// the shares of --mixture-temperature and the tasks' weights, in as many rows as there are.
+fn mixture(
+    args: &RunArgs,
+    tasks: &[Task],
+    own: &[String],
+    counts: &BTreeMap<String, usize>,
+    replayed: usize,
+    label: &str,
+) -> Vec<Part> {
+    let of = |name: &String| tasks.iter().find(|task| task.name == *name).expect("the task was chosen");
+    let (rows, weights): (Vec<usize>, Vec<f64>) = own.iter().map(|name| (counts[name], of(name).weight)).unzip();
+    let alike = weights.iter().all(|weight| *weight == weights[0]);
+    if own.len() == 1 || alike && args.mixture_temperature.is_none_or(|temperature| temperature == 1.0) {
+        return Vec::new();
+    }
+    let drawn = epoch_rows(&rows, &weights, args.mixture_temperature.unwrap_or(1.0));
+    let shown = own.iter().zip(&rows).zip(&drawn);
+    let shown = shown
+        .map(|((name, rows), drawn)| format!("{drawn} of {name} ({:.2} times {rows})", *drawn as f64 / *rows as f64));
+    info!("{label}: an epoch has {} rows: {}", drawn.iter().sum::<usize>(), shown.collect::<Vec<_>>().join(", "));
+    let mut parts: Vec<Part> = rows.into_iter().zip(drawn).map(|(rows, drawn)| Part { rows, drawn }).collect();
+    if replayed > 0 {
+        parts.push(Part { rows: replayed, drawn: replayed });
+    }
+    parts
+}
+
+/// Divides Σn rows in proportion to weight · n^(1/T): at least one row of each task, by largest
+/// remainders.
+fn epoch_rows(rows: &[usize], weights: &[f64], temperature: f64) -> Vec<usize> {
+    let shares: Vec<f64> =
+        rows.iter().zip(weights).map(|(n, weight)| weight * (*n as f64).powf(temperature.recip())).collect();
+    let (total, sum) = (rows.iter().sum::<usize>(), shares.iter().sum::<f64>());
+    let quotas: Vec<f64> = shares.iter().map(|share| total as f64 * share / sum).collect();
+    let mut drawn: Vec<usize> = quotas.iter().map(|quota| (*quota as usize).max(1)).collect();
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    order.sort_by(|a, b| quotas[*b].fract().total_cmp(&quotas[*a].fract()).then(a.cmp(b)));
+    let left = total.saturating_sub(drawn.iter().sum());
+    order.iter().take(left).for_each(|task| drawn[*task] += 1);
+    drawn
 }
 
 fn tokens(examples: &[Example]) -> usize {
@@ -338,4 +392,20 @@ fn digest_inputs(args: &RunArgs, tasks: &[Task]) -> Result<Vec<(String, PathBuf,
         inputs.push(("groups".to_owned(), path.clone(), Digest::of_file(path)?));
     }
     Ok(inputs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::epoch_rows;
+
+    #[test]
+    fn rows_are_shared_by_temperature_and_weight() {
+        assert_eq!(epoch_rows(&[900, 100], &[1.0, 1.0], 1.0), [900, 100]);
+        assert_eq!(epoch_rows(&[900, 100], &[1.0, 1.0], 2.0), [750, 250]);
+        assert_eq!(epoch_rows(&[900, 100], &[1.0, 1.0], 1e9), [500, 500]);
+        assert_eq!(epoch_rows(&[100, 100], &[3.0, 1.0], 1.0), [150, 50]);
+        // One third each: the remainder goes to the first tasks.
+        assert_eq!(epoch_rows(&[5, 5, 6], &[1.0; 3], 1e9), [6, 5, 5]);
+        assert_eq!(epoch_rows(&[1_000_000, 1], &[1.0, 1e-3], 1.0), [1_000_000, 1]);
+    }
 }

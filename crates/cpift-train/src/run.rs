@@ -7,9 +7,8 @@ use cpift_core::record::up_to_date::Expected;
 use cpift_core::run::cli::Common;
 use cpift_core::stream::random::splitmix64;
 use cpift_data as data;
-use cpift_torch::args::Offload;
-use cpift_torch::memory;
-use cpift_torch::train::{DynamicConfig, Isolation, LoraConfig, Run, Stage, StageReport, States};
+use cpift_torch::memory::{self, Job};
+use cpift_torch::train::{DynamicConfig, Isolation, Run, Stage, StageReport, States};
 use cpift_torch::workers::Workers;
 use log::{info, warn};
 use serde_json::{Map, Value, json};
@@ -35,11 +34,12 @@ fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder)
     if workers.agree("the output is up to date", || common.up_to_date(&Expected::new(STAGE, &args.out)))? {
         return Ok(());
     }
-    check_placement(args, workers)?;
-    // Adapters take less memory than is computed.
-    if args.lora.rank.is_none() {
-        memory::check_run(&args.model, &args.tasks, &args.training, workers.placement.world())?;
+    if args.lora.rank.is_some() && workers.placement.world() > 1 {
+        return Err(usage("--lora-rank trains in one process: start it without torchrun or srun"));
     }
+    let lora = args.lora.config(args.training.seed);
+    let read = || Job::of_run(&args.model, &args.tasks, &args.training).map(|job| job.with_adapters(lora.clone()));
+    memory::check_run(read, workers.placement.world())?;
     let mut plan = Plan::new(args, common, workers)?;
     warn_of_rounding(args, &plan);
     let run = describe(args, &plan);
@@ -51,11 +51,7 @@ fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder)
         args: &args.training,
         stages: plan.stages.iter().enumerate().map(|(k, stage)| stage_of(args, &plan, stage, k)).collect(),
         held_out,
-        lora: args.lora.rank.map(|rank| LoraConfig {
-            rank: i64::from(rank),
-            alpha: args.lora.alpha.unwrap_or(2.0 * f64::from(rank)),
-            seed: args.training.seed,
-        }),
+        lora,
         fisher: None,
         states,
     };
@@ -69,6 +65,9 @@ fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder)
             recorder.input(role.as_str(), path, digest.clone());
         }
         recorder.fact("tokens", tokens(reports));
+        if let Some(lora) = args.lora.config(args.training.seed) {
+            recorder.fact("lora", json!(lora));
+        }
         if args.groups.is_some() {
             recorder.fact("stage_data", args.stage_data().name());
         }
@@ -83,19 +82,11 @@ fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder)
     Ok(())
 }
 
-/// Refuses adapters with weights that are shared or elsewhere.
-fn check_placement(args: &RunArgs, workers: &Workers) -> Result<()> {
-    let away = workers.placement.world() > 1 || args.training.offload != Offload::None;
-    if args.lora.rank.is_some() && away {
-        return Err(usage("--lora-rank trains in one process, without --offload"));
-    }
-    Ok(())
-}
-
 fn stage_of<'a>(args: &RunArgs, plan: &'a Plan, stage: &'a StagePlan, k: usize) -> Stage<'a> {
     Stage {
         label: stage.label.clone(),
         examples: &stage.examples,
+        mixture: &stage.mixture,
         isolation: isolation_of(args, plan, stage),
         budget: stage.budget,
         seed: splitmix64(args.training.seed, k as u64),
@@ -155,7 +146,8 @@ fn frozen<'a>(args: &RunArgs, stage: &'a StagePlan) -> &'a [String] {
 }
 
 fn summary(args: &RunArgs, stage: &StagePlan, report: &StageReport) -> Value {
-    json!({"stage": stage.label, "examples": stage.examples.len(), "steps": report.steps, "tokens": report.tokens,
+    let drawn: Vec<usize> = stage.mixture.iter().map(|part| part.drawn).collect();
+    json!({"stage": stage.label, "examples": stage.examples.len(), "epoch_rows": drawn, "steps": report.steps, "tokens": report.tokens,
         "first_loss": report.first_loss, "final_loss": report.final_loss, "frozen_elements": report.frozen,
         "frozen_tasks": frozen(args, stage), "importance_tokens": report.importance_tokens,
         "replayed_examples": stage.replayed.0, "replayed_share": stage.replayed_share()})

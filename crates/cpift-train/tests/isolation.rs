@@ -4,11 +4,8 @@
 mod common;
 
 use std::fs;
-use std::process::{Command, Stdio};
-use std::thread::sleep;
-use std::time::Duration;
 
-use common::{Fixture, PROGRAM, TASKS, core, element};
+use common::{Fixture, TASKS, core, element};
 use serde_json::Value;
 
 /// `more` with groups.json, without masks.
@@ -36,38 +33,12 @@ fn figures(f: &Fixture, out: &str, key: &str) -> Vec<Value> {
     lines.filter(|line| !line[key].is_null()).collect()
 }
 
-/// Kills a run as soon as its state after `step` exists, and removes later states.
-fn killed_at(f: &Fixture, args: &[&str], step: usize) {
-    let state = f.path(&format!("runs/killed.checkpoints/step-{step:07}"));
-    for _ in 0..50 {
-        let args = [args, &["--force"]].concat();
-        let mut child = Command::new(PROGRAM).args(f.arguments("killed", &args)).stderr(Stdio::null()).spawn().unwrap();
-        while !state.exists() && child.try_wait().unwrap().is_none() {
-            sleep(Duration::from_millis(1));
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        // A run that ended before it was killed has removed its states.
-        if state.exists() {
-            for entry in fs::read_dir(state.parent().unwrap()).unwrap().flatten() {
-                let later = entry.file_name().to_str().and_then(|n| n.strip_prefix("step-")?.parse::<usize>().ok());
-                if later.is_some_and(|later| later > step) {
-                    fs::remove_dir_all(entry.path()).unwrap();
-                }
-            }
-            return;
-        }
-        let _ = fs::remove_dir_all(f.path("runs/killed"));
-    }
-    panic!("no run could be killed after step {step}");
-}
-
 /// Resumes a run that was killed after `step` and compares its result with an uninterrupted run.
 fn killed_and_resumed_ends_the_same(f: &Fixture, args: &[&str], step: usize) {
     f.train("quiet", &[args, &["--force"]].concat()).ok();
     let _ = fs::remove_dir_all(f.path("runs/killed"));
     let saving = [args, &["--save-every", "1", "--save-total-limit", "100"]].concat();
-    killed_at(f, &saving, step);
+    f.killed_at("killed", &saving, step);
     f.train("killed", &[&saving[..], &["--resume"]].concat()).ok().says(&["resuming from", &format!("step-{step:07}")]);
     assert!(weights(f, "quiet") == weights(f, "killed"), "another end after {args:?}");
 }

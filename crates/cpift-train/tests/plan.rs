@@ -7,8 +7,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use cpift_testkit::model::{row, write_json, write_rows, write_tasks, write_tiny_model};
-use cpift_testkit::{Run, run};
-use serde_json::Value;
+use cpift_testkit::{Run, Tensor, run, write_safetensors};
+use cpift_torch::model::ModelConfig;
+use serde_json::{Value, json};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_cpift-train");
 
@@ -85,6 +86,65 @@ fn what_is_computed_is_what_a_run_takes() {
         let (plan, taken) = (computed(more) - small, f.measured(more) - none);
         let ratio = plan as f64 / taken as f64;
         assert!(taken > 40 << 20 && (0.9..1.1).contains(&ratio), "{more}: computed {plan}, measured {taken}");
+    }
+}
+
+/// A model of another family in place of the tiny one, with its sizes.
+fn write_family(folder: &Path, architecture: &str, more: &Value) {
+    let path = folder.join("config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    config["architectures"][0] = architecture.into();
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    write_json(&path, &config);
+    let shapes = ModelConfig::from_json(folder, &config).unwrap().parameter_shapes();
+    let tensor = |(name, shape): (String, Vec<i64>)| {
+        let shape: Vec<usize> = shape.iter().map(|&n| n as usize).collect();
+        let values = vec![0.01; shape.iter().product()];
+        (name, Tensor::f32(&shape, &values))
+    };
+    fs::remove_file(folder.join("model.safetensors")).unwrap();
+    write_safetensors(&folder.join("model.safetensors"), &shapes.into_iter().map(tensor).collect());
+}
+
+#[test]
+fn blocks_of_every_family_take_what_is_computed() {
+    let mut off = Vec::new();
+    for (architecture, more) in [
+        ("Qwen3ForCausalLM", json!({})),
+        ("Gemma3ForCausalLM", json!({"sliding_window": 512})),
+        ("Phi3ForCausalLM", json!({"partial_rotary_factor": 0.5})),
+        ("Olmo2ForCausalLM", json!({})),
+        ("GraniteForCausalLM", json!({"residual_multiplier": 0.5, "logits_scaling": 2.0})),
+        ("SmolLM3ForCausalLM", json!({"no_rope_layers": [1, 0]})),
+    ] {
+        let f = Fixture::new();
+        write_family(&f.base, architecture, &more);
+        let computed = |more: &str| f.plan(more)["memory"]["peak"].as_u64().unwrap();
+        let taken = |more: &str| (computed(more), f.measured_once(more));
+        let ((small, none), (plan, most)) = (taken("--batch-size 1"), taken("--batch-size 320"));
+        let ratio = (plan - small) as f64 / (most - none) as f64;
+        if !(0.9..1.1).contains(&ratio) {
+            off.push(format!("{architecture}: computed {}, measured {}", plan - small, most - none));
+        }
+    }
+    assert!(off.is_empty(), "{off:#?}");
+}
+
+#[test]
+fn adapters_take_what_is_computed() {
+    let f = Fixture::new();
+    let computed = |more: &str| f.plan(more)["memory"]["peak"].as_u64().unwrap();
+    let full = computed("--batch-size 320");
+    for lora in ["--lora-rank 4", "--lora-rank 4 --lora-target q_proj,v_proj"] {
+        let small = format!("--batch-size 1 {lora}");
+        let (small, none) = (computed(&small), f.measured(&small));
+        for more in ["--batch-size 320", "--batch-size 320 --gradient-checkpointing"] {
+            let more = format!("{more} {lora}");
+            let (plan, taken) = (computed(&more) - small, f.measured(&more) - none);
+            let ratio = plan as f64 / taken as f64;
+            assert!(taken > 40 << 20 && (0.9..1.1).contains(&ratio), "{more}: computed {plan}, measured {taken}");
+            assert!(computed(&more) < full);
+        }
     }
 }
 

@@ -129,9 +129,11 @@ fn killed_at_20_random_moments() {
 }
 
 #[test]
-fn killed_with_bf16_weights_and_moments() {
+fn killed_with_bf16_weights_and_moments_and_a_weighted_mixture() {
+    let fixture = Fixture::new();
+    fixture.weigh("pick", "3.0");
     let known = Known::run(
-        Fixture::new(),
+        fixture,
         &[
             "--steps",
             "40",
@@ -267,6 +269,12 @@ fn killed_with_losses_on_held_out_rows() {
 fn killed_with_f32_weights_and_bf16_moments() {
     let known = Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--optim-state-dtype", "bf16"]);
     killed_at_random(&known, 6, 4);
+}
+
+#[test]
+fn killed_with_moments_of_8_bits() {
+    let known = Known::run(Fixture::new(), &["--steps", "40", "--save-every", "3", "--optim", "adamw_8bit"]);
+    killed_at_random(&known, 6, 5);
 }
 
 #[test]

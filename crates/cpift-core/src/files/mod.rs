@@ -1,6 +1,5 @@
 //! The only module that opens, maps, stages and renames files.
 
-pub mod hub;
 pub(crate) mod naming;
 pub(crate) mod open;
 pub(crate) mod staging;

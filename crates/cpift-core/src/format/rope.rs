@@ -15,13 +15,17 @@ use crate::error::BadInput;
 /// θ if config.json has none, as in transformers.
 const DEFAULT_THETA: f64 = 10_000.0;
 
+/// Name of the trained context length, among the settings or beside them.
+const ORIGINAL: &str = "original_max_position_embeddings";
+
 /// Settings that at least one `rope_type` reads.
-const KNOWN: [&str; 13] = [
+const KNOWN: [&str; 15] = [
     "attention_factor",
     "beta_fast",
     "beta_slow",
     "factor",
     "high_freq_factor",
+    "long_factor",
     "low_freq_factor",
     "mscale",
     "mscale_all_dim",
@@ -29,6 +33,7 @@ const KNOWN: [&str; 13] = [
     "partial_rotary_factor",
     "rope_theta",
     "rope_type",
+    "short_factor",
     "truncate",
 ];
 
@@ -68,6 +73,16 @@ pub enum RopeScaling {
         /// Round the ends of the ramp to whole dimensions.
         truncate: bool,
     },
+    /// Every frequency has a divisor of its own, one for contexts up to `original` and one for longer
+    /// ones, and the attention is scaled (arXiv 2402.13753).
+    LongRope {
+        /// Divisors of the frequencies in contexts of up to `original` tokens.
+        short: Vec<f64>,
+        /// Longest context of these divisors.
+        original: f64,
+        /// Factor applied to cos and sin.
+        attention_factor: f64,
+    },
     /// Low frequencies are divided by `factor`, high ones kept, with a smooth transition between
     /// (Llama 3.1).
     Llama3 {
@@ -89,6 +104,8 @@ pub struct RopeParameters {
     pub theta: f64,
     /// Scaling of the frequencies.
     pub scaling: RopeScaling,
+    /// Share of each head that is rotated, its first elements: `partial_rotary_factor`.
+    pub partial: f64,
 }
 
 /// Rotary settings of a model.
@@ -114,7 +131,11 @@ impl RopeSettings {
     pub fn read(path: &Path, config: &Value, default_positions: f64) -> Result<Self> {
         let mut reader = Reader { path, config, default_positions, notes: Vec::new() };
         let layers = match (reader.object("rope_scaling")?, reader.object("rope_parameters")?) {
-            (None, None) => Layers::Alike(RopeParameters { theta: reader.top_theta()?, scaling: RopeScaling::Default }),
+            (None, None) => Layers::Alike(RopeParameters {
+                theta: reader.top_theta()?,
+                scaling: RopeScaling::Default,
+                partial: reader.partial("", None)?,
+            }),
             (Some(only), None) => reader.layers("rope_scaling", only)?,
             (None, Some(only)) => reader.layers("rope_parameters", only)?,
             (Some(old), Some(new)) => {
@@ -263,12 +284,7 @@ impl<'a> Reader<'a> {
                 .into());
         }
         let theta = self.theta_of(name, map)?;
-        if let Some(part) = map.get("partial_rotary_factor").filter(|v| !v.is_null() && v.as_f64() != Some(1.0)) {
-            return Err(self
-                .bad(format!("{name}.partial_rotary_factor = {part} is not implemented"))
-                .expected("1 (the whole head is rotated)")
-                .into());
-        }
+        let partial = self.partial(name, Some(map))?;
         let kind = self.kind(name, map)?;
         let fields = ScalingFields { reader: self, name, map, kind };
         let (scaling, read) = fields.scaling()?;
@@ -283,7 +299,19 @@ impl<'a> Reader<'a> {
             self.notes
                 .push(format!("{name}: {} has no effect for rope_type {kind} and is ignored", ignored.join(", ")));
         }
-        Ok(RopeParameters { theta, scaling })
+        Ok(RopeParameters { theta, scaling, partial })
+    }
+
+    /// Returns `partial_rotary_factor` of `map`, or else the top-level one.
+    fn partial(&self, name: &str, map: Option<&Map<String, Value>>) -> Result<f64> {
+        const KEY: &str = "partial_rotary_factor";
+        let inner = map.and_then(|map| map.get(KEY)).map(|value| (format!("{name}.{KEY}"), value));
+        let given = inner.or_else(|| Some((KEY.to_owned(), self.config.get(KEY)?)));
+        let Some((name, value)) = given.filter(|(_, value)| !value.is_null()) else { return Ok(1.0) };
+        value.as_f64().filter(|x| *x > 0.0 && *x <= 1.0).ok_or_else(|| {
+            let error = self.bad(format!("{name} cannot be used"));
+            error.expected("a number above 0, and at most 1").found(value.to_string()).into()
+        })
     }
 
     /// Returns θ of `map`, or else the top-level one. If there are both, the inner one is used, as
@@ -328,7 +356,7 @@ impl<'a> Reader<'a> {
                     None => Ok("default"),
                     Some((key, value)) => Err(self
                         .bad(format!("{name} has {key} but no rope_type"))
-                        .expected("rope_type: default, linear, dynamic, yarn or llama3")
+                        .expected("rope_type: default, linear, dynamic, yarn, llama3 or longrope")
                         .found(format!("{key} = {value}"))
                         .hint("add the kind of scaling, such as \"rope_type\": \"linear\", or remove the field")
                         .into()),
@@ -376,11 +404,16 @@ impl ScalingFields<'_, '_> {
                     "truncate",
                 ],
             ),
+            // Phi-3's first name for it.
+            "longrope" | "su" => (
+                self.long_rope(max_positions)?,
+                &["short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings"],
+            ),
             other => {
                 return Err(self
                     .reader
                     .bad(format!("the rope scaling {other:?} of {} is not implemented", self.name))
-                    .expected("rope_type: default, linear, dynamic, yarn or llama3")
+                    .expected("rope_type: default, linear, dynamic, yarn, llama3 or longrope")
                     .found(Value::from(self.map.clone()).to_string())
                     .into());
             }
@@ -420,13 +453,35 @@ impl ScalingFields<'_, '_> {
         })
     }
 
+    /// The factor of the attention follows from `factor`, or else the ratio of the two context lengths.
+    fn long_rope(&self, max_positions: f64) -> Result<RopeScaling> {
+        let original = self.original(max_positions)?;
+        let factor = self.optional("factor")?.unwrap_or(max_positions / original);
+        let computed = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+        // The context is limited to `original`, but a file without the other list is incomplete.
+        self.factors("long_factor")?;
+        Ok(RopeScaling::LongRope {
+            short: self.factors("short_factor")?,
+            original,
+            attention_factor: self.optional("attention_factor")?.unwrap_or(computed),
+        })
+    }
+
+    fn factors(&self, key: &str) -> Result<Vec<f64>> {
+        let name = format!("{}.{key}", self.name);
+        let list = self.map.get(key).and_then(Value::as_array).ok_or_else(|| {
+            let found = self.map.get(key).map_or("no such field".to_owned(), Value::to_string);
+            self.reader.bad(format!("{name} cannot be used")).expected("a list of positive numbers").found(found)
+        })?;
+        list.iter().map(|value| self.reader.positive(&name, value)).collect()
+    }
+
     /// Trained context length: the top-level `original_max_position_embeddings` that some configs
     /// have, or else the one among these settings, or else the context length of the model.
     fn original(&self, max_positions: f64) -> Result<f64> {
-        const KEY: &str = "original_max_position_embeddings";
-        match self.reader.config.get(KEY).filter(|value| !value.is_null()) {
-            Some(top) => self.reader.positive(KEY, top),
-            None => Ok(self.optional(KEY)?.unwrap_or(max_positions)),
+        match self.reader.config.get(ORIGINAL).filter(|value| !value.is_null()) {
+            Some(top) => self.reader.positive(ORIGINAL, top),
+            None => Ok(self.optional(ORIGINAL)?.unwrap_or(max_positions)),
         }
     }
 
@@ -472,7 +527,8 @@ mod tests {
         read(config).unwrap().of("full_attention").unwrap().clone()
     }
 
-    const LINEAR: RopeParameters = RopeParameters { theta: 5e5, scaling: RopeScaling::Linear { factor: 8.0 } };
+    const LINEAR: RopeParameters =
+        RopeParameters { theta: 5e5, scaling: RopeScaling::Linear { factor: 8.0 }, partial: 1.0 };
 
     #[test]
     fn all_spellings_of_the_same_settings_are_equivalent() {
@@ -500,7 +556,7 @@ mod tests {
 
     #[test]
     fn absent_settings_are_the_defaults_of_transformers() {
-        let plain = RopeParameters { theta: 10_000.0, scaling: RopeScaling::Default };
+        let plain = RopeParameters { theta: 10_000.0, scaling: RopeScaling::Default, partial: 1.0 };
         for config in [json!({}), json!({"rope_scaling": null}), json!({"rope_scaling": {}, "rope_parameters": {}})] {
             assert_eq!(full(config), plain);
         }
@@ -563,8 +619,13 @@ mod tests {
             (json!({"rope_scaling": {"rope_type": "linear", "factor": 0}}), "rope_scaling.factor cannot be used"),
             (json!({"rope_scaling": {"rope_type": 3, "factor": 8.0}}), "rope_scaling.rope_type cannot be used"),
             (
-                json!({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}),
-                "\"longrope\" of rope_scaling is not implemented",
+                json!({"rope_scaling": {"rope_type": "mrope", "factor": 8.0}}),
+                "\"mrope\" of rope_scaling is not implemented",
+            ),
+            (json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}), "long_factor cannot be used"),
+            (
+                json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [0], "long_factor": [2]}}),
+                "short_factor cannot be used",
             ),
             (
                 json!({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 8.0}}),
@@ -576,8 +637,8 @@ mod tests {
                 "truncate cannot be used",
             ),
             (
-                json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
-                "partial_rotary_factor = 0.5",
+                json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.5}}),
+                "rope_parameters.partial_rotary_factor cannot be used",
             ),
             (
                 json!({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1]}}),
@@ -602,6 +663,36 @@ mod tests {
             let error = read(config.clone()).err().unwrap_or_else(|| panic!("{config} is read")).to_string();
             assert!(error.starts_with("config.json: ") && error.contains(part), "{config}: {error}");
         }
+    }
+
+    #[test]
+    fn part_of_a_head_is_rotated_under_either_spelling() {
+        for config in [
+            json!({"partial_rotary_factor": 0.75}),
+            json!({"partial_rotary_factor": 0.75, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+            json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+        ] {
+            assert_eq!(full(config).partial, 0.75);
+        }
+    }
+
+    #[test]
+    fn longrope_scales_the_attention_by_the_ratio_of_the_contexts() {
+        let factor = |more: Value| {
+            let mut config = json!({"max_position_embeddings": 131_072, "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.0, 8.0]}});
+            config["rope_scaling"].as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            match full(config).scaling {
+                RopeScaling::LongRope { short, original: 4096.0, attention_factor } if short == [1.0, 1.1] => {
+                    attention_factor
+                }
+                other => panic!("{other:?}"),
+            }
+        };
+        // Of Phi-3's model file: sqrt(1 + ln(32) / ln(4096)).
+        assert!((factor(json!({})) - 1.190_238_071_4).abs() < 1e-9, "{}", factor(json!({})));
+        assert_eq!(factor(json!({"type": "su"})), factor(json!({})));
+        assert_eq!(factor(json!({"attention_factor": 2.0})), 2.0);
     }
 
     #[test]

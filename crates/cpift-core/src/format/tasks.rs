@@ -4,6 +4,7 @@
 //! [[task]]
 //! name = "gsm8k"                   # letters, digits, '-' and '_'; unique
 //! # Paths are relative to this file. Rows are .jsonl, .json (a list of objects) or .parquet.
+//! # hf://datasets/ORG/NAME[@REVISION]/PATH is a file of a dataset of the Hugging Face Hub.
 //! train = "gsm8k/train.jsonl"
 //! eval = "gsm8k/eval.jsonl"
 //! # auto (detected from the fields of each row), messages, alpaca, sharegpt, prompt-completion,
@@ -27,6 +28,7 @@
 //! max_new_tokens = 256             # longest generated answer in tokens; default 256
 //! max_length = 1024                # longest example in tokens; default 1024
 //! sample = 500                     # rows in the balanced sample; default: see below
+//! weight = 2.0                     # factor of its share of the training rows; default 1
 //! ```
 //!
 //! By default every task contributes as many rows to the balanced sample as the smallest task has,
@@ -41,6 +43,7 @@ use serde::Deserialize;
 use crate::error::{BadInput, usage};
 use crate::files::open;
 use crate::format::digest::Digest;
+use crate::hub::DataFile;
 
 /// Default limit of the rows that a task contributes to the balanced sample.
 pub const DEFAULT_SAMPLE: usize = 1000;
@@ -54,6 +57,8 @@ pub struct Tasks {
     pub list: Vec<Task>,
     /// Entries as written, in array order.
     entries: Vec<toml::Table>,
+    /// Data files on the Hub of each task, `datasets/org/name@commit`.
+    pinned: Vec<Vec<String>>,
 }
 
 /// One task, with paths resolved relative to the directory of tasks.toml.
@@ -109,6 +114,9 @@ pub struct Task {
     /// Rows in the balanced sample.
     #[serde(default)]
     pub sample: Option<usize>,
+    /// Factor of its share of the rows that are trained on together with other tasks'.
+    #[serde(default = "default_weight")]
+    pub weight: f64,
     /// Path of the tasks.toml that lists the task.
     #[serde(skip)]
     pub listed_in: PathBuf,
@@ -166,6 +174,10 @@ fn default_max_length() -> usize {
     1024
 }
 
+fn default_weight() -> f64 {
+    1.0
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TasksFile {
@@ -178,28 +190,33 @@ struct Entries {
 }
 
 impl Tasks {
-    /// Reads and checks `path`.
+    /// Reads and checks `path`. Data files on the Hub that the local cache does not have are
+    /// downloaded.
     ///
     /// # Errors
-    /// [`BadInput`] for TOML errors, unknown keys, repeated or invalid names, and missing data
-    /// files.
+    /// [`BadInput`] for TOML errors, unknown keys, repeated or invalid names, and data files that
+    /// are missing or cannot be downloaded.
     pub fn read(path: &Path) -> Result<Self> {
+        Self::checked(path, true)
+    }
+
+    fn checked(path: &Path, download: bool) -> Result<Self> {
         let text = open::read_text(path)?;
         let file: TasksFile = toml::from_str(&text)
             .map_err(|e| BadInput::new(path, format!("not a usable task list: {}", e.to_string().trim())))?;
         let folder = path.parent().unwrap_or(Path::new("."));
         let entries: Entries = toml::from_str(&text).expect("parsed above");
-        let mut list = file.task;
+        let (mut list, mut pinned) = (file.task, Vec::new());
         if list.is_empty() {
             return Err(BadInput::new(path, "lists no task").expected("at least one [[task]]").into());
         }
         for i in 0..list.len() {
-            check_task(path, folder, &mut list[i])?;
+            pinned.push(check_task(path, folder, &mut list[i], download)?);
             if list[..i].iter().any(|t| t.name == list[i].name) {
                 return Err(BadInput::new(path, format!("the task {} is listed twice", list[i].name)).into());
             }
         }
-        Ok(Self { path: path.to_owned(), list, entries: entries.task })
+        Ok(Self { path: path.to_owned(), list, entries: entries.task, pinned })
     }
 
     /// Returns the task called `name`.
@@ -255,18 +272,21 @@ impl Tasks {
         }
     }
 
-    /// Digest of the settings of the tasks `names`, in array order: their entries, and the chat
-    /// template of the whole file. Comments, the order of keys and other tasks do not affect it.
+    /// Digest of the settings of the tasks `names`, in array order: their entries, with the commits
+    /// of datasets on the Hub, and the chat template of the whole file. Comments, the order of keys
+    /// and other tasks do not affect it.
     ///
     /// # Errors
     /// [`BadInput`] if tasks name different templates or the template cannot be read.
     pub fn digest<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Digest> {
         let names: BTreeSet<&str> = names.into_iter().collect();
-        let chosen = self.entries.iter().zip(&self.list).filter(|(_, task)| names.contains(task.name.as_str()));
+        let entries = self.entries.iter().zip(&self.pinned).zip(&self.list);
+        let chosen = entries.filter(|(_, task)| names.contains(task.name.as_str()));
         let mut parts: Vec<Vec<u8>> = Vec::new();
-        for (entry, _) in chosen {
+        for ((entry, pinned), _) in chosen {
             // A TOML table sorts its keys.
             parts.extend([entry.to_string().into_bytes(), vec![0]]);
+            parts.extend(pinned.iter().map(|pinned| pinned.clone().into_bytes()));
         }
         match self.template()? {
             Some("chatml") => parts.push(b"chatml".to_vec()),
@@ -298,7 +318,7 @@ impl Tasks {
     /// As [`Tasks::read`] and [`Tasks::digest`].
     pub(crate) fn digest_of_role(path: &Path, role: &str) -> Option<Result<Digest>> {
         Self::is_role(role).then(|| {
-            let tasks = Self::read(path)?;
+            let tasks = Self::checked(path, false)?;
             match role.strip_prefix("tasks:") {
                 Some(names) => tasks.digest(names.split(',')),
                 None => tasks.digest(tasks.list.iter().map(|task| task.name.as_str())),
@@ -312,7 +332,9 @@ impl Tasks {
     }
 }
 
-fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
+/// Checks a task and resolves its paths. Returns the pinned names of its data files on the Hub,
+/// which are downloaded only if `download` is set.
+fn check_task(path: &Path, folder: &Path, task: &mut Task, download: bool) -> Result<Vec<String>> {
     let name_ok = !task.name.is_empty() && task.name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
     if !name_ok {
         return Err(BadInput::new(path, "invalid task name")
@@ -323,6 +345,12 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
     if task.max_length < 2 || task.max_new_tokens == 0 || task.sample == Some(0) {
         return Err(BadInput::new(path, format!("task {}: a length or count is too small", task.name))
             .expected("max_length of at least 2, max_new_tokens and sample of at least 1")
+            .into());
+    }
+    if !(task.weight.is_finite() && task.weight > 0.0) {
+        return Err(BadInput::new(path, format!("task {}: the weight is not a positive number", task.name))
+            .expected("a factor of the task's share, such as 0.5 or 2")
+            .found(task.weight.to_string())
             .into());
     }
     check_templates(path, task)?;
@@ -339,7 +367,16 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
     {
         *template = folder.join(&*template).to_string_lossy().into_owned();
     }
+    let mut pinned = Vec::new();
     for file in [&mut task.train, &mut task.eval] {
+        if let Some(data) = DataFile::parse(file.to_str().unwrap_or_default())? {
+            let found = if download { Some(data.fetched()?) } else { data.cached() };
+            if let Some(found) = found {
+                *file = found.path;
+                pinned.push(found.pinned);
+            }
+            continue;
+        }
         *file = folder.join(&*file);
         if !file.is_file() {
             return Err(BadInput::new(&*file, format!("the data file of task {} is missing", task.name))
@@ -347,7 +384,7 @@ fn check_task(path: &Path, folder: &Path, task: &mut Task) -> Result<()> {
                 .into());
         }
     }
-    Ok(())
+    Ok(pinned)
 }
 
 /// Checks that `prompt` and `completion` are given together, `system` only with both, and a format
@@ -389,7 +426,7 @@ mod tests {
         let tasks = read(&toml).unwrap();
         let task = tasks.named("gsm8k").unwrap();
         assert_eq!((task.metric, task.sample, task.max_length), (TaskMetric::Gsm8k, Some(500), 1024));
-        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 17, "a key without documentation");
+        assert_eq!(toml.lines().filter(|l| l.contains('=')).count(), 18, "a key without documentation");
     }
 
     #[test]
@@ -402,6 +439,7 @@ mod tests {
             (row.replace("d.jsonl", "e.jsonl"), "missing"),
             (row.replace("'a'", "'../a'"), "invalid task name"),
             (row.to_owned() + "format='csv'", "prompt-completion"),
+            (row.to_owned() + "weight=0.0", "not a positive number"),
             (row.to_owned() + "prompt='x'", "no completion"),
             (row.to_owned() + "completion='x'", "no prompt"),
             (row.to_owned() + "system='x'", "neither prompt nor completion"),

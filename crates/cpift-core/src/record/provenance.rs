@@ -10,13 +10,13 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::error::BadInput;
-use crate::files::hub;
 use crate::files::naming::RECORD_NAME;
 use crate::files::staging::{self, StagedFile, StagedPath};
 use crate::format::checkpoint::reader::Checkpoint;
 use crate::format::digest::{Digest, DigestRecord, FileStamp};
 use crate::format::json;
 use crate::format::tasks::Tasks;
+use crate::hub;
 
 /// Format version of cpift.json that this program reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -28,7 +28,8 @@ pub fn revision(stage: &str) -> u32 {
         // 1: ties are broken by a hash instead of by position.
         "cpift-mask" | "cpift-merge" => 1,
         // 1: the norm for clipping is f64, and rows are dealt to accumulated batches by tokens.
-        // 2: one epoch without a budget, which was 100 steps.
+        // 2: one epoch without a budget, which was 100 steps; adapters are added to the outputs of
+        // layers instead of to their weights.
         "cpift-probe" | "cpift-train" => 2,
         _ => 0,
     }

@@ -10,10 +10,10 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use crate::files::hub;
 use crate::format::checkpoint::reader::Checkpoint;
 use crate::format::digest::{Digest, FileStamp};
 use crate::format::tasks::Tasks;
+use crate::hub;
 use crate::record::provenance::{self, Input, Provenance};
 
 /// Flags that do not change the output, and their number of values.

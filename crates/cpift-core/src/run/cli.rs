@@ -50,9 +50,7 @@ impl Common {
     /// # Errors
     /// [`crate::error::Usage`] if `--threads` is out of range.
     pub fn start(&self) -> Result<()> {
-        let level = if self.quiet { "warn" } else { "info" };
-        let env = env_logger::Env::new().filter_or("CPIFT_LOG", level);
-        let _ = env_logger::Builder::from_env(env).format(log_line).try_init();
+        start_logging(self.quiet);
         if self.threads.is_some_and(|threads| !(1..=4096).contains(&threads)) {
             return Err(usage("--threads must be 1 to 4096"));
         }
@@ -94,6 +92,13 @@ impl Common {
             print(&format!("{summary}\n"));
         }
     }
+}
+
+/// Starts logging, unless it is started.
+fn start_logging(quiet: bool) {
+    let level = if quiet { "warn" } else { "info" };
+    let env = env_logger::Env::new().filter_or("CPIFT_LOG", level);
+    let _ = env_logger::Builder::from_env(env).format(log_line).try_init();
 }
 
 /// Prints `text` on stdout. A closed pipe (`| head`) is ignored and other errors are only logged,
@@ -179,13 +184,12 @@ fn parse<A: Parser>() -> Result<A, ExitCode> {
         .help("Shell to print the script for");
     let completions = clap::Command::new(COMPLETIONS).about("Print the completion script for a shell").arg(shell);
     let mut command = A::command().subcommand_negates_reqs(true).subcommands([up_to_date, completions]);
-    let resolved = config::resolve(&command, std::env::args_os().collect()).map_err(|error| {
+    let refuse = |error: anyhow::Error| {
         eprintln!("error: {error:#}");
         ExitCode::from(exit_code(&error))
-    })?;
-    let located = config::locate(&command, &resolved.words);
-    set_argv(located.pinned.get(1..).unwrap_or_default());
-    let matches = command.clone().try_get_matches_from(&located.words).unwrap_or_else(|error| {
+    };
+    let resolved = config::resolve(&command, std::env::args_os().collect()).map_err(refuse)?;
+    let matches = command.clone().try_get_matches_from(&resolved.words).unwrap_or_else(|error| {
         let _ = error.print();
         if let Some(file) = resolved.file.filter(|_| error.use_stderr()) {
             eprintln!("\nSome arguments come from {}.", file.display());
@@ -201,10 +205,18 @@ fn parse<A: Parser>() -> Result<A, ExitCode> {
             Err(ExitCode::SUCCESS)
         }
         _ if matches.get_flag("print_config") => {
+            let located = config::locate(&command, &resolved.words, false).map_err(refuse)?;
             print(&config::to_toml(&command, &command.clone().get_matches_from(&located.pinned)));
             Err(ExitCode::SUCCESS)
         }
-        _ => A::from_arg_matches(&matches).map_err(|error| error.format(&mut command).exit()),
+        _ => {
+            // Models are downloaded only for a command line without mistakes.
+            start_logging(matches.get_flag("quiet"));
+            let located = config::locate(&command, &resolved.words, true).map_err(refuse)?;
+            set_argv(located.pinned.get(1..).unwrap_or_default());
+            let matches = command.clone().get_matches_from(&located.words);
+            A::from_arg_matches(&matches).map_err(|error| error.format(&mut command).exit())
+        }
     }
 }
 

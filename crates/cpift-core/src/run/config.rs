@@ -6,7 +6,7 @@
 
 use std::any::TypeId;
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -17,9 +17,9 @@ use toml::{Table, Value};
 
 use crate::closest::closest;
 use crate::error::{BadInput, usage};
-use crate::files::hub::{self, Snapshot};
 use crate::files::read_text;
 use crate::format::json;
+use crate::hub::{self, Need};
 use crate::record::provenance::{FORMAT_VERSION, Provenance};
 
 /// The id of `--config`.
@@ -91,11 +91,17 @@ pub(crate) struct Located {
     pub pinned: Vec<OsString>,
 }
 
-/// Replaces `org/name[@revision]` where an argument takes a model, and the local cache has it.
-pub(crate) fn locate(command: &Command, words: &[OsString]) -> Located {
+/// Replaces `org/name[@revision]` where an argument takes a model. What the local cache does not
+/// have is downloaded if `download` is set, and else left as it is.
+///
+/// # Errors
+/// [`BadInput`] for a model that cannot be downloaded.
+pub(crate) fn locate(command: &Command, words: &[OsString], download: bool) -> Result<Located> {
     let mut command = command.clone();
     command.build();
-    let Some((program, rest)) = words.split_first() else { return Located { words: vec![], pinned: vec![] } };
+    let Some((program, rest)) = words.split_first() else {
+        return Ok(Located { words: vec![], pinned: vec![] });
+    };
     let line = Line::of(&command, None, rest);
     let leaf = leaf(&command, line.subcommand.as_deref());
     let mut located = Located { words: vec![program.clone()], pinned: vec![program.clone()] };
@@ -105,13 +111,14 @@ pub(crate) fn locate(command: &Command, words: &[OsString]) -> Located {
             located.both(line.subcommand.iter().map(OsString::from));
         }
         let arg = leaf.get_arguments().find(|arg| arg.get_id() == given.id.as_str());
-        let found = arg.filter(|arg| takes_model(arg)).and(given.words.last()).and_then(|word| {
-            let text = word.to_str()?;
+        let text = arg.and_then(takes).zip(given.words.last().and_then(|word| word.to_str()));
+        let found = text.map_or(Ok(None), |(need, text)| {
             // After `--model=` or `NAME=`.
             let name = text.rsplit_once('=').map_or(text, |(_, name)| name);
-            Some((text.strip_suffix(name)?, model_and_adapters(name)?))
+            let before = text.strip_suffix(name).unwrap_or_default();
+            anyhow::Ok(hub::with_adapters(name, download.then_some(need))?.map(|found| (before, found)))
         });
-        let Some((before, (path, pinned))) = found else {
+        let Some((before, (path, pinned))) = found? else {
             located.both(given.words.iter().cloned());
             continue;
         };
@@ -125,7 +132,7 @@ pub(crate) fn locate(command: &Command, words: &[OsString]) -> Located {
     if after == line.given.len() {
         located.both(line.subcommand.iter().map(OsString::from));
     }
-    located
+    Ok(located)
 }
 
 impl Located {
@@ -137,27 +144,14 @@ impl Located {
     }
 }
 
-/// The path and the pinned name of `MODEL`, or of `MODEL+ADAPTER`, in which the cache has a part.
-fn model_and_adapters(text: &str) -> Option<(OsString, String)> {
-    if Path::new(text).exists() {
-        return None;
-    }
-    let parts: Vec<(&str, Option<Snapshot>)> = text.split('+').map(|part| (part, hub::snapshot(part))).collect();
-    parts.iter().any(|(_, snapshot)| snapshot.is_some()).then(|| {
-        let path = |(text, found): &(&str, Option<Snapshot>)| {
-            found.as_ref().map_or_else(|| OsString::from(text), |found| found.path.clone().into_os_string())
-        };
-        let pinned = |(text, found): &(&str, Option<Snapshot>)| {
-            found.as_ref().map_or_else(|| (*text).to_owned(), |found| found.pinned.clone())
-        };
-        let paths: Vec<OsString> = parts.iter().map(path).collect();
-        (paths.join(OsStr::new("+")), parts.iter().map(pinned).collect::<Vec<_>>().join("+"))
+/// Files that an argument needs of a repository: `--help` shows it as MODEL, NAME=MODEL or ADAPTER,
+/// or as SOURCE, of a tokenizer.
+fn takes(arg: &Arg) -> Option<Need> {
+    arg.get_value_names()?.iter().find_map(|name| match name.rsplit('=').next() {
+        Some("MODEL" | "ADAPTER") => Some(Need::Model),
+        Some("SOURCE") => Some(Need::Tokenizer),
+        _ => None,
     })
-}
-
-/// Returns true for the arguments that `--help` shows as MODEL or NAME=MODEL.
-fn takes_model(arg: &Arg) -> bool {
-    arg.get_value_names().is_some_and(|names| names.iter().any(|name| name.rsplit('=').next() == Some("MODEL")))
 }
 
 /// The arguments of an earlier run of the same program.

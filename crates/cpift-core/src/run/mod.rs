@@ -3,5 +3,6 @@
 pub mod address_space;
 pub mod cli;
 mod config;
-pub mod progress;
 pub mod signals;
+
+pub use crate::progress;

@@ -272,7 +272,7 @@ pub(crate) struct OutputArgs {
     shard_size: u64,
     /// Directory whose tokenizer, chat template and generation config the output gets [default:
     /// --base if given, else the first model]
-    #[arg(long, value_name = "MODEL", help_heading = "Input and output")]
+    #[arg(long, value_name = "SOURCE", help_heading = "Input and output")]
     copy_from: Option<PathBuf>,
     /// Print the plan (inputs, operation per tensor, output) and write nothing
     #[arg(long, help_heading = "Run")]

@@ -7,14 +7,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use cpift_core::error::usage;
 use cpift_core::files::{self, RECORD_NAME, StagedDir, StagedPath};
-use cpift_core::format::checkpoint::{LoraFile, LoraPair, read_lora};
+use cpift_core::format::checkpoint::{
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factor, LoraFile, LoraPair, read_lora, write_factors,
+};
 use cpift_core::format::json;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::stream::random::seed_for;
 use cpift_core::{BadInput, Dtype};
 use serde_json::{Map, Value, json};
 
-use super::factors::{self, Factor};
 use super::svd;
 
 /// A combination as it was asked for.
@@ -159,11 +160,11 @@ impl Combination {
             .for_each(|key| drop(metadata.remove(*key)));
         let Some(config) = &first.config else {
             let staged = StagedPath::create(&self.out, self.force)?;
-            factors::write(&staged.path(), tensors, self.dtype, &metadata)?;
+            write_factors(&staged.path(), tensors, self.dtype, &metadata)?;
             return record.commit(staged, &[]);
         };
         let staged = StagedDir::create(&self.out, self.force)?;
-        factors::write(&staged.path().join("adapter_model.safetensors"), tensors, self.dtype, &metadata)?;
+        write_factors(&staged.path().join(ADAPTER_WEIGHTS), tensors, self.dtype, &metadata)?;
         let mut config = config.clone();
         let largest = ranks.values().copied().max().unwrap_or(0);
         let modules: Vec<&str> = ranks.keys().map(|module| module.trim_start_matches('/')).collect();
@@ -180,7 +181,7 @@ impl Combination {
             object.insert("alpha_pattern".into(), Value::Object(pattern));
             object.insert("use_rslora".into(), json!(false));
         }
-        let path = staged.path().join("adapter_config.json");
+        let path = staged.path().join(ADAPTER_CONFIG);
         std::fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;
         record.write_to(&staged.path().join(RECORD_NAME))?;
         staged.commit()

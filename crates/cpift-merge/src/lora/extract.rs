@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cpift_core::error::usage;
 use cpift_core::files::{self, RECORD_NAME, StagedDir};
-use cpift_core::format::json;
+use cpift_core::format::checkpoint::{PeftConfig, peft_names};
 use cpift_core::format::names::TensorKind;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::run::progress;
@@ -14,7 +14,7 @@ use cpift_core::stream::random::seed_for;
 use cpift_core::{BadInput, Dtype, TensorView};
 use serde_json::{Map, Value, json};
 
-use super::{factors, svd};
+use super::svd;
 use crate::plan::{Source, check_compatible, share_head};
 use crate::request::LayoutPolicy;
 
@@ -82,8 +82,9 @@ impl Extraction {
                     (vec![*columns, rank], transpose(&product.right, rank, *columns)),
                 ),
             };
-            tensors.insert(format!("base_model.model.{module}.lora_A.weight"), down);
-            tensors.insert(format!("base_model.model.{module}.lora_B.weight"), up);
+            let (a, b) = peft_names(module);
+            tensors.insert(a, down);
+            tensors.insert(b, up);
         }
         bar.finish_and_clear();
         if tensors.is_empty() {
@@ -92,11 +93,7 @@ impl Extraction {
                 .into());
         }
         let staged = StagedDir::create(&self.out, self.force)?;
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        factors::write(&staged.path().join("adapter_model.safetensors"), &tensors, self.dtype, &metadata)?;
-        let config = self.config(errors.keys(), &ranks, transposed);
-        let path = staged.path().join("adapter_config.json");
-        std::fs::write(&path, json::to_text(&config)?).with_context(|| format!("writing {}", path.display()))?;
+        self.config(errors.keys(), ranks, transposed).write(staged.path(), &tensors, self.dtype)?;
         for source in [&base, &model] {
             record.input(source.role.as_str(), source.path(), source.digest()?.clone());
         }
@@ -109,33 +106,22 @@ impl Extraction {
         Ok(summary)
     }
 
-    /// Content of adapter_config.json.
+    /// Settings of the adapter; the scaling, α over the rank, is 1 everywhere.
     fn config<'a>(
-        &self,
+        &'a self,
         names: impl Iterator<Item = &'a String>,
-        ranks: &Map<String, Value>,
+        ranks: Map<String, Value>,
         transposed: bool,
-    ) -> Value {
-        let modules: Vec<&str> = names.filter_map(|name| is_layer(name)).collect();
-        json!({
-            "base_model_name_or_path": self.base,
-            "bias": "none",
-            "fan_in_fan_out": transposed,
-            "inference_mode": true,
-            "init_lora_weights": true,
-            "lora_alpha": self.rank,
-            // The scaling alpha / rank is 1 everywhere.
-            "alpha_pattern": ranks,
-            "lora_dropout": 0.0,
-            "modules_to_save": null,
-            "peft_type": "LORA",
-            "r": self.rank,
-            "rank_pattern": ranks,
-            "target_modules": modules,
-            "task_type": null,
-            "use_dora": false,
-            "use_rslora": false,
-        })
+    ) -> PeftConfig<'a> {
+        PeftConfig {
+            base: self.base.clone(),
+            rank: self.rank,
+            alpha: self.rank as f64,
+            ranks,
+            modules: names.filter_map(|name| is_layer(name)).collect(),
+            transposed,
+            ..PeftConfig::default()
+        }
     }
 
     fn summary(&self, errors: Map<String, Value>, left_out: Vec<String>) -> Value {

@@ -3,7 +3,6 @@
 
 mod combine;
 mod extract;
-mod factors;
 mod svd;
 
 pub(crate) use combine::Combination;

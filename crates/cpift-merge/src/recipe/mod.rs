@@ -8,6 +8,8 @@
 //!
 //! A file may hold several recipes, each with a `name` by which others refer to its result.
 //!
+//! A model is a path, or `org/name[@revision]` on the Hugging Face Hub.
+//!
 //! Settings that mergekit has no key for stand under `cpift`, which it ignores: see [`write()`].
 
 mod node;
@@ -21,14 +23,16 @@ pub use parse::parse;
 pub(crate) use parse::result_in;
 pub use write::write;
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cpift_core::format::checkpoint::{model_of, read_config};
 use cpift_core::format::names::layer;
+use cpift_core::hub::{self, Need};
 use cpift_core::{BadInput, Checkpoint};
 
-use crate::request::Request;
+use crate::request::{Request, TokenizerSource};
 use parse::{LONGEST, Recipe, parse_all, too_long};
 
 /// Reads the recipe of one merge at `path` and checks it against the directories it names.
@@ -68,6 +72,9 @@ pub(crate) fn read_all(path: &Path) -> Result<Vec<Step>> {
     let names: Vec<String> = recipes.iter().filter_map(|recipe| recipe.name.clone()).collect();
     let several = recipes.len() > 1;
     let made = |folder: &Path| several && result_in(&names, folder).is_some();
+    for recipe in &mut recipes {
+        fetch(&mut recipe.request).with_context(|| path.display().to_string())?;
+    }
     let paths = recipes.iter().flat_map(|recipe| recipe.request.paths());
     for (model, rest) in paths.filter_map(|model| Some((model, result_in(&names, model)?.1))).filter(|_| several) {
         let adapters = rest.strip_prefix('+').unwrap_or_default();
@@ -78,6 +85,31 @@ pub(crate) fn read_all(path: &Path) -> Result<Vec<Step>> {
     }
     recipes.iter_mut().try_for_each(|recipe| check(path, recipe, made))?;
     Ok(recipes.into_iter().map(|recipe| Step { name: recipe.name, request: recipe.request }).collect())
+}
+
+/// Replaces the names of models on the Hub by their directories in the local cache, into which they
+/// are downloaded if need be: whole models, and of others what a tokenizer needs.
+fn fetch(request: &mut Request) -> Result<()> {
+    let mut found: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
+    let mut add = |path: &Path, need: Need| -> Result<()> {
+        if !found.contains_key(path)
+            && let Some(folder) = path.to_str().map(|text| hub::model(text, need)).transpose()?.flatten()
+        {
+            found.insert(path.to_owned(), folder);
+        }
+        Ok(())
+    };
+    for request in [&*request].into_iter().chain(request.slices.iter().map(|slice| &slice.request)) {
+        let models = request.models.iter().map(|model| model.path.as_path());
+        models.chain(request.base.as_deref()).try_for_each(|path| add(path, Need::Model))?;
+    }
+    let tokenizer = match request.tokenizer.as_ref().map(|tokenizer| &tokenizer.source) {
+        Some(TokenizerSource::Path(path)) => Some(path.as_path()),
+        _ => None,
+    };
+    tokenizer.into_iter().chain(request.side_files.as_deref()).try_for_each(|path| add(path, Need::Tokenizer))?;
+    request.relocate(&|path| found.get(path).cloned());
+    Ok(())
 }
 
 /// Checks that the directories named by `recipe` exist, unless `made` says that another recipe
@@ -107,18 +139,13 @@ fn check_folder(file: &Path, folder: &Path) -> Result<()> {
 
 fn missing(file: &Path, folder: &Path) -> BadInput {
     let name = folder.to_string_lossy();
-    let of_hub = name.split('/').count() == 2 && !name.starts_with(['/', '.', '~']);
     let hint = if name.contains('+') {
-        "MODEL+ADAPTER are two paths on disk: a model, and a LoRA adapter that is merged into it".to_owned()
-    } else if of_hub {
-        let (repo, revision) = name
-            .split_once('@')
-            .map_or((&*name, String::new()), |(repo, revision)| (repo, format!(" --revision {revision}")));
-        format!("recipes take paths: hf download {repo}{revision} --local-dir {name}")
+        "MODEL+ADAPTER are a model, and a LoRA adapter that is merged into it: two paths or names on the Hub"
     } else {
-        "paths are relative to the directory in which the program runs".to_owned()
+        "paths are relative to the directory in which the program runs"
     };
-    BadInput::new(file, "names a model that does not exist").found(name).hint(hint)
+    let error = BadInput::new(file, "names a model that does not exist").found(&*name).hint(hint);
+    hub::hinted(error, folder)
 }
 
 fn number_of_layers(model: &Path) -> Result<Option<usize>> {

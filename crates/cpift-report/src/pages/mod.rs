@@ -6,6 +6,7 @@ mod cores;
 mod experiments;
 mod folder;
 mod scores;
+mod summary;
 mod training;
 
 use std::path::Path;
@@ -74,6 +75,11 @@ pub(crate) fn render(args: &ReportArgs, page_file: &Path) -> Result<String> {
     if !experiments.is_empty() {
         let body = experiments::section(args, &experiments);
         sections.insert(0, Section::new("experiments", "Experiments", Ok(body)));
+    }
+    if let Some(comparison) = &scored.comparison
+        && let Some(body) = summary::summary(comparison, &records).transpose()
+    {
+        sections.insert(0, Section::new("summary", "Summary", body));
     }
     let name = dir.canonicalize().unwrap_or_else(|_| dir.clone());
     let name = name.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());

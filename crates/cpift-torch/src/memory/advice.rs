@@ -3,7 +3,7 @@
 use cpift_core::Dtype;
 
 use super::job::{Job, gib};
-use crate::args::Offload;
+use crate::args::{Offload, Optimizer};
 
 /// Options that make a job fit.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,8 +44,9 @@ pub(super) fn after_failure(job: &Job, limit: Option<u64>) -> String {
 type Change = fn(&Job, u64) -> Option<(Job, String)>;
 
 /// Changes, cheapest first: a third more work; conditions on the step; more, smaller batches;
-/// rounded moments; rounded weights; moments, then weights too, in host memory.
-const CHANGES: [Change; 7] = [checkpointing, in_backward, smaller_batch, moments, master, offload_moments, offload_all];
+/// rounded moments; rounded weights; moments in 8 bits; moments, then weights too, in host memory.
+const CHANGES: [Change; 8] =
+    [checkpointing, in_backward, smaller_batch, moments, master, eight_bits, offload_moments, offload_all];
 /// Place of `smaller_batch` in [`CHANGES`].
 const BATCH: usize = 2;
 
@@ -114,13 +115,21 @@ fn smaller_batch(job: &Job, limit: u64) -> Option<(Job, String)> {
 fn moments(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
     let before = std::mem::replace(&mut job.args.optim_state_dtype, Dtype::BF16);
-    (before != Dtype::BF16).then(|| (job, "--optim-state-dtype bf16".to_owned()))
+    let possible = before != Dtype::BF16 && job.args.optim == Optimizer::Adamw;
+    possible.then(|| (job, "--optim-state-dtype bf16".to_owned()))
 }
 
 fn master(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
     let before = std::mem::replace(&mut job.args.master_dtype, Dtype::BF16);
-    (before != Dtype::BF16).then(|| (job, "--master-dtype bf16".to_owned()))
+    (before != Dtype::BF16 && job.lora.is_none()).then(|| (job, "--master-dtype bf16".to_owned()))
+}
+
+fn eight_bits(job: &Job, _: u64) -> Option<(Job, String)> {
+    let mut job = job.clone();
+    let before = std::mem::replace(&mut job.args.optim, Optimizer::Adamw8bit);
+    let alone = job.world == 1 && job.args.offload == Offload::None && job.args.optim_state_dtype == Dtype::F32;
+    (before == Optimizer::Adamw && alone).then(|| (job, "--optim adamw_8bit".to_owned()))
 }
 
 fn offload_moments(job: &Job, _: u64) -> Option<(Job, String)> {
@@ -133,7 +142,8 @@ fn offload_all(job: &Job, _: u64) -> Option<(Job, String)> {
 
 /// State in host memory; on the CPU it would be files, which the estimate has no room for either.
 fn offload(job: &Job, what: Offload, text: &str) -> Option<(Job, String)> {
-    let possible = job.cuda && job.args.offload == Offload::None;
+    let possible = job.cuda && job.args.offload == Offload::None && job.lora.is_none();
+    let possible = possible && job.args.optim == Optimizer::Adamw;
     let mut job = job.clone();
     job.args.offload = what;
     possible.then(|| (job, text.to_owned()))

@@ -24,14 +24,17 @@ impl Disk {
     /// The disk space of `job` for `tasks` tasks.
     pub fn of(job: &Job, tasks: u64) -> Self {
         let s = Sizes::of(&job.config);
-        let (weight, moment) = (job.args.master_dtype.size() as u64, job.args.optim_state_dtype.size() as u64);
+        let weight = job.args.master_dtype.size() as u64;
         Self {
             tasks,
             checkpoint: s.total() * job.args.save_dtype.size() as u64,
             mask: s.total().div_ceil(8),
-            state: s.total() * weight + 2 * job.trained(&s) * moment,
+            state: job.moment_bytes() + if job.lora.is_some() { 4 * job.trained(&s) } else { s.total() * weight },
             // The new state is complete before the oldest is removed.
-            states: job.args.save_every.map_or(0, |_| job.args.save_total_limit as u64 + 1),
+            states: job.args.save_every.map_or(0, |_| {
+                // Those of --average-last stay, the last of which is the output itself.
+                job.args.save_total_limit.max(job.args.average_last.unwrap_or(1) - 1) as u64 + 1
+            }),
             save_dtype: job.args.save_dtype,
         }
     }

@@ -10,8 +10,8 @@ use cpift_core::Dtype;
 use serde_json::{Value, json};
 
 use super::job::{F32, Job, PROGRAM, Sizes, dimensions, gib};
-use crate::args::Offload;
-use crate::model::ModelConfig;
+use crate::args::{Offload, Optimizer};
+use crate::model::{ModelConfig, NormWeight};
 
 /// Parts of the memory, in the order of [`Moment::bytes`].
 pub const PARTS: [&str; 10] =
@@ -38,19 +38,21 @@ impl Moment {
 const CUDA_CONTEXT: u64 = 1 << 30;
 /// Elements that an update with mixed dtypes widens at a time (see `optim`).
 const WIDENED: u64 = 1 << 24;
+/// The same with moments in 8 bits, and the bytes of their temporaries per element.
+const WIDENED_BLOCKS: (u64, u64) = (1 << 22, 24);
 
 impl Job {
     /// Memory at each moment of a step.
     pub fn moments(&self) -> Vec<Moment> {
         let s = Sizes::of(&self.config);
         let (block, head, g) = (Block::of(self), Head::of(self), self.gradients(&s));
-        let (weight, layers) = (self.args.master_dtype.size() as u64, s.blocks);
+        let (weight, layers, adapted) = (self.weight_bytes(), s.blocks, self.adapted(&s));
         let recompute = self.args.gradient_checkpointing;
         // Weights are cast in the forward pass of a block, and the cast is kept with its
         // activations.
         let cast = if weight == self.compute_bytes() { 0 } else { self.compute_bytes() };
         // Weights are lent to a block in the dtype in which it computes.
-        let block_cast = if self.lends() { 0 } else { cast };
+        let block_cast = if self.lends() { 0 } else { cast * s.block } + self.adapter_cast() * adapted;
         let lent = Lent::of(self, &s);
         let kept = if recompute { 0 } else { layers };
         let inputs = (layers + 1) * block.input;
@@ -63,12 +65,9 @@ impl Job {
         let moment = |name, lent, gradients, activations, loss, casts, update| Moment {
             name,
             bytes: [
-                kept_here(self.args.offload == Offload::All, s.total() * weight),
+                kept_here(self.args.offload == Offload::All, s.total() * weight + F32 * layers * adapted),
                 lent,
-                kept_here(
-                    self.args.offload != Offload::None,
-                    2 * self.trained(&s) * self.args.optim_state_dtype.size() as u64,
-                ),
+                kept_here(self.args.offload != Offload::None, self.moment_bytes()),
                 gradients,
                 activations,
                 loss,
@@ -86,7 +85,7 @@ impl Job {
                 g.at_loss,
                 inputs + kept * block.saved + masks(kept),
                 head.hidden + head.chunk,
-                block_cast * kept * s.block + cast * s.embedding,
+                block_cast * kept + cast * s.embedding,
                 0,
             ),
             moment(
@@ -95,7 +94,7 @@ impl Job {
                 g.first_block,
                 inputs + kept.max(1) * block.saved + block.transient + masks(kept.max(1)),
                 0,
-                block_cast * kept.max(1) * s.block,
+                block_cast * kept.max(1),
                 0,
             ),
             moment(
@@ -104,7 +103,7 @@ impl Job {
                 g.last_block,
                 block.input + block.saved + block.transient + masks(1),
                 0,
-                block_cast * s.block,
+                block_cast,
                 0,
             ),
             moment("embedding", 0, g.embedding, 2 * block.input + masks(0), 0, 0, 0),
@@ -113,7 +112,7 @@ impl Job {
         // kept.
         all.push(if self.args.optimizer_in_backward {
             let activations = inputs + kept * block.saved + masks(kept);
-            moment("update", lent.block, g.update, activations, 0, block_cast * kept * s.block, update)
+            moment("update", lent.block, g.update, activations, 0, block_cast * kept, update)
         } else {
             moment("update", 0, g.update, 0, 0, 0, update)
         });
@@ -134,6 +133,9 @@ impl Job {
         let copies = if tied && weight != F32 { 2 } else { u64::from(tied) };
         let last = embedding * weight + copies * F32 * embedding;
         let sums = F32 * self.trained(s);
+        if self.lora.is_some() {
+            return self.adapter_gradients(s);
+        }
         if self.lends() {
             return self.shared_gradients(s, matrix, waiting, last);
         }
@@ -166,6 +168,22 @@ impl Job {
                 update: all + if tied { 0 } else { embedding * weight },
             }
         }
+    }
+
+    /// Gradients of adapters, which are f32.
+    fn adapter_gradients(&self, s: &Sizes) -> Gradients {
+        let (block, all) = (F32 * self.adapted(s), F32 * self.trained(s));
+        let sums = if self.args.grad_accum > 1 { all } else { 0 };
+        let last = match self.args.optimizer_in_backward {
+            true => block,
+            false => all,
+        };
+        Gradients { at_loss: sums, first_block: sums + block, last_block: last + block, embedding: last, update: last }
+    }
+
+    /// Bytes per element of the copies of adapters in the dtype of the computation.
+    fn adapter_cast(&self) -> u64 {
+        if self.compute_bytes() == F32 { 0 } else { self.compute_bytes() }
     }
 
     /// Gradients where weights are lent: those of a unit, in the dtype in which it is lent; the
@@ -204,11 +222,20 @@ impl Job {
         let (weights, moments) = (self.args.master_dtype == Dtype::BF16, self.args.optim_state_dtype == Dtype::BF16);
         // State in host memory is copied to the device, a part at a time.
         let copied = self.cuda && self.args.offload != Offload::None;
-        if !weights && !moments && !copied {
+        let eight_bits = self.args.optim == Optimizer::Adamw8bit;
+        if !weights && !moments && !copied && !eight_bits {
             return 0;
         }
         let copies = 2 * u64::from(weights) + 2 * u64::from(moments);
-        WIDENED.min(s.largest) * (copies * F32 + 3 * F32 + 2)
+        let largest = match &self.lora {
+            Some(lora) => s.adapters(&self.config, lora).max().unwrap_or(0),
+            None => s.largest,
+        };
+        if eight_bits {
+            let (elements, bytes) = WIDENED_BLOCKS;
+            return elements.min(largest) * (bytes + copies * F32 + 2);
+        }
+        WIDENED.min(largest) * (copies * F32 + 3 * F32 + 2)
     }
 
     /// The moment with the highest total.
@@ -219,8 +246,10 @@ impl Job {
     /// Table of the memory by part and moment, in GiB.
     pub fn table(&self) -> String {
         let (moments, peak) = (self.moments(), self.peak());
+        let eight_bits = self.args.optim == Optimizer::Adamw8bit;
         let names = |part: &str| match part {
-            "weights" => format!("weights, {}", self.args.master_dtype.name().to_lowercase()),
+            "weights" => format!("weights, {}", if self.weight_bytes() == F32 { "f32" } else { "bf16" }),
+            "moments" if eight_bits => "moments, 2 x 8 bits".to_owned(),
             "moments" => format!("moments, 2 x {}", self.args.optim_state_dtype.name().to_lowercase()),
             "casts" => "casts to bf16".to_owned(),
             "context" if self.cuda => "CUDA context".to_owned(),
@@ -228,8 +257,10 @@ impl Job {
             other => other.to_owned(),
         };
         let dtype = if self.compute_bytes() == F32 { "f32" } else { "bf16" };
+        let trained = grouped(self.trained(&Sizes::of(&self.config)));
+        let adapters = if self.lora.is_some() { format!(", {trained} of adapters") } else { String::new() };
         let mut text = format!(
-            "GiB, computed: {:?}, {} parameters; {} tokens a batch, computing in {dtype} on {}\n{:18}",
+            "GiB, computed: {:?}, {} parameters{adapters}; {} tokens a batch, computing in {dtype} on {}\n{:18}",
             self.config.family,
             grouped(Sizes::of(&self.config).total()),
             grouped(self.tokens),
@@ -312,32 +343,57 @@ impl Block {
         let c = &job.config;
         let [e, f, d, h, k, _] = dimensions(c);
         let (n, b) = (job.tokens, job.compute_bytes());
-        let head_norms = if c.qk_norm { norm(c, b, (h + k) * d, true) } else { 0 };
-        let norms = norm(c, b, e, false) + norm(c, b, e, true) * if c.gemma_norms { 3 } else { 1 };
-        let mlp = 4 * f * b;
-        let fixed = norms + head_norms + 2 * e * b + mlp;
+        let frozen = job.lora.is_some();
+        let norm = |width: u64, own: bool| norm(c, b, width, own, frozen);
+        let head_norms = if c.qk_norm.is_some() { norm((h + k) * d, true) } else { 0 };
+        let [before_attention, others @ ..] = c.block_norms.names();
+        let others = others.iter().flatten().count() as u64;
+        let norms = if before_attention.is_some() { norm(e, false) } else { 0 } + others * norm(e, true);
+        // Inputs of linear layers without a gradient of their own are not saved; without a norm
+        // before it, attention has the block's own.
+        let input = |names: &[&str]| u64::from(names.iter().any(|name| job.weight_has_gradient(name)));
+        let attention_input = match before_attention {
+            Some(_) => input(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"]),
+            None => 0,
+        };
+        let inputs = e * (attention_input + input(&["mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"]));
+        // Values are a view of the product with q and k, which keeps it.
+        let fused = if c.fused { (h + k) * d * b } else { 0 };
+        let product = input(&["mlp.down_proj"]);
+        let mlp = (3 + product) * f * b;
+        let fixed = norms + head_norms + inputs * b + fused + mlp;
+        let attended = attention(job, input(&["self_attn.o_proj"]));
         let scores = scores(job);
+        // A·x of each adapter.
+        let narrow =
+            job.lora.as_ref().map_or(0, |lora| Sizes::of(c).adapters(c, lora).count() as u64 * lora.rank as u64 * b);
         Self {
             input: n * e * b,
-            saved: n * (fixed + attention(job)) + scores.saved,
-            // Backward of the MLP needs twice its width; in the backward of attention the MLP is
-            // already freed.
-            transient: 2 * n * e * b + (2 * n * f * b).max(scores.transient.saturating_sub(n * mlp)),
+            saved: n * (fixed + attended + narrow) + scores.saved,
+            // Backward of the MLP needs three times its width, of which the saved product is freed;
+            // in the backward of attention the MLP is already freed.
+            transient: 2 * n * e * b + ((3 - product) * n * f * b).max(scores.transient.saturating_sub(n * mlp)),
             window: if c.attention_softcap.is_some() { 0 } else { windows(job) * b },
         }
     }
 }
 
 /// Bytes a norm over `width` elements saves per token: its f32 input (if that is no copy, only if
-/// `own`: not saved by another operation), and the normed values before the weight.
-fn norm(c: &ModelConfig, bytes: u64, width: u64, own: bool) -> u64 {
+/// `own`: not saved by another operation), and, unless the weight is frozen, the normed values
+/// before it.
+fn norm(c: &ModelConfig, bytes: u64, width: u64, own: bool, frozen: bool) -> u64 {
     let input = if bytes != F32 || own { F32 } else { 0 };
-    let normed = if c.gemma_norms { F32 } else { bytes };
+    let normed = match frozen {
+        true => 0,
+        false if c.norm_weight == NormWeight::Plain => bytes,
+        false => F32,
+    };
     width * (input + normed)
 }
 
-/// Bytes of queries, keys, values and output of attention per token, without scores.
-fn attention(job: &Job) -> u64 {
+/// Bytes of queries, keys, values and output of attention per token, without scores; `input` is 1
+/// if the output projection saves its input.
+fn attention(job: &Job, input: u64) -> u64 {
     let c = &job.config;
     let [_, _, d, h, k, _] = dimensions(c);
     let b = job.compute_bytes();
@@ -346,7 +402,7 @@ fn attention(job: &Job) -> u64 {
         return 4 * h * d * b;
     }
     // Attention document by document concatenates the outputs in a copy.
-    let results = if job.flash_varlen() || job.longest >= job.tokens { 1 } else { 2 };
+    let results = if job.flash_varlen() || job.longest >= job.tokens { 1 } else { 1 + input };
     (h + 2 * k + results * h) * d * b + h * F32
 }
 
@@ -399,13 +455,17 @@ impl Head {
         // Logits, their cast in log_softmax, log-probabilities; with a soft cap also tanh, slope
         // and capped logits.
         let capped = if c.logit_softcap.is_some() { 2 * b + F32 } else { 0 };
-        let forward = chunk * (b + cast + F32 + capped);
+        let divided = if c.logit_divisor.is_some() { b } else { 0 };
+        let forward = chunk * (b + cast + F32 + capped + divided);
         // The gradient in f32 and its cast; the product for the matrix, and its f32 copy before it
         // is added.
         let slope = if c.logit_softcap.is_some() { F32 } else { 0 };
         let cast_gradient = if b == F32 { 0 } else { b };
-        let product = v * e * (b + cast);
+        let product = if job.lora.is_some() { 0 } else { v * e * (b + cast) };
         let backward = chunk * (F32 + slope + cast_gradient) + product;
-        Self { hidden: job.tokens * (norm(c, b, e, true) + 2 * e * b), chunk: forward.max(backward) }
+        Self {
+            hidden: job.tokens * (norm(c, b, e, true, job.lora.is_some()) + 2 * e * b),
+            chunk: forward.max(backward),
+        }
     }
 }

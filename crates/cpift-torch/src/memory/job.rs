@@ -8,9 +8,11 @@ use cpift_core::format::checkpoint::read_config;
 use cpift_core::format::tasks::Tasks;
 use tch::{Device, Kind};
 
-use crate::args::{Offload, TrainingArgs};
+use crate::args::{Offload, Optimizer, TrainingArgs};
+use crate::blockwise::{BLOCK, SMALLEST};
 use crate::model::{EMBEDDING, ModelConfig};
 use crate::session::strict_config;
+use crate::train::LoraConfig;
 
 /// Bytes of f32.
 pub(super) const F32: u64 = 4;
@@ -34,6 +36,8 @@ pub struct Job {
     pub cuda: bool,
     /// Ranks that share the weights, the moments and each batch.
     pub world: u64,
+    /// Adapters that are trained instead of the weights.
+    pub lora: Option<LoraConfig>,
 }
 
 /// Reads the model configuration of `path`, a checkpoint directory or a config.json.
@@ -57,7 +61,28 @@ impl Job {
     pub fn new(config: ModelConfig, args: &TrainingArgs, longest: usize, cuda: bool) -> Self {
         let longest = longest.min(config.max_position_embeddings as usize) as u64;
         let tokens = longest * args.batch_size as u64;
-        Self { config, args: args.clone(), tokens, longest, frozen: 0, cuda, world: 1 }
+        Self { config, args: args.clone(), tokens, longest, frozen: 0, cuda, world: 1, lora: None }
+    }
+
+    /// The same job with adapters instead of the weights trained.
+    #[must_use]
+    pub fn with_adapters(self, lora: Option<LoraConfig>) -> Self {
+        Self { lora, ..self }
+    }
+
+    /// Bytes per element of the weights.
+    pub(super) fn weight_bytes(&self) -> u64 {
+        if self.lora.is_some() { self.compute_bytes() } else { self.args.master_dtype.size() as u64 }
+    }
+
+    /// Returns true if the module `name` of a block, or its adapter, has gradients.
+    pub(super) fn weight_has_gradient(&self, name: &str) -> bool {
+        self.lora.as_ref().is_none_or(|lora| lora.adapts(&format!("model.layers.0.{name}.weight")))
+    }
+
+    /// Elements of the adapters of one block; 0 without adapters.
+    pub(super) fn adapted(&self, s: &Sizes) -> u64 {
+        self.lora.as_ref().map_or(0, |lora| s.adapters(&self.config, lora).sum())
     }
 
     /// The same job on `world` ranks, of which each has its share of the batch.
@@ -109,8 +134,38 @@ impl Job {
         job
     }
 
+    /// Sizes of the trained tensors.
+    fn trained_tensors(&self) -> Vec<u64> {
+        let count = |shape: &[i64]| shape.iter().product::<i64>() as u64;
+        let shapes = self.config.parameter_shapes().into_iter();
+        match &self.lora {
+            Some(lora) => shapes
+                .filter(|(name, shape)| name.starts_with("model.layers.") && shape.len() == 2 && lora.adapts(name))
+                .flat_map(|(_, shape)| [shape[0], shape[1]].map(|width| (lora.rank * width) as u64))
+                .collect(),
+            None => shapes
+                .filter(|(name, _)| !(self.args.freeze_embeddings && name == EMBEDDING))
+                .map(|(_, shape)| count(&shape))
+                .collect(),
+        }
+    }
+
+    /// Bytes of both moments.
+    pub(super) fn moment_bytes(&self) -> u64 {
+        let (block, smallest) = (BLOCK as u64, SMALLEST as u64);
+        let of = |n: u64| match self.args.optim {
+            Optimizer::Adamw => n * self.args.optim_state_dtype.size() as u64,
+            Optimizer::Adamw8bit if n < smallest => n * F32,
+            Optimizer::Adamw8bit => n + F32 * n.div_ceil(block),
+        };
+        self.trained_tensors().into_iter().map(|n| 2 * of(n)).sum()
+    }
+
     /// Number of trained parameters.
     pub(super) fn trained(&self, s: &Sizes) -> u64 {
+        if self.lora.is_some() {
+            return s.blocks * self.adapted(s);
+        }
         s.total() - if self.args.freeze_embeddings { s.embedding } else { 0 }
     }
 }
@@ -149,6 +204,15 @@ impl Sizes {
             head: sum("lm_head."),
             largest: shapes.iter().map(|(_, n)| *n).max().unwrap_or(0),
         }
+    }
+
+    /// Elements of the adapters of the first block, one by one.
+    pub(super) fn adapters<'a>(&self, c: &ModelConfig, lora: &'a LoraConfig) -> impl Iterator<Item = u64> + 'a {
+        let of = |(name, shape): (String, Vec<i64>)| {
+            let adapted = name.starts_with("model.layers.0.") && shape.len() == 2 && lora.adapts(&name);
+            adapted.then(|| (lora.rank * shape.iter().sum::<i64>()) as u64)
+        };
+        c.parameter_shapes().into_iter().filter_map(of)
     }
 
     /// D: all parameters, a tied matrix counted once.

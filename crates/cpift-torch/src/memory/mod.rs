@@ -10,8 +10,6 @@ mod estimate;
 mod job;
 mod traffic;
 
-use std::path::Path;
-
 use anyhow::Result;
 use cpift_core::run::address_space::left_by_ulimit;
 
@@ -28,11 +26,11 @@ pub use traffic::Traffic;
 use advice::after_failure;
 use job::PROGRAM;
 
-/// The estimate for training `model` on `tasks` with `frozen` elements, and options that take less,
-/// for [`crate::oom::explain`].
-pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u64) -> String {
+/// The estimate for the job of a run with `frozen` elements, and options that take less, for
+/// [`crate::oom::explain`].
+pub fn of_failed_run(job: Result<Job>, args: &TrainingArgs, frozen: u64) -> String {
     let world = Place::from_env().ok().flatten().map_or(1, |place| place.world as u64);
-    let job = Job::of_run(model, tasks, args).map(|job| Job { frozen, ..job }.shared_by(world));
+    let job = job.map(|job| Job { frozen, ..job }.shared_by(world));
     let device = args.device.open(None);
     match job {
         Ok(job) => after_failure(&job, device.ok().and_then(available)),
@@ -40,16 +38,16 @@ pub fn of_failed_run(model: &Path, tasks: &Path, args: &TrainingArgs, frozen: u6
     }
 }
 
-/// Refuses to train `model` on `tasks` with `world` ranks if `ulimit -v` leaves less memory than
-/// the estimate. Does nothing if there is no estimate.
+/// Refuses a job on `world` ranks if `ulimit -v` leaves less memory than the estimate. Does nothing
+/// if there is no estimate.
 ///
 /// # Errors
 /// Errors of [`check_address_space`].
-pub fn check_run(model: &Path, tasks: &Path, args: &TrainingArgs, world: usize) -> Result<()> {
+pub fn check_run(job: impl FnOnce() -> Result<Job>, world: usize) -> Result<()> {
     if left_by_ulimit().is_none() {
         return Ok(());
     }
-    match Job::of_run(model, tasks, args) {
+    match job() {
         Ok(job) if !job.cuda => check_address_space(job.shared_by(world as u64).peak().total() - PROGRAM),
         _ => Ok(()),
     }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::config::ModelConfig;
+use super::families::QkNorm;
 use super::layers::{Linear, Loader, RmsNorm, distinct_ropes, rotate};
 use crate::ffi;
 
@@ -103,19 +104,29 @@ impl KvCache {
 
 /// Multi-head attention with grouped keys and values.
 pub(super) struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    inputs: Inputs,
     o_proj: Linear,
-    /// Norms over each head of q and k (Qwen3).
-    norms: Option<(RmsNorm, RmsNorm)>,
+    /// Norms of q and k.
+    norms: Option<(QkNorm, RmsNorm, RmsNorm)>,
     heads: i64,
     kv_heads: i64,
     head_dim: i64,
     layer: usize,
-    /// Index into the model's rotary settings.
-    rope: usize,
+    /// Index into the model's rotary settings; none without rotary embeddings.
+    rope: Option<usize>,
     scores: Scores,
+}
+
+enum Inputs {
+    Apart {
+        q_proj: Linear,
+        k_proj: Linear,
+        v_proj: Linear,
+    },
+    /// Rows of q above those of k and v.
+    Fused {
+        qkv_proj: Linear,
+    },
 }
 
 /// Scaling, soft cap and window of the scores q·k.
@@ -129,16 +140,24 @@ struct Scores {
 impl Attention {
     pub(super) fn load(loader: &mut Loader<'_>, prefix: &str, layer: usize, c: &ModelConfig) -> Result<Self> {
         let (q, kv, e) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size);
-        let q_proj = loader.linear(&format!("{prefix}.q_proj"), [q, e], c.qkv_bias)?;
-        let k_proj = loader.linear(&format!("{prefix}.k_proj"), [kv, e], c.qkv_bias)?;
-        let v_proj = loader.linear(&format!("{prefix}.v_proj"), [kv, e], c.qkv_bias)?;
-        let o_proj = loader.linear(&format!("{prefix}.o_proj"), [e, q], c.o_bias)?;
-        let mut norm = |name: &str| loader.norm(&format!("{prefix}.{name}"), c.head_dim, c);
-        let norms = if c.qk_norm { Some((norm("q_norm")?, norm("k_norm")?)) } else { None };
+        let mut linear = |name: &str, shape, bias| loader.linear(&format!("{prefix}.{name}"), shape, bias);
+        let inputs = if c.fused {
+            Inputs::Fused { qkv_proj: linear("qkv_proj", [q + 2 * kv, e], c.qkv_bias)? }
+        } else {
+            Inputs::Apart {
+                q_proj: linear("q_proj", [q, e], c.qkv_bias)?,
+                k_proj: linear("k_proj", [kv, e], c.qkv_bias)?,
+                v_proj: linear("v_proj", [kv, e], c.qkv_bias)?,
+            }
+        };
+        let o_proj = linear("o_proj", [e, q], c.o_bias)?;
+        let mut norm = |name: &str, width| loader.norm(&format!("{prefix}.{name}"), width, c);
+        let norms = match c.qk_norm.zip(c.qk_norm_widths()) {
+            Some((kind, [q, k])) => Some((kind, norm("q_norm", q)?, norm("k_norm", k)?)),
+            None => None,
+        };
         Ok(Self {
-            q_proj,
-            k_proj,
-            v_proj,
+            inputs,
             o_proj,
             norms,
             heads: c.num_attention_heads,
@@ -148,8 +167,8 @@ impl Attention {
             rope: c
                 .ropes
                 .get(layer)
-                .and_then(|own| distinct_ropes(&c.ropes).iter().position(|p| *p == own))
-                .unwrap_or(0),
+                .and_then(Option::as_ref)
+                .and_then(|own| distinct_ropes(&c.ropes).iter().position(|p| *p == own)),
             scores: Scores {
                 scale: c.attention_scale,
                 softcap: c.attention_softcap,
@@ -158,18 +177,36 @@ impl Attention {
         })
     }
 
+    /// Queries, keys and values, all heads in one dimension.
+    fn inputs(&self, x_bse: &Tensor) -> (Tensor, Tensor, Tensor) {
+        match &self.inputs {
+            Inputs::Apart { q_proj, k_proj, v_proj } => {
+                (q_proj.forward(x_bse), k_proj.forward(x_bse), v_proj.forward(x_bse))
+            }
+            Inputs::Fused { qkv_proj } => {
+                let all = qkv_proj.forward(x_bse);
+                let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+                (all.narrow(2, 0, q), all.narrow(2, q, kv), all.narrow(2, q + kv, kv))
+            }
+        }
+    }
+
     pub(super) fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&KvCache>) -> Tensor {
         let (b, s, _) = x_bse.size3().expect("hidden states are [b, s, e]");
-        let split = |t: Tensor, heads: i64| t.view([b, s, heads, self.head_dim]);
-        let mut q_bshd = split(self.q_proj.forward(x_bse), self.heads);
-        let mut k_bskd = split(self.k_proj.forward(x_bse), self.kv_heads);
-        if let Some((q_norm, k_norm)) = &self.norms {
+        let split = |t: Tensor, heads: i64| t.unflatten(-1, [heads, self.head_dim]);
+        let (mut q, mut k, v) = self.inputs(x_bse);
+        if let Some((QkNorm::Projection, q_norm, k_norm)) = &self.norms {
+            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+        }
+        let (mut q_bshd, mut k_bskd) = (split(q, self.heads), split(k, self.kv_heads));
+        if let Some((QkNorm::Head, q_norm, k_norm)) = &self.norms {
             (q_bshd, k_bskd) = (q_norm.forward(&q_bshd), k_norm.forward(&k_bskd));
         }
-        let (cos, sin) = &attended.rotary[self.rope];
-        let q_bhsd = rotate(&q_bshd.transpose(1, 2), cos, sin);
-        let mut k_bktd = rotate(&k_bskd.transpose(1, 2), cos, sin);
-        let mut v_bktd = split(self.v_proj.forward(x_bse), self.kv_heads).transpose(1, 2);
+        let (mut q_bhsd, mut k_bktd) = (q_bshd.transpose(1, 2), k_bskd.transpose(1, 2));
+        if let Some((cos, sin)) = self.rope.map(|rope| &attended.rotary[rope]) {
+            (q_bhsd, k_bktd) = (rotate(&q_bhsd, cos, sin), rotate(&k_bktd, cos, sin));
+        }
+        let mut v_bktd = split(v, self.kv_heads).transpose(1, 2);
         if let Some(cache) = cache {
             (k_bktd, v_bktd) = cache.extend(self.layer, &k_bktd, &v_bktd);
         }

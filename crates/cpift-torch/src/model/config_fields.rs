@@ -8,6 +8,9 @@ use cpift_core::BadInput;
 use cpift_core::format::rope::RopeSettings;
 use serde_json::{Map, Value};
 
+/// Context length, if neither config.json nor the family has one.
+pub(super) const DEFAULT_POSITIONS: i64 = 2048;
+
 /// The fields of one config.json; null counts as absent.
 pub(super) struct Fields {
     path: PathBuf,
@@ -27,11 +30,6 @@ impl Fields {
 
     pub(super) fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|v| !v.is_null())
-    }
-
-    /// Returns true if the field is present, null included.
-    pub(super) fn has(&self, key: &str) -> bool {
-        self.map.contains_key(key)
     }
 
     /// All fields that are not null.
@@ -62,16 +60,43 @@ impl Fields {
         Ok(self.typed(key, |v| v.as_i64().filter(|n| *n >= 0))?.unwrap_or(default))
     }
 
-    /// A positive number; absent gives `default`, null gives none.
-    pub(super) fn optional_float(&self, key: &str, default: f64) -> Result<Option<f64>> {
-        let given = self.typed(key, |v| v.as_f64().filter(|x| *x > 0.0))?;
-        Ok(if self.has(key) { given } else { Some(default) })
+    /// A positive number, if the field is present.
+    pub(super) fn positive_float(&self, key: &str) -> Result<Option<f64>> {
+        self.typed(key, |v| v.as_f64().filter(|x| *x > 0.0))
     }
 
-    /// A positive integer; absent gives `default`, null gives none.
-    pub(super) fn optional_int(&self, key: &str, default: i64) -> Result<Option<i64>> {
-        let given = self.typed(key, positive)?;
-        Ok(if self.has(key) { given } else { Some(default) })
+    /// A positive integer, if the field is present.
+    pub(super) fn optional_int(&self, key: &str) -> Result<Option<i64>> {
+        self.typed(key, positive)
+    }
+
+    /// A list of 0 and 1, if the field is present.
+    pub(super) fn flags(&self, key: &str) -> Result<Option<Vec<bool>>> {
+        let flag = |v: &Value| v.as_i64().filter(|n| [0, 1].contains(n)).map(|n| n == 1).or(v.as_bool());
+        self.typed(key, |v| v.as_array()?.iter().map(flag).collect())
+    }
+
+    /// The fields of the object `part`; `tie_word_embeddings` may stand beside it.
+    pub(super) fn part(&self, part: &str) -> Result<Self> {
+        let Some(Value::Object(map)) = self.get(part) else {
+            let found = self.get(part).map_or("no such field".to_owned(), Value::to_string);
+            return Err(self.bad(format!("{part} cannot be used")).expected("an object").found(found).into());
+        };
+        let (mut map, tie) = (map.clone(), "tie_word_embeddings");
+        if let Some(value) = self.get(tie) {
+            map.entry(tie).or_insert_with(|| value.clone());
+        }
+        Ok(Self { path: self.path.clone(), map })
+    }
+
+    /// Adds fields that are absent; null stays. A θ is not added beside `rope_parameters`, which has
+    /// its own.
+    pub(super) fn set_defaults(&mut self, defaults: &[(&str, i64)]) {
+        for (key, value) in defaults {
+            if *key != "rope_theta" || self.get("rope_parameters").is_none() {
+                self.map.entry(*key).or_insert_with(|| Value::from(*value));
+            }
+        }
     }
 
     pub(super) fn float_or(&self, key: &str, default: f64) -> Result<f64> {
@@ -95,10 +120,9 @@ impl Fields {
         self.typed(key, |v| v.as_array()?.iter().map(|w| w.as_str().map(str::to_owned)).collect())
     }
 
-    /// The rotary settings; `default_positions` is the family's default of
-    /// `max_position_embeddings`.
-    pub(super) fn rope(&self, default_positions: i64) -> Result<RopeSettings> {
-        RopeSettings::read(&self.path, &Value::from(self.map.clone()), default_positions as f64)
+    /// The rotary settings.
+    pub(super) fn rope(&self) -> Result<RopeSettings> {
+        RopeSettings::read(&self.path, &Value::from(self.map.clone()), DEFAULT_POSITIONS as f64)
     }
 
     /// Path of the file, for errors.
@@ -111,7 +135,7 @@ fn positive(value: &Value) -> Option<i64> {
     value.as_i64().filter(|n| *n > 0)
 }
 
-/// Fields that the families read.
+/// Fields that every family reads, or ignores as in transformers.
 const READ: &[&str] = &[
     "architectures",
     "attention_bias",
@@ -141,6 +165,10 @@ const READ: &[&str] = &[
     "use_sliding_window",
     "vocab_size",
 ];
+
+/// Fields beside the text model's in the config.json of a model with other parts.
+pub(super) const BESIDE_TEXT: &[&str] =
+    &["boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image", "text_config", "vision_config"];
 
 /// Fields without effect on the loss of a causal language model: they concern training, storage,
 /// generation or serving.
@@ -231,6 +259,8 @@ const HARMLESS: &[&str] = &[
 const NEUTRAL: &[(&str, &[&str])] = &[
     ("attention_multiplier", &["1", "1.0"]),
     ("causal", &["true"]),
+    ("full_attn_mod", &["1"]),
+    ("interpolate_factor", &["1", "1.0"]),
     ("embedding_multiplier", &["1", "1.0"]),
     ("is_causal", &["true"]),
     ("is_decoder", &["true", "false"]),
@@ -298,15 +328,15 @@ const MATHS: &[&str] = &[
     "window",
 ];
 
-/// Refuses fields that change the maths and are not implemented; returns unknown fields with their
+/// Refuses fields that change the maths and are not implemented, but those `of_family`; returns unknown fields with their
 /// values. An unknown field that is false, zero or empty is ignored.
 ///
 /// # Errors
 /// [`cpift_core::BadInput`] naming the first refused field.
-pub(super) fn check_fields(fields: &Fields) -> Result<Vec<String>> {
+pub(super) fn check_fields(fields: &Fields, of_family: &[&str]) -> Result<Vec<String>> {
     let mut unknown = Vec::new();
     for (key, value) in fields.present() {
-        if READ.contains(&key) || harmless(key) {
+        if READ.contains(&key) || of_family.contains(&key) || harmless(key) {
             continue;
         }
         let text = value.to_string();

@@ -2,7 +2,7 @@
 //!
 //! Shape suffixes: b batch, s sequence (queries), t keys, e embedding, v vocabulary.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -10,8 +10,9 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attended, Attention, Documents, KvCache, Pattern, causal_window};
-use super::config::{EMBEDDING, ModelConfig};
+use super::config::{ModelConfig, rotated, text_base};
 use super::layers::{Loader, Mlp, RmsNorm, Rope, check_all_taken, distinct_ropes};
+use crate::adapter::{AdapterSlot, LowRank};
 use crate::device::to_device;
 use crate::dist::Group;
 use crate::ffi;
@@ -20,48 +21,41 @@ use crate::weights::Parameters;
 
 /// A decoder block; the trainer calls the blocks one at a time.
 pub struct Block {
-    input_layernorm: RmsNorm,
+    /// Norms before attention, after it, before the MLP and after it.
+    norms: [Option<RmsNorm>; 4],
     self_attn: Attention,
-    /// Norm before the MLP; in Gemma-2 after the attention.
-    post_attention_layernorm: RmsNorm,
-    /// Gemma-2's norms before and after the MLP.
-    around_mlp: Option<(RmsNorm, RmsNorm)>,
     mlp: Mlp,
+    residual_scale: Option<f64>,
 }
 
 impl Block {
-    fn load(loader: &mut Loader<'_>, layer: usize, c: &ModelConfig) -> Result<Self> {
-        let prefix = format!("model.layers.{layer}");
-        let mut norm = |name: &str| loader.norm(&format!("{prefix}.{name}"), c.hidden_size, c);
-        let (input_layernorm, post_attention_layernorm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
-        let around_mlp = if c.gemma_norms {
-            Some((norm("pre_feedforward_layernorm")?, norm("post_feedforward_layernorm")?))
-        } else {
-            None
-        };
+    fn load(loader: &mut Loader<'_>, prefix: &str, layer: usize, c: &ModelConfig) -> Result<Self> {
+        let mut norms = [const { None }; 4];
+        for (norm, name) in norms.iter_mut().zip(c.block_norms.names()) {
+            *norm = name.map(|name| loader.norm(&format!("{prefix}.{name}"), c.hidden_size, c)).transpose()?;
+        }
         Ok(Self {
-            input_layernorm,
+            norms,
             self_attn: Attention::load(loader, &format!("{prefix}.self_attn"), layer, c)?,
-            post_attention_layernorm,
-            around_mlp,
             mlp: Mlp::load(loader, &format!("{prefix}.mlp"), c)?,
+            residual_scale: c.residual_scale,
         })
     }
 
     /// Maps hidden states [b, s, e] to hidden states [b, s, e]; a cache is extended by the new keys
     /// and values.
     pub fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&KvCache>) -> Tensor {
-        let mixed = self.self_attn.forward(&self.input_layernorm.forward(x_bse), attended, cache);
-        match &self.around_mlp {
-            None => {
-                let x_bse = x_bse + mixed;
-                &x_bse + self.mlp.forward(&self.post_attention_layernorm.forward(&x_bse))
-            }
-            Some((before, after)) => {
-                let x_bse = x_bse + self.post_attention_layernorm.forward(&mixed);
-                &x_bse + after.forward(&self.mlp.forward(&before.forward(&x_bse)))
-            }
-        }
+        let [before_attention, after_attention, before_mlp, after_mlp] = &self.norms;
+        let normed =
+            |norm: &Option<RmsNorm>, x: &Tensor| norm.as_ref().map_or_else(|| x.shallow_clone(), |n| n.forward(x));
+        let scaled = |x: Tensor| match self.residual_scale {
+            None => x,
+            Some(scale) => x * scale,
+        };
+        let mixed = self.self_attn.forward(&normed(before_attention, x_bse), attended, cache);
+        let x_bse = x_bse + scaled(normed(after_attention, &mixed));
+        let mixed = self.mlp.forward(&normed(before_mlp, &x_bse));
+        &x_bse + scaled(normed(after_mlp, &mixed))
     }
 }
 
@@ -79,6 +73,7 @@ pub struct CausalLM {
     pub home: Home,
     /// Ranks that share the batches of an evaluation.
     pub row_sharers: Option<Rc<Group>>,
+    slots: BTreeMap<String, AdapterSlot>,
     embed_tokens: Tensor,
     norm: RmsNorm,
     lm_head: Tensor,
@@ -97,26 +92,29 @@ impl CausalLM {
     /// [`cpift_core::BadInput`] for a tensor that is missing, has another shape, or is not part of
     /// the model.
     pub fn new(mut config: ModelConfig, parameters: &Parameters, path: &Path, compute: Kind) -> Result<Self> {
-        // transformers rounds the scale to the dtype of the hidden states first.
-        config.embedding_scale = config.embedding_scale.map(|s| Tensor::from(s).to_kind(compute).double_value(&[]));
-        let mut loader = Loader { parameters, path, taken: Vec::new() };
+        if config.rounds_embedding_scale {
+            config.embedding_scale = config.embedding_scale.map(|s| Tensor::from(s).to_kind(compute).double_value(&[]));
+        }
+        let mut loader = Loader { parameters, path, taken: Vec::new(), slots: BTreeMap::new() };
         let table = [config.vocab_size, config.hidden_size];
-        let embed_tokens = loader.get(EMBEDDING, &table)?;
+        let base = if config.nested { text_base(parameters.keys().map(String::as_str)) } else { "model." };
+        let embed_tokens = loader.get(&format!("{base}embed_tokens.weight"), &table)?;
         let (mut units, mut blocks) = (vec![std::mem::take(&mut loader.taken)], Vec::new());
         for layer in 0..config.num_hidden_layers as usize {
-            blocks.push(Block::load(&mut loader, layer, &config)?);
+            blocks.push(Block::load(&mut loader, &format!("{base}layers.{layer}"), layer, &config)?);
             units.push(std::mem::take(&mut loader.taken));
         }
-        let norm = loader.norm("model.norm", config.hidden_size, &config)?;
+        let norm = loader.norm(&format!("{base}norm"), config.hidden_size, &config)?;
         let lm_head = if config.tie_word_embeddings {
             embed_tokens.shallow_clone()
         } else {
-            loader.get("lm_head.weight", &table)?
+            let head = if base == "language_model.model." { "language_model.lm_head.weight" } else { "lm_head.weight" };
+            loader.get(head, &table)?
         };
         units.push(loader.taken);
         check_all_taken(parameters, path, &units.concat())?;
         let distinct = distinct_ropes(&config.ropes).into_iter();
-        let ropes = distinct.map(|p| Rope { head_dim: config.head_dim, parameters: p.clone() }).collect();
+        let ropes = distinct.map(|p| Rope { dim: rotated(config.head_dim, p), parameters: p.clone() }).collect();
         let varlen = embed_tokens.device().is_cuda()
             && compute == Kind::BFloat16
             && config.attention_softcap.is_none()
@@ -131,6 +129,7 @@ impl CausalLM {
             units,
             home: Home::Whole,
             row_sharers: None,
+            slots: loader.slots,
             embed_tokens,
             norm,
             lm_head,
@@ -169,6 +168,16 @@ impl CausalLM {
             Home::Whole => None,
             Home::Units(home) => Some(home),
         }
+    }
+
+    /// Places for adapters of the linear layers, by the name of the weight.
+    pub(crate) fn adapter_slots(&self) -> impl Iterator<Item = (&String, &AdapterSlot)> {
+        self.slots.iter()
+    }
+
+    /// The adapter of the weight `name`, if it has one.
+    pub fn adapter(&self, name: &str) -> Option<LowRank> {
+        self.slots.get(name).and_then(AdapterSlot::get)
     }
 
     /// The device of the parameters.
@@ -260,10 +269,19 @@ impl CausalLM {
         self.lm_head.to_kind(kind)
     }
 
+    /// Products of the output matrix to logits, but for the soft cap.
+    pub(crate) fn divided(&self, logits: Tensor) -> Tensor {
+        match self.config.logit_divisor {
+            None => logits,
+            Some(divisor) => logits / divisor,
+        }
+    }
+
     /// Hidden states [.., e] to f32 logits [.., v].
     pub fn logits(&self, x: &Tensor) -> Tensor {
         let normed = self.final_norm(x);
         let logits = ffi::linear(&normed, &self.matrix(normed.kind()), None);
+        let logits = self.divided(logits);
         let logits = match self.config.logit_softcap {
             None => logits,
             Some(cap) => (logits / cap).tanh() * cap,

@@ -4,6 +4,7 @@
 //! Shape suffixes: b batch, s sequence, h heads, d head width; e is the embedding width, f the MLP
 //! width.
 
+use std::collections::BTreeMap;
 use std::f64::consts::PI;
 use std::path::Path;
 
@@ -13,6 +14,8 @@ use cpift_core::format::rope::{RopeParameters, RopeScaling};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{Activation, ModelConfig};
+use super::families::NormWeight;
+use crate::adapter::AdapterSlot;
 use crate::ffi;
 use crate::weights::Parameters;
 
@@ -21,6 +24,8 @@ pub(super) struct Loader<'a> {
     pub parameters: &'a Parameters,
     pub path: &'a Path,
     pub taken: Vec<String>,
+    /// Places for adapters of the linear layers, by the name of the weight.
+    pub slots: BTreeMap<String, AdapterSlot>,
 }
 
 impl Loader<'_> {
@@ -32,13 +37,15 @@ impl Loader<'_> {
     pub(super) fn linear(&mut self, name: &str, shape: [i64; 2], bias: bool) -> Result<Linear> {
         let weight = self.get(&format!("{name}.weight"), &shape)?;
         let bias = if bias { Some(self.get(&format!("{name}.bias"), &shape[..1])?) } else { None };
-        Ok(Linear { weight, bias })
+        let slot = AdapterSlot::default();
+        self.slots.insert(format!("{name}.weight"), slot.clone());
+        Ok(Linear { weight, bias, slot })
     }
 
     /// An RMS norm over `width` elements.
     pub(super) fn norm(&mut self, name: &str, width: i64, c: &ModelConfig) -> Result<RmsNorm> {
         let weight = self.get(&format!("{name}.weight"), &[width])?;
-        Ok(RmsNorm { weight, eps: c.rms_norm_eps, add_one: c.gemma_norms })
+        Ok(RmsNorm { weight, eps: c.rms_norm_eps, use_of_weight: c.norm_weight })
     }
 }
 
@@ -68,26 +75,27 @@ pub(super) fn check_all_taken(parameters: &Parameters, path: &Path, taken: &[Str
     }
 }
 
-/// y = x·Wᵀ + b, computed in the dtype of x: master weights are cast to it.
+/// y = x·Wᵀ + b, computed in the dtype of x: master weights are cast to it. An adapter adds its
+/// product.
 pub(super) struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    slot: AdapterSlot,
 }
 
 impl Linear {
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
         let kind = x.kind();
         let bias = self.bias.as_ref().map(|b| b.to_kind(kind));
-        ffi::linear(x, &self.weight.to_kind(kind), bias.as_ref())
+        self.slot.add_to(ffi::linear(x, &self.weight.to_kind(kind), bias.as_ref()), x)
     }
 }
 
-/// x / rms(x) · weight over the last dimension, normalised in f32 as in transformers. Gemma
-/// multiplies by 1 + weight, in f32.
+/// x / rms(x) · weight over the last dimension, normalised in f32 as in transformers.
 pub(super) struct RmsNorm {
     weight: Tensor,
     eps: f64,
-    add_one: bool,
+    use_of_weight: NormWeight,
 }
 
 impl RmsNorm {
@@ -96,10 +104,11 @@ impl RmsNorm {
         let wide = x.to_kind(Kind::Float);
         let mean_square = wide.square().mean_dim([-1i64].as_slice(), true, Kind::Float);
         let normed = wide * (mean_square + self.eps).rsqrt();
-        if self.add_one {
-            (normed * (self.weight.to_kind(Kind::Float) + 1.0)).to_kind(kind)
-        } else {
-            self.weight.to_kind(kind) * normed.to_kind(kind)
+        let wide_weight = || self.weight.to_kind(Kind::Float);
+        match self.use_of_weight {
+            NormWeight::Plain => self.weight.to_kind(kind) * normed.to_kind(kind),
+            NormWeight::Wide => (wide_weight() * normed).to_kind(kind),
+            NormWeight::PlusOne => (normed * (wide_weight() + 1.0)).to_kind(kind),
         }
     }
 }
@@ -108,8 +117,8 @@ impl RmsNorm {
 /// ([`cpift_core::format::rope`] reads them).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// d: head width.
-    pub head_dim: i64,
+    /// d: rotated elements of a head.
+    pub dim: i64,
     /// Base of the frequencies and their scaling.
     pub parameters: RopeParameters,
 }
@@ -122,7 +131,9 @@ impl Rope {
         let angles_bsd = positions_bs.to_kind(Kind::Float).unsqueeze(-1) * inv_freq;
         let full = Tensor::cat(&[&angles_bsd, &angles_bsd], -1).unsqueeze(1);
         let scale = match self.parameters.scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
+                attention_factor
+            }
             _ => 1.0,
         };
         (full.cos() * scale, full.sin() * scale)
@@ -130,18 +141,23 @@ impl Rope {
 
     /// Frequencies of the d/2 pairs, [d/2], computed in f32 as in transformers.
     fn inv_freq(&self, length: f64, device: Device) -> Tensor {
-        let dim = self.head_dim as f64;
+        let dim = self.dim as f64;
         let options = (Kind::Float, device);
-        let exponents = Tensor::arange_start_step(0, self.head_dim, 2, options) / dim;
+        let exponents = Tensor::arange_start_step(0, self.dim, 2, options) / dim;
         let plain = |theta: f64| Tensor::full([], f64::from(theta as f32), options).pow(&exponents).reciprocal();
-        match self.parameters.scaling {
+        match &self.parameters.scaling {
             RopeScaling::Default => plain(self.parameters.theta),
-            RopeScaling::Linear { factor } => plain(self.parameters.theta) / factor,
-            RopeScaling::Dynamic { factor, max_positions } => {
+            RopeScaling::Linear { factor } => plain(self.parameters.theta) / *factor,
+            RopeScaling::LongRope { short, .. } => {
+                let divisors: Vec<f32> = short.iter().map(|factor| *factor as f32).collect();
+                let powers = plain(self.parameters.theta).reciprocal();
+                (Tensor::from_slice(&divisors).to_device(device) * powers).reciprocal()
+            }
+            &RopeScaling::Dynamic { factor, max_positions } => {
                 let growth = factor * length.max(max_positions) / max_positions - (factor - 1.0);
                 plain(self.parameters.theta * growth.powf(dim / (dim - 2.0)))
             }
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+            &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
                 let freq = plain(self.parameters.theta);
                 let wavelength = freq.reciprocal() * (2.0 * PI);
                 let smooth =
@@ -151,7 +167,7 @@ impl Rope {
                 let short = wavelength.lt(original / high_freq_factor);
                 (&freq / factor).where_self(&long, &freq.where_self(&short, &blended))
             }
-            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, truncate, .. } => {
+            &RopeScaling::Yarn { factor, original, beta_fast, beta_slow, truncate, .. } => {
                 let pair = |rotations: f64| {
                     dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.parameters.theta.ln())
                 };
@@ -163,7 +179,7 @@ impl Rope {
                 if low == high {
                     high += 0.001;
                 }
-                let ramp = ((Tensor::arange(self.head_dim / 2, options) - low) / (high - low)).clamp(0.0, 1.0);
+                let ramp = ((Tensor::arange(self.dim / 2, options) - low) / (high - low)).clamp(0.0, 1.0);
                 let freq = plain(self.parameters.theta);
                 &freq / factor * &ramp + &freq * (1.0 - &ramp)
             }
@@ -172,9 +188,9 @@ impl Rope {
 }
 
 /// The distinct settings among those of the blocks, in the order of the blocks.
-pub(super) fn distinct_ropes(of_blocks: &[RopeParameters]) -> Vec<&RopeParameters> {
+pub(super) fn distinct_ropes(of_blocks: &[Option<RopeParameters>]) -> Vec<&RopeParameters> {
     let mut found: Vec<&RopeParameters> = Vec::new();
-    for parameters in of_blocks {
+    for parameters in of_blocks.iter().flatten() {
         if !found.contains(&parameters) {
             found.push(parameters);
         }
@@ -182,8 +198,14 @@ pub(super) fn distinct_ropes(of_blocks: &[RopeParameters]) -> Vec<&RopeParameter
     found
 }
 
-/// Rotates the two halves of each head: x·cos + (−x₂, x₁)·sin; x is [b, h, s, d].
+/// Rotates the two halves of each head: x·cos + (−x₂, x₁)·sin; x is [b, h, s, d]. If cos and sin are
+/// narrower, only the first elements of the head.
 pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let (all, rotated) = (x.size()[3], cos.size()[3]);
+    if rotated < all {
+        let first = rotate(&x.narrow(3, 0, rotated), cos, sin);
+        return Tensor::cat(&[first, x.narrow(3, rotated, all - rotated)], -1);
+    }
     let halves = x.chunk(2, -1);
     let turned = Tensor::cat(&[&halves[1].neg(), &halves[0]], -1);
     x * cos + turned * sin
@@ -191,30 +213,54 @@ pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 
 /// Gated MLP: down(act(gate(x)) · up(x)).
 pub(super) struct Mlp {
-    gate_proj: Linear,
-    up_proj: Linear,
+    inputs: MlpInputs,
     down_proj: Linear,
     activation: Activation,
+}
+
+enum MlpInputs {
+    Apart {
+        gate_proj: Linear,
+        up_proj: Linear,
+    },
+    /// Rows of gate above those of up.
+    Fused {
+        gate_up_proj: Linear,
+    },
 }
 
 impl Mlp {
     pub(super) fn load(loader: &mut Loader<'_>, prefix: &str, c: &ModelConfig) -> Result<Self> {
         let (e, f) = (c.hidden_size, c.intermediate_size);
+        let inputs = if c.fused {
+            MlpInputs::Fused { gate_up_proj: loader.linear(&format!("{prefix}.gate_up_proj"), [2 * f, e], c.mlp_bias)? }
+        } else {
+            MlpInputs::Apart {
+                gate_proj: loader.linear(&format!("{prefix}.gate_proj"), [f, e], c.mlp_bias)?,
+                up_proj: loader.linear(&format!("{prefix}.up_proj"), [f, e], c.mlp_bias)?,
+            }
+        };
         Ok(Self {
-            gate_proj: loader.linear(&format!("{prefix}.gate_proj"), [f, e], c.mlp_bias)?,
-            up_proj: loader.linear(&format!("{prefix}.up_proj"), [f, e], c.mlp_bias)?,
+            inputs,
             down_proj: loader.linear(&format!("{prefix}.down_proj"), [e, f], c.mlp_bias)?,
             activation: c.activation,
         })
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
-        let gate = self.gate_proj.forward(x);
+        let (gate, up) = match &self.inputs {
+            MlpInputs::Apart { gate_proj, up_proj } => (gate_proj.forward(x), up_proj.forward(x)),
+            MlpInputs::Fused { gate_up_proj } => {
+                let mut both = gate_up_proj.forward(x).chunk(2, -1);
+                let up = both.pop().expect("two chunks");
+                (both.pop().expect("two chunks"), up)
+            }
+        };
         let gate = match self.activation {
             Activation::Silu => gate.silu(),
             Activation::GeluTanh => gate.gelu("tanh"),
             Activation::Gelu => gate.gelu("none"),
         };
-        self.down_proj.forward(&(gate * self.up_proj.forward(x)))
+        self.down_proj.forward(&(gate * up))
     }
 }

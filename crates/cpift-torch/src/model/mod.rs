@@ -1,5 +1,5 @@
-//! Decoder-only language models, leaf to root, with the names of their checkpoints: `config` reads
-//! config.json, `layers` has the leaves, then `attention`, then `decoder` with Block and CausalLM.
+//! Decoder-only language models, leaf to root, with the names of their checkpoints: `families` has
+//! their differences, `config` reads config.json, `layers` has the leaves, then `attention`, then `decoder` with Block and CausalLM.
 //!
 //! The trainer calls [`CausalLM::embed`], the blocks one at a time, and the head, so that it can
 //! keep, drop or recompute the activations between them.
@@ -8,9 +8,11 @@ mod attention;
 mod config;
 mod config_fields;
 mod decoder;
+mod families;
 mod layers;
 
 pub use attention::{Attended, KvCache};
-pub use config::{Activation, EMBEDDING, Family, ModelConfig};
+pub use config::{Activation, EMBEDDING, ModelConfig};
 pub use decoder::{Block, CausalLM};
+pub use families::{BlockNorms, Family, NormWeight, QkNorm};
 pub use layers::Rope;

@@ -5,8 +5,9 @@
 //!
 //! [`Isolation`] says which elements may change (`importance` measures what a dynamic mask
 //! protects), `lora` trains adapters, `watch` writes metrics, `state` saves what a later start
-//! needs, `fisher` sums squared gradients after training.
+//! needs, `average` takes the mean of saved states, `fisher` sums squared gradients after training.
 
+mod average;
 mod examples;
 mod fisher;
 pub mod importance;
@@ -22,7 +23,7 @@ mod watch;
 pub use examples::{HeldOut, read_examples};
 pub use fisher::{FISHER, FisherConfig, squared_gradients};
 pub use isolation::{DynamicConfig, Isolation};
-pub use lora::LoraConfig;
+pub use lora::{LoraConfig, LoraOutput, attach as attach_adapters};
 pub use pass::{PassConfig, loss_and_gradients};
 pub use run::Run;
 pub use stage::{Stage, StageReport};

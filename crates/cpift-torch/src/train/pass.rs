@@ -6,11 +6,12 @@
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
+use super::lora;
 use crate::data::Batch;
 use crate::ffi::grad;
 use crate::home::{Asked, Home, Lent, Parked};
 use crate::loss::{self, HeadLoss};
-use crate::model::{Attended, CausalLM, EMBEDDING};
+use crate::model::{Attended, CausalLM};
 use crate::weights::Parameters;
 
 /// Settings that trade work for memory.
@@ -32,13 +33,19 @@ pub(crate) struct ParamGroups {
 
 impl ParamGroups {
     /// All parameters of `model`; the embedding table (and a head tied to it) only with
-    /// `embeddings`.
+    /// `embeddings`. Of a model with adapters, these only.
     pub fn new(model: &CausalLM, parameters: &Parameters, embeddings: bool) -> Self {
         let (mut list, mut places) = (Vec::new(), Vec::new());
-        for unit in &model.units {
+        let adapted = model.adapter_slots().any(|(_, slot)| slot.get().is_some());
+        for (index, unit) in model.units.iter().enumerate() {
             let start = list.len();
-            let trained = unit.iter().filter(|name| embeddings || *name != EMBEDDING);
-            list.extend(trained.map(|name| (name.clone(), parameters[name].shallow_clone())));
+            if adapted {
+                list.extend(unit.iter().filter_map(|name| lora::factors(model, name)).flatten());
+            } else {
+                // The first unit is the embedding table.
+                let trained = unit.iter().filter(|_| embeddings || index > 0);
+                list.extend(trained.map(|name| (name.clone(), parameters[name].shallow_clone())));
+            }
             places.push((start..list.len()).collect());
         }
         Self { list, places }
@@ -56,6 +63,13 @@ impl ParamGroups {
     /// Returns true if the embedding table is trained.
     fn embedding(&self) -> bool {
         !self.places[0].is_empty()
+    }
+
+    /// The weight of the final norm, if it is trained; the output matrix then is too unless it is
+    /// tied.
+    fn final_norm(&self) -> Option<&Tensor> {
+        let head = self.places.last().expect("a model has units");
+        head.first().map(|&i| &self.list[i].1)
     }
 }
 
@@ -130,7 +144,7 @@ impl<'a> Forward<'a> {
         let weights = next.lend()?;
         let last = x_bse.set_requires_grad(true);
         let normed = model.final_norm(&last.squeeze_dim(0).index_select(0, &batch.places_n));
-        let train_matrix = if tied { units.embedding() } else { true };
+        let train_matrix = if tied { units.embedding() } else { units.final_norm().is_some() };
         let head = loss::backward(model, &normed.detach(), &batch.labels_n, scale, config.loss_chunk, train_matrix);
         Ok(Self { model, units, attended, embedded, blocks, last, normed, head, _head_weights: (weights, table) })
     }
@@ -151,9 +165,9 @@ impl<'a> Forward<'a> {
         let mut tied = None;
         let mut x_grad = {
             // The graph of the final norm; the matrix has its gradient already.
-            let norm = units.list[units.places[head_unit][0]].1.shallow_clone();
-            let mut grads = grad(&normed, Some(&head.grad_hidden), &[&norm, &last])?;
-            let x_grad = grads.pop().expect("two inputs, two gradients");
+            let inputs: Vec<&Tensor> = units.final_norm().into_iter().chain([&last]).collect();
+            let mut grads = grad(&normed, Some(&head.grad_hidden), &inputs)?;
+            let x_grad = grads.pop().expect("the input's gradient is last");
             if model.config.tie_word_embeddings {
                 tied = head.grad_matrix;
             } else {

@@ -9,16 +9,18 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 use cpift_core::Stopped;
 use cpift_core::files::StagedDir;
+use cpift_core::format::checkpoint::ADAPTER_WEIGHTS;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::run::cli::Common;
 use cpift_core::run::signals::{Phase, SignalScope, stop_asked};
 use cpift_core::stream::random::splitmix64;
 use log::info;
 
+use super::average::{average, averaged_steps};
 use super::examples::{HeldOut, held_out_losses};
 use super::fisher::{self, FisherConfig};
 use super::isolation::{DynamicMask, Isolation};
-use super::lora::LoraConfig;
+use super::lora::{self, LoraConfig, LoraOutput};
 use super::pass::PassConfig;
 use super::stage::{Stage, StageReport, plan_steps, receive};
 use super::state::{Part, Progress, RUN, SavedState, States};
@@ -28,6 +30,7 @@ use crate::args::{Budget, TrainingArgs};
 use crate::data::{FeedConfig, Feeder, StepShare};
 use crate::freeze::Freeze;
 use crate::oom;
+use crate::pieces::Pieces;
 use crate::schedule::Schedule;
 use crate::session::Session;
 
@@ -45,7 +48,7 @@ pub struct Run<'a> {
     pub stages: Vec<Stage<'a>>,
     /// Held-out examples, if the arguments ask for their loss.
     pub held_out: Vec<HeldOut>,
-    /// Trains low-rank adapters instead of the parameters; new ones in each stage.
+    /// Trains low-rank adapters instead of the parameters, the same in all stages.
     pub lora: Option<LoraConfig>,
     /// Saves sums of squared gradients on the last stage's examples with the model.
     pub fisher: Option<FisherConfig>,
@@ -89,6 +92,9 @@ impl Run<'_> {
         }
         // A schedule that does not fit a stage is refused before the first stage starts.
         self.stages.iter().try_for_each(|stage| self.schedule(stage).map(drop))?;
+        if let Some(last) = self.stages.last() {
+            self.averaged(last, &self.schedule(last)?)?;
+        }
         let _held = leads.then(|| self.states.hold()).transpose()?;
         let _steps = SignalScope::begin(Phase::Steps);
         let staged = leads.then(|| StagedDir::create(out, common.force())).transpose()?;
@@ -96,7 +102,7 @@ impl Run<'_> {
         // A signal while the output is written must not lose the trained weights.
         let _output = SignalScope::begin(Phase::Output);
         let folder = staged.as_ref().map(StagedDir::path);
-        self.session.save(folder, self.args.save_dtype)?;
+        self.save(folder)?;
         if let Some(config) = self.fisher {
             let examples = self.stages.last().expect("a run has a stage").examples;
             let tokens = fisher::save(self.session, examples, config, self.step_config().pass, folder)?;
@@ -107,16 +113,38 @@ impl Run<'_> {
             recorder.seed(self.args.seed);
             record(&mut recorder, &reports);
             recorder.fact(RUN, self.states.run());
-            recorder.write_into(staged.path())?;
+            match self.adapters_alone() {
+                true => recorder.write_into_for(staged.path(), ADAPTER_WEIGHTS)?,
+                false => recorder.write_into(staged.path())?,
+            }
             staged.commit()?;
             self.states.remove()?;
         }
         Ok(Some(reports))
     }
 
+    /// Returns true if the output has the adapters without the model.
+    fn adapters_alone(&self) -> bool {
+        self.lora.as_ref().is_some_and(|lora| lora.output == LoraOutput::Adapter)
+    }
+
+    /// Writes what was trained into the directory `folder`; every rank but the first takes part
+    /// without one.
+    fn save(&self, folder: Option<&Path>) -> Result<()> {
+        let (session, dtype) = (self.session, self.args.save_dtype);
+        match (&self.lora, folder) {
+            (None, folder) => session.save(folder, dtype),
+            (Some(lora), Some(folder)) if self.adapters_alone() => lora::save_adapter(session, lora, folder, dtype),
+            (Some(_), folder) => session.save_each(folder, dtype, |name| lora::merged(session, name)),
+        }
+    }
+
     /// Trains through all stages.
     fn train(&self, force: bool) -> Result<Vec<StageReport>> {
         let placement = &self.session.placement;
+        if let Some(config) = &self.lora {
+            lora::attach(&self.session.model, &self.session.parameters, config)?;
+        }
         let mut found = self.find_state(force)?;
         match &found {
             Some(state) => info!("resuming from {}", state.folder.display()),
@@ -160,6 +188,14 @@ impl Run<'_> {
         self.args.schedule.of(&stage.label, stage.lr, plan_steps(stage, self.feed_config(stage)))
     }
 
+    /// Steps of `stage`, the last one, whose states are averaged with the weights at its end.
+    fn averaged(&self, stage: &Stage<'_>, schedule: &Schedule) -> Result<Vec<usize>> {
+        match (self.args.average_last, self.args.save_every) {
+            (Some(count), Some(every)) => averaged_steps(&stage.label, schedule.total_steps, every, count),
+            _ => Ok(Vec::new()),
+        }
+    }
+
     fn step_config(&self) -> StepConfig {
         StepConfig {
             optimizer: self.args.optimizer(),
@@ -167,7 +203,6 @@ impl Run<'_> {
             pass: PassConfig { checkpointing: self.args.gradient_checkpointing, loss_chunk: self.args.loss_chunk },
             optimizer_in_backward: self.args.optimizer_in_backward,
             train_embeddings: !self.args.freeze_embeddings,
-            lora: self.lora,
         }
     }
 
@@ -191,6 +226,8 @@ struct StageRun<'a> {
     found: Option<SavedState>,
     /// A step has told all ranks to stop.
     stop: bool,
+    /// Steps of the run whose states are averaged with the weights at its end.
+    averaged: Vec<usize>,
 }
 
 impl<'a> StageRun<'a> {
@@ -201,13 +238,25 @@ impl<'a> StageRun<'a> {
         found: Option<SavedState>,
     ) -> Result<Self> {
         if let Some(found) = &found {
-            found.load(Part::Weights, &run.session.pieces())?;
+            let trained = match run.lora {
+                Some(_) => lora::pieces(&run.session.model),
+                None => run.session.pieces(),
+            };
+            found.load(Part::Weights, &trained)?;
         }
         let finished = finished.to_vec();
         let fresh = Progress { finished, step: 0, tokens: 0, losses: Vec::new(), importance_tokens: 0 };
         let position = found.as_ref().map_or(fresh, |f| f.position.clone());
         let schedule = run.schedule(stage)?;
-        Ok(Self { run, stage, schedule, position, found, stop: false })
+        let (before, last) = (steps_of(&position.finished), position.finished.len() + 1 == run.stages.len());
+        let averaged = if last { run.averaged(stage, &schedule)? } else { Vec::new() };
+        let averaged: Vec<usize> = averaged.into_iter().map(|step| before + step).collect();
+        // Not found out at the end of the run.
+        averaged
+            .iter()
+            .filter(|step| **step <= before + position.step)
+            .try_for_each(|step| run.states.after(*step).map(drop))?;
+        Ok(Self { run, stage, schedule, position, found, stop: false, averaged })
     }
 
     fn go(mut self, watch: &mut Watch) -> Result<StageReport> {
@@ -240,7 +289,7 @@ impl<'a> StageRun<'a> {
         let mut watch = watch.stage(&stage.label, self.total(), steps_of(&self.position.finished), run.args.log_every);
         watch.skip_to(self.position.step, self.position.tokens);
         let steps = self.position.step..self.total();
-        let mut feeder = Feeder::new(stage.examples, run.feed_config(stage), stage.seed);
+        let mut feeder = Feeder::mixed(stage.examples, stage.mixture, run.feed_config(stage), stage.seed);
         feeder.skip(self.position.step);
         thread::scope(|scope| {
             // Batches are made while the device runs the previous steps.
@@ -272,6 +321,11 @@ impl<'a> StageRun<'a> {
             Ok::<(), anyhow::Error>(())
         })?;
         let frozen = placement.total_count(trainer.freeze.as_ref().map_or(0, Freeze::len))?;
+        drop(trainer);
+        if !self.averaged.is_empty() {
+            info!("{}: averaging the weights at {} saved steps", stage.label, self.averaged.len() + 1);
+            average(&session.pieces(), &run.states, &self.averaged)?;
+        }
         Ok(self.report(frozen))
     }
 
@@ -289,9 +343,6 @@ impl<'a> StageRun<'a> {
             let extra = mask.blank(trainer.pieces());
             found.load(Part::Extra, &extra)?;
             mask.restore(&extra, position.step, position.importance_tokens, trainer)?;
-        } else if self.run.lora.is_some() {
-            found.load(Part::Extra, &trainer.adapters())?;
-            trainer.merge();
         }
         Ok(())
     }
@@ -343,10 +394,10 @@ impl<'a> StageRun<'a> {
         if save {
             let (clock, _saving) = (Instant::now(), SignalScope::begin(Phase::State));
             let steps = steps_of(&self.position.finished) + step;
-            let extra = moving.map_or_else(|| trainer.adapters(), |mask| mask.state(trainer.pieces()));
+            let extra = moving.map_or_else(Pieces::new, |mask| mask.state(trainer.pieces()));
             let parts =
                 [(Part::Weights, trainer.stored()), (Part::Moments, trainer.optimizer.moments()), (Part::Extra, extra)];
-            let folder = self.run.states.save(steps, &self.position, &parts, &session.placement)?;
+            let folder = self.run.states.save(steps, &self.position, &parts, &session.placement, &self.averaged)?;
             watch.saved(clock);
             // A signal may have arrived while the state was saved; ranks wait for the next step,
             // which tells them all.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::isolation::Isolation;
 use crate::args::Budget;
-use crate::data::{FeedConfig, Feeder};
+use crate::data::{FeedConfig, Feeder, Part};
 
 /// A stage of training.
 pub struct Stage<'a> {
@@ -19,6 +19,8 @@ pub struct Stage<'a> {
     pub label: String,
     /// Examples to train on.
     pub examples: &'a [Example],
+    /// Number of examples of each part in an epoch; empty if each comes once.
+    pub mixture: &'a [Part],
     /// Elements that may change.
     pub isolation: Isolation<'a>,
     /// Epochs, steps or tokens.
@@ -60,7 +62,7 @@ pub(crate) fn receive<T>(batches: &Receiver<T>, maker: &mut Option<ScopedJoinHan
 /// draws its last row; a batch may hold rows of two epochs.
 pub(crate) fn plan_steps(stage: &Stage<'_>, config: FeedConfig) -> usize {
     let until = |budget: usize, count: fn(&Example) -> usize| {
-        let mut feeder = Feeder::new(stage.examples, config, stage.seed);
+        let mut feeder = Feeder::mixed(stage.examples, stage.mixture, config, stage.seed);
         let (mut seen, mut steps) = (0, 0);
         while seen < budget {
             seen += feeder.next_step().concat().into_iter().map(|i| count(&stage.examples[i])).sum::<usize>();
@@ -73,7 +75,11 @@ pub(crate) fn plan_steps(stage: &Stage<'_>, config: FeedConfig) -> usize {
         Budget::Tokens(budget) => until(budget, |example| example.ids.len()),
         Budget::Epochs(epochs) => {
             // A product that is off by a rounding error is not one row more.
-            let rows = epochs * stage.examples.len() as f64 * (1.0 - 1e-12);
+            let epoch = match stage.mixture {
+                [] => stage.examples.len(),
+                parts => parts.iter().map(|part| part.drawn).sum(),
+            };
+            let rows = epochs * epoch as f64 * (1.0 - 1e-12);
             until((rows.ceil() as usize).max(1), |_| 1)
         }
     }

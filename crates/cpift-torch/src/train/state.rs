@@ -2,12 +2,12 @@
 //! everything the rest of a run depends on.
 //!
 //! rank-R-of-M.safetensors has the pieces that rank R of M keeps: `weights/NAME` and
-//! `moments/NAME.exp_avg` in the dtypes of training, and `extra/NAME` of adapters or of a dynamic
-//! mask (f32). Each is flat; the metadata has its start in the whole tensor and the whole shape, so
-//! that any number of ranks can load it. Besides, metrics.jsonl so far, and state.json with the
-//! digests of all files. The order of the data, the learning rate and the random bits follow from
-//! seed and step and are not saved. The running job writes OUT.checkpoints/metrics.jsonl, which
-//! stays if the run fails.
+//! `moments/NAME.exp_avg` in the dtypes of training (8-bit moments with `NAME.exp_avg_absmax`), and
+//! `extra/NAME` of a dynamic mask (f32); of LoRA, those of the adapters only. Each is flat; the
+//! metadata has its start in the whole tensor and the whole shape, so that any number of ranks can
+//! load it. Besides, metrics.jsonl so far, and state.json with the digests of all files. The order
+//! of the data, the learning rate and the random bits follow from seed and step and are not saved.
+//! The running job writes OUT.checkpoints/metrics.jsonl, which stays if the run fails.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -95,11 +95,11 @@ pub(crate) struct SavedState {
 /// Kinds of pieces in a state; the first part of their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
-    /// Master weights.
+    /// Master weights, or adapters.
     Weights,
     /// The optimizer's moments.
     Moments,
-    /// Adapters, or a dynamic mask.
+    /// A dynamic mask.
     Extra,
 }
 
@@ -205,6 +205,20 @@ impl States {
         Ok(None)
     }
 
+    /// Opens the state after step `step` of the run, which must belong to this run.
+    ///
+    /// # Errors
+    /// [`BadInput`] for a state that is missing, damaged or of another run.
+    pub(super) fn after(&self, step: usize) -> Result<SavedState> {
+        let folder = self.folder.join(format!("step-{step:07}"));
+        if !folder.exists() {
+            return Err(BadInput::new(&folder, "the state is missing, and --average-last needs it")
+                .hint("--force starts over")
+                .into());
+        }
+        self.read(&folder)
+    }
+
     /// Opens the state in `folder`, which must belong to this run.
     pub(super) fn read(&self, folder: &Path) -> Result<SavedState> {
         let (file, ranks) = parts(folder)
@@ -264,7 +278,7 @@ impl States {
     }
 
     /// Saves a state, to which every rank adds its own `parts`; removes the oldest beyond the
-    /// limit, and returns its directory.
+    /// limit except those after the steps `kept`, and returns its directory.
     ///
     /// # Errors
     /// A weight that is not finite, a failed write, a failed rank.
@@ -274,6 +288,7 @@ impl States {
         position: &Progress,
         parts: &[(Part, Pieces)],
         placement: &Placement,
+        kept: &[usize],
     ) -> Result<PathBuf> {
         let dest = self.folder.join(format!("step-{total_steps:07}"));
         let leads = placement.rank() == 0;
@@ -304,7 +319,7 @@ impl States {
         }
         if leads {
             let states = list(&self.folder)?;
-            for (_, old) in states.iter().rev().skip(self.keep) {
+            for (_, old) in states.iter().rev().skip(self.keep).filter(|(step, _)| !kept.contains(step)) {
                 discard(old)?;
             }
         }
@@ -381,7 +396,11 @@ fn write_rank(path: &Path, parts: &[(Part, Pieces)], placement: &Placement) -> R
         parts.iter().flat_map(|(part, pieces)| pieces.iter().map(|(name, p)| (part.name(name), p))).collect();
     let spec = |(name, piece): (&String, &&Piece)| TensorSpec {
         name: name.clone(),
-        dtype: if piece.tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 },
+        dtype: match piece.tensor.kind() {
+            Kind::BFloat16 => Dtype::BF16,
+            Kind::Uint8 => Dtype::U8,
+            _ => Dtype::F32,
+        },
         shape: vec![piece.len() as usize],
     };
     let specs: Vec<TensorSpec> = all.iter().map(spec).collect();
@@ -451,7 +470,8 @@ impl RankFile {
         let size = entry.dtype.size();
         let (first, last) = ((from - place.start) as usize * size, (to - place.start) as usize * size);
         let bytes = &self.file.bytes(entry)[first..last];
-        let read = Tensor::from_data_size(bytes, &[to - from], kind_of(entry.dtype));
+        let kind = if entry.dtype == Dtype::U8 { Kind::Uint8 } else { kind_of(entry.dtype) };
+        let read = Tensor::from_data_size(bytes, &[to - from], kind);
         no_grad(|| {
             let flat = piece.tensor.detach().view([-1]);
             flat.narrow(0, from - piece.start, to - from).copy_(&read);

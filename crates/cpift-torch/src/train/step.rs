@@ -4,7 +4,7 @@
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
-use super::lora::{Adapters, LoraConfig};
+use super::lora;
 use super::pass::{Forward, ParamGroups, PassConfig};
 use crate::data::Batch;
 use crate::freeze::Freeze;
@@ -28,8 +28,6 @@ pub struct StepConfig {
     pub optimizer_in_backward: bool,
     /// Trains the embedding table.
     pub train_embeddings: bool,
-    /// Trains only low-rank adapters of the linear layers; not with updates in the backward pass.
-    pub lora: Option<LoraConfig>,
 }
 
 impl Default for StepConfig {
@@ -40,7 +38,6 @@ impl Default for StepConfig {
             pass: PassConfig { checkpointing: false, loss_chunk: 1024 },
             optimizer_in_backward: false,
             train_embeddings: true,
-            lora: None,
         }
     }
 }
@@ -53,10 +50,9 @@ pub struct Trainer<'a> {
     units: ParamGroups,
     /// Elements that are frozen now.
     pub freeze: Option<Freeze>,
-    adapters: Option<Adapters>,
     /// The optimizer with its state.
     pub optimizer: AdamW,
-    /// This process's pieces of all parameters.
+    /// This process's pieces of all parameters, or the adapters of a model that has some.
     pieces: Pieces,
     config: StepConfig,
     guard: Guard,
@@ -127,18 +123,14 @@ impl<'a> Trainer<'a> {
         placement: &Placement,
     ) -> Result<Self> {
         let units = ParamGroups::new(model, parameters, config.train_embeddings);
-        let pieces = model.unit_home().map_or_else(|| whole_pieces(parameters), |home| home.pieces());
-        let adapters = config.lora.map(|lora| Adapters::new(&units, lora));
-        let adapted = adapters.as_ref().map(|adapters| {
-            adapters.tensors().into_iter().map(|(name, t)| (name, Piece::whole(&t))).collect::<Vec<_>>()
-        });
-        let trained: Vec<(&String, &Piece)> = match &adapted {
-            Some(list) => list.iter().map(|(name, piece)| (name, piece)).collect(),
-            None => units.list.iter().map(|(name, _)| (name, &pieces[name])).collect(),
+        let pieces = match lora::pieces(model) {
+            none if none.is_empty() => model.unit_home().map_or_else(|| whole_pieces(parameters), |home| home.pieces()),
+            adapters => adapters,
         };
-        let optimizer = AdamW::new(trained.into_iter(), config.optimizer, placement)?;
+        let trained = units.list.iter().map(|(name, _)| (name, &pieces[name]));
+        let optimizer = AdamW::new(trained, config.optimizer, placement)?;
         let guard = Guard::new(model.device());
-        Ok(Self { model, placement: placement.clone(), units, freeze, adapters, optimizer, pieces, config, guard })
+        Ok(Self { model, placement: placement.clone(), units, freeze, optimizer, pieces, config, guard })
     }
 
     /// Placement of the model.
@@ -146,7 +138,7 @@ impl<'a> Trainer<'a> {
         &self.placement
     }
 
-    /// This process's pieces of all parameters.
+    /// This process's pieces of all parameters, or the adapters.
     pub(crate) fn pieces(&self) -> &Pieces {
         &self.pieces
     }
@@ -156,27 +148,9 @@ impl<'a> Trainer<'a> {
         self.units.list.iter().map(|(name, _)| (name, &self.pieces[name]))
     }
 
-    /// The low-rank adapters by name; they share storage with those in training.
-    pub(crate) fn adapters(&self) -> Pieces {
-        let whole = |(name, tensor): (String, Tensor)| (name, Piece::whole(&tensor));
-        self.adapters.iter().flat_map(Adapters::tensors).map(whole).collect()
-    }
-
     /// Pieces that a saved state stores.
     pub(crate) fn stored(&self) -> Pieces {
-        let mut stored: Pieces =
-            self.pieces.iter().map(|(name, p)| (name.clone(), p.with(p.tensor.shallow_clone()))).collect();
-        if let Some(adapters) = &self.adapters {
-            stored.extend(adapters.before().map(|(name, tensor)| (name.clone(), Piece::whole(tensor))));
-        }
-        stored
-    }
-
-    /// Merges adapters that were restored from a saved state into the weights.
-    pub(crate) fn merge(&self) {
-        if let Some(adapters) = &self.adapters {
-            adapters.merge();
-        }
+        self.pieces.iter().map(|(name, p)| (name.clone(), p.with(p.tensor.shallow_clone()))).collect()
     }
 
     /// Gradients of this process's pieces of every trainable parameter, by name, without an update.
@@ -203,9 +177,6 @@ impl<'a> Trainer<'a> {
         for ((name, _), grad) in self.units.list.iter().zip(&mut grads) {
             self.zero_frozen_grads(name, grad);
         }
-        if let Some(adapters) = &self.adapters {
-            grads = adapters.gradients(&grads);
-        }
         let outcome = self.outcome(&loss, &sum_of_squares(&grads, self.model.device()), input.stop)?;
         self.guard.require_finite(&outcome.loss);
         self.guard.require_finite(&outcome.grad_norm);
@@ -214,10 +185,7 @@ impl<'a> Trainer<'a> {
         }
         let all: Vec<usize> = (0..grads.len()).collect();
         self.optimizer.step(&all, &grads, Update { lr, seed, guard: &self.guard })?;
-        match &self.adapters {
-            Some(adapters) => adapters.merge(),
-            None => self.restore_frozen(0..self.units.list.len()),
-        }
+        self.restore_frozen(0..self.units.list.len());
         Ok(outcome)
     }
 

@@ -3,6 +3,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 use cpift_core::Dtype;
 use cpift_testkit::masks::{write_groups, write_mask};
@@ -52,6 +55,14 @@ impl Fixture {
         write_groups(&self.path("groups.json"), base, groups, &masks);
     }
 
+    /// Sets the weight of `task` in tasks.toml.
+    pub fn weigh(&self, task: &str, weight: &str) {
+        let name = format!("name = \"{task}\"");
+        let text = fs::read_to_string(&self.tasks).unwrap();
+        assert!(text.contains(&name), "{text}");
+        fs::write(&self.tasks, text.replace(&name, &format!("{name}\nweight = {weight}"))).unwrap();
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -82,6 +93,33 @@ impl Fixture {
         let stages = self.stages();
         let all: Vec<&str> = stages.iter().map(String::as_str).chain(more.iter().copied()).collect();
         self.train(out, &all)
+    }
+
+    /// Kills a run as soon as its state after `step` exists, and removes later states.
+    pub fn killed_at(&self, out: &str, args: &[&str], step: usize) {
+        let state = self.path(&format!("runs/{out}.checkpoints/step-{step:07}"));
+        for _ in 0..50 {
+            let args = [args, &["--force"]].concat();
+            let mut child =
+                Command::new(PROGRAM).args(self.arguments(out, &args)).stderr(Stdio::null()).spawn().unwrap();
+            while !state.exists() && child.try_wait().unwrap().is_none() {
+                sleep(Duration::from_millis(1));
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            // A run that ended before it was killed has removed its states.
+            if state.exists() {
+                for entry in fs::read_dir(state.parent().unwrap()).unwrap().flatten() {
+                    let later = entry.file_name().to_str().and_then(|n| n.strip_prefix("step-")?.parse::<usize>().ok());
+                    if later.is_some_and(|later| later > step) {
+                        fs::remove_dir_all(entry.path()).unwrap();
+                    }
+                }
+                return;
+            }
+            let _ = fs::remove_dir_all(self.path("runs").join(out));
+        }
+        panic!("no run could be killed after step {step}");
     }
 
     pub fn read(&self, out: &str) -> Tensors {

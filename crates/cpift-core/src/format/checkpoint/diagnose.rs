@@ -104,7 +104,7 @@ pub(super) fn adapter(folder: &Path) -> Option<BadInput> {
 
 fn merge_hint(base: &str) -> String {
     format!(
-        "cpift-merge and cpift-mask take MODEL+ADAPTER and merge it while it is read; other programs need it merged: \
+        "cpift-merge, cpift-mask and cpift-eval take MODEL+ADAPTER and merge it while it is read; other programs need it merged: \
          PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(dir), where model is {base}"
     )
 }

@@ -12,7 +12,10 @@ pub(crate) mod sidecar;
 mod wrappers;
 mod writer;
 
-pub use adapter::{LoraFile, LoraPair, model_of, read_lora};
+pub use adapter::{
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factor, LoraFile, LoraPair, PeftConfig, model_of, peft_names, read_lora,
+    write_factors,
+};
 pub use derive::{Row, Rows};
 pub use fp8::{check_readable, quantization, without_quantization};
 pub use layout::Layout;

@@ -13,9 +13,9 @@ use super::reader::{Checkpoint, HEAD, is_buffer};
 use super::sidecar::{read_config, tied};
 use super::{adapter, diagnose, fp8};
 use crate::error::BadInput;
-use crate::files::hub;
 use crate::format::json;
 use crate::format::safetensors::MappedFile;
+use crate::hub;
 use crate::log_once;
 
 #[derive(Deserialize)]

@@ -3,6 +3,7 @@
 //! kohya.
 
 mod keys;
+mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,8 @@ use crate::format::json;
 use crate::format::safetensors::{Entry, MappedFile};
 use crate::log_once;
 use keys::{Key, Part, Unknown};
+
+pub use write::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factor, PeftConfig, peft_names, write_factors};
 
 /// Prefixes under which the weights of a component stand in one file with others.
 const INSIDE: [&str; 4] =
