@@ -351,7 +351,7 @@ fn select<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, select_
         pool.with(|block, _| -> Result<(Vec<u8>, Vec<f64>)> {
             let mut bits = vec![0u8; largest.map_or(0, |_| piece.elements.len().div_ceil(8))];
             let mut sums = vec![0.0; tensor.operands.len()];
-            let mut scores = vec![T::default(); SIDE * BLOCK];
+            let mut scores = [T::default(); SIDE * BLOCK];
             let (mut means, mut squares) = (vec![0.0; SIDE * BLOCK], vec![0.0; SIDE * BLOCK]);
             for start in piece.elements.clone().step_by(SIDE * BLOCK) {
                 let len = (SIDE * BLOCK).min(piece.elements.end - start);
