@@ -297,7 +297,7 @@ impl<'a> Regions<'a> {
 fn first_flags(i: usize, tensors: &[Tensor<'_>], blocks: &[Block]) -> Vec<u64> {
     let count = |block: &Block| {
         let bits = tensors[block.tensor].bits[i];
-        count_ones(&bits[block.start..bits.len().min(block.start + BLOCK)])
+        dispatch!(count_ones(&bits[block.start..bits.len().min(block.start + BLOCK)]))
     };
     let counts: Vec<u64> = blocks.par_iter().map(count).collect();
     let mut order: Vec<&Block> = blocks.iter().collect();

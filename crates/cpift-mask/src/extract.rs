@@ -12,11 +12,11 @@ use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, S
 use cpift_core::format::names::TensorKind;
 use cpift_core::record::provenance::{Recorder, check_made_from};
 use cpift_core::run::progress;
+use cpift_core::stream::guess::Guess;
 use cpift_core::stream::select::{Cut, Score};
 use cpift_core::{BadInput, Checkpoint, Dtype, Mask};
 use serde::Serialize;
 
-use crate::bracket::Guess;
 use crate::inputs::{Digests, Inputs, Parts};
 use crate::part::{Arithmetic, Part, ranges};
 use crate::percent::Percent;

@@ -12,12 +12,13 @@ use anyhow::{Result, ensure};
 use cpift_core::dispatch;
 use cpift_core::format::flags::{clear_flagged, flags_of};
 use cpift_core::format::mask::{MaskWriter, Metric, Ties, count_ones};
+use cpift_core::stream::guess::Guess;
 use cpift_core::stream::hashing::PieceHasher;
-use cpift_core::stream::select::{Cut, Score, Source, find_cut};
+use cpift_core::stream::select::{Cut, GROUP, Score, Source, find_cut, split};
 use cpift_core::stream::ties::{HashBand, TieCut, TieKey, find_tie_cut};
 use rayon::prelude::*;
 
-use crate::bracket::{Guess, guess};
+use crate::bracket::guess;
 use crate::inputs::InputDigests;
 use crate::part::{Arithmetic, Block, CHUNK, Chunk, Pair, Part, PartScores, refuse_not_finite};
 
@@ -282,28 +283,30 @@ impl<T: Score + Arithmetic> Worker<T> {
     #[inline(always)]
     fn classify(&mut self, part: &Part<'_>, chunk: Chunk, (low, high): (T, T), metric: Metric) -> (Counts, bool) {
         let (mut counts, mut finite) = (Counts::default(), true);
+        self.bits.resize(chunk.len.div_ceil(GROUP) * 8, 0);
         for (start, len) in chunk.blocks() {
             let scores = self.block.scores(part, chunk.pair, metric, start, len);
             finite &= scores.iter().fold(true, |all, s| all & s.is_finite());
-            for (group, values) in scores.chunks(64).enumerate() {
-                let count = values.len().div_ceil(8);
+            let first = (start - chunk.start) / GROUP;
+            let words = &mut self.bits.as_chunks_mut::<8>().0[first..];
+            for ((group, values), word) in scores.chunks(GROUP).enumerate().zip(words) {
+                // Most groups hold nothing of interest.
                 if !values.iter().fold(false, |any, s| any | (*s >= low)) {
-                    // Most groups hold nothing of interest.
-                    self.bits.extend_from_slice(&[0; 8][..count]);
                     continue;
                 }
                 let (over, mut inside) = split(values, low, high);
                 counts.above += u64::from(over.count_ones());
                 counts.inside += u64::from(inside.count_ones());
-                self.bits.extend_from_slice(&over.to_le_bytes()[..count]);
+                *word = over.to_le_bytes();
                 while inside != 0 {
                     let bit = inside.trailing_zeros() as usize;
-                    self.index.push((start - chunk.start + 64 * group + bit) as u16);
+                    self.index.push((start - chunk.start + GROUP * group + bit) as u16);
                     self.score.push(values[bit]);
                     inside &= inside - 1;
                 }
             }
         }
+        self.bits.truncate(chunk.len.div_ceil(8));
         (counts, finite)
     }
 
@@ -320,42 +323,35 @@ impl<T: Score + Arithmetic> Worker<T> {
         metric: Metric,
     ) -> (Counts, bool) {
         let (mut counts, mut finite) = (Counts::default(), true);
+        self.bits.resize(chunk.len.div_ceil(GROUP) * 8, 0);
+        self.taken.resize(self.bits.len(), 0);
         for (start, len) in chunk.blocks() {
             let scores = self.block.scores(part, chunk.pair, metric, start, len);
             finite &= scores.iter().fold(true, |all, s| all & s.is_finite());
-            for (group, values) in scores.chunks(64).enumerate() {
-                let (over, mut inside) = split(values, score, score);
+            let first = (start - chunk.start) / GROUP;
+            let words = self.bits.as_chunks_mut::<8>().0[first..].iter_mut();
+            let words = words.zip(&mut self.taken.as_chunks_mut::<8>().0[first..]);
+            for ((group, values), (word, taken_word)) in scores.chunks(GROUP).enumerate().zip(words) {
+                let (over, inside) = split(values, score, score);
+                if over | inside == 0 {
+                    continue;
+                }
                 counts.above += u64::from(over.count_ones());
                 counts.inside += u64::from(inside.count_ones());
-                let (first, mut taken) = (start + 64 * group, 0u64);
-                while inside != 0 {
-                    let bit = inside.trailing_zeros() as usize;
-                    let hash = key.hash(first + bit);
-                    taken |= u64::from(hash < band.low) << bit;
-                    if (band.low..=band.high).contains(&hash) {
-                        self.index.push((first - chunk.start + bit) as u16);
-                    }
-                    inside &= inside - 1;
+                let (taken, mut open) = key.split(start + GROUP * group, inside, band);
+                while open != 0 {
+                    self.index.push((start - chunk.start + GROUP * group + open.trailing_zeros() as usize) as u16);
+                    open &= open - 1;
                 }
                 counts.taken += u64::from(taken.count_ones());
-                let count = values.len().div_ceil(8);
-                self.bits.extend_from_slice(&(over | taken).to_le_bytes()[..count]);
-                self.taken.extend_from_slice(&taken.to_le_bytes()[..count]);
+                *word = (over | taken).to_le_bytes();
+                *taken_word = taken.to_le_bytes();
             }
         }
+        self.bits.truncate(chunk.len.div_ceil(8));
+        self.taken.truncate(chunk.len.div_ceil(8));
         (counts, finite)
     }
-}
-
-/// Bits of the at most 64 `values` that lie above `high`, and of those from `low` to `high`.
-#[inline(always)]
-fn split<T: Score>(values: &[T], low: T, high: T) -> (u64, u64) {
-    let (mut over, mut inside) = (0u64, 0u64);
-    for (bit, score) in values.iter().enumerate() {
-        over |= u64::from(*score > high) << bit;
-        inside |= u64::from(*score >= low) << bit;
-    }
-    (over, inside & !over)
 }
 
 impl<T: Score + Arithmetic> ScanResult<T> {

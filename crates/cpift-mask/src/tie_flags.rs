@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use cpift_core::dispatch;
 use cpift_core::format::flags::BitList;
 use cpift_core::format::mask::{MaskWriter, count_ones};
 use rayon::prelude::*;
@@ -46,7 +47,7 @@ impl<'a> TieFlags<'a> {
         let count = |bits: &mut Vec<u8>, (name, start, len): &(&str, usize, usize)| {
             bits.resize(len.div_ceil(8), 0);
             writer.read(name, *start as u64 / 8, bits)?;
-            Ok(count_ones(bits))
+            Ok(dispatch!(count_ones(bits)))
         };
         let counts: Vec<u64> = chunks.par_iter().map_init(Vec::new, count).collect::<Result<_>>()?;
         let (mut list, mut at) = (BitList::default(), 0);

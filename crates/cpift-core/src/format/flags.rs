@@ -64,24 +64,30 @@ impl BitList {
 
 /// Flags of the bits set in `bits`: those that are set in `marked` too.
 pub fn flags_of(bits: &[u8], marked: &[u8]) -> Vec<u8> {
-    // `n` flags wait in `wait`, at most 39.
     let (mut flags, mut wait, mut n) = (Vec::new(), 0u64, 0);
-    for (byte, marks) in bits.iter().zip(marked).filter(|(byte, _)| **byte != 0) {
-        if byte & marks != 0 {
-            let (mut left, mut at) = (*byte, n);
-            while left != 0 {
-                wait |= u64::from(marks >> left.trailing_zeros() & 1) << at;
-                at += 1;
-                left &= left - 1;
-            }
+    // Appends the flags of a word: `n` flags wait in `wait`, less than 64.
+    let mut append = |word: u64, marks: u64| {
+        let (mut left, mut found, mut at) = (word, 0u64, 0);
+        while left != 0 {
+            found |= (marks >> left.trailing_zeros() & 1) << at;
+            at += 1;
+            left &= left - 1;
         }
-        n += byte.count_ones();
-        if n >= 32 {
-            flags.extend_from_slice(&wait.to_le_bytes()[..4]);
-            (wait, n) = (wait >> 32, n - 32);
+        wait |= found << n;
+        n += at;
+        if n >= 64 {
+            flags.extend_from_slice(&wait.to_le_bytes());
+            n -= 64;
+            // Shifted in two steps, because all 64 may be used up.
+            wait = found >> 1 >> (at - n - 1);
         }
+    };
+    let ((words, rest), (marks, rest_marks)) = (bits.as_chunks::<8>(), marked.as_chunks::<8>());
+    for (word, marks) in words.iter().zip(marks).filter(|(word, _)| **word != [0; 8]) {
+        append(u64::from_le_bytes(*word), u64::from_le_bytes(*marks));
     }
-    flags.extend_from_slice(&wait.to_le_bytes()[..n.div_ceil(8) as usize]);
+    rest.iter().zip(rest_marks).for_each(|(byte, marks)| append(u64::from(*byte), u64::from(*marks)));
+    flags.extend_from_slice(&wait.to_le_bytes()[..usize::div_ceil(n, 8)]);
     flags
 }
 

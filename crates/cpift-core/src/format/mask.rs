@@ -370,7 +370,8 @@ pub fn bit(bits: &[u8], index: usize) -> bool {
     bits[index / 8] >> (index % 8) & 1 == 1
 }
 
-/// Number of bits set.
+/// Number of bits set; fastest inside `dispatch!`.
+#[inline(always)]
 pub fn count_ones(bits: &[u8]) -> u64 {
     let (words, rest) = bits.as_chunks::<8>();
     let whole: u64 = words.iter().map(|w| u64::from(u64::from_le_bytes(*w).count_ones())).sum();

@@ -70,6 +70,30 @@ pub struct Cut<T> {
     pub ties: Ties,
 }
 
+/// Elements that [`split`] compares at a time: one word of packed bits.
+pub const GROUP: usize = 64;
+
+/// Bits of the at most 64 `values` that lie above `high`, and of those from `low` to `high`; none
+/// of a NaN. Call inside [`crate::dispatch!`].
+#[inline(always)]
+pub fn split<T: Score>(values: &[T], low: T, high: T) -> (u64, u64) {
+    // A loop of known length becomes vector instructions without a remainder.
+    match values.first_chunk::<GROUP>() {
+        Some(full) => compare(full, low, high),
+        None => compare(values, low, high),
+    }
+}
+
+#[inline(always)]
+fn compare<T: Score>(values: &[T], low: T, high: T) -> (u64, u64) {
+    let (mut over, mut inside) = (0u64, 0u64);
+    for (bit, score) in values.iter().enumerate() {
+        over |= u64::from(*score > high) << bit;
+        inside |= u64::from(*score >= low) << bit;
+    }
+    (over, inside & !over)
+}
+
 /// Finds the threshold that chooses exactly `k` ≥ 1 scores of `source`.
 ///
 /// # Panics

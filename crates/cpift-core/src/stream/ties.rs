@@ -45,6 +45,63 @@ impl TieKey {
     pub fn hash(self, index: usize) -> u64 {
         splitmix64(self.0, index as u64)
     }
+
+    /// Of the 64 elements from `start` on whose bits are set in `tied`, those whose hashes lie below
+    /// `band`, and those whose hashes lie in it. Call inside [`crate::dispatch!`].
+    #[inline(always)]
+    pub fn split(self, start: usize, tied: u64, band: HashBand) -> (u64, u64) {
+        let [below, inside] = self.select(
+            start,
+            tied,
+            #[inline(always)]
+            |hash, _| {
+                let below = hash < band.low;
+                [below, !below & (hash <= band.high)]
+            },
+        );
+        (below, inside)
+    }
+
+    /// Of the 64 elements from `start` on whose bits are set in `tied`, those that `last` chooses.
+    /// Call inside [`crate::dispatch!`].
+    #[inline(always)]
+    pub fn chosen(self, start: usize, tied: u64, last: TieCut) -> u64 {
+        let [chosen] = self.select(
+            start,
+            tied,
+            #[inline(always)]
+            |hash, place| [last.chooses(hash, place)],
+        );
+        chosen
+    }
+
+    /// Bits of the tied elements for which `is(hash, index)` is true.
+    #[inline(always)]
+    fn select<const N: usize>(self, start: usize, tied: u64, is: impl Fn(u64, u64) -> [bool; N]) -> [u64; N] {
+        /// Number of elements from which on all 64 hashes, computed with vector instructions, take
+        /// less time than those of the elements alone.
+        const MANY: u32 = 10;
+        let mut bits = [0u64; N];
+        if tied.count_ones() >= MANY {
+            for bit in 0..64 {
+                let found = is(self.hash(start + bit), (start + bit) as u64);
+                for i in 0..N {
+                    bits[i] |= u64::from(found[i]) << bit;
+                }
+            }
+        } else {
+            let mut left = tied;
+            while left != 0 {
+                let bit = left.trailing_zeros() as usize;
+                let found = is(self.hash(start + bit), (start + bit) as u64);
+                for i in 0..N {
+                    bits[i] |= u64::from(found[i]) << bit;
+                }
+                left &= left - 1;
+            }
+        }
+        bits.map(|bits| bits & tied)
+    }
 }
 
 /// Last of the tied elements that are chosen, in the order of their hashes and places.
@@ -62,7 +119,8 @@ impl TieCut {
     /// hashes are equal.
     #[inline(always)]
     pub fn chooses(self, hash: u64, place: u64) -> bool {
-        hash < self.hash || hash == self.hash && place <= self.place
+        // Without a branch, so that loops over it become vector instructions.
+        (hash < self.hash) | (hash == self.hash) & (place <= self.place)
     }
 
     /// The cut that chooses the first `k` ≥ 1 of the (hash, place) pairs in `tied`.

@@ -2,19 +2,18 @@
 //! cut-offs of trims, sums of magnitudes. Those that need whole rows or matrices are in [`rows`].
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use anyhow::Result;
-use cpift_core::BadInput;
-use cpift_core::dispatch;
 use cpift_core::format::mask::Ties;
-use cpift_core::stream::select::{Cut, Source, find_cut};
-use cpift_core::stream::ties::{TieCut, TieKey, TieSalt, find_tie_cut};
+use cpift_core::stream::cuts::{self, Elements, Found, Largest};
+use cpift_core::stream::select::Cut;
+use cpift_core::stream::ties::{TieKey, TieSalt};
+use cpift_core::{BadInput, TensorView, dispatch};
 use rayon::prelude::*;
 
 use super::job::{self, Job, Piece, Pool, Shared};
 use super::rows::{self, Grouped};
-use super::tensor::{Block, Tensor, read};
+use super::tensor::{Block, Tensor};
 use crate::methods::pointwise::{Figures, changes};
 use crate::methods::region::outside;
 use crate::methods::sign_merge::{self, Filter, Keep, Number, Sparsify, TaskVector, rescaling, sum_of_magnitudes};
@@ -240,30 +239,31 @@ fn add_filters(
         stats.filters = rows::pruned(shared, tensor, rule)?;
         return Ok(());
     }
-    for (i, vector) in rule.vectors.iter().enumerate() {
-        let filter = match rule.sparsify {
-            _ if vector.density >= 1.0 => Filter::ALL,
-            _ if vector.density <= 0.0 => Filter::NONE,
+    let of_vector = |(i, vector): (usize, &TaskVector)| -> Result<[(Filter, Ties); 2]> {
+        let none = (Filter::NONE, Ties::default());
+        Ok(match rule.sparsify {
+            _ if vector.density >= 1.0 => [none, (Filter::ALL, Ties::default())],
+            _ if vector.density <= 0.0 => [none.clone(), none],
             Sparsify::Drop => {
                 let [before, after] = measure.magnitudes[i];
-                Filter { keep: rule.drawn(vector), scale: if rule.rescale { rescaling(before, after) } else { 1.0 } }
+                let scale = if rule.rescale { rescaling(before, after) } else { 1.0 };
+                [none, (Filter { keep: rule.drawn(vector), scale }, Ties::default())]
             }
-            Sparsify::Trim => {
-                let (filter, ties) = trim(tensor, i, vector.density, rule.rescale)?;
-                stats.trimmed.at_threshold += ties.at_threshold;
-                stats.trimmed.chosen += ties.chosen;
-                stats.trimmed.decided_by_hash += ties.decided_by_hash;
-                filter
-            }
-            Sparsify::Outliers => {
-                let [outliers, filter] = without_outliers(tensor, i, vector, rule.rescale)?;
-                stats.outliers.push(outliers);
-                filter
-            }
+            Sparsify::Trim => [none, trim(tensor, i, vector.density, rule.rescale)?],
+            Sparsify::Outliers => without_outliers(tensor, i, vector, rule.rescale)?.map(|f| (f, Ties::default())),
             Sparsify::Prune => unreachable!("handled above"),
-        };
-        stats.outliers.resize(stats.outliers.len().max(stats.filters.len()), Filter::NONE);
+        })
+    };
+    let filters: Vec<Result<_>> = rule.vectors.par_iter().enumerate().map(of_vector).collect();
+    for found in filters {
+        let [(outliers, _), (filter, ties)] = found?;
+        if rule.sparsify == Sparsify::Outliers {
+            stats.outliers.push(outliers);
+        }
         stats.filters.push(filter);
+        stats.trimmed.at_threshold += ties.at_threshold;
+        stats.trimmed.chosen += ties.chosen;
+        stats.trimmed.decided_by_hash += ties.decided_by_hash;
     }
     Ok(())
 }
@@ -301,7 +301,7 @@ fn combined(job: &Job<'_>, tensor: &Tensor<'_>, measure: &Measure) -> Result<Ten
 /// density asks for; if too few remain, fewer are dropped.
 ///
 /// # Errors
-/// As [`cut`].
+/// As [`ranked`].
 fn without_outliers(tensor: &Tensor<'_>, operand: usize, vector: &TaskVector, rescale: bool) -> Result<[Filter; 2]> {
     let free = tensor.free();
     let kept = (vector.density * free as f64) as u64;
@@ -309,43 +309,30 @@ fn without_outliers(tensor: &Tensor<'_>, operand: usize, vector: &TaskVector, re
     if kept == 0 {
         return Ok([Filter::NONE, Filter::NONE]);
     }
-    let largest = |k: u64| -> Result<(Filter, [f64; 2])> {
-        Ok(match k {
-            0 => (Filter::NONE, [0.0; 2]),
-            k if k == free => (Filter::ALL, [0.0; 2]),
-            k => {
-                let (filter, _, sums) = if tensor.is_wide() {
-                    cut::<f64>(tensor, operand, k, rescale)?
-                } else {
-                    cut::<f32>(tensor, operand, k, rescale)?
-                };
-                (filter, sums)
-            }
-        })
+    // Nothing needs to be ranked where none or all are asked for.
+    let open: Vec<u64> = [dropped, dropped + kept].into_iter().filter(|k| (1..free).contains(k)).collect();
+    let mut found = if tensor.is_wide() {
+        ranked::<f64>(tensor, operand, &open, rescale)?
+    } else {
+        ranked::<f32>(tensor, operand, &open, rescale)?
+    }
+    .into_iter();
+    let mut largest = |k: u64| match k {
+        0 => (Filter::NONE, [0.0; 2]),
+        k if k == free => (Filter::ALL, [0.0; 2]),
+        _ => {
+            let (filter, _, sums) = found.next().expect("it was ranked");
+            (filter, sums)
+        }
     };
-    let (outliers, [_, large]) = largest(dropped)?;
-    let (mut filter, [before, after]) = largest(dropped + kept)?;
+    let (outliers, [all, large]) = largest(dropped);
+    let (mut filter, [before, after]) = largest(dropped + kept);
     if rescale {
         // Without smaller elements to drop, all that is kept is what is not too large.
-        let [before, after] = if dropped + kept == free {
-            let before = if dropped == 0 { 0.0 } else { cut_sums(tensor, operand, dropped)? };
-            [before, before]
-        } else {
-            [before, after]
-        };
+        let [before, after] = if dropped + kept == free { [all, all] } else { [before, after] };
         filter.scale = rescaling(before, after - large);
     }
     Ok([outliers, filter])
-}
-
-/// Sum of all magnitudes of task vector `operand`; `k` is any number of its elements.
-///
-/// # Errors
-/// As [`cut`].
-fn cut_sums(tensor: &Tensor<'_>, operand: usize, k: u64) -> Result<f64> {
-    let (_, _, [all, _]) =
-        if tensor.is_wide() { cut::<f64>(tensor, operand, k, true)? } else { cut::<f32>(tensor, operand, k, true)? };
-    Ok(all)
 }
 
 /// Elements of task vector `operand` that are kept, exactly as many of the largest as `density`
@@ -357,126 +344,117 @@ fn trim(tensor: &Tensor<'_>, operand: usize, density: f64, rescale: bool) -> Res
     }
     // Rounded down, but at least one, as mergekit does.
     let k = ((density * free as f64) as u64).max(1);
-    let (filter, ties, _) = if tensor.is_wide() {
-        cut::<f64>(tensor, operand, k, rescale)?
+    let found = if tensor.is_wide() {
+        ranked::<f64>(tensor, operand, &[k], rescale)?
     } else {
-        cut::<f32>(tensor, operand, k, rescale)?
+        ranked::<f32>(tensor, operand, &[k], rescale)?
     };
+    let (filter, ties, _) = found.into_iter().next().expect("one was asked for");
     Ok((filter, ties))
 }
 
-/// The largest `k` elements of a task vector, the ties at the cut-off and, if `rescale` is set, the
-/// sums of magnitudes of all elements and of these.
+/// For every k of `ks` the largest k elements of a task vector, the ties at the cut-off and, if
+/// `rescale` is set, the sums of magnitudes of all elements and of these.
 ///
 /// # Errors
-/// A digest that a tie needs and that cannot be computed.
-fn cut<T: Number>(tensor: &Tensor<'_>, operand: usize, k: u64, rescale: bool) -> Result<(Filter, Ties, [f64; 2])> {
-    let source = Magnitudes::<T> { tensor, operand, spare: Mutex::new(Vec::new()) };
-    let Cut { threshold, ties } = find_cut(&source, k);
-    if threshold == T::default() {
-        // The tied elements are zero in any case.
-        let sum = if rescale { source.sums(threshold)[0] } else { 0.0 };
-        return Ok((Filter::ALL, Ties::default(), [sum; 2]));
-    }
-    let split = ties.chosen < ties.at_threshold;
-    let kept = if split { Some(source.first_ties(threshold, ties)?) } else { None };
-    let sums = if rescale {
-        let [before, above] = source.sums(threshold);
-        [before, above + ties.chosen as f64 * threshold.to_f64()]
-    } else {
-        [0.0; 2]
+/// [`BadInput`] naming the first element that is not finite; a digest that a tie needs and that
+/// cannot be computed.
+fn ranked<T: Number>(
+    tensor: &Tensor<'_>,
+    operand: usize,
+    ks: &[u64],
+    rescale: bool,
+) -> Result<Vec<(Filter, Ties, [f64; 2])>> {
+    let magnitudes = Magnitudes { tensor, operand };
+    let found = match cuts::largest::<T, _>(&magnitudes, tensor.free(), ks, || magnitudes.key())? {
+        Found::All(found) => found,
+        Found::NoScore(start, len) => return Err(tensor.not_finite(start, len).into()),
     };
-    let scale = if rescale { rescaling(sums[0], sums[1]) } else { 1.0 };
-    Ok((Filter { keep: Keep::Above { threshold: threshold.to_f64(), ties: kept }, scale }, ties, sums))
+    let filter = |Largest { cut: Cut { threshold, ties }, last }: Largest<T>| {
+        if threshold == T::default() {
+            // The tied elements are zero in any case.
+            let sum = if rescale { magnitudes.sums(threshold)[0] } else { 0.0 };
+            return (Filter::ALL, Ties::default(), [sum; 2]);
+        }
+        let sums = if rescale {
+            let [before, above] = magnitudes.sums(threshold);
+            [before, above + ties.chosen as f64 * threshold.to_f64()]
+        } else {
+            [0.0; 2]
+        };
+        let scale = if rescale { rescaling(sums[0], sums[1]) } else { 1.0 };
+        (Filter { keep: Keep::Above { threshold: threshold.to_f64(), ties: last }, scale }, ties, sums)
+    };
+    Ok(found.into_iter().map(filter).collect())
 }
 
-/// Magnitudes of one task vector, without protected elements.
-struct Magnitudes<'a, T> {
+/// Magnitudes of one task vector; protected elements take no part.
+struct Magnitudes<'a> {
     tensor: &'a Tensor<'a>,
     operand: usize,
-    /// Buffers for elements of the operand and of the base.
-    spare: Mutex<Vec<(Vec<T>, Vec<T>)>>,
 }
 
-impl<T: Number> Source<T> for Magnitudes<'_, T> {
-    fn chunks(&self) -> usize {
-        job::pieces_of(0, self.tensor.numel()).count()
+impl<T: Number> Elements<T> for Magnitudes<'_> {
+    /// Elements of the base.
+    type Space = Vec<T>;
+
+    fn count(&self) -> usize {
+        self.tensor.numel()
     }
 
-    fn scores(&self, i: usize, out: &mut Vec<T>) {
-        let piece = job::pieces_of(0, self.tensor.numel()).nth(i).expect("chunks are counted");
-        let taken = self.spare.lock().expect("no thread panics here").pop();
-        let (mut values, mut base) = taken.unwrap_or_default();
-        out.clear();
-        dispatch!(self.read(&piece, &mut values, &mut base, out));
-        self.spare.lock().expect("no thread panics here").push((values, base));
+    fn space(&self) -> Vec<T> {
+        vec![T::default(); cuts::BLOCK]
     }
-}
 
-impl<T: Number> Magnitudes<'_, T> {
     #[inline(always)]
-    fn read(&self, piece: &Piece, values: &mut Vec<T>, base: &mut Vec<T>, out: &mut Vec<T>) {
-        for (start, len) in piece.blocks() {
-            self.magnitudes(start, len, values, base);
-            match self.tensor.protected {
-                None => out.extend_from_slice(values),
-                Some(region) => region.outside(start, values, |_, v| out.push(*v)),
-            }
-        }
-    }
-
-    /// Calls `each` with index and magnitude of the elements of a piece that are not protected.
-    fn visit(&self, piece: &Piece, values: &mut Vec<T>, base: &mut Vec<T>, mut each: impl FnMut(usize, T)) {
-        for (start, len) in piece.blocks() {
-            dispatch!(self.magnitudes(start, len, values, base));
-            match self.tensor.protected {
-                None => values.iter().enumerate().for_each(|(j, v)| each(start + j, *v)),
-                Some(region) => region.outside(start, values, |j, v| each(start + j, *v)),
-            }
-        }
-    }
-
-    /// Puts the magnitudes of a block into `values`.
-    #[inline(always)]
-    fn magnitudes(&self, start: usize, len: usize, values: &mut Vec<T>, base: &mut Vec<T>) {
-        let operand = &self.tensor.operands[self.operand];
-        let base_view = self.tensor.base.as_ref().expect("task vectors have a base");
-        read(&operand.view, start, len, values);
-        read(base_view, start, len, base);
-        values.iter_mut().zip(&*base).for_each(|(v, b)| *v = (*v - *b).abs());
+    fn read(&self, start: usize, scores: &mut [T], base: &mut Vec<T>) -> bool {
+        let (operand, base) = (&self.tensor.operands[self.operand], &mut base[..scores.len()]);
+        operand.view.read(start, scores);
+        self.base().read(start, base);
+        let finite = scores.iter().zip(&*base).fold(true, |all, (v, b)| all & v.is_finite() & b.is_finite());
+        scores.iter_mut().zip(base).for_each(|(v, b)| *v = (*v - *b).abs());
         if let Some(bits) = operand.mask {
-            outside(bits, start, values, |_, v| *v = T::default());
+            outside(bits, start, scores, |_, v| *v = T::default());
         }
+        if let Some(region) = self.tensor.protected {
+            region.inside(start, scores, |_, v| *v = T::from_f64(f64::NAN));
+        }
+        finite
+    }
+}
+
+impl<'a> Magnitudes<'a> {
+    fn base(&self) -> &TensorView<'a> {
+        self.tensor.base.as_ref().expect("task vectors have a base")
     }
 
-    /// Key of the tie hashes, and the last of the `ties` at `threshold` that are chosen.
+    /// Key of the tie hashes.
     ///
     /// # Errors
-    /// As [`crate::plan::Source::digest`], which the hashes need.
-    fn first_ties(&self, threshold: T, ties: Ties) -> Result<(TieKey, TieCut)> {
-        let base = self.tensor.base.as_ref().expect("task vectors have a base");
-        let key = TieSalt::new(self.tensor.operands[self.operand].source.digest()?).key(base.name);
-        let pieces: Vec<Piece> = job::pieces_of(0, self.tensor.numel()).collect();
-        let last = find_tie_cut(pieces.len(), ties.at_threshold, ties.chosen, |i, count| {
-            let (mut values, mut base) = Default::default();
-            self.visit(&pieces[i], &mut values, &mut base, |index, v| {
-                if v == threshold {
-                    count.add(key.hash(index), index as u64);
-                }
-            });
-        });
-        Ok((key, last))
+    /// As [`crate::plan::Source::digest`].
+    fn key(&self) -> Result<TieKey> {
+        Ok(TieSalt::new(self.tensor.operands[self.operand].source.digest()?).key(self.base().name))
     }
 
     /// Sums of magnitudes over all elements, and over those above `threshold`.
-    fn sums(&self, threshold: T) -> [f64; 2] {
-        let count = |scores: &mut Vec<T>, i| {
-            self.scores(i, scores);
-            let all = sum_of_magnitudes(scores);
-            scores.iter_mut().for_each(|s| *s = if *s > threshold { *s } else { T::default() });
-            [all, sum_of_magnitudes(scores)]
+    fn sums<T: Number>(&self, threshold: T) -> [f64; 2] {
+        let count = |(scores, base): &mut (Vec<T>, Vec<T>), piece: &Piece| {
+            scores.resize(piece.elements.len(), T::default());
+            dispatch!({
+                for (start, len) in piece.blocks() {
+                    let at = start - piece.elements.start;
+                    self.read(start, &mut scores[at..at + len], base);
+                }
+                // Only those that take part.
+                scores.retain(|score| *score >= T::default());
+                let all = sum_of_magnitudes(scores);
+                scores.iter_mut().for_each(|s| *s = if *s > threshold { *s } else { T::default() });
+                [all, sum_of_magnitudes(scores)]
+            })
         };
-        let sums: Vec<[f64; 2]> = (0..self.chunks()).into_par_iter().map_init(Vec::new, count).collect();
+        let pieces: Vec<Piece> = job::pieces_of(0, self.tensor.numel()).collect();
+        let space = || (Vec::new(), Elements::<T>::space(self));
+        let sums: Vec<[f64; 2]> = pieces.par_iter().map_init(space, count).collect();
         sums.iter().fold([0.0; 2], |[a, b], [all, above]| [a + all, b + above])
     }
 }

@@ -3,15 +3,17 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use cpift_core::stream::select::{Cut, Source, find_cut};
-use cpift_core::stream::ties::{TieSalt, find_tie_cut};
+use cpift_core::dispatch;
+use cpift_core::stream::cuts::{self, Elements, Found, Largest};
+use cpift_core::stream::select::GROUP;
+use cpift_core::stream::ties::TieSalt;
 use rayon::prelude::*;
 
-use super::job::{self, CHUNK, Job, Pool, Shared};
-use super::tensor::{Block, Tensor};
+use super::job::{self, CHUNK, Job, Piece, Pool, Shared};
+use super::tensor::{BLOCK, Block, Tensor};
 use crate::methods::magprune::{Ranks, Rows, prune};
-use crate::methods::pointwise::{Figures, divergence, importance, sce_weights, variance};
-use crate::methods::sign_merge::{Filter, Keep, Number, rescaling, subtract_base, sum_of_magnitudes};
+use crate::methods::pointwise::{Figures, divergence, importance, rows_in, sce_weights, variances};
+use crate::methods::sign_merge::{Filter, Keep, Number, keep_packed, rescaling, subtract_base, sum_of_magnitudes};
 use crate::methods::sphere::Gram;
 use crate::methods::{Along, Combine, SignMerge, Spectral, spectral as singular};
 use crate::request::Space;
@@ -109,14 +111,23 @@ pub(super) fn spectral(shared: &Shared<'_>, tensor: &Tensor<'_>, rule: &Spectral
 
 /// Loads elements of a tensor; those that are protected become zero in every operand.
 fn load<T: Number>(job: &Job<'_>, tensor: &Tensor<'_>, range: Range<usize>, block: &mut Block<T>) -> Result<()> {
-    let with_base = job.space == Space::Delta || job.base_is_separate;
-    if !block.load(tensor, range.start, range.len(), with_base) {
-        return Err(tensor.not_finite(range.start, range.len()).into());
+    let (start, len) = (range.start, range.len());
+    if dispatch!(load_block(job, tensor, range.clone(), block)) {
+        Ok(())
+    } else {
+        Err(tensor.not_finite(start, len).into())
     }
+}
+
+/// As [`load`]; returns false if a number is not finite.
+#[inline(always)]
+fn load_block<T: Number>(job: &Job<'_>, tensor: &Tensor<'_>, range: Range<usize>, block: &mut Block<T>) -> bool {
+    let with_base = job.space == Space::Delta || job.base_is_separate;
+    let finite = block.load(tensor, range.start, range.len(), with_base);
     if let Some(region) = tensor.protected {
         block.clear(region, range.start);
     }
-    Ok(())
+    finite
 }
 
 /// Calls `each` with the elements of every band of whole slabs of `slab` elements, and returns the
@@ -217,7 +228,7 @@ fn prune_rows<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, rul
             let before = sum_of_magnitudes(values);
             let mut bits = vec![0u8; values.len().div_ceil(8)];
             prune(values, start, rows, vector, &mut ranks, |j| bits[j / 8] |= 1 << (j % 8));
-            crate::methods::region::outside(&bits, 0, values, |_, v| *v = T::default());
+            keep_packed(&bits, 0, values);
             (bits, [before, sum_of_magnitudes(values)])
         };
         block.operands.iter_mut().zip(&rule.vectors).map(of_vector).collect::<Vec<_>>()
@@ -234,116 +245,162 @@ fn prune_rows<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, rul
     Ok(rule.vectors.iter().enumerate().map(filter).collect())
 }
 
-/// Scores of the elements, computed from a loaded chunk.
-struct Scores<'a, T, F> {
+/// Scores of the elements, computed from a loaded block.
+struct Scores<'a, F> {
     job: &'a Job<'a>,
-    pool: &'a Pool<T>,
     tensor: &'a Tensor<'a>,
-    /// Appends the scores of a loaded range that begins at an element.
+    /// Puts the scores of a loaded block, which begins at an element, into a slice.
     score: F,
 }
 
-impl<T: Number, F: Fn(usize, &mut Block<T>, &mut Vec<T>) + Sync> Scores<'_, T, F> {
-    fn of(&self, chunk: usize, out: &mut Vec<T>) -> Result<()> {
-        out.clear();
-        let piece = job::pieces_of(0, self.tensor.numel()).nth(chunk).expect("chunks are counted");
-        self.pool.with(|block, _| {
-            load(self.job, self.tensor, piece.elements.clone(), block)?;
-            (self.score)(piece.elements.start, block, out);
-            Ok(())
-        })
+impl<T: Number, F: Fn(usize, &mut Block<T>, &mut [T]) + Sync> Elements<T> for Scores<'_, F> {
+    type Space = Block<T>;
+
+    fn count(&self) -> usize {
+        self.tensor.numel()
     }
 
-    /// Calls `each` with the index and the scores of every chunk.
-    fn for_each<R: Send>(&self, each: impl Fn(usize, &[T]) -> R + Sync + Send) -> Result<Vec<R>> {
-        let of_chunk = |chunk| {
-            let mut scores = Vec::new();
-            self.of(chunk, &mut scores)?;
-            Ok(each(chunk, &scores))
-        };
-        let results: Vec<Result<R>> = (0..self.chunks()).into_par_iter().map(of_chunk).collect();
-        results.into_iter().collect()
+    fn space(&self) -> Block<T> {
+        Block::new(self.tensor.operands.len())
+    }
+
+    #[inline(always)]
+    fn read(&self, start: usize, scores: &mut [T], block: &mut Block<T>) -> bool {
+        let finite = load_block(self.job, self.tensor, start..start + scores.len(), block);
+        (self.score)(start, block, scores);
+        // Where a difference overflows.
+        let infinity = T::from_f64(f64::INFINITY);
+        scores.iter_mut().for_each(|s| *s = if *s >= T::default() { *s } else { infinity });
+        finite
     }
 }
 
-impl<T: Number, F: Fn(usize, &mut Block<T>, &mut Vec<T>) + Sync> Source<T> for Scores<'_, T, F> {
-    fn chunks(&self) -> usize {
-        job::pieces_of(0, self.tensor.numel()).count()
-    }
+/// Scores of the elements of `tensor`, which `score` puts into a slice.
+fn scores<'a, T: Number, F: Fn(usize, &mut Block<T>, &mut [T]) + Sync>(
+    job: &'a Job<'a>,
+    tensor: &'a Tensor<'a>,
+    score: F,
+) -> Scores<'a, F> {
+    Scores { job, tensor, score }
+}
 
-    fn scores(&self, i: usize, out: &mut Vec<T>) {
-        self.of(i, out).expect("an earlier pass found every number finite");
+/// The `ks` largest scores, of equal ones those with the smallest tie hashes of the first model.
+fn ranked<T: Number, F: Fn(usize, &mut Block<T>, &mut [T]) + Sync>(
+    scores: &Scores<'_, F>,
+    ks: &[u64],
+) -> Result<Vec<Largest<T>>> {
+    let tensor = scores.tensor;
+    let key = || {
+        let base = tensor.base.as_ref().expect("scores are about a base");
+        Ok(TieSalt::new(tensor.operands[0].source.digest()?).key(base.name))
+    };
+    match cuts::largest(scores, tensor.numel() as u64, ks, key)? {
+        Found::All(found) => Ok(found),
+        Found::NoScore(start, len) => Err(tensor.not_finite(start, len).into()),
     }
 }
 
 fn select<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, select_topk: f64) -> Result<Figures> {
-    let variances = Scores {
+    /// Blocks whose sums of squares are taken side by side: each sum is a chain of additions.
+    const SIDE: usize = 4;
+    let scores = scores(
         job,
-        pool,
         tensor,
-        score: |_, block: &mut Block<T>, out: &mut Vec<T>| {
+        #[inline(always)]
+        |_, block: &mut Block<T>, out: &mut [T]| {
             subtract_base(&mut block.operands, &block.base);
-            out.extend((0..block.base.len()).map(|j| T::from_f64(variance(&block.operands, j))));
+            let Block { operands, sums, divisors, .. } = block;
+            variances(operands, [&mut sums[..out.len()], &mut divisors[..out.len()]], out);
         },
-    };
-    let kept = if select_topk < 1.0 {
-        let differ = |_, scores: &[T]| scores.iter().filter(|s| **s != T::default()).count() as u64;
-        let nonzero: u64 = variances.for_each(differ)?.into_iter().sum();
-        Some(match (nonzero as f64 * select_topk) as u64 {
-            0 => vec![0; tensor.numel().div_ceil(8)],
-            k => largest(&variances, k)?,
-        })
+    );
+    let pieces: Vec<Piece> = job::pieces_of(0, tensor.numel()).collect();
+    let largest: Option<Largest<T>> = if select_topk < 1.0 {
+        let differ = job::for_each(&pieces, |piece| {
+            let (mut found, mut block) = (vec![T::default(); BLOCK], Elements::<T>::space(&scores));
+            let count = dispatch!({
+                let mut count = Ok(0);
+                for (start, len) in piece.blocks() {
+                    let found = &mut found[..len];
+                    if !scores.read(start, found, &mut block) {
+                        count = Err((start, len));
+                        break;
+                    }
+                    let nonzero = found.iter().fold(0u64, |n, s| n + u64::from(*s != T::default()));
+                    count = count.map(|sum| sum + nonzero);
+                }
+                count
+            });
+            count.map_err(|(start, len)| tensor.not_finite(start, len).into())
+        })?;
+        match (differ.iter().sum::<u64>() as f64 * select_topk) as u64 {
+            0 => {
+                let kept = Some(vec![0; tensor.numel().div_ceil(8)]);
+                return Ok(Figures {
+                    factors: sce_weights(&vec![0.0; tensor.operands.len()]),
+                    kept,
+                    ..Figures::default()
+                });
+            }
+            k => ranked(&scores, &[k])?.pop(),
+        }
     } else {
         None
     };
-    let squares = job::for_each(&job::pieces_of(0, tensor.numel()).collect::<Vec<_>>(), |piece| {
-        pool.with(|block, _| {
+    // Packed bits of the elements that are kept, and sums of their squares.
+    let parts = job::for_each(&pieces, |piece| {
+        pool.with(|block, _| -> Result<(Vec<u8>, Vec<f64>)> {
+            let mut bits = vec![0u8; largest.map_or(0, |_| piece.elements.len().div_ceil(8))];
             let mut sums = vec![0.0; tensor.operands.len()];
-            for (start, len) in piece.blocks() {
+            let mut scores = [T::default(); SIDE * BLOCK];
+            let (mut means, mut squares) = (vec![0.0; SIDE * BLOCK], vec![0.0; SIDE * BLOCK]);
+            for start in piece.elements.clone().step_by(SIDE * BLOCK) {
+                let len = (SIDE * BLOCK).min(piece.elements.end - start);
                 load(job, tensor, start..start + len, block)?;
-                subtract_base(&mut block.operands, &block.base);
-                for (values, sum) in block.operands.iter_mut().zip(&mut sums) {
-                    if let Some(bits) = &kept {
-                        crate::methods::region::outside(bits, start, values, |_, v| *v = T::default());
+                dispatch!({
+                    subtract_base(&mut block.operands, &block.base);
+                    if let Some(largest) = &largest {
+                        let scores = &mut scores[..len];
+                        variances(&block.operands, [&mut means[..len], &mut squares[..len]], scores);
+                        let words = bits[(start - piece.elements.start) / 8..].chunks_mut(8);
+                        for ((group, scores), bytes) in scores.chunks(GROUP).enumerate().zip(words) {
+                            let word = largest.chosen(start + GROUP * group, scores);
+                            bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
+                        }
+                        let bits = &bits[(start - piece.elements.start) / 8..];
+                        block.operands.iter_mut().for_each(|values| keep_packed(bits, 0, values));
                     }
-                    *sum += values.iter().map(|v| v.to_f64() * v.to_f64()).sum::<f64>();
-                }
+                    for (values, sum) in block.operands.iter().zip(&mut sums) {
+                        for of_block in sums_of_squares::<T, SIDE>(values) {
+                            *sum += of_block;
+                        }
+                    }
+                });
             }
-            Ok(sums)
+            Ok((bits, sums))
         })
     })?;
-    let mean = |i: usize| squares.iter().map(|sums| sums[i]).sum::<f64>() / tensor.numel() as f64;
+    let mean = |i: usize| parts.iter().map(|(_, sums)| sums[i]).sum::<f64>() / tensor.numel() as f64;
     let means: Vec<f64> = (0..tensor.operands.len()).map(mean).collect();
+    let kept = largest.map(|_| parts.iter().flat_map(|(bits, _)| bits.iter().copied()).collect());
     Ok(Figures { factors: sce_weights(&means), kept, ..Figures::default() })
 }
 
-/// Packed bits of the `k` largest scores, of equal ones those with the smallest tie hashes of the
-/// first model.
-fn largest<T: Number, F: Fn(usize, &mut Block<T>, &mut Vec<T>) + Sync>(
-    scores: &Scores<'_, T, F>,
-    k: u64,
-) -> Result<Vec<u8>> {
-    let Cut { threshold, ties } = find_cut(scores, k);
-    let base = scores.tensor.base.as_ref().expect("scores are about a base");
-    let key = TieSalt::new(scores.tensor.operands[0].source.digest()?).key(base.name);
-    let last = find_tie_cut(scores.chunks(), ties.at_threshold, ties.chosen, |chunk, count| {
-        let mut of_chunk = Vec::new();
-        scores.scores(chunk, &mut of_chunk);
-        for (j, _) in of_chunk.iter().enumerate().filter(|(_, score)| **score == threshold) {
-            let index = chunk * CHUNK + j;
-            count.add(key.hash(index), index as u64);
+/// Sum of squares of each block of at most `N`, the numbers of a block in their order.
+#[inline(always)]
+fn sums_of_squares<T: Number, const N: usize>(values: &[T]) -> impl Iterator<Item = f64> {
+    let mut sums = [0.0; N];
+    if values.len() == N * BLOCK {
+        for j in 0..BLOCK {
+            for (block, sum) in sums.iter_mut().enumerate() {
+                let v = values[block * BLOCK + j].to_f64();
+                *sum += v * v;
+            }
         }
-    });
-    let bits = scores.for_each(|chunk, scores| {
-        let mut bits = vec![0u8; scores.len().div_ceil(8)];
-        for (j, score) in scores.iter().enumerate() {
-            let index = chunk * CHUNK + j;
-            let tied = || *score == threshold && last.chooses(key.hash(index), index as u64);
-            bits[j / 8] |= u8::from(*score > threshold || tied()) << (j % 8);
-        }
-        bits
-    })?;
-    Ok(bits.concat())
+    } else {
+        let of_block = |block: &[T]| block.iter().map(|v| v.to_f64() * v.to_f64()).sum::<f64>();
+        values.chunks(BLOCK).zip(&mut sums).for_each(|(block, sum)| *sum = of_block(block));
+    }
+    sums.into_iter().take(values.len().div_ceil(BLOCK))
 }
 
 fn important<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>) -> Result<Figures> {
@@ -353,21 +410,21 @@ fn important<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>) -> R
         rows.map(|(model, base)| divergence(model, base).max(0.0)).collect::<Vec<f64>>()
     };
     let divergence = bands(job, pool, tensor, row, of_band)?.concat();
-    let scores = Scores {
+    let scores = scores(
         job,
-        pool,
         tensor,
-        score: |start, block: &mut Block<T>, out: &mut Vec<T>| {
-            let pairs = block.operands[0].iter().zip(&block.base).enumerate();
-            out.extend(pairs.map(|(j, (m, b))| importance(*m, *b, divergence[(start + j) / row])));
+        #[inline(always)]
+        |start, block: &mut Block<T>, out: &mut [T]| {
+            for (i, range) in rows_in(start, out.len(), row) {
+                let pairs = block.operands[0][range.clone()].iter().zip(&block.base[range.clone()]);
+                out[range].iter_mut().zip(pairs).for_each(|(o, (m, b))| *o = importance(*m, *b, divergence[i]));
+            }
         },
-    };
-    // The element of this rank among those in ascending order.
-    let quantile = |share: f64| {
-        let rank = (share * (numel - 1) as f64) as u64;
-        find_cut(&scores, numel as u64 - rank).threshold
-    };
-    let [low, median, high] = [0.25, 0.5, 0.75].map(quantile);
+    );
+    // The elements of these ranks among those in ascending order.
+    let ranks = [0.25, 0.5, 0.75].map(|share| numel as u64 - (share * (numel - 1) as f64) as u64);
+    let found = ranked(&scores, &ranks)?;
+    let [low, median, high] = [0, 1, 2].map(|i| found[i].cut.threshold);
     let threshold = (median + T::from_f64(1.5) * (high - low)).to_f64();
     Ok(Figures { divergence, row, threshold, ..Figures::default() })
 }

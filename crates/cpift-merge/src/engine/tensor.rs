@@ -180,7 +180,7 @@ impl<T: Number> Block<T> {
 
 /// Reads elements `start..start + len`; returns true if all are finite.
 #[inline(always)]
-pub(super) fn read<T: Number>(view: &TensorView<'_>, start: usize, len: usize, out: &mut Vec<T>) -> bool {
+fn read<T: Number>(view: &TensorView<'_>, start: usize, len: usize, out: &mut Vec<T>) -> bool {
     out.resize(len, T::default());
     view.read(start, out);
     out.iter().fold(true, |finite, v| finite & v.is_finite())

@@ -47,7 +47,7 @@ impl Rule {
         match self {
             Self::Linear(_) | Self::Combine(_, Along::Rows | Along::Columns) | Self::Spectral(_) => false,
             Self::Pointwise(pointwise) => matches!(pointwise, Pointwise::Ram { plus: Some(_), .. }),
-            Self::SignMerge(rule) => rule.sparsify != sign_merge::Sparsify::Prune,
+            Self::SignMerge(rule) => rule.sparsify == sign_merge::Sparsify::Drop && rule.rescale,
             Self::Fold(_) | Self::SphericalMean(..) | Self::Combine(_, Along::Whole) => true,
         }
     }

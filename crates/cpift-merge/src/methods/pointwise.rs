@@ -1,6 +1,8 @@
 //! Methods that give each element its value by its own elements in all inputs and by figures of the
 //! whole tensor: NearSwap, RAM, SCE and Arcee Fusion, as mergekit defines them.
 
+use std::ops::Range;
+
 use super::sign_merge::Number;
 use super::sign_merge::subtract_base;
 
@@ -153,13 +155,22 @@ pub(crate) fn sce_weights(mean_squares: &[f64]) -> Vec<f64> {
     mean_squares.iter().map(|x| x / sum).collect()
 }
 
-/// Variance between the task vectors at one element.
+/// Puts the variance between the task vectors at each element into `out`. `means` and `squares` are
+/// working space; all slices are as long as `out`.
 #[inline(always)]
-pub(crate) fn variance<T: Number>(deltas: &[Vec<T>], j: usize) -> f64 {
+pub(crate) fn variances<T: Number>(deltas: &[Vec<T>], [means, squares]: [&mut [f64]; 2], out: &mut [T]) {
     let n = deltas.len() as f64;
-    let mean = deltas.iter().map(|values| values[j].to_f64()).sum::<f64>() / n;
-    let squares = deltas.iter().map(|values| (values[j].to_f64() - mean).powi(2));
-    squares.sum::<f64>() / n
+    means.fill(0.0);
+    for values in deltas {
+        means.iter_mut().zip(values).for_each(|(sum, v)| *sum += v.to_f64());
+    }
+    means.iter_mut().for_each(|sum| *sum /= n);
+    squares.fill(0.0);
+    for values in deltas {
+        let pairs = values.iter().zip(&*means);
+        squares.iter_mut().zip(pairs).for_each(|(sum, (v, mean))| *sum += (v.to_f64() - mean) * (v.to_f64() - mean));
+    }
+    out.iter_mut().zip(&*squares).for_each(|(o, sum)| *o = T::from_f64(*sum / n));
 }
 
 /// Importance of an element: its change times the divergence of its row.
@@ -171,25 +182,38 @@ pub(crate) fn importance<T: Number>(model: T, base: T, divergence: f64) -> T {
 #[inline(always)]
 fn fusion<T: Number>(figures: &Figures, start: usize, model: &[T], base: &[T], out: &mut [T]) {
     let threshold = T::from_f64(figures.threshold);
-    for (j, ((o, m), b)) in out.iter_mut().zip(model).zip(base).enumerate() {
-        let divergence = figures.divergence[(start + j) / figures.row];
-        // Written as base plus difference: mergekit rounds the difference.
-        *o = if importance(*m, *b, divergence) >= threshold { *b + (*m - *b) } else { *b };
+    for (row, range) in rows_in(start, out.len(), figures.row) {
+        let divergence = figures.divergence[row];
+        let pairs = model[range.clone()].iter().zip(&base[range.clone()]);
+        for (o, (m, b)) in out[range].iter_mut().zip(pairs) {
+            // Written as base plus difference: mergekit rounds the difference.
+            let sum = *b + (*m - *b);
+            *o = if importance(*m, *b, divergence) >= threshold { sum } else { *b };
+        }
     }
+}
+
+/// Rows of `row` elements that a block touches, each with its range in the block, of `len` elements
+/// from element `start` of the tensor on.
+#[inline(always)]
+pub(crate) fn rows_in(start: usize, len: usize, row: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let rows = if len == 0 { 0..0 } else { start / row..(start + len - 1) / row + 1 };
+    rows.map(move |i| (i, (i * row).max(start) - start..((i + 1) * row).min(start + len) - start))
 }
 
 /// Kullback-Leibler divergence of the softmax of a row of the model from that of the base, each
 /// raised by 1e-8 as in mergekit.
 pub(crate) fn divergence<T: Number>(model: &[T], base: &[T]) -> f64 {
+    // Powers of a row, and their sum.
     let softmax = |row: &[T]| {
         let largest = row.iter().fold(f64::NEG_INFINITY, |m, v| m.max(v.to_f64()));
-        let sum: f64 = row.iter().map(|v| (v.to_f64() - largest).exp()).sum();
-        (largest, sum)
+        let powers: Vec<f64> = row.iter().map(|v| (v.to_f64() - largest).exp()).collect();
+        let sum: f64 = powers.iter().sum();
+        (powers, sum)
     };
-    let ((p_max, p_sum), (q_max, q_sum)) = (softmax(model), softmax(base));
-    let terms = model.iter().zip(base).map(|(m, b)| {
-        let p = (m.to_f64() - p_max).exp() / p_sum + 1e-8;
-        let q = (b.to_f64() - q_max).exp() / q_sum + 1e-8;
+    let ((p, p_sum), (q, q_sum)) = (softmax(model), softmax(base));
+    let terms = p.iter().zip(&q).map(|(p, q)| {
+        let (p, q) = (p / p_sum + 1e-8, q / q_sum + 1e-8);
         p * (p / q).ln()
     });
     terms.sum()
@@ -225,6 +249,17 @@ mod tests {
         let mut out = [0.0; 4];
         sce(&figures, 0, &deltas, &[1.0; 4], &mut out);
         assert_eq!(out, [4.5, 4.0, 2.0, 1.0], "a draw is +, and what is not kept is the base");
+    }
+
+    #[test]
+    fn the_rows_of_a_block_share_its_elements() {
+        for (start, len, row) in [(0, 10, 4), (3, 1, 4), (5, 9, 3), (8, 4, 4), (2, 0, 4), (7, 20, 64)] {
+            let mut elements = Vec::new();
+            for (i, range) in rows_in(start, len, row) {
+                elements.extend(range.map(|j| (i, start + j)));
+            }
+            assert_eq!(elements, (start..start + len).map(|e| (e / row, e)).collect::<Vec<_>>());
+        }
     }
 
     #[test]

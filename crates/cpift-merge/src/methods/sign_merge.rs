@@ -7,7 +7,7 @@
 use std::ops::{Add, Mul, Sub};
 
 use cpift_core::stream::random::splitmix64;
-use cpift_core::stream::select::Score;
+use cpift_core::stream::select::{GROUP, Score};
 use cpift_core::stream::ties::{TieCut, TieKey};
 
 use super::region::outside;
@@ -137,22 +137,58 @@ impl Keep {
             }
             Self::Above { threshold, ties: Some((key, last)) } => {
                 let threshold = T::from_f64(*threshold);
-                for (j, v) in values.iter_mut().enumerate() {
-                    let place = start + j;
-                    let drops = || v.abs() == threshold && !last.chooses(key.hash(place), place as u64);
-                    if v.abs() < threshold || drops() {
-                        *v = zero;
-                    }
+                // Loops of known length become vector instructions without a remainder.
+                let (groups, rest) = values.as_chunks_mut::<GROUP>();
+                let end = start + GROUP * groups.len();
+                for (group, values) in groups.iter_mut().enumerate() {
+                    keep_largest(values, threshold, start + GROUP * group, (*key, *last));
                 }
+                keep_largest(rest, threshold, end, (*key, *last));
             }
             Self::Drawn { key, limit } => {
                 for (j, v) in values.iter_mut().enumerate() {
                     *v = if splitmix64(*key, (start + j) as u64) >> 11 < *limit { *v } else { zero };
                 }
             }
-            Self::Bits(bits) => outside(bits, start, values, |_, v| *v = zero),
+            Self::Bits(bits) => keep_packed(bits, start, values),
         }
     }
+}
+
+/// Sets those of at most 64 `values`, the first of which is element `start`, to zero that are
+/// smaller than `threshold`, or equal to it and not chosen by `last`.
+#[inline(always)]
+fn keep_largest<T: Number>(values: &mut [T], threshold: T, start: usize, (key, last): (TieKey, TieCut)) {
+    let (mut above, mut tied) = (0u64, 0u64);
+    for (bit, v) in values.iter().enumerate() {
+        above |= u64::from(v.abs() > threshold) << bit;
+        tied |= u64::from(v.abs() == threshold) << bit;
+    }
+    keep_bits(above | key.chosen(start, tied, last), values);
+}
+
+/// Sets those of at most 64 `values` to zero whose bits are not set.
+#[inline(always)]
+fn keep_bits<T: Number>(bits: u64, values: &mut [T]) {
+    for (bit, v) in values.iter_mut().enumerate() {
+        *v = if bits >> bit & 1 == 1 { *v } else { T::default() };
+    }
+}
+
+/// Sets the values to zero whose packed bits are not set; `values[0]` is element `start`.
+#[inline(always)]
+pub(crate) fn keep_packed<T: Number>(bits: &[u8], start: usize, values: &mut [T]) {
+    if !start.is_multiple_of(8) {
+        outside(bits, start, values, |_, v| *v = T::default());
+        return;
+    }
+    let (words, rest) = bits[start / 8..].as_chunks::<8>();
+    let last = rest.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    let mut words = words.iter().map(|word| u64::from_le_bytes(*word)).chain([last]);
+    // Loops of known length become vector instructions without a remainder.
+    let (groups, rest) = values.as_chunks_mut::<GROUP>();
+    groups.iter_mut().zip(&mut words).for_each(|(values, word)| keep_bits(word, values));
+    keep_bits(words.next().unwrap_or(0), rest);
 }
 
 /// Key of the random numbers of one tensor of one model: seed, index and name mixed, eight bytes at
