@@ -18,6 +18,7 @@ pub(crate) use measure::TensorStats;
 pub(crate) use write::Output;
 
 use anyhow::Result;
+use cpift_core::stream::cuts;
 
 use crate::methods::sign_merge::Sparsify;
 use crate::methods::spectral::Kind;
@@ -112,6 +113,9 @@ pub(crate) fn peak_memory(plan: &Plan) -> u64 {
     };
     let whole = job.tensors.iter().map(of_tensor).max().unwrap_or(0);
     let banded = |t: &Tensor<'_>| of_tensor(t) > 0;
+    // Candidates of two cut-offs, with their indices.
+    let largest = job.tensors.iter().filter(|t| trims(t)).map(|t| t.numel().min(cuts::LIMIT)).max().unwrap_or(0);
+    let candidates = 2 * largest * (size_of::<u64>() + number);
     let bands = if job.tensors.iter().any(banded) { CHUNK * (job.operands + 1) * number } else { 0 };
-    (PROGRAM + whole + rayon::current_num_threads() * (per_thread + bands)) as u64 + hashes
+    (PROGRAM + whole + candidates + rayon::current_num_threads() * (per_thread + bands)) as u64 + hashes
 }
