@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::Result;
 use rayon::prelude::*;
 
-use crate::dispatch;
 use crate::format::mask::Ties;
 use crate::stream::guess::Guess;
 use crate::stream::random::splitmix64;
@@ -69,8 +68,9 @@ pub enum Found<T> {
     NoScore(usize, usize),
 }
 
-/// Finds the `k` largest scores of `elements` for every k of `ks`, each from 1 to `n`, the number of
-/// elements that take part. `key` gives the key of the tie hashes; it is called if there are ties.
+/// Finds the `k` largest scores of `elements` for every k of `ks`, each from 1 to `n`, the number
+/// of elements that take part. `key` gives the key of the tie hashes; it is called if there are
+/// ties.
 ///
 /// # Errors
 /// Those of `key`.
@@ -118,7 +118,7 @@ fn sample<T: Score, E: Elements<T>>(elements: &E) -> Vec<T> {
     let mut scores = vec![T::default(); runs * RUN];
     let read = |space: &mut E::Space, (run, scores): (usize, &mut [T])| {
         let offset = splitmix64(0, run as u64) as usize % (stretch - RUN + 1);
-        dispatch!(elements.read(run * stretch + offset, scores, space));
+        crate::dispatch!(elements.read(run * stretch + offset, scores, space));
     };
     scores.par_chunks_mut(RUN).with_min_len(64).enumerate().for_each_init(|| elements.space(), read);
     scores.retain(|score| score.is_finite());
@@ -145,7 +145,8 @@ impl<T> Default for Open<T> {
     }
 }
 
-/// Open elements by guess, or start and length of the first block with an element that has no score.
+/// Open elements by guess, or start and length of the first block with an element that has no
+/// score.
 type Swept<T> = Result<Vec<Open<T>>, (usize, usize)>;
 
 /// Reads all elements once and holds every guess against them. The error is the first block with an
@@ -155,7 +156,7 @@ fn sweep<T: Score, E: Elements<T>>(elements: &E, guesses: &[Guess<T>], key: Opti
     let chunk = |(scores, space): &mut (Vec<T>, E::Space), chunk: usize| {
         let mut found: Vec<Open<T>> = guesses.iter().map(|_| Open::default()).collect();
         let end = elements.count().min((chunk + 1) * CHUNK);
-        let result = dispatch!({
+        let result = crate::dispatch!({
             let mut result = Ok(());
             for start in (chunk * CHUNK..end).step_by(BLOCK) {
                 let scores = &mut scores[..BLOCK.min(end - start)];
@@ -327,7 +328,7 @@ impl<T: Score, E: Elements<T>> Chunks<'_, T, E> {
         let end = self.elements.count().min((chunk + 1) * CHUNK);
         for start in (chunk * CHUNK..end).step_by(BLOCK) {
             let scores = &mut scores[..BLOCK.min(end - start)];
-            dispatch!(self.elements.read(start, scores, &mut space));
+            crate::dispatch!(self.elements.read(start, scores, &mut space));
             each(start, scores);
         }
         self.spare.lock().expect("no thread panics here").push((scores, space));

@@ -46,8 +46,8 @@ impl TieKey {
         splitmix64(self.0, index as u64)
     }
 
-    /// Of the 64 elements from `start` on whose bits are set in `tied`, those whose hashes lie below
-    /// `band`, and those whose hashes lie in it. Call inside [`crate::dispatch!`].
+    /// Of the 64 elements from `start` on whose bits are set in `tied`, those whose hashes lie
+    /// below `band`, and those whose hashes lie in it. Call inside [`crate::dispatch!`].
     #[inline(always)]
     pub fn split(self, start: usize, tied: u64, band: HashBand) -> (u64, u64) {
         let [below, inside] = self.select(
