@@ -327,7 +327,8 @@ pub struct LoraArgs {
     pub alpha: Option<f64>,
     /// Modules that get adapters, as in PEFT's target_modules: names or ends of names, separated by
     /// commas, or all-linear, the linear layers of all blocks
-    #[arg(long = "lora-target", aliases = ["lora_target", "lora_target_modules", "target_modules"], value_name = "NAME,…")]
+    #[arg(long = "lora-target", value_name = "NAME,…")]
+    #[arg(aliases = ["lora_target", "lora_target_modules", "lora-target-modules", "target_modules", "target-modules"])]
     #[arg(value_delimiter = ',', default_value = "all-linear", help_heading = METHOD)]
     pub target: Vec<String>,
     /// Scale the products by α over the root of the rank (rsLoRA, arXiv 2312.03732)

@@ -118,7 +118,7 @@ fn sample<T: Score, E: Elements<T>>(elements: &E) -> Vec<T> {
     let mut scores = vec![T::default(); runs * RUN];
     let read = |space: &mut E::Space, (run, scores): (usize, &mut [T])| {
         let offset = splitmix64(0, run as u64) as usize % (stretch - RUN + 1);
-        crate::dispatch!(elements.read(run * stretch + offset, scores, space));
+        dispatch!(elements.read(run * stretch + offset, scores, space));
     };
     scores.par_chunks_mut(RUN).with_min_len(64).enumerate().for_each_init(|| elements.space(), read);
     scores.retain(|score| score.is_finite());
@@ -156,7 +156,7 @@ fn sweep<T: Score, E: Elements<T>>(elements: &E, guesses: &[Guess<T>], key: Opti
     let chunk = |(scores, space): &mut (Vec<T>, E::Space), chunk: usize| {
         let mut found: Vec<Open<T>> = guesses.iter().map(|_| Open::default()).collect();
         let end = elements.count().min((chunk + 1) * CHUNK);
-        let result = crate::dispatch!({
+        let result = dispatch!({
             let mut result = Ok(());
             for start in (chunk * CHUNK..end).step_by(BLOCK) {
                 let scores = &mut scores[..BLOCK.min(end - start)];
@@ -328,7 +328,7 @@ impl<T: Score, E: Elements<T>> Chunks<'_, T, E> {
         let end = self.elements.count().min((chunk + 1) * CHUNK);
         for start in (chunk * CHUNK..end).step_by(BLOCK) {
             let scores = &mut scores[..BLOCK.min(end - start)];
-            crate::dispatch!(self.elements.read(start, scores, &mut space));
+            dispatch!(self.elements.read(start, scores, &mut space));
             each(start, scores);
         }
         self.spare.lock().expect("no thread panics here").push((scores, space));
