@@ -327,7 +327,7 @@ fn one_file_has_the_settings_of_a_run() {
     assert!(status.lines().any(|line| line.starts_with("full-sft ") && line.ends_with("done")), "{status}");
     let again = p.script("run", std::slice::from_ref(&file)).ok();
     assert!(!again.stdout.contains('['), "{}", again.stdout);
-    // What is typed wins over the file.
+    // An argument of the command line overrides the file.
     let typed = p.script("status", &[file, "TEMPERATURE=4".to_owned()]).ok();
     let stale = |name: &str| typed.stdout.lines().any(|line| line.starts_with(name) && line.contains("stale"));
     assert!(stale("temperature-mixture ") && !stale("full-sft "), "{}", typed.stdout);

@@ -268,7 +268,7 @@ impl<T: Number, F: Fn(usize, &mut Block<T>, &mut [T]) + Sync> Elements<T> for Sc
     fn read(&self, start: usize, scores: &mut [T], block: &mut Block<T>) -> bool {
         let finite = load_block(self.job, self.tensor, start..start + scores.len(), block);
         (self.score)(start, block, scores);
-        // Where a difference overflows.
+        // A difference can overflow although both values are finite.
         let infinity = T::from_f64(f64::INFINITY);
         scores.iter_mut().for_each(|s| *s = if *s >= T::default() { *s } else { infinity });
         finite
