@@ -26,7 +26,7 @@ impl Traffic {
         let s = Sizes::of(&job.config);
         let (world, passes) = (job.world, job.args.grad_accum as u64);
         let (weight, state) = (job.args.master_dtype.size() as u64, job.args.optim_state_dtype.size() as u64);
-        let blocks = s.blocks * s.block;
+        let blocks = s.all_blocks;
         let rest = s.total() - blocks;
         let trained = job.trained(&s);
         // The blocks' weights once more for the backward pass.

@@ -1,0 +1,204 @@
+//! Experts: in place of its MLP, a block has many narrow ones, and a router sends each token to a
+//! few of them.
+//!
+//! Shape suffixes: n tokens, x experts, k experts per token, e embedding; a = n·k assignments.
+
+use anyhow::Result;
+use tch::{Kind, Tensor, no_grad};
+
+use super::config::ModelConfig;
+use super::config_fields::Fields;
+use super::layers::{Loader, Mlp};
+use crate::ffi;
+
+/// Fields of config.json that [`ExpertsConfig::read`] reads.
+pub(super) const EXPERT_FIELDS: &[&str] = &[
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "output_router_logits",
+    "router_aux_loss_coef",
+];
+
+/// Default of `router_aux_loss_coef` in transformers.
+const AUX_LOSS_COEF: f64 = 0.001;
+
+/// The experts of a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertsConfig {
+    /// x: experts per block.
+    pub count: i64,
+    /// k: experts that compute each token.
+    pub per_token: i64,
+    /// Width of an expert.
+    pub width: i64,
+    /// Divides the weights of a token's experts by their sum.
+    pub normalised: bool,
+    /// True for the blocks that have experts.
+    pub in_block: Vec<bool>,
+    /// Factor of the load-balancing loss in training; 0 if it is not added.
+    pub aux_loss_coef: f64,
+}
+
+impl ExpertsConfig {
+    /// Reads the fields [`EXPERT_FIELDS`]; none if no block has experts.
+    pub(super) fn read(fields: &Fields) -> Result<Option<Self>> {
+        let named = ["num_experts", "num_local_experts"].map(|key| fields.get(key).map(|_| key));
+        if let [Some(_), Some(_)] = named
+            && fields.get("num_experts") != fields.get("num_local_experts")
+        {
+            return Err(fields.bad("num_experts and num_local_experts disagree").into());
+        }
+        let count = fields.count_or(named.into_iter().flatten().next().unwrap_or("num_experts"), 128)?;
+        let per_token = fields.int_or("num_experts_per_tok", 8)?;
+        let step = fields.int_or("decoder_sparse_step", 1)?;
+        let dense = fields.integers("mlp_only_layers")?.unwrap_or_default();
+        let width = fields.int_or("moe_intermediate_size", 768)?;
+        let layers = fields.int("num_hidden_layers")?;
+        let in_block: Vec<bool> =
+            (0..layers).map(|layer| count > 0 && !dense.contains(&layer) && (layer + 1) % step == 0).collect();
+        let coef = fields.float_or("router_aux_loss_coef", AUX_LOSS_COEF)?;
+        if !(coef.is_finite() && coef >= 0.0) {
+            return Err(fields
+                .bad("router_aux_loss_coef cannot be used")
+                .expected("0 or more")
+                .found(coef.to_string())
+                .into());
+        }
+        if !in_block.contains(&true) {
+            return Ok(None);
+        }
+        if per_token > count {
+            return Err(fields
+                .bad("num_experts_per_tok is more than the experts of a block")
+                .expected(format!("1 to {count}, which is num_experts"))
+                .found(per_token.to_string())
+                .into());
+        }
+        let added = fields.bool_or("output_router_logits", false)?;
+        Ok(Some(Self {
+            count,
+            per_token,
+            width,
+            normalised: fields.bool_or("norm_topk_prob", false)?,
+            in_block,
+            aux_loss_coef: if added { coef } else { 0.0 },
+        }))
+    }
+
+    /// Number of parameters of the experts that do not compute a token.
+    pub(crate) fn idle(&self, e: i64) -> i64 {
+        let blocks = self.in_block.iter().filter(|has| **has).count() as i64;
+        blocks * (self.count - self.per_token) * 3 * self.width * e
+    }
+
+    /// Returns true for the names of the matrices of routers and experts.
+    pub(super) fn is_part(name: &str) -> bool {
+        name.contains(".mlp.experts.") || name.ends_with(".mlp.gate.weight")
+    }
+
+    /// Name within a block and shape of every tensor of the router and the experts, given the
+    /// embedding width.
+    pub(super) fn shapes(&self, e: i64) -> impl Iterator<Item = (String, [i64; 2])> {
+        let (f, count) = (self.width, self.count);
+        let of_expert = move |x: i64| {
+            [("gate_proj", [f, e]), ("up_proj", [f, e]), ("down_proj", [e, f])]
+                .map(|(name, shape)| (format!("mlp.experts.{x}.{name}.weight"), shape))
+        };
+        std::iter::once(("mlp.gate.weight".to_owned(), [count, e])).chain((0..count).flat_map(of_expert))
+    }
+}
+
+/// Router and experts of a block.
+pub(super) struct Experts {
+    /// Matrix of the router, [x, e].
+    gate: Tensor,
+    experts: Vec<Mlp>,
+    per_token: i64,
+    normalised: bool,
+}
+
+/// The routing of the tokens of one forward pass through a block.
+pub(crate) struct Routed {
+    /// Probabilities of the router, [n, x] in f32, with their graph.
+    probabilities_nx: Tensor,
+    /// Number of tokens that each expert computed, int64 [x].
+    pub counts_x: Tensor,
+}
+
+impl Routed {
+    /// Sum of the probabilities of each expert over the tokens, f32 [x], with its graph.
+    pub(crate) fn probability_sums(&self) -> Tensor {
+        self.probabilities_nx.sum_dim_intlist([0i64].as_slice(), false, Kind::Float)
+    }
+
+    /// Number of tokens.
+    pub(crate) fn tokens(&self) -> i64 {
+        self.probabilities_nx.size()[0]
+    }
+}
+
+impl Experts {
+    /// Adapters are for the other linear layers of a block: transformers stores all experts of a
+    /// block in one tensor, for which PEFT has no layer.
+    pub(super) fn load(loader: &mut Loader<'_>, prefix: &str, own: &ExpertsConfig, c: &ModelConfig) -> Result<Self> {
+        let gate = loader.get(&format!("{prefix}.gate.weight"), &[own.count, c.hidden_size])?;
+        loader.adapters = false;
+        let experts = (0..own.count).map(|x| Mlp::load(loader, &format!("{prefix}.experts.{x}"), own.width, c));
+        let experts = experts.collect::<Result<_>>()?;
+        loader.adapters = true;
+        Ok(Self { gate, experts, per_token: own.per_token, normalised: own.normalised })
+    }
+
+    /// Maps hidden states [b, s, e] to hidden states [b, s, e].
+    pub(super) fn forward(&self, x_bse: &Tensor) -> (Tensor, Routed) {
+        let (kind, shape) = (x_bse.kind(), x_bse.size());
+        let e = shape[2];
+        let x_ne = x_bse.reshape([-1, e]);
+        let logits_nx = ffi::linear(&x_ne, &self.gate.to_kind(kind), None);
+        let probabilities_nx = logits_nx.softmax(-1, Kind::Float);
+        let (mut weights_nk, chosen_nk) = probabilities_nx.topk(self.per_token, -1, true, true);
+        if self.normalised {
+            weights_nk = &weights_nk / weights_nk.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+        }
+        let (order_a, back_a, counts_x) = self.sort(&chosen_nk);
+        // Copies in a permutation, whose gradient adds no two rows: the sum over a token's experts
+        // has one order on every device.
+        let (n, k) = (x_ne.size()[0], self.per_token);
+        let copies_ae = x_ne.unsqueeze(1).expand([n, k, e], false).reshape([-1, e]);
+        let sorted_ae = copies_ae.index_select(0, &order_a);
+        drop(copies_ae);
+        let computed_ae = self.compute(&sorted_ae, &counts_x);
+        drop(sorted_ae);
+        let mixed_nke = computed_ae.index_select(0, &back_a).view([n, k, e]) * weights_nk.to_kind(kind).unsqueeze(-1);
+        let mixed_ne = mixed_nke.sum_dim_intlist([1i64].as_slice(), false, kind);
+        (mixed_ne.view(shape.as_slice()), Routed { probabilities_nx, counts_x })
+    }
+
+    /// The assignments in the order of their experts, then of their tokens; the place of each
+    /// assignment in it; and the number of each expert's.
+    fn sort(&self, chosen_nk: &Tensor) -> (Tensor, Tensor, Tensor) {
+        no_grad(|| {
+            let chosen_a = chosen_nk.flatten(0, -1);
+            let (_, order_a) = chosen_a.sort_stable(true, 0, false);
+            let counts_x = chosen_a.bincount::<Tensor>(None, self.experts.len() as i64);
+            let places_a = Tensor::arange(order_a.numel() as i64, (Kind::Int64, order_a.device()));
+            let back_a = order_a.zeros_like().scatter(0, &order_a, &places_a);
+            (order_a, back_a, counts_x)
+        })
+    }
+
+    /// Passes rows in the order of their experts through them.
+    fn compute(&self, sorted_ae: &Tensor, counts_x: &Tensor) -> Tensor {
+        let counts = Vec::<i64>::try_from(counts_x).expect("counts in one dimension");
+        let rows = sorted_ae.split_with_sizes(counts.as_slice(), 0);
+        let parts = self.experts.iter().zip(&rows).zip(&counts);
+        // An expert without tokens has a gradient, which is zero.
+        let parts = parts.filter(|((expert, _), count)| **count > 0 || expert.is_tracked());
+        Tensor::cat(&parts.map(|((expert, rows), _)| expert.forward(rows)).collect::<Vec<_>>(), 0)
+    }
+}
