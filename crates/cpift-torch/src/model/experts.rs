@@ -202,3 +202,73 @@ impl Experts {
         Tensor::cat(&parts.map(|((expert, rows), _)| expert.forward(rows)).collect::<Vec<_>>(), 0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+    use tch::Device;
+
+    use super::*;
+    use crate::model::CausalLM;
+
+    /// The configuration of a small model with the fields `more`.
+    fn read(more: &Value) -> Result<ModelConfig> {
+        let mut config = json!({"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8});
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        ModelConfig::from_json(Path::new("m"), &config)
+    }
+
+    #[test]
+    fn fields_say_which_blocks_have_experts_and_how_they_are_weighted() {
+        let of = |more: Value| read(&more).unwrap().experts;
+        let own = of(json!({})).unwrap();
+        assert_eq!((own.in_block, own.normalised, own.aux_loss_coef), (vec![true; 4], false, 0.0));
+        let sparse = of(json!({"decoder_sparse_step": 2, "mlp_only_layers": [1, 9]})).unwrap();
+        assert_eq!(sparse.in_block, [false, false, false, true]);
+        assert_eq!(of(json!({"num_experts": 0})), None);
+        assert_eq!(of(json!({"num_experts": null, "num_local_experts": 3})).unwrap().count, 3);
+        let added = of(json!({"output_router_logits": true})).unwrap();
+        assert_eq!(added.aux_loss_coef, 0.001, "the default of transformers");
+        let absent = json!({"num_experts": null, "num_experts_per_tok": null, "moe_intermediate_size": null});
+        let absent = of(absent).unwrap();
+        assert_eq!((absent.count, absent.per_token, absent.width), (128, 8, 768));
+        // A window is that of all blocks, if it is used.
+        let window = json!({"sliding_window": 8, "use_sliding_window": true, "max_window_layers": 2});
+        assert_eq!(read(&window).unwrap().windows, [Some(8); 4]);
+        assert_eq!(read(&json!({"sliding_window": 8})).unwrap().windows, [None; 4]);
+    }
+
+    #[test]
+    fn fields_that_cannot_be_used_are_refused_by_name() {
+        for (more, part) in [
+            (json!({"num_experts_per_tok": 5}), "num_experts_per_tok is more than the experts of a block"),
+            (json!({"num_experts_per_tok": 0}), "num_experts_per_tok"),
+            (json!({"num_local_experts": 8}), "num_experts and num_local_experts disagree"),
+            (json!({"decoder_sparse_step": 0}), "decoder_sparse_step"),
+            (json!({"mlp_only_layers": [0.5]}), "mlp_only_layers"),
+            (json!({"router_aux_loss_coef": -1.0}), "router_aux_loss_coef"),
+            (json!({"shared_expert_intermediate_size": 8}), "shared_expert_intermediate_size"),
+            (json!({"router_jitter_noise": 0.1}), "router_jitter_noise"),
+            (json!({"n_shared_experts": 1}), "n_shared_experts"),
+        ] {
+            let error = read(&more).unwrap_err().to_string();
+            assert!(error.contains(part), "{more}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_tensor_of_an_expert_is_named() {
+        let config = read(&json!({})).unwrap();
+        for name in ["model.layers.2.mlp.experts.3.up_proj.weight", "model.layers.1.mlp.gate.weight"] {
+            let mut parameters = config.random_parameters(Kind::Float, Device::Cpu);
+            parameters.remove(name).unwrap();
+            let model = CausalLM::new(config.clone(), &parameters, Path::new("m"), Kind::Float);
+            let error = model.err().unwrap().to_string();
+            assert!(error.contains("missing") && error.contains(name), "{error}");
+        }
+    }
+}

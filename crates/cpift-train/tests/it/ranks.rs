@@ -71,6 +71,20 @@ fn ranks_train_what_one_process_accumulates() {
     same_as_accumulated(&f, &with(&["--freeze-embeddings", "--eval-every", "3"]));
 }
 
+/// Experts, with masks over them and a load-balancing loss of each micro-batch.
+#[test]
+fn ranks_train_the_experts_that_one_process_trains() {
+    let f = Fixture::with_experts();
+    let stages = f.stages();
+    let stages: Vec<&str> = stages.iter().map(String::as_str).collect();
+    let with = |more: &[&'static str]| [&stages[..], &["--steps", "4"], more].concat();
+    same_as_accumulated(&f, &with(&["--router-aux-loss-coef", "0.1"]));
+    same_as_accumulated(
+        &f,
+        &with(&["--router-aux-loss-coef", "0.1", "--gradient-checkpointing", "--compute-dtype", "bf16"]),
+    );
+}
+
 /// The dynamic mask: importance, thresholds and ties are those of all ranks together.
 #[test]
 fn ranks_protect_what_one_process_protects() {
