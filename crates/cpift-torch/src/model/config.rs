@@ -11,7 +11,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::config_fields::{BESIDE_TEXT, DEFAULT_POSITIONS, Fields, check_fields};
-use super::experts::ExpertsConfig;
+use super::expert_fields::ExpertsConfig;
 use super::families::{Biases, BlockNorms, Descriptor, FAMILIES, Family, NormWeight, QkNorm, Windows};
 use crate::weights::Parameters;
 
