@@ -359,7 +359,7 @@ impl<'a> StageRun<'a> {
     fn step(&mut self, trainer: &mut Trainer<'_>, step: usize, share: StepShare) -> Result<Pending> {
         let batches = share.on(self.run.session.model.device());
         let lr = self.schedule.rate(step);
-        let input = StepInput { batches: &batches, targets: share.targets, stop: stop_asked().is_some() };
+        let input = StepInput::of(&share, &batches, stop_asked().is_some());
         let outcome = trainer
             .step(&input, lr, splitmix64(self.stage.seed, step as u64))
             .with_context(|| format!("{}, step {}", self.stage.label, step + 1))?;

@@ -61,7 +61,7 @@ fn answers_are_those_of_transformers_in_every_family() {
     let text = session(dir.path()).text;
     let file = include_str!("../../../../fixtures/golden/generate.json");
     let cases: BTreeMap<String, BTreeMap<String, Vec<Vec<i64>>>> = serde_json::from_str(file).unwrap();
-    assert_eq!(cases.len(), 11);
+    assert_eq!(cases.len(), 12);
     for (name, case) in cases {
         let (model, _) = golden::Golden::named(&name).open_f32();
         for batch_size in [1, 4] {

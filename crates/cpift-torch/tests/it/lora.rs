@@ -53,7 +53,7 @@ fn ten_steps_of_the_adapters_equal_those_of_peft() {
     let file = file();
     let hyper = &file["adamw"];
     let cases = file["cases"].as_object().unwrap();
-    assert_eq!(cases.len(), 3);
+    assert_eq!(cases.len(), 4);
     for (name, expected) in cases {
         let golden = Golden::named(expected["model"].as_str().unwrap());
         let (model, parameters) = golden.open_f32();
@@ -141,6 +141,40 @@ fn adapters_of_a_bf16_base_are_f32_and_learn() {
         assert_eq!(parameters[name].kind(), Kind::BFloat16);
         assert_eq!(model.adapter(name).unwrap().b.kind(), Kind::Float);
     }
+}
+
+/// Without a target, every linear layer of the blocks has an adapter but routers and experts.
+#[test]
+fn experts_take_no_adapters() {
+    let file = file();
+    let golden = Golden::named("models/qwen3_moe_aux");
+    let (model, parameters) = golden.open_f32();
+    let all = LoraConfig { targets: Vec::new(), ..lora(&file, &file["cases"]["experts"]) };
+    for target in ["mlp.gate", "experts.0.up_proj"] {
+        let config = LoraConfig { targets: vec![target.into()], ..all.clone() };
+        let error = attach_adapters(&model, &parameters, &config).unwrap_err().to_string();
+        assert!(error.contains(target) && error.contains("experts take no adapters"), "{error}");
+    }
+    attach_adapters(&model, &parameters, &all).unwrap();
+    for (name, weight) in &parameters {
+        let linear = name.starts_with("model.layers.") && weight.dim() == 2;
+        let expected = linear && !name.contains(".experts.") && !name.contains(".mlp.gate.");
+        assert_eq!(model.adapter(name).is_some(), expected, "{name}");
+    }
+    // Layers 0 to 4 without layer 1 have a dense MLP; only they have adapters now, and the first
+    // layer with experts, behind them, has none.
+    let config = LoraConfig { targets: vec!["down_proj".into()], ..all };
+    let (model, parameters) = golden.open_f32();
+    attach_adapters(&model, &parameters, &config).unwrap();
+    let mut trainer = Trainer::new(&model, &parameters, None, step_config(&file["adamw"])).unwrap();
+    let losses: Vec<f64> = (0..3)
+        .map(|step| {
+            let documents = batch(&golden.step_documents(step));
+            trainer.step(&StepInput::alone(&[documents]), 5e-3, 0).unwrap().read().0
+        })
+        .collect();
+    assert!(losses[2] < losses[0], "{losses:?}");
+    assert_eq!(parameters.keys().filter(|name| model.adapter(name).is_some()).count(), 4);
 }
 
 #[test]

@@ -23,6 +23,8 @@ fn every_family_is_there() {
         "models/olmo2",
         "models/granite",
         "models/smollm3",
+        "models/qwen3_moe",
+        "models/qwen3_moe_aux",
     ] {
         assert!(names.iter().any(|n| n == case), "{case} is among {names:?}");
     }

@@ -4,6 +4,7 @@
 use crate::golden::{Golden, batch, max_abs};
 use cpift_torch::freeze::Freeze;
 use cpift_torch::loss::target_losses;
+use cpift_torch::model::CausalLM;
 use cpift_torch::optim::{AdamWConfig, StateKind};
 use cpift_torch::pieces::whole_pieces;
 use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer, loss_and_gradients};
@@ -22,9 +23,26 @@ fn same_bits(a: &Tensor, b: &Tensor) -> bool {
     a.kind() == b.kind() && bytes(a) == bytes(b)
 }
 
+/// The model in f32, which trains without a load-balancing loss.
+fn open_without_balance(golden: &Golden) -> (CausalLM, Parameters) {
+    let (mut model, parameters) = golden.open_f32();
+    if model.config.experts.is_some() {
+        model.config.set_router_aux_loss(Some(0.0)).unwrap();
+    }
+    (model, parameters)
+}
+
 /// The parameters after three steps, and the losses.
 fn train(golden: &Golden, master: Kind, config: StepConfig, split: bool) -> (Parameters, Vec<f64>) {
-    let (model, parameters) = golden.open(Device::Cpu, master, Kind::Float);
+    train_model(golden, golden.open(Device::Cpu, master, Kind::Float), config, split)
+}
+
+fn train_model(
+    golden: &Golden,
+    (model, parameters): (CausalLM, Parameters),
+    config: StepConfig,
+    split: bool,
+) -> (Parameters, Vec<f64>) {
     let mut trainer = Trainer::new(&model, &parameters, None, config).unwrap();
     let documents = golden.documents();
     let losses = (0..3).map(|step| {
@@ -55,7 +73,7 @@ fn recomputed_activations_give_the_same_bits() {
 #[test]
 fn the_whole_graph_gives_the_same_gradients() {
     for golden in Golden::here() {
-        let (model, parameters) = golden.open_f32();
+        let (model, parameters) = open_without_balance(&golden);
         let all = batch(&golden.documents());
         let x = model.hidden(&all.ids_bs, &model.documents(&all.lengths), None);
         let logits = model.logits(&x).squeeze_dim(0).index_select(0, &all.places_n);
@@ -137,14 +155,65 @@ fn micro_batches_make_the_step_of_one_big_batch() {
         // A large epsilon, so that the update follows the gradient's size and not its sign alone.
         let optimizer = AdamWConfig { eps: 1.0, ..AdamWConfig::default() };
         let config = StepConfig { optimizer, ..StepConfig::default() };
-        let ((a, whole), (b, split)) =
-            (train(&golden, Kind::Float, config, false), train(&golden, Kind::Float, config, true));
+        // The load-balancing loss is one of a micro-batch.
+        let [(a, whole), (b, split)] =
+            [false, true].map(|split| train_model(&golden, open_without_balance(&golden), config, split));
         for (x, y) in whole.iter().zip(&split) {
             assert!((x - y).abs() < 1e-6, "{}: {whole:?} and {split:?}", golden.name);
         }
         for (name, tensor) in &a {
             let difference = max_abs(&(tensor - &b[name]));
             assert!(difference < 1e-6, "{}: {name} differs by {difference}", golden.name);
+        }
+    }
+}
+
+#[test]
+fn the_load_balancing_loss_of_a_step_is_the_mean_of_its_micro_batches() {
+    let golden = Golden::named("models/qwen3_moe_aux");
+    let documents = golden.documents();
+    let all: Vec<_> = documents.chunks(1).map(batch).collect();
+    let loss = |open: (CausalLM, Parameters), batch| loss_and_gradients(&open.0, &open.1, batch, KEEP).unwrap();
+    let mut balances = Vec::new();
+    for one in &all {
+        let ((with, grads), (without, plain)) =
+            (loss(golden.open_f32(), one), loss(open_without_balance(&golden), one));
+        balances.push(with - without);
+        for (name, grad) in &grads {
+            // The loss reaches the routers and what is before them.
+            let felt = !same_bits(grad, &plain[name]);
+            let behind =
+                ["model.layers.5.mlp.experts", "model.norm", "lm_head"].iter().any(|part| name.starts_with(part));
+            assert!(felt != behind, "{name}");
+        }
+    }
+    assert!((balances[0] - balances[1]).abs() > 1e-3 && balances[0] > 0.1, "{balances:?}");
+    let expected = balances.iter().sum::<f64>() / 2.0;
+    let config = StepConfig::default();
+    let split = train(&golden, Kind::Float, config, true).1[0];
+    let plain = train_model(&golden, open_without_balance(&golden), config, true).1[0];
+    assert!((split - plain - expected).abs() < 1e-6, "{split}, without {plain}, expected {expected} more");
+}
+
+/// Two equal tokens have equal hidden states, so that half of the experts compute nothing.
+#[test]
+fn experts_without_tokens_have_a_gradient_of_zero() {
+    let ids = Tensor::from_slice(&[7i64, 7]);
+    let all = batch(&[(ids.shallow_clone(), ids)]);
+    for (name, layers) in [("models/qwen3_moe", vec![0, 1]), ("models/qwen3_moe_aux", vec![1, 5])] {
+        for (compute, checkpointing) in [(Kind::Float, false), (Kind::Float, true), (Kind::BFloat16, true)] {
+            let (model, parameters) = Golden::named(name).open(Device::Cpu, Kind::Float, compute);
+            let pass = PassConfig { checkpointing, ..KEEP };
+            let (_, grads) = loss_and_gradients(&model, &parameters, &all, pass).unwrap();
+            assert!(grads.keys().eq(parameters.keys()), "a gradient for every parameter");
+            for layer in &layers {
+                for part in ["gate_proj", "up_proj", "down_proj"] {
+                    let sizes = (0..4)
+                        .map(|x| grads[&format!("model.layers.{layer}.mlp.experts.{x}.{part}.weight")].abs().max());
+                    let idle = sizes.filter(|most| most.double_value(&[]) == 0.0).count();
+                    assert_eq!(idle, 2, "{name}: layer {layer}, {part}");
+                }
+            }
         }
     }
 }

@@ -116,6 +116,8 @@ fn blocks_of_every_family_take_what_is_computed() {
         ("Olmo2ForCausalLM", json!({})),
         ("GraniteForCausalLM", json!({"residual_multiplier": 0.5, "logits_scaling": 2.0})),
         ("SmolLM3ForCausalLM", json!({"no_rope_layers": [1, 0]})),
+        ("Qwen3MoeForCausalLM", json!({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16})),
+        ("Qwen3MoeForCausalLM", json!({"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 8})),
     ] {
         let f = Fixture::new();
         write_family(&f.base, architecture, &more);

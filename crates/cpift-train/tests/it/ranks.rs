@@ -64,11 +64,35 @@ fn ranks_train_what_one_process_accumulates() {
     let with = |more: &[&'static str]| [&stages[..], &["--steps", "6"], more].concat();
     // Clipping, decay, static masks.
     same_as_accumulated(&f, &with(&[]));
-    same_as_accumulated(&f, &with(&["--gradient-checkpointing", "--packing", "--max-grad-norm", "0.05"]));
+    same_as_accumulated(
+        &f,
+        &with(&[
+            "--gradient-checkpointing",
+            "--packing",
+            "--max-grad-norm",
+            "0.05",
+            "--reshard-after-forward",
+            "false",
+        ]),
+    );
     same_as_accumulated(&f, &with(&["--trainable", "cores", "--compute-dtype", "bf16"]));
     let narrow = ["--master-dtype", "bf16", "--optim-state-dtype", "bf16", "--compute-dtype", "bf16"];
     same_as_accumulated(&f, &with(&narrow));
-    same_as_accumulated(&f, &with(&["--freeze-embeddings", "--eval-every", "3"]));
+    same_as_accumulated(&f, &with(&["--freeze-embeddings", "--eval-every", "3", "--reshard-after-forward", "false"]));
+}
+
+/// Experts, with masks over them and a load-balancing loss of each micro-batch.
+#[test]
+fn ranks_train_the_experts_that_one_process_trains() {
+    let f = Fixture::with_experts();
+    let stages = f.stages();
+    let stages: Vec<&str> = stages.iter().map(String::as_str).collect();
+    let with = |more: &[&'static str]| [&stages[..], &["--steps", "4"], more].concat();
+    same_as_accumulated(&f, &with(&["--router-aux-loss-coef", "0.1"]));
+    same_as_accumulated(
+        &f,
+        &with(&["--router-aux-loss-coef", "0.1", "--gradient-checkpointing", "--compute-dtype", "bf16"]),
+    );
 }
 
 /// The dynamic mask: importance, thresholds and ties are those of all ranks together.

@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use cpift_core::Dtype;
 use cpift_testkit::masks::{write_groups, write_mask};
-use cpift_testkit::model::{tiny_weights, write_tasks, write_tiny_model};
+use cpift_testkit::model::{
+    tiny_expert_fields, tiny_expert_weights, tiny_weights, write_json, write_tasks, write_tiny_model,
+};
 use cpift_testkit::{Run, Tensor, Tensors, read_checkpoint, run, write_safetensors};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_cpift-train");
@@ -35,8 +37,21 @@ impl Fixture {
     }
 
     pub fn with_base(weights: &Tensors) -> Self {
+        Self::with_config(weights, &json!({}))
+    }
+
+    /// A base with experts.
+    pub fn with_experts() -> Self {
+        Self::with_config(&tiny_expert_weights(1), &tiny_expert_fields())
+    }
+
+    /// A base with the fields `more` in its config.json.
+    fn with_config(weights: &Tensors, more: &Value) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let base = write_tiny_model(&dir.path().join("base"), 1);
+        let mut config = read_json(&base.join("config.json"));
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        write_json(&base.join("config.json"), &config);
         fs::remove_file(base.join("model.safetensors")).unwrap();
         write_safetensors(&base.join("model.safetensors"), weights);
         let tasks = write_tasks(&dir.path().join("data"));
