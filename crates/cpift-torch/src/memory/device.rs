@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Result, bail};
-use cpift_core::run::address_space::{first_number, left_by_ulimit};
+use cpift_core::run::{first_number, left_by_ulimit};
 use tch::Device;
 
 use super::job::{PROGRAM, gib};

@@ -11,7 +11,7 @@ mod job;
 mod traffic;
 
 use anyhow::Result;
-use cpift_core::run::address_space::left_by_ulimit;
+use cpift_core::run::left_by_ulimit;
 
 use crate::args::TrainingArgs;
 use crate::dist::Place;

@@ -12,7 +12,7 @@ use cpift_core::files::StagedDir;
 use cpift_core::format::checkpoint::ADAPTER_WEIGHTS;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::run::cli::Common;
-use cpift_core::run::signals::{Phase, SignalScope, stop_asked};
+use cpift_core::run::{Phase, SignalScope, stop_asked};
 use cpift_core::stream::random::splitmix64;
 use log::info;
 
