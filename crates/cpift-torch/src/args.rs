@@ -130,6 +130,13 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Reduce::Ordered, help_heading = MEMORY)]
     #[serde(skip_serializing_if = "Reduce::is_ordered")]
     pub reduce: Reduce,
+    /// Over ranks or with --offload all: free a block's weights after its forward pass and bring
+    /// them again for its backward pass. With false they stay, which moves a third less between
+    /// ranks and takes the memory of all blocks' weights. The result is the same, bit for bit
+    #[arg(long, aliases = ["reshard_after_forward"], value_name = "BOOL", default_value_t = true)]
+    #[arg(action = clap::ArgAction::Set, help_heading = MEMORY)]
+    #[serde(skip)]
+    pub reshard_after_forward: bool,
     /// Target tokens per chunk of the loss: the logits of one chunk exist at a time
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = MEMORY)]
     pub loss_chunk: usize,

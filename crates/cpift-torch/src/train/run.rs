@@ -198,7 +198,11 @@ impl Run<'_> {
         StepConfig {
             optimizer: self.args.optimizer(),
             max_grad_norm: self.args.max_grad_norm,
-            pass: PassConfig { checkpointing: self.args.gradient_checkpointing, loss_chunk: self.args.loss_chunk },
+            pass: PassConfig {
+                checkpointing: self.args.gradient_checkpointing,
+                loss_chunk: self.args.loss_chunk,
+                reshard_after_forward: self.args.reshard_after_forward,
+            },
             optimizer_in_backward: self.args.optimizer_in_backward,
             train_embeddings: !self.args.freeze_embeddings,
         }

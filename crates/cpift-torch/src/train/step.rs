@@ -34,7 +34,7 @@ impl Default for StepConfig {
         Self {
             optimizer: AdamWConfig::default(),
             max_grad_norm: 1.0,
-            pass: PassConfig { checkpointing: false, loss_chunk: 1024 },
+            pass: PassConfig { checkpointing: false, loss_chunk: 1024, reshard_after_forward: true },
             optimizer_in_backward: false,
             train_embeddings: true,
         }

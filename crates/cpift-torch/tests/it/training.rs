@@ -10,7 +10,7 @@ use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer, loss_and_gr
 use cpift_torch::weights::Parameters;
 use tch::{Device, Kind, Tensor, no_grad};
 
-const KEEP: PassConfig = PassConfig { checkpointing: false, loss_chunk: 1024 };
+const KEEP: PassConfig = PassConfig { checkpointing: false, loss_chunk: 1024, reshard_after_forward: true };
 
 fn same_bits(a: &Tensor, b: &Tensor) -> bool {
     let bytes = |t: &Tensor| {
