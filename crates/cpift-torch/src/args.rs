@@ -11,10 +11,8 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
-use crate::device::DeviceChoice;
-use crate::offload::Storage;
 use crate::optim::{AdamWConfig, StateKind};
-use crate::placement::Reduce;
+use crate::placement::{DeviceChoice, Reduce, Storage};
 use crate::schedule::ScheduleArgs;
 use crate::session::{Precision, set_strict_config};
 use crate::weights::kind_of;

@@ -18,8 +18,7 @@ use cpift_core::Checkpoint;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::dist::{Work, set_storage};
-use crate::pieces::{Piece, Pieces};
-use crate::placement::{Placement, Reduce};
+use crate::placement::{Piece, Pieces, Placement, Reduce};
 use crate::transfer::{self, Arrival};
 use crate::weights::{self, Parameters};
 

@@ -11,8 +11,7 @@ use crate::freeze::Freeze;
 use crate::home::{GradientSums, Reduction};
 use crate::model::CausalLM;
 use crate::optim::{AdamW, AdamWConfig, Guard, Update, sum_of_squares};
-use crate::pieces::{Piece, Pieces, whole_pieces};
-use crate::placement::Placement;
+use crate::placement::{Piece, Pieces, Placement, whole_pieces};
 use crate::weights::Parameters;
 
 /// Settings of the steps.

@@ -6,7 +6,7 @@ use cpift_torch::freeze::Freeze;
 use cpift_torch::loss::target_losses;
 use cpift_torch::model::CausalLM;
 use cpift_torch::optim::{AdamWConfig, StateKind};
-use cpift_torch::pieces::whole_pieces;
+use cpift_torch::placement::whole_pieces;
 use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer, loss_and_gradients};
 use cpift_torch::weights::Parameters;
 use tch::{Device, Kind, Tensor, no_grad};
