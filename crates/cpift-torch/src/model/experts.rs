@@ -163,7 +163,7 @@ mod tests {
         let config = read(&json!({})).unwrap();
         for name in ["model.layers.2.mlp.experts.3.up_proj.weight", "model.layers.1.mlp.gate.weight"] {
             let mut parameters = config.random_parameters(Kind::Float, Device::Cpu);
-            parameters.remove(name).unwrap();
+            drop(parameters.remove(name).unwrap());
             let model = CausalLM::new(config.clone(), &parameters, Path::new("m"), Kind::Float);
             let error = model.err().unwrap().to_string();
             assert!(error.contains("missing") && error.contains(name), "{error}");
