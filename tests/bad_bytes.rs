@@ -7,9 +7,9 @@ use std::path::PathBuf;
 
 use cap::Cap;
 use cpift_core::format::checkpoint::read_config;
-use cpift_core::format::density::stats;
 use cpift_core::format::digest::Digest;
 use cpift_core::format::groups::Groups;
+use cpift_core::format::names::stats;
 use cpift_core::format::scores::Scores;
 use cpift_core::format::tasks::Tasks;
 use cpift_core::record::provenance::Provenance;

@@ -27,9 +27,7 @@
 mod flow;
 mod language;
 mod ngram;
-mod strip;
 mod syntax;
-mod tokens;
 
 pub use language::Language;
 
@@ -82,9 +80,10 @@ impl Counts {
     /// Compares `candidate` with `reference`. Text that does not parse is compared by a tree with
     /// error nodes.
     pub fn of(language: Language, reference: &str, candidate: &str) -> Self {
-        let (reference, candidate) = (strip::trim(reference), strip::trim(candidate));
+        let (reference, candidate) = (language::trim(reference), language::trim(candidate));
         let words = ngram::Counts::of(language, reference, candidate);
-        let (reference, candidate) = (strip::comments(language, reference), strip::comments(language, candidate));
+        let (reference, candidate) =
+            (language::without_comments(language, reference), language::without_comments(language, candidate));
         let (reference_tree, candidate_tree) = (language.tree(&reference), language.tree(&candidate));
         let (matched, total) = syntax::matches(reference_tree.root_node(), candidate_tree.root_node());
         let syntax = Share { matched, total };
@@ -133,5 +132,5 @@ pub fn score(language: Language, reference: &str, candidate: &str, no_data_flow:
 
 /// Returns true if `code` is not blank and parses without an error or a missing node.
 pub fn parses(language: Language, code: &str) -> bool {
-    !strip::trim(code).is_empty() && language.parse(code).is_some_and(|tree| !tree.root_node().has_error())
+    !language::trim(code).is_empty() && language.parse(code).is_some_and(|tree| !tree.root_node().has_error())
 }

@@ -3,8 +3,7 @@
 use std::collections::HashMap;
 use std::ops::AddAssign;
 
-use crate::language::Language;
-use crate::strip::is_space;
+use crate::language::{Language, is_space};
 
 /// Longest n-gram.
 const ORDER: usize = 4;

@@ -4,7 +4,7 @@
 //! stage logic and does not link libtorch. Its modules form layers; each uses only those listed
 //! before it:
 //!
-//! 1. [`error`], [`log_once`], [`closest`], [`progress`]
+//! 1. [`error`], [`log_once`], [`progress`]
 //! 2. [`files`]: opening, staging and renaming
 //! 3. [`hub`]: the Hugging Face Hub, its cache and downloads
 //! 4. [`mod@format`]: file formats
@@ -12,7 +12,6 @@
 //! 6. [`record`]: provenance and the up-to-date rule
 //! 7. [`run`]: command line, signals
 
-pub mod closest;
 pub mod error;
 pub mod files;
 pub mod format;

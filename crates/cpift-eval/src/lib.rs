@@ -4,9 +4,7 @@
 mod args;
 mod divergence;
 mod fields;
-mod join;
 mod metrics;
-mod plan;
 mod prompt;
 mod run;
 mod sample;
@@ -27,7 +25,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Run(run_args) => oom::explain(smaller_batch, || run::run(&run_args, &args.common)),
         Command::Sample(sample_args) => oom::explain(smaller_batch, || sample::run(&sample_args, &args.common)),
         Command::Divergence(of) => oom::explain(smaller_batch, || divergence::run(&of, &args.common)),
-        Command::Join(join_args) => join::join(&join_args, &args.common),
+        Command::Join(join_args) => run::join(&join_args, &args.common),
         Command::Judge(judge_args) => cpift_judge::run(env!("CARGO_PKG_NAME"), &judge_args, &args.common),
         Command::Compare(compare_args) => cpift_report::compare(&compare_args, &args.common),
         Command::Experiment(experiment_args) => cpift_report::experiment(&experiment_args, &args.common),

@@ -1,4 +1,6 @@
-//! `cpift-eval run`: scores one checkpoint on every task.
+//! `cpift-eval run`: scores one checkpoint on every task, by a plan in which rows, settings and
+//! prompts of all tasks are checked before any is scored; and `cpift-eval join`: joins the scores
+//! from several runs into the directory that one run would have written.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -6,14 +8,16 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cpift_core::Checkpoint;
-use cpift_core::files::{self, StagedDir, check_output};
+use cpift_core::error::usage;
+use cpift_core::files::{self, StagedDir, check_not_input, check_output};
 use cpift_core::format::digest::Digest;
 use cpift_core::format::scores::{self, FORMAT_VERSION, OUTPUTS, Scores, TaskScore};
 use cpift_core::format::tasks::{Task, Tasks};
 use cpift_core::record::provenance::Recorder;
 use cpift_core::record::up_to_date::Expected;
 use cpift_core::run::cli::Common;
+use cpift_core::{BadInput, Checkpoint};
+use cpift_data::{self as data, ChatText, Encoded, Layout, Overlong, Row, encode_rows};
 use cpift_judge::verdicts;
 use cpift_torch::memory;
 use cpift_torch::score::ExampleLoss;
@@ -23,9 +27,9 @@ use log::{info, warn};
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use crate::args::RunArgs;
-use crate::metrics::Loss;
-use crate::plan::{TaskInputs, TaskPlan};
+use crate::args::{JoinArgs, RunArgs};
+use crate::metrics::{self, Loss, Prepared, Settings, TaskView};
+use crate::prompt::{PromptBuilder, PromptStyle};
 
 /// Name of the program in its records.
 pub(crate) const STAGE: &str = env!("CARGO_PKG_NAME");
@@ -199,4 +203,190 @@ fn write_lines(outputs: &mut impl Write, task: &Task, loss: &Loss, lines: Vec<Va
         writeln!(outputs, "{line}").context("writing outputs.jsonl")?;
     }
     Ok(())
+}
+
+/// A task to score.
+pub(crate) struct TaskPlan {
+    pub(crate) inputs: TaskInputs,
+    /// Reference answers as tokens, for the loss.
+    pub(crate) examples: Encoded,
+    /// The task's own metric with its prompts.
+    pub(crate) metric: Box<dyn Prepared>,
+}
+
+/// Rows and settings of a task.
+pub(crate) struct TaskInputs {
+    pub(crate) task: Task,
+    /// Rows to score.
+    pub(crate) rows: Vec<Row>,
+    /// Rows before them that are left out.
+    pub(crate) skipped: usize,
+    /// Digest of the evaluation file.
+    pub(crate) digest: Digest,
+    /// Number of examples before every question.
+    pub(crate) few_shot: usize,
+    /// Seed of the choice of examples.
+    pub(crate) seed: u64,
+    pub(crate) settings: Settings,
+    pub(crate) style: PromptStyle,
+    /// Training rows to draw examples from; empty without examples.
+    train: Vec<Row>,
+}
+
+impl TaskPlan {
+    /// Reads the tasks to score in the order of tasks.toml, checks all rows, and tokenises them.
+    ///
+    /// # Errors
+    /// [`cpift_core::BadInput`] and [`cpift_core::Usage`] for rows that cannot be encoded or that a
+    /// metric or [`PromptBuilder::new`] refuses.
+    pub(crate) fn read(args: &RunArgs, tasks: &Tasks, model: &ModelInfo) -> Result<Vec<Self>> {
+        let chosen = tasks.selected(&args.only)?.into_iter();
+        let inputs: Vec<TaskInputs> = chosen.map(|task| TaskInputs::read(args, task, model)).collect::<Result<_>>()?;
+        inputs.into_iter().map(|inputs| Self::prepare(inputs, model)).collect()
+    }
+
+    fn prepare(inputs: TaskInputs, model: &ModelInfo) -> Result<Self> {
+        let prompter = inputs.prompter(&model.text, model.numbers.max_position_embeddings as usize)?;
+        let TaskInputs { task, rows, settings, .. } = &inputs;
+        let chat = model.text.with(&task.template_args);
+        let examples = encode_rows(&task.eval, rows, chat, settings.max_length, Overlong::Truncate)?;
+        examples.warn_of_template(&task.name);
+        let metric = metrics::of(task.metric).prepare(&inputs.view(&prompter))?;
+        Ok(Self { inputs, examples, metric })
+    }
+}
+
+impl TaskInputs {
+    fn read(args: &RunArgs, task: &Task, model: &ModelInfo) -> Result<Self> {
+        let digest = Digest::of_file(&task.eval)?;
+        let layout = Layout::of(task)?;
+        let mut rows = data::read_rows(&task.eval, &layout)?;
+        if args.skip >= rows.len() {
+            return Err(BadInput::new(&task.eval, "no row left to score after those of --skip")
+                .expected(format!("more than {} rows", args.skip))
+                .found(rows.len().to_string())
+                .into());
+        }
+        rows.drain(..args.skip);
+        rows.truncate(args.limit.unwrap_or(usize::MAX));
+        let few_shot = args.few_shot.unwrap_or(task.few_shot);
+        let train = if few_shot > 0 { data::read_rows(&task.train, &layout)? } else { Vec::new() };
+        let settings = Settings {
+            batch_size: args.inference.batch_size,
+            max_new_tokens: args.max_new_tokens.unwrap_or(task.max_new_tokens),
+            max_length: model.context_of(task, None),
+            sampling: args.sampling(),
+        };
+        Ok(Self {
+            task: task.clone(),
+            rows,
+            skipped: args.skip,
+            digest,
+            few_shot,
+            seed: args.seed,
+            settings,
+            style: args.prompt,
+            train,
+        })
+    }
+
+    /// The prompt builder for a model with this tokenizer and `context`.
+    ///
+    /// # Errors
+    /// As [`PromptBuilder::new`].
+    pub(crate) fn prompter<'a>(&'a self, text: &'a ChatText, context: usize) -> Result<PromptBuilder<'a>> {
+        PromptBuilder::new((text, context), &self.task, self.style, (&self.train, self.few_shot, self.seed))
+    }
+
+    /// The task as its metric sees it.
+    pub(crate) fn view<'a>(&'a self, prompter: &'a PromptBuilder<'a>) -> TaskView<'a> {
+        TaskView { task: &self.task, rows: &self.rows, settings: &self.settings, prompter }
+    }
+}
+
+/// A directory to join.
+struct Part {
+    folder: PathBuf,
+    scores: Scores,
+    outputs: String,
+}
+
+impl Part {
+    /// # Errors
+    /// [`BadInput`] if scores.json or outputs.jsonl is missing or malformed.
+    fn read(folder: &Path, recorder: &mut Recorder) -> Result<Self> {
+        let scores = Scores::read(folder)?;
+        let mut outputs = files::read_text(&folder.join(OUTPUTS))?;
+        if !outputs.is_empty() && !outputs.ends_with('\n') {
+            outputs.push('\n');
+        }
+        let tasks = scores.tasks.iter().map(|task| task.task.as_str()).collect::<Vec<_>>().join(",");
+        for name in [scores::FILE_NAME, OUTPUTS] {
+            let path = folder.join(name);
+            recorder.input(format!("{name}:{tasks}"), &path, Digest::of_file(&path)?);
+        }
+        Ok(Self { folder: folder.to_owned(), scores, outputs })
+    }
+}
+
+/// Joins the directories and writes the output directory.
+///
+/// # Errors
+/// [`cpift_core::Usage`], and [`BadInput`] for scores of different checkpoints or a task scored
+/// twice. Nothing is written then.
+pub(crate) fn join(args: &JoinArgs, common: &Common) -> Result<()> {
+    let mut recorder = Recorder::start(STAGE);
+    if up_to_date(common, &args.out) {
+        return Ok(());
+    }
+    check_output(&args.out, common.force())?;
+    check_not_input("--out", &args.out, args.parts.iter().map(PathBuf::as_path))?;
+    [scores::FILE_NAME, OUTPUTS].iter().for_each(|name| recorder.also(&args.out.join(name)));
+    let parts: Vec<Part> = args.parts.iter().map(|folder| Part::read(folder, &mut recorder)).collect::<Result<_>>()?;
+    let first = parts.first().ok_or_else(|| usage("no directories to join"))?;
+    for part in &parts {
+        if part.scores.model_digest != first.scores.model_digest {
+            return Err(BadInput::new(
+                &part.folder,
+                format!("scores of another checkpoint than {}", first.folder.display()),
+            )
+            .expected(format!("{} ({})", first.scores.model_digest, first.scores.model))
+            .found(format!("{} ({})", part.scores.model_digest, part.scores.model))
+            .into());
+        }
+    }
+    let joined = Scores {
+        format_version: FORMAT_VERSION,
+        model: first.scores.model.clone(),
+        model_digest: first.scores.model_digest.clone(),
+        tasks: tasks(&parts)?,
+    };
+    let staged = StagedDir::create(&args.out, common.force())?;
+    let outputs: String = parts.iter().map(|part| part.outputs.as_str()).collect();
+    files::write_text(&staged.path().join(OUTPUTS), &outputs, false)?;
+    joined.write(&staged.path().join(scores::FILE_NAME), false)?;
+    keep_verdicts(
+        [args.out.as_path()].into_iter().chain(parts.iter().map(|part| part.folder.as_path())),
+        staged.path(),
+    )?;
+    recorder.write_into_for(staged.path(), scores::FILE_NAME)?;
+    staged.commit()?;
+    common.print_json(&json!(joined));
+    Ok(())
+}
+
+/// Scores of all tasks in the order of the directories.
+fn tasks(parts: &[Part]) -> Result<Vec<TaskScore>> {
+    let (mut owner, mut all) = (BTreeMap::new(), Vec::new());
+    for part in parts {
+        for score in &part.scores.tasks {
+            if let Some(other) = owner.insert(&score.task, &part.folder) {
+                return Err(BadInput::new(&part.folder, format!("task {} is scored twice", score.task))
+                    .hint(format!("{} scores it as well: omit one of the two", other.display()))
+                    .into());
+            }
+            all.push(score.clone());
+        }
+    }
+    Ok(all)
 }

@@ -4,8 +4,7 @@
 use anyhow::Result;
 use cpift_core::dispatch;
 use cpift_core::format::digest::Digest;
-use cpift_core::format::flags::clear_flagged;
-use cpift_core::format::mask::count_ones;
+use cpift_core::format::mask::{clear_flagged, count_ones};
 use cpift_core::format::names::{LayerRows, TensorKind};
 use cpift_core::record::provenance::Provenance;
 use cpift_core::stream::hashing::PieceHasher;

@@ -192,7 +192,7 @@ impl Plan {
 
     fn stage_stats(&self, mask: &Path) -> Result<Vec<StagedFile>> {
         let Some([json, svg]) = &self.stats else { return Ok(Vec::new()) };
-        stats::stage(&cpift_core::format::density::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
+        stats::stage(&cpift_core::format::names::stats(&Mask::open(mask)?), Some(json), Some(svg), self.force)
     }
 
     fn record(&self, mut recorder: Recorder, header: &MaskHeader, digests: &Digests) -> Result<Recorder> {

@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use cpift_core::Mask;
 use cpift_core::files::StagedFile;
-use cpift_core::format::density::{Row, Stats, stats, tensors};
 use cpift_core::format::json;
 use cpift_core::format::mask::MaskHeader;
-use cpift_core::format::names::OUTSIDE;
+use cpift_core::format::names::{OUTSIDE, Row, Stats, stats, tensors};
 use cpift_core::format::svg::{Cell, GREY, Picture, Scale, label_height, label_width};
 
 /// A checked request for the density of a mask.

@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, ensure};
 use cpift_core::dispatch;
-use cpift_core::format::flags::{clear_flagged, flags_of};
-use cpift_core::format::mask::{MaskWriter, Metric, Ties, count_ones};
+use cpift_core::format::mask::{MaskWriter, Metric, Ties, clear_flagged, count_ones, flags_of};
 use cpift_core::stream::guess::Guess;
 use cpift_core::stream::hashing::PieceHasher;
 use cpift_core::stream::select::{Cut, GROUP, Score, Source, find_cut, split};

@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use cpift_core::dispatch;
-use cpift_core::format::flags::BitList;
-use cpift_core::format::mask::{MaskWriter, count_ones};
+use cpift_core::format::mask::{BitList, MaskWriter, count_ones};
 use rayon::prelude::*;
 
 use crate::part::{CHUNK, Part};

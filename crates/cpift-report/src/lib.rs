@@ -1,14 +1,19 @@
 //! The commands `cpift-eval compare`, `experiment` and `report`: scores of several checkpoints side
 //! by side, experiments over seeds, and a whole run as one page. Needs no libtorch.
 //!
-//! `statistics` reads and compares scores, `tables` writes them as text, `svg` draws plots, and
-//! `pages` puts both together from the building blocks of `html`.
+//! `runs` reads scores, `comparison` and `experiment` compare them with intervals from `bootstrap`,
+//! `tables` writes both as text, and `pages` as pages, from the building blocks of `html`; `sheet`
+//! has the tables of experiments, the same for both.
 
 mod args;
+mod bootstrap;
+mod comparison;
+mod experiment;
+mod experiment_file;
 mod html;
 mod pages;
-mod statistics;
-mod svg;
+mod runs;
+mod sheet;
 mod tables;
 
 pub use args::{CompareArgs, ExperimentArgs, Format, ReportArgs};
@@ -25,11 +30,9 @@ use cpift_core::record::provenance::Recorder;
 use cpift_core::record::up_to_date::Expected;
 use cpift_core::run::cli::{Common, print};
 
-use statistics::comparison::{Comparison, Question};
-use statistics::experiment::Experiment;
-use statistics::runs;
-use tables::data;
-use tables::markdown::{self, Bold};
+use comparison::{Comparison, Question};
+use experiment::Experiment;
+use tables::Bold;
 
 /// Program whose commands these are, in records.
 const STAGE: &str = "cpift-eval";
@@ -62,11 +65,11 @@ pub fn compare(args: &CompareArgs, common: &Common) -> Result<()> {
         Question { baseline: args.baseline.clone(), resamples: args.bootstrap.resamples, seed: args.bootstrap.seed };
     let comparison = Comparison::new(runs, question)?;
     let text = match args.format {
-        _ if common.json => format!("{}\n", data::comparison_json(&comparison)),
-        Format::Terminal => markdown::comparison(&comparison, bold(args.out.as_deref())),
-        Format::Markdown => markdown::comparison(&comparison, Bold::Markdown),
-        Format::Csv => data::comparison_csv(&comparison),
-        Format::Json => format!("{}\n", data::comparison_json(&comparison)),
+        _ if common.json => format!("{}\n", tables::comparison_json(&comparison)),
+        Format::Terminal => tables::comparison_markdown(&comparison, bold(args.out.as_deref())),
+        Format::Markdown => tables::comparison_markdown(&comparison, Bold::Markdown),
+        Format::Csv => tables::comparison_csv(&comparison),
+        Format::Json => format!("{}\n", tables::comparison_json(&comparison)),
         Format::Html => pages::compared(&comparison),
     };
     match &args.out {
@@ -90,11 +93,11 @@ pub fn experiment(args: &ExperimentArgs, common: &Common) -> Result<()> {
     let question = Question { baseline: None, resamples: args.bootstrap.resamples, seed: args.bootstrap.seed };
     let experiment = Experiment::read(&args.file, question, common.force())?;
     let text = match args.format {
-        _ if common.json => format!("{}\n", data::experiment_json(&experiment)),
-        Format::Terminal => markdown::experiment(&experiment, bold(args.out.as_deref())),
-        Format::Markdown => markdown::experiment(&experiment, Bold::Markdown),
-        Format::Csv => data::experiment_csv(&experiment),
-        Format::Json => format!("{}\n", data::experiment_json(&experiment)),
+        _ if common.json => format!("{}\n", tables::experiment_json(&experiment)),
+        Format::Terminal => tables::experiment_markdown(&experiment, bold(args.out.as_deref())),
+        Format::Markdown => tables::experiment_markdown(&experiment, Bold::Markdown),
+        Format::Csv => tables::experiment_csv(&experiment),
+        Format::Json => format!("{}\n", tables::experiment_json(&experiment)),
         Format::Html => pages::experiment(&experiment),
     };
     show(args.out.as_deref(), &text, common)

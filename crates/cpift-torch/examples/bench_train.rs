@@ -13,11 +13,10 @@ use cpift_core::format::checkpoint::read_config;
 use cpift_core::{Checkpoint, Dtype};
 use cpift_data::Example;
 use cpift_torch::data::Batch;
-use cpift_torch::device::{DeviceChoice, cuda_memory_peak};
 use cpift_torch::freeze::Freeze;
 use cpift_torch::model::{CausalLM, ModelConfig};
 use cpift_torch::optim::{AdamWConfig, StateKind};
-use cpift_torch::pieces::whole_pieces;
+use cpift_torch::placement::{DeviceChoice, cuda_memory_peak, whole_pieces};
 use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer};
 use cpift_torch::weights::{self, Parameters, kind_of};
 use serde_json::json;
@@ -135,7 +134,11 @@ fn main() -> Result<()> {
     let config = StepConfig {
         optimizer: AdamWConfig { state: StateKind::plain(args.optim_state), ..AdamWConfig::default() },
         max_grad_norm: if args.optimizer_in_backward { 0.0 } else { 1.0 },
-        pass: PassConfig { checkpointing: args.gradient_checkpointing, loss_chunk: args.loss_chunk },
+        pass: PassConfig {
+            checkpointing: args.gradient_checkpointing,
+            loss_chunk: args.loss_chunk,
+            ..StepConfig::default().pass
+        },
         optimizer_in_backward: args.optimizer_in_backward,
         train_embeddings: true,
     };

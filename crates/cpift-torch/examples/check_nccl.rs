@@ -6,8 +6,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use cpift_torch::device::DeviceChoice;
 use cpift_torch::dist::{Backend, Group, Place};
+use cpift_torch::placement::DeviceChoice;
 use tch::{Device, Kind, Tensor};
 
 /// Elements of a part: more than one chunk of the transport, and not a round number.

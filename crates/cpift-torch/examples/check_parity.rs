@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Parser;
 use cpift_core::Dtype;
-use cpift_torch::device::DeviceChoice;
+use cpift_torch::placement::DeviceChoice;
 use cpift_torch::train::{PassConfig, StepConfig, loss_and_gradients};
 use cpift_torch::weights::kind_of;
 use golden::{Golden, batch, max_abs};

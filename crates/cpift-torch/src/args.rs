@@ -11,10 +11,8 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
-use crate::device::DeviceChoice;
-use crate::offload::Storage;
 use crate::optim::{AdamWConfig, StateKind};
-use crate::placement::Reduce;
+use crate::placement::{DeviceChoice, Reduce, Storage};
 use crate::schedule::ScheduleArgs;
 use crate::session::{Precision, set_strict_config};
 use crate::weights::kind_of;
@@ -139,6 +137,13 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Reduce::Ordered, help_heading = MEMORY)]
     #[serde(skip_serializing_if = "Reduce::is_ordered")]
     pub reduce: Reduce,
+    /// Over ranks or with --offload all: free a block's weights after its forward pass and bring
+    /// them again for its backward pass. With false they stay, which moves a third less between
+    /// ranks and takes the memory of all blocks' weights. The result is the same, bit for bit
+    #[arg(long, aliases = ["reshard_after_forward"], value_name = "BOOL", default_value_t = true)]
+    #[arg(action = clap::ArgAction::Set, help_heading = MEMORY)]
+    #[serde(skip)]
+    pub reshard_after_forward: bool,
     /// Target tokens per chunk of the loss: the logits of one chunk exist at a time
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = MEMORY)]
     pub loss_chunk: usize,

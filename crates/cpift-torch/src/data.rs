@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
-use crate::device::to_device;
+use crate::placement::to_device;
 use crate::transfer::pinned;
 
 /// Examples concatenated in a single row without padding; each is a document that attends only to

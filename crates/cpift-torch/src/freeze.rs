@@ -11,7 +11,7 @@ use cpift_core::BadInput;
 use cpift_core::format::mask::{Mask, indices};
 use tch::{Kind, Tensor, no_grad};
 
-use crate::pieces::{Piece, Pieces};
+use crate::placement::{Piece, Pieces};
 
 /// The frozen elements of a set of parameters.
 pub struct Freeze {

@@ -9,8 +9,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor, no_grad};
 
+use crate::dist::in_batches;
 use crate::model::{Attended, CausalLM, KvCache};
-use crate::share::in_batches;
 
 /// Steps between two reads of the generated tokens on a CUDA device, each of which synchronises.
 /// Tokens after a row's end are dropped.

@@ -7,9 +7,7 @@
 
 mod adapter;
 pub mod args;
-mod blockwise;
 pub mod data;
-pub mod device;
 pub mod dist;
 mod ffi;
 pub mod freeze;
@@ -18,16 +16,12 @@ pub mod home;
 pub mod loss;
 pub mod memory;
 pub mod model;
-pub mod offload;
 pub mod oom;
 pub mod optim;
-pub mod pieces;
 pub mod placement;
 pub mod schedule;
 pub mod score;
 pub mod session;
-mod share;
-mod tensorboard;
 pub mod train;
 mod transfer;
 pub mod weights;

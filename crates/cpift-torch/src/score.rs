@@ -6,10 +6,10 @@ use cpift_data::Example;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::data::Batch;
+use crate::dist::in_batches;
 use crate::generate::Prefilled;
 use crate::loss::{target_divergences, target_losses};
 use crate::model::CausalLM;
-use crate::share::in_batches;
 
 /// Targets per chunk of the loss: the logits of one chunk exist at a time.
 const LOSS_CHUNK: usize = 1024;

@@ -19,8 +19,7 @@ use tch::{Device, Kind, no_grad};
 
 use crate::home::{self, Home, UnitHome};
 use crate::model::{CausalLM, ModelConfig};
-use crate::pieces::{Pieces, whole_pieces};
-use crate::placement::Placement;
+use crate::placement::{Pieces, Placement, whole_pieces};
 use crate::weights::{self, Parameters, Saver};
 
 /// Files of the inputs other than text.

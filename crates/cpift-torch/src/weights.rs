@@ -8,8 +8,7 @@ use cpift_core::format::checkpoint::CheckpointWriter;
 use cpift_core::{BadInput, Checkpoint, Dtype, TensorSpec, TensorView};
 use tch::{Device, Kind, Tensor};
 
-use crate::offload::Storage;
-use crate::pieces::Pieces;
+use crate::placement::{Pieces, Storage};
 
 /// Tensors by checkpoint name, in bytewise name order; they share storage with the model's.
 pub type Parameters = BTreeMap<String, Tensor>;
@@ -100,7 +99,7 @@ impl Saver {
     /// # Errors
     /// A file that cannot be created.
     pub fn create(pieces: &Pieces, others: &[TensorView<'_>], folder: &Path, dtype: Dtype) -> Result<Self> {
-        let spec = |(name, piece): (&String, &crate::pieces::Piece)| TensorSpec {
+        let spec = |(name, piece): (&String, &crate::placement::Piece)| TensorSpec {
             name: name.clone(),
             dtype,
             shape: piece.shape.iter().map(|&n| n as usize).collect(),

@@ -15,9 +15,8 @@ use serde_json::{Map, Value};
 use tch::Device;
 
 use crate::args::{Optimizer, TrainingArgs};
-use crate::device::DeviceChoice;
 use crate::dist::{Backend, Group, Place};
-use crate::placement::Placement;
+use crate::placement::{DeviceChoice, Placement};
 
 /// Time that ranks wait for one another in a collective. A rank that is gone is noticed earlier.
 const TIMEOUT: Duration = Duration::from_secs(600);

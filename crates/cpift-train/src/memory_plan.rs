@@ -11,8 +11,8 @@ use cpift_core::format::tasks::Tasks;
 use cpift_core::run::cli::{Common, print};
 use cpift_core::{BadInput, Checkpoint};
 use cpift_torch::args::{Budget, Optimizer, TrainingArgs};
-use cpift_torch::device::DeviceChoice;
 use cpift_torch::memory::{self, Disk, Job, Sizes, Traffic};
+use cpift_torch::placement::DeviceChoice;
 use serde_json::json;
 
 use crate::args::{PlanArgs, RunArgs};

@@ -2,8 +2,7 @@
 //! mask metadata and the bits of its only tensor `w`, separated by a zero byte.
 
 use cpift_core::Mask;
-use cpift_core::format::flags::clear_flagged;
-use cpift_core::format::mask::indices;
+use cpift_core::format::mask::{clear_flagged, indices};
 use serde_json::json;
 
 use crate::bounds;
@@ -33,7 +32,7 @@ pub fn run(data: &[u8]) -> bool {
                 let clear = |at, bits: &[u8]| clear_flagged(&mut bits.to_vec(), flags, at);
                 assert_eq!(mask.tensors().fold(0, |at, (_, bits)| clear(at, bits)), mask.header.selected);
             }
-            let stats = cpift_core::format::density::stats(&mask);
+            let stats = cpift_core::format::names::stats(&mask);
             assert_eq!(stats.roles.iter().map(|row| row.selected).sum::<u64>(), mask.header.selected);
         }
         sound

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoint::layout;
 use super::checkpoint::sidecar::SIDECAR_FILES;
-use crate::files::open;
+use crate::files::map;
 
 /// BLAKE3 digest in hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -37,7 +37,7 @@ impl Digest {
     /// [`crate::error::BadInput`] if it cannot be read.
     pub fn of_file(path: &Path) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
-        hasher.update_rayon(&open::map(path)?);
+        hasher.update_rayon(&map(path)?);
         Ok(Self::of_hasher(&hasher))
     }
 

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::de::DeserializeOwned;
 
 use crate::error::BadInput;
-use crate::files::open;
+use crate::files::{read_text_of, refuse_placeholder};
 
 /// Longest JSON file that is read, in bytes. Today's tokenizer.json files reach 30 MB. serde_json
 /// limits nesting to 128 levels.
@@ -17,8 +17,8 @@ const LONGEST: u64 = 256 << 20;
 /// # Errors
 /// [`BadInput`] with line and column if the text is not JSON or not a `T`.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = open::read_text_of(path, LONGEST)?;
-    open::refuse_placeholder(path, text.as_bytes())?;
+    let text = read_text_of(path, LONGEST)?;
+    refuse_placeholder(path, text.as_bytes())?;
     serde_json::from_str(&text).map_err(|e| BadInput::new(path, format!("cannot be read as JSON: {e}")).into())
 }
 

@@ -1,4 +1,5 @@
-//! Core-region masks: one bit per parameter of a base checkpoint, in a safetensors file.
+//! Core-region masks: one bit per parameter of a base checkpoint, in a safetensors file, and one
+//! bit per bit set for the elements that were chosen among equals.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -405,6 +406,113 @@ pub fn open_all<'a>(
     Ok(masks)
 }
 
+/// Bits appended one by one, packed from the lowest bit of each byte.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BitList {
+    bytes: Vec<u8>,
+    len: u64,
+}
+
+impl BitList {
+    /// Appends a bit.
+    #[inline(always)]
+    pub fn push(&mut self, bit: bool) {
+        if self.len.is_multiple_of(8) {
+            self.bytes.push(0);
+        }
+        if bit && let Some(last) = self.bytes.last_mut() {
+            *last |= 1 << (self.len % 8);
+        }
+        self.len += 1;
+    }
+
+    /// Appends the first `n` bits of `bits`; bits past its end are zero.
+    pub fn extend(&mut self, bits: &[u8], n: u64) {
+        let (start, shift) = ((self.len / 8) as usize, self.len % 8);
+        self.len += n;
+        self.bytes.resize(self.len.div_ceil(8) as usize, 0);
+        let whole = (n / 8) as usize;
+        let last = bits.get(whole).map(|byte| byte & ((1 << (n % 8)) - 1)).filter(|byte| *byte != 0);
+        let bytes = bits.iter().take(whole).copied().chain(last);
+        for (i, byte) in bytes.enumerate().filter(|(_, byte)| *byte != 0) {
+            self.bytes[start + i] |= byte << shift;
+            if shift > 0
+                && let Some(next) = self.bytes.get_mut(start + i + 1)
+            {
+                *next |= byte >> (8 - shift);
+            }
+        }
+    }
+
+    /// Number of bits.
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Returns true if there are no bits.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Takes the whole bytes out of the list and leaves the bits after them.
+    pub fn take_whole_bytes(&mut self) -> Vec<u8> {
+        let rest = self.bytes.split_off((self.len / 8) as usize);
+        self.len %= 8;
+        std::mem::replace(&mut self.bytes, rest)
+    }
+
+    /// The packed bits; those past the end are zero.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+}
+
+/// Flags of the bits set in `bits`: those that are set in `marked` too.
+pub fn flags_of(bits: &[u8], marked: &[u8]) -> Vec<u8> {
+    let (mut flags, mut wait, mut n) = (Vec::new(), 0u64, 0);
+    // Appends the flags of a word: `n` flags wait in `wait`, less than 64.
+    let mut append = |word: u64, marks: u64| {
+        let (mut left, mut found, mut at) = (word, 0u64, 0);
+        while left != 0 {
+            found |= (marks >> left.trailing_zeros() & 1) << at;
+            at += 1;
+            left &= left - 1;
+        }
+        wait |= found << n;
+        n += at;
+        if n >= 64 {
+            flags.extend_from_slice(&wait.to_le_bytes());
+            n -= 64;
+            // Shifted in two steps, because all 64 may be used up.
+            wait = found >> 1 >> (at - n - 1);
+        }
+    };
+    let ((words, rest), (marks, rest_marks)) = (bits.as_chunks::<8>(), marked.as_chunks::<8>());
+    for (word, marks) in words.iter().zip(marks).filter(|(word, _)| **word != [0; 8]) {
+        append(u64::from_le_bytes(*word), u64::from_le_bytes(*marks));
+    }
+    rest.iter().zip(rest_marks).for_each(|(byte, marks)| append(u64::from(*byte), u64::from(*marks)));
+    flags.extend_from_slice(&wait.to_le_bytes()[..usize::div_ceil(n, 8)]);
+    flags
+}
+
+/// Clears the flagged bits of `bits`; flag number `at` belongs to its first bit set, and flags past
+/// the end are not set. Returns the number of the next flag.
+#[inline(always)]
+pub fn clear_flagged(bits: &mut [u8], flags: &[u8], mut at: u64) -> u64 {
+    for byte in bits.iter_mut().filter(|byte| **byte != 0) {
+        let mut left = *byte;
+        while left != 0 {
+            if flags.get((at / 8) as usize).is_some_and(|byte| byte >> (at % 8) & 1 == 1) {
+                *byte &= !(left & left.wrapping_neg());
+            }
+            at += 1;
+            left &= left - 1;
+        }
+    }
+    at
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -418,5 +526,44 @@ mod tests {
         assert!(bit(&bits, 2) && !bit(&bits, 1) && bit(&bits, 15));
         assert_eq!(count_ones(&bits), 3);
         assert_eq!(count_ones(&[255; 19]), 152);
+    }
+
+    #[test]
+    fn flags_follow_the_bits_set() {
+        let (bits, marked) = ([0b1010_0001, 0, 0b11], [0b1000_0000, 0, 0b01]);
+        let flags = flags_of(&bits, &marked);
+        assert_eq!(flags, [0b0000_1100]);
+        let mut left = bits;
+        assert_eq!(clear_flagged(&mut left, &flags, 0), 5);
+        assert_eq!(left, [0b0010_0001, 0, 0b10]);
+        let mut tail = [bits[2]];
+        assert_eq!(clear_flagged(&mut tail, &flags, 3), 5);
+        assert_eq!(tail, [0b10]);
+    }
+
+    #[test]
+    fn flags_of_many_bits_are_those_of_one_after_another() {
+        let draw = |key: u64| (0..500u64).map(|i| (((i * i + 7) * key) >> (i % 23)) as u8).collect::<Vec<u8>>();
+        let (bits, marked) = (draw(0x9E37_79B9), draw(0x85EB_CA6B));
+        let mut list = BitList::default();
+        for at in (0..8 * bits.len()).filter(|at| bits[at / 8] >> (at % 8) & 1 == 1) {
+            list.push(marked[at / 8] >> (at % 8) & 1 == 1);
+        }
+        assert_eq!(flags_of(&bits, &marked), list.into_bytes());
+    }
+
+    #[test]
+    fn lists_are_joined_bit_by_bit() {
+        let mut list = BitList::default();
+        list.extend(&[0b101], 3);
+        list.extend(&[0b1111_1111], 8);
+        list.extend(&[], 2);
+        list.extend(&[0b1111_1110], 1);
+        list.extend(&[], 0);
+        assert_eq!((list.len(), list.take_whole_bytes()), (14, vec![0b1111_1101]));
+        list.push(true);
+        list.push(true);
+        list.extend(&[0b11, 0b1], 9);
+        assert_eq!(list.into_bytes(), [0b1100_0111, 0b0000_0011, 0b1]);
     }
 }

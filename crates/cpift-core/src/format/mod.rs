@@ -1,10 +1,8 @@
 //! Formats of the files that the stages exchange.
 
 pub mod checkpoint;
-pub mod density;
 pub mod digest;
 pub mod dtype;
-pub mod flags;
 pub mod groups;
 pub mod json;
 pub mod mask;

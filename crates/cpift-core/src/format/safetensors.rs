@@ -19,7 +19,7 @@ use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 use crate::error::BadInput;
-use crate::files::{open, staging};
+use crate::files::{self, refuse_placeholder, staging};
 use crate::format::dtype::Dtype;
 
 /// Largest header that the safetensors format allows, in bytes.
@@ -54,7 +54,7 @@ impl MappedFile {
     /// [`BadInput`] if the header is truncated or not JSON, or describes tensors that overlap,
     /// leave gaps or extend past the end of the file.
     pub fn open(path: &Path) -> Result<Self> {
-        let map = open::map(path)?;
+        let map = files::map(path)?;
         let (data_start, header) = read_header(path, &map)?;
         let mut entries = BTreeMap::new();
         for (name, info) in header.tensors() {
@@ -118,7 +118,7 @@ fn each_once<'de, D: Deserializer<'de>>(input: D) -> Result<HashMap<String, Tens
 /// Reads and checks the header. Returns the offset at which the data begins, and the header, whose
 /// tensors fill the data exactly.
 fn read_header(path: &Path, map: &[u8]) -> Result<(usize, Metadata)> {
-    open::refuse_placeholder(path, map)?;
+    refuse_placeholder(path, map)?;
     let data_start = check_lengths(path, map)?;
     let Header { metadata, tensors } = serde_json::from_slice(&map[8..data_start])
         .map_err(|e| BadInput::new(path, format!("not a valid safetensors header: {e}")))?;

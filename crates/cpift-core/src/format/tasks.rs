@@ -41,7 +41,7 @@ use anyhow::Result;
 use serde::Deserialize;
 
 use crate::error::{BadInput, usage};
-use crate::files::open;
+use crate::files::read_text;
 use crate::format::digest::Digest;
 use crate::hub::DataFile;
 
@@ -201,7 +201,7 @@ impl Tasks {
     }
 
     fn checked(path: &Path, download: bool) -> Result<Self> {
-        let text = open::read_text(path)?;
+        let text = read_text(path)?;
         let file: TasksFile = toml::from_str(&text)
             .map_err(|e| BadInput::new(path, format!("not a usable task list: {}", e.to_string().trim())))?;
         let folder = path.parent().unwrap_or(Path::new("."));
@@ -290,7 +290,7 @@ impl Tasks {
         }
         match self.template()? {
             Some("chatml") => parts.push(b"chatml".to_vec()),
-            Some(file) => parts.push(open::read_text(Path::new(file))?.into_bytes()),
+            Some(file) => parts.push(read_text(Path::new(file))?.into_bytes()),
             None => {}
         }
         Ok(Digest::of_chunks(parts))

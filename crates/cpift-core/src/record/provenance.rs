@@ -10,8 +10,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::error::BadInput;
-use crate::files::naming::RECORD_NAME;
-use crate::files::staging::{self, StagedFile, StagedPath};
+use crate::files::staging::{self, RECORD_NAME, StagedFile, StagedPath};
 use crate::format::checkpoint::reader::Checkpoint;
 use crate::format::digest::{Digest, DigestRecord, FileStamp};
 use crate::format::json;

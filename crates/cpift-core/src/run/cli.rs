@@ -9,11 +9,10 @@ use std::thread;
 use anyhow::{Context, Result};
 use clap::Parser;
 
+use super::{check_threads, config, listen, prepare};
 use crate::error::{EXIT_BAD_INPUT, EXIT_FAILED, Stopped, exit_code, usage};
 use crate::record::provenance::{argv, set_argv};
 use crate::record::up_to_date;
-use crate::run::address_space::check_threads;
-use crate::run::{address_space, config, signals};
 
 /// Arguments that all stages take.
 #[derive(clap::Args, Debug, Clone, Default)]
@@ -127,7 +126,7 @@ fn log_line(out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>) -> s
 /// Parses the arguments, runs the stage, prints an error once to stderr and returns the documented
 /// exit code.
 pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
-    if !address_space::prepare() {
+    if !prepare() {
         eprintln!("error: out of memory: ulimit -v leaves no address space to start");
         return ExitCode::from(EXIT_FAILED);
     }
@@ -135,7 +134,7 @@ pub fn run_stage<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
         Ok(args) => args,
         Err(code) => return code,
     };
-    if let Err(error) = signals::listen() {
+    if let Err(error) = listen() {
         eprintln!("error: {error:#}");
         return ExitCode::from(EXIT_FAILED);
     }

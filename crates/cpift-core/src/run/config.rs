@@ -15,7 +15,7 @@ use anyhow::Result;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use toml::{Table, Value};
 
-use crate::closest::closest;
+use crate::error::closest;
 use crate::error::{BadInput, usage};
 use crate::files::read_text;
 use crate::format::json;

@@ -7,14 +7,11 @@
 mod choice;
 mod codebleu;
 mod generated;
-mod gsm8k;
-mod loss;
 mod metric;
 mod text_match;
 
-pub use gsm8k::{flexible_extract, normalise, strict_match};
-pub(crate) use loss::Loss;
-pub(crate) use metric::{Metric, Prepared, Settings, TaskView};
+pub(crate) use metric::{Loss, Metric, Prepared, Settings, TaskView};
+pub use text_match::{flexible_extract, normalise, strict_match};
 
 use cpift_core::format::tasks::TaskMetric;
 
@@ -32,11 +29,11 @@ macro_rules! registry {
 }
 
 registry! {
-    Nll => loss::Nll,
+    Nll => metric::Nll,
     ExactMatch => text_match::ExactMatch,
     Contains => text_match::Contains,
     RougeL => text_match::RougeL,
-    Gsm8k => gsm8k::Gsm8k,
+    Gsm8k => text_match::Gsm8k,
     Choice => choice::Choice,
     Codebleu => codebleu::Codebleu,
     Judge => generated::Judge,

@@ -7,8 +7,7 @@ use std::path::Path;
 
 use crate::common::{MODEL, Region, Setting, header, write_mask};
 use cpift_core::Mask;
-use cpift_core::format::flags::BitList;
-use cpift_core::format::mask::{MaskWriter, Ties, indices};
+use cpift_core::format::mask::{BitList, MaskWriter, Ties, indices};
 use cpift_testkit::Numbers;
 
 /// Replaces a mask by one in which the elements of `tied` are flagged.

@@ -4,8 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::common::{BIN, chosen};
-use cpift_core::format::flags::clear_flagged;
-use cpift_core::format::mask::{count_ones, indices};
+use cpift_core::format::mask::{clear_flagged, count_ones, indices};
 use cpift_core::{Dtype, Mask};
 use cpift_testkit::{Numbers, Tensor, Tensors, run, write_checkpoint};
 use tempfile::TempDir;

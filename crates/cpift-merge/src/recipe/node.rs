@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::BadInput;
-use cpift_core::closest::closest;
+use cpift_core::error::closest;
 use serde_json::{Map, Value};
 
 use crate::setting::{Rule, Setting};

@@ -9,8 +9,7 @@ use cpift_core::format::json;
 use maud::{Markup, html};
 use serde::Deserialize;
 
-use crate::html::{Table, figure, notes, paragraph, series_legend};
-use crate::svg::{Heads, Line, Mark, lines};
+use crate::html::{Heads, Line, Mark, Table, figure, lines, notes, paragraph, series_legend};
 
 /// Name of the file in the directory of a run.
 pub(crate) const FILE_NAME: &str = "add-task.json";

@@ -4,17 +4,15 @@ use std::path::Path;
 
 use anyhow::Result;
 use cpift_core::Mask;
-use cpift_core::format::density::{Stats, stats};
 use cpift_core::format::groups::{Groups, TauMode};
-use cpift_core::format::names::OUTSIDE;
+use cpift_core::format::names::{OUTSIDE, Stats, stats};
 use cpift_core::format::svg::Canvas;
 
 use maud::{Markup, html};
 
 use super::folder::{entries, file_name};
-use crate::html::{Table, figure, missing, paragraph, scale_legend, scrolling_picture};
-use crate::svg::{diverging, picture, sequential};
-use crate::tables::sheet::counted;
+use crate::html::{Table, diverging, figure, missing, paragraph, picture, scale_legend, scrolling_picture, sequential};
+use crate::sheet::counted;
 
 /// Sides of a cell of the heat map, in pixels: for few tasks, and for so many that the map must
 /// scroll on a telephone.

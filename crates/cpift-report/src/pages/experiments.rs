@@ -8,13 +8,13 @@ use maud::{Markup, html};
 use super::folder::{entries, file_name};
 use super::scores::unit_name;
 use crate::args::ReportArgs;
-use crate::html::{Table, figure, missing, notes, page, paragraph, series_legend};
-use crate::statistics::comparison::Question;
-use crate::statistics::experiment::{Column, Experiment, Forgetting, Outcome, SeedScores};
-use crate::statistics::experiment_file::Axis;
-use crate::statistics::unit::{Spread, Unit};
-use crate::svg::{Heads, Line, Mark, bars, dots, lines, reach};
-use crate::tables::sheet::{self, Sheet};
+use crate::comparison::{Question, Spread, Unit};
+use crate::experiment::{Column, Experiment, Forgetting, Outcome, SeedScores};
+use crate::experiment_file::Axis;
+use crate::html::{
+    Heads, Line, Mark, Table, bars, dots, figure, lines, missing, notes, page, paragraph, reach, series_legend,
+};
+use crate::sheet::{self, Sheet};
 
 /// The experiment files of a run, by name.
 ///

@@ -6,7 +6,6 @@ mod cores;
 mod experiments;
 mod folder;
 mod scores;
-mod summary;
 mod training;
 
 use std::path::Path;
@@ -16,9 +15,9 @@ use cpift_core::BadInput;
 use maud::{Markup, html};
 
 use crate::args::ReportArgs;
+use crate::comparison::{Comparison, Question};
 use crate::html::{missing, page, section};
-use crate::statistics::comparison::{Comparison, Question};
-use crate::tables::sheet::counted;
+use crate::sheet::counted;
 
 pub(crate) use added::FILE_NAME as ADDED;
 pub(crate) use experiments::alone as experiment;
@@ -77,7 +76,7 @@ pub(crate) fn render(args: &ReportArgs, page_file: &Path) -> Result<String> {
         sections.insert(0, Section::new("experiments", "Experiments", Ok(body)));
     }
     if let Some(comparison) = &scored.comparison
-        && let Some(body) = summary::summary(comparison, &records).transpose()
+        && let Some(body) = scores::summary(comparison, &records).transpose()
     {
         sections.insert(0, Section::new("summary", "Summary", body));
     }

@@ -11,8 +11,7 @@ use maud::{Markup, html};
 use serde::Deserialize;
 
 use super::folder::models;
-use crate::html::{Table, figure, missing, series_legend};
-use crate::svg::{Axis, WIDTH, picture, series};
+use crate::html::{Axis, Table, WIDTH, figure, missing, picture, series, series_legend};
 
 /// One line of metrics.jsonl: the metrics of a step, or held-out losses after a step.
 #[derive(Deserialize)]

@@ -1,5 +1,5 @@
-//! The processes of a job as one group: joining, collectives, texts passed through the store,
-//! leaving.
+//! The processes of a job as one group: joining, collectives, batches of an evaluation shared by
+//! the ranks, texts passed through the store, leaving.
 
 use std::cell::Cell;
 use std::io;
@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use tch::Tensor;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tch::{Device, Kind, Tensor};
 
 use super::c10d::{ProcessGroup, RawWork, Store, StoreAddress, exit_at_once};
 use super::liveness::Liveness;
@@ -564,6 +566,57 @@ fn brief(text: &str) -> String {
         short.push('…');
     }
     short
+}
+
+/// Runs `each` on batches of up to `batch_size` of the indices `order` and returns its results with
+/// their indices. Ranks take the batches in turn, and all return all results, which do not depend
+/// on their number. `tick` is called for each index done.
+///
+/// # Errors
+/// An error of `each`; a failed rank.
+pub(crate) fn in_batches<T: Serialize + DeserializeOwned>(
+    group: Option<&Rc<Group>>,
+    device: Device,
+    order: &[usize],
+    batch_size: usize,
+    mut each: impl FnMut(&[usize]) -> Result<Vec<T>>,
+    mut tick: impl FnMut(),
+) -> Result<Vec<(usize, T)>> {
+    let (rank, world) = group.map_or((0, 1), |group| (group.rank(), group.world()));
+    let chunks: Vec<&[usize]> = order.chunks(batch_size.max(1)).collect();
+    let mut own = Vec::new();
+    for round in chunks.chunks(world) {
+        // A rank without a batch of its own runs the last one too: where the weights are shared,
+        // all ranks lend the same units.
+        let chunk = round[rank.min(round.len() - 1)];
+        let results = each(chunk)?;
+        if rank < round.len() {
+            own.extend(chunk.iter().copied().zip(results));
+        }
+        round.iter().flat_map(|chunk| *chunk).for_each(|_| tick());
+    }
+    let Some(group) = group else { return Ok(own) };
+    let mut all = Vec::new();
+    for bytes in gather(group, device, &serde_json::to_vec(&own)?)? {
+        all.extend(serde_json::from_slice::<Vec<(usize, T)>>(&bytes).context("results of another rank")?);
+    }
+    Ok(all)
+}
+
+/// The bytes of every rank, by rank.
+fn gather(group: &Rc<Group>, device: Device, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+    let world = group.world() as i64;
+    let sizes = Tensor::zeros([world], (Kind::Int64, device));
+    group.all_gather(&sizes, &Tensor::from_slice(&[own.len() as i64]).to_device(device))?.wait()?;
+    let sizes = Vec::<i64>::try_from(sizes.to_device(Device::Cpu)).context("sizes of results")?;
+    let most = sizes.iter().copied().max().unwrap_or(0).max(1);
+    let mut padded = own.to_vec();
+    padded.resize(most as usize, 0);
+    let all = Tensor::zeros([world * most], (Kind::Uint8, device));
+    group.all_gather(&all, &Tensor::from_slice(&padded).to_device(device))?.wait()?;
+    let all = Vec::<u8>::try_from(all.to_device(Device::Cpu)).context("results")?;
+    let of = |(bytes, size): (&[u8], &i64)| bytes[..*size as usize].to_vec();
+    Ok(all.chunks(most as usize).zip(&sizes).map(of).collect())
 }
 
 #[cfg(test)]

@@ -1,9 +1,16 @@
-//! Advice: options that make a job fit in memory.
+//! Limits of the machine, and advice: options that make a job fit in memory.
 
+use std::fs;
+
+use anyhow::{Result, bail};
 use cpift_core::Dtype;
+use cpift_core::run::{first_number, left_by_ulimit};
+use tch::Device;
 
-use super::job::{Job, gib};
-use crate::args::{Offload, Optimizer};
+use super::job::{Job, PROGRAM, gib};
+use crate::args::{Offload, Optimizer, TrainingArgs};
+use crate::dist::Place;
+use crate::ffi;
 
 /// Options that make a job fit.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,9 +40,21 @@ pub fn verdict(job: &Job, limit: Option<u64>) -> String {
     }
 }
 
+/// The estimate for the job of a run with `frozen` elements, and options that take less, for
+/// [`crate::oom::explain`].
+pub fn of_failed_run(job: Result<Job>, args: &TrainingArgs, frozen: u64) -> String {
+    let world = Place::from_env().ok().flatten().map_or(1, |place| place.world as u64);
+    let job = job.map(|job| Job { frozen, ..job }.shared_by(world));
+    let device = args.device.open(None);
+    match job {
+        Ok(job) => after_failure(&job, device.ok().and_then(available)),
+        Err(error) => format!("  the memory of the run cannot be computed: {error:#}"),
+    }
+}
+
 /// The table of a job that ran out of memory, and options that take less than the limit and less
 /// than the estimate.
-pub(super) fn after_failure(job: &Job, limit: Option<u64>) -> String {
+fn after_failure(job: &Job, limit: Option<u64>) -> String {
     let total = job.peak().total();
     let limit = limit.unwrap_or(total).min(total - total / 20);
     format!("{}{}", job.table(), advice(job, limit))
@@ -164,5 +183,76 @@ impl std::fmt::Display for Advice {
                 gib(self.limit)
             ),
         }
+    }
+}
+
+/// Memory of `device` in bytes: of the GPU, or for the CPU that of the machine within the limits on
+/// this process (its cgroup's, as Slurm sets it, and `ulimit -v`). None if the system does not
+/// report it.
+pub fn available(device: Device) -> Option<u64> {
+    match device {
+        Device::Cuda(index) => ffi::cuda_total(index),
+        _ => [machine(), control_group(), address_space()].into_iter().flatten().min(),
+    }
+}
+
+fn machine() -> Option<u64> {
+    Some(1024 * first_number("/proc/meminfo", "MemTotal:")?)
+}
+
+/// Limit of the process's cgroup (version 2) and those above it.
+fn control_group() -> Option<u64> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = groups.lines().find_map(|l| l.strip_prefix("0::/"))?;
+    let limit = |dir: &std::path::Path| {
+        fs::read_to_string(std::path::Path::new("/sys/fs/cgroup").join(dir).join("memory.max"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    };
+    std::path::Path::new(own).ancestors().filter_map(limit).min()
+}
+
+/// The value of [`left_by_ulimit`] less the reserve, so that a job that fits passes
+/// [`check_address_space`] in another run. The program's resident memory is counted with the job.
+fn address_space() -> Option<u64> {
+    Some(left_by_ulimit()?.saturating_sub(RESERVED + VARIES) + PROGRAM)
+}
+
+/// Address space of thread stacks and allocators, which is reserved but not used.
+const RESERVED: u64 = 384 << 20;
+/// Margin for what differs between runs in the address space at start.
+const VARIES: u64 = 128 << 20;
+
+/// Refuses work on the CPU that takes `bytes` if `ulimit -v` leaves less: a library that fails to
+/// allocate may end the program without an error message.
+///
+/// # Errors
+/// The bytes left and the bytes needed.
+pub fn check_address_space(bytes: u64) -> Result<()> {
+    let needed = bytes + RESERVED;
+    match left_by_ulimit() {
+        Some(left) if left < needed => bail!(
+            "out of memory: ulimit -v leaves {:.2} GiB of address space, and about {:.2} GiB are needed",
+            gib(left),
+            gib(needed)
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a job on `world` ranks if `ulimit -v` leaves less memory than the estimate. Does nothing
+/// if there is no estimate.
+///
+/// # Errors
+/// Errors of [`check_address_space`].
+pub fn check_run(job: impl FnOnce() -> Result<Job>, world: usize) -> Result<()> {
+    if left_by_ulimit().is_none() {
+        return Ok(());
+    }
+    match job() {
+        Ok(job) if !job.cuda => check_address_space(job.shared_by(world as u64).peak().total() - PROGRAM),
+        _ => Ok(()),
     }
 }

@@ -102,7 +102,7 @@ impl Job {
             ),
             moment(
                 "first block",
-                2 * lent.block,
+                lent.first_block,
                 g.first_block,
                 inputs + first_saved + block.transient + masks(kept.max(1)),
                 0,
@@ -124,7 +124,7 @@ impl Job {
         // kept.
         all.push(if self.args.optimizer_in_backward {
             let activations = inputs + kept_saved + masks(kept);
-            moment("update", lent.block, g.update, activations, 0, kept_casts, update)
+            moment("update", lent.at_update, g.update, activations, 0, kept_casts, update)
         } else {
             moment("update", 0, g.update, 0, 0, 0, update)
         });
@@ -308,18 +308,25 @@ impl Job {
 struct Lent {
     /// One block.
     block: u64,
-    /// The head, and the embedding if the output matrix is tied to it.
+    /// The head, the embedding if the output matrix is tied to it, and blocks that stay lent.
     at_loss: u64,
+    /// The first block of the backward pass and the next one, or all that stay lent.
+    first_block: u64,
+    /// Blocks at an update in the backward pass.
+    at_update: u64,
 }
 
 impl Lent {
     fn of(job: &Job, s: &Sizes) -> Self {
         if !job.lends() {
-            return Self { block: 0, at_loss: 0 };
+            return Self { block: 0, at_loss: 0, first_block: 0, at_update: 0 };
         }
         let weight = job.args.master_dtype.size() as u64;
         let table = if job.config.tie_word_embeddings { s.embedding } else { 0 };
-        Self { block: s.block * job.wire_bytes(), at_loss: (s.norm + s.head + table) * weight }
+        let (block, all) = (s.block * job.wire_bytes(), s.all_blocks * job.wire_bytes());
+        let (kept, first_block, at_update) =
+            if job.args.reshard_after_forward { (0, 2 * block, block) } else { (all, all, all) };
+        Self { block, at_loss: (s.norm + s.head + table) * weight + kept, first_block, at_update }
     }
 }
 

@@ -9,8 +9,8 @@ use cpift_core::format::tasks::Tasks;
 use tch::{Device, Kind};
 
 use crate::args::{Offload, Optimizer, TrainingArgs};
-use crate::blockwise::{BLOCK, SMALLEST};
 use crate::model::{EMBEDDING, ModelConfig};
+use crate::optim::{BLOCK, SMALLEST};
 use crate::session::strict_config;
 use crate::train::LoraConfig;
 

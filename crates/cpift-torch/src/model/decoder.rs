@@ -14,10 +14,10 @@ use super::config::{ModelConfig, rotated, text_base};
 use super::experts::{Experts, Routed};
 use super::layers::{Loader, Mlp, RmsNorm, Rope, check_all_taken, distinct_ropes};
 use crate::adapter::{AdapterSlot, LowRank};
-use crate::device::to_device;
 use crate::dist::Group;
 use crate::ffi;
 use crate::home::{Home, Lent, UnitHome};
+use crate::placement::to_device;
 use crate::weights::Parameters;
 
 /// A decoder block; the trainer calls the blocks one at a time.

@@ -11,7 +11,7 @@ use super::importance::{IMPORTANCE, Importance, Positions, jaccard};
 use super::step::{StepInput, Trainer};
 use crate::data::{FeedConfig, Feeder, StepShare};
 use crate::freeze::Freeze;
-use crate::pieces::{Piece, Pieces};
+use crate::placement::{Piece, Pieces};
 
 /// Batches of earlier tasks' rows per update of the mask.
 const REFRESH_BATCHES: usize = 4;

@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::adapter::LowRank;
 use crate::model::CausalLM;
-use crate::pieces::{Piece, Pieces};
+use crate::placement::{Piece, Pieces};
 use crate::session::Session;
 use crate::weights::{Parameters, first_not_finite, kind_of, read_part};
 

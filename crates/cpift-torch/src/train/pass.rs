@@ -21,6 +21,9 @@ pub struct PassConfig {
     pub checkpointing: bool,
     /// Targets per chunk of the loss: the logits of one chunk exist at a time.
     pub loss_chunk: usize,
+    /// Takes a block's weights back after its forward pass, where they are lent; otherwise they
+    /// stay for its backward pass.
+    pub reshard_after_forward: bool,
 }
 
 /// Factors of the two sums that are the loss of a batch.
@@ -117,8 +120,10 @@ pub(crate) struct Forward<'a> {
 /// A block's forward pass.
 struct BlockPass {
     input: Tensor,
-    /// Output with its graph, and the weights that the graph needs, if the graph is kept.
-    kept: Option<(Output, Parked)>,
+    /// Output with its graph, if the graph is kept.
+    output: Option<Output>,
+    /// Weights that were lent, if they or a graph that needs them are kept.
+    weights: Option<Parked>,
 }
 
 /// Output of a block with its graph.
@@ -164,10 +169,8 @@ impl BlockPass {
     fn ask_last(blocks: &mut [Self], home: &Home) -> Result<Option<(Asked, Option<Output>)>> {
         let unit = blocks.len();
         let Some(block) = blocks.last_mut() else { return Ok(None) };
-        Ok(Some(match block.kept.take() {
-            Some((output, parked)) => (parked.ask()?, Some(output)),
-            None => (home.ask(unit)?, None),
-        }))
+        let asked = block.weights.take().map_or_else(|| home.ask(unit), Parked::ask)?;
+        Ok(Some((asked, block.output.take())))
     }
 }
 
@@ -206,14 +209,16 @@ impl<'a> Forward<'a> {
             };
             // Without a trained embedding, the first block's input needs no gradient.
             let input = x_bse.set_requires_grad(layer > 0 || units.embedding());
-            if config.checkpointing {
+            let (output, weights) = if config.checkpointing {
                 x_bse = no_grad(|| run(&input)).hidden;
-                blocks.push(BlockPass { input, kept: None });
+                (None, (!config.reshard_after_forward).then(|| weights.keep()))
             } else {
                 let output = run(&input);
                 x_bse = output.hidden.detach();
-                blocks.push(BlockPass { input, kept: Some((output, weights.park()?)) });
-            }
+                let weights = if config.reshard_after_forward { weights.park()? } else { weights.keep() };
+                (Some(output), Some(weights))
+            };
+            blocks.push(BlockPass { input, output, weights });
         }
         let weights = next.lend()?;
         let last = x_bse.set_requires_grad(true);

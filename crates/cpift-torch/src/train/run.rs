@@ -12,25 +12,23 @@ use cpift_core::files::StagedDir;
 use cpift_core::format::checkpoint::ADAPTER_WEIGHTS;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::run::cli::Common;
-use cpift_core::run::signals::{Phase, SignalScope, stop_asked};
+use cpift_core::run::{Phase, SignalScope, stop_asked};
 use cpift_core::stream::random::splitmix64;
 use log::info;
 
-use super::average::{average, averaged_steps};
-use super::examples::{HeldOut, held_out_losses};
-use super::fisher::{self, FisherConfig};
+use super::importance::{self, FisherConfig};
 use super::isolation::{DynamicMask, Isolation};
 use super::lora::{self, LoraConfig, LoraOutput};
 use super::pass::PassConfig;
-use super::stage::{Stage, StageReport, plan_steps, receive};
-use super::state::{Part, Progress, RUN, SavedState, States};
+use super::stage::{HeldOut, Stage, StageReport, held_out_losses, plan_steps, receive};
+use super::state::{Part, Progress, RUN, SavedState, States, average, averaged_steps};
 use super::step::{StepConfig, StepInput, StepOutcome, Trainer};
 use super::watch::{METRICS, StageWatch, StepFigures, Watch};
 use crate::args::{Budget, TrainingArgs};
 use crate::data::{FeedConfig, Feeder, StepShare};
 use crate::freeze::Freeze;
 use crate::oom;
-use crate::pieces::Pieces;
+use crate::placement::Pieces;
 use crate::schedule::Schedule;
 use crate::session::Session;
 
@@ -105,7 +103,7 @@ impl Run<'_> {
         self.save(folder)?;
         if let Some(config) = self.fisher {
             let examples = self.stages.last().expect("a run has a stage").examples;
-            let tokens = fisher::save(self.session, examples, config, self.step_config().pass, folder)?;
+            let tokens = importance::save(self.session, examples, config, self.step_config().pass, folder)?;
             recorder.fact("fisher_tokens", tokens);
         }
         if let Some(staged) = staged {
@@ -200,7 +198,11 @@ impl Run<'_> {
         StepConfig {
             optimizer: self.args.optimizer(),
             max_grad_norm: self.args.max_grad_norm,
-            pass: PassConfig { checkpointing: self.args.gradient_checkpointing, loss_chunk: self.args.loss_chunk },
+            pass: PassConfig {
+                checkpointing: self.args.gradient_checkpointing,
+                loss_chunk: self.args.loss_chunk,
+                reshard_after_forward: self.args.reshard_after_forward,
+            },
             optimizer_in_backward: self.args.optimizer_in_backward,
             train_embeddings: !self.args.freeze_embeddings,
         }

@@ -11,8 +11,7 @@ use crate::freeze::Freeze;
 use crate::home::{GradientSums, Reduction};
 use crate::model::CausalLM;
 use crate::optim::{AdamW, AdamWConfig, Guard, Update, sum_of_squares};
-use crate::pieces::{Piece, Pieces, whole_pieces};
-use crate::placement::Placement;
+use crate::placement::{Piece, Pieces, Placement, whole_pieces};
 use crate::weights::Parameters;
 
 /// Settings of the steps.
@@ -35,7 +34,7 @@ impl Default for StepConfig {
         Self {
             optimizer: AdamWConfig::default(),
             max_grad_norm: 1.0,
-            pass: PassConfig { checkpointing: false, loss_chunk: 1024 },
+            pass: PassConfig { checkpointing: false, loss_chunk: 1024, reshard_after_forward: true },
             optimizer_in_backward: false,
             train_embeddings: true,
         }

@@ -5,8 +5,7 @@ use std::path::Path;
 
 use cpift_core::Checkpoint;
 use cpift_torch::optim::{AdamW, AdamWConfig, Guard, StateKind, Update};
-use cpift_torch::pieces::{Piece, Pieces};
-use cpift_torch::placement::Placement;
+use cpift_torch::placement::{Piece, Pieces, Placement};
 use tch::{Device, Kind, Tensor};
 
 /// Whole blocks; a last block of one element; too small for 8 bits.

@@ -9,8 +9,7 @@ use cpift_core::format::mask::{FORMAT_VERSION, Mask, MaskHeader, MaskWriter, Met
 use cpift_testkit::{Numbers, Tensor as TestTensor, Tensors, write_checkpoint};
 use cpift_torch::freeze::Freeze;
 use cpift_torch::optim::{AdamW, AdamWConfig, Guard, Update, sum_of_squares};
-use cpift_torch::pieces::whole_pieces;
-use cpift_torch::placement::Placement;
+use cpift_torch::placement::{Placement, whole_pieces};
 use cpift_torch::weights::Parameters;
 use tch::{Device, Kind, Tensor, no_grad};
 

@@ -6,12 +6,12 @@ use cpift_torch::freeze::Freeze;
 use cpift_torch::loss::target_losses;
 use cpift_torch::model::CausalLM;
 use cpift_torch::optim::{AdamWConfig, StateKind};
-use cpift_torch::pieces::whole_pieces;
+use cpift_torch::placement::whole_pieces;
 use cpift_torch::train::{PassConfig, StepConfig, StepInput, Trainer, loss_and_gradients};
 use cpift_torch::weights::Parameters;
 use tch::{Device, Kind, Tensor, no_grad};
 
-const KEEP: PassConfig = PassConfig { checkpointing: false, loss_chunk: 1024 };
+const KEEP: PassConfig = PassConfig { checkpointing: false, loss_chunk: 1024, reshard_after_forward: true };
 
 fn same_bits(a: &Tensor, b: &Tensor) -> bool {
     let bytes = |t: &Tensor| {

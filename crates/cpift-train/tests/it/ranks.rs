@@ -66,11 +66,21 @@ fn ranks_train_what_one_process_accumulates() {
     let with = |more: &[&'static str]| [&stages[..], &["--steps", "6"], more].concat();
     // Clipping, decay, static masks.
     same_as_accumulated(&f, &with(&[]));
-    same_as_accumulated(&f, &with(&["--gradient-checkpointing", "--packing", "--max-grad-norm", "0.05"]));
+    same_as_accumulated(
+        &f,
+        &with(&[
+            "--gradient-checkpointing",
+            "--packing",
+            "--max-grad-norm",
+            "0.05",
+            "--reshard-after-forward",
+            "false",
+        ]),
+    );
     same_as_accumulated(&f, &with(&["--trainable", "cores", "--compute-dtype", "bf16"]));
     let narrow = ["--master-dtype", "bf16", "--optim-state-dtype", "bf16", "--compute-dtype", "bf16"];
     same_as_accumulated(&f, &with(&narrow));
-    same_as_accumulated(&f, &with(&["--freeze-embeddings", "--eval-every", "3"]));
+    same_as_accumulated(&f, &with(&["--freeze-embeddings", "--eval-every", "3", "--reshard-after-forward", "false"]));
 }
 
 /// Experts, with masks over them and a load-balancing loss of each micro-batch.

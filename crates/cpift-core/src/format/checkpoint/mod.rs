@@ -2,23 +2,18 @@
 //! files.
 
 mod adapter;
+mod adapter_files;
 mod derive;
 mod diagnose;
-mod fp8;
 pub(crate) mod layout;
 mod open;
 pub(crate) mod reader;
 pub(crate) mod sidecar;
-mod wrappers;
-mod writer;
 
-pub use adapter::{
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factor, LoraFile, LoraPair, PeftConfig, model_of, peft_names, read_lora,
-    write_factors,
-};
+pub use adapter::{LoraFile, LoraPair, model_of, read_lora};
+pub use adapter_files::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factor, PeftConfig, peft_names, write_factors};
 pub use derive::{Row, Rows};
-pub use fp8::{check_readable, quantization, without_quantization};
-pub use layout::Layout;
+pub use layout::{CheckpointWriter, Layout};
+pub use open::{check_readable, quantization, without_quantization};
 pub use reader::{Checkpoint, Excluded, TensorView, check_same_parameters};
 pub use sidecar::{OtherFiles, copy_sidecars, is_sidecar, read_config, with_head_of, with_torch_dtype};
-pub use writer::CheckpointWriter;

@@ -2,9 +2,8 @@
 
 use std::fmt::Write as _;
 
-use crate::statistics::comparison::Question;
-use crate::statistics::experiment::{Cell, Column, Experiment, Forgetting, Method, Outcome, SeedScores};
-use crate::statistics::unit::{ANS_FORMULA, Spread, Unit};
+use crate::comparison::{ANS_FORMULA, Question, Spread, Unit};
+use crate::experiment::{Cell, Column, Experiment, Forgetting, Method, Outcome, SeedScores};
 
 /// A cell of a table, and true if it is the best of its column.
 pub(crate) type Text = (String, bool);

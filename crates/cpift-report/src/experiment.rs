@@ -7,11 +7,10 @@ use std::path::Path;
 use anyhow::Result;
 use cpift_core::BadInput;
 
-use super::bootstrap;
-use super::comparison::{self, Comparison, Delta, Drawn, Draws, Question, Sides};
-use super::experiment_file::{Axis, File, Head, Pair, PairRow, Rows, ScoreRow};
-use super::runs::{Run, check_comparable, check_shared_tasks, differences_of_shared_tasks};
-use super::unit::{Spread, Unit};
+use crate::bootstrap;
+use crate::comparison::{self, Comparison, Delta, Drawn, Draws, Question, Sides, Spread, Unit};
+use crate::experiment_file::{Axis, File, Head, Pair, PairRow, Rows, ScoreRow};
+use crate::runs::{Run, check_comparable, check_shared_tasks, differences_of_shared_tasks};
 
 /// An experiment and its outcome.
 #[derive(Debug, Clone)]

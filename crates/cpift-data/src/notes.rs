@@ -5,7 +5,7 @@ use std::path::Path;
 
 use log::warn;
 
-use crate::files::raw::Place;
+use crate::files::Place;
 
 /// Unused keys of turns and unused columns, counted over a file.
 #[derive(Default)]
@@ -124,7 +124,7 @@ fn turns(count: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::take_conversation;
+    use crate::rows::take_conversation;
     use cpift_core::format::tasks::Format;
     use serde_json::{Value, json};
 

@@ -20,7 +20,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use serde_json::Value;
 
-use super::raw::{Fields, Place, text_of, unusable};
+use crate::files::{Fields, Place, text_of, unusable};
 
 /// Reads all row groups, with uncompressed, Snappy or Zstandard pages; other codecs are errors that
 /// name the codec.

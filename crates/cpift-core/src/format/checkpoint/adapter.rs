@@ -2,9 +2,6 @@
 //! are read. Adapters are PEFT directories, or files in the key styles of PEFT, diffusers and
 //! kohya.
 
-mod keys;
-mod write;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +9,7 @@ use anyhow::Result;
 use rayon::prelude::*;
 use serde_json::Value;
 
+use super::adapter_files::{self, Key, Part, Unknown};
 use super::derive::LowRank;
 use super::diagnose;
 use super::reader::{Checkpoint, Excluded, TensorView};
@@ -20,9 +18,6 @@ use crate::format::digest::Digest;
 use crate::format::json;
 use crate::format::safetensors::{Entry, MappedFile};
 use crate::log_once;
-use keys::{Key, Part, Unknown};
-
-pub use write::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Factor, PeftConfig, peft_names, write_factors};
 
 /// Prefixes under which the weights of a component stand in one file with others.
 const INSIDE: [&str; 4] =
@@ -332,7 +327,7 @@ fn assign(checkpoint: &Checkpoint, adapter: &Adapter) -> Result<Assigned> {
     // The first tensor without a place, and the number of those with one, by component.
     let mut groups: BTreeMap<String, (Option<String>, usize)> = BTreeMap::new();
     for name in adapter.file.entries.keys() {
-        let key = keys::parse(name).map_err(|Unknown(kind)| {
+        let key = adapter_files::parse(name).map_err(|Unknown(kind)| {
             adapter
                 .error(format!("{kind} is not supported"), name)
                 .expected("LoRA in the style of PEFT (lora_A, lora_B), diffusers or kohya (lora_down, lora_up, alpha)")
@@ -527,7 +522,7 @@ pub fn read_lora(path: &Path) -> Result<LoraFile> {
     let mut parts: BTreeMap<String, (Key, Parts)> = BTreeMap::new();
     let mut underscored = None;
     for name in adapter.file.entries.keys() {
-        let key = keys::parse(name)
+        let key = adapter_files::parse(name)
             .map_err(|Unknown(kind)| adapter.error(format!("{kind} is not supported"), name).expected("plain LoRA"))?;
         if !matches!(key.part, Part::Down | Part::Up | Part::Alpha) {
             return Err(adapter
