@@ -72,7 +72,7 @@ fn frozen_elements_of_experts_keep_their_bits() {
     let f = Fixture::with_experts();
     let before = read_checkpoint(&f.base);
     let mask = f.path("count.safetensors").display().to_string();
-    let usual = ["--protect", &mask, "--steps", "4", "--weight-decay", "1", "--max-grad-norm", "0"];
+    let usual = ["--add", "pick", "--protect", &mask, "--steps", "4", "--weight-decay", "1", "--max-grad-norm", "0"];
     let balanced = [&usual[..], &["--router-aux-loss-coef", "0.1", "--packing", "--force"]].concat();
     let files = f.path("files").display().to_string();
     fs::create_dir(&files).unwrap();
