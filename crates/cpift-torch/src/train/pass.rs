@@ -134,7 +134,8 @@ struct Output {
 }
 
 /// The load-balancing loss (Switch Transformer,
-/// [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), equations 4 to 6) over the tokens of all blocks together, as transformers computes it.
+/// [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), equations 4 to 6) over the tokens of all
+/// blocks together, as transformers computes it.
 struct Balance {
     tokens: i64,
     /// Number of tokens of each expert, and sums of its probabilities, f64.
