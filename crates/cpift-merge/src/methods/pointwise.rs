@@ -111,18 +111,24 @@ pub(crate) fn changes<T: Number>(delta: T, epsilon: T) -> bool {
 
 #[inline(always)]
 fn ram<T: Number>(epsilon: f64, factors: &[f64], deltas: &[Vec<T>], base: &[T], out: &mut [T]) {
+    /// Elements whose sums are kept in registers or close by.
+    const SIDE: usize = 64;
     let epsilon = T::from_f64(epsilon);
-    for (j, (o, b)) in out.iter_mut().zip(base).enumerate() {
-        let (mut count, mut sum, mut alone) = (0u32, 0.0, 0.0);
+    for (at, (out, base)) in out.chunks_mut(SIDE).zip(base.chunks(SIDE)).enumerate() {
+        let (mut count, mut sum, mut alone) = ([0.0; SIDE], [0.0; SIDE], [0.0; SIDE]);
         for (i, values) in deltas.iter().enumerate() {
-            if changes(values[j], epsilon) {
-                count += 1;
-                sum += values[j].to_f64();
-                alone = values[j].to_f64() * factors.get(i).copied().unwrap_or(1.0);
+            let factor = factors.get(i).copied().unwrap_or(1.0);
+            for (j, v) in values[SIDE * at..].iter().take(SIDE).enumerate() {
+                let changed = changes(*v, epsilon);
+                count[j] += if changed { 1.0 } else { 0.0 };
+                sum[j] += if changed { v.to_f64() } else { 0.0 };
+                alone[j] = if changed { v.to_f64() * factor } else { alone[j] };
             }
         }
-        let change = if count > 1 { sum / f64::from(count) } else { alone };
-        *o = T::from_f64(b.to_f64() + change);
+        for (j, (o, b)) in out.iter_mut().zip(base).enumerate() {
+            let change = if count[j] > 1.0 { sum[j] / count[j] } else { alone[j] };
+            *o = T::from_f64(b.to_f64() + change);
+        }
     }
 }
 
