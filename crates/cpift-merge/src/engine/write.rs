@@ -34,7 +34,7 @@ pub(crate) struct Output {
 }
 
 /// Number of bytes after which a flush begins, so that little is left to flush at the end.
-const FLUSH: u64 = 256 << 20;
+const FLUSH: u64 = 64 << 20;
 
 impl Output {
     /// Creates the files for `specs` at `path`, in the layout `layout`.

@@ -187,7 +187,7 @@ fn drawn(key: u64, limit: u64, start: usize) -> u64 {
 
 /// The first 64 of packed bits; those past the end are not set.
 #[inline(always)]
-fn word_at(bits: &[u8]) -> u64 {
+pub(crate) fn word_at(bits: &[u8]) -> u64 {
     match bits.first_chunk::<8>() {
         Some(word) => u64::from_le_bytes(*word),
         None => bits.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
