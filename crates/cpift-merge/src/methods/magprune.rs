@@ -2,7 +2,6 @@
 //! magnitude.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use cpift_core::stream::random::splitmix64;
 use cpift_core::stream::select::GROUP;
