@@ -8,6 +8,7 @@
 mod adapter;
 pub mod args;
 mod blockwise;
+mod cached_rows;
 pub mod data;
 pub mod device;
 pub mod dist;
@@ -23,6 +24,7 @@ pub mod oom;
 pub mod optim;
 pub mod pieces;
 pub mod placement;
+mod sampling;
 pub mod schedule;
 pub mod score;
 pub mod session;
