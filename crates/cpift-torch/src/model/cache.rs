@@ -50,24 +50,20 @@ impl KvCache {
         self.first = self.first.max(self.end - length);
     }
 
-    /// Makes room for one more token. A full cache moves to the left, over columns that no row
-    /// uses any more, and grows if there are none.
+    /// Makes room for one more token. A full cache moves its columns to the left, over those that
+    /// no row uses any more, block by block.
     pub fn reserve(&mut self) {
-        if self.end == self.capacity() {
-            self.relocate(self.length());
+        if self.end < self.capacity() {
+            return;
         }
-    }
-
-    /// Moves the columns so that they end at `end`, with room for more, block by block.
-    fn relocate(&mut self, end: i64) {
         let length = self.length();
         for tensor in self.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
             let [b, k, _, d] = tensor.size()[..] else { unreachable!("a cache has four dimensions") };
-            let moved = Tensor::zeros([b, k, end + GROWTH, d], (tensor.kind(), tensor.device()));
-            moved.narrow(2, end - length, length).copy_(&tensor.narrow(2, self.first, length));
+            let moved = Tensor::empty([b, k, length + GROWTH, d], (tensor.kind(), tensor.device()));
+            moved.narrow(2, 0, length).copy_(&tensor.narrow(2, self.first, length));
             *tensor = moved;
         }
-        (self.first, self.end) = (end - length, end);
+        (self.first, self.end) = (0, length);
     }
 
     /// Appends a block's new keys and values and returns all of them.
@@ -94,11 +90,12 @@ impl KvCache {
     }
 
     /// Replaces the batch rows `rows` (int64) by those of `new`.
+    ///
+    /// # Panics
+    /// If a new row is longer than the longest that was kept or replaced since the cache last moved.
     pub fn replace_rows(&mut self, rows: &Tensor, new: &Self) {
         let length = new.length();
-        if length > self.end {
-            self.relocate(length);
-        }
+        assert!(length <= self.end, "{length} new columns, {} before the newest", self.end);
         let replace = |all: &Tensor, new_rows: &Tensor| {
             // Nothing of the old rows remains: were it infinite, it would spread from under the mask.
             let _ = all.narrow(2, 0, self.end).index_fill_(0, rows, 0.0);
