@@ -153,9 +153,9 @@ impl Batch<'_> {
     /// step.
     fn prefill(&self, places: &[usize]) -> State {
         // An empty prompt is answered as one token of padding would be.
-        let parts: Vec<(&i64, &[i64])> =
-            places.iter().map(|&place| self.prompts[place].split_last().unwrap_or((&0, &[]))).collect();
-        let (newest, prompts): (Vec<i64>, Vec<&[i64]>) = parts.into_iter().unzip();
+        let parts =
+            |&place: &usize| self.prompts[place].split_last().map_or((0, &[][..]), |(last, rest)| (*last, rest));
+        let (newest, prompts): (Vec<i64>, Vec<&[i64]>) = places.iter().map(parts).unzip();
         let newest_b1 = Tensor::from_slice(&newest).unsqueeze(1).to_device(self.model.device());
         State { cached: CachedRows::new(self.model, &prompts, 0).0, newest_b1 }
     }

@@ -58,7 +58,7 @@ impl KvCache {
         }
         let length = self.length();
         for tensor in self.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
-            let [b, k, _, d] = tensor.size()[..] else { unreachable!("a cache has four dimensions") };
+            let (b, k, _, d) = tensor.size4().expect("a cache has four dimensions");
             let moved = Tensor::empty([b, k, length + GROWTH, d], (tensor.kind(), tensor.device()));
             moved.narrow(2, 0, length).copy_(&tensor.narrow(2, self.first, length));
             *tensor = moved;
