@@ -71,7 +71,7 @@ KILLS ?= 100
 
 storm: setup ## All six stages killed at KILLS=100 random moments and run again: the end is that of a quiet run
 	cargo build --workspace --bins
-	KILLS=$(KILLS) cargo test -p cpift-testkit --test storm
+	KILLS=$(KILLS) cargo test -p cpift-testkit --test it storm::
 
 check-formats: build ## Every file of DATA/raw loads in the layout its source publishes (DATA=)
 	@BIN=$(BIN) scripts/check-formats.sh $(DATA)

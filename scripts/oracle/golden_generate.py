@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 GOLDEN = Path(__file__).parents[2] / "fixtures/golden"
 CASES = ["llama/gqa_tied", "models/mistral_window", "models/qwen2", "models/qwen3", "models/gemma2",
-         "models/phi3", "models/phi4_mini", "models/olmo2", "models/granite", "models/smollm3", "models/gemma3"]
+         "models/phi3", "models/phi4_mini", "models/olmo2", "models/granite", "models/smollm3", "models/gemma3",
+         "models/qwen3_moe"]
 LENGTHS, NEW_TOKENS, PAD = [3, 19, 8, 12], 16, 0
 
 

@@ -18,11 +18,13 @@ from transformers.utils import logging
 from golden_models import ADAMW, backward, load
 
 GOLDEN = Path(__file__).resolve().parents[2] / "fixtures/golden"
-# The second model has biases beside its adapters and few of them; the third norms every head.
+# The second model has biases beside its adapters and few of them; the third caps its scores; the
+# fourth has experts.
 CASES = {
     "all_linear": dict(model="models/llama3_rope", target_modules="all-linear", use_rslora=False),
     "some_rslora": dict(model="models/qwen2", target_modules=["q_proj", "v_proj", "mlp.down_proj"], use_rslora=True),
     "attention_only": dict(model="models/gemma2", target_modules=["q_proj", "k_proj", "o_proj"], use_rslora=False),
+    "experts": dict(model="models/qwen3_moe_aux", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_rslora=False),
 }
 RANK, ALPHA, SEED, MASK = 4, 12.0, 7, 2**64 - 1
 

@@ -13,9 +13,13 @@ holds
                                       clipping) of ten steps, every one on both documents,
                                       final_param_norms, and the versions that made it all
 
+Experts, which transformers keeps in one tensor per layer, have the names and gradients of the
+checkpoint. A model that adds the load-balancing loss of its routers runs both documents in one
+padded batch, since that loss is one of a batch.
+
 A case also lists what it covers, with a way to turn each off; a feature that does not move the
 logits by FELT is an error, for no test could see it missing. So is a curve that other roundings
-(f64 outside the norms) move by STABLE."""
+(f64 outside the norms) move by STABLE, and a token that other experts compute in bf16."""
 import argparse
 import json
 import shutil
@@ -26,6 +30,7 @@ from typing import Callable
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -82,6 +87,7 @@ def unscaled_embedding(model: Model) -> None:
 
 WINDOW = {"window": {"sliding_window": 64}, "window one shorter": {"sliding_window": 7},
           "window one longer": {"sliding_window": 9}}
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
 LAYERS = {"full layers": {"layer_types": [SLIDING] * 3}, "sliding layers": {"layer_types": [FULL] * 3}}
 BIASES = {f"{name} bias": shifted(f"{name}_proj.bias", None) for name in "qkv"}
 
@@ -184,6 +190,19 @@ CASES = {
                    spelled={"layer_types": None, "rope_parameters": None, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
                             "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window_pattern": 3,
                             "_sliding_window_pattern": None}),
+    # As Qwen publishes Qwen3-30B-A3B: experts in every layer, no load-balancing loss.
+    "qwen3_moe": Case("qwen3_moe", EXPERTS | dict(
+        head_dim=16, num_hidden_layers=2, moe_intermediate_size=16, norm_topk_prob=True, rope_parameters=rope(1e6)), {
+            "normalised weights": {"norm_topk_prob": False}, "second expert": {"num_experts_per_tok": 1},
+            "router": shifted("mlp.gate.weight", None), "q norm": without_modules("q_norm")}, reseed=2,
+                      spelled={"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": None, "num_local_experts": None,
+                               "num_experts": 4, "max_window_layers": 2, "attention_bias": False}),
+    # Experts in layers 1 and 5, the load-balancing loss over both, and a window in all layers.
+    "qwen3_moe_aux": Case("qwen3_moe", EXPERTS | dict(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1, head_dim=12,
+        moe_intermediate_size=8, decoder_sparse_step=2, mlp_only_layers=[3], output_router_logits=True,
+        router_aux_loss_coef=0.5, use_sliding_window=True, sliding_window=8), WINDOW | {
+            "plain weights": {"norm_topk_prob": True}, "second expert": {"num_experts_per_tok": 1}}, reseed=6),
 }
 
 
@@ -209,9 +228,11 @@ def save_model(folder: Path, case: Case, rng: torch.Generator) -> None:
 
 
 def load(folder: Path, **changes) -> Model:
-    """The saved model in f32 with eager attention; `changes` are fields of its configuration."""
+    """The saved model in f32 with eager attention and experts; `changes` are fields of its
+    configuration."""
     config = AutoConfig.from_pretrained(folder, **changes)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="eager")
+    eager = dict(attn_implementation="eager") | (dict(experts_implementation="eager") if hasattr(config, "num_experts") else {})
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **eager)
     model.config.use_cache = False
     return model.train()
 
@@ -235,6 +256,12 @@ def backward(model: Model, docs: list) -> tuple[float, list[torch.Tensor]]:
     logits."""
     targets = sum(int((labels[1:] != -100).sum()) for _, labels in docs)
     loss, logits = 0.0, []
+    if getattr(model.config, "output_router_logits", False):
+        ids, labels, seen = (pad_sequence(rows, batch_first=True, padding_value=fill) for rows, fill in (
+            ([d[0] for d in docs], 0), ([d[1] for d in docs], -100), ([torch.ones_like(d[0]) for d in docs], 0)))
+        out = model(input_ids=ids, labels=labels, attention_mask=seen, num_items_in_batch=targets)
+        out.loss.backward()
+        return out.loss.item(), [rows[:len(d[0])].contiguous() for rows, d in zip(out.logits.detach(), docs)]
     for ids, labels in docs:
         out = model(input_ids=ids[None], labels=labels[None], num_items_in_batch=targets)
         out.loss.backward()
@@ -248,7 +275,32 @@ def golden(model: Model, docs: list) -> dict[str, torch.Tensor]:
     tensors = {"loss": torch.tensor(loss)}
     for i, ((ids, labels), values) in enumerate(zip(docs, logits)):
         tensors |= {f"ids_{i}": ids, f"labels_{i}": labels, f"logits_{i}": values}
-    return tensors | {f"grad.{name}": weight.grad for name, weight in model.named_parameters()}
+    for name, weight in model.named_parameters():
+        tensors |= {f"grad.{part}": grad for part, grad in split(name, weight.grad)}
+    return tensors
+
+
+def split(name: str, grad: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The gradient of a parameter by the names of the checkpoint."""
+    base, _, last = name.rpartition(".experts.")
+    if not base:
+        return [(name, grad)]
+    parts = {"down_proj": grad} if last == "down_proj" else dict(zip(("gate_proj", "up_proj"), grad.chunk(2, dim=1)))
+    return [(f"{base}.experts.{x}.{part}.weight", own.contiguous()) for part, all_ in parts.items() for x, own in enumerate(all_)]
+
+
+def routes(model: Model, docs: list) -> list[torch.Tensor]:
+    """The experts of every token, layer by layer."""
+    found, hooks = [], []
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            hooks.append(module.register_forward_hook(lambda _, __, out: found.append(out[2].sort(-1).values)))
+    with torch.no_grad():
+        for ids, _ in docs:
+            model(input_ids=ids[None])
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def moved(case: Case, folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
@@ -286,6 +338,11 @@ def make(folder: Path, case: Case, seed: int) -> None:
     felt = moved(case, folder, docs[0][0], tensors["logits_0"])
     unfelt = {name: by for name, by in felt.items() if by < FELT}
     assert not unfelt, f"{folder.name}: turned off, these hardly change the logits: {unfelt}"
+    routed = [routes(load(folder).to(dtype), docs) for dtype in (torch.float32, torch.bfloat16)]
+    assert all(torch.equal(a, b) for a, b in zip(*routed)), f"{folder.name}: bf16 routes tokens to other experts"
+    if case.fields.get("output_router_logits"):
+        plain = backward(load(folder, output_router_logits=False), docs)[0]
+        assert abs(plain - tensors["loss"]) > FELT, f"{folder.name}: the load-balancing loss is not felt"
     report = curve(folder, docs)
     save_file(tensors, folder / "golden.safetensors")
     (folder / "adamw.json").write_text(json.dumps(report, indent=2) + "\n")

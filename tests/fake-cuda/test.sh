@@ -91,7 +91,7 @@ for offload in none optimizer all; do
 done
 
 # The families, each with the kernels its layers need.
-for family in llama3_rope mistral_window qwen2_window qwen3 gemma2 gemma3 phi3 phi4_mini olmo2 granite smollm3; do
+for family in llama3_rope mistral_window qwen2_window qwen3 qwen3_moe_aux gemma2 gemma3 phi3 phi4_mini olmo2 granite smollm3; do
     base=$work/$family
     python3 "$here/family.py" fixtures/golden/models/$family fixtures/demo/base "$base"
     train "$family" --eval-every 2 --eval-rows 4

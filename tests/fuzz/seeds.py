@@ -149,6 +149,9 @@ def models():
     put("config", "qwen2", compact(llama | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": True,
                                             "sliding_window": 16, "max_window_layers": 1}))
     put("config", "qwen3", compact(llama | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
+    put("config", "qwen3_moe", compact(llama | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4,
+                                                "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True,
+                                                "mlp_only_layers": [0], "decoder_sparse_step": 1, "output_router_logits": True}))
     put("config", "phi3", compact(llama | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "partial_rotary_factor": 0.5,
                                            "original_max_position_embeddings": 64, "rope_scaling": {
                                                "type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}))

@@ -69,6 +69,36 @@ pub fn write_tiny_model(folder: &Path, seed: u64) -> PathBuf {
     folder.to_owned()
 }
 
+/// Weights of the tiny model with four experts in its second block in place of the MLP, two of
+/// which compute a token.
+pub fn tiny_expert_weights(seed: u64) -> Tensors {
+    let mut tensors = tiny_weights(seed);
+    tensors.retain(|name, _| !name.starts_with("model.layers.1.mlp."));
+    let mut numbers = Numbers(seed + 1);
+    let mut add = |name: &str, rows: usize, columns: usize| {
+        let values: Vec<f32> = numbers.units(rows * columns).iter().map(|v| 0.3 * v).collect();
+        tensors.insert(format!("model.layers.1.{name}.weight"), Tensor::f32(&[rows, columns], &values));
+    };
+    add("mlp.gate", 4, HIDDEN);
+    for x in 0..4 {
+        add(&format!("mlp.experts.{x}.gate_proj"), HIDDEN / 2, HIDDEN);
+        add(&format!("mlp.experts.{x}.up_proj"), HIDDEN / 2, HIDDEN);
+        add(&format!("mlp.experts.{x}.down_proj"), HIDDEN, HIDDEN / 2);
+    }
+    for layer in 0..LAYERS {
+        for name in ["q_norm", "k_norm"] {
+            tensors.insert(format!("model.layers.{layer}.self_attn.{name}.weight"), Tensor::f32(&[4], &[1.0; 4]));
+        }
+    }
+    tensors
+}
+
+/// Fields of config.json by which the tiny model is the one of [`tiny_expert_weights`].
+pub fn tiny_expert_fields() -> Value {
+    json!({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN / 2, "norm_topk_prob": true, "mlp_only_layers": [0]})
+}
+
 /// Writes `value` to `path`.
 ///
 /// # Panics

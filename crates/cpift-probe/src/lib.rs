@@ -183,7 +183,7 @@ fn plan(args: &Args, (tasks, task): (&Tasks, Task), base: &Path, out: &Path, wor
     let (tasks_role, tasks_digest) = (tasks.role([task.name.as_str()]), tasks.digest([task.name.as_str()])?);
     let train_digest = Digest::of_file(&task.train)?;
     let placement = workers.placement.clone();
-    let model = ModelInfo::open(base, tasks.template()?)?;
+    let model = ModelInfo::open(base, tasks.template()?)?.with_router_aux_loss(args.training.router_aux_loss_coef)?;
     let encoded = read_examples(&task, &model, &args.training)?;
     let held_out = HeldOut::read(slice::from_ref(&task), &model, &args.training)?;
     let precision = args.training.precision(placement.device);

@@ -135,7 +135,11 @@ fn main() -> Result<()> {
     let config = StepConfig {
         optimizer: AdamWConfig { state: StateKind::plain(args.optim_state), ..AdamWConfig::default() },
         max_grad_norm: if args.optimizer_in_backward { 0.0 } else { 1.0 },
-        pass: PassConfig { checkpointing: args.gradient_checkpointing, loss_chunk: args.loss_chunk },
+        pass: PassConfig {
+            checkpointing: args.gradient_checkpointing,
+            loss_chunk: args.loss_chunk,
+            ..StepConfig::default().pass
+        },
         optimizer_in_backward: args.optimizer_in_backward,
         train_embeddings: true,
     };

@@ -2,7 +2,8 @@
 //! far logits and losses are from what transformers computed on the CPU in f32, and whether that is
 //! within the dtype's tolerance. scripts/gpu.sh runs it.
 
-#[path = "../tests/golden/mod.rs"]
+#[allow(dead_code, reason = "the tests use the rest")]
+#[path = "../tests/it/golden/mod.rs"]
 mod golden;
 
 use std::path::PathBuf;

@@ -30,14 +30,12 @@ int cpift_fused_adamw(at::Tensor *const *params, at::Tensor *const *grads, at::T
   });
 }
 
-// Gradients of `output` by `inputs`, given its own gradient (null: 1, for a scalar). Frees the
-// graph.
-int cpift_grad(const at::Tensor *output, const at::Tensor *grad_output, at::Tensor *const *inputs, int count,
-               at::Tensor **grads) {
+// Sums of the gradients of `outputs` by `inputs`, given a gradient of each output. Frees the graph.
+int cpift_grad(at::Tensor *const *outputs, at::Tensor *const *grad_outputs, int output_count,
+               at::Tensor *const *inputs, int count, at::Tensor **grads) {
   return guarded([&] {
-    torch::autograd::variable_list given;
-    if (grad_output) given.push_back(*grad_output);
-    auto out = torch::autograd::grad({*output}, gather(inputs, count), given, /*retain_graph=*/false,
+    auto out = torch::autograd::grad(gather(outputs, output_count), gather(inputs, count),
+                                     gather(grad_outputs, output_count), /*retain_graph=*/false,
                                      /*create_graph=*/false, /*allow_unused=*/false);
     for (int i = 0; i < count; i++) grads[i] = new at::Tensor(out[i]);
   });

@@ -89,6 +89,13 @@ pub struct TrainingArgs {
     #[arg(long, aliases = ["max_grad_norm"], value_name = "F", allow_negative_numbers = true)]
     #[arg(default_value_t = 1.0, help_heading = OPTIMIZER)]
     pub max_grad_norm: f64,
+    /// Factor of the load-balancing loss of the routers, in models with experts; 0 leaves that loss
+    /// out. It is computed over the tokens of each micro-batch and averaged over those of a step
+    /// [default: router_aux_loss_coef of config.json if it sets output_router_logits, else 0]
+    #[arg(long, aliases = ["router_aux_loss_coef", "moe_aux_loss_coef", "moe-aux-loss-coef"], value_name = "F")]
+    #[arg(allow_negative_numbers = true, help_heading = OPTIMIZER)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub router_aux_loss_coef: Option<f64>,
     /// Do not train the embedding table, nor an output matrix tied to it
     #[arg(long, help_heading = OPTIMIZER)]
     pub freeze_embeddings: bool,
@@ -132,6 +139,13 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Reduce::Ordered, help_heading = MEMORY)]
     #[serde(skip_serializing_if = "Reduce::is_ordered")]
     pub reduce: Reduce,
+    /// Over ranks or with --offload all: free a block's weights after its forward pass and bring
+    /// them again for its backward pass. With false they stay, which moves a third less between
+    /// ranks and takes the memory of all blocks' weights. The result is the same, bit for bit
+    #[arg(long, aliases = ["reshard_after_forward"], value_name = "BOOL", default_value_t = true)]
+    #[arg(action = clap::ArgAction::Set, help_heading = MEMORY)]
+    #[serde(skip)]
+    pub reshard_after_forward: bool,
     /// Target tokens per chunk of the loss: the logits of one chunk exist at a time
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = MEMORY)]
     pub loss_chunk: usize,
@@ -264,6 +278,7 @@ impl TrainingArgs {
             ((0.0..1.0).contains(&self.adam_beta2), "--adam-beta2 must be 0 or more and under 1"),
             (finite(self.adam_epsilon) > 0.0, "--adam-epsilon must be positive"),
             (finite(self.max_grad_norm) >= 0.0, "--max-grad-norm must not be negative"),
+            (self.router_aux_loss_coef.is_none_or(|f| finite(f) >= 0.0), "--router-aux-loss-coef must not be negative"),
             (self.max_length.is_none_or(|n| n >= 2), "--max-length must be at least 2"),
             (matches!(self.master_dtype, Dtype::F32 | Dtype::BF16), "--master-dtype must be f32 or bf16"),
             (matches!(self.optim_state_dtype, Dtype::F32 | Dtype::BF16), "--optim-state-dtype must be f32 or bf16"),

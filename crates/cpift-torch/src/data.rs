@@ -273,6 +273,8 @@ pub(crate) struct StepShare {
     pub chosen: Vec<usize>,
     /// This process's micro-batches.
     batches: Vec<Batch>,
+    /// Number of micro-batches of all ranks.
+    pub micro_batches: usize,
     /// Target tokens of all ranks.
     pub targets: usize,
     /// Tokens of all ranks.
@@ -290,7 +292,7 @@ impl StepShare {
         // The first token of an example has no prediction.
         let targets = of_all(|e| e.target.iter().skip(1).filter(|t| **t).count());
         let tokens = of_all(|e| e.ids.len());
-        Self { chosen, batches, targets, tokens }
+        Self { chosen, batches, micro_batches: dealt.len(), targets, tokens }
     }
 
     /// The same in pinned host memory for `device`, if that is a CUDA device.

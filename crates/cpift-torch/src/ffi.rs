@@ -29,8 +29,9 @@ unsafe extern "C" {
         found_inf: *const c_void,
     ) -> c_int;
     fn cpift_grad(
-        output: *const c_void,
-        grad_output: *const c_void,
+        outputs: *const RawTensor,
+        grad_outputs: *const RawTensor,
+        output_count: c_int,
         inputs: *const RawTensor,
         count: c_int,
         grads: *mut RawTensor,
@@ -99,19 +100,21 @@ pub(crate) fn fused_adamw(tensors: &AdamWTensors<'_>, numbers: &AdamWNumbers<'_>
     check(code, "AdamW step")
 }
 
-/// Gradients of `output` by `inputs`, given its own gradient (none: 1, for a scalar). Frees the
+/// Sums of the gradients of `outputs` by `inputs`, given with each output its gradient. Frees the
 /// graph.
 ///
 /// # Errors
 /// An error of libtorch, for example for an input that the output does not depend on.
-pub(crate) fn grad(output: &Tensor, grad_output: Option<&Tensor>, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+pub(crate) fn grad(outputs: &[(&Tensor, &Tensor)], inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let (outputs, grad_outputs): (Vec<&Tensor>, Vec<&Tensor>) = outputs.iter().copied().unzip();
     let mut grads = vec![null_mut(); inputs.len()];
-    // SAFETY: every pointer is an at::Tensor that outlives the call; both lists have `inputs.len()`
-    // entries.
+    // SAFETY: every pointer is an at::Tensor that outlives the call; the lists have as many entries
+    // as the counts say.
     let code = unsafe {
         cpift_grad(
-            pointer(Some(output)),
-            pointer(grad_output),
+            raw(&outputs).as_ptr(),
+            raw(&grad_outputs).as_ptr(),
+            outputs.len() as c_int,
             raw(inputs).as_ptr(),
             inputs.len() as c_int,
             grads.as_mut_ptr(),
@@ -173,7 +176,7 @@ pub(crate) fn has_flash_varlen(
     let ends = Tensor::from_slice(&[0i32, 2]).to_device(device);
     let tried = |window| {
         let out = flash_varlen((&q, &k, &v), &ends, 2, 1.0, window)?;
-        grad(&out, Some(&out.detach()), &[&q, &k, &v])
+        grad(&[(&out, &out.detach())], &[&q, &k, &v])
     };
     tch::with_grad(|| windows.into_iter().all(|window| tried(window).is_ok()))
 }

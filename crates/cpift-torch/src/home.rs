@@ -59,6 +59,15 @@ struct Flat {
     shard: Tensor,
 }
 
+impl Flat {
+    /// Start and length of what no parameter covers in a whole vector of `len` elements.
+    fn gaps(&self, len: i64) -> impl Iterator<Item = (i64, i64)> {
+        let ends = self.members.iter().map(|m| m.start + m.len);
+        let starts = self.members.iter().skip(1).map(|m| m.start).chain([len]);
+        ends.zip(starts).map(|(end, start)| (end, start - end)).filter(|(_, len)| *len > 0)
+    }
+}
+
 struct Member {
     name: String,
     /// Place among the unit's parameters.
@@ -247,8 +256,11 @@ impl UnitHome {
             let narrow = flat.members.iter().all(|m| of(m).kind() == Kind::BFloat16);
             let native = self.placement.reduce == Reduce::Native;
             let kind = if narrow && !native { Kind::BFloat16 } else { Kind::Float };
-            let whole = Tensor::zeros([flat.part * self.world()], (kind, self.placement.device));
-            no_grad(|| flat.members.iter().for_each(|m| m.in_whole(&whole).copy_(of(m))));
+            let whole = Tensor::empty([flat.part * self.world()], (kind, self.placement.device));
+            no_grad(|| {
+                flat.members.iter().for_each(|m| m.in_whole(&whole).copy_(of(m)));
+                flat.gaps(whole.numel() as i64).for_each(|(at, len)| drop(whole.narrow(0, at, len).zero_()));
+            });
             parts.push(match &self.placement.group {
                 None => (whole, None),
                 Some(group) if native => {
@@ -285,23 +297,21 @@ impl UnitHome {
 
     /// Waits for a sum and adds it to `sums`, rank by rank.
     pub(crate) fn finish(&self, reduction: Reduction, sums: &mut GradientSums) -> Result<()> {
-        let (Reduction { unit, parts }, world) = (reduction, self.world());
+        let Reduction { unit, parts } = reduction;
         for ((flat, (received, work)), sum) in self.units[unit].flats.iter().zip(parts).zip(&mut sums.0[unit]) {
             if let Some(work) = work {
                 work.wait()?;
             }
             no_grad(|| {
-                for part in received.view([-1, flat.part]).unbind(0) {
-                    match sum.as_mut() {
-                        Some(sum) => drop(sum.g_add_(&part)),
-                        // A tensor of its own, without the other ranks' contributions.
-                        None => {
-                            let wide = part.to_kind(Kind::Float);
-                            let keeps_others = world > 1 && wide.data_ptr() == part.data_ptr();
-                            *sum = Some(if keeps_others { wide.copy() } else { wide });
-                        }
-                    }
+                let mut parts = received.view([-1, flat.part]).unbind(0).into_iter();
+                if sum.is_none() {
+                    // A tensor of its own, without the other ranks' contributions.
+                    let (first, second) = (parts.next().expect("one or more ranks"), parts.next());
+                    let first = first.to_kind(Kind::Float);
+                    *sum = Some(second.map_or(first.shallow_clone(), |second| first + second));
                 }
+                let sum = sum.as_mut().expect("begun above");
+                parts.for_each(|part| drop(sum.g_add_(&part)));
             });
         }
         Ok(())
@@ -403,8 +413,12 @@ pub(crate) struct Asked(Option<Units>);
 #[must_use]
 pub(crate) struct Lent(Option<Units>);
 
-/// A unit whose graph is kept while its weights have no memory.
-pub(crate) struct Parked(Option<Units>);
+/// A unit's weights between its forward and its backward pass: kept, or without memory while a graph
+/// has views of it.
+pub(crate) struct Parked {
+    units: Option<Units>,
+    kept: bool,
+}
 
 impl Asked {
     /// Waits for the weights and puts them into the model's tensors.
@@ -443,20 +457,29 @@ impl Lent {
     /// # Errors
     /// An error of libtorch.
     pub(crate) fn park(mut self) -> Result<Parked> {
-        let Some(units) = self.0.take() else { return Ok(Parked(None)) };
-        units.flats().iter().flat_map(|flat| &flat.members).for_each(Member::take_back);
-        units.wholes.iter().try_for_each(|whole| set_storage(whole, 0))?;
-        Ok(Parked(Some(units)))
+        if let Some(units) = &self.0 {
+            units.flats().iter().flat_map(|flat| &flat.members).for_each(Member::take_back);
+            units.wholes.iter().try_for_each(|whole| set_storage(whole, 0))?;
+        }
+        Ok(Parked { units: self.0.take(), kept: false })
+    }
+
+    /// Keeps the weights for the backward pass.
+    pub(crate) fn keep(mut self) -> Parked {
+        Parked { units: self.0.take(), kept: true }
     }
 }
 
 impl Parked {
-    /// Starts to bring the weights back to where the graph has them.
+    /// Starts to bring the weights back to where the graph has them, unless they were kept.
     ///
     /// # Errors
     /// A failed collective; no memory.
     pub(crate) fn ask(self) -> Result<Asked> {
-        let Some(mut units) = self.0 else { return Ok(Asked(None)) };
+        let Some(mut units) = self.units else { return Ok(Asked(None)) };
+        if self.kept {
+            return Ok(Asked(Some(units)));
+        }
         let home = Rc::clone(&units.home);
         for (flat, whole) in home.units[units.unit].flats.iter().zip(&units.wholes) {
             set_storage(whole, whole.numel() * whole.kind().elt_size_in_bytes())?;

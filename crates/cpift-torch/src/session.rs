@@ -113,6 +113,15 @@ impl ModelInfo {
         Ok(Self { folder: folder.to_owned(), config, numbers, text })
     }
 
+    /// The same with `coef` as factor of the load-balancing loss, if it is given.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] for a model without experts.
+    pub fn with_router_aux_loss(mut self, coef: Option<f64>) -> Result<Self> {
+        self.numbers.set_router_aux_loss(coef)?;
+        Ok(self)
+    }
+
     /// Loads the weights onto `device`.
     ///
     /// # Errors

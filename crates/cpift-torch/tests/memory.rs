@@ -51,6 +51,10 @@ fn the_parameters_of_every_family_are_those_of_the_built_model() {
         ("Qwen2ForCausalLM", json!({"tie_word_embeddings": true})),
         ("Qwen3ForCausalLM", json!({"head_dim": 6})),
         ("Qwen3ForCausalLM", json!({"attention_bias": true})),
+        (
+            "Qwen3MoeForCausalLM",
+            json!({"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "mlp_only_layers": [1]}),
+        ),
         ("Gemma2ForCausalLM", json!({"head_dim": 10})),
         ("Gemma3ForCausalLM", json!({"head_dim": 10})),
         ("Phi3ForCausalLM", json!({})),
@@ -105,6 +109,18 @@ fn published_models_have_their_published_number_of_parameters() {
     ] {
         assert_eq!(Sizes::of(&config).total(), parameters, "{:?}", config.family);
     }
+}
+
+/// Qwen3-30B-A3B: 30.5 B parameters, of which 3.3 B compute a token.
+#[test]
+fn parameters_that_compute_a_token_are_counted_apart() {
+    let config =
+        config(&json!({"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "vocab_size": 151_936, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}));
+    let sizes = Sizes::of(&config);
+    assert_eq!((sizes.total(), sizes.active), (30_532_122_624, 3_353_032_704));
+    assert_eq!(Sizes::of(&llama2()).active, Sizes::of(&llama2()).total());
 }
 
 fn job(config: ModelConfig, line: &str) -> Job {

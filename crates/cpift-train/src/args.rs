@@ -326,7 +326,7 @@ pub struct LoraArgs {
     #[arg(allow_negative_numbers = true)]
     pub alpha: Option<f64>,
     /// Modules that get adapters, as in PEFT's target_modules: names or ends of names, separated by
-    /// commas, or all-linear, the linear layers of all blocks
+    /// commas, or all-linear, the linear layers of all blocks. Experts take no adapters
     #[arg(long = "lora-target", value_name = "NAME,…")]
     #[arg(aliases = ["lora_target", "lora_target_modules", "lora-target-modules", "target_modules", "target-modules"])]
     #[arg(value_delimiter = ',', default_value = "all-linear", help_heading = METHOD)]

@@ -62,7 +62,8 @@ struct Time {
 impl Time {
     /// 6 FLOPs per parameter and token, forward and backward (Kaplan et al., [arXiv
     /// 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2, and a frozen base
-    /// needs 2 fewer. The scores of attention are not counted.
+    /// needs 2 fewer. Of the experts those that compute a token count, and the scores of attention do
+    /// not.
     fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
         let tokens = match training.budget() {
             Budget::Tokens(tokens) => tokens as u64,
@@ -72,7 +73,7 @@ impl Time {
         };
         let frozen = if job.lora.is_some() { 2.0 } else { 0.0 };
         let each = if training.gradient_checkpointing { 8.0 } else { 6.0 } - frozen;
-        let flops = each * Sizes::of(&job.config).total() as f64 * tokens as f64;
+        let flops = each * Sizes::of(&job.config).active as f64 * tokens as f64;
         Self { tokens, flops, hours: flops / (flops_per_second * job.world as f64) / 3600.0 }
     }
 
@@ -113,7 +114,8 @@ fn check(args: &PlanArgs) -> Result<()> {
 /// The job, and the memory of its device if known.
 fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
     let path = args.model.as_deref().or(args.model_config.as_deref()).expect("clap requires one of them");
-    let config = memory::read_model(path)?;
+    let mut config = memory::read_model(path)?;
+    config.set_router_aux_loss(args.training.router_aux_loss_coef)?;
     check_weights(path, Sizes::of(&config).total())?;
     let named = args.device_memory.map(|g| (g * f64::from(1 << 30)) as u64);
     // A device whose memory is given need not exist here.
@@ -131,13 +133,8 @@ fn job(args: &PlanArgs, tasks: Option<&Tasks>) -> Result<(Job, Option<u64>)> {
     }
     let lora = args.lora.config(0);
     if let Some(lora) = &lora {
-        let shapes = job.config.parameter_shapes();
-        lora.check(
-            shapes
-                .iter()
-                .filter(|(name, shape)| name.starts_with("model.layers.") && shape.len() == 2)
-                .map(|(name, _)| name),
-        )?;
+        let names: Vec<String> = job.config.adaptable().map(|(name, _)| name).collect();
+        lora.check(names.iter())?;
     }
     let mut job = job.with_adapters(lora).shared_by(args.world);
     job.frozen = (Sizes::of(&job.config).total() as f64 * args.frozen_percent / 100.0) as u64;

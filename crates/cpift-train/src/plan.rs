@@ -85,7 +85,8 @@ impl Plan {
         let chosen = chosen_tasks(args, &tasks, groups.as_ref())?;
         check_inputs(args, &chosen)?;
         let placement = workers.placement.clone();
-        let model = ModelInfo::open(&args.model, tasks.template()?)?;
+        let model = ModelInfo::open(&args.model, tasks.template()?)?
+            .with_router_aux_loss(args.training.router_aux_loss_coef)?;
         let blocks = model.numbers.num_hidden_layers;
         if i64::from(args.freeze_layers) > blocks {
             return Err(usage(format!("--freeze-layers is {}, but the model has {blocks} blocks", args.freeze_layers)));

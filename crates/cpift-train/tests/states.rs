@@ -1,5 +1,6 @@
 //! Damaged saved states: `verify` finds every changed byte, and `--resume` refuses them.
 
+#[path = "it/common/mod.rs"]
 mod common;
 
 use std::alloc::System;

@@ -38,6 +38,8 @@ impl Moment {
 const CUDA_CONTEXT: u64 = 1 << 30;
 /// Elements that an update with mixed dtypes widens at a time (see `optim`).
 const WIDENED: u64 = 1 << 24;
+/// Bytes of an index.
+const INDEX: u64 = 8;
 /// The same with moments in 8 bits, and the bytes of their temporaries per element.
 const WIDENED_BLOCKS: (u64, u64) = (1 << 22, 24);
 
@@ -45,14 +47,24 @@ impl Job {
     /// Memory at each moment of a step.
     pub fn moments(&self) -> Vec<Moment> {
         let s = Sizes::of(&self.config);
-        let (block, head, g) = (Block::of(self), Head::of(self), self.gradients(&s));
-        let (weight, layers, adapted) = (self.weight_bytes(), s.blocks, self.adapted(&s));
+        let (blocks, head, g) = (Blocks::of(self), Head::of(self), self.gradients(&s));
+        let block = &blocks.largest;
+        let (weight, layers, (adapted, all_adapted)) =
+            (self.weight_bytes(), self.config.num_hidden_layers as u64, self.adapted());
         let recompute = self.args.gradient_checkpointing;
         // Weights are cast in the forward pass of a block, and the cast is kept with its
         // activations.
         let cast = if weight == self.compute_bytes() { 0 } else { self.compute_bytes() };
         // Weights are lent to a block in the dtype in which it computes.
-        let block_cast = if self.lends() { 0 } else { cast * s.block } + self.adapter_cast() * adapted;
+        let casts = |weights: u64, adapters: u64| {
+            let weights = if self.lends() { 0 } else { cast * weights };
+            weights + self.adapter_cast() * adapters
+        };
+        let block_cast = casts(s.block, adapted);
+        // What is kept of all blocks, and then of the first one in the backward pass.
+        let (kept_saved, kept_casts) =
+            if recompute { (0, 0) } else { (blocks.saved, casts(s.all_blocks, all_adapted)) };
+        let (first_saved, first_casts) = if recompute { (block.saved, block_cast) } else { (kept_saved, kept_casts) };
         let lent = Lent::of(self, &s);
         let kept = if recompute { 0 } else { layers };
         let inputs = (layers + 1) * block.input;
@@ -65,7 +77,7 @@ impl Job {
         let moment = |name, lent, gradients, activations, loss, casts, update| Moment {
             name,
             bytes: [
-                kept_here(self.args.offload == Offload::All, s.total() * weight + F32 * layers * adapted),
+                kept_here(self.args.offload == Offload::All, s.total() * weight + F32 * all_adapted),
                 lent,
                 kept_here(self.args.offload != Offload::None, self.moment_bytes()),
                 gradients,
@@ -83,18 +95,18 @@ impl Job {
                 "loss",
                 lent.at_loss,
                 g.at_loss,
-                inputs + kept * block.saved + masks(kept),
+                inputs + kept_saved + masks(kept),
                 head.hidden + head.chunk,
-                block_cast * kept + cast * s.embedding,
+                kept_casts + cast * s.embedding,
                 0,
             ),
             moment(
                 "first block",
-                2 * lent.block,
+                lent.first_block,
                 g.first_block,
-                inputs + kept.max(1) * block.saved + block.transient + masks(kept.max(1)),
+                inputs + first_saved + block.transient + masks(kept.max(1)),
                 0,
-                block_cast * kept.max(1),
+                first_casts,
                 0,
             ),
             moment(
@@ -111,8 +123,8 @@ impl Job {
         // With updates in the backward pass, the head is updated first, while all activations are
         // kept.
         all.push(if self.args.optimizer_in_backward {
-            let activations = inputs + kept * block.saved + masks(kept);
-            moment("update", lent.block, g.update, activations, 0, block_cast * kept, update)
+            let activations = inputs + kept_saved + masks(kept);
+            moment("update", lent.at_update, g.update, activations, 0, kept_casts, update)
         } else {
             moment("update", 0, g.update, 0, 0, 0, update)
         });
@@ -159,7 +171,7 @@ impl Job {
             }
         } else {
             let head = matrix + s.norm * weight;
-            let all = head + s.blocks * block;
+            let all = head + s.all_blocks * weight;
             Gradients {
                 at_loss: matrix,
                 first_block: head + block,
@@ -172,7 +184,7 @@ impl Job {
 
     /// Gradients of adapters, which are f32.
     fn adapter_gradients(&self, s: &Sizes) -> Gradients {
-        let (block, all) = (F32 * self.adapted(s), F32 * self.trained(s));
+        let (block, all) = (F32 * self.adapted().0, F32 * self.trained(s));
         let sums = if self.args.grad_accum > 1 { all } else { 0 };
         let last = match self.args.optimizer_in_backward {
             true => block,
@@ -228,7 +240,7 @@ impl Job {
         }
         let copies = 2 * u64::from(weights) + 2 * u64::from(moments);
         let largest = match &self.lora {
-            Some(lora) => s.adapters(&self.config, lora).max().unwrap_or(0),
+            Some(_) => (0..self.config.num_hidden_layers).flat_map(|layer| self.adapters(layer)).max().unwrap_or(0),
             None => s.largest,
         };
         if eight_bits {
@@ -296,18 +308,25 @@ impl Job {
 struct Lent {
     /// One block.
     block: u64,
-    /// The head, and the embedding if the output matrix is tied to it.
+    /// The head, the embedding if the output matrix is tied to it, and blocks that stay lent.
     at_loss: u64,
+    /// The first block of the backward pass and the next one, or all that stay lent.
+    first_block: u64,
+    /// Blocks at an update in the backward pass.
+    at_update: u64,
 }
 
 impl Lent {
     fn of(job: &Job, s: &Sizes) -> Self {
         if !job.lends() {
-            return Self { block: 0, at_loss: 0 };
+            return Self { block: 0, at_loss: 0, first_block: 0, at_update: 0 };
         }
         let weight = job.args.master_dtype.size() as u64;
         let table = if job.config.tie_word_embeddings { s.embedding } else { 0 };
-        Self { block: s.block * job.wire_bytes(), at_loss: (s.norm + s.head + table) * weight }
+        let (block, all) = (s.block * job.wire_bytes(), s.all_blocks * job.wire_bytes());
+        let (kept, first_block, at_update) =
+            if job.args.reshard_after_forward { (0, 2 * block, block) } else { (all, all, all) };
+        Self { block, at_loss: (s.norm + s.head + table) * weight + kept, first_block, at_update }
     }
 }
 
@@ -326,6 +345,24 @@ fn grouped(n: u64) -> String {
     groups.join(",")
 }
 
+/// Activations of the decoder blocks.
+struct Blocks {
+    /// Those of the block with most.
+    largest: Block,
+    /// Tensors saved for the backward pass of all.
+    saved: u64,
+}
+
+impl Blocks {
+    fn of(job: &Job) -> Self {
+        let all = (0..job.config.num_hidden_layers as usize).map(|layer| Block::of(job, layer));
+        let all: Vec<Block> = all.collect();
+        let saved = all.iter().map(|block| block.saved).sum();
+        let largest = all.into_iter().max_by_key(|block| block.saved + block.transient);
+        Self { largest: largest.expect("a model has blocks"), saved }
+    }
+}
+
 /// Activations of one decoder block.
 struct Block {
     /// Its input; with recomputation nothing else is kept.
@@ -339,9 +376,9 @@ struct Block {
 }
 
 impl Block {
-    fn of(job: &Job) -> Self {
+    fn of(job: &Job, layer: usize) -> Self {
         let c = &job.config;
-        let [e, f, d, h, k, _] = dimensions(c);
+        let [e, d, h, k, _] = dimensions(c);
         let (n, b) = (job.tokens, job.compute_bytes());
         let frozen = job.lora.is_some();
         let norm = |width: u64, own: bool| norm(c, b, width, own, frozen);
@@ -356,25 +393,56 @@ impl Block {
             Some(_) => input(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"]),
             None => 0,
         };
-        let inputs = e * (attention_input + input(&["mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"]));
+        let mlp = MlpBytes::of(job, layer);
+        let inputs = e * (attention_input + mlp.input);
         // Values are a view of the product with q and k, which keeps it.
         let fused = if c.fused { (h + k) * d * b } else { 0 };
-        let product = input(&["mlp.down_proj"]);
-        let mlp = (3 + product) * f * b;
-        let fixed = norms + head_norms + inputs * b + fused + mlp;
+        let fixed = norms + head_norms + inputs * b + fused + mlp.saved;
         let attended = attention(job, input(&["self_attn.o_proj"]));
         let scores = scores(job);
         // A·x of each adapter.
         let narrow =
-            job.lora.as_ref().map_or(0, |lora| Sizes::of(c).adapters(c, lora).count() as u64 * lora.rank as u64 * b);
+            job.lora.as_ref().map_or(0, |lora| job.adapters(layer as i64).count() as u64 * lora.rank as u64 * b);
         Self {
             input: n * e * b,
             saved: n * (fixed + attended + narrow) + scores.saved,
-            // Backward of the MLP needs three times its width, of which the saved product is freed;
-            // in the backward of attention the MLP is already freed.
-            transient: 2 * n * e * b + ((3 - product) * n * f * b).max(scores.transient.saturating_sub(n * mlp)),
+            // In the backward of attention the MLP is already freed.
+            transient: 2 * n * e * b + (n * mlp.transient).max(scores.transient.saturating_sub(n * mlp.saved)),
             window: if c.attention_softcap.is_some() { 0 } else { windows(job) * b },
         }
+    }
+}
+
+/// Bytes of an MLP or of experts per token.
+struct MlpBytes {
+    /// 1 if a layer saves the input.
+    input: u64,
+    saved: u64,
+    transient: u64,
+}
+
+impl MlpBytes {
+    fn of(job: &Job, layer: usize) -> Self {
+        let (c, b) = (&job.config, job.compute_bytes());
+        let input = |names: &[&str]| u64::from(names.iter().any(|name| job.weight_has_gradient(name)));
+        let Some(own) = c.experts_of(layer) else {
+            let f = c.intermediate_size as u64;
+            let product = input(&["mlp.down_proj"]);
+            // The backward pass needs three times the width, of which the saved product is freed.
+            return Self {
+                input: input(&["mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"]),
+                saved: (3 + product) * f * b,
+                transient: (3 - product) * f * b,
+            };
+        };
+        let [e, f, k, x] = [c.hidden_size, own.width, own.per_token, own.count].map(|n| n as u64);
+        // Experts and routers take no adapters.
+        let trained = u64::from(job.lora.is_none());
+        // Rows by expert and rows by token, both k times; two permutations and the chosen experts;
+        // probabilities and weights.
+        let saved = k * ((1 + trained) * e * b + (3 + trained) * f * b + 3 * INDEX + 2 * F32 + b) + x * F32;
+        // The products with the weights and their gradient, of the rows by token.
+        Self { input: trained, saved, transient: 2 * k * e * b }
     }
 }
 
@@ -395,7 +463,7 @@ fn norm(c: &ModelConfig, bytes: u64, width: u64, own: bool, frozen: bool) -> u64
 /// if the output projection saves its input.
 fn attention(job: &Job, input: u64) -> u64 {
     let c = &job.config;
-    let [_, _, d, h, k, _] = dimensions(c);
+    let [_, d, h, k, _] = dimensions(c);
     let b = job.compute_bytes();
     if c.attention_softcap.is_some() {
         // Keys and values are repeated for every query head.
@@ -448,7 +516,7 @@ struct Head {
 impl Head {
     fn of(job: &Job) -> Self {
         let c = &job.config;
-        let [e, _, _, _, _, v] = dimensions(c);
+        let [e, _, _, _, v] = dimensions(c);
         let b = job.compute_bytes();
         let chunk = job.tokens.min(job.args.loss_chunk as u64) * v;
         let cast = if b == F32 { 0 } else { F32 };

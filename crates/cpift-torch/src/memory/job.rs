@@ -80,9 +80,21 @@ impl Job {
         self.lora.as_ref().is_none_or(|lora| lora.adapts(&format!("model.layers.0.{name}.weight")))
     }
 
-    /// Elements of the adapters of one block; 0 without adapters.
-    pub(super) fn adapted(&self, s: &Sizes) -> u64 {
-        self.lora.as_ref().map_or(0, |lora| s.adapters(&self.config, lora).sum())
+    /// Elements of the adapters of the layer with most, and of all; 0 without adapters.
+    pub(super) fn adapted(&self) -> (u64, u64) {
+        let of = |layer| self.adapters(layer).sum();
+        let all: Vec<u64> = (0..self.config.num_hidden_layers).map(of).collect();
+        (all.iter().copied().max().unwrap_or(0), all.iter().sum())
+    }
+
+    /// Elements of each adapter of a block.
+    pub(super) fn adapters(&self, layer: i64) -> impl Iterator<Item = u64> {
+        let prefix = format!("model.layers.{layer}.");
+        let of = move |lora: &LoraConfig| {
+            let adapted = self.config.adaptable().filter(|(name, _)| name.starts_with(&prefix) && lora.adapts(name));
+            adapted.map(|(_, shape)| (lora.rank * shape.iter().sum::<i64>()) as u64).collect::<Vec<u64>>()
+        };
+        self.lora.as_ref().map(of).unwrap_or_default().into_iter()
     }
 
     /// The same job on `world` ranks, of which each has its share of the batch.
@@ -137,13 +149,17 @@ impl Job {
     /// Sizes of the trained tensors.
     fn trained_tensors(&self) -> Vec<u64> {
         let count = |shape: &[i64]| shape.iter().product::<i64>() as u64;
-        let shapes = self.config.parameter_shapes().into_iter();
         match &self.lora {
-            Some(lora) => shapes
-                .filter(|(name, shape)| name.starts_with("model.layers.") && shape.len() == 2 && lora.adapts(name))
+            Some(lora) => self
+                .config
+                .adaptable()
+                .filter(|(name, _)| lora.adapts(name))
                 .flat_map(|(_, shape)| [shape[0], shape[1]].map(|width| (lora.rank * width) as u64))
                 .collect(),
-            None => shapes
+            None => self
+                .config
+                .parameter_shapes()
+                .into_iter()
                 .filter(|(name, _)| !(self.args.freeze_embeddings && name == EMBEDDING))
                 .map(|(_, shape)| count(&shape))
                 .collect(),
@@ -164,7 +180,7 @@ impl Job {
     /// Number of trained parameters.
     pub(super) fn trained(&self, s: &Sizes) -> u64 {
         if self.lora.is_some() {
-            return s.blocks * self.adapted(s);
+            return self.adapted().1;
         }
         s.total() - if self.args.freeze_embeddings { s.embedding } else { 0 }
     }
@@ -175,16 +191,18 @@ impl Job {
 pub struct Sizes {
     /// The embedding table, [v, e].
     pub embedding: u64,
-    /// One decoder block.
+    /// The largest decoder block.
     pub block: u64,
-    /// Number of decoder blocks.
-    pub blocks: u64,
+    /// All decoder blocks.
+    pub all_blocks: u64,
     /// Final norm.
     pub norm: u64,
     /// The output matrix, [v, e]; 0 if tied to the embedding table.
     pub head: u64,
     /// The largest tensor.
     pub largest: u64,
+    /// Parameters that compute a token: without the experts that do not.
+    pub active: u64,
 }
 
 impl Sizes {
@@ -196,36 +214,31 @@ impl Sizes {
             .map(|(name, shape)| (name, shape.iter().product::<i64>() as u64))
             .collect();
         let sum = |prefix: &str| shapes.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, n)| n).sum();
-        Self {
+        let blocks: Vec<u64> =
+            c.blocks().map(|shapes| shapes.iter().map(|(_, n)| n.iter().product::<i64>() as u64).sum()).collect();
+        let mut sizes = Self {
             embedding: sum(EMBEDDING),
-            block: sum("model.layers.0."),
-            blocks: c.num_hidden_layers as u64,
+            block: blocks.iter().copied().max().unwrap_or(0),
+            all_blocks: blocks.iter().sum(),
             norm: sum("model.norm."),
             head: sum("lm_head."),
             largest: shapes.iter().map(|(_, n)| *n).max().unwrap_or(0),
-        }
-    }
-
-    /// Elements of the adapters of the first block, one by one.
-    pub(super) fn adapters<'a>(&self, c: &ModelConfig, lora: &'a LoraConfig) -> impl Iterator<Item = u64> + 'a {
-        let of = |(name, shape): (String, Vec<i64>)| {
-            let adapted = name.starts_with("model.layers.0.") && shape.len() == 2 && lora.adapts(&name);
-            adapted.then(|| (lora.rank * shape.iter().sum::<i64>()) as u64)
+            active: 0,
         };
-        c.parameter_shapes().into_iter().filter_map(of)
+        let idle = c.experts.as_ref().map_or(0, |own| own.idle(c.hidden_size) as u64);
+        sizes.active = sizes.total() - idle;
+        sizes
     }
 
     /// D: all parameters, a tied matrix counted once.
     pub fn total(&self) -> u64 {
-        self.embedding + self.blocks * self.block + self.norm + self.head
+        self.embedding + self.all_blocks + self.norm + self.head
     }
 }
 
-/// e, f, d, h, k and v: widths of residual stream, MLP and head; query heads, key heads, vocabulary
-/// size.
-pub(super) fn dimensions(c: &ModelConfig) -> [u64; 6] {
-    [c.hidden_size, c.intermediate_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads, c.vocab_size]
-        .map(|n| n as u64)
+/// e, d, h, k and v: widths of residual stream and head; query heads, key heads, vocabulary size.
+pub(super) fn dimensions(c: &ModelConfig) -> [u64; 5] {
+    [c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads, c.vocab_size].map(|n| n as u64)
 }
 
 /// Longest example in tokens: `--max-length`, else the tasks' largest `max_length`, else its

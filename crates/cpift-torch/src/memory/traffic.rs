@@ -26,11 +26,12 @@ impl Traffic {
         let s = Sizes::of(&job.config);
         let (world, passes) = (job.world, job.args.grad_accum as u64);
         let (weight, state) = (job.args.master_dtype.size() as u64, job.args.optim_state_dtype.size() as u64);
-        let blocks = s.blocks * s.block;
+        let blocks = s.all_blocks;
         let rest = s.total() - blocks;
         let trained = job.trained(&s);
-        // The blocks' weights once more for the backward pass.
-        let gathered = 2 * blocks * job.wire_bytes() + rest * weight;
+        // The blocks' weights once more for the backward pass, unless they stay.
+        let lends = if job.args.reshard_after_forward { 2 } else { 1 };
+        let gathered = lends * blocks * job.wire_bytes() + rest * weight;
         let head_and_table = trained - blocks.min(trained);
         let reduced = blocks * job.wire_bytes() + head_and_table * 4;
         let whole = if world > 1 { passes * (gathered + reduced) } else { 0 };
@@ -41,7 +42,7 @@ impl Traffic {
             Offload::Optimizer => (false, true),
             Offload::All => (true, true),
         };
-        let lent = passes * (2 * blocks + rest) * weight;
+        let lent = passes * (lends * blocks + rest) * weight;
         // Each state is read and written by an update.
         let updated = |bytes: u64| 2 * bytes * trained;
         let host_link =

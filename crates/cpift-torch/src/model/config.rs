@@ -4,12 +4,14 @@
 use std::path::Path;
 
 use anyhow::Result;
+use cpift_core::error::usage;
 use cpift_core::format::rope::{RopeParameters, RopeScaling};
 use cpift_core::{BadInput, Checkpoint, log_once};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::config_fields::{BESIDE_TEXT, DEFAULT_POSITIONS, Fields, check_fields};
+use super::expert_fields::ExpertsConfig;
 use super::families::{Biases, BlockNorms, Descriptor, FAMILIES, Family, NormWeight, QkNorm, Windows};
 use crate::weights::Parameters;
 
@@ -87,6 +89,8 @@ pub struct ModelConfig {
     /// Sliding window of each block: number of tokens a query attends to, itself included; none is
     /// full causal attention.
     pub windows: Vec<Option<i64>>,
+    /// Experts, if some blocks have them in place of an MLP.
+    pub experts: Option<ExpertsConfig>,
     /// True if the text model is a part of the checkpoint's model.
     pub nested: bool,
     /// Unknown fields of config.json, with their values.
@@ -153,6 +157,7 @@ impl ModelConfig {
             logit_softcap: softcap("final_logit_softcapping")?,
             logit_divisor: multiplier("logits_scaling")?,
             windows,
+            experts: if d.experts { ExpertsConfig::read(&fields)? } else { None },
             nested: d.inside.is_some(),
             unknown_fields,
         };
@@ -179,6 +184,21 @@ impl ModelConfig {
             let others: Vec<String> =
                 checkpoint.parameters().map(|view| view.name.to_owned()).filter(|name| other(name)).collect();
             checkpoint.skip(others);
+        }
+    }
+
+    /// Sets the factor of the load-balancing loss, if it is given.
+    ///
+    /// # Errors
+    /// [`cpift_core::Usage`] for a model without experts.
+    pub fn set_router_aux_loss(&mut self, coef: Option<f64>) -> Result<()> {
+        match (&mut self.experts, coef) {
+            (_, None) => Ok(()),
+            (Some(experts), Some(coef)) => {
+                experts.aux_loss_coef = coef;
+                Ok(())
+            }
+            (None, Some(_)) => Err(usage("--router-aux-loss-coef: the model has no experts")),
         }
     }
 
@@ -298,20 +318,25 @@ fn windows(d: &Descriptor, fields: &Fields) -> Result<Vec<Option<i64>>> {
             refuse(fields, "sliding_window")?;
             None
         }
-        Windows::FromLayer | Windows::WithoutRope if !fields.bool_or("use_sliding_window", false)? => None,
+        Windows::FromLayer | Windows::WithoutRope | Windows::AllIfUsed
+            if !fields.bool_or("use_sliding_window", false)? =>
+        {
+            None
+        }
         _ => fields.optional_int("sliding_window")?,
     };
     let pattern = if d.windows == Windows::AllButEvery { fields.int_or("sliding_window_pattern", 6)? } else { 1 };
     let first_windowed = fields.count_or("max_window_layers", 28)? as usize;
     let with_rope = with_rope(d, fields)?;
     let by_family = |layer: usize| match d.windows {
-        Windows::Never | Windows::All | Windows::Named => true,
+        Windows::Never | Windows::All | Windows::AllIfUsed | Windows::Named => true,
         Windows::FromLayer => layer >= first_windowed,
         Windows::EverySecond => layer.is_multiple_of(2),
         Windows::AllButEvery => !(layer + 1).is_multiple_of(pattern as usize),
         Windows::WithoutRope => !with_rope[layer],
     };
-    let named = if d.windows == Windows::All { None } else { fields.words("layer_types")? };
+    let named =
+        if matches!(d.windows, Windows::All | Windows::AllIfUsed) { None } else { fields.words("layer_types")? };
     let Some(types) = named else {
         return Ok((0..layers).map(|layer| window.filter(|_| by_family(layer))).collect());
     };
@@ -412,39 +437,66 @@ impl ModelConfig {
         all
     }
 
+    /// Names and shapes of the parameters of each block.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = Vec<(String, Vec<i64>)>> {
+        (0..self.num_hidden_layers).map(|layer| {
+            let mut own = Vec::new();
+            self.block_shapes(layer, &mut own);
+            own
+        })
+    }
+
     fn block_shapes(&self, layer: i64, all: &mut Vec<(String, Vec<i64>)>) {
         let (e, f, d) = (self.hidden_size, self.intermediate_size, self.head_dim);
         let (q, kv) = (self.num_attention_heads * d, self.num_key_value_heads * d);
         let mut add = |name: &str, shape: &[i64]| all.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
         let matrices: &[_] = if self.fused {
-            &[
-                ("self_attn.qkv_proj", q + 2 * kv, e, self.qkv_bias),
-                ("self_attn.o_proj", e, q, self.o_bias),
-                ("mlp.gate_up_proj", 2 * f, e, self.mlp_bias),
-                ("mlp.down_proj", e, f, self.mlp_bias),
-            ]
+            &[("self_attn.qkv_proj", q + 2 * kv, e, self.qkv_bias), ("self_attn.o_proj", e, q, self.o_bias)]
         } else {
             &[
                 ("self_attn.q_proj", q, e, self.qkv_bias),
                 ("self_attn.k_proj", kv, e, self.qkv_bias),
                 ("self_attn.v_proj", kv, e, self.qkv_bias),
                 ("self_attn.o_proj", e, q, self.o_bias),
+            ]
+        };
+        let dense: &[_] = if self.fused {
+            &[("mlp.gate_up_proj", 2 * f, e, self.mlp_bias), ("mlp.down_proj", e, f, self.mlp_bias)]
+        } else {
+            &[
                 ("mlp.gate_proj", f, e, self.mlp_bias),
                 ("mlp.up_proj", f, e, self.mlp_bias),
                 ("mlp.down_proj", e, f, self.mlp_bias),
             ]
         };
-        for &(name, rows, columns, bias) in matrices {
+        let experts = self.experts_of(layer as usize);
+        let dense = if experts.is_some() { &[] } else { dense };
+        for &(name, rows, columns, bias) in matrices.iter().chain(dense) {
             add(&format!("{name}.weight"), &[rows, columns]);
             if bias {
                 add(&format!("{name}.bias"), &[rows]);
             }
+        }
+        if let Some(experts) = experts {
+            experts.shapes(e).for_each(|(name, shape)| add(&name, &shape));
         }
         if let Some([q, k]) = self.qk_norm_widths() {
             add("self_attn.q_norm.weight", &[q]);
             add("self_attn.k_norm.weight", &[k]);
         }
         self.block_norms.names().into_iter().flatten().for_each(|name| add(&format!("{name}.weight"), &[e]));
+    }
+
+    /// Experts of the block `layer`, if it has some.
+    pub(crate) fn experts_of(&self, layer: usize) -> Option<&ExpertsConfig> {
+        self.experts.as_ref().filter(|experts| experts.in_block[layer])
+    }
+
+    /// Name and shape of the weight of every linear layer that takes an adapter, block by block.
+    pub fn adaptable(&self) -> impl Iterator<Item = (String, Vec<i64>)> {
+        self.parameter_shapes().into_iter().filter(|(name, shape)| {
+            name.starts_with("model.layers.") && shape.len() == 2 && !ExpertsConfig::is_part(name)
+        })
     }
 
     /// Widths of the norms of q and k.

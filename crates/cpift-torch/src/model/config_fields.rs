@@ -70,6 +70,11 @@ impl Fields {
         self.typed(key, positive)
     }
 
+    /// A list of integers, if the field is present.
+    pub(super) fn integers(&self, key: &str) -> Result<Option<Vec<i64>>> {
+        self.typed(key, |v| v.as_array()?.iter().map(Value::as_i64).collect())
+    }
+
     /// A list of 0 and 1, if the field is present.
     pub(super) fn flags(&self, key: &str) -> Result<Option<Vec<bool>>> {
         let flag = |v: &Value| v.as_i64().filter(|n| [0, 1].contains(n)).map(|n| n == 1).or(v.as_bool());

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::attention::{Attended, Attention, Documents, Pattern, causal_window};
 use super::cache::KvCache;
 use super::config::{ModelConfig, rotated, text_base};
+use super::experts::{Experts, Routed};
 use super::layers::{Loader, Mlp, RmsNorm, Rope, check_all_taken, distinct_ropes};
 use crate::adapter::{AdapterSlot, LowRank};
 use crate::device::to_device;
@@ -25,8 +26,13 @@ pub struct Block {
     /// Norms before attention, after it, before the MLP and after it.
     norms: [Option<RmsNorm>; 4],
     self_attn: Attention,
-    mlp: Mlp,
+    mlp: MlpPart,
     residual_scale: Option<f64>,
+}
+
+enum MlpPart {
+    Dense(Mlp),
+    Sparse(Experts),
 }
 
 impl Block {
@@ -38,7 +44,10 @@ impl Block {
         Ok(Self {
             norms,
             self_attn: Attention::load(loader, &format!("{prefix}.self_attn"), layer, c)?,
-            mlp: Mlp::load(loader, &format!("{prefix}.mlp"), c)?,
+            mlp: match c.experts_of(layer) {
+                None => MlpPart::Dense(Mlp::load(loader, &format!("{prefix}.mlp"), c.intermediate_size, c)?),
+                Some(experts) => MlpPart::Sparse(Experts::load(loader, &format!("{prefix}.mlp"), experts, c)?),
+            },
             residual_scale: c.residual_scale,
         })
     }
@@ -46,6 +55,16 @@ impl Block {
     /// Maps hidden states [b, s, e] to hidden states [b, s, e]; a cache is extended by the new keys
     /// and values.
     pub fn forward(&self, x_bse: &Tensor, attended: &Attended, cache: Option<&KvCache>) -> Tensor {
+        self.forward_routed(x_bse, attended, cache).0
+    }
+
+    /// As [`Block::forward`], and the routing if the block has experts.
+    pub(crate) fn forward_routed(
+        &self,
+        x_bse: &Tensor,
+        attended: &Attended,
+        cache: Option<&KvCache>,
+    ) -> (Tensor, Option<Routed>) {
         let [before_attention, after_attention, before_mlp, after_mlp] = &self.norms;
         let normed =
             |norm: &Option<RmsNorm>, x: &Tensor| norm.as_ref().map_or_else(|| x.shallow_clone(), |n| n.forward(x));
@@ -55,8 +74,15 @@ impl Block {
         };
         let mixed = self.self_attn.forward(&normed(before_attention, x_bse), attended, cache);
         let x_bse = x_bse + scaled(normed(after_attention, &mixed));
-        let mixed = self.mlp.forward(&normed(before_mlp, &x_bse));
-        &x_bse + scaled(normed(after_mlp, &mixed))
+        let normed_bse = normed(before_mlp, &x_bse);
+        let (mixed, routed) = match &self.mlp {
+            MlpPart::Dense(mlp) => (mlp.forward(&normed_bse), None),
+            MlpPart::Sparse(experts) => {
+                let (mixed, routed) = experts.forward(&normed_bse);
+                (mixed, Some(routed))
+            }
+        };
+        (&x_bse + scaled(normed(after_mlp, &mixed)), routed)
     }
 }
 
@@ -96,7 +122,7 @@ impl CausalLM {
         if config.rounds_embedding_scale {
             config.embedding_scale = config.embedding_scale.map(|s| Tensor::from(s).to_kind(compute).double_value(&[]));
         }
-        let mut loader = Loader { parameters, path, taken: Vec::new(), slots: BTreeMap::new() };
+        let mut loader = Loader { parameters, path, taken: Vec::new(), slots: BTreeMap::new(), adapters: true };
         let table = [config.vocab_size, config.hidden_size];
         let base = if config.nested { text_base(parameters.keys().map(String::as_str)) } else { "model." };
         let embed_tokens = loader.get(&format!("{base}embed_tokens.weight"), &table)?;
@@ -143,8 +169,8 @@ impl CausalLM {
     /// Dtype in which the parameter `name` can be lent to a block without changing a result: that
     /// of the computation for the matrices of linear layers, which cast them to it; else its own.
     pub(crate) fn wire_kind(&self, name: &str, parameter: &Tensor) -> Kind {
-        let in_block = self.units[1..self.units.len() - 1].iter().flatten().any(|n| n == name);
-        if in_block && parameter.dim() == 2 { self.compute } else { parameter.kind() }
+        let outside = [0, self.units.len() - 1].into_iter().flat_map(|unit| &self.units[unit]).any(|n| n == name);
+        if !outside && parameter.dim() == 2 { self.compute } else { parameter.kind() }
     }
 
     /// Brings the weights of unit `unit` to the device until the result is dropped; the rest of the

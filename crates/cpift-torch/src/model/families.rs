@@ -1,6 +1,8 @@
 //! The supported families: what each has in place of LLaMA's parts. Adding a family means adding a
 //! descriptor and its line in [`FAMILIES`].
 
+use super::expert_fields::EXPERT_FIELDS;
+
 /// Supported model families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -14,6 +16,8 @@ pub enum Family {
     Qwen2,
     /// `Qwen3ForCausalLM`.
     Qwen3,
+    /// `Qwen3MoeForCausalLM`: Qwen3 with experts.
+    Qwen3Moe,
     /// `Gemma2ForCausalLM`.
     Gemma2,
     /// `Gemma3ForCausalLM`, and the text model of `Gemma3ForConditionalGeneration`.
@@ -29,12 +33,13 @@ pub enum Family {
 }
 
 /// All families, in the order in which errors name them.
-pub(super) const FAMILIES: [&Descriptor; 12] = [
+pub(super) const FAMILIES: [&Descriptor; 13] = [
     &LLAMA,
     &MISTRAL,
     &MINISTRAL,
     &QWEN2,
     &QWEN3,
+    &QWEN3_MOE,
     &GEMMA2,
     &GEMMA3,
     &GEMMA3_WITH_VISION,
@@ -75,6 +80,8 @@ pub(super) struct Descriptor {
     pub inside: Option<&'static str>,
     /// Soft caps, `query_pre_attn_scalar` and scaled embeddings.
     pub gemma: bool,
+    /// Experts in place of the MLP of some blocks.
+    pub experts: bool,
 }
 
 /// Biases of attention.
@@ -94,6 +101,8 @@ pub(super) enum Windows {
     Never,
     /// All blocks; `layer_types` is not read.
     All,
+    /// With `use_sliding_window` all blocks; `layer_types` is not read.
+    AllIfUsed,
     /// All blocks that `layer_types` does not name otherwise.
     Named,
     /// With `use_sliding_window` those from `max_window_layers` on.
@@ -167,6 +176,7 @@ const LLAMA: Descriptor = Descriptor {
     local_rope: false,
     inside: None,
     gemma: false,
+    experts: false,
 };
 
 const MISTRAL: Descriptor = Descriptor {
@@ -199,6 +209,22 @@ const QWEN3: Descriptor = Descriptor {
     biases: Biases::Asked,
     qk_norm: Some(QkNorm::Head),
     ..QWEN2
+};
+
+/// Without a default of `head_dim`, as in transformers.
+const QWEN3_MOE: Descriptor = Descriptor {
+    architecture: "Qwen3MoeForCausalLM",
+    family: Family::Qwen3Moe,
+    defaults: &[
+        ("max_position_embeddings", 32768),
+        ("sliding_window", 4096),
+        ("num_key_value_heads", 4),
+        ("intermediate_size", 6144),
+    ],
+    fields: EXPERT_FIELDS,
+    windows: Windows::AllIfUsed,
+    experts: true,
+    ..QWEN3
 };
 
 const GEMMA2: Descriptor = Descriptor {

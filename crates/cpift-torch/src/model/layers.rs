@@ -4,7 +4,7 @@
 //! Shape suffixes: b batch, s sequence, h heads, d head width; e is the embedding width, f the MLP
 //! width.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::f64::consts::PI;
 use std::path::Path;
 
@@ -26,6 +26,8 @@ pub(super) struct Loader<'a> {
     pub taken: Vec<String>,
     /// Places for adapters of the linear layers, by the name of the weight.
     pub slots: BTreeMap<String, AdapterSlot>,
+    /// The linear layers that come next take adapters.
+    pub adapters: bool,
 }
 
 impl Loader<'_> {
@@ -38,7 +40,9 @@ impl Loader<'_> {
         let weight = self.get(&format!("{name}.weight"), &shape)?;
         let bias = if bias { Some(self.get(&format!("{name}.bias"), &shape[..1])?) } else { None };
         let slot = AdapterSlot::default();
-        self.slots.insert(format!("{name}.weight"), slot.clone());
+        if self.adapters {
+            self.slots.insert(format!("{name}.weight"), slot.clone());
+        }
         Ok(Linear { weight, bias, slot })
     }
 
@@ -66,7 +70,9 @@ fn take(parameters: &Parameters, path: &Path, name: &str, shape: &[i64]) -> Resu
 
 /// Refuses parameters that are not part of the model: they would be saved untrained.
 pub(super) fn check_all_taken(parameters: &Parameters, path: &Path, taken: &[String]) -> Result<()> {
-    match parameters.keys().find(|name| !taken.contains(name)) {
+    // Experts have thousands of tensors.
+    let known: BTreeSet<&String> = taken.iter().collect();
+    match parameters.keys().find(|name| !known.contains(name)) {
         Some(extra) => {
             Err(BadInput::new(path, "a tensor that the model of config.json does not have").tensor(extra).into())
         }
@@ -88,6 +94,11 @@ impl Linear {
         let kind = x.kind();
         let bias = self.bias.as_ref().map(|b| b.to_kind(kind));
         self.slot.add_to(ffi::linear(x, &self.weight.to_kind(kind), bias.as_ref()), x)
+    }
+
+    /// Returns true if the weight gets a gradient from what is computed now.
+    fn is_tracked(&self) -> bool {
+        self.weight.alias().requires_grad()
     }
 }
 
@@ -230,8 +241,9 @@ enum MlpInputs {
 }
 
 impl Mlp {
-    pub(super) fn load(loader: &mut Loader<'_>, prefix: &str, c: &ModelConfig) -> Result<Self> {
-        let (e, f) = (c.hidden_size, c.intermediate_size);
+    /// An MLP of width `f`.
+    pub(super) fn load(loader: &mut Loader<'_>, prefix: &str, f: i64, c: &ModelConfig) -> Result<Self> {
+        let e = c.hidden_size;
         let inputs = if c.fused {
             MlpInputs::Fused { gate_up_proj: loader.linear(&format!("{prefix}.gate_up_proj"), [2 * f, e], c.mlp_bias)? }
         } else {
@@ -245,6 +257,11 @@ impl Mlp {
             down_proj: loader.linear(&format!("{prefix}.down_proj"), [e, f], c.mlp_bias)?,
             activation: c.activation,
         })
+    }
+
+    /// Returns true if the weights get gradients from what is computed now.
+    pub(super) fn is_tracked(&self) -> bool {
+        self.down_proj.is_tracked()
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {

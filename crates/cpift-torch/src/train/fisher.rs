@@ -11,7 +11,7 @@ use cpift_data::Example;
 use log::info;
 use tch::{Kind, Tensor, no_grad};
 
-use super::pass::{Forward, ParamGroups, PassConfig};
+use super::pass::{Factors, Forward, ParamGroups, PassConfig};
 use super::step::sum_over_ranks;
 use crate::data::{FeedConfig, Feeder, StepShare};
 use crate::pieces::{Piece, Pieces};
@@ -55,7 +55,6 @@ pub fn squared_gradients(
     for _ in 0..config.batches {
         let share = StepShare::new(examples, feeder.next_step(), placement.rank(), placement.world());
         let batch = &share.on(placement.device)[0];
-        let scale = 1.0 / share.targets as f64;
         let mut add = |unit: usize, grads: Vec<Tensor>| {
             for (&i, gradient) in units.places[unit].iter().zip(grads) {
                 let sum = &mut sums.get_mut(&units.list[i].0).expect("a gradient of a parameter").tensor;
@@ -64,7 +63,7 @@ pub fn squared_gradients(
             Ok(())
         };
         // Only one unit's gradients exist at a time.
-        let forward = Forward::run(model, &units, batch, scale, pass)?;
+        let forward = Forward::run(model, &units, batch, Factors::mean(share.targets), pass)?;
         match model.unit_home() {
             None => forward.backward(add)?,
             Some(home) => sum_over_ranks(model, forward, &mut home.no_sums(), |unit, shared| {

@@ -114,7 +114,7 @@ impl<'a> DynamicMask<'a> {
                 StepShare::new(self.config.examples, self.feeder.next_step(), placement.rank(), placement.world());
             self.tokens += share.tokens;
             let batches = share.on(placement.device);
-            let input = StepInput { batches: &batches, targets: share.targets, stop: false };
+            let input = StepInput::of(&share, &batches, false);
             let gradients = trainer.gradients(&input)?;
             self.importance.update(gradients.iter().map(|(name, grad)| (*name, grad)));
         }

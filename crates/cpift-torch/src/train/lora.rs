@@ -33,7 +33,8 @@ pub struct LoraConfig {
     /// Scales by α/√r (rsLoRA, [arXiv 2312.03732](https://arxiv.org/abs/2312.03732)) instead of
     /// α/r.
     pub rank_stabilized: bool,
-    /// Names of modules, or ends of their names; empty for all linear layers of the blocks.
+    /// Names of modules, or ends of their names; empty for all linear layers of the blocks but
+    /// experts.
     pub targets: Vec<String>,
     /// Form of the output.
     pub output: LoraOutput,
@@ -79,7 +80,7 @@ impl LoraConfig {
             if !names.clone().any(|name| one.adapts(name)) {
                 let known = last_names(names).into_iter().collect::<Vec<_>>().join(", ");
                 return Err(usage(format!(
-                    "--lora-target {target} is no linear layer of the model, which has {known}"
+                    "--lora-target {target} is no linear layer of the model, which has {known}; experts take no adapters"
                 )));
             }
         }

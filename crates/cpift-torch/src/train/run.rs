@@ -200,7 +200,11 @@ impl Run<'_> {
         StepConfig {
             optimizer: self.args.optimizer(),
             max_grad_norm: self.args.max_grad_norm,
-            pass: PassConfig { checkpointing: self.args.gradient_checkpointing, loss_chunk: self.args.loss_chunk },
+            pass: PassConfig {
+                checkpointing: self.args.gradient_checkpointing,
+                loss_chunk: self.args.loss_chunk,
+                reshard_after_forward: self.args.reshard_after_forward,
+            },
             optimizer_in_backward: self.args.optimizer_in_backward,
             train_embeddings: !self.args.freeze_embeddings,
         }
@@ -355,7 +359,7 @@ impl<'a> StageRun<'a> {
     fn step(&mut self, trainer: &mut Trainer<'_>, step: usize, share: StepShare) -> Result<Pending> {
         let batches = share.on(self.run.session.model.device());
         let lr = self.schedule.rate(step);
-        let input = StepInput { batches: &batches, targets: share.targets, stop: stop_asked().is_some() };
+        let input = StepInput::of(&share, &batches, stop_asked().is_some());
         let outcome = trainer
             .step(&input, lr, splitmix64(self.stage.seed, step as u64))
             .with_context(|| format!("{}, step {}", self.stage.label, step + 1))?;

@@ -5,8 +5,8 @@ use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use super::lora;
-use super::pass::{Forward, ParamGroups, PassConfig};
-use crate::data::Batch;
+use super::pass::{Factors, Forward, ParamGroups, PassConfig};
+use crate::data::{Batch, StepShare};
 use crate::freeze::Freeze;
 use crate::home::{GradientSums, Reduction};
 use crate::model::CausalLM;
@@ -35,7 +35,7 @@ impl Default for StepConfig {
         Self {
             optimizer: AdamWConfig::default(),
             max_grad_norm: 1.0,
-            pass: PassConfig { checkpointing: false, loss_chunk: 1024 },
+            pass: PassConfig { checkpointing: false, loss_chunk: 1024, reshard_after_forward: true },
             optimizer_in_backward: false,
             train_embeddings: true,
         }
@@ -86,14 +86,28 @@ pub struct StepInput<'a> {
     pub batches: &'a [Batch],
     /// Target tokens of all micro-batches of all ranks.
     pub targets: usize,
+    /// Number of micro-batches of all ranks.
+    pub micro_batches: usize,
     /// This process was asked to stop.
     pub stop: bool,
 }
 
 impl<'a> StepInput<'a> {
+    /// The work of `share`, whose micro-batches are `batches`.
+    pub(crate) fn of(share: &StepShare, batches: &'a [Batch], stop: bool) -> Self {
+        Self { batches, targets: share.targets, micro_batches: share.micro_batches, stop }
+    }
+
     /// The whole step in one process.
     pub fn alone(batches: &'a [Batch]) -> Self {
-        Self { batches, targets: batches.iter().map(Batch::targets).sum(), stop: false }
+        let targets = batches.iter().map(Batch::targets).sum();
+        Self { batches, targets, micro_batches: batches.len(), stop: false }
+    }
+
+    /// The loss that is trained: the mean over all targets, and the mean over all micro-batches of
+    /// the load-balancing loss.
+    fn factors(&self, model: &CausalLM) -> Factors {
+        Factors::mean(self.targets).with_balance(model, self.micro_batches)
     }
 }
 
@@ -158,7 +172,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// An error of libtorch; a failed collective.
     pub(crate) fn gradients(&self, input: &StepInput<'_>) -> Result<Vec<(&str, Tensor)>> {
-        let (_, grads) = self.accumulate(input)?;
+        let (_, grads) = self.accumulate(input, Factors::mean(input.targets))?;
         Ok(self.units.list.iter().map(|(name, _)| name.as_str()).zip(grads).collect())
     }
 
@@ -173,7 +187,7 @@ impl<'a> Trainer<'a> {
             assert_eq!(input.batches.len(), 1, "an update in the backward pass is that of a single batch");
             return self.step_in_backward(input, lr, seed);
         }
-        let (loss, mut grads) = self.accumulate(input)?;
+        let (loss, mut grads) = self.accumulate(input, input.factors(self.model))?;
         for ((name, _), grad) in self.units.list.iter().zip(&mut grads) {
             self.zero_frozen_grads(name, grad);
         }
@@ -198,15 +212,14 @@ impl<'a> Trainer<'a> {
 
     /// This process's loss, and the gradients of its pieces summed over the micro-batches of all
     /// ranks and scaled. Sums over micro-batches are f32 whatever the dtype of the weights.
-    fn accumulate(&self, input: &StepInput<'_>) -> Result<(Tensor, Vec<Tensor>)> {
-        let scale = 1.0 / input.targets as f64;
+    fn accumulate(&self, input: &StepInput<'_>, factors: Factors) -> Result<(Tensor, Vec<Tensor>)> {
         let mut loss = Tensor::zeros([], (Kind::Double, self.model.device()));
         let count = self.units.list.len();
         let mut sums: Vec<Option<Tensor>> = (0..count).map(|_| None).collect();
         let mut shared = self.model.unit_home().map(|home| home.no_sums());
         for batch in input.batches {
-            let forward = Forward::run(self.model, &self.units, batch, scale, self.config.pass)?;
-            loss += forward.loss() * scale;
+            let forward = Forward::run(self.model, &self.units, batch, factors, self.config.pass)?;
+            loss += forward.loss();
             match &mut shared {
                 Some(shared) => sum_over_ranks(self.model, forward, shared, |_, _| Ok(()))?,
                 None => forward.backward(|unit, grads| {
@@ -235,10 +248,10 @@ impl<'a> Trainer<'a> {
     /// Makes a step that updates each unit in the backward pass, as soon as its gradients are
     /// computed.
     fn step_in_backward(&mut self, input: &StepInput<'_>, lr: f64, seed: u64) -> Result<StepOutcome> {
-        let scale = 1.0 / input.targets as f64;
+        let factors = input.factors(self.model);
         // The pass borrows the units while the update borrows self mutably.
         let units = std::mem::replace(&mut self.units, ParamGroups::none());
-        let squares = self.update_units(&units, &input.batches[0], scale, lr, seed);
+        let squares = self.update_units(&units, &input.batches[0], factors, lr, seed);
         self.units = units;
         let (loss, squares) = squares?;
         self.outcome(&loss, &squares, input.stop)
@@ -248,12 +261,12 @@ impl<'a> Trainer<'a> {
         &mut self,
         units: &ParamGroups,
         batch: &Batch,
-        scale: f64,
+        factors: Factors,
         lr: f64,
         seed: u64,
     ) -> Result<(Tensor, Tensor)> {
-        let forward = Forward::run(self.model, units, batch, scale, self.config.pass)?;
-        let loss = forward.loss() * scale;
+        let forward = Forward::run(self.model, units, batch, factors, self.config.pass)?;
+        let loss = forward.loss().shallow_clone();
         self.guard.require_finite(&loss);
         let mut squares = Tensor::zeros([], (Kind::Double, self.model.device()));
         let model = self.model;
