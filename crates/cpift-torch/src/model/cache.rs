@@ -92,12 +92,12 @@ impl KvCache {
     /// Replaces the batch rows `rows` (int64) by those of `new`.
     ///
     /// # Panics
-    /// If a new row is longer than the longest that was kept or replaced since the cache last moved.
+    /// If a new row is longer than the rows have been since the cache last moved.
     pub fn replace_rows(&mut self, rows: &Tensor, new: &Self) {
         let length = new.length();
         assert!(length <= self.end, "{length} new columns, {} before the newest", self.end);
         let replace = |all: &Tensor, new_rows: &Tensor| {
-            // Nothing of the old rows remains: were it infinite, it would spread from under the mask.
+            // An old value that is not finite would spread from under the mask.
             let _ = all.narrow(2, 0, self.end).index_fill_(0, rows, 0.0);
             let newest = new_rows.narrow(2, new.first, length);
             let _ = all.narrow(2, self.end - length, length).index_copy_(0, rows, &newest);
