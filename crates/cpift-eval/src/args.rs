@@ -179,7 +179,7 @@ pub struct InferenceArgs {
     /// Refuse unknown fields of config.json instead of warning
     #[arg(long, help_heading = "Input and output")]
     pub strict_config: bool,
-    /// Rows per batch
+    /// Rows per batch; when an answer ends, the next row takes its place
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Memory and speed")]
     pub batch_size: usize,
     /// Element type of weights and arithmetic: f32 or bf16 [default: f32 on the CPU, bf16 on CUDA]

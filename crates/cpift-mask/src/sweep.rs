@@ -266,7 +266,7 @@ impl<T: Score + Arithmetic> Worker<T> {
             pass.writer.write(pair.base.name, chunk.start as u64 / 8, &self.bits)?;
         }
         if counts.taken > 0 {
-            self.flags.push(ChunkFlags { chunk: i, flags: flags_of(&self.bits, &self.taken).into() });
+            self.flags.push(ChunkFlags { chunk: i, flags: dispatch!(flags_of(&self.bits, &self.taken)).into() });
         }
         let open = self.index.len();
         if open > 0 && kept.fetch_add(open, Ordering::Relaxed) <= limit {
@@ -492,7 +492,7 @@ impl ChunkBits {
         let mut tied = vec![0; bits.len()];
         if !flags.is_empty() {
             tied.copy_from_slice(&bits);
-            clear_flagged(&mut tied, flags, 0);
+            dispatch!(clear_flagged(&mut tied, flags, 0));
             tied.iter_mut().zip(&bits).for_each(|(t, b)| *t ^= b);
         }
         Ok(Self { chunk, bits, tied, changed: false })
@@ -519,7 +519,7 @@ impl ChunkFlags {
     /// Flags of the `bits` of a chunk that are set in `tied`; `None` if none is.
     fn of(chunk: usize, bits: &[u8], tied: &[u8]) -> Option<Self> {
         let any = tied.iter().any(|byte| *byte != 0);
-        any.then(|| Self { chunk, flags: flags_of(bits, tied).into() })
+        any.then(|| Self { chunk, flags: dispatch!(flags_of(bits, tied)).into() })
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod adapter;
 pub mod args;
+mod cached_rows;
 pub mod data;
 pub mod dist;
 mod ffi;
@@ -19,6 +20,7 @@ pub mod model;
 pub mod oom;
 pub mod optim;
 pub mod placement;
+mod sampling;
 pub mod schedule;
 pub mod score;
 pub mod session;

@@ -5,9 +5,9 @@ use anyhow::Result;
 use cpift_data::Example;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::cached_rows::CachedRows;
 use crate::data::Batch;
 use crate::dist::in_batches;
-use crate::generate::Prefilled;
 use crate::loss::{target_divergences, target_losses};
 use crate::model::CausalLM;
 
@@ -155,9 +155,9 @@ pub fn alternatives(
 fn batch_alternatives(model: &CausalLM, batch: &[&Alternatives]) -> Vec<Vec<f64>> {
     let contexts: Vec<&[i64]> = batch.iter().map(|item| item.context.as_slice()).collect();
     let longest = batch.iter().flat_map(|item| &item.continuations).map(Vec::len).max().unwrap_or(1);
-    let mut state = Prefilled::new(model, &contexts, longest - 1);
+    let (mut state, last_b1e) = CachedRows::new(model, &contexts, longest as i64 - 1);
     let context_length = state.cache.length();
-    let first_bv = state.logits_bv.log_softmax(-1, Kind::Float);
+    let first_bv = model.logits(&last_b1e).squeeze_dim(1).log_softmax(-1, Kind::Float);
     let most = batch.iter().map(|item| item.continuations.len()).max().unwrap_or(0);
     let mut out = vec![Vec::new(); batch.len()];
     for index in 0..most {
@@ -177,7 +177,7 @@ fn batch_alternatives(model: &CausalLM, batch: &[&Alternatives]) -> Vec<Vec<f64>
 
 /// Summed log-likelihoods of one continuation per row; `first_bv` are the log-probabilities after
 /// the contexts.
-fn continuation_scores(model: &CausalLM, state: &mut Prefilled, first_bv: &Tensor, ids: &[&[i64]]) -> Vec<f64> {
+fn continuation_scores(model: &CausalLM, state: &mut CachedRows, first_bv: &Tensor, ids: &[&[i64]]) -> Vec<f64> {
     let (b, longest) = (ids.len() as i64, ids.iter().map(|ids| ids.len()).max().unwrap_or(1));
     let padded = ids.iter().flat_map(|ids| ids.iter().copied().chain(std::iter::repeat_n(0, longest - ids.len())));
     let counted = ids.iter().flat_map(|ids| (0..longest).map(|i| i < ids.len()));

@@ -11,12 +11,13 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rayon::prelude::*;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use tempfile::TempDir;
@@ -283,6 +284,11 @@ impl StagedPath {
         &self.staging.dest
     }
 
+    /// Syncs the file to disk.
+    pub(crate) fn sync(&self) -> Result<()> {
+        sync(&self.path())
+    }
+
     /// As [`StagedPath::commit`], but first commits the files in `also`, and commits the `record`
     /// of the output with it. If two runs write the same output, all these files come from the same
     /// run.
@@ -353,12 +359,11 @@ fn parent_of(dest: &Path) -> PathBuf {
     }
 }
 
-/// Syncs everything in `folder` to disk, and the directory itself last.
+/// Syncs everything in `folder` to disk, side by side because each waits for the disk, and the
+/// directory itself last.
 fn sync_all(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.is_dir() { sync_all(&path)? } else { sync(&path)? }
-    }
+    let paths: Vec<PathBuf> = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
+    paths.par_iter().try_for_each(|path| if path.is_dir() { sync_all(path) } else { sync(path) })?;
     sync(folder)
 }
 

@@ -467,49 +467,105 @@ impl BitList {
     }
 }
 
-/// Flags of the bits set in `bits`: those that are set in `marked` too.
+/// Bits of a word that are handled without a branch: in a mask of a few percent most words have no
+/// more, and a loop that ends after a varying number of steps costs more than these.
+const FEW: u32 = 3;
+
+/// Puts the first bits of `flags`, one after another, where the bits of `word` are set.
+#[inline(always)]
+fn spread(word: u64, flags: u64) -> u64 {
+    let (mut left, mut found) = (word, 0);
+    let mut next = |left: &mut u64, i: u32| {
+        let lowest = *left & left.wrapping_neg();
+        found |= lowest & 0u64.wrapping_sub(flags >> i & 1);
+        *left ^= lowest;
+    };
+    (0..FEW).for_each(|i| next(&mut left, i));
+    let mut i = FEW;
+    while left != 0 {
+        next(&mut left, i);
+        i += 1;
+    }
+    found
+}
+
+/// Inverse of [`spread`]: the bits of `marks` at which `word` is set, one after another.
+#[inline(always)]
+fn gather(word: u64, marks: u64) -> u64 {
+    let (mut left, mut found) = (word, 0);
+    let mut next = |left: &mut u64, i: u32| {
+        let lowest = *left & left.wrapping_neg();
+        found |= u64::from(marks & lowest != 0) << i;
+        *left ^= lowest;
+    };
+    (0..FEW).for_each(|i| next(&mut left, i));
+    let mut i = FEW;
+    while left != 0 {
+        next(&mut left, i);
+        i += 1;
+    }
+    found
+}
+
+/// The 64 flags from number `at` on; those past the end are not set.
+#[inline(always)]
+fn flags_from(flags: &[u8], at: u64) -> u64 {
+    let rest = flags.get((at / 8) as usize..).unwrap_or(&[]);
+    let bytes = rest.first_chunk::<16>().copied().unwrap_or_else(|| {
+        let mut padded = [0; 16];
+        padded[..rest.len()].copy_from_slice(rest);
+        padded
+    });
+    (u128::from_le_bytes(bytes) >> (at % 8)) as u64
+}
+
+/// A word of at most eight bytes.
+#[inline(always)]
+fn word_of(bytes: &[u8]) -> u64 {
+    let mut padded = [0; 8];
+    padded[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(padded)
+}
+
+/// Flags of the bits set in `bits`: those that are set in `marked` too. Fastest inside
+/// [`crate::dispatch!`].
+#[inline(always)]
 pub fn flags_of(bits: &[u8], marked: &[u8]) -> Vec<u8> {
     let (mut flags, mut wait, mut n) = (Vec::new(), 0u64, 0);
     // Appends the flags of a word: `n` flags wait in `wait`, less than 64.
     let mut append = |word: u64, marks: u64| {
-        let (mut left, mut found, mut at) = (word, 0u64, 0);
-        while left != 0 {
-            found |= (marks >> left.trailing_zeros() & 1) << at;
-            at += 1;
-            left &= left - 1;
-        }
+        let (found, count) = (gather(word, marks), word.count_ones());
         wait |= found << n;
-        n += at;
+        n += count;
         if n >= 64 {
             flags.extend_from_slice(&wait.to_le_bytes());
             n -= 64;
             // Shifted in two steps, because all 64 may be used up.
-            wait = found >> 1 >> (at - n - 1);
+            wait = found >> 1 >> (count - n - 1);
         }
     };
     let ((words, rest), (marks, rest_marks)) = (bits.as_chunks::<8>(), marked.as_chunks::<8>());
-    for (word, marks) in words.iter().zip(marks).filter(|(word, _)| **word != [0; 8]) {
+    for (word, marks) in words.iter().zip(marks) {
         append(u64::from_le_bytes(*word), u64::from_le_bytes(*marks));
     }
-    rest.iter().zip(rest_marks).for_each(|(byte, marks)| append(u64::from(*byte), u64::from(*marks)));
-    flags.extend_from_slice(&wait.to_le_bytes()[..usize::div_ceil(n, 8)]);
+    append(word_of(rest), word_of(rest_marks));
+    flags.extend_from_slice(&wait.to_le_bytes()[..n.div_ceil(8) as usize]);
     flags
 }
 
 /// Clears the flagged bits of `bits`; flag number `at` belongs to its first bit set, and flags past
-/// the end are not set. Returns the number of the next flag.
+/// the end are not set. Returns the number of the next flag. Fastest inside [`crate::dispatch!`].
 #[inline(always)]
 pub fn clear_flagged(bits: &mut [u8], flags: &[u8], mut at: u64) -> u64 {
-    for byte in bits.iter_mut().filter(|byte| **byte != 0) {
-        let mut left = *byte;
-        while left != 0 {
-            if flags.get((at / 8) as usize).is_some_and(|byte| byte >> (at % 8) & 1 == 1) {
-                *byte &= !(left & left.wrapping_neg());
-            }
-            at += 1;
-            left &= left - 1;
-        }
-    }
+    let mut cleared = |word: u64| {
+        let flagged = spread(word, flags_from(flags, at));
+        at += u64::from(word.count_ones());
+        word & !flagged
+    };
+    let (words, rest) = bits.as_chunks_mut::<8>();
+    words.iter_mut().for_each(|word| *word = cleared(u64::from_le_bytes(*word)).to_le_bytes());
+    let last = cleared(word_of(rest)).to_le_bytes();
+    rest.copy_from_slice(&last[..rest.len()]);
     at
 }
 
@@ -550,6 +606,24 @@ mod tests {
             list.push(marked[at / 8] >> (at % 8) & 1 == 1);
         }
         assert_eq!(flags_of(&bits, &marked), list.into_bytes());
+    }
+
+    #[test]
+    fn flagged_bits_are_cleared_wherever_their_flags_begin() {
+        let draw = |key: u64| (0..99u64).map(|i| (((i * i + 7) * key) >> (i % 23)) as u8).collect::<Vec<u8>>();
+        let (bits, marked) = (draw(0x9E37_79B9), draw(0x85EB_CA6B));
+        let n = bits.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>();
+        for skipped in [0, 1, 7, 8, 63, 64, 100] {
+            let mut flags = BitList::default();
+            (0..skipped).for_each(|_| flags.push(true));
+            flags.extend(&flags_of(&bits, &marked), n);
+            let mut left = bits.clone();
+            assert_eq!(clear_flagged(&mut left, &flags.into_bytes(), skipped), skipped + n);
+            assert!(left.iter().zip(bits.iter().zip(&marked)).all(|(left, (bit, mark))| *left == bit & !mark));
+        }
+        let mut left = bits.clone();
+        clear_flagged(&mut left, &[], 0);
+        assert_eq!(left, bits, "flags past the end are not set");
     }
 
     #[test]

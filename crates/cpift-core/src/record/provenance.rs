@@ -180,7 +180,10 @@ impl Recorder {
     /// # Errors
     /// As [`StagedPath::commit`].
     pub fn commit(mut self, staged: StagedPath, also: &[StagedFile]) -> Result<()> {
-        self.record.output = Some(DigestRecord::of_staged(&staged.path(), staged.dest())?);
+        // The disk works while the file is hashed.
+        let (path, dest) = (staged.path(), staged.dest());
+        let (digest, synced) = rayon::join(|| DigestRecord::of_staged(&path, dest), || staged.sync());
+        (self.record.output, ()) = (Some(digest?), synced?);
         also.iter().for_each(|file| self.also(file.dest()));
         let record = StagedFile::of_text(&beside(staged.dest()), &self.text()?, true)?;
         staged.commit_with(record, also)

@@ -283,7 +283,11 @@ impl<T: Score> Largest<T> {
     #[inline(always)]
     pub fn chosen(&self, start: usize, scores: &[T]) -> u64 {
         let (above, tied) = split(scores, self.cut.threshold, self.cut.threshold);
-        above | self.last.map_or(tied, |(key, last)| key.chosen(start, tied, last))
+        // Not by a closure, which would be compiled for the baseline CPU.
+        match self.last {
+            Some((key, last)) => above | key.chosen(start, tied, last),
+            None => above | tied,
+        }
     }
 }
 

@@ -81,6 +81,8 @@ impl TieKey {
         /// Number of elements from which on all 64 hashes, computed with vector instructions, take
         /// less time than those of the elements alone.
         const MANY: u32 = 10;
+        /// Elements that are hashed side by side.
+        const FEW: usize = 4;
         let mut bits = [0u64; N];
         if tied.count_ones() >= MANY {
             for bit in 0..64 {
@@ -92,12 +94,16 @@ impl TieKey {
         } else {
             let mut left = tied;
             while left != 0 {
-                let bit = left.trailing_zeros() as usize;
-                let found = is(self.hash(start + bit), (start + bit) as u64);
-                for i in 0..N {
-                    bits[i] |= u64::from(found[i]) << bit;
+                // Side by side, and without a branch between them: most words have few.
+                for _ in 0..FEW {
+                    // Element 0 once more if none are left.
+                    let bit = left.trailing_zeros() as usize % 64;
+                    let found = is(self.hash(start + bit), (start + bit) as u64);
+                    for i in 0..N {
+                        bits[i] |= u64::from(found[i]) << bit;
+                    }
+                    left &= left.wrapping_sub(1);
                 }
-                left &= left - 1;
             }
         }
         bits.map(|bits| bits & tied)

@@ -249,3 +249,31 @@ fn sampling_is_seeded_and_the_element_type_can_be_chosen() {
     f.eval("e", &["--temperature", "1", "--top-p", "0"]).usage_error(&["--top-p"]);
     f.eval("e", &["--compute-dtype", "f16"]).usage_error(&["--compute-dtype"]);
 }
+
+/// Answers end where the model ends them or at the limit, however many rows are answered at a time.
+#[test]
+fn answers_do_not_depend_on_the_rows_beside_them() {
+    let f = Fixture::new();
+    let rows: Vec<Value> = (0..11).map(|i| row(&"word ".repeat(1 + 3 * i % 8), "x")).collect();
+    write_rows(&f.dir.path().join("data/copy/eval.jsonl"), &rows);
+    fs::write(&f.tasks, task("copy", "metric = 'exact-match'\nmax_new_tokens = 24")).unwrap();
+    let answers = |out: &str, more: &[&str]| -> Vec<String> {
+        f.eval(out, more).ok();
+        outputs(&f.out(out)).iter().map(|o| o["output"].as_str().unwrap().to_owned()).collect()
+    };
+    let sampled = ["--temperature", "1", "--seed", "5"];
+    for (name, sampling) in [("greedy", &[][..]), ("sampled", &sampled)] {
+        fs::remove_file(f.model.join("generation_config.json")).ok();
+        let free = answers(&format!("{name}-free"), &[sampling, &["--batch-size", "1"]].concat());
+        // Every printable character but one in four ends an answer.
+        let ends = |c: char| c.is_ascii_graphic() && !(c as u32).is_multiple_of(4);
+        let ids: Vec<u32> = (33..127).filter(|id| ends(char::from_u32(*id).unwrap())).collect();
+        fs::write(f.model.join("generation_config.json"), json!({"eos_token_id": ids}).to_string()).unwrap();
+        let expected: Vec<&str> = free.iter().map(|text| text.split(ends).next().unwrap()).collect();
+        println!("{free:?} {expected:?}");
+        for batch in ["1", "2", "3", "16"] {
+            let found = answers(&format!("{name}-{batch}"), &[sampling, &["--batch-size", batch]].concat());
+            assert_eq!(found, expected, "{name}, batch size {batch}");
+        }
+    }
+}

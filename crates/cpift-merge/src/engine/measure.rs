@@ -16,7 +16,9 @@ use super::rows::{self, Grouped};
 use super::tensor::{Block, Tensor};
 use crate::methods::pointwise::{Figures, changes};
 use crate::methods::region::outside;
-use crate::methods::sign_merge::{self, Filter, Keep, Number, Sparsify, TaskVector, rescaling, sum_of_magnitudes};
+use crate::methods::sign_merge::{
+    self, Filter, Keep, Number, Sparsify, TaskVector, draw, keep_packed, rescaling, sum_of_magnitudes,
+};
 use crate::methods::sphere::{Combination, Gram};
 use crate::methods::{Along, Pointwise, Rule, SignMerge};
 use crate::request::Space;
@@ -68,15 +70,26 @@ struct Measure {
     conflicts: u64,
     /// Sums of magnitudes of each task vector, before and after elements are dropped at random.
     magnitudes: Vec<[f64; 2]>,
+    /// Packed bits of the elements that a random drop keeps in each task vector; empty if its sums
+    /// are not needed.
+    drawn: Vec<Vec<u8>>,
     /// Numbers of elements that each model changed, together with others and alone.
     changed: Vec<[u64; 2]>,
 }
 
 impl Measure {
     fn zero(k: usize) -> Self {
-        Self { gram: Gram::zero(k), core: 0, conflicts: 0, magnitudes: vec![[0.0; 2]; k], changed: vec![[0; 2]; k] }
+        Self {
+            gram: Gram::zero(k),
+            core: 0,
+            conflicts: 0,
+            magnitudes: vec![[0.0; 2]; k],
+            drawn: vec![Vec::new(); k],
+            changed: vec![[0; 2]; k],
+        }
     }
 
+    /// Adds those of the elements that follow.
     fn add(&mut self, other: &Self) {
         self.gram.add(&other.gram);
         self.core += other.core;
@@ -84,6 +97,7 @@ impl Measure {
         for (sums, more) in self.magnitudes.iter_mut().zip(&other.magnitudes) {
             *sums = [sums[0] + more[0], sums[1] + more[1]];
         }
+        self.drawn.iter_mut().zip(&other.drawn).for_each(|(bits, more)| bits.extend(more));
         for (counts, more) in self.changed.iter_mut().zip(&other.changed) {
             *counts = [counts[0] + more[0], counts[1] + more[1]];
         }
@@ -164,7 +178,7 @@ fn read_blocks<T: Number>(
             Rule::Linear(_) | Rule::Spectral(_) | Rule::Combine(_, Along::Rows | Along::Columns) => {}
             Rule::Pointwise(Pointwise::Ram { epsilon, .. }) => count_changes(*epsilon, block, &mut sum.changed),
             Rule::Pointwise(_) => {}
-            Rule::SignMerge(rule) => add_magnitudes(rule, start, block, &mut sum.magnitudes),
+            Rule::SignMerge(rule) => add_magnitudes(rule, start, block, &mut sum),
             Rule::Fold(_) | Rule::SphericalMean(..) | Rule::Combine(_, Along::Whole) => {
                 tensor.claims.for_each(start, len, |j| block.clear_one(j));
                 sum.gram.accumulate(&block.operands, about_base.then_some(&block.base[..]));
@@ -177,14 +191,20 @@ fn read_blocks<T: Number>(
     Ok(sum)
 }
 
-/// Adds the sums of magnitudes before and after a random drop, which its rescaling needs.
+/// Adds the sums of magnitudes before and after a random drop, which its rescaling needs, and the
+/// elements that stay.
 #[inline(always)]
-fn add_magnitudes<T: Number>(rule: &SignMerge, start: usize, block: &mut Block<T>, sums: &mut [[f64; 2]]) {
+fn add_magnitudes<T: Number>(rule: &SignMerge, start: usize, block: &mut Block<T>, sum: &mut Measure) {
     let (true, Sparsify::Drop) = (rule.rescale, rule.sparsify) else { return };
     sign_merge::subtract_base(&mut block.operands, &block.base);
-    for ((values, vector), sums) in block.operands.iter_mut().zip(&rule.vectors).zip(sums) {
+    let sums = sum.magnitudes.iter_mut().zip(&mut sum.drawn);
+    for ((values, vector), (sums, bits)) in block.operands.iter_mut().zip(&rule.vectors).zip(sums) {
         sums[0] += sum_of_magnitudes(values);
-        rule.drawn(vector).apply(values, start);
+        if let Keep::Drawn { key, limit } = rule.drawn(vector) {
+            let first = bits.len();
+            draw(key, limit, start, values.len(), bits);
+            keep_packed(&bits[first..], 0, values);
+        }
         sums[1] += sum_of_magnitudes(values);
     }
 }
@@ -193,12 +213,22 @@ fn add_magnitudes<T: Number>(rule: &SignMerge, start: usize, block: &mut Block<T
 #[inline(always)]
 fn count_changes<T: Number>(epsilon: f64, block: &mut Block<T>, counts: &mut [[u64; 2]]) {
     sign_merge::subtract_base(&mut block.operands, &block.base);
-    let epsilon = T::from_f64(epsilon);
-    for j in 0..block.base.len() {
-        let models = block.operands.iter().filter(|values| changes(values[j], epsilon)).count();
-        for (values, counts) in block.operands.iter().zip(&mut *counts) {
-            counts[usize::from(models == 1)] += u64::from(changes(values[j], epsilon));
+    let (epsilon, none, one) = (T::from_f64(epsilon), T::default(), T::from_f64(1.0));
+    let Block { operands, base, out: models, .. } = block;
+    models.clear();
+    models.resize(base.len(), none);
+    for values in &*operands {
+        let pairs = models.iter_mut().zip(values);
+        pairs.for_each(|(models, v)| *models = *models + if changes(*v, epsilon) { one } else { none });
+    }
+    for (values, counts) in operands.iter().zip(counts) {
+        let (mut changed, mut alone) = (0u32, 0u32);
+        for (v, models) in values.iter().zip(&*models) {
+            changed += u32::from(changes(*v, epsilon));
+            alone += u32::from(changes(*v, epsilon) & (*models == one));
         }
+        counts[0] += u64::from(changed - alone);
+        counts[1] += u64::from(alone);
     }
 }
 
@@ -246,8 +276,11 @@ fn add_filters(
             _ if vector.density <= 0.0 => [none.clone(), none],
             Sparsify::Drop => {
                 let [before, after] = measure.magnitudes[i];
-                let scale = if rule.rescale { rescaling(before, after) } else { 1.0 };
-                [none, (Filter { keep: rule.drawn(vector), scale }, Ties::default())]
+                let filter = match rule.rescale {
+                    true => Filter { keep: Keep::Bits(measure.drawn[i].clone()), scale: rescaling(before, after) },
+                    false => Filter { keep: rule.drawn(vector), scale: 1.0 },
+                };
+                [none, (filter, Ties::default())]
             }
             Sparsify::Trim => [none, trim(tensor, i, vector.density, rule.rescale)?],
             Sparsify::Outliers => without_outliers(tensor, i, vector, rule.rescale)?.map(|f| (f, Ties::default())),
@@ -411,15 +444,21 @@ impl<T: Number> Elements<T> for Magnitudes<'_> {
         let (operand, base) = (&self.tensor.operands[self.operand], &mut base[..scores.len()]);
         operand.view.read(start, scores);
         self.base().read(start, base);
-        let finite = scores.iter().zip(&*base).fold(true, |all, (v, b)| all & v.is_finite() & b.is_finite());
-        scores.iter_mut().zip(base).for_each(|(v, b)| *v = (*v - *b).abs());
+        scores.iter_mut().zip(&*base).for_each(|(v, b)| *v = (*v - *b).abs());
+        let finite = |values: &[T]| values.iter().fold(true, |all, v| all & v.is_finite());
+        // A difference that is finite is one of finite numbers; that of finite numbers can overflow.
+        let usable = finite(scores) || {
+            let mut values = base.to_vec();
+            operand.view.read(start, &mut values);
+            finite(&values) && finite(base)
+        };
         if let Some(bits) = operand.mask {
             outside(bits, start, scores, |_, v| *v = T::default());
         }
         if let Some(region) = self.tensor.protected {
             region.inside(start, scores, |_, v| *v = T::from_f64(f64::NAN));
         }
-        finite
+        usable
     }
 }
 

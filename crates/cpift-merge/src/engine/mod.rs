@@ -96,7 +96,7 @@ pub(crate) fn peak_memory(plan: &Plan) -> u64 {
             _ => 1,
         };
         match t.rule {
-            Rule::SignMerge(rule) if rule.sparsify == Sparsify::Prune => k * numel.div_ceil(8),
+            Rule::SignMerge(rule) if matches!(rule.sparsify, Sparsify::Prune | Sparsify::Drop) => k * numel.div_ceil(8),
             Rule::Combine(_, along) => groups(*along) * k * size_of::<f64>(),
             Rule::Pointwise(Pointwise::Sce { .. }) => numel.div_ceil(8),
             Rule::Pointwise(Pointwise::Fusion) => groups(Along::Rows) * size_of::<f64>(),

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::job::{self, CHUNK, Job, Piece, Pool, Shared};
 use super::tensor::{BLOCK, Block, Tensor};
-use crate::methods::magprune::{Ranks, Rows, prune};
+use crate::methods::magprune::{Rows, Space as RowSpace, prune};
 use crate::methods::pointwise::{Figures, divergence, importance, rows_in, sce_weights, variances};
 use crate::methods::sign_merge::{Filter, Keep, Number, keep_packed, rescaling, subtract_base, sum_of_magnitudes};
 use crate::methods::sphere::Gram;
@@ -222,16 +222,20 @@ fn prune_rows<T: Number>(job: &Job<'_>, pool: &Pool<T>, tensor: &Tensor<'_>, rul
     let slab = rows.slab();
     // Packed bits of each task vector, and its sums of magnitudes before and after the drop.
     let parts = bands(job, pool, tensor, slab, |start, block| {
-        subtract_base(&mut block.operands, &block.base);
-        let mut ranks = Ranks::default();
+        let mut space = RowSpace::default();
+        let Block { operands, base, .. } = block;
         let of_vector = |(values, vector): (&mut Vec<T>, &_)| {
-            let before = sum_of_magnitudes(values);
             let mut bits = vec![0u8; values.len().div_ceil(8)];
-            prune(values, start, rows, vector, &mut ranks, |j| bits[j / 8] |= 1 << (j % 8));
-            keep_packed(&bits, 0, values);
-            (bits, [before, sum_of_magnitudes(values)])
+            let sums = dispatch!({
+                let before = sum_of_magnitudes(values);
+                prune(values, start, rows, vector, &mut space, &mut bits);
+                keep_packed(&bits, 0, values);
+                [before, sum_of_magnitudes(values)]
+            });
+            (bits, sums)
         };
-        block.operands.iter_mut().zip(&rule.vectors).map(of_vector).collect::<Vec<_>>()
+        dispatch!(subtract_base(operands, base));
+        operands.iter_mut().zip(&rule.vectors).map(of_vector).collect::<Vec<_>>()
     })?;
     let filter = |(i, vector): (usize, &crate::methods::sign_merge::TaskVector)| match vector.density {
         density if density >= 1.0 => Filter::ALL,

@@ -20,7 +20,7 @@ use super::job::{self, CHUNK, Job, Piece, Pool, Shared};
 use super::measure::TensorStats;
 use super::tensor::{Block, Tensor};
 use crate::methods::region::magnitude;
-use crate::methods::sign_merge::{self, Filter, Number};
+use crate::methods::sign_merge::{self, Number};
 use crate::methods::{Along, Conflict, Rule};
 use crate::request::Space;
 
@@ -34,7 +34,7 @@ pub(crate) struct Output {
 }
 
 /// Number of bytes after which a flush begins, so that little is left to flush at the end.
-const FLUSH: u64 = 256 << 20;
+const FLUSH: u64 = 64 << 20;
 
 impl Output {
     /// Creates the files for `specs` at `path`, in the layout `layout`.
@@ -219,10 +219,9 @@ fn write_blocks<T: Number>(
         match tensor.rule {
             Rule::SignMerge(rule) => {
                 sign_merge::subtract_base(&mut block.operands, &block.base);
-                drop_outliers(&stats.outliers, start, block);
-                thin(tensor, &stats.filters, start, block);
-                let Block { operands, base, out, sums, divisors } = &mut *block;
-                rule.merge(&stats.filters, operands, base, [&mut sums[..len], &mut divisors[..len]], out);
+                thin(tensor, stats, start, block);
+                let Block { operands, base, out, .. } = &mut *block;
+                rule.merge(&stats.filters, operands, base, out);
             }
             Rule::Pointwise(rule) => {
                 let Block { operands, base, out, .. } = &mut *block;
@@ -257,28 +256,15 @@ fn write_blocks<T: Number>(
     Ok(())
 }
 
-/// Sets the elements of each task vector that its filter drops to zero, and those that are
-/// protected.
+/// Sets the elements of each task vector to zero that its filter drops, that are too large, or that
+/// are protected.
 #[inline(always)]
-fn thin<T: Number>(tensor: &Tensor<'_>, filters: &[Filter], start: usize, block: &mut Block<T>) {
+fn thin<T: Number>(tensor: &Tensor<'_>, stats: &TensorStats, start: usize, block: &mut Block<T>) {
     if let Some(bits) = tensor.protected {
         block.clear_operands(bits, start);
     }
-    for (values, filter) in block.operands.iter_mut().zip(filters) {
-        filter.keep.apply(values, start);
-    }
-}
-
-/// Sets the elements of each task vector that are too large to zero.
-#[inline(always)]
-fn drop_outliers<T: Number>(outliers: &[Filter], start: usize, block: &mut Block<T>) {
-    for (values, filter) in block.operands.iter_mut().zip(outliers) {
-        block.out.clone_from(values);
-        filter.keep.apply(&mut block.out, start);
-        values
-            .iter_mut()
-            .zip(&block.out)
-            .for_each(|(v, large)| *v = if *large == T::default() { *v } else { T::default() });
+    for (i, (values, filter)) in block.operands.iter_mut().zip(&stats.filters).enumerate() {
+        filter.keep.apply(stats.outliers.get(i).map(|large| &large.keep), values, start);
     }
 }
 

@@ -3,8 +3,9 @@
 
 use std::ops::Range;
 
-use super::sign_merge::Number;
-use super::sign_merge::subtract_base;
+use cpift_core::stream::select::GROUP;
+
+use super::sign_merge::{Number, subtract_base, word_at};
 
 /// A method that works element by element.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,6 +54,10 @@ pub(crate) struct Figures {
     /// Least importance of an element that is taken from the model.
     pub threshold: f64,
 }
+
+/// Elements whose sums are taken side by side, close to the processor: those of one word of packed
+/// bits.
+const SIDE: usize = GROUP;
 
 /// Distance to which NearSwap raises smaller ones, and sum of weights to which SCE does.
 const SMALLEST: f64 = 1e-6;
@@ -112,37 +117,48 @@ pub(crate) fn changes<T: Number>(delta: T, epsilon: T) -> bool {
 #[inline(always)]
 fn ram<T: Number>(epsilon: f64, factors: &[f64], deltas: &[Vec<T>], base: &[T], out: &mut [T]) {
     let epsilon = T::from_f64(epsilon);
-    for (j, (o, b)) in out.iter_mut().zip(base).enumerate() {
-        let (mut count, mut sum, mut alone) = (0u32, 0.0, 0.0);
+    for (at, (out, base)) in out.chunks_mut(SIDE).zip(base.chunks(SIDE)).enumerate() {
+        let (mut count, mut sum, mut alone) = ([0.0; SIDE], [0.0; SIDE], [0.0; SIDE]);
         for (i, values) in deltas.iter().enumerate() {
-            if changes(values[j], epsilon) {
-                count += 1;
-                sum += values[j].to_f64();
-                alone = values[j].to_f64() * factors.get(i).copied().unwrap_or(1.0);
+            let factor = factors.get(i).copied().unwrap_or(1.0);
+            for (j, v) in values[SIDE * at..].iter().take(SIDE).enumerate() {
+                let changed = changes(*v, epsilon);
+                count[j] += if changed { 1.0 } else { 0.0 };
+                sum[j] += if changed { v.to_f64() } else { 0.0 };
+                alone[j] = if changed { v.to_f64() * factor } else { alone[j] };
             }
         }
-        let change = if count > 1 { sum / f64::from(count) } else { alone };
-        *o = T::from_f64(b.to_f64() + change);
+        for (j, (o, b)) in out.iter_mut().zip(base).enumerate() {
+            let change = if count[j] > 1.0 { sum[j] / count[j] } else { alone[j] };
+            *o = T::from_f64(b.to_f64() + change);
+        }
     }
 }
 
 #[inline(always)]
 fn sce<T: Number>(figures: &Figures, start: usize, deltas: &[Vec<T>], base: &[T], out: &mut [T]) {
     let zero = T::default();
-    for (j, (o, b)) in out.iter_mut().zip(base).enumerate() {
-        let kept = figures.kept.as_ref().is_none_or(|bits| cpift_core::format::mask::bit(bits, start + j));
-        if !kept {
-            *o = *b;
-            continue;
+    for (at, (out, base)) in out.chunks_mut(SIDE).zip(base.chunks(SIDE)).enumerate() {
+        let side = SIDE * at..SIDE * at + out.len();
+        let kept = match &figures.kept {
+            Some(bits) => word_at(&bits[(start + side.start) / 8..]),
+            None => u64::MAX,
+        };
+        let (mut votes, mut sums, mut weights) = ([zero; SIDE], [0.0; SIDE], [0.0; SIDE]);
+        for values in deltas {
+            votes.iter_mut().zip(&values[side.clone()]).for_each(|(vote, v)| *vote = *vote + *v);
         }
-        let vote = deltas.iter().fold(zero, |sum, values| sum + values[j]);
-        let (mut sum, mut weights) = (0.0, 0.0);
         for (values, weight) in deltas.iter().zip(&figures.factors) {
-            let agrees = if vote >= zero { values[j] > zero } else { values[j] < zero };
-            sum += if agrees { weight * values[j].to_f64() } else { 0.0 };
-            weights += if agrees { *weight } else { 0.0 };
+            for (j, v) in values[side.clone()].iter().enumerate() {
+                let agrees = if votes[j] >= zero { *v > zero } else { *v < zero };
+                sums[j] += if agrees { weight * v.to_f64() } else { 0.0 };
+                weights[j] += if agrees { *weight } else { 0.0 };
+            }
         }
-        *o = T::from_f64(b.to_f64() + sum / weights.max(SMALLEST));
+        for (j, (o, b)) in out.iter_mut().zip(base).enumerate() {
+            let changed = T::from_f64(b.to_f64() + sums[j] / weights[j].max(SMALLEST));
+            *o = if kept >> j & 1 == 1 { changed } else { *b };
+        }
     }
 }
 
@@ -160,17 +176,24 @@ pub(crate) fn sce_weights(mean_squares: &[f64]) -> Vec<f64> {
 #[inline(always)]
 pub(crate) fn variances<T: Number>(deltas: &[Vec<T>], [means, squares]: [&mut [f64]; 2], out: &mut [T]) {
     let n = deltas.len() as f64;
+    // A division by a power of two is this multiplication, which is faster.
+    let exact = deltas.len().is_power_of_two().then_some(1.0 / n);
+    let divide = |sums: &mut [f64]| match exact {
+        Some(share) => sums.iter_mut().for_each(|sum| *sum *= share),
+        None => sums.iter_mut().for_each(|sum| *sum /= n),
+    };
     means.fill(0.0);
     for values in deltas {
         means.iter_mut().zip(values).for_each(|(sum, v)| *sum += v.to_f64());
     }
-    means.iter_mut().for_each(|sum| *sum /= n);
+    divide(means);
     squares.fill(0.0);
     for values in deltas {
         let pairs = values.iter().zip(&*means);
         squares.iter_mut().zip(pairs).for_each(|(sum, (v, mean))| *sum += (v.to_f64() - mean) * (v.to_f64() - mean));
     }
-    out.iter_mut().zip(&*squares).for_each(|(o, sum)| *o = T::from_f64(*sum / n));
+    divide(squares);
+    out.iter_mut().zip(&*squares).for_each(|(o, mean)| *o = T::from_f64(*mean));
 }
 
 /// Importance of an element: its change times the divergence of its row.

@@ -125,46 +125,83 @@ impl Keep {
         Self::Drawn { key, limit: (density * (1u64 << 53) as f64) as u64 }
     }
 
-    /// Sets the elements that are not kept to zero; `values[0]` is element `start` of the tensor.
+    /// Sets the elements that are not kept, and those that `without` keeps, to zero; `values[0]` is
+    /// element `start` of the tensor, with packed bits a multiple of 8.
     #[inline(always)]
-    pub fn apply<T: Number>(&self, values: &mut [T], start: usize) {
-        let zero = T::default();
+    pub fn apply<T: Number>(&self, without: Option<&Self>, values: &mut [T], start: usize) {
+        if matches!((self, without), (Self::All, None)) {
+            return;
+        }
+        // Loops of known length become vector instructions without a remainder.
+        let (groups, rest) = values.as_chunks_mut::<GROUP>();
+        let end = start + GROUP * groups.len();
+        for (group, values) in groups.iter_mut().enumerate() {
+            let start = start + GROUP * group;
+            keep_bits(self.bits(without, values, start), values);
+        }
+        keep_bits(self.bits(without, rest, end), rest);
+    }
+
+    /// Bits of those of at most 64 `values` that are kept and that `without` does not keep.
+    #[inline(always)]
+    fn bits<T: Number>(&self, without: Option<&Self>, values: &[T], start: usize) -> u64 {
+        match without {
+            Some(without) => self.kept(values, start) & !without.kept(values, start),
+            None => self.kept(values, start),
+        }
+    }
+
+    /// Bits of those of at most 64 `values`, the first of which is element `start`, that are kept.
+    #[inline(always)]
+    fn kept<T: Number>(&self, values: &[T], start: usize) -> u64 {
         match self {
-            Self::All => {}
-            Self::Above { threshold, ties: None } => {
+            Self::All => u64::MAX,
+            Self::Above { threshold, ties } => {
                 let threshold = T::from_f64(*threshold);
-                values.iter_mut().for_each(|v| *v = if v.abs() < threshold { zero } else { *v });
-            }
-            Self::Above { threshold, ties: Some((key, last)) } => {
-                let threshold = T::from_f64(*threshold);
-                // Loops of known length become vector instructions without a remainder.
-                let (groups, rest) = values.as_chunks_mut::<GROUP>();
-                let end = start + GROUP * groups.len();
-                for (group, values) in groups.iter_mut().enumerate() {
-                    keep_largest(values, threshold, start + GROUP * group, (*key, *last));
+                let (mut above, mut tied) = (0u64, 0u64);
+                for (bit, v) in values.iter().enumerate() {
+                    above |= u64::from(v.abs() > threshold) << bit;
+                    tied |= u64::from(v.abs() == threshold) << bit;
                 }
-                keep_largest(rest, threshold, end, (*key, *last));
-            }
-            Self::Drawn { key, limit } => {
-                for (j, v) in values.iter_mut().enumerate() {
-                    *v = if splitmix64(*key, (start + j) as u64) >> 11 < *limit { *v } else { zero };
+                match ties {
+                    Some((key, last)) => above | key.chosen(start, tied, *last),
+                    None => above | tied,
                 }
             }
-            Self::Bits(bits) => keep_packed(bits, start, values),
+            Self::Drawn { key, limit } => drawn(*key, *limit, start),
+            Self::Bits(bits) => word_at(&bits[start / 8..]),
         }
     }
 }
 
-/// Sets those of at most 64 `values`, the first of which is element `start`, to zero that are
-/// smaller than `threshold`, or equal to it and not chosen by `last`.
+/// Bits of the 64 elements from element `start` on whose random numbers of 53 bits are below
+/// `limit`.
 #[inline(always)]
-fn keep_largest<T: Number>(values: &mut [T], threshold: T, start: usize, (key, last): (TieKey, TieCut)) {
-    let (mut above, mut tied) = (0u64, 0u64);
-    for (bit, v) in values.iter().enumerate() {
-        above |= u64::from(v.abs() > threshold) << bit;
-        tied |= u64::from(v.abs() == threshold) << bit;
+fn drawn(key: u64, limit: u64, start: usize) -> u64 {
+    let mut word = 0u64;
+    for bit in 0..GROUP {
+        word |= u64::from(splitmix64(key, (start + bit) as u64) >> 11 < limit) << bit;
     }
-    keep_bits(above | key.chosen(start, tied, last), values);
+    word
+}
+
+/// The first 64 of packed bits; those past the end are not set.
+#[inline(always)]
+pub(crate) fn word_at(bits: &[u8]) -> u64 {
+    match bits.first_chunk::<8>() {
+        Some(word) => u64::from_le_bytes(*word),
+        None => bits.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
+    }
+}
+
+/// Appends packed bits of `len` elements, the first of which is element `start`: those whose random
+/// numbers of 53 bits are below `limit`.
+#[inline(always)]
+pub(crate) fn draw(key: u64, limit: u64, start: usize, len: usize, bits: &mut Vec<u8>) {
+    for first in (0..len).step_by(GROUP) {
+        let word = drawn(key, limit, start + first);
+        bits.extend_from_slice(&word.to_le_bytes()[..GROUP.min(len - first).div_ceil(8)]);
+    }
 }
 
 /// Sets those of at most 64 `values` to zero whose bits are not set.
@@ -182,13 +219,14 @@ pub(crate) fn keep_packed<T: Number>(bits: &[u8], start: usize, values: &mut [T]
         outside(bits, start, values, |_, v| *v = T::default());
         return;
     }
-    let (words, rest) = bits[start / 8..].as_chunks::<8>();
-    let last = rest.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-    let mut words = words.iter().map(|word| u64::from_le_bytes(*word)).chain([last]);
-    // Loops of known length become vector instructions without a remainder.
-    let (groups, rest) = values.as_chunks_mut::<GROUP>();
-    groups.iter_mut().zip(&mut words).for_each(|(values, word)| keep_bits(word, values));
-    keep_bits(words.next().unwrap_or(0), rest);
+    for (group, values) in values.chunks_mut(GROUP).enumerate() {
+        let word = word_at(&bits[start / 8 + 8 * group..]);
+        // A loop of known length becomes vector instructions without a remainder.
+        match values.first_chunk_mut::<GROUP>() {
+            Some(full) => keep_bits(word, full),
+            None => keep_bits(word, values),
+        }
+    }
 }
 
 /// Key of the random numbers of one tensor of one model: seed, index and name mixed, eight bytes at
@@ -240,52 +278,49 @@ impl SignMerge {
         }
     }
 
-    /// Merges the thinned task vectors `operands` about `base` into `out`. `sums` and `divisors`
-    /// are working space; all slices are as long as `base`.
+    /// Merges the thinned task vectors `operands` about `base`, which is as long as `out`, into
+    /// `out`.
     #[inline(always)]
-    pub fn merge<T: Number>(
-        &self,
-        filters: &[Filter],
-        operands: &[Vec<T>],
-        base: &[T],
-        [sums, divisors]: [&mut [f64]; 2],
-        out: &mut [T],
-    ) {
-        sums.fill(0.0);
-        if self.elect {
-            self.vote(filters, operands, out);
-            divisors.fill(0.0);
-            for ((values, filter), TaskVector { weight, .. }) in operands.iter().zip(filters).zip(&self.vectors) {
-                let factor = weight * filter.scale;
-                let totals = sums.iter_mut().zip(divisors.iter_mut());
-                for ((v, vote), (sum, divisor)) in values.iter().zip(&*out).zip(totals) {
-                    let term = factor * v.to_f64();
-                    let agrees = if *vote >= T::default() { term > 0.0 } else { term < 0.0 };
-                    *sum += if agrees { term } else { 0.0 };
-                    *divisor += if agrees { *weight } else { 0.0 };
+    pub fn merge<T: Number>(&self, filters: &[Filter], operands: &[Vec<T>], base: &[T], out: &mut [T]) {
+        /// Elements whose sums stay in the first-level cache.
+        const SIDE: usize = 128;
+        let terms = || operands.iter().zip(filters).zip(&self.vectors);
+        for (at, (out, base)) in out.chunks_mut(SIDE).zip(base.chunks(SIDE)).enumerate() {
+            let side = SIDE * at..SIDE * at + out.len();
+            let (mut sums, mut divisors) = ([0.0; SIDE], [0.0; SIDE]);
+            if self.elect {
+                // The sign of the weighted sum is elected, + for zero.
+                out.fill(T::default());
+                for ((values, filter), TaskVector { weight, .. }) in terms() {
+                    let (scale, weight) = (T::from_f64(filter.scale), T::from_f64(*weight));
+                    let pairs = values[side.clone()].iter().zip(out.iter_mut());
+                    pairs.for_each(|(v, vote)| *vote = *vote + *v * scale * weight);
+                }
+                for ((values, filter), TaskVector { weight, .. }) in terms() {
+                    let factor = weight * filter.scale;
+                    let totals = sums.iter_mut().zip(&mut divisors);
+                    for ((v, vote), (sum, divisor)) in values[side.clone()].iter().zip(&*out).zip(totals) {
+                        let term = factor * v.to_f64();
+                        let agrees = if *vote >= T::default() { term > 0.0 } else { term < 0.0 };
+                        *sum += if agrees { term } else { 0.0 };
+                        *divisor += if agrees { *weight } else { 0.0 };
+                    }
+                }
+            } else {
+                for ((values, filter), TaskVector { weight, .. }) in terms() {
+                    let factor = weight * filter.scale;
+                    let values = &values[side.clone()];
+                    values.iter().zip(&mut sums).for_each(|(v, sum)| *sum += factor * v.to_f64());
+                }
+                divisors.fill(self.vectors.iter().map(|v| v.weight).sum());
+            }
+            if self.normalize {
+                for (sum, divisor) in sums.iter_mut().zip(&divisors) {
+                    *sum /= if divisor.abs() < 1e-8 { 1.0 } else { *divisor };
                 }
             }
-        } else {
-            for ((values, filter), TaskVector { weight, .. }) in operands.iter().zip(filters).zip(&self.vectors) {
-                let factor = weight * filter.scale;
-                values.iter().zip(sums.iter_mut()).for_each(|(v, sum)| *sum += factor * v.to_f64());
-            }
-            divisors.fill(self.vectors.iter().map(|v| v.weight).sum());
-        }
-        for (((o, b), sum), divisor) in out.iter_mut().zip(base).zip(&*sums).zip(&*divisors) {
-            let divisor = if !self.normalize || divisor.abs() < 1e-8 { 1.0 } else { *divisor };
-            *o = T::from_f64(b.to_f64() + sum / divisor * self.lambda);
-        }
-    }
-
-    /// Sums the weighted task vectors into `votes`; the sign of the sum is the one elected, + for
-    /// zero.
-    #[inline(always)]
-    fn vote<T: Number>(&self, filters: &[Filter], operands: &[Vec<T>], votes: &mut [T]) {
-        votes.fill(T::default());
-        for ((values, filter), TaskVector { weight, .. }) in operands.iter().zip(filters).zip(&self.vectors) {
-            let (scale, weight) = (T::from_f64(filter.scale), T::from_f64(*weight));
-            values.iter().zip(votes.iter_mut()).for_each(|(v, vote)| *vote = *vote + *v * scale * weight);
+            let pairs = out.iter_mut().zip(base).zip(&sums);
+            pairs.for_each(|((o, b), sum)| *o = T::from_f64(b.to_f64() + sum * self.lambda));
         }
     }
 }
@@ -301,9 +336,8 @@ mod tests {
         let mut operands: Vec<Vec<f32>> = models.iter().map(|m| m.to_vec()).collect();
         subtract_base(&mut operands, base);
         let filters = vec![Filter::ALL; models.len()];
-        let (mut sums, mut divisors) = (vec![0.0; base.len()], vec![0.0; base.len()]);
         let mut out = vec![0.0; base.len()];
-        rule.merge(&filters, &operands, base, [&mut sums, &mut divisors], &mut out);
+        rule.merge(&filters, &operands, base, &mut out);
         out
     }
 
@@ -335,7 +369,7 @@ mod tests {
         let values = [0.5f32, -2.0, 2.0, 3.0, -2.0];
         let keep = |ties: Option<(TieKey, TieCut)>, start: usize| {
             let (keep, mut values) = (Keep::Above { threshold: 2.0, ties }, values);
-            keep.apply(&mut values, start);
+            keep.apply(None, &mut values, start);
             values
         };
         assert_eq!(keep(None, 0), [0.0, -2.0, 2.0, 3.0, -2.0]);
@@ -354,7 +388,7 @@ mod tests {
     fn draws_depend_on_seed_model_tensor_and_place_alone() {
         let draw = |key: u64, start: usize| {
             let mut values = [1.0f32; 1000];
-            Keep::drawn(key, 0.3).apply(&mut values, start);
+            Keep::drawn(key, 0.3).apply(None, &mut values, start);
             values
         };
         let one = key(1, 0, "w");

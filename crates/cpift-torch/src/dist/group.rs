@@ -595,6 +595,41 @@ pub(crate) fn in_batches<T: Serialize + DeserializeOwned>(
         }
         round.iter().flat_map(|chunk| *chunk).for_each(|_| tick());
     }
+    from_all(group, device, own)
+}
+
+/// Deals the indices `order` to the ranks in turn, runs `each` once on every rank's own and returns
+/// the results of all ranks. `tick` is called for each index: this rank counts its own and takes
+/// the others to be as fast.
+///
+/// # Errors
+/// An error of `each`; a failed rank.
+pub(crate) fn in_shares<T: Serialize + DeserializeOwned>(
+    group: Option<&Rc<Group>>,
+    device: Device,
+    order: &[usize],
+    each: impl FnOnce(&[usize], &mut dyn FnMut()) -> Result<Vec<(usize, T)>>,
+    mut tick: impl FnMut(),
+) -> Result<Vec<(usize, T)>> {
+    let (rank, world) = group.map_or((0, 1), |group| (group.rank(), group.world()));
+    let own: Vec<usize> = order.iter().skip(rank).step_by(world).copied().collect();
+    let (mut done, mut ticked) = (0, 0);
+    let mut one_done = || {
+        done += 1;
+        let all = order.len() * done / own.len();
+        (ticked..all).for_each(|_| tick());
+        ticked = all;
+    };
+    let results = each(&own, &mut one_done)?;
+    from_all(group, device, results)
+}
+
+/// The results of all ranks.
+fn from_all<T: Serialize + DeserializeOwned>(
+    group: Option<&Rc<Group>>,
+    device: Device,
+    own: Vec<(usize, T)>,
+) -> Result<Vec<(usize, T)>> {
     let Some(group) = group else { return Ok(own) };
     let mut all = Vec::new();
     for bytes in gather(group, device, &serde_json::to_vec(&own)?)? {

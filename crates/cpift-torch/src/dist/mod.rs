@@ -14,7 +14,7 @@ mod liveness;
 mod place;
 
 pub use c10d::set_storage;
-pub(crate) use group::in_batches;
 pub use group::{Backend, Group, Work};
+pub(crate) use group::{in_batches, in_shares};
 pub(crate) use liveness::JOB_FAILED;
 pub use place::Place;

@@ -1,4 +1,4 @@
-//! Attention: masks, key-value cache, and the scores of each family.
+//! Attention: masks, and the scores of each family.
 //!
 //! Shape suffixes: b batch, s sequence (queries), t keys, h query heads, k key-value heads, d head
 //! width, e embedding.
@@ -6,6 +6,7 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
+use super::cache::KvCache;
 use super::config::ModelConfig;
 use super::families::QkNorm;
 use super::layers::{Linear, Loader, RmsNorm, distinct_ropes, rotate};
@@ -50,56 +51,6 @@ impl Documents {
 pub(super) fn causal_window(s: i64, t: i64, window: i64, device: Device) -> Tensor {
     let all = Tensor::ones([s, t], (Kind::Bool, device));
     all.tril(t - s).logical_and(&all.triu(t - s - window + 1))
-}
-
-/// Key-value cache: [b, k, capacity, d] for each block, allocated once and filled from the left.
-pub struct KvCache {
-    layers: Vec<(Tensor, Tensor)>,
-    length: i64,
-}
-
-impl KvCache {
-    /// An empty cache for `b` rows of up to `capacity` tokens.
-    pub(super) fn new(c: &ModelConfig, b: i64, capacity: i64, options: (Kind, Device)) -> Self {
-        let shape = [b, c.num_key_value_heads, capacity, c.head_dim];
-        let layer = |_| (Tensor::empty(shape, options), Tensor::empty(shape, options));
-        Self { layers: (0..c.num_hidden_layers).map(layer).collect(), length: 0 }
-    }
-
-    /// Number of tokens in the cache.
-    pub fn length(&self) -> i64 {
-        self.length
-    }
-
-    /// Drops all tokens but the first `length`.
-    pub fn truncate(&mut self, length: i64) {
-        self.length = self.length.min(length);
-    }
-
-    /// Appends a block's new keys and values and returns all of them.
-    fn extend(&self, layer: usize, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
-        let s = k.size()[2];
-        let write = |all: &Tensor, new: &Tensor| {
-            let mut place = all.narrow(2, self.length, s);
-            place.copy_(new);
-            all.narrow(2, 0, self.length + s)
-        };
-        let (all_k, all_v) = &self.layers[layer];
-        (write(all_k, k), write(all_v, v))
-    }
-
-    /// Advances the length by `s` tokens, which every block has written.
-    pub(super) fn advance(&mut self, s: i64) {
-        self.length += s;
-    }
-
-    /// Keeps only the batch rows `rows` (int64), in that order.
-    pub fn keep_rows(&mut self, rows: &Tensor) {
-        for (k, v) in &mut self.layers {
-            *k = k.index_select(0, rows);
-            *v = v.index_select(0, rows);
-        }
-    }
 }
 
 /// Multi-head attention with grouped keys and values.

@@ -9,7 +9,8 @@ use std::rc::Rc;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::attention::{Attended, Attention, Documents, KvCache, Pattern, causal_window};
+use super::attention::{Attended, Attention, Documents, Pattern, causal_window};
+use super::cache::KvCache;
 use super::config::{ModelConfig, rotated, text_base};
 use super::experts::{Experts, Routed};
 use super::layers::{Loader, Mlp, RmsNorm, Rope, check_all_taken, distinct_ropes};

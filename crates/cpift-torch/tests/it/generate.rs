@@ -2,9 +2,11 @@
 //! does scoring.
 
 use crate::golden;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 
-use cpift_testkit::model::write_tiny_model;
+use cpift_testkit::model::{tiny_weights, write_tiny_model};
+use cpift_testkit::write_safetensors;
 use cpift_torch::generate::{GenerationOptions, Sampling, generate};
 use cpift_torch::score::{self, Alternatives};
 use cpift_torch::session::{Precision, Session};
@@ -38,19 +40,51 @@ fn reference(session: &Session, prompt: &[i64], eos: &[i64], most: usize) -> Vec
 }
 
 #[test]
-fn batches_of_unequal_prompts_equal_one_at_a_time() {
+fn rows_that_come_and_go_are_answered_as_one_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
     let session = session(dir.path());
-    let prompts: Vec<Vec<i64>> = (0..9).map(|i| (0..3 + 4 * i).map(|j| (17 * i + 5 * j * j) % 250).collect()).collect();
-    // An id that the model generates ends some answers early, so that rows leave the batch at
-    // different times.
-    let free = reference(&session, &prompts[4], &[], 12);
-    let eos = [free[5]];
-    let expected: Vec<Vec<i64>> = prompts.iter().map(|p| reference(&session, p, &eos, 12)).collect();
-    assert!(expected.iter().any(|a| a.len() < 12) && expected.iter().any(|a| a.len() == 12), "{expected:?}");
-    for batch_size in [1, 4, 9] {
-        let options = GenerationOptions { batch_size, ..greedy(&eos, 12) };
+    let prompts: Vec<Vec<i64>> = (0..9).map(|i| (0..1 + 4 * i).map(|j| (17 * i + 5 * j * j) % 250).collect()).collect();
+    // Ids that the model generates end some answers early: one row at its first token, and all at
+    // different times. The longest answers outgrow the cache, which grows by 64 tokens.
+    let free = |i: usize| reference(&session, &prompts[i], &[], 12);
+    let eos = [free(4)[5], free(2)[0]];
+    let expected: Vec<Vec<i64>> = prompts.iter().map(|p| reference(&session, p, &eos, 70)).collect();
+    let lengths: BTreeSet<usize> = expected.iter().map(Vec::len).collect();
+    assert!(lengths.len() >= 4 && lengths.contains(&0) && lengths.contains(&70), "{lengths:?}");
+    for batch_size in [1, 2, 4, 9, 20] {
+        let options = GenerationOptions { batch_size, ..greedy(&eos, 70) };
         assert_eq!(ids(&session, &prompts, &options), expected, "batch size {batch_size}");
+    }
+    let mut done = 0;
+    generate(&session.model, &session.text, &prompts, &greedy(&eos, 2), || done += 1).unwrap();
+    assert_eq!(done, prompts.len());
+    assert!(ids(&session, &[], &greedy(&eos, 2)).is_empty());
+}
+
+#[test]
+fn values_that_are_not_finite_stay_in_their_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = write_tiny_model(&dir.path().join("m"), 7);
+    let mut weights = tiny_weights(7);
+    let embedding = weights.remove("model.embed_tokens.weight").unwrap();
+    let (mut values, shape) = (embedding.values(), embedding.shape.clone());
+    values[5 * shape[1]..6 * shape[1]].fill(f32::NAN);
+    weights.insert("model.embed_tokens.weight".into(), cpift_testkit::Tensor::f32(&shape, &values));
+    weights.insert("lm_head.weight".into(), embedding);
+    fs::remove_file(folder.join("model.safetensors")).unwrap();
+    write_safetensors(&folder.join("model.safetensors"), &weights);
+    let session = Session::open(&folder, None, Device::Cpu, Precision::F32).unwrap();
+    // The second row is nothing but NaN, which argmax takes for id 0; the third enters its slot
+    // beside the longer first.
+    let prompts = [(10..40).collect(), vec![9; 20], vec![9; 8]].map(|p: Vec<i64>| p);
+    let mut with_nan = prompts.clone();
+    with_nan[1][3] = 5;
+    let options = GenerationOptions { batch_size: 2, ..greedy(&[0], 12) };
+    let found = ids(&session, &with_nan, &options);
+    assert_eq!(found[1], [0i64; 0]);
+    for i in [0, 2] {
+        let alone = ids(&session, &prompts[i..=i], &options);
+        assert_eq!((found[i].len(), &found[i]), (12, &alone[0]));
     }
 }
 
@@ -124,7 +158,9 @@ fn sampled_answers_depend_on_the_seed_and_not_on_the_batch() {
         let sampling = Some(Sampling { temperature: 1.0, top_p, seed });
         ids(&session, &prompts, &GenerationOptions { sampling, batch_size, ..greedy(&[], 10) })
     };
-    assert_eq!(sampled(1, 0.9, 1), sampled(1, 0.9, 6));
+    for batch_size in [2, 6] {
+        assert_eq!(sampled(1, 0.9, 1), sampled(1, 0.9, batch_size), "batch size {batch_size}");
+    }
     assert_ne!(sampled(1, 0.9, 6), sampled(2, 0.9, 6));
     // A nucleus of one token is the likeliest.
     assert_eq!(sampled(1, 1e-6, 6), ids(&session, &prompts, &greedy(&[], 10)));
