@@ -412,8 +412,8 @@ pub(crate) struct Asked(Option<Units>);
 #[must_use]
 pub(crate) struct Lent(Option<Units>);
 
-/// A unit's weights between its forward and its backward pass: kept, or without memory while a graph
-/// has views of it.
+/// A unit's weights between its forward and its backward pass: kept, or without memory while a
+/// graph has views of it.
 pub(crate) struct Parked {
     units: Option<Units>,
     kept: bool,

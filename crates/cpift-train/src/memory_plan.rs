@@ -62,8 +62,8 @@ struct Time {
 impl Time {
     /// 6 FLOPs per parameter and token, forward and backward (Kaplan et al., [arXiv
     /// 2001.08361](https://arxiv.org/abs/2001.08361)); recomputation adds 2, and a frozen base
-    /// needs 2 fewer. Of the experts those that compute a token count, and the scores of attention do
-    /// not.
+    /// needs 2 fewer. Of the experts those that compute a token count, and the scores of attention
+    /// do not.
     fn of(job: &Job, training: &TrainingArgs, flops_per_second: f64) -> Self {
         let tokens = match training.budget() {
             Budget::Tokens(tokens) => tokens as u64,

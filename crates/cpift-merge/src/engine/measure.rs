@@ -446,7 +446,8 @@ impl<T: Number> Elements<T> for Magnitudes<'_> {
         self.base().read(start, base);
         scores.iter_mut().zip(&*base).for_each(|(v, b)| *v = (*v - *b).abs());
         let finite = |values: &[T]| values.iter().fold(true, |all, v| all & v.is_finite());
-        // A difference that is finite is one of finite numbers; that of finite numbers can overflow.
+        // A difference that is finite is one of finite numbers; that of finite numbers can
+        // overflow.
         let usable = finite(scores) || {
             let mut values = base.to_vec();
             operand.view.read(start, &mut values);

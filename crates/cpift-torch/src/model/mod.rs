@@ -1,6 +1,6 @@
 //! Decoder-only language models, leaf to root, with the names of their checkpoints: `families` has
-//! their differences, `config` and `expert_fields` read config.json, `layers` has the leaves, `cache`
-//! keys and values, then `attention` and `experts`, then `decoder` with Block and CausalLM.
+//! their differences, `config` and `expert_fields` read config.json, `layers` has the leaves,
+//! `cache` keys and values, then `attention` and `experts`, then `decoder` with Block and CausalLM.
 //!
 //! The trainer calls [`CausalLM::embed`], the blocks one at a time, and the head, so that it can
 //! keep, drop or recompute the activations between them.
