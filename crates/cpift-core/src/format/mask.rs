@@ -471,13 +471,14 @@ impl BitList {
 /// more, and a loop that ends after a varying number of steps costs more than these.
 const FEW: u32 = 3;
 
-/// Puts the first bits of `flags`, one after another, where the bits of `word` are set.
+/// Calls `each` with every bit that is set in `word`, as a word of its own, and with its number
+/// among them. It is called [`FEW`] times or more: a bit that is not there is 0.
 #[inline(always)]
-fn spread(word: u64, flags: u64) -> u64 {
-    let (mut left, mut found) = (word, 0);
+fn each_set(word: u64, mut each: impl FnMut(u64, u32)) {
+    let mut left = word;
     let mut next = |left: &mut u64, i: u32| {
         let lowest = *left & left.wrapping_neg();
-        found |= lowest & 0u64.wrapping_sub(flags >> i & 1);
+        each(lowest, i);
         *left ^= lowest;
     };
     (0..FEW).for_each(|i| next(&mut left, i));
@@ -486,24 +487,21 @@ fn spread(word: u64, flags: u64) -> u64 {
         next(&mut left, i);
         i += 1;
     }
+}
+
+/// Puts the first bits of `flags`, one after another, where the bits of `word` are set.
+#[inline(always)]
+fn spread(word: u64, flags: u64) -> u64 {
+    let mut found = 0;
+    each_set(word, |bit, i| found |= bit & 0u64.wrapping_sub(flags >> i & 1));
     found
 }
 
 /// Inverse of [`spread`]: the bits of `marks` at which `word` is set, one after another.
 #[inline(always)]
 fn gather(word: u64, marks: u64) -> u64 {
-    let (mut left, mut found) = (word, 0);
-    let mut next = |left: &mut u64, i: u32| {
-        let lowest = *left & left.wrapping_neg();
-        found |= u64::from(marks & lowest != 0) << i;
-        *left ^= lowest;
-    };
-    (0..FEW).for_each(|i| next(&mut left, i));
-    let mut i = FEW;
-    while left != 0 {
-        next(&mut left, i);
-        i += 1;
-    }
+    let mut found = 0;
+    each_set(word, |bit, i| found |= u64::from(marks & bit != 0) << i);
     found
 }
 
