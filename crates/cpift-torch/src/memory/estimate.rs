@@ -61,8 +61,8 @@ impl Job {
             weights + self.adapter_cast() * adapters
         };
         let block_cast = casts(s.block, adapted);
-        // Saved tensors and casts in memory at the loss, and in the first block's backward pass: those
-        // of all blocks, or of the one block that is recomputed.
+        // Saved tensors and casts in memory at the loss, and in the first block's backward pass:
+        // those of all blocks, or of the one block that is recomputed.
         let (kept_saved, kept_casts) =
             if recompute { (0, 0) } else { (blocks.saved, casts(s.all_blocks, all_adapted)) };
         let (first_saved, first_casts) = if recompute { (block.saved, block_cast) } else { (kept_saved, kept_casts) };
