@@ -137,9 +137,10 @@ pub struct TrainingArgs {
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Reduce::Ordered, help_heading = MEMORY)]
     #[serde(skip_serializing_if = "Reduce::is_ordered")]
     pub reduce: Reduce,
-    /// Over ranks or with --offload all: free a block's weights after its forward pass and bring
-    /// them again for its backward pass. With false they stay, which moves a third less between
-    /// ranks and takes the memory of all blocks' weights. The result is the same, bit for bit
+    /// Over ranks, or with --offload all on a CUDA device: free a block's weights after its forward
+    /// pass and bring them again for its backward pass. With false they stay, which moves a third
+    /// less between ranks and takes the memory of all blocks' weights. The result is the same, bit
+    /// for bit
     #[arg(long, aliases = ["reshard_after_forward"], value_name = "BOOL", default_value_t = true)]
     #[arg(action = clap::ArgAction::Set, help_heading = MEMORY)]
     #[serde(skip)]

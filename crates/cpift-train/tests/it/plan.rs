@@ -238,6 +238,21 @@ fn a_job_that_does_not_fit_is_told_what_would() {
     assert_eq!(moments[0]["total"].as_u64(), Some(sum));
 }
 
+/// Weights that stay are in each rank's memory and move once instead of twice.
+#[test]
+fn weights_that_stay_lent_take_memory_and_save_traffic() {
+    // 32 blocks in bf16, of which each of two ranks receives half.
+    const BLOCKS: u64 = 32 * 202_383_360 * 2;
+    let figures = |more: &str| {
+        let args = format!("--world 2 --batch-size 2 --device-memory 131 --json --compute-dtype bf16 {more}");
+        let json: Value = serde_json::from_str(&llama(&args).ok().stdout).unwrap();
+        let of = |value: &Value| value.as_u64().unwrap();
+        (of(&json["memory"]["moments"][0]["parts"]["lent"]), of(&json["traffic"]["ranks"]))
+    };
+    let ((lent, received), (stay, fewer)) = (figures(""), figures("--reshard-after-forward false"));
+    assert_eq!((stay - lent, received - fewer), (BLOCKS, BLOCKS / 2));
+}
+
 #[test]
 fn the_disk_of_a_pipeline_is_its_checkpoints_masks_and_states() {
     let disk = |more: &str| -> Value {
