@@ -129,7 +129,7 @@ smollm2-suite: build ## `reproduce` on SmolLM2-135M with real data (DATA=, DEVIC
 	@DATA=$(DATA) MODEL=$(SMOLLM2) BIN=$(BIN) scripts/experiments/smollm2.sh
 
 pipeline: build ## probes to scores as file targets (BASE=DIR TASKS=FILE RUN=DIR, or CONFIG=FILE.toml; sizes: see scripts/pipeline.mk)
-	+@BIN=$(BIN) scripts/pipeline.py run
+	+@BIN=$(BIN) $(BIN)/cpift-pipeline run
 
 add-task: build ## Add a task to a tuned model and show what the old ones lose (MODEL=, TASKS=, NEW=, RUN=; more in scripts/add_task.py)
 	@BIN=$(BIN) scripts/add_task.py
@@ -138,7 +138,7 @@ status: ## Every artifact of RUN=: done, running, queued, stopped, failed, stale
 slurm: ## Submit the pipeline to Slurm: what is not made yet (RUN=, BASE=, TASKS=; scripts/slurm/cluster.env; DRY_RUN=1 prints)
 clean-probes: build ## Delete the weights of the probes of RUN= once everything made from them is up to date
 status slurm clean-probes:
-	@BIN=$(BIN) scripts/pipeline.py $@
+	@BIN=$(BIN) $(BIN)/cpift-pipeline $@
 
 test-slurm: build ## scripts/slurm on a private cluster of one machine, which it installs and starts (as root, Debian)
 	@BIN=$(BIN) tests/slurm/test.sh

@@ -187,7 +187,7 @@ class Adding:
         for name, command in steps:
             program, *arguments = map(str, command)
             whole = [f"{self.settings['BIN']}/{program}", "--threads", self.settings["THREADS"], "--skip-up-to-date"]
-            stage = [sys.executable, Path(__file__).with_name("stage.py"), self.run / "logs" / name]
+            stage = [f"{self.settings['BIN']}/cpift-pipeline", "stage", self.run / "logs" / name]
             environment = os.environ | {"DUE": " ".join(due), "STARTED": self.started}
             code = subprocess.run([*stage, *whole, *arguments], env=environment, check=False).returncode
             if code:

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PREFIX:?}" "${BIN:?}"
 install -d "$PREFIX/bin" "$PREFIX/lib/cpift/bin"
-for name in mask group merge; do install -m 755 "$BIN/cpift-$name" "$PREFIX/bin/"; done
+for name in mask group merge pipeline; do install -m 755 "$BIN/cpift-$name" "$PREFIX/bin/"; done
 for name in probe train eval; do
     install -m 755 "$BIN/cpift-$name" "$PREFIX/lib/cpift/bin/"
     ln -sf "../lib/cpift/bin/cpift-$name" "$PREFIX/bin/cpift-$name"

@@ -4,7 +4,7 @@
 # out of date. Usually called through `make pipeline`.
 #
 #   BASE=DIR TASKS=FILE RUN=DIR    base checkpoint, task list, directory for all that is made. These
-#       and all below may stand in a file, CONFIG=FILE.toml (see scripts/pipeline.py).
+#       and all below may stand in a file, CONFIG=FILE.toml (see `cpift-pipeline --help`).
 #   METHODS    what is compared with the base: by default "full-sft capped-mixture cpi-ft-plus"; the
 #       second scored highest where all were compared, the third highest of those that isolate
 #       cores. "full-sft multi-stage cpi-ft" are the paper's. In cpi-ft-group each group of the last
@@ -67,14 +67,14 @@ keep_settings = $(shell mkdir -p $(RUN))$(file >$(RUN)/pipeline.env,METHODS=$(ME
 	v,$(SETTINGS),$(if $(filter command environment,$(origin $(v))),$(file >>$(RUN)/pipeline.env,$(v)=$($(v)))))
 $(if $(ONLY)$(GRAPH),,$(keep_settings))
 
-# A command runs through stage.py, with its log and its state in RUN/logs, if its artifact is among
+# A command runs through `cpift-pipeline stage`, with its log and its state in RUN/logs, if its artifact is among
 # DUE: those of this call of make that are not up to date. The program checks once more when it
 # starts: a remade input may have the same content as before. STARTED is the time at which the first
 # command started.
 tab := $(shell printf '\t')
 command = $(BIN)/$(strip $(1)) --threads $(THREADS) --skip-up-to-date
 run = @$(if $(GRAPH),$@$(tab)$(command),$(if $(filter $@,$(DUE)),$(if $(ONLY),$(if $(filter \
-	$@,$(ONLY)),,$(refuse)))STARTED=$(STARTED) DUE='$(DUE)' scripts/stage.py $(RUN)/logs/$@ $(command),:))
+	$@,$(ONLY)),,$(refuse)))STARTED=$(STARTED) DUE='$(DUE)' $(BIN)/cpift-pipeline stage $(RUN)/logs/$@ $(command),:))
 refuse = echo "pipeline: $@ is missing or not up to date, and not this job's to make" >&2; exit 1;
 GRAPH_OF = MAKEFLAGS= MAKELEVEL= $(MAKE) -sn --no-print-directory -f $(firstword $(MAKEFILE_LIST)) \
 	$(MAKEOVERRIDES) TASK_NAMES='$(NAMES)' GRAPH=1 $(MAKECMDGOALS)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A job of `pipeline.py slurm`: job.sh 'NAME…' …, one argument per element of an array. It makes the
+# A job of `cpift-pipeline slurm`: job.sh 'NAME…' …, one argument per element of an array. It makes the
 # artifacts of its own element with scripts/pipeline.mk and nothing else. Training that stops with
-# its state saved (75) is requeued. In a job of several tasks, stage.py starts the programs that
+# its state saved (75) is requeued. In a job of several tasks, cpift-pipeline starts the programs that
 # share their work on all of them, by srun.
 set -euo pipefail
 # Element 0 has the array's own id: by that, all elements would be requeued.
@@ -10,7 +10,7 @@ say() { echo "$(date '+%F %T') $*"; }
 # Before the time limit RUNNING, or SIGNALING while the warning is on its way; COMPLETING or PENDING
 # in a job that was cancelled or that Slurm itself requeues.
 state() { scontrol show job -o "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p'; }
-# Slurm warns only this shell. The warning goes on to make, stage.py and the program. If a job of
+# Slurm warns only this shell. The warning goes on to make, cpift-pipeline and the program. If a job of
 # several tasks is cancelled or requeued, Slurm signals the tasks as well: they are not told twice,
 # which would end them at once, and make is told by SIGHUP to begin nothing more.
 tasks=$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))

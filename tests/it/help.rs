@@ -8,8 +8,9 @@ use std::process::{Command, Stdio};
 
 use cpift_testkit::chain::program;
 
-const PROGRAMS: [&str; 6] = ["cpift-probe", "cpift-mask", "cpift-group", "cpift-merge", "cpift-train", "cpift-eval"];
-/// Subcommands that every program has; their help texts are recorded once.
+const STAGES: [&str; 6] = ["cpift-probe", "cpift-mask", "cpift-group", "cpift-merge", "cpift-train", "cpift-eval"];
+const PIPELINE: &str = "cpift-pipeline";
+/// Subcommands that every stage has; their help texts are recorded once.
 const SHARED: [&str; 3] = ["up-to-date", "completions", "help"];
 
 fn help(name: &str, subcommand: &[&str]) -> String {
@@ -36,7 +37,7 @@ fn help_texts_are_as_recorded() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("help");
     let update = std::env::var_os("UPDATE_HELP").is_some();
     let mut changed = Vec::new();
-    for name in PROGRAMS {
+    for name in STAGES.into_iter().chain([PIPELINE]) {
         let top = help(name, &[]);
         let mut text = format!("$ {name} --help\n{top}");
         let shared = if name == "cpift-mask" { &SHARED[..2] } else { &[] };
@@ -58,7 +59,7 @@ fn help_texts_are_as_recorded() {
 
 #[test]
 fn every_flag_is_under_a_heading() {
-    for name in PROGRAMS {
+    for name in STAGES.into_iter().chain([PIPELINE]) {
         let top = help(name, &[]);
         for subcommand in subcommands(&top).into_iter().map(Some).chain([None]) {
             let text = subcommand.map_or_else(|| top.clone(), |subcommand| help(name, &[subcommand]));
@@ -73,7 +74,7 @@ fn every_flag_is_under_a_heading() {
 
 #[test]
 fn shells_get_completions() {
-    for name in PROGRAMS {
+    for name in STAGES {
         let output = Command::new(program(name)).args(["completions", "bash"]).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success() && text.contains(&format!(" {name}\n")), "{name}: {text}");

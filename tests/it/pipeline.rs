@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::SystemTime;
 
 use cpift_core::format::mask::{Mask, bit, count_ones};
-use cpift_testkit::chain::programs;
+use cpift_testkit::chain::{program, programs};
 use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
 use cpift_testkit::{Run, Tensors, read_checkpoint, run_command};
 use serde_json::Value;
@@ -76,17 +76,17 @@ impl Pipeline {
         made
     }
 
-    /// Runs `scripts/pipeline.py COMMAND` with the settings `more`.
+    /// Runs `cpift-pipeline COMMAND` with the settings `more`.
     fn script(&self, command: &str, more: &[String]) -> Run {
-        let mut script = Command::new(root().join("scripts/pipeline.py"));
-        script.arg(command).args(more).env("BIN", programs());
+        let mut script = Command::new(program("cpift-pipeline"));
+        script.current_dir(root()).arg(command).args(more).env("BIN", programs());
         run_command(script)
     }
 
     /// Runs `make clean-probes`.
     fn clean_probes(&self, run: &str) -> Run {
-        let mut command = Command::new(root().join("scripts/pipeline.py"));
-        command.arg("clean-probes");
+        let mut command = Command::new(program("cpift-pipeline"));
+        command.current_dir(root()).arg("clean-probes");
         if !run.is_empty() {
             command.arg(format!("RUN={}", self.path(run).display()));
         }

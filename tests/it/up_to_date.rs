@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use cpift_testkit::chain::programs;
+use cpift_testkit::chain::{program, programs};
 use cpift_testkit::model::{row, write_rows, write_tasks, write_tiny_model};
 use cpift_testkit::run_command;
 
@@ -98,10 +98,10 @@ impl World {
         command
     }
 
-    /// Prepares `pipeline.py` with the settings of the pipeline in its environment.
+    /// Prepares `cpift-pipeline` with the settings of the pipeline in its environment.
     fn script(&self, arguments: &[&str], changes: &[&str]) -> Command {
-        let mut command = Command::new(root().join("scripts/pipeline.py"));
-        command.args(arguments).env("CLUSTER", root().join("scripts/slurm/cluster.env"));
+        let mut command = Command::new(program("cpift-pipeline"));
+        command.current_dir(root()).args(arguments).env("CLUSTER", root().join("scripts/slurm/cluster.env"));
         for setting in self.settings(changes) {
             let (key, value) = setting.split_once('=').unwrap();
             command.env(key, value);

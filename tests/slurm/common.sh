@@ -22,7 +22,7 @@ begin=$SECONDS
 
 fail() {
     echo "test-slurm: FAILED: $*" >&2
-    for run in "$quiet" "$rough"; do scripts/pipeline.py status RUN="$run" >&2 || true; done
+    for run in "$quiet" "$rough"; do "$BIN/cpift-pipeline" status RUN="$run" >&2 || true; done
     squeue >&2; tail -n 5 "$quiet"/slurm/*.out "$rough"/slurm/*.out >&2 || true
     echo "test-slurm: the files are in $dir" >&2
     exit 1
@@ -37,7 +37,7 @@ wait_for() {
 has() { grep -qE -- "$2" <<< "$1" || fail "'$2' is not in: $1"; }
 job_of() { awk -v name="$2" '$1 == name { id = $2 } END { print id }' "$1/slurm/jobs"; }
 idle() { local jobs; jobs=$(squeue -h -o %j) && ! grep -q "^${1##*/}\." <<< "$jobs"; }
-is() { [ "$(scripts/pipeline.py status RUN="$rough" | awk -v name="$1" '$1 == name { print $2 }')" = "$2" ]; }
+is() { [ "$("$BIN/cpift-pipeline" status RUN="$rough" | awk -v name="$1" '$1 == name { print $2 }')" = "$2" ]; }
 # PID of the running command of a stage (from its state file), and a test for its number of steps.
 program() { awk '$1 == "running" { print $3 }' "$rough/logs/$1.state" 2> /dev/null; }
 steps() { [ -n "$(program "$1")" ] && [ "$(wc -l < "$rough/$2.checkpoints/metrics.jsonl")" -ge "$3" ]; } 2> /dev/null

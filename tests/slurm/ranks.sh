@@ -30,7 +30,7 @@ rank() {
 submit() {
     local before
     before=$({ wc -l < "$rough/multi-stage.checkpoints/metrics.jsonl"; } 2> /dev/null || echo 9)
-    scripts/pipeline.py slurm RUN="$rough" > /dev/null
+    "$BIN/cpift-pipeline" slurm RUN="$rough" > /dev/null
     wait_for "multi-stage at work" steps multi-stage multi-stage $((before + 3))
     job=$(job_of "$rough" multi-stage) ranks=()
     for i in 0 1 2 3; do ranks+=("$(rank "$job" "$i")"); done
@@ -42,13 +42,13 @@ whole() { [ "$(find "$rough/multi-stage.checkpoints/$(saved)" -name 'rank-?-of-4
 
 tests/slurm/cluster.sh start "$dir" 2
 ok "two nodes are up"
-lines=$(scripts/pipeline.py slurm DRY_RUN=1 RUN="$quiet")
+lines=$("$BIN/cpift-pipeline" slurm DRY_RUN=1 RUN="$quiet")
 has "$lines" 'quiet\.probe .*--nodes=1 --ntasks-per-node=2 --cpus-per-task=1 '
 has "$lines" 'quiet\.multi-stage .*--nodes=2 --ntasks-per-node=2 '
 ! grep -E 'quiet\.(groups|score|report) .*--n(odes|tasks)' <<< "$lines" || fail "more than one task: $lines"
-scripts/pipeline.py slurm RUN="$quiet"
+"$BIN/cpift-pipeline" slurm RUN="$quiet"
 wait_for "the end of the quiet run" idle "$quiet"
-! scripts/pipeline.py status RUN="$quiet" | grep -vE ' done *$|^[0-9]+ done$' || fail "the quiet run is not complete"
+! "$BIN/cpift-pipeline" status RUN="$quiet" | grep -vE ' done *$|^[0-9]+ done$' || fail "the quiet run is not complete"
 has "$(cat "$quiet/logs/probe-code.log")" '2 ranks over Gloo'
 has "$(cat "$quiet/logs/multi-stage.log")" '4 ranks over Gloo'
 ok "probes on two ranks and training on four ranks of two nodes are complete"
@@ -57,7 +57,7 @@ ok "probes on two ranks and training on four ranks of two nodes are complete"
 submit
 kill -KILL "${ranks[3]}"
 wait_for "the end of the killed step" idle "$rough"
-status=$(scripts/pipeline.py status RUN="$rough")
+status=$("$BIN/cpift-pipeline" status RUN="$rough")
 has "$status" '^multi-stage +failed +exit code 137: error: stage .*: rank 3 \('
 has "$(cat "$rough/logs/multi-stage.log")" 'task 3: Killed'
 has "$(cat "$rough/slurm/multi-stage-$job.out")" 'failed: multi-stage'
@@ -69,7 +69,7 @@ ok "a killed rank ended its job: $(grep '^multi-stage' <<< "$status" | tr -s ' '
 submit
 scancel "$job"
 wait_for "the end of the cancelled job" idle "$rough"
-has "$(scripts/pipeline.py status RUN="$rough")" '^multi-stage +stopped'
+has "$("$BIN/cpift-pipeline" status RUN="$rough")" '^multi-stage +stopped'
 has "$(cat "$rough/slurm/multi-stage-$job.out")" 'the state is saved \(the job is'
 whole
 ok "a cancelled job has saved $(saved) on all ranks"

@@ -18,25 +18,25 @@ tests/slurm/cluster.sh start "$dir"
 ok "the cluster is up"
 
 # A dry run writes nothing. Queued jobs are not submitted again.
-lines=$(scripts/pipeline.py slurm DRY_RUN=1 RUN="$quiet")
+lines=$("$BIN/cpift-pipeline" slurm DRY_RUN=1 RUN="$quiet")
 [ "$(grep -c '^sbatch ' <<< "$lines")" = 9 ] || fail "dry run: $lines"
 [ ! -e "$quiet" ] || fail "a dry run has written something"
-said=$(scripts/pipeline.py slurm RUN="$quiet")
+said=$("$BIN/cpift-pipeline" slurm RUN="$quiet")
 echo "$said"
 has "$said" '^probe .* \(arithmetic code logic format recall\)$'
 has "$said" '^groups .* after probe'
-said=$(scripts/pipeline.py slurm RUN="$quiet")
+said=$("$BIN/cpift-pipeline" slurm RUN="$quiet")
 ! grep -E ' job [0-9]' <<< "$said" || fail "submitted twice: $said"
 
 # One array element fails: --force does not replace a directory that another program made.
 mkdir -p "$rough/probes/logic"
 echo mine > "$rough/probes/logic/notes.txt"
-scripts/pipeline.py slurm RUN="$rough" > /dev/null
+"$BIN/cpift-pipeline" slurm RUN="$rough" > /dev/null
 # A cancelled job saves its state and is not requeued.
 wait_for "full-sft at work" steps full-sft full-sft 5
 scancel "$(job_of "$rough" full-sft)"
 wait_for "the end of the failed graph" idle "$rough"
-status=$(scripts/pipeline.py status RUN="$rough")
+status=$("$BIN/cpift-pipeline" status RUN="$rough")
 has "$status" '^probe-logic +failed +exit code 3: error: .*CPI-FT did not write'
 has "$status" '^probe-recall +done'
 has "$status" '^groups +missing +waits for mask-logic'
@@ -44,10 +44,10 @@ has "$status" '^full-sft +stopped'
 ok "a failed element stopped everything that depends on it: $(grep '^probe-logic' <<< "$status" | tr -s ' ')"
 
 wait_for "the end of the quiet run" idle "$quiet"
-has "$(scripts/pipeline.py status RUN="$quiet")" '^42 done$'
+has "$("$BIN/cpift-pipeline" status RUN="$quiet")" '^42 done$'
 made=$(make -s --no-print-directory -f scripts/pipeline.mk RUN="$quiet" all)
 [ -z "$made" ] || fail "make would remake: $made"
-has "$(P=2 scripts/pipeline.py status RUN="$quiet")" '^mask-code +stale +argument: --percent 1, now --percent 2$'
+has "$(P=2 "$BIN/cpift-pipeline" status RUN="$quiet")" '^mask-code +stale +argument: --percent 1, now --percent 2$'
 ok "the quiet run is complete, and make has nothing to do"
 
 # A new submission contains only what is missing.
@@ -55,7 +55,7 @@ rm -r "$rough/probes/logic"
 # One minute is Slurm's shortest limit. Slurm checks limits every 30 s and warns at the last check
 # in time: 15 to 45 s after the start.
 echo TIME_backbone=1 >> "$CLUSTER"
-said=$(scripts/pipeline.py slurm RUN="$rough")
+said=$("$BIN/cpift-pipeline" slurm RUN="$rough")
 echo "$said"
 has "$said" '^probe .* \(logic\)$'
 has "$said" '^full-sft +job'
@@ -101,12 +101,12 @@ resumed cpi-ft "$job"
 ok "cpi-ft (job $job) resumed after its node had died"
 
 wait_for "the end of the rough run" idle "$rough"
-has "$(scripts/pipeline.py status RUN="$rough")" '^42 done$'
+has "$("$BIN/cpift-pipeline" status RUN="$rough")" '^42 done$'
 same_bytes
-[ "$(scripts/pipeline.py slurm RUN="$rough" | grep -c ' complete$')" = 9 ] || fail "the run is complete but was submitted again"
+[ "$("$BIN/cpift-pipeline" slurm RUN="$rough" | grep -c ' complete$')" = 9 ] || fail "the run is complete but was submitted again"
 # The scores of one model on one task are one array element.
 rm -r "$rough/task-scores/cpi-ft/recall"
-lines=$(scripts/pipeline.py slurm DRY_RUN=1 RUN="$rough" | grep '^sbatch')
+lines=$("$BIN/cpift-pipeline" slurm DRY_RUN=1 RUN="$rough" | grep '^sbatch')
 [ "$(wc -l <<< "$lines")" = 2 ] || fail "one score is missing: $lines"
 has "$lines" '^sbatch .*rough\.score .*--array=19 '
 has "$lines" '^sbatch .*rough\.report '
