@@ -18,14 +18,15 @@ use cpift_core::Checkpoint;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::dist::{Work, set_storage};
+use crate::optim::BLOCK;
 use crate::placement::{Piece, Pieces, Placement, Reduce};
 use crate::transfer::{self, Arrival};
 use crate::weights::{self, Parameters};
 
 /// Parameters and parts begin at multiples of this number of elements: kernels see the alignment of
-/// a tensor of its own, and vectors are cut where they would be cut in the whole tensor. Otherwise
-/// the update of the elements beside a cut rounds differently.
-const ALIGN: i64 = 64;
+/// a tensor of its own, vectors are cut where they would be cut in the whole tensor, and no block
+/// of 8-bit moments is cut. Otherwise the update of the elements beside a cut rounds differently.
+const ALIGN: i64 = BLOCK;
 
 /// Home of a model's weights.
 pub enum Home {

@@ -122,7 +122,7 @@ impl AdamW {
             let zeros = |kind| placement.moments.zeros("the moments", &size, kind);
             let moments = match config.state {
                 StateKind::Blockwise if piece.whole_len() >= SMALLEST => {
-                    assert_eq!(piece.len(), piece.whole_len(), "blocks are those of a whole parameter");
+                    assert_eq!(piece.start % BLOCK, 0, "blocks are those of a whole parameter");
                     Moments::Blockwise([true, false].map(|signed| Blockwise::zeros(&size, signed, placement.device)))
                 }
                 StateKind::BFloat16 => Moments::Plain([zeros(Kind::BFloat16)?, zeros(Kind::BFloat16)?]),
@@ -208,7 +208,7 @@ impl AdamW {
             let widened = |t: &Tensor| t.to_device_(device, Kind::Float, true, false);
             let mut wide: Vec<Tensor> = kept.iter().map(widened).collect();
             if let Moments::Blockwise(pair) = &slot.moments {
-                wide.extend(pair.iter().map(|moment| moment.read(start, count)));
+                wide.extend(pair.iter().map(|moment| moment.read(from - held.start, to - from)));
             }
             let wide_grad = widened(&part(grad));
             // All parts belong to one step: each starts from the same counter.
@@ -229,7 +229,7 @@ impl AdamW {
                 }
             }
             if let Moments::Blockwise(pair) = &slot.moments {
-                pair.iter().zip(&wide[1..]).for_each(|(moment, wide)| moment.write(start, wide));
+                pair.iter().zip(&wide[1..]).for_each(|(moment, wide)| moment.write(from - held.start, wide));
             }
         }
         no_grad(|| drop(slot.step.shallow_clone().g_add_scalar_(1.0)));
@@ -261,7 +261,12 @@ impl AdamW {
                     .into_iter()
                     .zip(pair)
                     .flat_map(|(name, moment)| {
-                        let absmax = (format!("{name}_absmax"), Piece::whole(&moment.absmax));
+                        let absmax = Piece {
+                            tensor: moment.absmax.shallow_clone(),
+                            start: s.param.start / BLOCK,
+                            shape: vec![blocks_of(s.param.whole_len())],
+                        };
+                        let absmax = (format!("{name}_absmax"), absmax);
                         [(name, s.param.with(moment.codes.shallow_clone())), absmax]
                     })
                     .collect(),
@@ -366,7 +371,7 @@ fn dynamic_map(signed: bool) -> Vec<f32> {
     values
 }
 
-/// A tensor in 8 bits per element.
+/// A tensor, or a piece of one that begins at a block, in 8 bits per element.
 struct Blockwise {
     /// Numbers in the map, u8, in the shape of the tensor.
     pub codes: Tensor,
@@ -384,7 +389,7 @@ impl Blockwise {
         let count: i64 = size.iter().product();
         Self {
             codes: Tensor::zeros(size, (Kind::Uint8, device)),
-            absmax: Tensor::zeros([(count + BLOCK - 1) / BLOCK], (Kind::Float, device)),
+            absmax: Tensor::zeros([blocks_of(count)], (Kind::Float, device)),
             bounds: (map.narrow(0, 0, 255) + map.narrow(0, 1, 255)) / 2.0,
             map,
         }
@@ -414,8 +419,13 @@ impl Blockwise {
     }
 
     fn absmax_of(&self, start: i64, count: i64) -> Tensor {
-        self.absmax.narrow(0, start / BLOCK, (count + BLOCK - 1) / BLOCK)
+        self.absmax.narrow(0, start / BLOCK, blocks_of(count))
     }
+}
+
+/// Number of blocks of `count` elements.
+fn blocks_of(count: i64) -> i64 {
+    (count + BLOCK - 1) / BLOCK
 }
 
 /// Applies `with` to the flat `values` as rows of blocks, the last of them filled up with zeros.

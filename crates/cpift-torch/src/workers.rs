@@ -14,7 +14,7 @@ use log::{LevelFilter, info};
 use serde_json::{Map, Value};
 use tch::Device;
 
-use crate::args::{Optimizer, TrainingArgs};
+use crate::args::TrainingArgs;
 use crate::dist::{Backend, Group, Place};
 use crate::placement::{DeviceChoice, Placement};
 
@@ -45,9 +45,6 @@ impl Workers {
                 "--batch-size {} is the batch of all {world} ranks together: it must be at least {world}",
                 training.batch_size
             )));
-        }
-        if world > 1 && training.optim == Optimizer::Adamw8bit {
-            return Err(usage("--optim adamw_8bit works in one process: its blocks are those of whole parameters"));
         }
         let group = place.map(|place| join(place, device)).transpose()?;
         // Another node may have another disk: its ranks are told.

@@ -147,8 +147,8 @@ fn master(job: &Job, _: u64) -> Option<(Job, String)> {
 fn eight_bits(job: &Job, _: u64) -> Option<(Job, String)> {
     let mut job = job.clone();
     let before = std::mem::replace(&mut job.args.optim, Optimizer::Adamw8bit);
-    let alone = job.world == 1 && job.args.offload == Offload::None && job.args.optim_state_dtype == Dtype::F32;
-    (before == Optimizer::Adamw && alone).then(|| (job, "--optim adamw_8bit".to_owned()))
+    let possible = job.args.offload == Offload::None && job.args.optim_state_dtype == Dtype::F32;
+    (before == Optimizer::Adamw && possible).then(|| (job, "--optim adamw_8bit".to_owned()))
 }
 
 fn offload_moments(job: &Job, _: u64) -> Option<(Job, String)> {

@@ -1,8 +1,8 @@
 //! The optimizers through the real binary.
 
-use crate::common::{Fixture, PROGRAM};
+use crate::common::Fixture;
 use cpift_core::Dtype;
-use cpift_testkit::{read_checkpoint, run_with};
+use cpift_testkit::read_checkpoint;
 
 /// Arguments of a run in which optimizers can be compared.
 const STEPS: [&str; 2] = ["--steps", "12"];
@@ -54,10 +54,6 @@ fn what_8_bits_do_not_go_with_is_refused() {
     };
     refused(&["--optim-state-dtype", "bf16"], "leave out --optim-state-dtype");
     refused(&["--offload", "optimizer", "--offload-dir", &states], "leave out --offload");
-    let ranks = [("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")];
-    let ranks = [&ranks[..], &[("MASTER_PORT", "29999")]].concat();
-    let args = f.arguments("out", &with(&["--optim", "adamw_8bit"]));
-    run_with(PROGRAM, args, &ranks).usage_error(&["--optim adamw_8bit works in one process"]);
     f.train("out", &with(&["--optim", "sgd"])).usage_error(&["--optim"]);
     assert!(!f.path("runs/out").exists());
 }
