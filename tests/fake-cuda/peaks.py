@@ -26,6 +26,8 @@ DEVICE_PEAK = 6
 LIMIT_S = 900
 SAVE = ["--gradient-checkpointing", "--optimizer-in-backward", "--max-grad-norm", "0"]
 BF16 = ["--master-dtype", "bf16", "--optim-state-dtype", "bf16"]
+EIGHT_BITS = ["--optim", "adamw_8bit"]
+LORA = ["--gradient-checkpointing", "--lora-rank", "16"]
 CASES = [
     ("f32", 1, "none", 4096, SAVE),
     ("bf16 and stochastic rounding", 1, "none", 4096, SAVE + BF16),
@@ -42,6 +44,11 @@ CASES = [
     ("f32", 4, "optimizer", 4096, SAVE),
     ("f32", 4, "all", 4096, SAVE),
     ("f32, clipped", 8, "none", 4096, SAVE[:1]),
+    ("f32, moments in 8 bits", 1, "none", 4096, SAVE + EIGHT_BITS),
+    ("f32, moments in 8 bits", 2, "none", 4096, SAVE + EIGHT_BITS),
+    ("LoRA of rank 16", 1, "none", 4096, LORA),
+    ("LoRA of rank 16", 2, "none", 4096, LORA),
+    ("LoRA of rank 16", 4, "none", 4096, LORA),
 ]
 
 

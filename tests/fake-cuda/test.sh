@@ -58,6 +58,7 @@ train "accumulation" --grad-accum 2
 train "held-out losses, saved states" --eval-every 2 --eval-rows 4 --save-every 1
 train "a frozen embedding" --freeze-embeddings
 train "LoRA" --lora-rank 4
+train "moments in 8 bits" --optim adamw_8bit
 for offload in optimizer all; do
     train "--offload $offload" --offload $offload --save-every 2
     train "--offload $offload, bf16 state, update in backward" --offload $offload --master-dtype bf16 \
@@ -89,6 +90,10 @@ for offload in none optimizer all; do
     ranks 2 "train: 2 ranks, --offload $offload" "$bin/cpift-train" run --model $base --tasks $tasks \
         --out "$work/out-2-$offload" --steps 3 "${size[@]}" --offload $offload --save-every 2
 done
+ranks 2 "train: 2 ranks, LoRA" "$bin/cpift-train" run --model $base --tasks $tasks --out "$work/out-2-lora" --steps 3 \
+    "${size[@]}" --lora-rank 4 --save-every 2
+ranks 2 "train: 2 ranks, moments in 8 bits" "$bin/cpift-train" run --model $base --tasks $tasks --out "$work/out-2-8bit" \
+    --steps 3 "${size[@]}" --optim adamw_8bit --save-every 2
 
 # The families, each with the kernels its layers need.
 for family in llama3_rope mistral_window qwen2_window qwen3 qwen3_moe_aux gemma2 gemma3 phi3 phi4_mini olmo2 granite smollm3; do

@@ -238,7 +238,7 @@ impl Session {
         staged.map_or(Ok(()), |staged| self.save_settings(staged, dtype))
     }
 
-    /// As [`Session::save`] in one process, with `weight` computing each parameter by its name.
+    /// As [`Session::save`], with `weight` computing each whole parameter by its name on rank 0.
     ///
     /// # Errors
     /// As [`Session::save`], and those of `weight`.

@@ -7,6 +7,7 @@ use cpift_core::Checkpoint;
 use cpift_torch::args::TrainingArgs;
 use cpift_torch::memory::{Job, PARTS, Sizes, Traffic, advice, read_model};
 use cpift_torch::model::{CausalLM, ModelConfig};
+use cpift_torch::train::{LoraConfig, LoraOutput};
 use cpift_torch::weights::Parameters;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -180,6 +181,34 @@ fn ranks_share_the_state() {
     assert_eq!(part(&four, "first block", "casts"), 0, "the lent weights are cast already");
     assert_eq!(four.tokens * 4, one.tokens, "a fourth of the batch");
     assert!(four.peak().total() < one.peak().total() / 3);
+}
+
+/// The base in bf16 is shared; adapters and their moments are on every rank, and moments in 8 bits
+/// are shared like others.
+#[test]
+fn ranks_share_the_base_of_adapters_and_moments_of_8_bits() {
+    let line = "--batch-size 4 --gradient-checkpointing";
+    let lora = LoraConfig {
+        rank: 8,
+        alpha: 16.0,
+        rank_stabilized: false,
+        targets: Vec::new(),
+        output: LoraOutput::Adapter,
+        seed: 0,
+    };
+    let (d, adapters) = (Sizes::of(&llama2()).total(), 19_988_480);
+    let adapted = |world| job(llama2(), line).with_adapters(Some(lora.clone())).shared_by(world);
+    let (one, four) = (adapted(1), adapted(4));
+    assert_eq!((part(&one, "loss", "weights"), part(&one, "loss", "moments")), (2 * d + 4 * adapters, 8 * adapters));
+    assert_eq!(part(&four, "loss", "weights"), d / 2 + 4 * adapters);
+    assert_eq!(part(&four, "loss", "moments"), 8 * adapters);
+    assert!(part(&four, "first block", "lent") > 0 && part(&one, "first block", "lent") == 0);
+    // Blocks for both passes and the rest once in bf16, and the adapters' gradients of all ranks.
+    let blocks = 32 * Sizes::of(&llama2()).block;
+    assert_eq!(Traffic::of(&four, 4).ranks, 3 * ((4 * blocks + 2 * (d - blocks)) / 4 + 4 * adapters));
+    let eight_bits = job(llama2(), &format!("{line} --optim adamw_8bit"));
+    let moments = |world| part(&eight_bits.clone().shared_by(world), "loss", "moments");
+    assert_eq!(moments(4), moments(1) / 4);
 }
 
 /// LLaMA-2-7B with f32 masters and moments on a device of 24 GB.

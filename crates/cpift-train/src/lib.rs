@@ -7,7 +7,6 @@ mod plan;
 mod preview;
 
 use anyhow::Result;
-use cpift_core::error::usage;
 use cpift_core::record::provenance::Recorder;
 use cpift_core::record::up_to_date::Expected;
 use cpift_core::run::cli::Common;
@@ -70,9 +69,6 @@ fn run_stages(args: &RunArgs, common: &Common) -> Result<()> {
 fn train(args: &RunArgs, common: &Common, workers: &Workers, recorder: Recorder) -> Result<()> {
     if workers.agree("the output is up to date", || common.up_to_date(&Expected::new(STAGE, &args.out)))? {
         return Ok(());
-    }
-    if args.lora.rank.is_some() && workers.placement.world() > 1 {
-        return Err(usage("--lora-rank trains in one process: start it without torchrun or srun"));
     }
     let lora = args.lora.config(args.training.seed);
     let read = || Job::of_run(&args.model, &args.tasks, &args.training).map(|job| job.with_adapters(lora.clone()));

@@ -10,7 +10,7 @@ use cpift_core::format::mask::Mask;
 use cpift_core::format::tasks::Tasks;
 use cpift_core::run::cli::{Common, print};
 use cpift_core::{BadInput, Checkpoint};
-use cpift_torch::args::{Budget, Optimizer, TrainingArgs};
+use cpift_torch::args::{Budget, TrainingArgs};
 use cpift_torch::memory::{self, Disk, Job, Sizes, Traffic};
 use cpift_torch::placement::DeviceChoice;
 use serde_json::json;
@@ -97,11 +97,6 @@ fn check(args: &PlanArgs) -> Result<()> {
         ((1..=1 << 20).contains(&args.world), "--world must be 1 to 1048576"),
         (args.per_node.is_none_or(|n| n > 0), "--per-node must be at least 1"),
         (args.link.is_none_or(|r| r.is_finite() && r > 0.0), "--link must be positive"),
-        (args.lora.rank.is_none() || args.world == 1, "--lora-rank trains in one process: leave out --world"),
-        (
-            args.training.optim == Optimizer::Adamw || args.world == 1,
-            "--optim adamw_8bit works in one process: leave out --world",
-        ),
         (args.training.batch_size as u64 >= args.world, "--batch-size is that of all ranks: at least --world"),
         (args.device_memory.is_none_or(|g| g.is_finite() && g > 0.0), "--device-memory must be positive"),
     ];

@@ -75,12 +75,17 @@ impl Job {
         let masks =
             |kept: u64| windows(self) + block.window * if kept == layers { windowed } else { kept.min(windowed) };
         let kept_here = |offloaded: bool, bytes: u64| if offloaded { 0 } else { bytes.div_ceil(self.world) };
+        // Every rank has all adapters.
+        let moments = match &self.lora {
+            Some(_) => self.moment_bytes(),
+            None => kept_here(self.args.offload != Offload::None, self.moment_bytes()),
+        };
         let moment = |name, lent, gradients, activations, loss, casts, update| Moment {
             name,
             bytes: [
-                kept_here(self.args.offload == Offload::All, s.total() * weight + F32 * all_adapted),
+                kept_here(self.args.offload == Offload::All, s.total() * weight) + F32 * all_adapted,
                 lent,
-                kept_here(self.args.offload != Offload::None, self.moment_bytes()),
+                moments,
                 gradients,
                 activations,
                 loss,
@@ -191,7 +196,15 @@ impl Job {
             true => block,
             false => all,
         };
-        Gradients { at_loss: sums, first_block: sums + block, last_block: last + block, embedding: last, update: last }
+        // A rank's gradients once more as one vector, those of all ranks, and the sums.
+        let gathered = if self.world > 1 { (self.world + 2) * last } else { last };
+        Gradients {
+            at_loss: sums,
+            first_block: sums + block,
+            last_block: last + block,
+            embedding: last.max(gathered),
+            update: last,
+        }
     }
 
     /// Bytes per element of the copies of adapters in the dtype of the computation.
@@ -322,7 +335,7 @@ impl Lent {
         if !job.lends() {
             return Self { block: 0, at_loss: 0, first_block: 0, at_update: 0 };
         }
-        let weight = job.args.master_dtype.size() as u64;
+        let weight = job.weight_bytes();
         let table = if job.config.tie_word_embeddings { s.embedding } else { 0 };
         let (block, all) = (s.block * job.wire_bytes(), s.all_blocks * job.wire_bytes());
         let (kept, first_block, at_update) =

@@ -11,8 +11,8 @@ use crate::args::Offload;
 /// Bytes of one rank and one optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Traffic {
-    /// Received from other ranks: whole weights for each forward and backward pass, and summed
-    /// gradients. As many are sent.
+    /// Received from other ranks: whole weights for each forward and backward pass, and gradients.
+    /// As many are sent.
     pub ranks: u64,
     /// Part of [`Traffic::ranks`] that comes from other nodes.
     pub nodes: u64,
@@ -27,7 +27,7 @@ impl Traffic {
     pub fn of(job: &Job, per_node: u64) -> Self {
         let s = Sizes::of(&job.config);
         let (world, passes) = (job.world, job.args.grad_accum as u64);
-        let (weight, state) = (job.args.master_dtype.size() as u64, job.args.optim_state_dtype.size() as u64);
+        let (weight, state) = (job.weight_bytes(), job.args.optim_state_dtype.size() as u64);
         let blocks = s.all_blocks;
         let rest = s.total() - blocks;
         let trained = job.trained(&s);
@@ -35,7 +35,11 @@ impl Traffic {
         let lends = if job.args.reshard_after_forward { 2 } else { 1 };
         let gathered = lends * blocks * job.wire_bytes() + rest * weight;
         let head_and_table = trained - blocks.min(trained);
-        let reduced = blocks * job.wire_bytes() + head_and_table * 4;
+        let reduced = match &job.lora {
+            // Every rank receives the gradients of all others.
+            Some(_) => world * trained * 4,
+            None => blocks * job.wire_bytes() + head_and_table * 4,
+        };
         let whole = if world > 1 { passes * (gathered + reduced) } else { 0 };
         let from = |others: u64| (u128::from(whole) * u128::from(others) / u128::from(world)) as u64;
         let share = |bytes: u64| bytes.div_ceil(world);

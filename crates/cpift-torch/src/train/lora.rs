@@ -3,10 +3,12 @@
 //! moments or f32 masters; they lie in the dtype of the computation.
 //!
 //! A training run saves the adapters as a PEFT directory, or merged into the weights of the base,
-//! which are read from its files again, so that the dtype of the computation rounds none.
+//! which are read from its files again, so that the dtype of the computation rounds none. On
+//! several ranks the weights are shared as in full training, and every rank keeps all adapters.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::rc::Rc;
 
 use anyhow::{Result, bail};
 use cpift_core::Dtype;
@@ -18,6 +20,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::adapter::LowRank;
+use crate::dist::Group;
 use crate::model::CausalLM;
 use crate::placement::{Piece, Pieces};
 use crate::session::Session;
@@ -140,6 +143,31 @@ pub(crate) fn factors(model: &CausalLM, name: &str) -> Option<[(String, Tensor);
 pub(crate) fn pieces(model: &CausalLM) -> Pieces {
     let whole = |(name, tensor): (String, Tensor)| (name, Piece::whole(&tensor));
     model.adapter_slots().filter_map(|(name, _)| factors(model, name)).flatten().map(whole).collect()
+}
+
+/// Adds the gradients `own` of every rank to `sums`, rank by rank. Every rank keeps whole adapters,
+/// gets the same sums, and makes the same update.
+///
+/// # Errors
+/// A failed collective.
+pub(crate) fn add_of_all_ranks(group: &Rc<Group>, own: &[Tensor], sums: &mut [Option<Tensor>]) -> Result<()> {
+    let flat: Vec<Tensor> = own.iter().map(|grad| grad.flatten(0, -1)).collect();
+    let flat = Tensor::cat(&flat, 0);
+    let (count, world) = (flat.numel() as i64, group.world() as i64);
+    let all = Tensor::empty([world * count], (flat.kind(), flat.device()));
+    group.all_gather(&all, &flat)?.wait()?;
+    for of_rank in all.view([world, count]).unbind(0) {
+        let mut start = 0;
+        for (grad, sum) in own.iter().zip(sums.iter_mut()) {
+            let of_rank = of_rank.narrow(0, start, grad.numel() as i64).view_as(grad);
+            start += grad.numel() as i64;
+            match sum {
+                Some(sum) => drop(sum.g_add_(&of_rank)),
+                empty => *empty = Some(of_rank.copy()),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Writes the adapters of the model as a PEFT directory into `staged`, factors as `dtype`.

@@ -397,8 +397,8 @@ impl<'a> StageRun<'a> {
             let (clock, _saving) = (Instant::now(), SignalScope::begin(Phase::State));
             let steps = steps_of(&self.position.finished) + step;
             let extra = moving.map_or_else(Pieces::new, |mask| mask.state(trainer.pieces()));
-            let parts =
-                [(Part::Weights, trainer.stored()), (Part::Moments, trainer.optimizer.moments()), (Part::Extra, extra)];
+            let (weights, moments) = trainer.stored();
+            let parts = [(Part::Weights, weights), (Part::Moments, moments), (Part::Extra, extra)];
             let folder = self.run.states.save(steps, &self.position, &parts, &session.placement, &self.averaged)?;
             watch.saved(clock);
             // A signal may have arrived while the state was saved; ranks wait for the next step,

@@ -1,12 +1,15 @@
 //! The optimizer step: gradients of one or more batches, zeroed at frozen elements and clipped; the
 //! update; frozen elements restored.
 
+use std::rc::Rc;
+
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use super::lora;
 use super::pass::{Factors, Forward, ParamGroups, PassConfig};
 use crate::data::{Batch, StepShare};
+use crate::dist::Group;
 use crate::freeze::Freeze;
 use crate::home::{GradientSums, Reduction};
 use crate::model::CausalLM;
@@ -53,6 +56,8 @@ pub struct Trainer<'a> {
     pub optimizer: AdamW,
     /// This process's pieces of all parameters, or the adapters of a model that has some.
     pieces: Pieces,
+    /// Adapters are trained, not the parameters.
+    adapters: bool,
     config: StepConfig,
     guard: Guard,
 }
@@ -136,14 +141,17 @@ impl<'a> Trainer<'a> {
         placement: &Placement,
     ) -> Result<Self> {
         let units = ParamGroups::new(model, parameters, config.train_embeddings);
-        let pieces = match lora::pieces(model) {
-            none if none.is_empty() => model.unit_home().map_or_else(|| whole_pieces(parameters), |home| home.pieces()),
-            adapters => adapters,
+        let adapted = lora::pieces(model);
+        let adapters = !adapted.is_empty();
+        let pieces = match model.unit_home() {
+            _ if adapters => adapted,
+            Some(home) => home.pieces(),
+            None => whole_pieces(parameters),
         };
         let trained = units.list.iter().map(|(name, _)| (name, &pieces[name]));
         let optimizer = AdamW::new(trained, config.optimizer, placement)?;
         let guard = Guard::new(model.device());
-        Ok(Self { model, placement: placement.clone(), units, freeze, optimizer, pieces, config, guard })
+        Ok(Self { model, placement: placement.clone(), units, freeze, optimizer, pieces, adapters, config, guard })
     }
 
     /// Placement of the model.
@@ -161,9 +169,19 @@ impl<'a> Trainer<'a> {
         self.units.list.iter().map(|(name, _)| (name, &self.pieces[name]))
     }
 
-    /// Pieces that a saved state stores.
-    pub(crate) fn stored(&self) -> Pieces {
-        self.pieces.iter().map(|(name, p)| (name.clone(), p.with(p.tensor.shallow_clone()))).collect()
+    /// Weights and moments that this process stores in a saved state. Of adapters, which every rank
+    /// has, rank 0 stores all.
+    pub(crate) fn stored(&self) -> (Pieces, Pieces) {
+        if self.adapters_on_ranks().is_some_and(|group| group.rank() > 0) {
+            return (Pieces::new(), Pieces::new());
+        }
+        let weights = self.pieces.iter().map(|(name, p)| (name.clone(), p.with(p.tensor.shallow_clone())));
+        (weights.collect(), self.optimizer.moments())
+    }
+
+    /// The ranks, if there are several and they train adapters, which each of them has whole.
+    fn adapters_on_ranks(&self) -> Option<&Rc<Group>> {
+        self.placement.group.as_ref().filter(|_| self.adapters)
     }
 
     /// Gradients of this process's pieces of every trainable parameter, by name, without an update.
@@ -190,7 +208,7 @@ impl<'a> Trainer<'a> {
         for ((name, _), grad) in self.units.list.iter().zip(&mut grads) {
             self.zero_frozen_grads(name, grad);
         }
-        let outcome = self.outcome(&loss, &sum_of_squares(&grads, self.model.device()), input.stop)?;
+        let outcome = self.outcome(&loss, sum_of_squares(&grads, self.model.device()), input.stop)?;
         self.guard.require_finite(&outcome.loss);
         self.guard.require_finite(&outcome.grad_norm);
         if self.config.max_grad_norm > 0.0 {
@@ -203,9 +221,12 @@ impl<'a> Trainer<'a> {
     }
 
     /// Sums what all ranks must know alike: the loss, the squared norm, requests to stop.
-    fn outcome(&self, loss: &Tensor, squares: &Tensor, stop: bool) -> Result<StepOutcome> {
+    fn outcome(&self, loss: &Tensor, squares: Tensor, stop: bool) -> Result<StepOutcome> {
+        // All ranks have the same gradients of adapters: they count once.
+        let counted = self.adapters_on_ranks().is_none_or(|group| group.rank() == 0);
+        let squares = if counted { squares } else { squares.zeros_like() };
         let stops = Tensor::full([], f64::from(u8::from(stop)), (Kind::Double, self.model.device()));
-        let figures = self.placement.total(&Tensor::stack(&[loss, squares, &stops], 0))?;
+        let figures = self.placement.total(&Tensor::stack(&[loss, &squares, &stops], 0))?;
         Ok(StepOutcome { loss: figures.get(0), grad_norm: figures.get(1).sqrt(), stops: figures.get(2) })
     }
 
@@ -215,13 +236,23 @@ impl<'a> Trainer<'a> {
         let mut loss = Tensor::zeros([], (Kind::Double, self.model.device()));
         let count = self.units.list.len();
         let mut sums: Vec<Option<Tensor>> = (0..count).map(|_| None).collect();
-        let mut shared = self.model.unit_home().map(|home| home.no_sums());
+        let mut shared = self.model.unit_home().filter(|_| !self.adapters).map(|home| home.no_sums());
         for batch in input.batches {
             let forward = Forward::run(self.model, &self.units, batch, factors, self.config.pass)?;
             loss += forward.loss();
-            match &mut shared {
-                Some(shared) => sum_over_ranks(self.model, forward, shared, |_, _| Ok(()))?,
-                None => forward.backward(|unit, grads| {
+            match (&mut shared, self.adapters_on_ranks()) {
+                (Some(shared), _) => sum_over_ranks(self.model, forward, shared, |_, _| Ok(()))?,
+                (None, Some(group)) => {
+                    let mut units = Vec::new();
+                    forward.backward(|_, grads| {
+                        units.push(grads);
+                        Ok(())
+                    })?;
+                    // From the first unit on, as the adapters are listed.
+                    let own: Vec<Tensor> = units.into_iter().rev().flatten().collect();
+                    lora::add_of_all_ranks(group, &own, &mut sums)?;
+                }
+                (None, None) => forward.backward(|unit, grads| {
                     for (&i, grad) in self.units.places[unit].iter().zip(grads) {
                         match &mut sums[i] {
                             Some(sum) => drop(sum.g_add_(&grad)),
@@ -253,7 +284,7 @@ impl<'a> Trainer<'a> {
         let squares = self.update_units(&units, &input.batches[0], factors, lr, seed);
         self.units = units;
         let (loss, squares) = squares?;
-        self.outcome(&loss, &squares, input.stop)
+        self.outcome(&loss, squares, input.stop)
     }
 
     fn update_units(
@@ -268,7 +299,7 @@ impl<'a> Trainer<'a> {
         let loss = forward.loss().shallow_clone();
         self.guard.require_finite(&loss);
         let mut squares = Tensor::zeros([], (Kind::Double, self.model.device()));
-        let model = self.model;
+        let (model, group) = (self.model, self.adapters_on_ranks().cloned());
         let mut update = |unit: usize, mut grads: Vec<Tensor>| -> Result<()> {
             let places = &units.places[unit];
             for (&i, grad) in places.iter().zip(&mut grads) {
@@ -286,9 +317,16 @@ impl<'a> Trainer<'a> {
             }
             Ok(())
         };
-        match model.unit_home() {
-            None => forward.backward(update)?,
-            Some(home) => sum_over_ranks(model, forward, &mut home.no_sums(), |unit, sums| {
+        match (model.unit_home(), group) {
+            (None, _) => forward.backward(update)?,
+            (_, Some(group)) => forward.backward(|unit, grads| {
+                let mut sums: Vec<Option<Tensor>> = grads.iter().map(|_| None).collect();
+                if !grads.is_empty() {
+                    lora::add_of_all_ranks(&group, &grads, &mut sums)?;
+                }
+                update(unit, sums.into_iter().flatten().collect())
+            })?,
+            (Some(home), None) => sum_over_ranks(model, forward, &mut home.no_sums(), |unit, sums| {
                 update(unit, home.gradients(unit, sums))?;
                 home.clear(unit, sums);
                 Ok(())

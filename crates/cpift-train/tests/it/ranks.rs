@@ -80,6 +80,7 @@ fn ranks_train_what_one_process_accumulates() {
     same_as_accumulated(&f, &with(&["--trainable", "cores", "--compute-dtype", "bf16"]));
     let narrow = ["--master-dtype", "bf16", "--optim-state-dtype", "bf16", "--compute-dtype", "bf16"];
     same_as_accumulated(&f, &with(&narrow));
+    same_as_accumulated(&f, &with(&["--optim", "adamw_8bit", "--save-every", "2"]));
     same_as_accumulated(&f, &with(&["--freeze-embeddings", "--eval-every", "3", "--reshard-after-forward", "false"]));
 }
 
@@ -91,6 +92,63 @@ fn ranks_train_the_experts_that_one_process_trains() {
     let more = ["--steps", "4", "--router-aux-loss-coef", "0.1", "--gradient-checkpointing"];
     let more: Vec<&str> = stages.iter().map(String::as_str).chain(more).collect();
     accumulated_by(2, &f, &more);
+}
+
+/// Adapters: the base is shared, every rank has all adapters, and rank 0 saves them.
+#[test]
+fn ranks_train_the_adapters_that_one_process_trains() {
+    let f = Fixture::new();
+    let stages = f.path("groups.json");
+    let lora = ["--lora-rank", "3", "--steps", "6"];
+    let merged =
+        [&lora[..], &["--max-grad-norm", "0.05", "--groups", stages.to_str().unwrap(), "--no-freeze"]].concat();
+    same_as_accumulated(&f, &merged);
+    let more = ["--gradient-checkpointing", "--packing", "--reshard-after-forward", "false", "--eval-every", "3"];
+    accumulated_by(2, &f, &[&lora[..], &more, &["--lora-target", "q_proj,mlp.down_proj"]].concat());
+}
+
+#[test]
+fn states_of_adapters_continue_on_any_number_of_ranks() {
+    let f = Fixture::new();
+    let adapters = ["--lora-rank", "3", "--lora-output", "adapter", "--compute-dtype", "bf16", "--steps", "40"];
+    let saving = [&adapters[..], &["--save-every", "3", "--save-total-limit", "99"]].concat();
+    let bytes = |out: &str| fs::read(f.path("runs").join(out).join("adapter_model.safetensors")).unwrap();
+    let one = cpift_testkit::run(PROGRAM, arguments(&f, "alone", 4, 2, &adapters));
+    assert!(one.code == 0, "{}", one.stderr);
+    let job = start(2, |_| arguments(&f, "shared", 8, 1, &saving));
+    let states = f.path("runs").join("shared.checkpoints");
+    let clock = Instant::now();
+    while !states.join("step-0000003").exists() && clock.elapsed() < END {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    kill_process(pid(&job, 0), Signal::TERM).unwrap();
+    job.wait().iter().for_each(|output| assert_eq!(output.status.code(), Some(75), "{}", said(output)));
+    // Rank 0 saves the adapters of all.
+    let saved = |rank: usize| {
+        let file = MappedFile::open(&states.join(format!("step-0000003/rank-{rank}-of-2.safetensors"))).unwrap();
+        file.entries.len()
+    };
+    assert!(saved(0) > 0 && saved(1) == 0);
+    let resumed = [&saving[..], &["--resume"]].concat();
+    copy_folder(&states, &f.path("runs").join("again.checkpoints"));
+    let again = cpift_testkit::run(PROGRAM, arguments(&f, "again", 4, 2, &resumed));
+    again.expect_code(3).says(&["of a run with another"]);
+    let again = cpift_testkit::run(PROGRAM, arguments(&f, "again", 8, 1, &resumed));
+    assert!(again.code == 0 && again.stderr.contains("resuming from"), "{}", again.stderr);
+    start(2, |_| arguments(&f, "shared", 8, 1, &resumed)).succeed();
+    assert!(bytes("alone") == bytes("shared"), "a resumed run of two ranks");
+}
+
+/// Updates of adapters in the backward pass.
+#[test]
+fn adapters_of_ranks_updated_in_the_backward_pass_give_the_same_bytes() {
+    let f = Fixture::new();
+    let plain = ["--lora-rank", "2", "--steps", "6", "--max-grad-norm", "0"];
+    for (out, more) in [("after", vec![]), ("during", vec!["--optimizer-in-backward"])] {
+        let all = [&plain[..], &more].concat();
+        start(2, |_| arguments(&f, out, 4, 1, &all)).succeed();
+    }
+    check_same(&f, "after", "during", "adapters updated in the backward pass");
 }
 
 /// The dynamic mask: importance, thresholds and ties are those of all ranks together.
@@ -198,14 +256,14 @@ fn states_continue_on_any_number_of_ranks() {
         }
     }
     // Each rank keeps half of the weights and of both moments, but for the alignment of each unit's
-    // vectors to 64 elements.
+    // vectors to 256 elements.
     let total: usize = Checkpoint::open(&f.base).unwrap().parameters().map(|view| view.numel()).sum();
     for rank in 0..2 {
         let file = MappedFile::open(&last.join(format!("rank-{rank}-of-2.safetensors"))).unwrap();
         for part in ["weights/", ".exp_avg", ".exp_avg_sq"] {
             let of_part = file.entries.iter().filter(|(name, _)| name.starts_with(part) || name.ends_with(part));
             let kept: usize = of_part.map(|(_, entry)| entry.shape.iter().product::<usize>()).sum();
-            assert!(kept.abs_diff(total / 2) <= 4 * 64, "{part}: rank {rank} keeps {kept} of {total} elements");
+            assert!(kept.abs_diff(total / 2) <= 4 * 256, "{part}: rank {rank} keeps {kept} of {total} elements");
         }
     }
     // One and four ranks add the rows of a step in other orders: their weights are near.
