@@ -28,10 +28,10 @@ fn texts(output: &Output) -> (Option<i32>, String, String) {
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
 
-/// Waits until the log has `line`.
+/// Waits until the log has `line` and the state is running.
 fn wait_for(dir: &Path, line: &str, child: &mut Child) {
     let begun = Instant::now();
-    while !read(dir, "x.log").contains(line) {
+    while !read(dir, "x.log").contains(line) || !read(dir, "x.state").starts_with("running ") {
         assert!(begun.elapsed() < Duration::from_secs(60) && child.try_wait().unwrap().is_none());
         std::thread::sleep(Duration::from_millis(5));
     }
