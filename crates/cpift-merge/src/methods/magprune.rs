@@ -1,7 +1,7 @@
 //! DELLA's random drop: within each row the probability to stay rises with the rank of the
 //! magnitude.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
 use cpift_core::stream::random::splitmix64;
 use cpift_core::stream::select::GROUP;
@@ -36,15 +36,14 @@ impl Rows {
 
 /// Working space of [`prune`].
 pub(crate) struct Space<T> {
+    /// Magnitudes of a row.
     row: Vec<T>,
-    /// Elements whose ranks decide, with their random numbers.
-    open: Vec<(usize, u64)>,
-    order: Vec<(u64, usize)>,
+    ranks: Ranks<T>,
 }
 
-impl<T> Default for Space<T> {
+impl<T: Number> Default for Space<T> {
     fn default() -> Self {
-        Self { row: Vec::new(), open: Vec::new(), order: Vec::new() }
+        Self { row: Vec::new(), ranks: Ranks::new() }
     }
 }
 
@@ -83,69 +82,86 @@ pub(crate) fn prune<T: Number>(
     bits: &mut [u8],
 ) {
     let limits = Limits::of(vector, rows.len);
+    let Rows { len, stride } = rows;
     for slab in (0..values.len()).step_by(rows.slab().max(1)) {
-        for first in slab..slab + rows.stride {
-            let of_row = values[first..].iter().step_by(rows.stride).take(rows.len);
+        for first in slab..slab + stride {
             space.row.clear();
-            space.row.extend(of_row.map(|v| v.abs()));
-            let at = |i: usize| first + i * rows.stride;
+            match stride {
+                1 => space.row.extend(values[first..first + len].iter().map(|v| v.abs())),
+                _ => space.row.extend(values[first..].iter().step_by(stride).take(len).map(|v| v.abs())),
+            }
+            let at = |i: usize| first + i * stride;
             let draw = |i: usize| splitmix64(vector.key, (start + at(i)) as u64) >> 11;
-            space.prune_row(limits, draw, |i| bits[at(i) / 8] |= 1 << (at(i) % 8));
+            let keep = |i: usize, word: u64| match stride {
+                1 => set_word(bits, at(i), word),
+                _ => each_bit(word, |j| bits[at(i + j) / 8] |= 1 << (at(i + j) % 8)),
+            };
+            space.prune_row(limits, draw, keep);
         }
     }
 }
 
+/// Sets those of the packed bits from number `at` on that are set in `word`.
+#[inline(always)]
+fn set_word(bits: &mut [u8], at: usize, word: u64) {
+    let (bits, shift) = (&mut bits[at / 8..], at % 8);
+    match bits.first_chunk_mut::<8>() {
+        Some(whole) if shift == 0 => *whole = (u64::from_le_bytes(*whole) | word).to_le_bytes(),
+        _ => {
+            let word = (u128::from(word) << shift).to_le_bytes();
+            bits.iter_mut().zip(word).for_each(|(byte, more)| *byte |= more);
+        }
+    }
+}
+
+/// Rows from this length on are sorted.
+const LONG: usize = 1 << 16;
+
 impl<T: Number> Space<T> {
-    /// Calls `keep` with the index of every element of the row that stays.
+    /// Calls `keep` with the first index and the bits of every group of elements of the row that
+    /// has some that stay.
     #[inline(always)]
-    fn prune_row(&mut self, limits: Limits, draw: impl Fn(usize) -> u64, mut keep: impl FnMut(usize)) {
-        /// Rows from this length on are sorted.
-        const LONG: usize = 1 << 16;
+    fn prune_row(&mut self, limits: Limits, draw: impl Fn(usize) -> u64, mut keep: impl FnMut(usize, u64)) {
         let n = self.row.len();
         // Whatever its rank, an element with a small random number stays, and one with a large
         // random number goes.
         let (every, some) = (limits.at(0), limits.at(n.saturating_sub(1)));
-        self.open.clear();
+        if n >= LONG {
+            return self.by_order(limits, draw, keep);
+        }
+        if every < some {
+            self.ranks.sort(&self.row);
+        }
         for start in (0..n).step_by(GROUP) {
-            let mut draws = [u64::MAX; GROUP];
-            let len = GROUP.min(n - start);
-            draws[..len].iter_mut().enumerate().for_each(|(j, number)| *number = draw(start + j));
+            let mut draws = [0u64; GROUP];
+            draws.iter_mut().enumerate().for_each(|(j, number)| *number = draw(start + j));
             let (mut stay, mut open) = (0u64, 0u64);
             for (j, number) in draws.iter().enumerate() {
                 stay |= u64::from(*number < every) << j;
                 open |= u64::from(*number < some) << j;
             }
-            each_bit(stay, |j| keep(start + j));
-            each_bit(open & !stay, |j| self.open.push((start + j, draws[j])));
-        }
-        if n >= LONG {
-            self.by_order(limits, keep);
-        } else if !self.open.is_empty() {
-            let mut brackets = Brackets::of(&self.row, limits);
-            for (i, number) in &self.open {
-                let bracket = brackets.index(self.row[*i]);
-                let stays = match *number {
-                    number if number < brackets.stays[bracket] => true,
-                    number if number >= brackets.goes[bracket] => false,
-                    number => number < limits.at(brackets.rank(&self.row, *i, bracket)),
-                };
-                if stays {
-                    keep(*i);
-                }
-            }
+            let here = u64::MAX >> (GROUP - GROUP.min(n - start));
+            let mut unsure = 0u64;
+            each_bit(open & !stay & here, |j| {
+                let ranks = self.ranks.between(start + j);
+                let stays = draws[j] < limits.at(ranks.start);
+                stay |= u64::from(stays) << j;
+                unsure |= u64::from(!stays & (draws[j] < limits.at(ranks.end - 1))) << j;
+            });
+            each_bit(unsure, |j| {
+                let stays = draws[j] < limits.at(self.ranks.of(&self.row, start + j));
+                stay |= u64::from(stays) << j;
+            });
+            keep(start, stay & here);
         }
     }
 
-    /// Decides on the open elements by the order of the whole row.
-    fn by_order(&mut self, limits: Limits, mut keep: impl FnMut(usize)) {
-        self.order.clear();
-        self.order.extend(self.row.iter().enumerate().map(|(i, v)| (v.key(), i)));
-        self.order.sort_unstable();
-        let numbers: BTreeMap<usize, u64> = self.open.iter().copied().collect();
-        for (rank, (_, i)) in self.order.iter().enumerate() {
-            if numbers.get(i).is_some_and(|number| *number < limits.at(rank)) {
-                keep(*i);
-            }
+    /// As [`Space::prune_row`], by the order of the whole row.
+    fn by_order(&self, limits: Limits, draw: impl Fn(usize) -> u64, mut keep: impl FnMut(usize, u64)) {
+        let mut order: Vec<(u64, usize)> = self.row.iter().enumerate().map(|(i, v)| (v.key(), i)).collect();
+        order.sort_unstable();
+        for (rank, (_, i)) in order.into_iter().enumerate() {
+            keep(i, u64::from(draw(i) < limits.at(rank)));
         }
     }
 }
@@ -158,88 +174,102 @@ fn each_bit(mut bits: u64, mut each: impl FnMut(usize)) {
     }
 }
 
-/// Number of magnitudes at which a row is cut, one less than a power of two.
-const CUTS: usize = 15;
+/// Number of bins of the magnitudes of a row, a power of two.
+const BINS: usize = 1 << 9;
 
-/// The magnitudes of a row cut into brackets: an element's rank is one of those of its bracket.
-/// Ranks ascend with the magnitude, and among equal ones with the index.
-struct Brackets<T> {
-    /// Magnitudes in ascending order, each the least of a bracket. A magnitude that many elements
-    /// share has a bracket of its own.
-    cuts: [T; CUTS],
-    /// Least rank in each bracket.
-    starts: [usize; CUTS + 1],
-    /// Limits of the least and of the largest rank in each bracket.
-    stays: [u64; CUTS + 1],
-    goes: [u64; CUTS + 1],
-    /// Elements of each bracket of one magnitude, counted up to an index.
-    counted: [(usize, usize); CUTS + 1],
+/// Leading bits of the mantissa by which magnitudes are sorted into bins: 64 bins between a power
+/// of two and the next.
+const LEADING: u32 = 6;
+
+/// Ranks of the elements of a row, which ascend with the magnitude and among equal ones with the
+/// index. The magnitudes are sorted into bins by their leading bits, which bounds the ranks; a rank
+/// itself is counted when it is asked for.
+struct Ranks<T> {
+    /// Bin of each element.
+    bins: Vec<u16>,
+    /// Least rank in each bin, and the number of all elements.
+    starts: [u32; BINS + 1],
+    counted: [Counted<T>; BINS],
 }
 
-impl<T: Number> Brackets<T> {
-    /// Cuts the magnitudes of `row`, none of them NaN, at quantiles of a sample.
+/// The magnitude of a bin whose rank was asked for last.
+#[derive(Clone, Copy)]
+struct Counted<T> {
+    /// NaN if there is none.
+    magnitude: T,
+    /// Number of smaller magnitudes in the row.
+    smaller: u32,
+    /// Number of equal ones among the first elements, and the number of these elements.
+    equal: u32,
+    upto: u32,
+}
+
+impl<T: Number> Ranks<T> {
+    /// Without any elements.
+    fn new() -> Self {
+        Self { bins: Vec::new(), starts: [0; BINS + 1], counted: [Counted::none(); BINS] }
+    }
+
+    /// Sorts the magnitudes of `row`, fewer than [`LONG`] and none of them NaN, into bins.
     #[inline(always)]
-    fn of(row: &[T], limits: Limits) -> Self {
-        const SAMPLE: usize = 64;
-        const STEP: usize = SAMPLE / (CUTS + 1);
-        let mut keys = [0; SAMPLE];
-        keys.iter_mut().enumerate().for_each(|(i, key)| *key = row[i * row.len() / SAMPLE].key());
-        keys.sort_unstable();
-        let mut cuts = [T::from_f64(f64::INFINITY); CUTS];
-        let mut places = cuts.iter_mut();
-        let mut last = None;
-        for i in (STEP / 2..SAMPLE).step_by(STEP) {
-            let key = keys[i];
-            if last.replace(key) == Some(key) {
-                continue;
+    fn sort(&mut self, row: &[T]) {
+        /// Neighbours are counted apart: one count would wait for the other where they are equal.
+        const APART: usize = 4;
+        let leading = |v: &T| (v.key() >> (T::MANTISSA - LEADING)) as u32;
+        let largest = row.iter().fold(0, |largest, v| leading(v).max(largest));
+        // The bins end at the largest magnitude; all that are too small share the first.
+        let first = largest.saturating_sub(BINS as u32 - 1);
+        self.bins.clear();
+        self.bins.extend(row.iter().map(|v| leading(v).saturating_sub(first) as u16));
+        let mut counts = [[0u16; BINS]; APART];
+        let (groups, rest) = self.bins.as_chunks::<APART>();
+        for group in groups {
+            for (bin, counts) in group.iter().zip(&mut counts) {
+                counts[usize::from(*bin) % BINS] += 1;
             }
-            let shared = keys[i - 1] == key || keys[i + 1] == key;
-            let these = [Some(key), shared.then_some(key + 1)];
-            these.into_iter().flatten().zip(&mut places).for_each(|(key, place)| *place = T::from_key(key));
         }
-        let mut starts = [0; CUTS + 1];
-        for (start, cut) in starts[1..].iter_mut().zip(&cuts) {
-            *start = count(row, |v| v < *cut);
+        rest.iter().for_each(|bin| counts[0][usize::from(*bin)] += 1);
+        let mut sum = 0;
+        for (bin, start) in self.starts[..BINS].iter_mut().enumerate() {
+            *start = sum;
+            sum += counts.iter().map(|counts| u32::from(counts[bin])).sum::<u32>();
         }
-        let (stays, mut goes) = (starts.map(|rank| limits.at(rank)), [limits.at(row.len() - 1); CUTS + 1]);
-        for (goes, next) in goes.iter_mut().zip(&starts[1..]) {
-            // Nothing is in a bracket that the next one follows at rank 0.
-            *goes = limits.at(next.saturating_sub(1));
-        }
-        Self { cuts, starts, stays, goes, counted: [(0, 0); CUTS + 1] }
+        self.starts[BINS] = sum;
+        self.counted.fill(Counted::none());
     }
 
-    /// Bracket of a magnitude.
+    /// Range of the ranks in the bin of element `i`.
     #[inline(always)]
-    fn index(&self, magnitude: T) -> usize {
-        let (mut index, mut step) = (0, CUTS.div_ceil(2));
-        while step > 0 {
-            index += if magnitude >= self.cuts[index + step - 1] { step } else { 0 };
-            step /= 2;
-        }
-        index
+    fn between(&self, i: usize) -> Range<usize> {
+        let bin = usize::from(self.bins[i]) % BINS;
+        self.starts[bin] as usize..self.starts[bin + 1] as usize
     }
 
-    /// Rank of element `i` of the row, which is in `bracket`; to be called with ascending indices.
+    /// Rank of element `i` of the row; to be called with ascending indices.
     #[inline(always)]
-    fn rank(&mut self, row: &[T], i: usize, bracket: usize) -> usize {
+    fn of(&mut self, row: &[T], i: usize) -> usize {
+        let counted = &mut self.counted[usize::from(self.bins[i]) % BINS];
         let magnitude = row[i];
-        let one = |low: T, high: T| low.key() + 1 == high.key();
-        if (1..CUTS).contains(&bracket) && one(self.cuts[bracket - 1], self.cuts[bracket]) {
-            let (upto, before) = &mut self.counted[bracket];
-            *before += count(&row[*upto..i], |v| v == magnitude);
-            *upto = i;
-            return self.starts[bracket] + *before;
+        if counted.magnitude != magnitude {
+            *counted = Counted { magnitude, smaller: count(row, |v| v < magnitude), equal: 0, upto: 0 };
         }
-        count(&row[..i], |v| v <= magnitude) + count(&row[i..], |v| v < magnitude)
+        counted.equal += count(&row[counted.upto as usize..i], |v| v == magnitude);
+        counted.upto = i as u32;
+        (counted.smaller + counted.equal) as usize
+    }
+}
+
+impl<T: Number> Counted<T> {
+    fn none() -> Self {
+        Self { magnitude: T::from_f64(f64::NAN), smaller: 0, equal: 0, upto: 0 }
     }
 }
 
 /// Number of values for which `is` is true.
 #[inline(always)]
-fn count<T: Copy>(values: &[T], is: impl Fn(T) -> bool) -> usize {
+fn count<T: Copy>(values: &[T], is: impl Fn(T) -> bool) -> u32 {
     // In 32 bits, as many as the values have, more fit in a vector.
-    values.iter().fold(0u32, |n, v| n + u32::from(is(*v))) as usize
+    values.iter().fold(0, |n, v| n + u32::from(is(*v)))
 }
 
 #[cfg(test)]

@@ -15,11 +15,16 @@ use super::region::outside;
 /// Type in which a tensor is merged: `f32`, which holds every element of an F32, F16 or BF16 input
 /// exactly, or `f64` if an input is F64.
 pub(crate) trait Number: Score + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> {
+    /// Number of bits of the mantissa that are stored.
+    const MANTISSA: u32;
+
     /// The magnitude.
     fn abs(self) -> Self;
 }
 
 impl Number for f32 {
+    const MANTISSA: u32 = Self::MANTISSA_DIGITS - 1;
+
     #[inline(always)]
     fn abs(self) -> Self {
         Self::abs(self)
@@ -27,6 +32,8 @@ impl Number for f32 {
 }
 
 impl Number for f64 {
+    const MANTISSA: u32 = Self::MANTISSA_DIGITS - 1;
+
     #[inline(always)]
     fn abs(self) -> Self {
         Self::abs(self)
