@@ -13,8 +13,7 @@ use cpift_core::format::json;
 use cpift_core::record::provenance::Recorder;
 
 use crate::args::{Args, Method, Tau};
-use crate::heatmap;
-use crate::layers::{self, Layers};
+use crate::heatmaps::{self, Layers};
 use crate::order::{Ordered, ascending, by_edges, by_help, mean_loss, named, random};
 use crate::overlap::{Counts, Overlap, Regions};
 use crate::partition::{Interval, Partition, Sweep, components, is_trivial, most_stable_tau, rows, sweep};
@@ -192,9 +191,9 @@ fn report_ties(tasks: &[String], found: &WithoutTies, counts: &Counts) {
 fn write(outputs: &Outputs, groups: &Groups, overlap: &Overlap, recorder: Recorder) -> Result<()> {
     let by_layer = Layers::new(overlap, groups);
     let texts = [
-        (&outputs.svg, heatmap::svg(groups)),
+        (&outputs.svg, heatmaps::whole(groups)),
         (&outputs.layers, json::to_text(&by_layer)?),
-        (&outputs.layers_svg, layers::svg(&by_layer, groups)),
+        (&outputs.layers_svg, heatmaps::by_layer(&by_layer, groups)),
     ];
     let stage = |(path, text): (&PathBuf, String)| StagedFile::of_text(path, &text, outputs.force);
     let others: Vec<StagedFile> = texts.into_iter().map(stage).collect::<Result<_>>()?;

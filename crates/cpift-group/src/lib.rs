@@ -2,13 +2,12 @@
 //! order.
 //!
 //! `overlap` counts the bits that regions share, [`partition`] cuts the graph of similar tasks into
-//! groups and sweeps τ, `order` puts the groups in training order; `heatmap` and [`layers`] draw
-//! the result.
+//! groups and sweeps τ, `order` puts the groups in training order, and [`heatmaps`] draws the
+//! result.
 
 mod args;
 mod group;
-mod heatmap;
-pub mod layers;
+pub mod heatmaps;
 mod order;
 mod overlap;
 pub mod partition;

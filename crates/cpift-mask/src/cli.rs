@@ -20,8 +20,7 @@ use crate::apply::{Keep, Target, Values};
 use crate::convert::{Form, Input};
 use crate::extract::Special;
 use crate::inputs::{Inputs, each_once};
-use crate::percent::Percent;
-use crate::rules::Structure;
+use crate::rules::{Percent, Structure};
 use crate::sets::Operation;
 use crate::{apply, convert, extract, random, sets, stats, tensors};
 

@@ -12,18 +12,17 @@ use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, S
 use cpift_core::format::names::TensorKind;
 use cpift_core::record::provenance::{Recorder, check_made_from};
 use cpift_core::run::progress;
-use cpift_core::stream::guess::Guess;
+use cpift_core::stream::cuts::Guess;
 use cpift_core::stream::select::{Cut, Score};
 use cpift_core::{BadInput, Checkpoint, Dtype, Mask};
 use serde::Serialize;
 
 use crate::inputs::{Digests, Inputs, Parts};
+use crate::output::TieFlags;
 use crate::part::{Arithmetic, Part, ranges};
-use crate::percent::Percent;
-use crate::rules::{Rule, Structure, Sum, refuse_empty, select};
+use crate::rules::{Percent, Rule, Structure, Sum, refuse_empty, select};
 use crate::stats;
 use crate::sweep::{LIMIT, Pass, choose, sweep};
-use crate::tie_flags::TieFlags;
 
 /// Placeholder while the header's final length is reserved: no real count has more digits.
 const LONGEST: Ties = Ties { at_threshold: u64::MAX, chosen: u64::MAX, decided_by_hash: u64::MAX };

@@ -5,36 +5,32 @@
 //! | --- | --- |
 //! | flags to a checked plan | `cli` |
 //! | open, compare and hash the inputs; cut the parameters into parts that are ranked together | [`inputs`] |
-//! | number of elements to choose in each part | `percent` |
+//! | number of elements to choose in each part | `rules` |
 //! | the score of each element, chunk by chunk | [`part`] |
-//! | guess the threshold of a part from a sample | [`bracket`] |
+//! | guess the threshold of a part from a sample | [`sweep::guess`] |
 //! | read the part, write the mask's bits; search exactly where the guess was wrong | [`sweep`] |
-//! | flags of the elements chosen among equals | `tie_flags` |
+//! | flags of the elements chosen among equals | `output` |
 //! | header, record, summary | `extract` |
 //!
-//! `rules` has the selections of `extract` and `tall` that are not the top p % of single elements.
-//! `tensors` chooses whole tensors, `random` draws a control, `sets` combines masks, `apply` keeps
-//! a part of a change, `convert` reads and writes boolean arrays (`npy`), and `stats` shows the
-//! density of a mask. `vocabulary` matches rows of embeddings by token if two checkpoints have
+//! `rules` also has the selections of `extract` and `tall` that are not the top p % of single
+//! elements. `tensors` chooses whole tensors, `random` draws a control, `sets` combines masks,
+//! `apply` keeps a part of a change, `convert` reads and writes boolean arrays, and `stats` shows
+//! the density of a mask. `vocabulary` matches rows of embeddings by token if two checkpoints have
 //! other tokens.
 
 mod apply;
-pub mod bracket;
 mod cli;
 mod convert;
 mod extract;
 pub mod inputs;
-mod npy;
 mod output;
 pub mod part;
-mod percent;
 mod random;
 mod rules;
 mod sets;
 mod stats;
 pub mod sweep;
 mod tensors;
-mod tie_flags;
 mod vocabulary;
 
 pub use cli::{Args, run};

@@ -1,5 +1,6 @@
-//! The exact choice of a part's `k` largest scores: one pass over the part where the guess of
-//! [`crate::bracket`] is right, else an exact search and a second pass.
+//! The exact choice of a part's `k` largest scores: a guess at the threshold from a sample of the
+//! scores, and one pass over the part where the guess is right, else an exact search and a second
+//! pass.
 //!
 //! The first pass checks and hashes all elements, writes the bits of those above the guess, and
 //! keeps those it leaves open. Equal scores are chosen in the order of
@@ -11,19 +12,29 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Result, ensure};
 use cpift_core::dispatch;
 use cpift_core::format::mask::{MaskWriter, Metric, Ties, clear_flagged, count_ones, flags_of};
-use cpift_core::stream::guess::Guess;
+use cpift_core::stream::cuts::Guess;
 use cpift_core::stream::hashing::PieceHasher;
+use cpift_core::stream::random::splitmix64;
 use cpift_core::stream::select::{Cut, GROUP, Score, Source, find_cut, split};
 use cpift_core::stream::ties::{HashBand, TieCut, TieKey, find_tie_cut};
 use rayon::prelude::*;
 
-use crate::bracket::guess;
 use crate::inputs::InputDigests;
 use crate::part::{Arithmetic, Block, CHUNK, Chunk, Pair, Part, PartScores, refuse_not_finite};
 
 /// [`Pass::limit`] of the program. In f32 a candidate takes 6 bytes, and 4 more while it is
 /// settled.
 pub const LIMIT: usize = 32 << 20;
+
+/// Consecutive elements per run of the sample.
+const RUN: usize = 64;
+
+/// Largest number of runs; a small part has one run per [`SHARE`] elements.
+const RUNS: usize = 16 * 1024;
+const SHARE: usize = 1024;
+
+/// Parts up to this size are not sampled: all their elements are candidates, if `limit` allows.
+const SMALL: u64 = 64 * 1024;
 
 /// Settings and outputs of a pass over the elements.
 pub struct Pass<'a> {
@@ -55,6 +66,31 @@ pub struct ChunkFlags {
     pub chunk: usize,
     /// The packed bits.
     pub flags: Box<[u8]>,
+}
+
+/// Guesses the `k`-th largest score of `part`, 1 ≤ k ≤ its size, leaving at most about `limit`
+/// candidates.
+pub fn guess<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric, k: u64, limit: usize) -> Guess<T> {
+    let n = part.numel();
+    if n <= SMALL.min(limit as u64) {
+        return Guess::everything();
+    }
+    Guess::from_sample(sample(part, metric), k, n, limit)
+}
+
+/// Scores of runs spread evenly over the part, each at a random offset in its stretch. The same on
+/// every machine.
+fn sample<T: Score + Arithmetic>(part: &Part<'_>, metric: Metric) -> Vec<T> {
+    let runs = (part.numel() as usize / SHARE).clamp(1, RUNS);
+    let chunks = part.chunks.len();
+    let scores = (0..runs).into_par_iter().with_min_len(256).map_init(Block::<T>::new, |block, run| {
+        let (from, to) = (run * chunks / runs, (run + 1) * chunks / runs);
+        let random = splitmix64(0, run as u64);
+        let Chunk { pair, start, len } = part.chunks[from + random as usize % (to - from).max(1)];
+        let offset = (random >> 32) as usize % (len.saturating_sub(RUN) + 1);
+        dispatch!(block.scores(part, pair, metric, start + offset, RUN.min(len)).to_vec())
+    });
+    scores.flatten_iter().collect()
 }
 
 /// Chooses the `k` largest scores of a part and writes their bits. Returns `None` if `k` is 0.

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::inputs::{Digests, Inputs};
 use crate::output::{all_set, write_mask};
 use crate::part::{Block, Chunk, MinMax, Part, refuse_not_finite};
-use crate::percent::Percent;
+use crate::rules::Percent;
 use crate::sweep::hash;
 
 /// A checked request for a mask of whole tensors.

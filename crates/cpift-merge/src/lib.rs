@@ -20,6 +20,7 @@ pub mod recipe;
 mod report;
 mod request;
 mod setting;
+mod svd;
 mod verify;
 
 pub use method::{Base, Method, Parameter};

@@ -5,9 +5,7 @@
 //! hidden states and `loss` into a loss, [`optim`] updates the parameters and [`freeze`] restores
 //! the frozen elements; [`train`] is the loop around it, [`session`] opens and saves checkpoints.
 
-mod adapter;
 pub mod args;
-mod cached_rows;
 pub mod data;
 pub mod dist;
 mod ffi;
@@ -20,7 +18,6 @@ pub mod model;
 pub mod oom;
 pub mod optim;
 pub mod placement;
-mod sampling;
 pub mod schedule;
 pub mod score;
 pub mod session;

@@ -5,11 +5,10 @@ use anyhow::Result;
 use cpift_data::Example;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::cached_rows::CachedRows;
 use crate::data::Batch;
 use crate::dist::in_batches;
 use crate::loss::{target_divergences, target_losses};
-use crate::model::CausalLM;
+use crate::model::{CachedRows, CausalLM};
 
 /// Targets per chunk of the loss: the logits of one chunk exist at a time.
 const LOSS_CHUNK: usize = 1024;

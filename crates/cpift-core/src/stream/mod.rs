@@ -5,7 +5,6 @@
 pub mod simd;
 
 pub mod cuts;
-pub mod guess;
 pub mod hashing;
 pub mod random;
 pub mod select;

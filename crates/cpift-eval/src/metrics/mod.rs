@@ -8,10 +8,9 @@ mod choice;
 mod codebleu;
 mod generated;
 mod metric;
-mod text_match;
 
+pub use generated::{flexible_extract, normalise, strict_match};
 pub(crate) use metric::{Loss, Metric, Prepared, Settings, TaskView};
-pub use text_match::{flexible_extract, normalise, strict_match};
 
 use cpift_core::format::tasks::TaskMetric;
 
@@ -30,10 +29,10 @@ macro_rules! registry {
 
 registry! {
     Nll => metric::Nll,
-    ExactMatch => text_match::ExactMatch,
-    Contains => text_match::Contains,
-    RougeL => text_match::RougeL,
-    Gsm8k => text_match::Gsm8k,
+    ExactMatch => generated::ExactMatch,
+    Contains => generated::Contains,
+    RougeL => generated::RougeL,
+    Gsm8k => generated::Gsm8k,
     Choice => choice::Choice,
     Codebleu => codebleu::Codebleu,
     Judge => generated::Judge,

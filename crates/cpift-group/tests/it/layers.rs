@@ -10,7 +10,7 @@ use cpift_core::format::digest::Digest;
 use cpift_core::format::groups::Groups;
 use cpift_core::format::mask::MaskHeader;
 use cpift_core::format::names::{TensorKind, layer};
-use cpift_group::layers::Layers;
+use cpift_group::heatmaps::Layers;
 use cpift_testkit::{Numbers, expect_entries, run};
 use serde_json::{Value, json};
 

@@ -3,15 +3,14 @@
 use std::path::Path;
 
 use cpift_core::format::mask::{FORMAT_VERSION, MaskHeader, MaskWriter, Metric, Scope, Ties, count_ones};
-use cpift_core::stream::guess::Guess;
+use cpift_core::stream::cuts::Guess;
 use cpift_core::stream::select::find_cut;
 use cpift_core::stream::ties::HashBand;
 use cpift_core::{Checkpoint, Mask};
-use cpift_mask::bracket::guess;
 
 use cpift_mask::inputs::Inputs;
 use cpift_mask::part::{Part, PartScores};
-use cpift_mask::sweep::{ChunkFlags, LIMIT, Pass, emit, sweep};
+use cpift_mask::sweep::{ChunkFlags, LIMIT, Pass, emit, guess, sweep};
 use cpift_testkit::{Numbers, Tensor, Tensors, write_checkpoint};
 
 const N: usize = 300_007;

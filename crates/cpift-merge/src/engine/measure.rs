@@ -11,9 +11,8 @@ use cpift_core::stream::ties::{TieKey, TieSalt};
 use cpift_core::{BadInput, TensorView, dispatch};
 use rayon::prelude::*;
 
-use super::job::{self, Job, Piece, Pool, Shared};
+use super::job::{self, Block, Job, Piece, Pool, Shared, Tensor};
 use super::rows::{self, Grouped};
-use super::tensor::{Block, Tensor};
 use crate::methods::pointwise::{Figures, changes};
 use crate::methods::region::outside;
 use crate::methods::sign_merge::{

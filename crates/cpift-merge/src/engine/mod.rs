@@ -10,7 +10,6 @@
 mod job;
 mod measure;
 mod rows;
-mod tensor;
 mod write;
 
 pub(crate) use job::{CHUNK, InputHashes};
@@ -24,8 +23,7 @@ use crate::methods::sign_merge::Sparsify;
 use crate::methods::spectral::Kind;
 use crate::methods::{Along, Pointwise, Rule, Spectral};
 use crate::plan::Plan;
-use job::{Job, Shared};
-use tensor::{BLOCK, Tensor};
+use job::{BLOCK, Job, Shared, Tensor};
 
 /// Merges every tensor of every plan into its output and returns the statistics of each; `hashes`,
 /// of the first plan, is filled by the same passes.

@@ -9,8 +9,7 @@ use cpift_core::stream::select::GROUP;
 use cpift_core::stream::ties::TieSalt;
 use rayon::prelude::*;
 
-use super::job::{self, CHUNK, Job, Piece, Pool, Shared};
-use super::tensor::{BLOCK, Block, Tensor};
+use super::job::{self, BLOCK, Block, CHUNK, Job, Piece, Pool, Shared, Tensor};
 use crate::methods::magprune::{Rows, Space as RowSpace, prune};
 use crate::methods::pointwise::{Figures, divergence, importance, rows_in, sce_weights, variances};
 use crate::methods::sign_merge::{Filter, Keep, Number, keep_packed, rescaling, subtract_base, sum_of_magnitudes};

@@ -16,9 +16,8 @@ use cpift_core::format::dtype::Float;
 use cpift_core::stream::hashing::PieceHasher;
 use cpift_core::{BadInput, CheckpointWriter, Dtype, TensorSpec, TensorView};
 
-use super::job::{self, CHUNK, Job, Piece, Pool, Shared};
+use super::job::{self, Block, CHUNK, Job, Piece, Pool, Shared, Tensor};
 use super::measure::TensorStats;
-use super::tensor::{Block, Tensor};
 use crate::methods::region::magnitude;
 use crate::methods::sign_merge::{self, Number};
 use crate::methods::{Along, Conflict, Rule};

@@ -1,7 +1,6 @@
 //! Arithmetic of the methods on slices: the result of one tensor, given its elements in every
 //! input.
 
-pub(crate) mod combine;
 pub(crate) mod magprune;
 pub(crate) mod pointwise;
 pub(crate) mod region;
@@ -9,11 +8,11 @@ pub(crate) mod sign_merge;
 pub(crate) mod spectral;
 pub mod sphere;
 
-pub(crate) use combine::{Along, Combine};
 pub(crate) use pointwise::Pointwise;
 pub(crate) use region::{Claims, Conflict};
 pub(crate) use sign_merge::SignMerge;
 pub(crate) use spectral::Spectral;
+pub(crate) use sphere::{Along, Combine};
 
 use sphere::{Combination, Gram, Stop};
 

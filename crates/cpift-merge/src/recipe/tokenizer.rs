@@ -1,4 +1,5 @@
-//! The keys `tokenizer` and `tokenizer_source` of a recipe, read and written.
+//! The keys `tokenizer` and `tokenizer_source` of a recipe, read and written, and its
+//! `chat_template`, which can be one of the templates that mergekit has by name.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -9,7 +10,7 @@ use serde_json::Value;
 
 use super::node::{Fields, Node};
 use super::sources::folder;
-use crate::request::{TokenRow, TokenRule, TokenizerRequest, TokenizerSource};
+use crate::request::{ChatTemplate, TokenRow, TokenRule, TokenizerRequest, TokenizerSource};
 
 /// Reads the tokenizer of the output, if the recipe names one.
 ///
@@ -109,4 +110,79 @@ pub(super) fn write(request: &TokenizerRequest) -> String {
         }
     }
     text
+}
+
+/// Reads the chat template of the output: one of [`TEMPLATES`], or Jinja.
+///
+/// # Errors
+/// [`cpift_core::BadInput`] that names the key.
+pub(super) fn chat_template(node: &Node<'_>) -> Result<ChatTemplate> {
+    let text = node.text()?;
+    if text == "auto" {
+        return Ok(ChatTemplate::Auto);
+    }
+    if let Some(known) = template(text) {
+        return Ok(ChatTemplate::Text(known.to_owned()));
+    }
+    if text.len() < 20 || !text.contains('{') {
+        let expected = format!("auto, {}, or a Jinja template", TEMPLATES.join(", "));
+        return Err(node.error("is not a chat template").expected(expected).found(node.shown()).into());
+    }
+    Ok(ChatTemplate::Text(text.to_owned()))
+}
+
+/// Chat templates that a recipe can name, as in mergekit.
+const TEMPLATES: [&str; 5] = ["alpaca", "chatml", "exaone", "llama3", "mistral"];
+
+/// The chat template `name`.
+fn template(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "alpaca" => ALPACA,
+        "chatml" => CHATML,
+        "exaone" => EXAONE,
+        "llama3" => LLAMA3,
+        "mistral" => MISTRAL,
+        _ => return None,
+    })
+}
+
+const ALPACA: &str = "{% for message in messages %}\
+{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}\
+{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}\
+{% elif message['role'] == 'assistant' %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}\
+{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}";
+
+const CHATML: &str = "{% for message in messages %}\
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+const EXAONE: &str = "{% for message in messages %}\
+{% if loop.first and message['role'] != 'system' %}{{ '[|system|][|endofturn|]\n' }}{% endif %}\
+{{ '[|' + message['role'] + '|]' + message['content'] }}\
+{% if message['role'] == 'user' %}{{ '\n' }}{% else %}{{ '[|endofturn|]\n' }}{% endif %}\
+{% endfor %}{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}";
+
+const LLAMA3: &str = "{% for message in messages %}\
+{% if loop.first %}{{ bos_token }}{% endif %}\
+{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}";
+
+const MISTRAL: &str = "{{ bos_token }}{% for message in messages %}\
+{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}\
+{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_has_a_template_and_braces_are_closed() {
+        for name in TEMPLATES {
+            let text = template(name).unwrap();
+            for (open, close) in [("{%", "%}"), ("{{", "}}")] {
+                assert_eq!(text.matches(open).count(), text.matches(close).count(), "{name}");
+            }
+        }
+        assert!(template("other").is_none());
+    }
 }

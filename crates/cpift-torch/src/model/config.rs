@@ -10,8 +10,7 @@ use cpift_core::{BadInput, Checkpoint, log_once};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::config_fields::{BESIDE_TEXT, DEFAULT_POSITIONS, Fields, check_fields};
-use super::expert_fields::ExpertsConfig;
+use super::config_fields::{BESIDE_TEXT, DEFAULT_POSITIONS, ExpertsConfig, Fields, check_fields};
 use super::families::{Biases, BlockNorms, Descriptor, FAMILIES, Family, NormWeight, QkNorm, Windows};
 use crate::weights::Parameters;
 

@@ -7,7 +7,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
 use super::config::ModelConfig;
-use super::expert_fields::ExpertsConfig;
+use super::config_fields::ExpertsConfig;
 use super::layers::{Loader, Mlp};
 use crate::ffi;
 

@@ -1,7 +1,7 @@
 //! The supported families: what each has in place of LLaMA's parts. Adding a family means adding a
 //! descriptor and its line in [`FAMILIES`].
 
-use super::expert_fields::EXPERT_FIELDS;
+use super::config_fields::EXPERT_FIELDS;
 
 /// Supported model families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,12 +1,14 @@
-//! The leaves of the model: Linear, RmsNorm, Rope, Mlp; and the loader that takes their tensors by
-//! name.
+//! The leaves of the model: Linear with its low-rank adapter, RmsNorm, Rope, Mlp; and the loader
+//! that takes their tensors by name.
 //!
 //! Shape suffixes: b batch, s sequence, h heads, d head width; e is the embedding width, f the MLP
 //! width.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::f64::consts::PI;
 use std::path::Path;
+use std::rc::Rc;
 
 use anyhow::{Result, bail};
 use cpift_core::BadInput;
@@ -15,7 +17,6 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::{Activation, ModelConfig};
 use super::families::NormWeight;
-use crate::adapter::AdapterSlot;
 use crate::ffi;
 use crate::weights::Parameters;
 
@@ -99,6 +100,48 @@ impl Linear {
     /// Returns true if the weight gets a gradient from what is computed now.
     fn is_tracked(&self) -> bool {
         self.weight.alias().requires_grad()
+    }
+}
+
+/// Factors of a low-rank product beside a linear layer: y = W·x + s·B·(A·x).
+pub struct LowRank {
+    /// A, [r, i], f32.
+    pub a: Tensor,
+    /// B, [o, r], f32.
+    pub b: Tensor,
+    /// s, the scale of the product.
+    pub scale: f64,
+}
+
+impl LowRank {
+    /// A copy that shares storage.
+    fn shared(&self) -> Self {
+        Self { a: self.a.shallow_clone(), b: self.b.shallow_clone(), scale: self.scale }
+    }
+}
+
+/// Place for an adapter in a linear layer, which the layer shares with the list of the model.
+#[derive(Clone, Default)]
+pub(crate) struct AdapterSlot(Rc<RefCell<Option<LowRank>>>);
+
+impl AdapterSlot {
+    pub(crate) fn set(&self, adapter: LowRank) {
+        *self.0.borrow_mut() = Some(adapter);
+    }
+
+    pub(crate) fn get(&self) -> Option<LowRank> {
+        self.0.borrow().as_ref().map(LowRank::shared)
+    }
+
+    /// Adds the product of the adapter and `x`, if there is one, to the layer's output `y`, in the
+    /// dtype of `x`.
+    fn add_to(&self, y: Tensor, x: &Tensor) -> Tensor {
+        let slot = self.0.borrow();
+        let Some(LowRank { a, b, scale }) = slot.as_ref() else { return y };
+        let kind = x.kind();
+        // Scaled while it is narrow.
+        let inner = ffi::linear(x, &a.to_kind(kind), None) * *scale;
+        y + ffi::linear(&inner, &b.to_kind(kind), None)
     }
 }
 

@@ -19,9 +19,8 @@ use cpift_core::stream::random::seed_for;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::adapter::LowRank;
 use crate::dist::Group;
-use crate::model::CausalLM;
+use crate::model::{CausalLM, LowRank};
 use crate::placement::{Piece, Pieces};
 use crate::session::Session;
 use crate::weights::{Parameters, first_not_finite, kind_of, read_part};
