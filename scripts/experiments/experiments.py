@@ -127,7 +127,7 @@ OURS_RANDOM = {"CPI-FT+, random masks": lambda lab: lab.ours(masks="random")}
 MORE = {"CPI-FT, 2.5 times the tokens": lambda lab: lab.cpi_ft_times(2.5)}
 NOTES = {
     "CPI-FT, 2.5 times the tokens": "the paper's accounting, in which probes are not counted: the backbone alone sees as many tokens as "
-                                    "full SFT",
+                                    "full SFT.",
 }
 
 
