@@ -103,17 +103,18 @@ smollm2: build ## The whole pipeline on SmolLM2-135M-Instruct with real data (DA
 	@scripts/smollm2/fetch.sh $(SMOLLM2)
 	@DATA=$(DATA) SEQ=$(SEQ) LIMIT=$(LIMIT) MODEL=$(SMOLLM2) RUN=$(SMOLLM2_RUN) BIN=$(BIN) scripts/smollm2/run.sh
 
-# The experiments: SUITE=, SUITE_RUN=, SEEDS= (default: the suite's), JOBS=, PAIR=A,B for forgetting
-# alone.
-EXPERIMENTS := reproduce forgetting adding ablate schedules stages sweep-p sweep-tau imbalance low-data
+# The experiments: SUITE= (scripts/experiments/conflict.toml: tasks in conflict), SUITE_RUN=, SEEDS=
+# (default: the suite's), JOBS=, PAIR=A,B for forgetting and adding alone.
+EXPERIMENTS := reproduce forgetting adding sequences ablate schedules stages sweep-p sweep-tau imbalance low-data
 SUITE ?= scripts/experiments/interference.toml
-SUITE_RUN ?= runs/suite
+SUITE_RUN ?= $(if $(filter %conflict.toml,$(SUITE)),runs/conflict,runs/suite)
 JOBS ?= 2
 .PHONY: $(EXPERIMENTS) smollm2-suite
 
 reproduce: ## The paper's table on the interference suite: CPI-FT, its baselines and controls, and what came after, over seeds
 forgetting: ## One task after another, every ordered pair: what the first loses, by method
 adding: ## Every task added to a model tuned on the others, with every safeguard; PAIR=OLD,NEW for one
+sequences: ## All tasks one after another, in an order by seed, with safeguards and shares of replay
 ablate: ## CPI-FT with a part left out or changed
 schedules: ## The four orders of the groups
 stages: ## The last stages on the mixture, on each group's own rows, or one mixed stage

@@ -29,8 +29,9 @@ def tokens(model):
         if isinstance(step, Step) and step.key not in seen:
             facts = step.facts() if step.program in ("cpift-probe", "cpift-train") else {}
             seen[step.key] = facts.get("tokens", 0) + facts.get("fisher_tokens", 0)
-            # Groups by kind or at random are read beside masks that tell nothing about them.
-            blind = "--partition" in step.arguments and "like" not in step.arguments
+            # Groups by kind or at random are read beside masks that tell nothing about them; of a
+            # mask, random elements have the number alone.
+            blind = "--partition" in step.arguments and "like" not in step.arguments or "random" in step.arguments[:1]
             for other in [] if blind else step.inputs():
                 visit(other)
 
@@ -93,7 +94,7 @@ def over(labs, make):
 
 
 def rows(labs, methods):
-    return [(name, over(labs, make), {}) for name, make in methods.items()]
+    return [(name, over(labs, make), {"note": NOTES[name]} if name in NOTES else {}) for name, make in methods.items()]
 
 
 BASELINES = {
@@ -102,10 +103,14 @@ BASELINES = {
     "multi-stage, random": lambda lab: lab.multi_stage("random"),
     "multi-stage, by kind": lambda lab: lab.multi_stage("kind"),
     "LoRA": lambda lab: lab.lora(),
+    "HFT": lambda lab: lab.half(),
 }
+MIXTURES = {f"mixture, n^{exponent}": lambda lab, exponent=exponent: lab.mixture(exponent) for exponent in (0.3, 0.5, 0.7)}
 AFTER = {
+    "CPI-FT, no fusion": lambda lab: lab.no_fusion(),
     "EPI": lambda lab: lab.evolving(),
     "own cores": lambda lab: lab.own_cores(),
+    "own cores, random masks": lambda lab: lab.own_cores(masks="random"),
     "TRACE": lambda lab: lab.own_cores(tensors=True),
 }
 CONTROLS = {
@@ -117,6 +122,13 @@ CONTROLS = {
 CPI_FT = {"CPI-FT": lambda lab: lab.cpi_ft()}
 GROUP_STAGES = {"CPI-FT, group stages": lambda lab: lab.cpi_ft("group-stages", data="group")}
 OURS = {"CPI-FT+": lambda lab: lab.ours()}
+OURS_RANDOM = {"CPI-FT+, random masks": lambda lab: lab.ours(masks="random")}
+# The one method beyond the budget.
+MORE = {"CPI-FT, 2.5 times the tokens": lambda lab: lab.cpi_ft_times(2.5)}
+NOTES = {
+    "CPI-FT, 2.5 times the tokens": "the paper's accounting, in which probes are not counted: the backbone alone sees as many tokens as "
+                                    "full SFT.",
+}
 
 
 PAIRED = {"full SFT": "full-sft", "core frozen": "freeze", "CPI-FT": "cpi-ft", "CPI-FT, group stages": "cpi-ft-group", "EPI": "epi",
@@ -125,7 +137,7 @@ PAIRED = {"full SFT": "full-sft", "core frozen": "freeze", "CPI-FT": "cpi-ft", "
 
 
 def reproduce(s):
-    methods = BASELINES | CPI_FT | GROUP_STAGES | CONTROLS | AFTER | OURS
+    methods = BASELINES | CPI_FT | GROUP_STAGES | CONTROLS | MIXTURES | AFTER | OURS | OURS_RANDOM | MORE
     methods = {name: methods[name] for name in s.suite.get("methods", methods)}
     return Table("Methods at one budget", "Does CPI-FT beat full and multi-stage SFT that see as many tokens?",
                  rows(s.labs(), methods), s.suite.get("baseline", "full SFT"))
@@ -160,20 +172,45 @@ ADDED = {
 }
 
 
+SEQUENCES = {name: ADDED[name] for name in (
+    "no safeguard", "between, α 0.7", "change protected", "bottom layers frozen", "replay of 1 %", "replay of 5 %", "replay of 20 %",
+    "change protected, replay of 5 %", "bottom layers frozen, replay of 5 %", "EPI, replay of 5 %")} | {
+    "replay of 5 %, between, α 0.7": {"share": 0.05, "alpha": 0.7},
+    "EPI, replay of 5 %, between, α 0.7": ADDED["EPI, replay of 5 %, between, α 0.7"],
+}
+
+
+def safeguard(s, how):
+    """The name, the flags and the other settings of a stage with safeguards."""
+    how = dict(how)
+    more = ["--freeze-layers", s.suite["layers"]] if how.pop("layers", False) else []
+    more += ["--isolation", "dynamic", *s.suite.get("epi", [])] if how.pop("epi", False) else []
+    stage = [str(value) for value in [*(v for key, v in how.items() if key != "alpha"), *more]]
+    return "-".join(stage).replace("--", "") or "plain", more, how
+
+
 def adding(s):
     """Every task added to a model that is tuned on the others; its pairs are (old task, new task).
     """
     def make(how):
-        how = dict(how)
-        more = ["--freeze-layers", s.suite["layers"]] if how.pop("layers", False) else []
-        more += ["--isolation", "dynamic", *s.suite.get("epi", [])] if how.pop("epi", False) else []
-        stage = [str(value) for value in [*(v for key, v in how.items() if key != "alpha"), *more]]
-        name = "-".join(stage).replace("--", "") or "plain"
+        name, more, how = safeguard(s, how)
         return lambda lab, old, new: lab.added(new, name, *more, **how)
 
     pairs = [tuple(pair.split(",")) for pair in s.args.pair or []] or list(permutations(s.tasks.names, 2))
     return Forgetting("One more task for a tuned model", "What do the old tasks lose, and what does the new one gain?",
                       {name: make(how) for name, how in ADDED.items()}, s.labs(), pairs)
+
+
+def sequences(s):
+    """All tasks one after another, in an order by seed; the scores are of the last model."""
+    def make(how):
+        name, more, how = safeguard(s, how)
+        return lambda lab: lab.sequence(name, *more, **how)
+
+    methods = {"base": BASELINES["base"], "all tasks at once": lambda lab: lab.at_once()}
+    methods |= {name: make(how) for name, how in SEQUENCES.items()}
+    return Table("All tasks, one after another", "Which safeguard keeps most of the earlier tasks without costing the later ones?",
+                 rows(s.labs(), methods), "replay of 5 %")
 
 
 def sweep(title, question, label, log, labs_of, methods):
@@ -191,6 +228,21 @@ def sweep_p(s):
 def sweep_tau(s):
     labs = {tau: s.labs(tau=tau) for tau in s.suite["taus"]}
     return sweep("The threshold of similarity", "How does τ change the result?", "τ", False, labs, CPI_FT)
+
+
+def sweep_lr(s):
+    """One grid of learning rates for all; with --dev, what a rate is chosen by."""
+    names = ("full SFT", "LoRA", "HFT", "capped mixture", "mixture, n^0.5", "CPI-FT", "CPI-FT, no fusion", "EPI", "own cores", "CPI-FT+")
+    methods = BASELINES | CONTROLS | MIXTURES | CPI_FT | AFTER | OURS
+
+    def labs(rate):
+        train = list(s.suite["train"])
+        train[train.index("--lr") + 1] = f"{rate:g}"
+        # The last stage of CPI-FT+ stays at a third.
+        return s.labs(train=train, lora=[], plus=s.suite["plus"] | {"lr": f"{rate / 3:.2g}"})
+
+    return sweep("Learning rates", "Which rate of one grid is best for each method?", "learning rate", True,
+                 {rate: labs(rate) for rate in s.suite["rates"]}, {name: methods[name] for name in names})
 
 
 def imbalance(s):
@@ -230,6 +282,7 @@ def ablate(s):
     methods = CPI_FT | GROUP_STAGES | {
         "no transplant": lambda lab: lab.cpi_ft("no-transplant", transplant=False),
         "no SLERP": lambda lab: lab.cpi_ft("no-slerp", merge=["--omega", "0"]),
+        "no fusion": lambda lab: lab.no_fusion("mixed"),
         "no freezing": CONTROLS["CPI-FT, no freezing"],
         "random masks": CONTROLS["CPI-FT, random masks"],
         "replay alone": CONTROLS["replay alone"],
@@ -248,5 +301,6 @@ def ablate(s):
     return Table("What each part is worth", "What happens when a part of CPI-FT is left out or changed?", rows(s.labs(), methods), "CPI-FT")
 
 
-ALL = {"reproduce": reproduce, "forgetting": forgetting, "adding": adding, "sweep-tau": sweep_tau, "sweep-p": sweep_p, "imbalance": imbalance,
-       "low-data": low_data, "stages": stages, "schedules": schedules, "ablate": ablate}
+ALL = {"reproduce": reproduce, "forgetting": forgetting, "adding": adding, "sequences": sequences, "sweep-tau": sweep_tau,
+       "sweep-p": sweep_p, "sweep-lr": sweep_lr, "imbalance": imbalance, "low-data": low_data, "stages": stages,
+       "schedules": schedules, "ablate": ablate}

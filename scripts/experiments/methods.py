@@ -5,6 +5,8 @@ All get the same budget in tokens: that of the probes, the backbone and the last
 model of that name.
 """
 
+from random import Random
+
 from store import Gathered, Inside, Named, Step, Written
 
 
@@ -44,8 +46,11 @@ class Lab:
                     "--percent", p or self.suite["p"], "--score", score, *more, suffix=".safetensors")
 
     def random_mask(self, task, **how):
+        # The draw depends on its seed and on the size alone: with one seed, all tasks of a size
+        # would have one mask.
+        seed = self.seed * len(self.tasks.names) + self.tasks.names.index(task)
         return Step(self.store, f"random-{task}-s{self.seed}", "cpift-mask", "random", "--like", self.mask(task, **how),
-                    "--seed", self.seed, suffix=".safetensors")
+                    "--seed", seed, suffix=".safetensors")
 
     def masks(self, kind="core", **how):
         make = self.random_mask if kind == "random" else self.mask
@@ -84,6 +89,20 @@ class Lab:
     def full_sft(self, *more, name="full-sft"):
         return self.train(f"{name}-s{self.seed}", self.base, self.total, *more)
 
+    def mixture(self, exponent):
+        """All rows mixed by temperature: a task of n rows has n^exponent shares of every epoch."""
+        return self.full_sft("--mixture-temperature", f"{1 / exponent:.6g}", name=f"mixture-{exponent:g}")
+
+    def half(self):
+        """HFT: a random half of the elements moves, the other half keeps its bits, in one stage over
+        all rows."""
+        first = self.tasks.names[0]
+        half = Step(self.store, f"half-s{self.seed}", "cpift-mask", "random", "--like", self.mask(first, p=50), "--seed", self.seed,
+                    suffix=".safetensors")
+        masks = dict.fromkeys(self.tasks.names, half)
+        groups = Step(self.store, f"groups-half-s{self.seed}", "cpift-group", *self.mask_arguments(masks), "--tau", 0, suffix=".json")
+        return self.isolated(f"hft-s{self.seed}", self.base, masks, groups, self.total, "--trainable", "cores", "--sample", "all")
+
     def multi_stage(self, partition):
         more = ["--partition", "random", "--groups", 3] if partition == "random" else \
             ["--partition", "kind", "--tasks", self.tasks]
@@ -113,6 +132,21 @@ class Lab:
             return self.staged(f"{name}-s{self.seed}", groups, tokens, "--sample", "balanced", "--stage-data", data, model=fused)
         return self.isolated(f"{name}-s{self.seed}", fused, core, groups, tokens, "--stage-data", data)
 
+    def cpi_ft_times(self, times):
+        """CPI-FT with `times` the tokens of the other methods: the backbone has as many as full SFT,
+        and the last stage what is left after the probes."""
+        probes = len(self.tasks.names) * self.budget["probe"]
+        budget = self.budget | {"backbone": self.total, "final": round(times * self.total) - self.total - probes}
+        return Lab(self.store, self.suite | {"budget": budget}, self.tasks, self.seed).cpi_ft(f"cpi-ft-{times:g}-times")
+
+    def no_fusion(self, data="group"):
+        """CPI-FT without transplant and SLERP: stages from the base in which earlier cores are
+        frozen, on all rows of each group (DPI), or (`data="mixed"`) on the balanced mixture."""
+        core = self.masks()
+        tokens = self.budget["backbone"] + self.budget["final"]
+        return self.isolated(f"no-fusion-{data}-s{self.seed}", self.base, core, self.groups(core), tokens, "--stage-data", data,
+                             *(["--sample", "all"] if data == "group" else []))
+
     def backbone(self, groups, kind):
         tokens = self.budget["backbone"]
         if kind == "base":
@@ -134,12 +168,14 @@ class Lab:
         return self.train(f"epi-s{self.seed}", self.base, tokens, "--groups", groups, "--isolation", "dynamic",
                           *self.suite.get("epi", []))
 
-    def own_cores(self, tensors=False):
+    def own_cores(self, tensors=False, masks="core"):
         """In each stage the group's own core alone moves; with `tensors` it is TRACE's, whole
-        tensors. The probes' tokens are part of the budget."""
-        core = {task: self.tensor_mask(task) for task in self.tasks.names} if tensors else self.masks(p=self.suite["own_p"])
+        tensors; with `masks="random"`, random elements. The probes' tokens are part of the budget.
+        """
+        core = {task: self.tensor_mask(task) for task in self.tasks.names} if tensors else self.masks(masks, p=self.suite["own_p"])
         groups = self.groups(core, "--partition", "like", "--like", self.groups(self.masks(fisher=tensors)))
-        name, tokens = "trace" if tensors else "own-cores", self.budget["backbone"] + self.budget["final"]
+        tokens = self.budget["backbone"] + self.budget["final"]
+        name = "trace" if tensors else "own-cores" if masks == "core" else "own-random"
         return self.isolated(f"{name}-s{self.seed}", self.base, core, groups, tokens, "--trainable", "cores", "--sample", "all")
 
     def tensor_mask(self, task):
@@ -147,15 +183,16 @@ class Lab:
         return Step(self.store, f"tensors-{task}-s{self.seed}", "cpift-mask", "tensors", "--base", self.base, "--tuned", probe,
                     "--fisher", Inside(probe, "fisher"), "--percent", 10, suffix=".safetensors")
 
-    def ours(self):
+    def ours(self, masks="core"):
         """CPI-FT+: a capped mixture instead of stages, short probes, no fusion; last, only the
-        groups' own cores move, at a low rate."""
+        groups' own cores move, at a low rate; with `masks="random"`, random elements instead."""
         plus = self.suite["plus"]
         lab = Lab(self.store, self.suite | {"budget": self.budget | plus["budget"]}, self.tasks, self.seed)
-        sample, core = ["--sample", plus["rows"]], lab.masks(p=plus["p"])
+        sample, core = ["--sample", plus["rows"]], lab.masks(masks, p=plus["p"])
         groups = lab.groups(core, "--partition", "like", "--like", lab.groups(lab.masks()))
         mixture = lab.train(f"mixture-s{self.seed}", lab.base, lab.budget["backbone"], *sample)
-        return lab.isolated(f"plus-s{self.seed}", mixture, core, groups, lab.budget["final"], "--trainable", "cores", *sample,
+        name = "plus" if masks == "core" else "plus-random"
+        return lab.isolated(f"{name}-s{self.seed}", mixture, core, groups, lab.budget["final"], "--trainable", "cores", *sample,
                             "--lr", plus["lr"])
 
     def capped(self):
@@ -208,31 +245,59 @@ class Lab:
         return self.train(f"tuned-{new}-s{self.seed}", self.base, len(others) * self.budget["pair"], "--only", ",".join(others))
 
     def added(self, new, name, *more, share=0, own=None, alpha=None, change=0):
-        """The model after a stage on `new`: with a share of replayed tokens, of the old tasks' rows
-        or of the model's `own` (answers to their prompts, or whole conversations); with the `change`
-        percent protected that tuning moved most; between the old and the new model by `alpha`."""
+        """The model that knows all tasks but `new`, and that model after a stage on `new`, in which
+        the replayed rows may be the model's `own`: answers to the prompts of the old tasks, or whole
+        conversations."""
         tuned, more = self.tuned(new), list(more)
-        if share:
-            more += ["--replay-share", share]
         if own:
             files = [self.own(tuned, new, task) for task in self.tasks.names if task != new] if own == "answers" else \
                 [self.own(tuned, new)]
             more += [part for file in files for part in ("--replay-from", file)]
+        return tuned, self.next_stage(tuned, new, f"{name}-{new}", *more, share=share, alpha=alpha, change=change)
+
+    def next_stage(self, old, new, name, *more, share=0, alpha=None, change=0):
+        """The model `old` after a stage on `new`: with a share of replayed tokens; with the `change`
+        percent protected that tuning moved most; between the old and the new model by `alpha`."""
+        more = list(more)
+        if share:
+            more += ["--replay-share", share]
         if change:
-            mask = Step(self.store, f"change-{new}-s{self.seed}", "cpift-mask", "extract", "--base", self.base, "--tuned", tuned,
+            mask = Step(self.store, f"change-{new}-s{self.seed}", "cpift-mask", "extract", "--base", self.base, "--tuned", old,
                         "--percent", change, suffix=".safetensors")
             more += ["--base", self.base, "--protect", mask]
-        stage = self.train(f"added-{name}-{new}-s{self.seed}", tuned, self.budget["pair"], "--add", new, *more)
+        stage = self.train(f"added-{name}-s{self.seed}", old, self.budget["pair"], "--add", new, *more)
         if alpha is None:
-            return tuned, stage
-        return tuned, Step(self.store, f"between-{name}-{new}-s{self.seed}", "cpift-merge", "task-arithmetic", "--base", tuned,
-                           "--model", stage, "--lambda", alpha)
+            return stage
+        return Step(self.store, f"between-{name}-s{self.seed}", "cpift-merge", "task-arithmetic", "--base", old, "--model", stage,
+                    "--lambda", alpha)
 
     def own(self, tuned, new, task=None):
         """Rows that the model writes."""
         asked = ["--tasks", self.tasks, "--only", task] if task else ["--max-new-tokens", 60]
         return Step(self.store, f"own-{task or 'conversations'}-{new}-s{self.seed}", "cpift-eval", "sample", "--model", tuned, *asked,
                     "--rows", 200, "--seed", self.seed, *self.suite["eval"], suffix=".jsonl")
+
+    # All tasks, one after another.
+
+    def order(self):
+        """The tasks in an order that the seed draws."""
+        return Random(f"sequence {self.seed}").sample(self.tasks.names, len(self.tasks.names))
+
+    def sequence(self, name, *more, **how):
+        """The model after a stage on each task, all of as many tokens. A stage sees its own rows and
+        those of the tasks before it, if it replays rows; it does not see later tasks."""
+        order, model = self.order(), self.base
+        for at, new in enumerate(order):
+            known = order[:at + 1]
+            tasks = self.tasks.only(self.store.folder / f"tasks-only-{'-'.join(known)}", known)
+            lab = Lab(self.store, self.suite, tasks, self.seed)
+            model = lab.next_stage(model, new, f"{name}-{at + 1}-{new}", *more, **how) if at else \
+                lab.train(f"first-{new}-s{self.seed}", model, self.budget["pair"])
+        return model
+
+    def at_once(self):
+        """Full SFT with as many tokens as a sequence."""
+        return self.train(f"at-once-s{self.seed}", self.base, len(self.tasks.names) * self.budget["pair"])
 
     def scores(self, model, tasks=None):
         """The evaluation of a model, or of the base."""

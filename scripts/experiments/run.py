@@ -12,6 +12,7 @@ of them. What was made before, by this experiment or another, is used again.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -86,6 +87,10 @@ def read_suite(args):
     for program in ("probe", "mask", "group", "merge", "train", "eval"):
         if not (args.bin / f"cpift-{program}").is_file():
             raise BadInput(f"{args.bin / f'cpift-{program}'}: no such program; hint: make build, or name the folder with --bin")
+    if not args.tasks and "generator" in suite:
+        folder = args.run / "tasks"
+        subprocess.run([sys.executable, ROOT / suite["generator"], "--out", folder], check=True)
+        tasks = folder / suite["dev" if args.dev else "tasks"]
     suite["base"], tasks = Source(base), TaskList(tasks)
     for pair in args.pair or []:
         names = pair.split(",")
@@ -102,7 +107,7 @@ def show_in_report(lab, table, run):
     parts |= {f"masks/{task}.safetensors": mask for task, mask in masks.items()}
     parts |= {f"probes/{task}": lab.probe(task) for task in masks}
     for name, models, scores, _ in table.rows:
-        slug = name.lower().replace(", ", "-").replace(" ", "-")
+        slug = re.sub(r"[^a-z0-9.+]+", "-", name.lower())
         parts |= {f"scores/{slug}": scores[0]} | ({slug: models[0][1]} if isinstance(models[0][1], Step) else {})
     for name, step in parts.items():
         for end in ("", ".cpift.json"):

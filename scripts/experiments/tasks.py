@@ -22,11 +22,21 @@ class TaskList(Source):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = []
-        for name, entry in self.entries.items():
+        for name in self.names:
             lines = self.file(name, "train").read_text(encoding="utf-8").splitlines(keepends=True)
             (folder / f"{name}.jsonl").write_text("".join(lines[:rows.get(name, len(lines))]), encoding="utf-8")
-            changed = entry | {"train": f"{name}.jsonl", "eval": str(self.file(name, "eval").resolve())}
+        return self.written(folder, {name: f"{name}.jsonl" for name in self.names})
+
+    def only(self, folder, names):
+        """The tasks `names`, in that order, in a list that is written to `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return self.written(Path(folder), {name: str(self.file(name, "train").resolve()) for name in names})
+
+    def written(self, folder, train):
+        """The tasks of `train` with these training files."""
+        text = []
+        for name, file in train.items():
+            changed = self.entries[name] | {"train": file, "eval": str(self.file(name, "eval").resolve())}
             text.append("[[task]]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in changed.items()))
         (folder / "tasks.toml").write_text("\n".join(text), encoding="utf-8")
         return TaskList(folder / "tasks.toml")
