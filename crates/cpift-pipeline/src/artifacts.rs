@@ -134,7 +134,7 @@ pub(crate) fn at_work(run: &Path, name: &str, job: Option<&QueuedJob>) -> Option
 /// The first error in a log, or its last line.
 fn last_line(log: &str) -> String {
     let lines = || log.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("hint:"));
-    lines().find(|line| line.starts_with("error:")).or_else(|| lines().last()).unwrap_or_default().to_owned()
+    lines().find(|line| line.starts_with("error:")).or_else(|| lines().next_back()).unwrap_or_default().to_owned()
 }
 
 /// Name of this machine.
