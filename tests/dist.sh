@@ -17,7 +17,7 @@ tar -xzf "$tarball" -C "$root/opt/elsewhere"
 home="/opt/elsewhere/$(basename "$tarball" .tar.gz)"
 inside() { chroot "$root" env -i HOME=/root PATH=/usr/bin:/bin LC_ALL=C.UTF-8 "$@"; }
 inside sh -c '! command -v cargo && ! command -v rustc'
-for name in probe mask group merge train eval; do inside "$home/bin/cpift-$name" --version; done
+for name in probe mask group merge train eval pipeline; do inside "$home/bin/cpift-$name" --version; done
 inside "$home/bin/cpift-demo" /root/demo
 test -s "$root/root/demo/report.html" -a -s "$root/root/demo/table.md"
 echo "dist: the demo ran in $(sed -n 's/^PRETTY_NAME="\(.*\)"/\1/p' "$root/etc/os-release") without Rust"
