@@ -1,6 +1,6 @@
 //! Adapters as outputs. `extract-lora` writes the difference of each matrix of two models as a
-//! product of low rank; `merge-adapters` writes the weighted sum of the products of several adapters
-//! as one adapter, exact by concatenation or compressed to a rank.
+//! product of low rank; `merge-adapters` writes the weighted sum of the products of several
+//! adapters as one adapter, exact by concatenation or compressed to a rank.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
