@@ -67,10 +67,10 @@ keep_settings = $(shell mkdir -p $(RUN))$(file >$(RUN)/pipeline.env,METHODS=$(ME
 	v,$(SETTINGS),$(if $(filter command environment,$(origin $(v))),$(file >>$(RUN)/pipeline.env,$(v)=$($(v)))))
 $(if $(ONLY)$(GRAPH),,$(keep_settings))
 
-# A command runs through `cpift-pipeline stage`, with its log and its state in RUN/logs, if its artifact is among
-# DUE: those of this call of make that are not up to date. The program checks once more when it
-# starts: a remade input may have the same content as before. STARTED is the time at which the first
-# command started.
+# A command runs through `cpift-pipeline stage`, with its log and its state in RUN/logs, if its
+# artifact is among DUE: those of this call of make that are not up to date. The program checks once
+# more when it starts: a remade input may have the same content as before. STARTED is the time at
+# which the first command started.
 tab := $(shell printf '\t')
 command = $(BIN)/$(strip $(1)) --threads $(THREADS) --skip-up-to-date
 run = @$(if $(GRAPH),$@$(tab)$(command),$(if $(filter $@,$(DUE)),$(if $(ONLY),$(if $(filter \

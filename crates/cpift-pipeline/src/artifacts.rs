@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::Result;
 use cpift_core::error::usage;
+use cpift_core::record::provenance::host_name;
 use cpift_core::record::up_to_date::{self, State};
 
 use crate::settings::{Settings, output_of, text_of};
@@ -135,11 +136,6 @@ pub(crate) fn at_work(run: &Path, name: &str, job: Option<&QueuedJob>) -> Option
 fn last_line(log: &str) -> String {
     let lines = || log.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("hint:"));
     lines().find(|line| line.starts_with("error:")).or_else(|| lines().next_back()).unwrap_or_default().to_owned()
-}
-
-/// Name of this machine.
-pub(crate) fn host_name() -> String {
-    text_of(Path::new("/proc/sys/kernel/hostname")).trim().to_owned()
 }
 
 #[cfg(test)]

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use cpift_core::error::usage;
+use cpift_core::record::provenance::host_name;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use regex::Regex;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::artifacts::host_name;
 use crate::settings::text_of;
 
 /// Pause between two looks for the end of the command and for signals.
@@ -112,8 +112,11 @@ impl Stage {
             .spawn()
             .with_context(|| format!("starting {}", words[0]))?;
         let job = std::env::var("SLURM_JOB_ID").unwrap_or_else(|_| "-".into());
-        self.set_state(&format!("running {} {} {job}", host_name(), child.id()))?;
-        let code = self.wait(&mut child, &mut signals, warning)?;
+        let code = self
+            .set_state(&format!("running {} {} {job}", host_name(), child.id()))
+            .and_then(|()| self.wait(&mut child, &mut signals, warning))
+            // No program goes on of which nothing would be known.
+            .inspect_err(|_| drop(child.kill().and_then(|()| child.wait())))?;
         let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.set_state(&format!("exit {code} {}", ended.as_secs_f64()))?;
         if let Some(file) = std::env::var_os("STAGE_CODE") {
@@ -203,6 +206,7 @@ impl Stage {
         let new = self.file(&format!(".state.{}", std::process::id()));
         fs::write(&new, format!("{words}\n"))
             .and_then(|()| fs::rename(&new, self.file(".state")))
+            .inspect_err(|_| drop(fs::remove_file(&new)))
             .with_context(|| format!("writing {}", new.display()))
     }
 }

@@ -45,7 +45,7 @@ fn output_goes_to_the_log_and_the_line_counts_what_is_made() {
     assert!(code == Some(0) && out.starts_with("[1/2] x ") && out.ends_with(" s\n"), "{out}");
     assert_eq!(read(dir.path(), "x.log"), "made\nnoted\n");
     assert!(read(dir.path(), "x.state").starts_with("exit 0 "));
-    // What was up to date leaves the log of the command that made it.
+    // A command that finds its output up to date keeps the log of the one that made it.
     assert!(run("echo out: up to date").1.starts_with("[2/2] x "));
     assert_eq!(read(dir.path(), "x.log"), "made\nnoted\n");
     let (code, out, errors) = run("echo 'error: no such row'; exit 3");
@@ -72,6 +72,19 @@ fn signals_are_passed_on_and_the_exit_code_is_kept() {
         assert!(read(dir.path(), "x.state").starts_with("exit 75 "));
         assert_eq!(fs::read_to_string(&code).unwrap(), "75");
     }
+}
+
+#[test]
+fn a_command_whose_state_cannot_be_written_is_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    // A directory that is not empty cannot be replaced by the file of the state.
+    fs::create_dir_all(dir.path().join("logs/x.state/in-the-way")).unwrap();
+    let (code, out, errors) = texts(&stage(dir.path(), "echo $$; exec sleep 600").output().unwrap());
+    assert!(code == Some(1) && out.is_empty() && errors.contains("x.state"), "{code:?} {errors}");
+    let names = fs::read_dir(dir.path().join("logs")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(names.filter(|name| name.to_string_lossy().starts_with("x.state")).count(), 1);
+    let process = read(dir.path(), "x.log");
+    assert!(process.is_empty() || !Path::new("/proc").join(process.trim()).exists(), "{process}");
 }
 
 /// A launcher (srun) gets SIGUSR1, and only for programs that share their work.

@@ -278,7 +278,8 @@ pub fn check_made_from(folder: &Path, role: &str, (given, digest): (&Path, &Dige
     }
 }
 
-fn host_name() -> String {
+/// Name of this machine.
+pub fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |s| s.trim().to_owned())
 }
 
