@@ -115,7 +115,7 @@ impl Stage {
         let code = self
             .set_state(&format!("running {} {} {job}", host_name(), child.id()))
             .and_then(|()| self.wait(&mut child, &mut signals, warning))
-            // No program goes on of which nothing would be known.
+            // Without a state, nobody would know that the program still runs.
             .inspect_err(|_| drop(child.kill().and_then(|()| child.wait())))?;
         let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.set_state(&format!("exit {code} {}", ended.as_secs_f64()))?;
